@@ -1,7 +1,8 @@
 """What `lake_day` costs for each object, and what DuckDB costs over the objects and over the table.
 
 `uv run python bench/lake_day.py [--devices 63] [--rows 60]` writes two days of hourly objects, runs the job in a
-process of its own, then asks the same three questions of both; 1 when answers differ or a goal is missed.
+process of its own, then asks the same three questions of both, and every engine that reads the table for the sum of
+each column; 1 when answers differ or a goal is missed.
 """
 
 import argparse
@@ -51,6 +52,41 @@ for name in ("avro", "iceberg") if "iceberg" in rows else ():
 began = time.process_time()
 found = connection.sql(question.format(rows=rows)).fetchall()
 print(json.dumps({"cpu": time.process_time() - began, "answer": repr(sorted(found))}))
+"""
+SUMS = """
+import json, math, sys
+import duckdb, polars, pyarrow as pa, pyarrow.compute as pc
+from importlib.util import find_spec
+from pathlib import Path
+from pyiceberg.table import StaticTable
+from pysail.spark import SparkConnectServer
+from pyspark.sql.connect.session import SparkSession
+tree, metadata = sys.argv[1:]
+connection = duckdb.connect()
+connection.execute("SET TimeZone = 'UTC'")
+for name in ("avro", "iceberg"):
+    place = next(iter(find_spec(f"duckdb_extension_{name}").submodule_search_locations))
+    connection.execute(f"LOAD '{next(Path(place).rglob(name + '.duckdb_extension'))}'")
+server = SparkConnectServer("127.0.0.1", 0)
+server.start(background=True)
+spark = SparkSession.builder.remote(f"sc://127.0.0.1:{server.listening_address[1]}").create()
+table = StaticTable.from_metadata(metadata)
+found = {
+    "objects": connection.sql(f"SELECT * FROM {tree}").to_arrow_table(),
+    "duckdb": connection.sql(f"SELECT * FROM iceberg_scan('{metadata}')").to_arrow_table(),
+    "pyiceberg": table.scan().to_arrow(),
+    "polars": polars.scan_iceberg(table).collect().to_arrow(),
+    "sail": spark.read.format("iceberg").load(metadata.split("/metadata/")[0]).toArrow(),
+}
+def summed(column):
+    if pa.types.is_floating(column.type):
+        return math.fsum(column.drop_null().to_pylist())
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(pa.timestamp("us", "UTC"))
+        return [sum(column.cast(pa.int64()).to_pylist()), column.null_count]
+    return [sum(map(hash, map(str, column.to_pylist()))), column.null_count]
+sums = {engine: {name: summed(rows[name]) for name in found["objects"].column_names} for engine, rows in found.items()}
+print(json.dumps({engine: one == sums["objects"] for engine, one in sums.items()}))
 """
 QUESTIONS = {
     "daily": "SELECT device_id, CAST(timestamp AS DATE), round(avg(voltage), 6), max(temperature), count(*)"
@@ -102,6 +138,11 @@ def main() -> int:
             differ |= slow["answer"] != quick["answer"]
             print(f"{what}: objects {slow['cpu'] * 1000:.0f} ms of CPU, table {quick['cpu'] * 1000:.0f} ms")
             goals.append(Goal(f"{what}, times less CPU", slow["cpu"] / quick["cpu"], GOALS[what]))
+        script = folder / "sums.py"  # Spark's client takes a `python -c` for a run of its doctests
+        script.write_text(SUMS)
+        equal = run([sys.executable, str(script), tree, str(metadata)]).told
+        print("the sum of each column is that of the objects:", json.dumps(equal))
+        differ |= not all(equal.values())
     print(*goals, sep="\n")
     if differ:
         print(json.dumps("the answers differ"))

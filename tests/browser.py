@@ -115,6 +115,10 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._page("Emulation.setEmulatedMedia", features=[scheme])
 
+    def zone(self, name: str) -> None:
+        """The time zone of the reader."""
+        self._page("Emulation.setTimezoneOverride", timezoneId=name)
+
     def run(self, script: str) -> Any:
         """The value of an expression, awaited."""
         found = self._page("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from app import cli, main
 from app.core.errors import Permanent
 from app.core.ledger import KeptFile, SetAside, Tally, ledger_of
-from app.core.pipeline import Commit
+from app.core.pipeline import Commit, Record
 from app.core.runs import Context, Failure, Job, Report, Run, Stop
 from app.core.verify import Cell, CellState, Content, Slot
 from app.core.windows import Window, windows_between
@@ -211,6 +211,44 @@ def shelf(parts: ServiceParts) -> Pipelines:
         Job("sleeping", 60, failing, off="set INFLUXDB_URL"),
     )
     return Pipelines(jobs, {"shelf": filling}, verifications={"shelf": one.open}, charts={"shelf": one})
+
+
+class Fleet(Shelf):
+    """As many partitions that the records tell of them, in groups and on pages."""
+
+    def partitions(self, _: Window | None = None) -> list[str]:
+        return [f"D{number:03}" for number in range(520)]
+
+
+def unclosing(_: Context, runs: list[int]) -> Report:
+    """Each row is accounted for in the first run, all but two in those that follow."""
+    runs.append(len(runs))
+    tally = Tally(counted=18, read=18, new=12, already_there=4 if runs[-1] else 6)
+    return Report(rows=12, windows=1, ledger=ledger_of(tally, unit="rows"))
+
+
+def delivered(parts: ServiceParts) -> Pipelines:
+    """All is well, until somebody runs `unclosing` again."""
+    one, many = Shelf(parts), Fleet(parts)
+
+    def commit(context: Context) -> Report:
+        end = parts.clock().replace(minute=0, second=0, microsecond=0)
+        start = end - timedelta(hours=1)
+        last = Record(Window(start, end), 0, "key", "v", "d", 1, 100, 1, start, start, closed=True)
+        parts.state.checkpoints.commit_all(
+            "fleet", [(name, Commit((last,), end)) for name in many.partitions()], context.lease
+        )
+        return Report(rows=520)
+
+    jobs = (
+        Job("shelf", 3600, one.work),
+        Job("shelf_late", 3600, lambda _: Report(), helper_of="shelf"),
+        Job("fleet", 3600, commit),
+        Job("unclosing", 3600, functools.partial(unclosing, runs=[])),
+        Job("sleeping", 60, failing, off="set INFLUXDB_URL"),
+    )
+    backfills = {"shelf": filling, "fleet": filling}
+    return Pipelines(jobs, backfills, verifications={"shelf": one.open}, charts={"shelf": one, "fleet": many})
 
 
 if __name__ == "__main__":

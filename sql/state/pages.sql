@@ -66,6 +66,10 @@ WHERE started_at >= :since_at AND started_at < :until_at AND (:job = '' OR job =
 -- One run.
 SELECT * FROM runs WHERE run_id = :run_id;
 
+-- name: runs_that_begin_with
+-- Of the runs whose id begins so, two, which is one too many.
+SELECT * FROM runs WHERE substr(run_id, 1, length(:start)) = :start LIMIT 2;
+
 -- name: run_before
 -- The run of a job before another one.
 SELECT * FROM runs WHERE job = :job AND started_at < :at ORDER BY started_at DESC, run_id DESC LIMIT 1;
@@ -112,10 +116,15 @@ WHERE device_id <> '' AND last_exported_at IS NOT NULL
 GROUP BY pipeline;
 
 -- name: trouble_by_partition
--- What listings showed to be missing or changed, by partition, most first. Named by trouble, as its index is.
+-- What listings showed to be missing or changed, by partition, most first; `all_...` are of every partition of the
+-- pipeline, also of those beyond the limit. Named by trouble, as its index is.
 SELECT
     pipeline, device_id, trouble, count(DISTINCT window_start) AS windows, min(window_start) AS first_at,
-    max(window_end) AS last_at
+    max(window_end) AS last_at,
+    sum(count(DISTINCT window_start)) OVER (PARTITION BY pipeline, trouble) AS all_windows,
+    count(*) OVER (PARTITION BY pipeline, trouble) AS all_partitions,
+    min(min(window_start)) OVER (PARTITION BY pipeline, trouble) AS all_first_at,
+    max(max(window_end)) OVER (PARTITION BY pipeline, trouble) AS all_last_at
 FROM export_windows
 WHERE trouble <> '' AND trouble IN ('missing', 'foreign')
 GROUP BY trouble, pipeline, device_id

@@ -23,6 +23,10 @@ WHERE object_id IN (SELECT json_array_elements_text(CAST(:ids AS json)));
 -- Device and day of each part of these versions.
 SELECT DISTINCT device, day FROM analytics_parts WHERE object_id IN (SELECT value FROM json_each(:ids));
 
+-- name: all_pairs
+-- Device and day of each part of all versions.
+SELECT DISTINCT device, day FROM analytics_parts;
+
 -- name: parts_of_pairs (postgres)
 -- Every part of these days of these devices, whatever version it belongs to; :pairs is a JSON array of [device, day].
 SELECT

@@ -32,7 +32,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command; the exit code. What is wrong is said on stderr, and with --json as a document on stdout too."""
     if refusal := unsupported(os.name):
         say(refusal)
         return BAD_SETTINGS
@@ -42,24 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = parsed(words)
         call: Callable[..., int] = given.pop("call")
         return call(**given)
-    except BadSettings as error:
-        return failed(error, error.faults, BAD_SETTINGS, as_json="--json" in words)
-    except UsageError as error:
-        return failed(error, (str(error),), USAGE, as_json="--json" in words)
     except AppError as error:
-        return failed(error, (f"error: {error}",), FAILED, as_json="--json" in words)
-
-
-def failed(error: AppError, lines: Sequence[str], code: int, *, as_json: bool) -> int:
-    """Say what is wrong on stderr, and with `as_json` as a document on stdout too; the exit code."""
-    for line in lines:
-        say(line)
-    if as_json:
-        faults = {"faults": list(error.faults)} if isinstance(error, BadSettings) else {}
-        sys.stdout.write(
-            json.dumps({"error": {"message": error.message, "hint": error.hint, **faults}}, indent=2) + "\n"
-        )
-    return code
+        code, lines, faults = FAILED, [f"error: {error}"], {}
+        if isinstance(error, BadSettings):
+            code, lines, faults = BAD_SETTINGS, list(error.faults), {"faults": list(error.faults)}
+        elif isinstance(error, UsageError):
+            code, lines = USAGE, [str(error)]
+        for line in lines:
+            say(line)
+        if "--json" in words:
+            document = {"error": {"message": error.message, "hint": error.hint, **faults}}
+            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        return code
 
 
 class UsageError(AppError):
@@ -133,7 +127,9 @@ def on_service(name: str, **given: Any) -> int:
     from app.main import build
 
     call: Callable[..., int] = getattr(import_module("app.ops.commands"), name)
-    return call(build(settings), **given)
+    service = build(settings)
+    with closing(service.state):
+        return call(service, **given)
 
 
 def google(*, no_browser: bool, as_json: bool) -> int:
@@ -169,7 +165,9 @@ def demo(*, once: bool, port: int | None, as_json: bool) -> int:
         from app.ops.service import run_daemon
 
         if once:
-            return commands.once(build(settings), as_json=as_json)
+            service = build(settings)
+            with closing(service.state):
+                return commands.once(service, as_json=as_json)
         run_daemon(build(settings), environ)
     return OK
 
@@ -252,6 +250,16 @@ def expects(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 INSTANT = expects("an ISO 8601 date or timestamp, such as 2026-02-01 or 2026-02-01T12:00Z", instant)
 NUMBER = expects("a whole number", int)
+MAX_LIMIT = 100_000
+
+
+def _limit(text: str) -> int:
+    if not 1 <= (number := int(text)) <= MAX_LIMIT:
+        raise ValueError(text)
+    return number
+
+
+LIMIT = expects(f"a whole number from 1 to {MAX_LIMIT}", _limit)
 
 
 def parsed(words: Sequence[str]) -> dict[str, Any]:
@@ -383,7 +391,7 @@ COMMANDS = (
         "recent runs, newest first, and the files that csv_inbox ingested",
         (
             argument("job", nargs="?", default=None, metavar="JOB", help="only runs of this job"),
-            argument("--limit", type=NUMBER, default=20, help="at most so many"),
+            argument("--limit", type=LIMIT, default=20, help="at most so many"),
             JSON,
         ),
         examples=("runs csv_inbox --limit 5",),

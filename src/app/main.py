@@ -19,21 +19,21 @@ from app.config.rules import locked
 from app.config.settings import Settings
 from app.core.errors import BadSettings
 from app.core.partitions import Step, SyncPlan, in_this_process
-from app.core.runs import Context, Job, LeaseTerms, Report, RunDesk, Stop
+from app.core.runs import Context, Job, LeaseTerms, Report, Run, RunDesk, Stop
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
-from app.ops.alerts import Alerts, Watched, rules_of
+from app.ops.alerts import Alerts, rules_of
 from app.ops.connection_checks import System, destinations, probed, reached, remembered, stores_tried, webhook
 from app.ops.health import Check, ProbeAnswer, Probes, Readiness
 from app.ops.json_views import Calls
-from app.ops.logs import both, log_run
+from app.ops.logs import log_run
 from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported
 from app.ops.request_costs import RequestCosts, prices_for
 from app.ops.scheduler import Scheduler
-from app.ops.service import Background, BuiltService, Pipelines, announce, steps_of
-from app.web.app import Front
-from app.web.auth import Guard, KeyRates, Keyring, RouteScopes
+from app.ops.service import Background, BuiltService, Operations, Pipelines, announce, steps_of
+from app.web.app import Api, Front
+from app.web.auth import Guard, KeyRates, Keyring
 from app.web.limits import BodyLimits
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ if TYPE_CHECKING:
     from app.object_store.s3_client import S3Target
     from app.object_store.set_aside import SetAsideStore
     from app.objects.requests import Reach
-    from app.ops.json_views import PartitionView
     from app.scale.queue import Workers
-    from app.web.errors import Asgi
 
 # The HTTP side of the composition root: what the routes are built on, which calls are open, how all starts and
 # ends.
@@ -127,8 +125,8 @@ def front(service: Inside) -> Front:
     )
 
 
-def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteScopes]:
-    """The FastAPI application, whose import takes longer than everything else at the start; what its routes declare."""
+def api(service: Inside, probes: Probes, guard: Guard) -> Api:
+    """The FastAPI application, whose import takes longer than everything else at the start."""
     from app.analytics import routes as report_routes
     from app.ops import page_data, pages, routes
     from app.ops.delivery_map import DeliveryMaps
@@ -145,44 +143,23 @@ def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteSco
         looked=maps.forget,
         healed=lambda job, slot: maps.healed(job, slot.partition, slot.window),
     )
-    parts = page_data.PageParts(
+    ops = Operations(
+        settings=service.settings,
+        state=service.state,
+        pipelines=pipelines,
         scheduler=scheduler,
-        pages=service.state.pages,
-        maps=maps,
-        proofs=proofs,
-        histories=pipelines.histories,
-        kept=pipelines.kept,
-        bill=service.costs.estimate,
-        clock=service.clock,
-        stale=lambda: frozenset(service.alerts.stale),
-        ahead_seconds=lambda: service.alerts.ahead_seconds,
-        unreachable=probes.unreachable,
-        log_file=service.settings.service.log_file,
-    )
-    ops = routes.Operations(
+        alerts=service.alerts,
+        costs=service.costs,
         probes=probes,
         guard=guard,
-        scheduler=service.scheduler,
-        runs=service.state.runs,
-        totals=service.state.runs.totals,
-        ledger_totals=service.state.runs.ledger_totals,
-        last_ended=service.state.runs.last_ended,
-        stale=lambda: service.alerts.stale,
-        partitions=partitions(service),
-        histories=service.pipelines.histories,
-        calls=service.pipelines.calls,
-        clock=service.clock,
-        state_clock=service.state.clocks.now,
-        ahead_seconds=lambda: service.alerts.ahead_seconds,
-        troubles=lambda: {**{name: {} for name in service.pipelines.listed}, **service.state.checkpoints.troubles()},
-        pages=service.state.pages,
         maps=maps,
         proofs=proofs,
+        clock=service.clock,
     )
     about = service.settings.service
     routers = [
         pages.build(guard, lambda: routes.overview(ops)),
-        page_data.build(parts),
+        page_data.build(ops),
         routes.build(ops),
         warehouse_routes(service),
         object_routes(service),
@@ -190,7 +167,8 @@ def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteSco
         *(make() for make in service.pipelines.routers),
     ]
     built = build_api(about.title, about.version, about.description, routers)
-    return report_routes.Quick(built, service.analytics), route_scopes(built)
+    quick = report_routes.Quick(built, service.analytics)
+    return Api(built, dict.fromkeys(quick.paths, quick), route_scopes(built))
 
 
 def warehouse_routes(service: Inside) -> "APIRouter":
@@ -230,21 +208,6 @@ def reach(settings: Settings) -> "Reach":
     exports = f"{s3.prefix}/" if s3.prefix else ""
     table = None if settings.lake.catalog == "none" else f"{settings.lake.prefix}/"
     return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports, table=table)
-
-
-def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
-    """How far every partition of every job is, as the checkpoints say."""
-    from app.ops.json_views import PartitionView
-
-    def views() -> Sequence[PartitionView]:
-        return [
-            PartitionView(job.name, at.partition, at.cursor_at, at.high_watermark_at, at.error)
-            for job in service.pipelines.jobs
-            if job.name in service.pipelines.backfills
-            for at in service.state.checkpoints.of(job.name)
-        ]
-
-    return views
 
 
 # The composition root: settings in, the whole service out. Everything is wired here, by hand.
@@ -383,17 +346,23 @@ def build(
     pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs, steps))
     stop = Stop()
     desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run, counter.take_run)
-    watched = Watched(
+    alerts = Alerts(
+        rules_of(settings),
         pipelines.jobs,
-        state.pauses.paused,
         state.runs,
-        state.alerts,
-        state.clocks,
-        now,
+        told=state.alerts,
+        clocks=state.clocks,
+        clock=now,
+        paused=state.pauses.paused,
         troubles=state.checkpoints.troubles,
     )
-    alerts = Alerts(rules_of(settings), watched)
-    desk = replace(desk, ended=both(both(log_run, alerts.ended), lambda *_: costs.save()))
+
+    def ended(run: Run, cause: BaseException | None) -> None:
+        log_run(run, cause)
+        alerts.ended(run)
+        costs.save()
+
+    desk = replace(desk, ended=ended)
     scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses, elsewhere=workers)
     stores = {
         "checkpoint_store_connected": remembered(state),
@@ -472,9 +441,11 @@ def s3_target(settings: Settings) -> "S3Target":
 def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "Analytics":
     """/analytics over the objects."""
     from app.analytics import service
+    from app.lake import job as lake_job
     from app.object_store.s3_client import key_source
 
-    return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now)
+    keys, table = key_source(s3_target(settings)), lake_job.table_for_reports(settings, store, now)
+    return service.build(settings, store, state.summaries, keys, now, table=table)
 
 
 def sweeps(parts: ServiceParts) -> Sequence[Job]:

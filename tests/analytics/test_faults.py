@@ -13,10 +13,9 @@ import pytest
 from app.analytics.columns import File, file_of
 from app.analytics.engine import Engine, Wrong, literal, translated, written
 from app.analytics.formats import AnswerShape
-from app.analytics.queries import Queries
+from app.analytics.queries import Queries, ToRead
 from app.analytics.reports import parse
 from app.core.errors import AppError, Permanent, Transient
-from app.db.object_summaries import VersionToRead
 from app.db.state import State, open_state
 from lake import Lake, exported, local_lake, parquet
 
@@ -122,14 +121,14 @@ class FullDisk:
         self.opens = 0
 
     @contextmanager
-    def opened(self, sources: Sequence[VersionToRead]) -> Iterator[tuple[Engine, Sequence[File]]]:
+    def opened(self, wanted: ToRead) -> Iterator[tuple[Engine, Sequence[File]]]:
         self.opens += 1
         with written(), FULL.open("wb") as file:
             file.write(bytes(100_000))
-        yield self._engine, [file_of(source.key, source.key, source.columns) for source in sources]
+        yield self._engine, [file_of(source.key, source.key, source.columns) for source in wanted.sources]
 
-    def certain(self, sources: Sequence[VersionToRead]) -> bool:
-        return bool(sources)
+    def certain(self, wanted: ToRead) -> bool:
+        return bool(wanted.sources)
 
     def close(self) -> None:
         pass

@@ -10,7 +10,7 @@ import pytest
 
 from app.analytics.engine import Engine, EngineLimits, Remote
 from app.analytics.formats import AnswerShape
-from app.analytics.queries import LocalObjects, Queries
+from app.analytics.queries import LocalObjects, Queries, ToRead
 from app.analytics.reports import load_reports, parse
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.db.database import sql_directory
@@ -201,8 +201,8 @@ def test_a_bucket_engine_cannot_leave_its_prefix_by_dots(
         lake.store.put("secret/x.parquet", io.BytesIO(content), Put("x"))
         lake.put("a.parquet", content)
         lake.summaries.refresh()
-        sources = lake.summaries.sources(None, None, None)
-        with lake.objects(lake.engine).opened(sources) as (remote, files):
+        wanted = ToRead(lake.summaries.sources(None, None, None))
+        with lake.objects(lake.engine).opened(wanted) as (remote, files):
             name = files[0].name
             assert remote.rows(f"SELECT count(*) FROM read_parquet('{name}')") == [(1,)]  # noqa: S608 - its own
             for path in ("../secret/x.parquet", "%2e%2e/secret/x.parquet", "../../secret/x.parquet"):

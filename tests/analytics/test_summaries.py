@@ -249,6 +249,8 @@ def test_a_query_reads_only_the_objects_of_its_device_and_span(lake: Lake) -> No
     since = (START + timedelta(days=1)).replace(tzinfo=None)
     until = (START + timedelta(days=2)).replace(tzinfo=None)
     limited = lake.summaries.sources("D1", since, until)
-    assert [source.key for source in limited] == [f"{PREFIX}/D1/1.parquet", f"{PREFIX}/D1/2.parquet"]
+    assert [source.key for source in limited] == [f"{PREFIX}/D1/1.parquet"]
+    longer = lake.summaries.sources("D1", since, until + timedelta(microseconds=1))
+    assert [source.key for source in longer] == [f"{PREFIX}/D1/1.parquet", f"{PREFIX}/D1/2.parquet"]
     rows = lake.from_objects("over-time", device_id="D1", **{"from": since, "to": until})
     assert [(row[0], row[1], row[-1]) for row in rows] == [("D1", since, 10)]

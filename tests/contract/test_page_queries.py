@@ -74,6 +74,12 @@ def test_a_cell_of_the_records_is_the_worst_of_what_was_marked_what_is_there_and
     commit(state, ["late"], [0], cursor=1)
     state.checkpoints.mark(JOB, "a", [(record(1), MISSING)])
     state.checkpoints.mark(JOB, "b_1", [(record(3), FOREIGN)])
+    state.checkpoints.mark(JOB, "b%2", [(record(1), MISSING), (record(3), MISSING)])
+    with state.pages.look() as look:
+        (most,) = look.rows("trouble_by_partition", limit=1)
+    of_all = [most[name] for name in ("windows", "all_windows", "all_partitions", "all_first_at", "all_last_at")]
+    assert (most["device_id"], of_all) == ("b%2", [2, 3, 2, START + HOUR, START + 4 * HOUR]), "also beyond the limit"
+    state.checkpoints.mark(JOB, "b%2", [(record(1), ""), (record(3), "")])
     cells = cells_of_span("24h", None, UTC, NOW)
     found = maps(state).recorded(JOB, cells, NameFilter(), offset=0, limit=200, only_problems=False)
     assert [(row.name, row.cells[-7:], row.problems) for row in found.rows] == [
@@ -136,6 +142,11 @@ def test_runs_are_chosen_by_job_outcome_time_and_news_and_come_in_pages(state: S
         assert look.beside(runs[4]) == (None, None)
         assert look.run(runs[0].run_id) == runs[0]
         assert look.run("nobody") is None
+        short = look.run(runs[4].run_id[:8])
+        assert short is not None
+        assert short.run_id == runs[4].run_id
+        assert look.run(runs[4].run_id[:7]) is None
+        assert look.run(f"{JOB}-") is None, "several runs begin so"
         slots = {
             (row["job"], row["new_rows"], row["updated_rows"], row["runs"], row["failed_runs"])
             for row in look.rows("new_rows_since", since_at=START, until_at=NOW)

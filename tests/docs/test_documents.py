@@ -1,13 +1,14 @@
 """What the documents name exists: files, headings, commands, targets and variables."""
 
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
+from app.cli import parsed
 from needs import absent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,16 +99,17 @@ def test_every_package_that_the_readme_lists_is_installed_and_imported() -> None
         assert any(used.search(path.read_text(encoding="utf-8")) for path in files), package
 
 
-def test_every_command_that_a_document_names_exists(tmp_path: Path) -> None:
+def test_every_command_that_a_document_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
     named = {command for _, command in named_by(COMMAND)}
     assert named, "no document names a command"
     if find_spec("app.__main__") is None:
         assert named <= PLANNED_COMMANDS
         return
     for command in sorted(named):
-        asked = (sys.executable, "-m", "app", command, "--help")
-        done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, f"python -m app {command}: {done.stderr}"
+        with pytest.raises(SystemExit) as ended:
+            parsed([command, "--help"])
+        assert ended.value.code == 0, command
+        assert capsys.readouterr().out.startswith(f"usage: python -m app {command} ")
 
 
 def test_every_make_target_that_a_document_names_exists() -> None:

@@ -11,7 +11,10 @@ import pytest
 
 from lake_tree import Tree, counted, rows
 
-pytestmark = pytest.mark.slow  # pyiceberg takes a second to import
+pytestmark = [
+    pytest.mark.slow,  # pyiceberg takes a second to import
+    pytest.mark.filterwarnings("ignore::FutureWarning:pyspark"),  # of pandas 3, which its client uses elsewhere
+]
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "lake.md"
 BLOCK = re.compile(r"```python\n# (\w+)[^\n]*\n(.*?)```", re.DOTALL)
@@ -31,7 +34,7 @@ def with_extensions() -> Any:
     return connection
 
 
-def test_the_calls_of_the_guide_read_every_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_calls_of_the_guide_read_every_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sail: str) -> None:
     tree = Tree(tmp_path / "data")
     tree.max_bytes = 1
     for device in ("D1", "D2"):
@@ -43,8 +46,8 @@ def test_the_calls_of_the_guide_read_every_value(tmp_path: Path, monkeypatch: py
     tree.put("D2", 3, rows("D2", 3, phase=pa.array(["x", "y", None, "z"])))
     tree.run()
     monkeypatch.chdir(tmp_path)
-    left: dict[str, Any] = {"connection": with_extensions()}
-    for name in ("pyiceberg", "polars", "duckdb"):
+    left: dict[str, Any] = {"connection": with_extensions(), "remote": sail}
+    for name in ("pyiceberg", "polars", "duckdb", "spark"):
         exec(compile(CALLS[name], f"{PAGE.name}: {name}", "exec"), left)  # noqa: S102 - the page's own code
 
     objects = tree.in_objects()
@@ -58,6 +61,10 @@ def test_the_calls_of_the_guide_read_every_value(tmp_path: Path, monkeypatch: py
     assert counted(_in_microseconds(by_duckdb)) == objects
     assert counted(_in_microseconds(by_polars)) == objects
     assert dict(left["sums"].fetchall()).keys() == {"D1", "D2"}
+    assert counted(_in_microseconds(left["frame"].toArrow())) == objects
+    assert counted(_in_microseconds(left["first"])) == before
+    assert dict(zip(*left["maxima"].to_pydict().values(), strict=True))["D1"] == 5.0
+    left["spark"].stop()
 
 
 def _in_microseconds(table: pa.Table) -> pa.Table:

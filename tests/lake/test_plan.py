@@ -29,7 +29,7 @@ from given_settings import faults, loaded
 from memory_objects import MemoryObjects
 
 DAY = date(2026, 2, 7)
-LAYOUT_OF_TREE = TreeLayout(["%Y/%m/%d", "%Y-%m-%d"], [(date.min, 3600)])
+LAYOUT_OF_TREE = TreeLayout(("%Y/%m/%d", "%Y-%m-%d"), [(date.min, 3600)])
 
 
 def member(device: str, digest: bytes = b"1", size_bytes: int = 10, day: date = DAY) -> DeviceDay:
@@ -122,7 +122,7 @@ def test_the_layout_says_how_days_are_named_and_cut() -> None:
                b' {"from": "2026-02-07T00:00:00Z", "date_format": "%Y-%m-%d", "window_seconds": 3600}]}')  # fmt: skip
     layout = read_layout(store, "t", "%Y", 60)
     assert (layout.date_formats, layout.window_seconds(date(2026, 2, 6)), layout.window_seconds(DAY)) == (
-        ["%Y/%j", "%Y-%m-%d"], 900, 3600)  # fmt: skip
+        ("%Y/%j", "%Y-%m-%d"), 900, 3600)  # fmt: skip
     put(store, b"{}")
     with pytest.raises(Permanent, match=LAYOUT):
         read_layout(store, "t", "%Y", 60)
@@ -159,3 +159,20 @@ def test_the_table_lies_outside_the_tree(given: dict[str, str]) -> None:
     assert "outside S3_PREFIX" in " ".join(faults({"CATALOG": "iceberg", **given}))
     assert loaded(given).lake.catalog == "none"
     assert loaded({"CATALOG": "iceberg", "S3_LAKE_PREFIX": "telemetry-lake"}).lake.prefix == "telemetry-lake"
+
+
+SPARK = {"ANALYTICS_ENGINE": "spark", "CATALOG": "iceberg", "SPARK_REMOTE": "sc://spark:15002"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({**SPARK, "CATALOG": "none"}, "Spark reads the table of closed days; set CATALOG=iceberg"),
+        ({**SPARK, "SPARK_REMOTE": ""}, "SPARK_REMOTE='': ANALYTICS_ENGINE=spark needs it"),
+        ({**SPARK, "SPARK_REMOTE": "http://spark:secret"}, "SPARK_REMOTE='***': allowed: sc://host:port"),
+        ({**SPARK, "ANALYTICS_ENGINE": "trino"}, "ANALYTICS_ENGINE='trino'"),
+    ],
+)
+def test_an_engine_that_cannot_be_stops_the_start(given: dict[str, str], said: str) -> None:
+    assert said in "\n".join(faults(given))
+    assert loaded({}, **{**SPARK, "SPARK_REMOTE": "sc://spark/;token=x;use_ssl=true"}).analytics.engine == "spark"

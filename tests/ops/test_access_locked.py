@@ -35,6 +35,10 @@ async def asked(variables: dict[str, str], *, own_server: bool, headers: dict[st
     transport = httpx.ASGITransport(app=app)
     async with served(app), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         answers = {path: await client.get(path, headers=headers) for path in ("/health", "/ready", *PATHS)}
+        page = await client.get("/runs", headers={**headers, "Accept": "text/html,*/*"})
+        assert (page.status_code, page.headers["content-type"]) == (503, "text/html; charset=utf-8")
+        assert NEW_KEY in page.text
+        assert "script" not in page.text
         answers["sign-in"] = await client.post("/ops/session", json={"key": "x"}, headers=headers)
         return answers
 

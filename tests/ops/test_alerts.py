@@ -19,7 +19,7 @@ from app.core.pipeline import MISSING, Commit, Record
 from app.core.runs import Job, Outcome, Report, Run
 from app.core.windows import Window
 from app.db.state import State, open_state
-from app.ops.alerts import Alerts, Heartbeats, Rules, Told, Watched, is_stale, post
+from app.ops.alerts import Alerts, Heartbeats, Rules, Told, is_stale, post
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
 
@@ -136,23 +136,22 @@ class Process:
         self.listener = listener
         jobs = [Job(name, 60, lambda _: Report()) for name in ("export", "inbox")]
         clock, elapsed = time
-        clocks = FollowedClock(clock, ahead)
-        times = (lambda: clock[0], lambda: elapsed[0])
-        watched = Watched(
+        self.alerts = Alerts(
+            Rules("water", f"{listener.url}/hook?token=s", **rules),
             jobs,
-            state.pauses.paused,
             state.runs,
-            told or state.alerts,
-            clocks,
-            *times,
+            told=told or state.alerts,
+            clocks=FollowedClock(clock, ahead),
+            clock=lambda: clock[0],
+            paused=state.pauses.paused,
             troubles=state.checkpoints.troubles,
+            elapsed_seconds=lambda: elapsed[0],
         )
-        self.alerts = Alerts(Rules("water", f"{listener.url}/hook?token=s", **rules), watched)
         self.alerts.start()
 
     def end(self, *runs: Run) -> None:
         for each in runs:
-            self.alerts.ended(each, None)
+            self.alerts.ended(each)
 
     def settle(self) -> None:
         """Until all before this was told: the first sentinel wakes the thread, which then looks; the second says so."""

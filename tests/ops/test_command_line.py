@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,9 @@ from app.cli import COMMANDS, FIRST, JOBS, UsageError, parsed
 from app.config import NEW_KEY
 from app.db.state import open_state
 from app.main import build
+from app.ops import commands
 from daemon import free_port
+from daemon_jobs import quick_jobs
 from given_settings import loaded
 from shell import Shell
 
@@ -71,6 +75,8 @@ def test_every_example_of_the_help_can_be_called_and_every_job_is_listed(tmp_pat
         ("nonsense", "unknown command 'nonsense'", "commands: serve, run"),
         ("run", "python -m app run: the following arguments are required: JOB", "see `python -m app run --help`"),
         ("runs --limit ten", "argument --limit: 'ten' is not a whole number", "see `python -m app runs --help`"),
+        ("runs --limit 0", "argument --limit: '0' is not a whole number from 1", "see `python -m app runs --help`"),
+        ("runs --limit -1", "argument --limit: '-1' is not a whole number from 1", "see `python -m app runs --help`"),
         ("backfill a --from today --to 2026-02-01", "'today' is not an ISO 8601 date or timestamp, such as 2", "see `"),
         ("backfill a --from 2026-02-02 --to 2026-02-01", "must be earlier than --to", "exchange them"),
         ("backfill a --from 2026-02-01 --to 2026-02-02 --allow-shrink", "works only with --replace", "add --replace"),
@@ -94,12 +100,10 @@ def test_errors_are_documents_too_when_json_was_asked_for(shell: Shell) -> None:
         assert done.returncode == code
         error = json.loads(done.stdout)["error"]
         assert error["message"] == message
+        assert error["hint"].startswith("did you mean quick? " if "quik" in words else "")
         assert error["hint"]
         assert message in done.stderr
         assert error.get("faults", [message]) == [message]
-    assert json.loads(shell.run("quick_jobs", "run", "quik", "--json").stdout)["error"]["hint"].startswith(
-        "did you mean quick? "
-    )
 
 
 def test_run_repeats_while_there_is_more_and_says_the_sum(shell: Shell) -> None:
@@ -129,16 +133,23 @@ def test_on_a_terminal_that_does_not_know_its_size_progress_is_a_bar(shell: Shel
     assert b"/4 [" in said
 
 
-def test_the_ledger_of_a_run_is_one_line_for_people_and_a_field_for_programs(shell: Shell) -> None:
+def test_the_ledger_of_a_run_is_one_line_for_people_and_a_field_for_programs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sample = r"m <b>voltage</b>=1 \x1b[31m5 password=hunter2 \ud800"
     reason = f"2 no device tag, 2 of them new, for example {sample}"
     said = f"18 values counted: 12 new, 4 already there, 2 set aside ({reason})"
-    done = shell.run("quick_jobs", "run", "counting")
-    assert done.returncode == 1, "something was newly set aside"
-    assert done.stdout.splitlines() == ["counting partial: 12 rows, 0 bytes, 0 windows, 0 late rows", said]
-    assert said in shell.run("quick_jobs", "runs", "counting").stdout
-    document = json.loads(shell.run("quick_jobs", "run", "counting", "--json").stdout)
-    (recorded, *_) = json.loads(shell.run("quick_jobs", "runs", "counting", "--json").stdout)["runs"]
+    with closing((service := build(loaded(DATA_DIR=str(tmp_path)), quick_jobs)).state):
+
+        def printed(call: Callable[..., int], code: int, **given: Any) -> str:
+            assert call(service, job="counting", **given) == code
+            return capsys.readouterr().out
+
+        out = printed(commands.run, 1, dry_run=False, as_json=False)  # something was newly set aside
+        assert out.splitlines() == ["counting partial: 12 rows, 0 bytes, 0 windows, 0 late rows", said]
+        assert said in printed(commands.runs, 0, limit=9, as_json=False)
+        document = json.loads(printed(commands.run, 1, dry_run=False, as_json=True))
+        (recorded, *_) = json.loads(printed(commands.runs, 0, limit=9, as_json=True))["runs"]
     for found in (document, recorded):
         assert found["ledger_text"] == said
         assert {name: found["ledger"][name] for name in ("counted", "new", "set_aside", "closes")} == {
@@ -154,13 +165,18 @@ def test_the_ledger_of_a_run_is_one_line_for_people_and_a_field_for_programs(she
     ("job", "line"),
     [
         ("failing", "failing: bucket 'b' does not exist (create it, or set S3_BUCKET)\n"),
-        ("partial", "partial: dev-1: cut stream (look at the source)\n"),
         ("sleeping", "error: job sleeping is off (set INFLUXDB_URL)\n"),
     ],
 )
 def test_what_failed_is_one_line_on_stderr_and_exit_code_1(shell: Shell, job: str, line: str) -> None:
     done = shell.run("quick_jobs", "run", job)
     assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_a_partition_that_failed_is_one_line_on_stderr_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing((service := build(loaded(DATA_DIR=str(tmp_path)), quick_jobs)).state):
+        assert commands.run(service, job="partial", dry_run=False, as_json=False) == 1
+    assert capsys.readouterr().err == "partial: dev-1: cut stream (look at the source)\n"
 
 
 @pytest.mark.slow

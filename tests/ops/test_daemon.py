@@ -22,7 +22,7 @@ from daemon import Daemon, Daemons, free_port
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One daemon for the tests that only look."""
     started = Daemons(tmp_path_factory.mktemp("shared"))
-    yield started.start("quick_jobs")
+    yield started.start("quick_jobs", MAX_BODY_BYTES="2000")
     started.close()
 
 
@@ -31,8 +31,8 @@ def trace(tmp_path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_health_has_exactly_the_documented_shape(daemons: Daemons) -> None:
-    reply = daemons.start().get("/health")
+def test_health_has_exactly_the_documented_shape(shared: Daemon) -> None:
+    reply = shared.get("/health")
     assert reply.status == 200
     assert set(reply.json) == {"status", "version", "timestamp"}
     assert reply.json["status"] == "healthy"
@@ -257,13 +257,19 @@ def test_an_unforeseen_failure_is_recorded_without_markup_or_trace_in_the_answer
     assert "Traceback" in shared.log
 
 
-def test_a_body_over_the_limit_is_refused_whatever_its_length_says(daemons: Daemons) -> None:
-    daemon = daemons.start(MAX_BODY_BYTES="2000")
-    reply = daemon.post("/ops/session", {"key": "x" * 3000})
+def test_without_keys_a_page_of_another_site_can_neither_read_nor_act(shared: Daemon) -> None:
+    assert shared.post("/ops/jobs/quick/run", headers={"Sec-Fetch-Site": "cross-site"}).status == 403
+    assert shared.get("/ops/jobs", {"Host": "rebound.example"}).status == 403
+    assert shared.get("/health", {"Host": "healthcheck.railway.app"}).status == 200
+    assert shared.get("/ops/jobs", {"Host": f"localhost:{shared.port}"}).status == 200
+
+
+def test_a_body_over_the_limit_is_refused_whatever_its_length_says(shared: Daemon) -> None:
+    reply = shared.post("/ops/session", {"key": "x" * 3000})
     assert reply.status == 413
     assert "2000" in reply.json["error"]["message"]
     head = b"POST /ops/session HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with socket.create_connection(("127.0.0.1", daemon.port), timeout=10) as raw:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as raw:
         raw.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
         for _ in range(4):
             raw.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n")

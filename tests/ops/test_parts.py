@@ -13,11 +13,11 @@ from app.core.runs import Job, LeaseTerms, Report, RunDesk, Stop
 from app.db.state import open_state
 from app.ops.connection_checks import tried
 from app.ops.health import Probes, Readiness
-from app.ops.json_views import Calls, JobRecord, job_shown
+from app.ops.json_views import Calls, job_shown
 from app.ops.logs import log_run
 from app.ops.metrics import PARTITIONS, Series, exposition, lag_series
 from app.ops.pages import job_rows
-from app.ops.scheduler import STALLED_SECONDS, Counts, JobView, ProgressTally, Scheduler, Status
+from app.ops.scheduler import STALLED_SECONDS, Counts, JobView, ProgressTally, Scheduler
 from app.ops.service import steps_of
 from app.web.auth import Throttle
 
@@ -39,10 +39,10 @@ def test_only_the_partitions_that_lag_most_are_shown_singly() -> None:
 
 
 def test_a_row_says_how_many_calls_a_service_has_had() -> None:
-    view = JobView(Job("pull", 3600, lambda _: Report()), Status("waiting", None, 0), NOW, can_backfill=False)
-    shown = job_shown(view, JobRecord(None, calls=Calls(1234, 5000, 99_999)))
+    view = JobView(Job("pull", 3600, lambda _: Report()), "waiting", None, 0, NOW, can_backfill=False)
+    shown = job_shown(view, None, calls=Calls(1234, 5000, 99_999))
     assert shown["calls"] == {"today": 1234, "a_day": 5000}
-    text = job_rows({"jobs": [shown, job_shown(view, JobRecord(None))]})
+    text = job_rows({"jobs": [shown, job_shown(view, None)]})
     assert text.count("Calls: 1,234 of 5,000 today") == 1
     assert text.count("2026-02-07 12:00:00Z") == 2
 

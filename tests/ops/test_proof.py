@@ -68,20 +68,17 @@ def test_a_lost_window_is_found_named_and_mended_over_http(daemons: Daemons, tmp
     assert (set(again["counts"]), again["equal"]) == ({"=", "*"}, False)
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "status"),
-    [
+def test_what_cannot_be_verified_is_refused(daemons: Daemons) -> None:
+    daemon = daemons.start("shelf")
+    for path, body, status in (
         ("/ops/jobs/failing/verify", span(), 400),
         ("/ops/jobs/sleeping/verify", span(), 409),
         ("/ops/jobs/nobody/heal", span(), 404),
         ("/ops/jobs/shelf/verify", {"from": "2020-01-01T00:00:00Z", "to": "2026-01-01T00:00:00Z"}, 422),
         ("/ops/jobs/shelf/heal", {**span(), "partition": "x" * 301}, 422),
         ("/ops/jobs/shelf/heal", {**span(), "partition": "shelf"}, 400),
-    ],
-)
-def test_what_cannot_be_verified_is_refused(daemons: Daemons, path: str, body: Any, status: int) -> None:
-    daemon = daemons.start("shelf")
-    assert daemon.post(path, body).status == status
+    ):
+        assert daemon.post(path, body).status == status, path
     assert daemon.get("/ops/gaps?job=failing").status == 400
     assert daemon.get("/ops/gaps?job=shelf&to=0001-01-01T00:00:00%2B01:00").status == 422
 

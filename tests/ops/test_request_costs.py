@@ -42,17 +42,22 @@ def test_requests_are_counted_for_their_run_and_in_all() -> None:
 
 
 def test_a_thousand_puts_a_minute_cost_what_the_price_list_says() -> None:
-    found = estimate(RequestCounts({"put": 10_000, "get": 2_000}, 600), load_prices("", "us-east-1"))
+    found = estimate(RequestCounts({"put": 60_000, "get": 12_000}, 3600), load_prices("", "us-east-1"))
     assert found.by_kind["put"] == pytest.approx(1000 * MONTH / 60)
     assert found.cost == pytest.approx(1000 * MONTH / 60 * 0.005 / 1000 + 200 * MONTH / 60 * 0.0004 / 1000)
     assert found.text().startswith(
-        "222.66 USD a month at this rate: 43,830,000 PUT, 8,766,000 GET (counted over 0:10:00;"
+        "222.66 USD a month at this rate: 43,830,000 PUT, 8,766,000 GET (counted over 1:00:00;"
     )
+
+
+def test_the_first_hour_says_nothing_of_a_month() -> None:
+    text = estimate(RequestCounts({"put": 10_000}, 3599), load_prices("", "us-east-1")).text()
+    assert text == "not yet known: requests have been counted for less than an hour"
 
 
 def test_a_region_without_prices_has_those_of_the_default_region_and_says_so() -> None:
     assert load_prices("", "mars-north-1").region == "us-east-1"
-    assert "prices of us-east-1" in estimate(RequestCounts({"put": 1}, 600), load_prices("", "mars-north-1")).text()
+    assert "prices of us-east-1" in estimate(RequestCounts({"put": 1}, 3600), load_prices("", "mars-north-1")).text()
 
 
 def test_another_store_than_aws_has_counts_only() -> None:

@@ -390,11 +390,11 @@ def test_a_paused_job_ignores_its_timer_but_not_a_person(bench: Bench) -> None:
     scheduler = bench.start([Job("paused", 1, meter.work(0))])
     until(lambda: meter.ended >= 1)
     scheduler.pause("paused", "me")
-    until(lambda: scheduler.views()[0].status.state == "paused")  # a turn that was let through before has ended
+    until(lambda: scheduler.views()[0].state == "paused")  # a turn that was let through before has ended
     before = meter.ended
     time.sleep(1.3)
     assert meter.ended == before
-    assert scheduler.views()[0].status.state == "paused"
+    assert scheduler.views()[0].state == "paused"
     scheduler.run_now("paused")
     until(lambda: meter.ended == before + 1)
     scheduler.resume("paused")
@@ -422,7 +422,7 @@ def test_a_backfill_waits_for_the_running_job_and_is_repeated_until_done(bench: 
 def test_jobs_that_are_off_are_listed_with_their_reason_and_refuse_to_run(bench: Bench) -> None:
     scheduler = bench.start([Job("sleeping", 60, Meter().work(0), off="set INFLUXDB_URL")])
     (view,) = scheduler.views()
-    assert (view.status.state, view.job.off, view.next_run_at) == ("off", "set INFLUXDB_URL", None)
+    assert (view.state, view.job.off, view.next_run_at) == ("off", "set INFLUXDB_URL", None)
     with pytest.raises(Rejected, match="set INFLUXDB_URL"):
         scheduler.run_now("sleeping")
     with pytest.raises(Rejected, match="no job is named"):

@@ -13,23 +13,17 @@ NOW = datetime(2026, 2, 9, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
 
 
-def seen(faults: Sequence[MapFault]) -> Snapshot:
-    """A pipeline `p` whose listings showed these faults, and nothing else."""
-    nothing: Any = SimpleNamespace(rows=lambda *_, **__: [], partial_runs=lambda _: [])
-    maps: Any = SimpleNamespace(jobs=["p"], faults=lambda _: faults)
-    return Snapshot(
-        now=NOW,
-        zone=UTC,
-        views=(),
-        look=nothing,
-        maps=maps,
-        verified=(),
-        verifiable=["p"],
-        stale=frozenset(),
-        ahead_seconds={},
-        unreachable={},
-        cells=MapCells([NOW - HOUR, NOW], 3600),
+def seen(faults: Sequence[MapFault], recorded: Sequence[Any] = ()) -> Snapshot:
+    """A pipeline `p` whose listings showed these faults, whose records tell of more, and nothing else."""
+    rows = {"trouble_by_partition": recorded}
+    nothing: Any = SimpleNamespace(rows=lambda query, **_: rows.get(query, ()), partial_runs=lambda _: [])
+    ops: Any = SimpleNamespace(
+        maps=SimpleNamespace(jobs=["p"], faults=lambda _: faults),
+        proofs=SimpleNamespace(jobs=["p"], results=list),
+        probes=SimpleNamespace(unreachable=dict),
+        alerts=SimpleNamespace(stale=frozenset(), ahead_seconds={}),
     )
+    return Snapshot(NOW, UTC, (), nothing, MapCells([NOW - HOUR, NOW], 3600), ops)
 
 
 def fault(partition: str, hours_ago: int, seen_at: datetime = NOW) -> MapFault:
@@ -54,3 +48,11 @@ def test_what_a_heal_of_all_partitions_would_read_for_long_is_left_to_a_person()
     (alone,) = problems_of(seen([fault("D1", 5), fault("D1", 50)]))
     assert alone.title == "p, D1: 2 windows missing"
     assert alone.actions[0]["part"]["partition"] == "D1"
+
+
+def test_partitions_beyond_the_limit_of_the_page_count_in_what_is_missing() -> None:
+    of_all = {"all_windows": 2500, "all_partitions": 1200, "all_first_at": NOW - 30 * HOUR, "all_last_at": NOW}
+    one = {"pipeline": "p", "trouble": "missing", "windows": 2, "first_at": NOW - HOUR, "last_at": NOW, **of_all}
+    (found,) = problems_of(seen([], [{**one, "device_id": f"D{number:04}"} for number in range(1000)]))
+    assert found.title == "p, D0000, D0001, D0002 and 1,197 more: 2,500 windows missing"
+    assert (found.count, found.span) == (2500, (NOW - 30 * HOUR, NOW))

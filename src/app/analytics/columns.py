@@ -29,6 +29,7 @@ from app.analytics.engine import (
     literal,
     quoted,
 )
+from app.core.closed_days import Span, TableFile
 
 # How the columns of one object become the documented ones, decided from its schema and its key alone.
 #
@@ -67,7 +68,7 @@ class ColumnReading:
 
     `types`: name in DuckDB -> type; `source`: documented name -> name in DuckDB, of those that are there; `from_path`:
     documented names that are only in the path; `problem`: why reports cannot use it, ""; `notes`: what a person should
-    know of it.
+    know of it; `also`: documented name -> names in DuckDB where a file of the table has its values of other types.
     """
 
     types: Mapping[str, str]
@@ -76,6 +77,7 @@ class ColumnReading:
     is_csv: bool
     problem: str
     notes: tuple[str, ...]
+    also: Mapping[str, Sequence[str]]
 
     def type_of(self, documented: str) -> str:
         """The type in the file; "" when the column is missing."""
@@ -97,7 +99,8 @@ class ColumnReading:
         """Equal for files that one query can read, but for columns that are not documented."""
         renamed = tuple(sorted((name, own) for name, own in self.source.items() if name != own.lower()))
         header = tuple(self.types) if self.is_csv or self.has_unnamed else ()
-        return instant_kind(self.type_of(INSTANT)), renamed, self.has_bytes, self.from_path, header
+        also = tuple(name for names in self.also.values() for name in names)
+        return instant_kind(self.type_of(INSTANT)), renamed, self.has_bytes, self.from_path, header, also
 
     @property
     def has_unnamed(self) -> bool:
@@ -112,16 +115,39 @@ class ColumnReading:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One object that is read. `name`: as DuckDB reaches it; `reading`: how its columns are read."""
+    """One object that is read. `name`: as DuckDB reaches it; `reading`: how its columns are read; `where`: which of its
+    rows, a condition over them as they are, "" = all.
+    """
 
     name: str
     key: str
     reading: ColumnReading
+    where: str = ""
 
 
 def file_of(name: str, key: str, schema: str) -> File:
     """`schema`: column -> type as JSON, in the file's order."""
     return File(name, key, reading(schema, tuple(path_texts(key)), is_csv=format_of(key) == "csv"))
+
+
+def table_file_of(name: str, file: TableFile, schema: str, span: Span) -> File:
+    """A file of the table, whose columns have their types already, so that DuckDB skips what is not asked for."""
+    conditions = [
+        f"rows.{column} {literal(str(value))}"
+        for column, value in (
+            ("device_id =", span.device),
+            ("timestamp >= TIMESTAMPTZ", span.since and f"{span.since}+00"),
+            ("timestamp < TIMESTAMPTZ", span.until and f"{span.until}+00"),
+        )
+        if value is not None
+    ]
+    if file.without:
+        windows = ", ".join(f"({literal(device)}, {first}, {last})" for device, first, last in file.without)
+        conditions.append(
+            f"NOT EXISTS (SELECT 1 FROM (VALUES {windows}) AS read(device, first_us, last_us) WHERE "  # noqa: S608 - own
+            "read.device = rows.device_id AND epoch_us(rows.timestamp) BETWEEN read.first_us AND read.last_us)"
+        )
+    return File(name, file.key, reading(schema, (), of_table=True), " AND ".join(conditions))
 
 
 def path_texts(key: str) -> Mapping[str, str | None]:
@@ -152,7 +178,7 @@ def family(kind: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def reading(schema: str, in_path: tuple[str, ...], *, is_csv: bool = False) -> ColumnReading:
+def reading(schema: str, in_path: tuple[str, ...], *, is_csv: bool = False, of_table: bool = False) -> ColumnReading:
     """See `ColumnReading`; `in_path` are the documented names that the path gives."""
     columns: Mapping[str, str] = json.loads(schema)
     types = dict(zip(distinct(list(columns)), columns.values(), strict=True))
@@ -171,7 +197,8 @@ def reading(schema: str, in_path: tuple[str, ...], *, is_csv: bool = False) -> C
     missing = [name for name in ("device_id", INSTANT) if name not in source and name not in from_path]
     notes += [f"has no column {name}: its rows count as those without one" for name in missing]
     problem = next(_problems(types, source, is_csv=is_csv), "")
-    return ColumnReading(types, source, from_path, is_csv, problem, tuple(notes))
+    also = {name: [own for own in types if own.startswith(f"{name}_as_")] for name in source if of_table}
+    return ColumnReading(types, source, from_path, is_csv, problem, tuple(notes), also)
 
 
 def _problems(types: Mapping[str, str], source: Mapping[str, str], *, is_csv: bool) -> Iterator[str]:
@@ -336,7 +363,8 @@ def _grouped(files: Sequence[File], casts: Mapping[str, str]) -> Sequence[Sequen
     for some in _by_reading(files):
         own = some[0].reading
         types = tuple(own.types[own.further[name]] if name in own.further else "" for name in casts)
-        groups.setdefault((own.kind, types), []).extend(some)
+        for file in some:
+            groups.setdefault((own.kind, types, file.where), []).append(file)
     return list(groups.values())
 
 
@@ -389,7 +417,8 @@ def _rows(folder: Path, files: Sequence[File], casts: Mapping[str, str], given_c
     else:
         without = f"EXCLUDE ({', '.join(map(quoted, hidden))}) " if hidden else ""
         columns = f"rows.* {without}REPLACE ({typed})"
-    return f"(SELECT {columns} FROM {source}{joined})"  # noqa: S608 - own names, files as literals
+    where = f" WHERE {files[0].where}" if files and files[0].where else ""
+    return f"(SELECT {columns} FROM {source}{joined}{where})"  # noqa: S608 - own names, files as literals
 
 
 def raw_rows(folder: Path, files: Sequence[File], file_name: str = "") -> str:
@@ -414,10 +443,10 @@ def documented(own: ColumnReading | None) -> Mapping[str, str]:
     """Documented column -> its value as an expression over the columns of `rows`."""
     values: dict[str, str] = {}
     for name in TEXTS:
-        text = f"nullif(TRY_CAST({_column(own, name)} AS VARCHAR), '')"
+        text = f"nullif({_cast(own, name, 'VARCHAR')}, '')"
         values[name] = f"coalesce({text}, nullif(path.{name}, ''))" if own and name in own.from_path else text
     for name in NUMBERS:
-        number = f"TRY_CAST({_column(own, name)} AS DOUBLE)"
+        number = _cast(own, name, "DOUBLE")
         values[name] = f"CASE WHEN isfinite({number}) THEN {number} END"
     kind = instant_kind(own.type_of(INSTANT)) if own else ""
     instant = _column(own, INSTANT)
@@ -430,6 +459,13 @@ def documented(own: ColumnReading | None) -> Mapping[str, str]:
     derived = _nanos_of(kind, instant)
     values[NANOS] = f"coalesce({below}, {derived})" if derived else below
     return values
+
+
+def _cast(own: ColumnReading | None, name: str, kind: str) -> str:
+    """A documented column as this type; from a file of the table also what stands in columns of other types."""
+    columns = [_column(own, name), *(f"rows.{quoted(each)}" for each in (own.also.get(name, ()) if own else ()))]
+    casts = [f"TRY_CAST({column} AS {kind})" for column in columns]
+    return casts[0] if len(casts) == 1 else f"coalesce({', '.join(casts)})"
 
 
 def _column(own: ColumnReading | None, name: str) -> str:

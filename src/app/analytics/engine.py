@@ -12,7 +12,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -83,7 +83,9 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A bucket, and the keys to read it with. `whole`: objects are fetched whole, each by one request."""
+    """A bucket, and the keys to read it with. `whole`: objects are fetched whole, each by one request; `table`: prefix
+    of the table's files, "" where there is none.
+    """
 
     bucket: str
     prefix: str
@@ -95,6 +97,7 @@ class Remote:
     secret_access_key: str = field(repr=False)
     session_token: str = field(default="", repr=False)
     whole: bool = True
+    table: str = ""
 
 
 class Engine:
@@ -194,7 +197,7 @@ def _opened(folder: Path, limits: EngineLimits, remote: Remote | None) -> Any:
     _set(connection, settings)
     allowed = [f"{folder}/"]
     if remote is not None:
-        allowed.append(_open_remote(connection, remote))
+        allowed += _open_remote(connection, remote)
     # Files without rows but with every documented column: one joins each read, so that a column that no object has is
     # null instead of an error, and no object at all is an empty table.
     for name, left_out in ((PAD, INSTANT), (PAD_WITH_INSTANT, "")):
@@ -209,8 +212,8 @@ def _set(connection: Any, settings: Mapping[str, Any]) -> None:
         connection.execute(f"SET GLOBAL {name} = {literal(value)}")
 
 
-def _open_remote(connection: Any, remote: Remote) -> str:
-    """Load the extension of the package, set it up, and hand it the keys; the URL of what may be read."""
+def _open_remote(connection: Any, remote: Remote) -> Sequence[str]:
+    """Load the extension of the package, set it up, and hand it the keys; the URLs of what may be read."""
     connection.execute(f"LOAD {literal(str(extension()))}")
     settings = {
         "force_download": remote.whole,  # one request: the object is one version, whoever replaces it meanwhile
@@ -220,7 +223,8 @@ def _open_remote(connection: Any, remote: Remote) -> str:
         "http_retries": 2,
     }
     _set(connection, {**settings, **_network(remote)})
-    scope = f"s3://{remote.bucket}/{remote.prefix}/" if remote.prefix else f"s3://{remote.bucket}/"
+    scopes = [f"s3://{remote.bucket}/{remote.prefix}/" if remote.prefix else f"s3://{remote.bucket}/"]
+    scopes += [f"s3://{remote.bucket}/{remote.table}/"] if remote.table else []
     secret = {
         "KEY_ID": remote.access_key_id,
         "SECRET": remote.secret_access_key,
@@ -233,7 +237,7 @@ def _open_remote(connection: Any, remote: Remote) -> str:
     }
     pairs = ", ".join(f"{name} {literal(value)}" for name, value in secret.items())
     connection.execute(f"CREATE SECRET objects (TYPE s3, PROVIDER config, {pairs})")
-    return scope
+    return scopes
 
 
 def _network(remote: Remote) -> Mapping[str, str]:

@@ -20,12 +20,15 @@ from decimal import Decimal
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.analytics.engine import MESSAGE_CHARACTERS, written
 from app.analytics.reports import ReportTable
 from app.core.errors import Rejected
 from app.web.text_values import FORMULA
+
+if TYPE_CHECKING:
+    from app.core.closed_days import TableState
 
 MEDIA: Mapping[str, str] = {
     "json": "application/json",
@@ -61,6 +64,8 @@ class ReportAnswer:
     def __init__(self, spool: Any) -> None:
         self.size_bytes = spool.seek(0, io.SEEK_END)
         self.left_out = 0  # objects, beside those that every answer leaves out
+        self.state: TableState | None = None  # of the table of closed days that was read
+        self.engine = "duckdb"
         self._spool = spool
         self._lock = Lock()
         weakref.finalize(self, spool.close)

@@ -4,24 +4,30 @@ Invariants: in a directory every file is pinned by a link, or copied, before it 
 fetched whole by one request, and where one is too large for that, the answer counts only if no object has changed
 meanwhile. Whatever goes wrong with an object, the objects are listed again and the report is run again, a few times
 only; one that still fails is left out and named, and hinders no other; an error of the report itself is raised at once.
+Where there is a table of closed days, its files are read in the place of the objects that they were made from.
 """
 
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, Protocol
 
-from app.analytics.columns import File, family, file_of, format_of, relation, schemas, suffix_of
+from app.analytics.columns import File, family, file_of, format_of, relation, schemas, suffix_of, table_file_of
 from app.analytics.engine import RETRY_HINT, Engine, Remote, TooLarge, Unbound, UnreadableObject, Wrong
 from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
 from app.analytics.reports import BadParameter, ReportDefinition
-from app.analytics.summaries import Summaries
+from app.analytics.spark import SparkReports
+from app.analytics.summaries import Summaries, View
+from app.core.closed_days import EVERYTHING, NO_TABLE, ClosedDays, Span, TableFile, TableRows, TableState
 from app.core.errors import Conflict, Permanent, Rejected
 from app.db.object_summaries import Version, VersionToRead
 
@@ -36,16 +42,30 @@ LeftOut = Mapping[Version, tuple[str, str]]
 """Version -> key and reason."""
 
 
+@dataclass(frozen=True, slots=True)
+class ToRead:
+    """What a report reads: versions of objects, and of the table the rows of a span."""
+
+    sources: Sequence[VersionToRead]
+    table: TableRows = NO_TABLE
+    span: Span = EVERYTHING
+
+    @property
+    def in_table(self) -> TableState | None:
+        """The state of the table that has all of it; None where objects are read too."""
+        return None if self.sources or any(file.without for file in self.table.files) else self.table.state
+
+
 class Objects(Protocol):
     """Where queries find the objects."""
 
     @contextmanager
-    def opened(self, sources: Sequence[VersionToRead]) -> Iterator[tuple[Engine, Sequence[File]]]:
+    def opened(self, wanted: ToRead) -> Iterator[tuple[Engine, Sequence[File]]]:
         """An engine, and these objects as it reads them, good until the block ends: whole versions, the listed ones or
         newer. May raise Conflict when one of them is gone already.
         """
 
-    def certain(self, sources: Sequence[VersionToRead]) -> bool:
+    def certain(self, wanted: ToRead) -> bool:
         """Whether what was read in `opened` cannot have been of two versions."""
 
     def close(self) -> None:
@@ -60,13 +80,13 @@ class LocalObjects:
     pin: Callable[[str, Path], str | None]
 
     @contextmanager
-    def opened(self, sources: Sequence[VersionToRead]) -> Iterator[tuple[Engine, Sequence[File]]]:
+    def opened(self, wanted: ToRead) -> Iterator[tuple[Engine, Sequence[File]]]:
         """See `Objects.opened`. A whole version that is newer than the listed one serves as well, and an object that is
         gone is left out: the answer is of now, however fast objects are replaced.
         """
         with TemporaryDirectory(dir=self.engine.folder, prefix="pins-") as folder:
             files, newer = [], []
-            for number, source in enumerate(sources):
+            for number, source in enumerate(wanted.sources):
                 file = Path(folder) / f"{number}{suffix_of(source.key)}"
                 etag = self.pin(source.key, file)
                 if etag == source.etag:
@@ -78,11 +98,15 @@ class LocalObjects:
             for each in described:
                 if each.reading.problem:
                     raise UnreadableObject(f"{each.key}: {each.reading.problem}", RETRY_HINT)
-            yield self.engine, [*files, *described]
+            table = {str(Path(folder) / f"t{number}.parquet"): file for number, file in enumerate(wanted.table.files)}
+            for name, held in table.items():
+                if self.pin(held.key, Path(name)) is None:
+                    raise UnreadableObject(f"{held.key} is gone", RETRY_HINT)
+            yield self.engine, [*files, *described, *_of_table(self.engine, table, wanted.span)]
 
-    def certain(self, sources: Sequence[VersionToRead]) -> bool:
+    def certain(self, wanted: ToRead) -> bool:
         """See `Objects.certain`: a link stays what it is."""
-        del sources
+        del wanted
         return True
 
     def close(self) -> None:
@@ -103,20 +127,25 @@ class BucketObjects:
         self._engines: dict[bool, Engine] = {}
 
     @contextmanager
-    def opened(self, sources: Sequence[VersionToRead]) -> Iterator[tuple[Engine, Sequence[File]]]:
+    def opened(self, wanted: ToRead) -> Iterator[tuple[Engine, Sequence[File]]]:
         """See `Objects.opened`."""
-        engine = self._engine(whole=self._whole(sources))
-        bucket = engine.remote.bucket if engine.remote else ""
-        yield engine, [file_of(f"s3://{bucket}/{source.key}", source.key, source.columns) for source in sources]
+        engine = self._engine(whole=self._whole(wanted))
+        root = f"s3://{engine.remote.bucket if engine.remote else ''}/"
+        files = [file_of(f"{root}{source.key}", source.key, source.columns) for source in wanted.sources]
+        table = {f"{root}{file.key}": file for file in wanted.table.files}
+        yield engine, [*files, *_of_table(engine, table, wanted.span)]
 
-    def certain(self, sources: Sequence[VersionToRead]) -> bool:
+    def certain(self, wanted: ToRead) -> bool:
         """See `Objects.certain`: fetched whole, unless one is too large to be held in memory; and a newer version of
-        CSV may have other columns, which nothing in its rows tells.
+        CSV may have other columns, which nothing in its rows tells. Files of the table never change.
         """
-        return self._whole(sources) and not any(format_of(source.key) == "csv" for source in sources)
+        is_csv = any(format_of(source.key) == "csv" for source in wanted.sources)
+        return not wanted.sources or (self._whole(wanted) and not is_csv)
 
-    def _whole(self, sources: Sequence[VersionToRead]) -> bool:
-        return all(source.size_bytes <= self._whole_bytes for source in sources)
+    def _whole(self, wanted: ToRead) -> bool:
+        """Of large files, and so of all that are read with them, only the parts that a report needs are fetched."""
+        sizes = [*(each.size_bytes for each in wanted.sources), *(each.size_bytes for each in wanted.table.files)]
+        return max(sizes, default=0) <= self._whole_bytes
 
     def _engine(self, *, whole: bool) -> Engine:
         remote = self._remote(whole)
@@ -136,13 +165,31 @@ class BucketObjects:
             self._engines.clear()
 
 
-class Queries:
-    """Runs reports. `local` checks their texts; it reads no object."""
+def _of_table(engine: Engine, table: Mapping[str, TableFile], span: Span) -> Sequence[File]:
+    """Files of the table by the names that the engine knows them by."""
+    found = schemas(engine, [(name, file.key) for name, file in table.items()])
+    return [table_file_of(name, file, json.dumps(found[name]), span) for name, file in table.items()]
 
-    def __init__(self, summaries: Summaries, objects: Objects, local: Engine) -> None:
+
+class Queries:
+    """Runs reports. `local` checks their texts; it reads no object. `table`: that of closed days, where there is one;
+    `spark`: what runs reports of closed days alone, where it is not DuckDB.
+    """
+
+    def __init__(
+        self,
+        summaries: Summaries,
+        objects: Objects,
+        local: Engine,
+        table: ClosedDays | None = None,
+        spark: SparkReports | None = None,
+    ) -> None:
         self._summaries = summaries
         self._objects = objects
         self._local = local
+        self._table = table
+        self._spark = spark
+        self._day_rows: tuple[int, Counter[int]] = (0, Counter())
         self._checked: set[str] = set()
         self._broken: dict[tuple[str, Version], tuple[str, float]] = {}
 
@@ -171,30 +218,73 @@ class Queries:
             raise Permanent(f"report {report.name}.sql: {names}", "declare each parameter once and use it as $name")
         self._checked.add(report.text)
 
-    def run(self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape) -> ReportAnswer:
-        """The answer over all rows that are there; what is left out is in its warnings. Raises Permanent when the
-        report is wrong, Transient when no object can be read, or they are replaced each time.
+    def has_older_rows(self, view: View) -> bool:
+        """Whether the table has rows whose objects are gone, which the summaries know nothing of."""
+        if self._table is None:
+            return False
+        number, rows = self._day_rows
+        if number != view.number:
+            rows = Counter()
+            for (_, day), part in view.days.items():
+                rows[day] += part.rows
+            self._day_rows = view.number, rows
+        return any(count > rows[day] for day, count in self._table.day_counts().items())
+
+    def to_read(self, span: Span, as_of: datetime | None = None) -> ToRead:
+        """What has to be read for a span, now or of the table as it was. Raises BadParameter for an instant of which
+        there is no table.
+        """
+        if as_of is not None:
+            if self._table is None:
+                raise BadParameter("as_of needs the table of closed days", "set CATALOG=iceberg; see docs/lake.md")
+            try:
+                return ToRead([], self._table.rows_at(as_of, span), span)
+            except Rejected as error:
+                raise BadParameter(error.message, error.hint) from error
+        view = self._summaries.view
+        table = NO_TABLE
+        if self._table is not None and view is not None:
+            table = self._table.rows(span, view.changes, partial(self._summaries.sources_of_days, None))
+        sources = self._summaries.sources(span.device, span.since, span.until)
+        return ToRead([source for source in sources if table.beside(source)], table, span)
+
+    def look_again(self) -> None:
+        """Something that was to be read is gone."""
+        self._summaries.refresh()
+        if self._table is not None:
+            self._table.look_again()
+
+    def run(
+        self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape, as_of: datetime | None = None
+    ) -> ReportAnswer:
+        """The answer over all rows that are there, or that the table of closed days had; what is left out is in its
+        warnings. Raises Permanent when the report is wrong, Transient when no object can be read, or they are replaced
+        each time.
         """
         self.check(report)
         with _named(report, values):
             for _ in range(ATTEMPTS - 1):
                 try:
-                    return self._answer(report, values, shape)
+                    return self._answer(report, values, shape, as_of)
                 except (UnreadableObject, Conflict):
-                    self._summaries.refresh()
+                    self.look_again()
             try:
-                return self._answer(report, values, shape)
+                return self._answer(report, values, shape, as_of)
             except (UnreadableObject, Conflict):
                 if not self._find_broken(report, values, shape):
                     raise
-            return self._answer(report, values, shape)
+            return self._answer(report, values, shape, as_of)
 
-    def _answer(self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape) -> ReportAnswer:
+    def _answer(
+        self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape, as_of: datetime | None
+    ) -> ReportAnswer:
         """Without the objects with which this report went wrong a while ago; where the report does not fit, without
         those whose columns are of another kind than in most.
         """
-        found = self._summaries.sources(*report.span(values))
-        now = time.monotonic()
+        wanted = self.to_read(Span(*report.span(values)), as_of)
+        if self._spark and self._spark.knows(report) and (state := wanted.in_table):
+            return self._spark.run(report, values, shape, state, wanted.span)
+        found, now = wanted.sources, time.monotonic()
         faults = {
             version: text
             for (path, version), (text, until) in self._broken.items()
@@ -203,11 +293,11 @@ class Queries:
         broken = {one.version: (one.key, faults[one.version]) for one in found if one.version in faults}
         sources = [source for source in found if source.version not in broken]
         try:
-            return self._attempt(report, values, shape, sources, broken)
+            return self._attempt(report, values, shape, wanted, broken)
         except Wrong:
             for odd in odd_ones(report.text, sources):
                 with suppress(Wrong):  # the error over all objects is raised below
-                    return self._attempt(report, values, shape, sources, {**broken, **odd})
+                    return self._attempt(report, values, shape, wanted, {**broken, **odd})
             raise
 
     def _attempt(
@@ -215,19 +305,20 @@ class Queries:
         report: ReportDefinition,
         values: Mapping[str, Any],
         shape: AnswerShape,
-        found: Sequence[VersionToRead],
+        found: ToRead,
         left_out: LeftOut,
     ) -> ReportAnswer:
-        sources = [source for source in found if source.version not in left_out]
-        with self._objects.opened(sources) as (engine, files), _by_key(files):
+        wanted = replace(found, sources=[source for source in found.sources if source.version not in left_out])
+        with self._objects.opened(wanted) as (engine, files), _by_key(files):
             rows = relation(engine.folder, files)
             with _fitting(engine, rows), engine.batches(report.sql(rows), values, BATCH_ROWS) as reader:
                 answer = of_batches(reader, _with_warnings(shape, left_out), engine.folder)
-        if not self._objects.certain(sources):
+        if not self._objects.certain(wanted):
             self._summaries.refresh()
-            if not self._summaries.holds(sources):
+            if not self._summaries.holds(wanted.sources):
                 raise UnreadableObject("objects were replaced while they were read", RETRY_HINT)
         answer.left_out = len(left_out)
+        answer.state = found.table.state
         return answer
 
     def _find_broken(self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape) -> bool:
@@ -261,7 +352,7 @@ class Queries:
     ) -> str:
         """Why these cannot be read by the report; "" when they can, or the report does not fit so few of them."""
         try:
-            self._attempt(report, values, shape, sources, {})
+            self._attempt(report, values, shape, ToRead(sources), {})
         except (UnreadableObject, Conflict) as error:
             return error.message
         except Wrong:

@@ -40,7 +40,7 @@ LIMITS: Mapping[str, str] = {"device_id=": "text", "timestamp>=": "timestamp", "
 FORMATS = ("json", "ndjson", "csv", "parquet", "xlsx")
 FIELD = re.compile(rf"^-- *(?:(title|path|param|reads|answer|summary)\b:? *(.*)|(format): *({'|'.join(FORMATS)}) *)$")
 RESERVED = frozenset({"format", "scan"})
-OPTIONS = RESERVED | {"formula_safe"}
+OPTIONS = RESERVED | {"as_of", "formula_safe"}
 TAKEN = frozenset({"schema", "explore"})
 MAX_TEXT = 1000
 WRITTEN = re.compile(r"[0-9.eE+-]+")  # Python also reads 1_000, blanks around a number, and digits of other scripts

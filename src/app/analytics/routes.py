@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
@@ -24,8 +24,10 @@ from app.analytics.sql_sandbox import MAX_ROWS, SqlBusy, SqlRequest
 from app.analytics.summaries import View
 from app.core.errors import AppError, Transient
 from app.ops.pages import SCRIPT, framed, serve
+from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Answers, Asgi, Receive, Refusal, Refused, Scope, Send, faults
+from app.web.text_values import instant
 
 READ = needs("analytics:read")
 FIRST_SECONDS = 20.0
@@ -105,8 +107,9 @@ def build(analytics: Analytics) -> APIRouter:
     page = framed("Explore", _asset("explore.html"), ("explore",), link="Explore", root="../")
     serve(router, "/analytics/explore", page.encode(), "text/html; charset=utf-8")
     serve(router, "/assets/explore.js", _asset("explore.js").encode(), SCRIPT)
+    strict = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 
-    @router.get(
+    @strict.get(
         "/analytics",
         openapi_extra=READ,
         summary="All reports, with their parameters and columns",
@@ -119,7 +122,7 @@ def build(analytics: Analytics) -> APIRouter:
             analytics.described[:] = await run_in_threadpool(lambda: [_described(analytics, each) for each in reports])
         return JSONResponse({"count": len(analytics.described), "reports": analytics.described})
 
-    @router.get(
+    @strict.get(
         "/analytics/schema",
         openapi_extra=READ,
         summary="Columns of the data, and how much of it there is",
@@ -129,7 +132,7 @@ def build(analytics: Analytics) -> APIRouter:
     async def schema() -> Response:
         return JSONResponse(_schema(analytics, await _view(analytics)))
 
-    router.add_api_route(
+    strict.add_api_route(
         "/analytics/sql",
         _statement(analytics),
         methods=["POST"],
@@ -140,7 +143,8 @@ def build(analytics: Analytics) -> APIRouter:
         response_class=Response,
     )
     for report in analytics.reports.values():
-        _report(router, analytics, report)
+        _report(strict, analytics, report)
+    router.include_router(strict)
     return router
 
 
@@ -149,7 +153,7 @@ def _asset(name: str) -> str:
 
 
 def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -> None:
-    answer = _answering(analytics, report)
+    answer, extra = _answering(analytics, report), {**READ, "parameters": _parameters(report)}
     paths = [f"/analytics/{report.path}", *([f"/{report.path}"] if report.path in ALIASES else [])]
     for path in paths:
         router.add_api_route(
@@ -159,7 +163,7 @@ def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -
             name=f"report_{report.name}",
             summary=report.title,
             description=report.description,
-            openapi_extra={**READ, "parameters": _parameters(report)},
+            openapi_extra=extra,
             responses={
                 **_answers({400: "more rows than the format may have"}, report.answer),
                 304: {"description": "unchanged"},
@@ -167,7 +171,7 @@ def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -
             response_class=Response,
             include_in_schema=path == paths[0],
         )
-        router.add_api_route(path, answer, methods=["HEAD"], openapi_extra=READ, include_in_schema=False)
+        router.add_api_route(path, answer, methods=["HEAD"], openapi_extra=extra, include_in_schema=False)
 
 
 def _parameters(report: ReportDefinition) -> Sequence[Mapping[str, Any]]:
@@ -179,6 +183,9 @@ def _parameters(report: ReportDefinition) -> Sequence[Mapping[str, Any]]:
         {"name": "format", "in": "query", "schema": formats, "description": "format of the answer"},
         {"name": "formula_safe", "in": "query", "schema": flag, "description": meaning},
     ]
+    if "as_of" not in {each.name for each in report.parameters}:
+        meaning = "over closed days alone, from the state of their table that was valid then; needs CATALOG=iceberg"
+        own.append({"name": "as_of", "in": "query", "schema": dict(TYPES["timestamp"]), "description": meaning})
     if report.summary:
         meaning = "read all objects instead of the summaries: slow, with the same answer"
         own.append({"name": "scan", "in": "query", "schema": flag, "description": meaning})
@@ -223,10 +230,12 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
             keep_seconds = LONG_SECONDS if asked.from_memory else analytics.refresh_seconds
 
             def make() -> ReportAnswer:
-                if asked.from_memory:
+                if asked.from_memory and not analytics.queries.has_older_rows(view):
                     days = within(view.days, *report.span(asked.values))
-                    return of_table(TABLES[report.summary](days), shape, analytics.workplace.folder)
-                return analytics.queries.run(report, asked.values, shape)
+                    answer = of_table(TABLES[report.summary](days), shape, analytics.workplace.folder)
+                    answer.engine = "summary"
+                    return answer
+                return analytics.queries.run(report, asked.values, shape, asked.as_of)
 
             try:
                 found = await analytics.cache.answer(key, make, keep_seconds)
@@ -245,7 +254,7 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
 
 
 class Quick:
-    """The API, but for cached answers of reports: those are sent at once.
+    """The API, for requests of these `paths`: cached answers of reports are sent at once.
 
     Most requests for reports are of this kind, and routing would take longer than the rest of such a request.
     """
@@ -254,12 +263,12 @@ class Quick:
         self._api = api
         self._analytics = analytics
         reports = analytics.reports.values()
-        self._paths = {f"{start}/{report.path}" for report in reports for start in ("", "/analytics")}
+        self.paths = [f"{start}/{report.path}" for report in reports for start in ("", "/analytics")]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
         began = time.perf_counter()
-        found = self._held(scope) if scope["path"] in self._paths else None
+        found = self._held(scope)
         if found is None:
             await self._api(scope, receive, send)
             return
@@ -282,22 +291,18 @@ class Quick:
 
 
 def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
-    options = {"format": report.format, "formula_safe": "false", **({"scan": "false"} if report.summary else {})}
+    scan = {"scan": "false"} if report.summary else {}
+    options = {"format": report.format, "as_of": "", "formula_safe": "false", **scan}
     for parameter in report.parameters:
         options.pop(parameter.name, None)
-    rest = []
     given = request.query_params.multi_items()
-    for name, text in given:
-        if name in options:
-            options[name] = text
-            if sum(name == each for each, _ in given) > 1:
-                raise Refused(Refusal(422, f"{name} is there twice", "send it once", f"query.{name}"))
-        else:
-            rest.append((name, text))
+    options |= {name: text for name, text in given if name in options}
+    rest = [(name, text) for name, text in given if name not in options]
     written = options.pop("format")
     if written not in MEDIA:
         allowed = f"formats: {', '.join(MEDIA)}"
         raise Refused(Refusal(422, f"format={written[:80]!r} is not known", allowed, "query.format"))
+    as_of = _instant(options.pop("as_of", None))
     for name, text in options.items():
         if text not in ("true", "false"):
             raise Refused(Refusal(422, f"{name}={text[:80]!r} is neither", "send true or false", f"query.{name}"))
@@ -305,7 +310,16 @@ def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
         values = report.values(rest)
     except BadParameter as error:
         raise Refused(Refusal(422, error.message, error.hint, "query")) from error
-    return ReportRequest(report, values, written, **{name: text == "true" for name, text in options.items()})
+    flags = {name: text == "true" for name, text in options.items()}
+    return ReportRequest(report, values, written, **flags, as_of=as_of)
+
+
+def _instant(text: str | None) -> datetime | None:
+    try:
+        return instant(text) if text else None
+    except (ValueError, OverflowError):
+        allowed = "send an instant such as 2026-02-07T12:00:00Z; UTC when it has no offset"
+        raise Refused(Refusal(422, f"as_of={str(text)[:80]!r} is not an instant", allowed, "query.as_of")) from None
 
 
 async def _view(analytics: Analytics) -> View:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,10 +25,12 @@ from app.analytics.engine import Engine, EngineLimits, Remote
 from app.analytics.formats import MEDIA, ReportAnswer
 from app.analytics.queries import BucketObjects, LocalObjects, Objects, Queries
 from app.analytics.reports import ReportDefinition, load_reports
+from app.analytics.spark import SparkRemote, SparkReports, spark_texts
 from app.analytics.sql_sandbox import SqlSandbox
 from app.analytics.summaries import Summaries, View
 from app.config.settings import Settings
-from app.core.errors import AppError, Transient
+from app.core.closed_days import ClosedDays
+from app.core.errors import AppError, BadSettings, Transient
 from app.db.database import sql_directory
 from app.db.object_summaries import SqlSummaries
 from app.object_store.local import LocalDirectory
@@ -122,25 +125,28 @@ Scope = MutableMapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ReportRequest:
-    """A parsed request for a report. `scan`: run it although there is a summary; `formula_safe`: see `formats`."""
+    """A parsed request for a report. `scan`: run it although there is a summary; `formula_safe`: see `formats`;
+    `as_of`: over the table of closed days as it was then.
+    """
 
     report: ReportDefinition
     values: Mapping[str, Any]
     format: str
     scan: bool = False
     formula_safe: bool = False
+    as_of: datetime | None = None
 
     @property
     def from_memory(self) -> bool:
         """Whether the summaries have the answer: they are sums of whole days."""
         _, since, until = self.report.span(self.values)
         is_whole_days = all(at is None or at.time() == datetime.min.time() for at in (since, until))
-        return bool(self.report.summary) and not self.scan and is_whole_days
+        return bool(self.report.summary) and not self.scan and self.as_of is None and is_whole_days
 
 
 def key_of(asked: ReportRequest, view: View, warnings: Warnings) -> Hashable:
     """What the answer depends on."""
-    how = asked.format, asked.scan, asked.formula_safe
+    how = asked.format, asked.scan, asked.formula_safe, asked.as_of
     return asked.report.path, *how, tuple(asked.values.items()), view.number, warnings
 
 
@@ -148,11 +154,11 @@ def reply_of(
     asked: ReportRequest, view: View, answer: ReportAnswer, *, if_none_match: str, began: float
 ) -> tuple[int, dict[str, str]]:
     """Status and headers: 304 when the caller has this answer already. `began` is by the performance counter."""
-    source = "summary" if asked.from_memory else "duckdb"
+    as_of = answer.state.committed_at if asked.as_of and answer.state else view.as_of
     headers = {
         "ETag": answer.etag,
-        "X-Data-As-Of": text_of(view.as_of),
-        "Server-Timing": f"{source};dur={(time.perf_counter() - began) * 1000:.2f}",
+        "X-Data-As-Of": text_of(as_of),
+        "Server-Timing": f"{answer.engine};dur={(time.perf_counter() - began) * 1000:.2f}",
         "Cache-Control": "private, no-cache",
         "Content-Length": str(answer.size_bytes),
     }
@@ -355,10 +361,16 @@ class Analytics:
 
 
 def build(
-    settings: Settings, store: ObjectStore, facts: SqlSummaries, keys: Callable[[], Keys], clock: Callable[[], datetime]
+    settings: Settings,
+    store: ObjectStore,
+    facts: SqlSummaries,
+    keys: Callable[[], Keys],
+    clock: Callable[[], datetime],
+    *,
+    table: ClosedDays | None,
 ) -> Analytics:
-    """/analytics over `store`. `keys` gives those of the bucket. Raises Permanent for a report that cannot be
-    understood.
+    """/analytics over `store`. `keys` gives those of the bucket; `table` is that of closed days. Raises Permanent for a
+    report that cannot be understood, and BadSettings when Spark's client is not installed.
     """
     analytics = settings.analytics
     workplace = Workplace(settings.service.data_dir.resolve() / FOLDER)
@@ -376,11 +388,20 @@ def build(
             return LocalObjects(over, store.pin)
         return BucketObjects(lambda whole: _remote(settings, keys(), whole=whole), engine)
 
+    folders = [folder for folder in (sql_directory() / "analytics", analytics.reports_dir) if folder]
+    spark = None
+    if analytics.engine == "spark" and analytics.spark_remote is not None:
+        if find_spec("pyspark") is None:
+            missing = "ANALYTICS_ENGINE='spark': the package pyspark is not installed"
+            raise BadSettings([f"{missing}; install headwater with its extra: pip install 'headwater[spark]'"])
+        remote = SparkRemote(analytics.spark_remote.get_secret_value(), analytics.spark_table)
+        spark = SparkReports(remote, spark_texts(folders), analytics.timeout_seconds, workplace.folder)
+    queries = Queries(summaries, objects(local), local, table, spark)
     return Analytics(
-        reports=load_reports([folder for folder in (sql_directory() / "analytics", analytics.reports_dir) if folder]),
+        reports=load_reports(folders),
         summaries=summaries,
-        queries=Queries(summaries, objects(local), local),
-        sandbox=SqlSandbox(summaries, workplace.folder, local.limits, objects),
+        queries=queries,
+        sandbox=SqlSandbox(summaries, queries, workplace.folder, local.limits, objects),
         refresher=Refresher(summaries, facts.is_asked, analytics.refresh_seconds),
         workplace=workplace,
         refresh_seconds=analytics.refresh_seconds,
@@ -401,4 +422,5 @@ def _remote(settings: Settings, keys: Keys, *, whole: bool) -> Remote:
         secret_access_key=keys[1],
         session_token=keys[2],
         whole=whole,
+        table=settings.lake.prefix if settings.lake.catalog == "iceberg" else "",
     )

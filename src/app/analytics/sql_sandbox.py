@@ -35,9 +35,10 @@ from app.analytics.engine import (
     nodes_of,
 )
 from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
-from app.analytics.queries import Objects
+from app.analytics.queries import Objects, Queries
 from app.analytics.reports import BadParameter
 from app.analytics.summaries import Summaries
+from app.core.closed_days import Span
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.db.database import UNSTORABLE
 
@@ -112,12 +113,20 @@ class SqlRequest:
 
 
 class SqlSandbox:
-    """Runs statements. `objects(engine)` gives the objects to read, copied or pinned below the engine's folder."""
+    """Runs statements over what `queries` says that there is to read. `objects(engine)` gives the objects, copied or
+    pinned below the engine's folder.
+    """
 
     def __init__(
-        self, summaries: Summaries, folder: Path, limits: EngineLimits, objects: Callable[[Engine], Objects]
+        self,
+        summaries: Summaries,
+        queries: Queries,
+        folder: Path,
+        limits: EngineLimits,
+        objects: Callable[[Engine], Objects],
     ) -> None:
         self._summaries = summaries
+        self._queries = queries
         self._folder = folder
         self._limits = limits
         self._objects = objects
@@ -147,18 +156,18 @@ class SqlSandbox:
                 try:
                     return self._attempt(request, shape)
                 except (UnreadableObject, Conflict):
-                    self._summaries.refresh()
+                    self._queries.look_again()
             return self._attempt(request, shape)
         finally:
             self._turn.release()
 
     def _attempt(self, request: SqlRequest, shape: AnswerShape) -> ReportAnswer:
-        sources = self._summaries.sources(request.device_id, request.since, request.until)
+        wanted = self._queries.to_read(Span(request.device_id, request.since, request.until))
         with TemporaryDirectory(dir=self._folder, prefix="sql-") as name:
             engine = Engine(Path(name), self._limits)
             objects = self._objects(engine)
             try:
-                with objects.opened(sources) as (reader, files):
+                with objects.opened(wanted) as (reader, files):
                     rows = f"SELECT * FROM {relation(engine.folder, files)}{_where(request)}"  # noqa: S608 - own text
                     job = {
                         "sql": request.sql,
@@ -169,9 +178,9 @@ class SqlSandbox:
                         "shape": asdict(shape),
                     }
                     answer = self._answer(job, Path(name))
-                if not objects.certain(sources):
+                if not objects.certain(wanted):
                     self._summaries.refresh()
-                    if not self._summaries.holds(sources):
+                    if not self._summaries.holds(wanted.sources):
                         raise UnreadableObject("objects were replaced while they were read", RETRY_HINT)
             finally:
                 objects.close()

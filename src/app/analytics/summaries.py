@@ -319,7 +319,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class View:
     """What one whole listing showed; `versions`: those that queries read. `number` grows with each change, `as_of` with
-    each listing.
+    each listing, that of a day in `changes` when an object with rows of it comes or goes.
     """
 
     number: int
@@ -331,13 +331,15 @@ class View:
     size_bytes: int
     columns: Mapping[str, Mapping[str, int]]
     faults: Sequence[tuple[str, str]]
+    changes: Mapping[int, int]
 
 
 @dataclass(slots=True)
 class _State:
     """What the refreshing thread holds, at times half of a listing. `batches`: the versions of each batch of the last
     whole listing, by digest; `moved`: an object came or went since the last view; `touched`: pairs whose sum is not up
-    to date yet; `looked_at`: when all that is known was last compared with `current`.
+    to date yet; `is_listed`: there was a whole listing, before whose end pairs are not asked for version by version;
+    `looked_at`: when all that is known was last compared with `current`.
     """
 
     current: Versions = field(default_factory=Versions)
@@ -347,9 +349,11 @@ class _State:
     faults: dict[Version, tuple[str, str]] = field(default_factory=dict)
     schemas: Counter[str] = field(default_factory=Counter)
     leaving: deque[tuple[datetime, Version]] = field(default_factory=deque)
+    changes: Counter[int] = field(default_factory=Counter)
     rows: int = 0
     size_bytes: int = 0
     moved: bool = False
+    is_listed: bool = False
     number: int = 0
     sweeps: int | None = None
     looked_at: datetime = datetime(1970, 1, 1, tzinfo=UTC)
@@ -378,10 +382,14 @@ class Summaries:
 
     def sources(self, device: str | None, since: datetime | None, until: datetime | None) -> Sequence[VersionToRead]:
         """What a query over this device and span has to read, all of one view; None = not limited."""
-        view = self._view
-        if view is None:
+        epoch = datetime(1970, 1, 1)  # noqa: DTZ001 - naive UTC as everywhere in queries
+        last = None if until is None else (until - epoch - timedelta(microseconds=1)).days
+        return self.sources_of_days(device, None if since is None else (since - epoch).days, last)
+
+    def sources_of_days(self, device: str | None, first: int | None, last: int | None) -> Sequence[VersionToRead]:
+        """As `sources`, for whole days that count from 1970-01-01."""
+        if (view := self._view) is None:
             return []
-        first, last = (None if at is None else (at - datetime(1970, 1, 1)).days for at in (since, until))  # noqa: DTZ001 - naive UTC as everywhere in queries
         found = self._facts.keys(None if device is None else json.dumps(device), first, last)
         return list(compress(found, view.versions.among([source.version for source in found])))
 
@@ -411,8 +419,7 @@ class Summaries:
         unread: list[tuple[str, str]] = []
         seen: dict[bytes, bytes] = {}
         others: list[bytes] = []
-        expected = len(state.current) or self._facts.count()
-        for batch in self._store.batches(self._folder, expected):
+        for batch in self._store.batches(self._folder, len(state.current) or self._facts.count()):
             packed = state.batches.get(batch.digest)
             if packed is None:
                 packed, is_known = self._look(batch.infos(), unread)
@@ -423,6 +430,9 @@ class Summaries:
         if others or state.moved or not seen or seen.keys() != state.batches.keys():
             self._drop(state.current.beyond(b"".join([*seen.values(), *others])), as_of)
         state.batches = seen
+        if not state.is_listed:
+            state.touched |= self._facts.all_pairs()
+            state.is_listed = True
         return unread
 
     def _look(self, infos: Sequence[ObjectInfo], unread: list[tuple[str, str]]) -> tuple[bytes, bool]:
@@ -467,7 +477,8 @@ class Summaries:
         """The versions that were taken: those given, or newer ones that had taken their place."""
         state = self._state
         known = self._facts.known(infos)
-        state.touched |= self._facts.pairs(known)
+        if state.is_listed:
+            state.touched |= self._facts.pairs(known)
         for version, one in known.items():
             self._take(version, one)
         taken = set(known)
@@ -514,6 +525,7 @@ class Summaries:
     def _add_up(self) -> None:
         state = self._state
         touched = sorted(state.touched)
+        state.changes.update(day for _, day in touched)
         for start in range(0, len(touched), PAIRS):
             pairs = touched[start : start + PAIRS]
             kept = self._facts.parts(pairs)
@@ -542,7 +554,8 @@ class Summaries:
             state.leaving += [(later, version) for version in gone if version not in leaving]
         state.sweeps, state.looked_at = sweeps, now
         if kept < len(state.current):
-            self._state = _State(number=state.number, sweeps=sweeps, looked_at=now, leaving=state.leaving, moved=True)
+            again = _State(number=state.number, changes=state.changes, leaving=state.leaving)
+            self._state = replace(again, sweeps=sweeps, looked_at=now, moved=True)
         return kept == len(state.current)
 
     def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]]) -> View:
@@ -560,7 +573,7 @@ class Summaries:
             versions, columns = state.current.copy(), _columns(state.schemas)
             others = sum(fault == OTHER for _, fault in state.faults.values())
             sums = (len(versions) - others, state.rows, state.size_bytes)
-            view = View(state.number, as_of, versions, days, *sums, columns, faults)
+            view = View(state.number, as_of, versions, days, *sums, columns, faults, dict(state.changes))
         self._view = view
         state.moved = False
         return view

@@ -31,7 +31,7 @@ from app.appmetrica.rows import merged
 from app.core.errors import AppError
 from app.core.runs import Stop
 from app.db.state import PendingExport
-from app.web.api import Streamed, known_parameters
+from app.web.api import Streamed, refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Answers, Refusal, Refused, faults
 
@@ -83,7 +83,8 @@ FETCHED: Answers = {
 
 def build(exports: Exports | None) -> APIRouter:
     """All routes of this module; None = not configured."""
-    router = APIRouter(prefix="/appmetrica", tags=["appmetrica"], dependencies=[Depends(known_parameters)])
+    strict = [Depends(refuse_unknown_parameters)]
+    router = APIRouter(prefix="/appmetrica", tags=["appmetrica"], dependencies=strict)
     places = asyncio.Semaphore(AT_ONCE)
 
     @router.get("/ping", openapi_extra=READ, summary="Whether the service answers to the token")

@@ -25,6 +25,7 @@ from app.config.value_types import Allowed, KeyEntry
 # The declared variables as a person meets them: in the reference, in a fault, in a warning; read from the models.
 
 MASK = "***"
+SPARK_REMOTE = re.compile(r"sc://[^/\s:;]+(:\d{1,5})?(/?;\S+|/)?")
 
 
 def text_of(value: object) -> str:
@@ -165,6 +166,8 @@ def broken_rules(settings: Settings, names: AbstractSet[str], refused: AbstractS
         yield from _ports(settings.service)
     if settings.lake.catalog != "none":
         yield from _lake(settings.lake.prefix, settings.s3.prefix)
+    if settings.analytics.engine == "spark" and "ANALYTICS_ENGINE" not in refused:
+        yield from _spark(settings)
 
 
 def _missing(needed: str, given: str) -> str:
@@ -209,6 +212,16 @@ def on_postgres(settings: Settings) -> bool:
 def _ports(service: ServiceSettings) -> Iterator[str]:
     if service.health_port == service.port:
         yield f"HEALTH_PORT='{service.port}': allowed: another port than PORT, which answers probes already"
+
+
+def _spark(settings: Settings) -> Iterator[str]:
+    if settings.lake.catalog == "none":
+        yield "ANALYTICS_ENGINE='spark': Spark reads the table of closed days; set CATALOG=iceberg"
+    remote = settings.analytics.spark_remote
+    if remote is None:
+        yield "SPARK_REMOTE='': ANALYTICS_ENGINE=spark needs it; set it to a server, such as sc://host:15002"
+    elif not SPARK_REMOTE.fullmatch(remote.get_secret_value()):
+        yield "SPARK_REMOTE='***': allowed: sc://host:port, and ;token= behind it"
 
 
 def _lake(lake: str, exports: str) -> Iterator[str]:

@@ -466,6 +466,12 @@ class AnalyticsSettings(SettingsGroup, title="Reports: /analytics"):
     """Memory of DuckDB, once for a directory and up to three times for a bucket; what needs more goes to DATA_DIR."""
     reports_dir: OptionalPath = variable("ANALYTICS_REPORTS_DIR", default=None, unset="none")
     """Directory of further reports, one .sql file each."""
+    engine: Annotated[Literal["duckdb", "spark"], LOWER_CASE] = variable("ANALYTICS_ENGINE", default="duckdb")
+    """spark: reports of closed days run over Spark Connect; needs CATALOG=iceberg."""
+    spark_remote: OptionalSecret = variable("SPARK_REMOTE", default=None)
+    """Spark Connect server, such as sc://host:15002, with ;token= where it wants one."""
+    spark_table: Text = variable("SPARK_TABLE", default="", unset="it is read by its location")
+    """The table in a catalog of that Spark, such as headwater.headwater.telemetry."""
 
 
 class AppMetricaSettings(SettingsGroup, title="AppMetrica"):

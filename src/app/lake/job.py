@@ -5,14 +5,15 @@ So what is committed was made from objects that are at least as new as those tha
 leaves files that nothing names, which a later run removes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from importlib.util import find_spec
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from app.config.settings import Settings
+from app.core.closed_days import ClosedDays
 from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.ledger import SetAside, Tally, ledger_of
 from app.core.runs import Context, Failure, Job, Report
@@ -41,6 +42,15 @@ def build(settings: Settings, store: ObjectStore) -> Job:
     if not off and find_spec(EXTRA) is None:
         off = "install headwater[lake]"
     return Job(NAME, lake.interval_seconds, work, off=off, unit="slice", helper_of=SERVES)
+
+
+def table_for_reports(settings: Settings, store: ObjectStore, clock: Callable[[], datetime]) -> ClosedDays | None:
+    """What /analytics reads closed days from; None where there is no table, or what opens it is not installed."""
+    if settings.lake.catalog != "iceberg" or find_spec(EXTRA) is None:
+        return None
+    from app.lake.reader import TableReader
+
+    return TableReader(settings, store, clock)
 
 
 def catalog_uri(settings: Settings) -> str:

@@ -12,12 +12,14 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import groupby
 from typing import Any
 
+from app.core.closed_days import ListedVersion
 from app.core.errors import Permanent
-from app.object_store.port import ObjectInfo, ObjectStore
+from app.object_store.port import ObjectStore
 
 OBJECT = re.compile(r"device_id=([^/]+)/date=(.+)/export_\d{6}\.(parquet|csv)")
 FILE = re.compile(r"date=(\d{4}-\d\d-\d\d)/(-|(?:[0-9a-f]{2})+)\.([0-9a-f]{32})\.(\d+)\.\d+\.[0-9a-f]+\.parquet")
@@ -56,6 +58,25 @@ class LakeFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """The files of a range of devices of a day, from `bound` on."""
+
+    bound: bytes
+    files: Sequence[LakeFile]
+
+    @property
+    def objects_aside(self) -> int:
+        """How many of its objects were set aside."""
+        return max((int(file.named[4]) for file in self.files if file.named), default=0)
+
+    def is_made_from(self, members: Sequence[DeviceDay]) -> bool:
+        """Whether it is from just these objects; it may hold rows beside whose objects are gone."""
+        wanted = slice_digest(members)
+        as_named = (not file.missing and file.named and file.named[3] == wanted for file in self.files)
+        return bool(self.files) and all(as_named)
+
+
+@dataclass(frozen=True, slots=True)
 class Rewrite:
     """A slice to be written: its devices, all from `bound` on, in order, and the table's files that it replaces."""
 
@@ -83,7 +104,7 @@ class LakePlan:
 class TreeLayout:
     """What the layout beside the data says of names: all date formats that it had, and window lengths by first day."""
 
-    date_formats: Sequence[str]
+    date_formats: tuple[str, ...]
     windows: Sequence[tuple[date, int]]
 
     def window_seconds(self, day: date) -> int:
@@ -97,35 +118,39 @@ def read_layout(store: ObjectStore, prefix: str, date_format: str, window_second
     with store.open(key) as body:
         text = body.read() if body else None
     if text is None:
-        return TreeLayout([date_format], [(date.min, window_seconds)])
+        return TreeLayout((date_format,), [(date.min, window_seconds)])
     try:
         layouts = json.loads(text)["layouts"]
         windows = sorted((date.fromisoformat(each["from"][:10]), int(each["window_seconds"])) for each in layouts)
-        return TreeLayout(list(dict.fromkeys(str(each["date_format"]) for each in layouts)), windows)
+        return TreeLayout(tuple(dict.fromkeys(str(each["date_format"]) for each in layouts)), windows)
     except (ValueError, KeyError, TypeError) as error:
         raise Permanent(f"{key} cannot be read: {error}", "restore an earlier version of this object") from error
 
 
-def closed_days(infos: Iterable[ObjectInfo], prefix: str, layout: TreeLayout, before: date) -> Iterator[DeviceDay]:
+def place_of(key: str, prefix: str, layout: TreeLayout) -> tuple[str, date] | None:
+    """Device and day of an object of the export; None for any other key."""
+    named = OBJECT.fullmatch(key, len(prefix) + 1)
+    day = _day(named[2], layout.date_formats) if named else None
+    return (named[1], day) if named and day else None
+
+
+def closed_days(infos: Iterable[ListedVersion], prefix: str, layout: TreeLayout, before: date) -> Iterator[DeviceDay]:
     """The device days in a listing of the tree, in its order, of days earlier than `before`."""
     start = len(prefix) + 1
 
-    def folder_of(info: ObjectInfo) -> str:
+    def folder_of(info: ListedVersion) -> str:
         return info.key.rpartition("/")[0]
 
     for folder, group in groupby(infos, folder_of):
         exported = [info for info in group if OBJECT.fullmatch(info.key, start)]
-        if not exported:
-            continue
-        named = OBJECT.fullmatch(exported[0].key, start)
-        day = _day(named[2], layout.date_formats) if named else None
-        if named and day and day < before:
+        place = place_of(exported[0].key, prefix, layout) if exported else None
+        if place and place[1] < before:
             taken = [info for info in exported if info.key.endswith(".parquet")]
             size_bytes, csv = sum(info.size_bytes for info in taken), len(exported) - len(taken)
-            yield DeviceDay(named[1], day, f"{folder}/", len(taken), size_bytes, digest_of(taken), csv)
+            yield DeviceDay(*place, f"{folder}/", len(taken), size_bytes, digest_of(taken), csv)
 
 
-def digest_of(infos: Iterable[ObjectInfo]) -> bytes:
+def digest_of(infos: Iterable[ListedVersion]) -> bytes:
     """Of the keys and versions of a device day's objects."""
     digest = blake2b(digest_size=16)
     for info in infos:
@@ -153,38 +178,45 @@ def plan(days: Iterable[DeviceDay], files: Iterable[LakeFile], max_bytes: int) -
         held.setdefault(file.day, []).append(file)
     found: dict[date, list[DeviceDay]] = {}
     for one in days:
-        if one.objects:
-            found.setdefault(one.day, []).append(one)
+        found.setdefault(one.day, []).append(one)
     made = LakePlan()
     for day in sorted(found):
-        members = sorted(found[day], key=lambda one: (one.device.encode(), one.folder))
-        _plan_day(day, members, held.get(day, []), max_bytes, made)
+        _plan_day(day, found[day], held.get(day, []), max_bytes, made)
     return made
+
+
+def slices_of(files: Sequence[LakeFile]) -> Sequence[Slice]:
+    """Those of a day, in order; the first begins before every device, and may have no files."""
+    by_bound: dict[bytes, list[LakeFile]] = {b"": []}
+    for file in files:
+        # A day with another program's file is one slice: whatever that file holds is part of it.
+        ours = file.named if all(each.named for each in files) else None
+        by_bound.setdefault(bytes.fromhex(ours[2].strip("-")) if ours else b"", []).append(file)
+    return [Slice(bound, by_bound[bound]) for bound in sorted(by_bound)]
+
+
+def in_slices(members: Iterable[DeviceDay], slices: Sequence[Slice]) -> Sequence[Sequence[DeviceDay]]:
+    """The members with Parquet objects of a day, in order of devices, for each of its slices."""
+    bounds = [one.bound for one in slices]
+    found: list[list[DeviceDay]] = [[] for _ in slices]
+    for member in sorted(members, key=lambda one: (one.device.encode(), one.folder)):
+        if member.objects:
+            found[bisect_right(bounds, member.device.encode()) - 1].append(member)
+    return found
 
 
 def _plan_day(
     day: date, members: Sequence[DeviceDay], files: Sequence[LakeFile], max_bytes: int, made: LakePlan
 ) -> None:
-    by_bound: dict[bytes, list[LakeFile]] = {}
-    for file in files:
-        named = file.named
-        # A day with another program's file is one slice: whatever that file holds is part of it.
-        bound = bytes.fromhex(named[2].strip("-")) if named and all(each.named for each in files) else b""
-        by_bound.setdefault(bound, []).append(file)
-    bounds = sorted({b"", *by_bound})
-    slices: list[list[DeviceDay]] = [[] for _ in bounds]
-    for member in members:
-        slices[bisect_right(bounds, member.device.encode()) - 1].append(member)
-    for bound, own in zip(bounds, slices, strict=True):
-        there = by_bound.get(bound, [])
+    slices = slices_of(files)
+    for one, own in zip(slices, in_slices(members, slices), strict=True):
         if not own:
             continue
-        wanted = slice_digest(own)
-        if there and all(not file.missing and file.named and file.named[3] == wanted for file in there):
+        if one.is_made_from(own):
             made.kept += sum(member.objects for member in own)
-            made.kept_aside += max(int(file.named[4]) for file in there if file.named)
+            made.kept_aside += one.objects_aside
         else:
-            made.rewrites += _cut(day, bound, own, there, max_bytes)
+            made.rewrites += _cut(day, one.bound, own, one.files, max_bytes)
 
 
 def _cut(
@@ -219,7 +251,8 @@ def file_name(rewrite: Rewrite, aside: int, part: int, nonce: str) -> str:
     return f"date={rewrite.day.isoformat()}/{bound}.{digest}.{aside}.{part}.{nonce}.parquet"
 
 
-def _day(text: str, formats: Sequence[str]) -> date | None:
+@lru_cache(maxsize=1024)
+def _day(text: str, formats: tuple[str, ...]) -> date | None:
     for each in formats:
         try:
             return datetime.strptime(text, each).replace(tzinfo=UTC).date()

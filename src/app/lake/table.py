@@ -34,6 +34,7 @@ from pyiceberg.types import NestedField
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.core.closed_days import TableState
 from app.core.errors import Conflict, Transient
 from app.core.windows import EPOCH
 from app.lake.columns import FIRST, TIMESTAMP, LakeColumns, iceberg_type
@@ -298,12 +299,33 @@ class LakeTable:
 
     def files(self) -> list[LakeFile]:
         """The files of the newest snapshot."""
-        found = []
-        for entry in self._entries:
-            key = entry.file_path.removeprefix(self._where.base)
-            day = EPOCH.date() + timedelta(days=entry.partition[0])
-            found.append(LakeFile(key, day, entry, missing=key not in self.stored))
-        return found
+        return [self._file(entry) for entry in self._entries]
+
+    def _file(self, entry: DataFile) -> LakeFile:
+        key = entry.file_path.removeprefix(self._where.base)
+        day = EPOCH.date() + timedelta(days=entry.partition[0])
+        return LakeFile(key, day, entry, missing=key not in self.stored)
+
+    def valid_at(self, instant: datetime | None) -> tuple[TableState, list[LakeFile]] | None:
+        """The snapshot that was the newest at `instant` (None: now), and its files; None where there was none."""
+        table, newest = self._table, self._table.current_snapshot() if self._table else None
+        if table is None or newest is None:
+            return None
+        if instant is None:
+            return self._state(newest), self.files()
+        valid = [each for each in table.snapshots() if _taken_at(each) <= instant]
+        if not valid:
+            return None
+        found = max(valid, key=lambda each: each.timestamp_ms)
+        files = [self._file(task.file) for task in table.scan(snapshot_id=found.snapshot_id).plan_files()]
+        return self._state(found), files
+
+    def _state(self, snapshot: Any) -> TableState:
+        return TableState(snapshot.snapshot_id, _taken_at(snapshot), f"{self._where.base}{self._where.folder}")
+
+    def oldest_at(self) -> datetime | None:
+        """When the oldest snapshot that is kept was taken."""
+        return min(map(_taken_at, self._table.snapshots()), default=None) if self._table else None
 
     def columns(self) -> LakeColumns:
         """Those of the table, or of the one that the first commit creates."""

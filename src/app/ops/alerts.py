@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 
 from app.config.settings import Settings
 from app.core.errors import AppError, Permanent, Stopped, Transient
-from app.core.network import CA_HINT, is_untrusted, proxy_for
+from app.core.network import CA_HINT, connection_fault, is_untrusted, proxy_for
 from app.core.repair import HEAL_HINT, said_of
 from app.core.retry import RetryPolicy, retry
 from app.core.runs import Job, Outcome, Run, Stop, Total
+from app.db.state import SqlRuns
 
 # Calling addresses outside: one call without surprises, and the thread that calls heartbeats.
 #
@@ -45,7 +46,8 @@ def post(url: str, body: Mapping[str, Any] | None, seconds: float = SEND_SECONDS
     except urllib3.exceptions.HTTPError as error:
         if is_untrusted(error):
             raise Permanent(f"{host}: its certificate is not trusted", CA_HINT) from error
-        raise Transient(f"{host}: {type(error).__name__}", "check the address and the network") from error
+        why = connection_fault(error, url) or f"no answer from {host}"
+        raise Transient(why, "check the address and the network") from error
     if status in (408, 429) or status >= 500:  # noqa: PLR2004 - HTTP's own numbers
         raise Transient(f"{host} answers {status}", "no action needed; it is retried")
     if status >= REFUSED:
@@ -151,13 +153,6 @@ def rules_of(settings: Settings) -> Rules:
     )
 
 
-class RunTotals(Protocol):
-    """What is asked of the record of runs."""
-
-    def totals(self) -> Sequence[Total]:
-        """Sums by job and outcome, with the end of the last run of each."""
-
-
 class Told(Protocol):
     """What people were told of a job and is not over yet, shared by all processes. All methods raise AppError."""
 
@@ -179,24 +174,6 @@ class Clocks(Protocol):
 
     def ahead_seconds(self) -> Mapping[str, float]:
         """Job -> how far what is recorded of it lies ahead of now, where that is too far."""
-
-
-@dataclass(frozen=True, slots=True)
-class Watched:
-    """What is watched: the jobs, which of them are paused, the record of runs, what was told of them, and its clock.
-
-    `clock` is this machine's; `elapsed_seconds` grows with time whatever is done to that. `troubles`: by job, with how
-    many objects something is wrong, and what; see `core.pipeline.Record.trouble`.
-    """
-
-    jobs: Sequence[Job]
-    paused: Callable[[], Collection[str]]
-    record: RunTotals
-    told: Told
-    clocks: Clocks
-    clock: Callable[[], datetime]
-    elapsed_seconds: Callable[[], float] = time.monotonic
-    troubles: Callable[[], Mapping[str, Mapping[str, int]]] = dict
 
 
 def is_stale(last_seconds: float | None, up_seconds: float, limits: tuple[float, float]) -> bool:
@@ -227,14 +204,31 @@ def ahead_message(seconds: float) -> str:
 
 
 class Alerts:
-    """One thread that looks and tells. `ended` may be called from any thread and never waits."""
+    """One thread that looks and tells. `ended` may be called from any thread and never waits.
 
-    def __init__(self, rules: Rules, watched: Watched) -> None:
-        self._rules = rules
-        self._watched = watched
+    `told`: what people know already. `clocks`: those that the record of `runs` goes by; `clock` is this machine's;
+    `elapsed_seconds` grows with time whatever is done to that. `troubles`: by job, with how many objects something is
+    wrong, and what; see `core.pipeline.Record.trouble`.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        jobs: Sequence[Job],
+        runs: SqlRuns,
+        *,
+        told: Told,
+        clocks: Clocks,
+        clock: Callable[[], datetime],
+        paused: Callable[[], Collection[str]],
+        troubles: Callable[[], Mapping[str, Mapping[str, int]]],
+        elapsed_seconds: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._rules, self._jobs, self._runs, self._told, self._clocks = rules, jobs, runs, told, clocks
+        self._clock, self._elapsed_seconds, self._paused, self._troubles = clock, elapsed_seconds, paused, troubles
         self._ended: queue.Queue[Run] = queue.Queue(WAITING)
         self._stop = Stop()
-        self._since_seconds = watched.elapsed_seconds()
+        self._since_seconds = elapsed_seconds()
         self._stale: frozenset[str] = frozenset()
         self._ahead: Mapping[str, float] = {}
         self._thread = threading.Thread(target=self._loop, name="alerts", daemon=True)
@@ -252,7 +246,7 @@ class Alerts:
 
     def start(self) -> None:
         """Begin to look."""
-        for name in {*self._rules.heartbeat_urls, *self._rules.grace_by_job} - {job.name for job in self._watched.jobs}:
+        for name in {*self._rules.heartbeat_urls, *self._rules.grace_by_job} - {job.name for job in self._jobs}:
             log.warning("HEARTBEAT_URLS or ALERT_GRACE_BY_JOB names %r, which is not a job", name)
         self._thread.start()
         self._heartbeats.start()
@@ -262,7 +256,7 @@ class Alerts:
         self._heartbeats.close()
         self._stop.ask("the process ends")
 
-    def ended(self, run: Run, _: BaseException | None) -> None:
+    def ended(self, run: Run) -> None:
         """A run ended."""
         if run.outcome is Outcome.OK:
             self._heartbeats.beat(run.job)
@@ -274,7 +268,7 @@ class Alerts:
             log.warning("%s: no message for the end of run %s: %d wait already", run.job, run.run_id, WAITING)
 
     def _loop(self) -> None:
-        now, up = self._watched.clock(), self._watched.elapsed_seconds()
+        now, up = self._clock(), self._elapsed_seconds()
         while not self._stop.asked:
             try:
                 self._heed(self._ended.get(timeout=1.0))
@@ -282,26 +276,26 @@ class Alerts:
                 pass
             except AppError as error:
                 log.warning("alerts: %s", error)
-            passed = self._watched.elapsed_seconds() - up
+            passed = self._elapsed_seconds() - up
             if passed >= WATCH_SECONDS:
-                before, now, up = now, self._watched.clock(), up + passed
+                before, now, up = now, self._clock(), up + passed
                 if abs((now - before).total_seconds() - passed) > WATCH_SECONDS:
                     self._since_seconds = up  # the clock was set: ages mean nothing before jobs had time to run
                 self._look()
 
     def _heed(self, run: Run) -> None:
         """Bad runs open an alert, the first good one after them ends all that is open of its job."""
-        at = run.ended_at or self._watched.clock()
+        at = run.ended_at or self._clock()
         more = {"hint": run.hint, "run_id": run.run_id, "outcome": run.outcome.value}
-        if run.outcome in BAD and self._watched.told.begin(run.job, FAILED, at):
+        if run.outcome in BAD and self._told.begin(run.job, FAILED, at):
             self._tell(FAILED, run.job, run.error, more)
-        if run.outcome is Outcome.OK and self._watched.told.end(run.job, at):
+        if run.outcome is Outcome.OK and self._told.end(run.job, at):
             self._tell(RECOVERED, run.job, f"{run.report.rows} rows moved", more)
 
     def _look(self) -> None:
         """Which jobs are stale, and what is over without a run that was heeded here: another process's, a command's."""
         try:
-            now, totals = self._watched.clocks.now(), self._watched.record.totals()
+            now, totals = self._clocks.now(), self._runs.totals()
             self._stale = self._stale_now(last_ends(totals, DONE), now)
             self._look_ahead()
             if self._rules.webhook_url:
@@ -312,31 +306,29 @@ class Alerts:
 
     def _look_ahead(self) -> None:
         """Each job is logged once for as long as it is ahead."""
-        ahead = self._watched.clocks.ahead_seconds()
+        ahead = self._clocks.ahead_seconds()
         for job in sorted(ahead.keys() - self._ahead.keys()):
             log.warning("%s: %s (%s)", job, ahead_message(ahead[job]), CLOCK_HINT)
         self._ahead = ahead
 
     def _tell_open(self, now: datetime) -> None:
-        known = self._watched.told.told()
+        known = self._told.told()
         silent = dict.fromkeys(self._stale, "no run came to its end in time")
         ahead = {name: ahead_message(seconds) for name, seconds in self._ahead.items()}
-        objects = {
-            name: ", ".join(said_of(troubles)) for name, troubles in self._watched.troubles().items() if troubles
-        }
+        objects = {name: ", ".join(said_of(troubles)) for name, troubles in self._troubles().items() if troubles}
         for event, messages, hint in (
             (STALE, silent, STALE_HINT),
             (CLOCK_AHEAD, ahead, CLOCK_HINT),
             (OBJECTS, objects, HEAL_HINT),
         ):
             for name in sorted(messages):
-                if (name, event) not in known and self._watched.told.begin(name, event, now):
+                if (name, event) not in known and self._told.begin(name, event, now):
                     self._tell(event, name, messages[name], {"hint": hint})
 
     def _tell_over(self, totals: Sequence[Total], now: datetime) -> None:
         """A good run ends all; one that is partial ends a silence, of which nothing is said: it began a failure."""
         good, done, latest = (last_ends(totals, outcomes) for outcomes in ((Outcome.OK,), DONE, tuple(Outcome)))
-        for (name, event), told_at in self._watched.told.told().items():
+        for (name, event), told_at in self._told.told().items():
 
             def is_since(end_at: datetime | None, told_at: datetime = told_at, name: str = name) -> bool:
                 """Since this was told. What a clock told that was ahead is over when it is not so of the last run."""
@@ -348,28 +340,28 @@ class Alerts:
             if event in (CLOCK_AHEAD, OBJECTS):
                 self._tell_put_right(event, name, before)
             elif is_since(good.get(name)):
-                if self._watched.told.end(name, before):
+                if self._told.end(name, before):
                     self._tell(RECOVERED, name, "runs come to their end again", {})
             elif event == STALE and is_since(done.get(name)):
-                self._watched.told.end(name, before, STALE)
+                self._told.end(name, before, STALE)
 
     def _tell_put_right(self, event: str, name: str, before: datetime) -> None:
         """No run ends these two: a clock is not a run, and an object is there again when a listing shows it."""
         if event == CLOCK_AHEAD and name not in self._ahead:
-            self._watched.told.end(name, before, event)
-        if event == OBJECTS and not self._watched.troubles().get(name) and self._watched.told.end(name, before, event):
+            self._told.end(name, before, event)
+        if event == OBJECTS and not self._troubles().get(name) and self._told.end(name, before, event):
             self._tell(RECOVERED, name, "its objects are as they were confirmed", {})
 
     def _stale_now(self, last: Mapping[str, datetime], now: datetime) -> frozenset[str]:
-        paused = self._watched.paused()
+        paused = self._paused()
         return frozenset(
             job.name
-            for job in self._watched.jobs
+            for job in self._jobs
             if not job.off
             and job.name not in paused
             and is_stale(
                 (now - last[job.name]).total_seconds() if job.name in last else None,
-                self._watched.elapsed_seconds() - self._since_seconds,
+                self._elapsed_seconds() - self._since_seconds,
                 self._rules.limits(job),
             )
         )
@@ -382,7 +374,7 @@ class Alerts:
             "event": event,
             "service": self._rules.service,
             "job": job,
-            "at": self._watched.clock().isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "at": self._clock().isoformat(timespec="seconds").replace("+00:00", "Z"),
             "message": message,
             **more,
             "text": f"{sign} {self._rules.service}: {job} {event}: {message}{hint}",

@@ -12,13 +12,14 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 from app.config import DOTENV
 from app.config.environment import describe, read_dotenv
@@ -31,14 +32,13 @@ from app.core.verify import verify as compared
 from app.core.windows import Window, refuse_future
 from app.ops.health import look
 from app.ops.json_views import failures_shown, instant_text, run_shown
-from app.ops.scheduler import ProgressTally, backfill_job, bar, logged, named
+from app.ops.scheduler import ProgressTally, able, backfill_job, bar, logged, named
 from app.ops.service import BuiltService
-from app.ops.verification import Healing, found, heal_job, shown, summary, told
+from app.ops.verification import NO_VERIFICATION, heal_job, shown, told
 
 OK, FAILED = 0, 1
 LEASE_POLL_SECONDS = 0.25
 log = logging.getLogger(__name__)
-Work = TypeVar("Work")
 
 # What commands print: tables for people, or one JSON document for programs.
 
@@ -86,9 +86,11 @@ def check(service: BuiltService, *, settings: bool, as_json: bool) -> int:
         for job in service.pipelines.jobs
     ]
     said, unread = warnings(service.settings, os.environ, in_file), unknown_names(in_file)
-    findings = [(system, look(system.check)) for system in service.systems]
-    service.state.close()
-    ok = all(finding.ok for _, finding in findings)
+    live: list[dict[str, Any]] = [
+        {"system": each.key, "title": each.title, "variable": each.variable, **asdict(look(each.check))}
+        for each in service.systems
+    ]
+    ok = all(each["ok"] for each in live)
 
     def told() -> None:
         line(f"settings: the environment and {env_file or f'no .env file in {Path.cwd()}'}")
@@ -104,29 +106,12 @@ def check(service: BuiltService, *, settings: bool, as_json: bool) -> int:
             for job in service.pipelines.jobs
         )
         table(("job", "state", "delivers to, or how to switch it on"), states)
-        rows = [
-            (
-                each.title,
-                each.variable,
-                "ok" if found.ok else "FAILED",
-                found.note or " - ".join(filter(None, (found.error, found.hint))),
-            )
-            for each, found in findings
-        ]
+        rows = []
+        for each in live:
+            message = each["note"] or " - ".join(filter(None, (each["error"], each["hint"])))
+            rows.append((each["title"], each["variable"], "ok" if each["ok"] else "FAILED", message))
         table(("system", "variable", "state", "what it said"), rows)
 
-    live = [
-        {
-            "system": each.key,
-            "title": each.title,
-            "variable": each.variable,
-            "ok": found.ok,
-            "note": found.note,
-            "error": found.error,
-            "hint": found.hint,
-        }
-        for each, found in findings
-    ]
     wiring = {"jobs": jobs, "warnings": said, "unread": unread}
     document = {"ok": ok, "env_file": env_file, "values": values, "wiring": wiring, "live": live}
     show(document, told, as_json=as_json)
@@ -140,20 +125,14 @@ def runs(service: BuiltService, *, job: str | None, limit: int, as_json: bool) -
     found = service.state.runs.recent(job, limit)
     wanted = {name: history for name, history in service.pipelines.histories.items() if job in (None, name)}
     histories = {name: list(history(limit)) for name, history in wanted.items()}
-    service.state.close()
 
     def told() -> None:
-        rows = [
-            (
-                f"{run.started_at:%Y-%m-%d %H:%M:%SZ}",
-                run.run_id[:8],
-                run.job,
-                run.outcome.value,
-                str(run.report.rows),
-                _ledger_and_error(run),
-            )
-            for run in found
-        ]
+        rows = []
+        for run in found:
+            error = f"{run.error} ({run.hint})" if run.hint else run.error
+            said = "; ".join(filter(None, (summary_of(run.report.ledger), error)))
+            began = f"{run.started_at:%Y-%m-%d %H:%M:%SZ}"
+            rows.append((began, run.run_id[:8], run.job, run.outcome.value, str(run.report.rows), said))
         table(("started", "run", "job", "outcome", "rows", "ledger; error"), rows)
         for name, lines in histories.items():
             line(f"what {name} took in, newest first")
@@ -163,11 +142,6 @@ def runs(service: BuiltService, *, job: str | None, limit: int, as_json: bool) -
     document = {"runs": [run_shown(run) for run in found], "histories": histories}
     show(document, told, as_json=as_json)
     return OK
-
-
-def _ledger_and_error(run: Run) -> str:
-    error = f"{run.error} ({run.hint})" if run.hint else run.error
-    return "; ".join(filter(None, (summary_of(run.report.ledger), error)))
 
 
 def status(service: BuiltService, *, as_json: bool) -> int:
@@ -191,7 +165,6 @@ def status(service: BuiltService, *, as_json: bool) -> int:
                 "partitions_with_errors": sum(1 for each in partitions if each.error),
             }
         )
-    service.state.close()
     show({"jobs": lines}, lambda: _status_table(lines), as_json=as_json)
     bad = [each for each in lines if each["state"] != "off" and (each["last_run"] or {}).get("outcome") == "failed"]
     return FAILED if bad else OK
@@ -212,7 +185,6 @@ def pause(service: BuiltService, *, job: str, as_json: bool) -> int:
     """Suspend scheduled runs of a job, in every process, until it is resumed."""
     _job(service, job, on=False)
     service.state.pauses.pause(job, service.desk.clock(), f"command line: {os.environ.get('USER', '')}")
-    service.state.close()
     show({"job": job, "paused": True}, lambda: line(f"{job} is paused until it is resumed"), as_json=as_json)
     return OK
 
@@ -221,7 +193,6 @@ def resume(service: BuiltService, *, job: str, as_json: bool) -> int:
     """Run a job on its schedule again."""
     _job(service, job, on=False)
     service.state.pauses.resume(job)
-    service.state.close()
     show({"job": job, "paused": False}, lambda: line(f"{job} runs on its schedule again"), as_json=as_json)
     return OK
 
@@ -249,7 +220,7 @@ def backfill(
     span, ours = Window(start, end), _job(service, job)
     refuse_future(span, service.desk.clock())
     if replacing:
-        work = _able(
+        work = able(
             service.pipelines.replacements,
             job,
             "cannot replace what it wrote",
@@ -264,7 +235,7 @@ def backfill(
 def rewrite(service: BuiltService, *, job: str, start: datetime, end: datetime, dry_run: bool, as_json: bool) -> int:
     """Re-encode the objects of a span from themselves; the exit code."""
     span, ours = Window(start, end), _job(service, job)
-    work = _able(service.pipelines.rewrites, job, "has no rewrite", "jobs whose objects can be re-encoded: {}")
+    work = able(service.pipelines.rewrites, job, "has no rewrite", "jobs whose objects can be re-encoded: {}")
     ours = named(replace(ours, work=lambda context: work(context, span)))
     return _finish(service, ours, dry_run=dry_run, as_json=as_json)
 
@@ -272,7 +243,7 @@ def rewrite(service: BuiltService, *, job: str, start: datetime, end: datetime, 
 def undo(service: BuiltService, *, job: str, run: str, yes: bool, as_json: bool) -> int:
     """Take back what run `run` of a job did, or without `yes` only say what that would be; the exit code."""
     ours = _job(service, job)
-    take_back = _able(service.pipelines.undos, job, "has no undo", "jobs that keep what it takes: {}")
+    take_back = able(service.pipelines.undos, job, "has no undo", "jobs that keep what it takes: {}")
     ours = named(replace(ours, work=lambda context: take_back(context, run)))
     code = _finish(service, ours, dry_run=not yes, as_json=as_json)
     if not yes and code == OK and not as_json:
@@ -293,8 +264,8 @@ def verify(
 ) -> int:
     """Compare both ends window by window; 0 when all are equal or were mended, or nothing is there to compare yet."""
     ours, verdicts = _job(service, job), list[Verdict]()
-    what = Healing(Window(start, end), partition)
-    verification = found(service.pipelines.verifications, job)
+    span = Window(start, end)
+    verification = able(service.pipelines.verifications, job, *NO_VERIFICATION)
 
     def seen(verdict: Verdict) -> None:
         verdicts.append(verdict)
@@ -305,23 +276,23 @@ def verify(
 
     with _stoppable(service.stop):
         if heal:
-            refuse_unknown(verification(service.stop), what.span, partition)
+            refuse_unknown(verification(service.stop), span, partition)
             desk = replace(service.desk, ended=_unexpected)
-            ended = _waited_for(heal_job(ours, verification, what, seen), desk, service.stop, logged(job))
+            ended = _waited_for(
+                heal_job(ours, verification, span, partition, seen=seen), desk, service.stop, logged(job)
+            )
             if ended is None:
                 return _busy(service, ours, as_json=as_json)
             if ended.outcome not in (Outcome.OK, Outcome.PARTIAL):
-                service.state.close()
                 raise Rejected(ended.error, ended.hint)
         else:
-            for verdict in compared(verification(service.stop), what.span, service.stop, partition):
+            for verdict in compared(verification(service.stop), span, service.stop, partition):
                 seen(verdict)
-    service.state.close()
-    return _judged(job, what.span, verdicts, every=every, as_json=as_json)
+    return _judged(job, span, verdicts, every=every, as_json=as_json)
 
 
 def _judged(job: str, span: Window, verdicts: Sequence[Verdict], *, every: bool, as_json: bool) -> int:
-    counts = summary(verdicts)
+    counts = Counter(each.sign.value for each in verdicts)
     fine = all(each.sign is Sign.EQUAL or each.healed for each in verdicts)
     healed = sum(each.healed for each in verdicts)
     document = {
@@ -349,24 +320,21 @@ def once(service: BuiltService, *, as_json: bool) -> int:
             with _shown(job) as tally:
                 last, total = _to_the_end(job, desk, service.stop, tally, dry_run=False)
             documents.append(_document(last, total, dry_run=False) if last else {"job": job.name, "outcome": "busy"})
-    service.state.close()
     settings = service.settings
     s3, data_dir = settings.s3, settings.service.data_dir
     places = {
         "objects": f"s3://{s3.bucket}/{s3.prefix}" if s3.bucket else str(data_dir / "objects"),
         "state": "PostgreSQL" if settings.checkpoint.url.get_secret_value() else str(data_dir),
     }
-    show({"jobs": documents, "where": places}, lambda: _tell_all(documents, places), as_json=as_json)
+
+    def told_all() -> None:
+        names = ("job", "outcome", "windows", "rows", "bytes", "error")
+        rows = ([str(each.get(name, "")) for name in names] for each in documents)
+        table(("job", "outcome", "objects", "rows", "bytes", "error"), rows)
+        table(("where", ""), places.items())
+
+    show({"jobs": documents, "where": places}, told_all, as_json=as_json)
     return OK if all(each["outcome"] == "ok" for each in documents) else FAILED
-
-
-def _tell_all(documents: list[dict[str, Any]], places: dict[str, str]) -> None:
-    names = ("job", "outcome", "windows", "rows", "bytes", "error")
-    table(
-        ("job", "outcome", "objects", "rows", "bytes", "error"),
-        ([str(each.get(name, "")) for name in names] for each in documents),
-    )
-    table(("where", ""), places.items())
 
 
 def _job(service: BuiltService, name: str, *, on: bool = True) -> Job:
@@ -379,21 +347,12 @@ def _job(service: BuiltService, name: str, *, on: bool = True) -> Job:
     return named(jobs[name])
 
 
-def _able(works: Mapping[str, Work], job: str, refusal: str, hint: str) -> Work:
-    """What `job` has of a kind that only some jobs have. Raises Rejected, whose `hint` names those."""
-    work = works.get(job)
-    if work is None:
-        raise Rejected(f"job {job} {refusal}", hint.format(", ".join(works) or "none"))
-    return work
-
-
 def _finish(service: BuiltService, job: Job, *, dry_run: bool, as_json: bool) -> int:
     desk = replace(service.desk, ended=_unexpected)
     with _stoppable(service.stop), _shown(job) as tally:
         last, total = _to_the_end(job, desk, service.stop, tally, dry_run=dry_run)
     if last is None:
         return _busy(service, job, as_json=as_json)
-    service.state.close()
     document = _document(last, total, dry_run=dry_run)
     show(document, lambda: _tell(last, total, dry_run=dry_run), as_json=as_json)
     return {Outcome.OK: OK, Outcome.PARTIAL: job.exits.partial}.get(last.outcome, job.exits.failed)
@@ -401,7 +360,6 @@ def _finish(service: BuiltService, job: Job, *, dry_run: bool, as_json: bool) ->
 
 def _busy(service: BuiltService, job: Job, *, as_json: bool) -> int:
     seconds = math.ceil(service.desk.leases.remaining_seconds(job.name))
-    service.state.close()
 
     def told_busy() -> None:
         until = "when it is done" + (f", or in {seconds} s if it was killed" if seconds else "")

@@ -78,11 +78,12 @@ def of_objects(store: "ObjectStore", prefix: str) -> Check:
     return check
 
 
-def of_undeleted(undeleted: Callable[[], Mapping[str, str]], store: "ObjectStore") -> Check:
+def of_undeleted(state: State, pipelines: Sequence[str], store: "ObjectStore") -> Check:
     """Which of the objects are still there that could not be deleted, and why; "" for none."""
 
     def check() -> str:
-        there = {key: error for key, error in undeleted().items() if store.head(key) is not None}
+        known = {key: error for name in pipelines for key, error in state.checkpoints.undeleted(name).items()}
+        there = {key: error for key, error in known.items() if store.head(key) is not None}
         if not there:
             return ""
         names = ", ".join(list(there)[:NAMED]) + (f" and {len(there) - NAMED} more" if len(there) > NAMED else "")
@@ -157,28 +158,28 @@ def reached(ping: Callable[[], None]) -> Check:
     return check
 
 
+def _first(once: Callable[[], object], check: Check) -> Check:
+    """`check`, and before it `once` until that succeeded."""
+    done = False
+
+    def both() -> str:
+        nonlocal done
+        if not done:
+            once()
+            done = True
+        return check()
+
+    return both
+
+
 def remembered(state: State) -> Check:
     """At first a look at all that the state holds, then round trips; what a person should know of it."""
-    looked_at = False
-
-    def check() -> str:
-        nonlocal looked_at
-        if not looked_at:
-            state.check()
-            looked_at = True
-        return state.note()
-
-    return check
+    return _first(state.check, state.note)
 
 
 def all_said(*checks: Check) -> Check:
     """Several checks as one."""
     return lambda: "; ".join(filter(None, (check() for check in checks)))
-
-
-def undeleted(state: State, pipelines: Sequence[str]) -> Mapping[str, str]:
-    """Objects that could not be deleted, and why."""
-    return {key: error for name in pipelines for key, error in state.checkpoints.undeleted(name).items()}
 
 
 def old_versions(settings: Settings, store: "ObjectStore") -> Check:
@@ -194,18 +195,12 @@ def old_versions(settings: Settings, store: "ObjectStore") -> Check:
 
 def probed(store: "ObjectStore") -> Check:
     """A write at first, then a look: the store must not fill with the traces of being watched."""
-    seen = False
 
-    def check() -> str:
-        nonlocal seen
-        if seen:
-            store.head(LOOK_KEY)
-        else:
-            store.probe()
-            seen = True
+    def look() -> str:
+        store.head(LOOK_KEY)
         return "" if store.conditional else ONE_REPLICA
 
-    return check
+    return _first(store.probe, look)
 
 
 def stores_tried(
@@ -217,7 +212,7 @@ def stores_tried(
     yield System("checkpoint_store_connected", "state: checkpoints, runs, leases", variable, kept)
     objects = all_said(
         of_objects(store, settings.s3.prefix),
-        of_undeleted(lambda: undeleted(state, listed), store),
+        of_undeleted(state, listed, store),
         old_versions(settings, store),
     )
     yield System("s3_accessible", "objects", "S3_BUCKET", objects)

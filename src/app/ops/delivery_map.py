@@ -299,7 +299,7 @@ class DeliveryMaps:
             return DeliveryMap(1, [MapRow(names.first, text, problems=int(bool(PROBLEMS & set(text))))], listed=True)
         if self._is_listable(job, cells, names):
             found = self._once((job, "map", *cells.edges), lambda chart: self._listed(job, chart, cells))
-            rows = [row for row in found.rows if self._is_chosen(row.name, names)]
+            rows = [row for row in found.rows if names.find.lower() in row.name.lower()]
             return DeliveryMap(len(rows), rows, listed=True, problems=sum(row.problems for row in rows))
         return DeliveryMap(0, (), listed=False)
 
@@ -345,9 +345,6 @@ class DeliveryMaps:
         days = max(cells.window.seconds / DAY, 1)
         few = number <= LISTED_PARTITIONS and number * days <= LISTED_PARTITION_DAYS
         return number == 0 or (few and days <= LISTED_DAYS)
-
-    def _is_chosen(self, name: str, names: NameFilter) -> bool:
-        return names.find.lower() in name.lower()
 
     def _chart(self, job: str) -> Chart:
         if job not in self._charts:

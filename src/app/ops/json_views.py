@@ -1,34 +1,28 @@
-"""Jobs, runs and partitions as JSON: the same in the API and in the output of commands."""
+"""Jobs, runs and partitions as JSON: the same in the API and in the output of commands, and as OpenAPI describes them.
+
+Invariant: instants are UTC with `Z`, durations are seconds, and a field is never left out.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from app.core.ledger import TALLY_NAMES, summary_of, to_json
 from app.core.runs import Outcome, Report, Run, Total
+from app.db.checkpoints import Checkpoint
 from app.ops.scheduler import JobView
 
-# What jobs, runs and partitions look like as JSON: the same in the API and in the output of commands.
-#
-# Invariant: instants are UTC with `Z`, durations are seconds, and a field is never left out.
 
-
-@dataclass(frozen=True, slots=True)
-class PartitionView:
-    """How far one partition is. `error` is empty when it is well."""
-
-    job: str
-    partition: str
-    cursor_at: datetime | None
-    high_watermark_at: datetime | None
-    error: str
-
-
-def lag_seconds(partition: PartitionView, now: datetime) -> float | None:
+def lag_seconds(partition: Checkpoint, now: datetime) -> float | None:
     """Age of the newest event seen, below 0 when it lies ahead of now; None before the first."""
     newest_at = partition.high_watermark_at
     return None if newest_at is None else (now - newest_at).total_seconds()
+
+
+def whole_second(at: datetime) -> str:
+    """`YYYY-MM-DDTHH:MM:SSZ`."""
+    return f"{at:%Y-%m-%dT%H:%M:%SZ}"
 
 
 def instant_text(at: datetime | None) -> str | None:
@@ -45,41 +39,37 @@ class Calls:
     ever: int
 
 
-@dataclass(frozen=True, slots=True)
-class JobRecord:
-    """What is known of a job beside where it stands: its last run, the sums of all runs, whether it fell silent, the
-    calls of a service that allows only so many, and how far its last run or a cursor lies ahead of now.
+def job_shown(
+    view: JobView,
+    last: Run | None,
+    totals: Sequence[Total] = (),
+    *,
+    stale: bool = False,
+    calls: Calls | None = None,
+    clock_ahead_seconds: float = 0.0,
+) -> Mapping[str, Any]:
+    """A job, where it stands and how its `last` run went; `totals` of all its runs. `stale`: it fell silent.
+    `clock_ahead_seconds`: how far its last run or a cursor lies ahead of now.
     """
-
-    last: Run | None
-    totals: Sequence[Total] = ()
-    stale: bool = False
-    calls: Calls | None = None
-    clock_ahead_seconds: float = 0.0
-
-
-def job_shown(view: JobView, record: JobRecord) -> Mapping[str, Any]:
-    """A job, where it stands and how its last run went."""
-    progress = view.status.progress
     return {
         "name": view.job.name,
         "helper_of": view.job.helper_of or None,
         "interval_seconds": view.job.interval_seconds,
-        "state": view.status.state,
+        "state": view.state,
         "off": view.job.off,
-        "stale": record.stale,
-        "clock_ahead_seconds": record.clock_ahead_seconds,
+        "stale": stale,
+        "clock_ahead_seconds": clock_ahead_seconds,
         "next_run_at": instant_text(view.next_run_at),
         "can_backfill": view.can_backfill,
-        "queued_backfills": view.status.queued_backfills,
-        "progress": progress and {"done": progress.done, "total": progress.total, "rows": progress.rows},
-        "runs_total": sum(total.runs for total in record.totals),
-        "rows_total": sum(total.report.new_rows for total in record.totals),
-        "rows_written_total": sum(total.report.rows for total in record.totals),
-        "late_rows_total": sum(total.report.late_rows for total in record.totals),
-        "corrected_rows_total": sum(total.report.corrected_rows for total in record.totals),
-        "calls": record.calls and {"today": record.calls.today, "a_day": record.calls.a_day},
-        "last_run": record.last and run_shown(record.last),
+        "queued_backfills": view.queued_backfills,
+        "progress": view.progress and asdict(view.progress),
+        "runs_total": sum(total.runs for total in totals),
+        "rows_total": sum(total.report.new_rows for total in totals),
+        "rows_written_total": sum(total.report.rows for total in totals),
+        "late_rows_total": sum(total.report.late_rows for total in totals),
+        "corrected_rows_total": sum(total.report.corrected_rows for total in totals),
+        "calls": calls and {"today": calls.today, "a_day": calls.a_day},
+        "last_run": last and run_shown(last),
     }
 
 
@@ -111,10 +101,10 @@ def run_shown(run: Run) -> Mapping[str, Any]:
     }
 
 
-def partition_shown(partition: PartitionView, now: datetime) -> Mapping[str, Any]:
+def partition_shown(job: str, partition: Checkpoint, now: datetime) -> Mapping[str, Any]:
     """How far a partition is."""
     return {
-        "job": partition.job,
+        "job": job,
         "partition": partition.partition,
         "status": "error" if partition.error else "ok",
         "cursor_at": instant_text(partition.cursor_at),
@@ -124,9 +114,7 @@ def partition_shown(partition: PartitionView, now: datetime) -> Mapping[str, Any
     }
 
 
-# A run as the OpenAPI document describes it.
-#
-# Invariant: it says what `run_shown` gives, which a test compares.
+# The same as the OpenAPI document describes it, which a test compares with what is given.
 
 Schema = dict[str, Any]
 
@@ -272,7 +260,7 @@ MAP = {
             **dict.fromkeys(("job", "span"), TEXT),
             **dict.fromkeys(("now", "start", "end"), INSTANT),
             "cell_seconds": {**WHOLE, "description": "As a rule; days and weeks begin at midnight in the time zone."},
-            "starts": _list(INSTANT),
+            "starts": {**_list(TEXT), "description": "ISO 8601 to the minute: 2026-02-07T11:00Z."},
             "source": {"type": "string", "enum": ["listing", "records"]},
             **dict.fromkeys(("total", "problems", "rows_total"), WHOLE),
             "rows": {**_list(MAP_ROW), "description": "Of single partitions."},

@@ -230,12 +230,14 @@ class Redaction:
         return text
 
 
-class JsonLines(logging.Formatter):
-    """One object a line: time, level, message, logger, run_id, job, what `extra` gave, exception."""
-
+class _Redacted(logging.Formatter):
     def __init__(self, redact: Redaction) -> None:
         super().__init__()
         self._redact = redact
+
+
+class JsonLines(_Redacted):
+    """One object a line: time, level, message, logger, run_id, job, what `extra` gave, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line. ASCII, so that no reader sees a line end or a broken character in it."""
@@ -257,12 +259,8 @@ class JsonLines(logging.Formatter):
         return value if number or value is None else self._redact(str(value))
 
 
-class TextLines(logging.Formatter):
+class TextLines(_Redacted):
     """For people: time, level, job, message; a traceback follows on marked lines that cannot pass for records."""
-
-    def __init__(self, redact: Redaction) -> None:
-        super().__init__()
-        self._redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, and the lines of the traceback."""
@@ -395,18 +393,7 @@ def _printable(text: str) -> str:
 # Invariant: every run that ended is logged exactly once, at the level that says what a person has to do.
 
 LEVELS = {Outcome.OK: logging.INFO, Outcome.STOPPED: logging.INFO, Outcome.PARTIAL: logging.WARNING}
-Ended = Callable[[Run, BaseException | None], None]
 log = logging.getLogger(__name__)
-
-
-def both(first: Ended, second: Ended) -> Ended:
-    """Both are told, in this order."""
-
-    def ended(run: Run, cause: BaseException | None) -> None:
-        first(run, cause)
-        second(run, cause)
-
-    return ended
 
 
 def log_run(run: Run, cause: BaseException | None) -> None:

@@ -5,7 +5,8 @@ is durable, that is kept in the state.
 Source of the format: the Prometheus documentation, "Exposition formats".
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -49,6 +50,11 @@ def escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
+def _by_job(name: str, about: str, values: Mapping[str, float], kind: str = "gauge") -> Series:
+    """One sample a job."""
+    return Series(f"headwater_{name}", kind, about, [({"job": job}, float(value)) for job, value in values.items()])
+
+
 def total_series(totals: Sequence[Total]) -> Iterator[Series]:
     """Counters of runs by outcome, and of what they moved: sums of the state, which no restart sets back."""
     by_outcome = [({"job": each.job, "outcome": each.outcome.value}, float(each.runs)) for each in totals]
@@ -61,10 +67,10 @@ def total_series(totals: Sequence[Total]) -> Iterator[Series]:
         "corrected_rows": "Rows that were corrected at the source after their window was closed.",
     }
     for name, about in abouts.items():
-        sums: dict[str, float] = {}
+        sums: Counter[str] = Counter()
         for each in totals:
-            sums[each.job] = sums.get(each.job, 0.0) + getattr(each.report, name)
-        yield Series(f"headwater_{name}_total", "counter", about, [({"job": job}, n) for job, n in sums.items()])
+            sums[each.job] += getattr(each.report, name)
+        yield _by_job(f"{name}_total", about, sums, "counter")
 
 
 def ledger_series(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> Iterator[Series]:
@@ -79,39 +85,34 @@ def ledger_series(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> 
     reasons = [({"job": each.job, "reason": each.reason}, float(each.total)) for each in totals if each.reason]
     about = "What runs set aside for the first time, by reason."
     yield Series("headwater_set_aside_total", "counter", about, reasons)
-    gauges: Mapping[str, tuple[str, Callable[[Ledger], int]]] = {
-        "waiting": ("What the last run left for a later one.", lambda ledger: ledger.total.waiting),
-        "set_aside": ("What the last run saw that is set aside.", lambda ledger: ledger.total.set_aside),
-        "ledger_gap": ("What the last run counted and cannot account for; 0 is well.", lambda ledger: ledger.gap),
-    }
-    for name, (about, of) in gauges.items():
-        now = [({"job": job}, float(of(ledger))) for job, ledger in last.items()]
-        yield Series(f"headwater_{name}", "gauge", about, now)
+    waiting, aside = (
+        {job: getattr(ledger.total, entry) for job, ledger in last.items()} for entry in ("waiting", "set_aside")
+    )
+    yield _by_job("waiting", "What the last run left for a later one.", waiting)
+    yield _by_job("set_aside", "What the last run saw that is set aside.", aside)
+    about = "What the last run counted and cannot account for; 0 is well."
+    yield _by_job("ledger_gap", about, {job: ledger.gap for job, ledger in last.items()})
 
 
 def call_series(calls: Mapping[str, Calls]) -> Iterator[Series]:
     """What services that allow only so many calls were asked."""
-    ever = [({"job": job}, float(each.ever)) for job, each in calls.items()]
-    yield Series("headwater_calls_total", "counter", "Calls to a service that counts them.", ever)
-    today = [({"job": job}, float(each.today)) for job, each in calls.items()]
-    yield Series("headwater_calls_today", "gauge", "Calls since midnight UTC.", today)
-    a_day = [({"job": job}, float(each.a_day)) for job, each in calls.items()]
-    yield Series("headwater_calls_limit", "gauge", "Calls that a day may have.", a_day)
+    ever, today, a_day = ({job: getattr(of, name) for job, of in calls.items()} for name in ("ever", "today", "a_day"))
+    yield _by_job("calls_total", "Calls to a service that counts them.", ever, "counter")
+    yield _by_job("calls_today", "Calls since midnight UTC.", today)
+    yield _by_job("calls_limit", "Calls that a day may have.", a_day)
 
 
 def success_series(totals: Sequence[Total], now: datetime) -> Series:
     """Age of the last success by job; below 0 where a clock was ahead, which `clock_series` tells of."""
-    ages = [(each.job, (now - each.ended_at).total_seconds()) for each in totals if each.outcome is Outcome.OK]
-    about = "Seconds since the last run without any failure ended."
-    return Series("headwater_last_success_age_seconds", "gauge", about, [({"job": job}, age) for job, age in ages])
+    ages = {each.job: (now - each.ended_at).total_seconds() for each in totals if each.outcome is Outcome.OK}
+    return _by_job("last_success_age_seconds", "Seconds since the last run without any failure ended.", ages)
 
 
 def clock_series(views: Sequence[JobView], ahead_seconds: Mapping[str, float]) -> Series:
     """How far what is recorded of a job lies ahead of now."""
-    able = [view.job.name for view in views if not view.job.off]
-    samples = [({"job": name}, ahead_seconds.get(name, 0.0)) for name in able]
     about = "How far the last run or a cursor of a job lies ahead of now; 0 is well."
-    return Series("headwater_clock_ahead_seconds", "gauge", about, samples)
+    ahead = {view.job.name: ahead_seconds.get(view.job.name, 0.0) for view in views if not view.job.off}
+    return _by_job("clock_ahead_seconds", about, ahead)
 
 
 def object_series(views: Sequence[JobView], troubles: Mapping[str, Mapping[str, int]]) -> Iterator[Series]:
@@ -122,19 +123,17 @@ def object_series(views: Sequence[JobView], troubles: Mapping[str, Mapping[str, 
         FOREIGN: "Objects that the last listing showed in a version that Headwater did not write.",
     }
     for trouble, about in abouts.items():
-        samples = [({"job": name}, float(troubles[name].get(trouble, 0))) for name in mapped]
-        yield Series(f"headwater_objects_{trouble}", "gauge", about, samples)
+        yield _by_job(f"objects_{trouble}", about, {name: troubles[name].get(trouble, 0) for name in mapped})
 
 
 def job_series(views: Sequence[JobView], stale: Collection[str]) -> Iterator[Series]:
     """What each job is at, and whether it fell silent."""
-    able = [view for view in views if not view.job.off]
-    paused = [({"job": view.job.name}, float(view.status.state == "paused")) for view in able]
-    yield Series("headwater_job_paused", "gauge", "1 while a job is paused.", paused)
-    running = [({"job": view.job.name}, float(view.status.state in ("running", "backfill"))) for view in able]
-    yield Series("headwater_job_running", "gauge", "1 while a run of a job goes on in this process.", running)
-    silent = [({"job": view.job.name}, float(view.job.name in stale)) for view in able]
-    yield Series("headwater_job_stale", "gauge", "1 when no run of a job came to its end in time.", silent)
+    states = {view.job.name: view.state for view in views if not view.job.off}
+    yield _by_job("job_paused", "1 while a job is paused.", {job: state == "paused" for job, state in states.items()})
+    running = {job: state in ("running", "backfill") for job, state in states.items()}
+    yield _by_job("job_running", "1 while a run of a job goes on in this process.", running)
+    silent = {job: job in stale for job in states}
+    yield _by_job("job_stale", "1 when no run of a job came to its end in time.", silent)
 
 
 def workload_series(load: Workload) -> Iterator[Series]:
@@ -152,8 +151,9 @@ def lag_series(lags: Sequence[tuple[str, str, float]]) -> Iterator[Series]:
     worst = sorted(lags, key=lambda lag: -lag[2])
     singly = [({"job": job, "partition": name}, seconds) for job, name, seconds in worst[:PARTITIONS]]
     yield Series("headwater_lag_seconds", "gauge", f"Age of the newest event seen, the {PARTITIONS} largest.", singly)
-    jobs = sorted({job for job, _, _ in lags})
-    most = [({"job": job}, max(s for j, _, s in lags if j == job)) for job in jobs]
-    yield Series("headwater_lag_max_seconds", "gauge", "The largest lag of all partitions of a job.", most)
-    number = [({"job": job}, float(sum(1 for j, _, _ in lags if j == job))) for job in jobs]
-    yield Series("headwater_partitions", "gauge", "Partitions known of a job.", number)
+    by_job: dict[str, list[float]] = {job: [] for job in sorted({job for job, _, _ in lags})}
+    for job, _, seconds in lags:
+        by_job[job].append(seconds)
+    most = {job: max(seconds) for job, seconds in by_job.items()}
+    yield _by_job("lag_max_seconds", "The largest lag of all partitions of a job.", most)
+    yield _by_job("partitions", "Partitions known of a job.", {job: len(seconds) for job, seconds in by_job.items()})

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse
 from pydantic import AwareDatetime
 
@@ -18,8 +18,8 @@ from app.core.pipeline import MISSING
 from app.core.runs import Run
 from app.core.verify import Cell
 from app.core.windows import Window
-from app.db.page_queries import NameFilter, SqlPages
-from app.ops.delivery_map import WORDS, DeliveryMap, DeliveryMaps, MapCells, cells_between, cells_of_span, letter_of
+from app.db.page_queries import NameFilter
+from app.ops.delivery_map import WORDS, DeliveryMap, MapCells, cells_between, cells_of_span, letter_of
 from app.ops.json_views import (
     KEPT,
     LOG,
@@ -31,10 +31,9 @@ from app.ops.json_views import (
     instant_text,
     run_shown,
 )
-from app.ops.request_costs import MonthlyEstimate
-from app.ops.scheduler import Scheduler
+from app.ops.service import Operations
 from app.ops.summary import HISTORY, Snapshot, file_address, problems_of, summary_of
-from app.ops.verification import Proofs
+from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused, faults
 
@@ -44,43 +43,21 @@ ROWS_A_PAGE = 200
 MOST_DAYS = 366
 WINDOW_DAYS = 2
 LOG_LINES = 500
-LOG_FILES = 6
 KEPT_FILES = 100
 LEVELS = {"debug": 0, "info": 1, "warn": 2, "error": 3}
 NO_LOG = "no line of this run is in the log file: it was rotated away, another process wrote it, or LOG_FORMAT is text"
-History = Callable[[int], Sequence[Mapping[str, Any]]]
 
 Zone = Annotated[str, Query(max_length=64, description="An IANA time zone, in which days begin.")]
-JobName = Annotated[str, Query(max_length=100)]
+JobName = Annotated[str, Query(max_length=100, examples=["influx_to_s3", "csv_inbox"])]
 
 
-@dataclass(frozen=True, slots=True)
-class PageParts:
-    """What the routes look at. `unreachable`: by system, error and next step. `log_file` None: no file is written.
-    `kept`: by job, what a run set aside.
-    """
-
-    scheduler: Scheduler
-    pages: SqlPages
-    maps: DeliveryMaps
-    proofs: Proofs
-    histories: Mapping[str, History]
-    kept: Mapping[str, Callable[[Run], Sequence[KeptFile]]]
-    bill: Callable[[], MonthlyEstimate]
-    clock: Callable[[], datetime]
-    stale: Callable[[], frozenset[str]]
-    ahead_seconds: Callable[[], Mapping[str, float]]
-    unreachable: Callable[[], Mapping[str, tuple[str, str]]]
-    log_file: Path | None
-
-
-def build(parts: PageParts) -> APIRouter:
+def build(ops: Operations) -> APIRouter:
     """All routes of this module."""
-    router = APIRouter(tags=["ops"])
-    _summary(router, parts)
-    _map(router, parts)
-    _run(router, parts)
-    _kept(router, parts)
+    router = APIRouter(tags=["ops"], dependencies=[Depends(refuse_unknown_parameters)])
+    _summary(router, ops)
+    _map(router, ops)
+    _run(router, ops)
+    _kept(router, ops)
     return router
 
 
@@ -93,35 +70,18 @@ def zone_of(name: str) -> tzinfo:
         raise Refused(Refusal(422, f"the time zone {name[:40]!r} is not known", hint, "query.tz")) from None
 
 
-def seen_now(parts: PageParts, zone: tzinfo, read: Callable[[Snapshot], Any]) -> Any:
+def seen_now(ops: Operations, zone: tzinfo, read: Callable[[Snapshot], Any]) -> Any:
     """What `read` returns for everything known now."""
-    now, views = parts.clock(), parts.scheduler.views()
+    now, views = ops.clock(), ops.scheduler.views()
     cells = cells_of_span("24h", None, zone, now)
-    on = [view.job.name for view in views if not view.job.off and view.job.name in parts.maps.jobs]
-    strips = {name: parts.maps.strip(name, cells, wait_seconds=1.0) for name in on}
-    histories = {name: lines(HISTORY) for name, lines in parts.histories.items()}
-    with parts.pages.look() as look:
-        return read(
-            Snapshot(
-                now=now,
-                zone=zone,
-                views=views,
-                look=look,
-                maps=parts.maps,
-                verified=parts.proofs.results(),
-                verifiable=parts.proofs.jobs,
-                stale=parts.stale(),
-                ahead_seconds=parts.ahead_seconds(),
-                unreachable=parts.unreachable(),
-                cells=cells,
-                strips=strips,
-                histories=histories,
-                bill=parts.bill(),
-            )
-        )
+    on = [view.job.name for view in views if not view.job.off and view.job.name in ops.maps.jobs]
+    strips = {name: ops.maps.strip(name, cells, wait_seconds=1.0) for name in on}
+    histories = {name: lines(HISTORY) for name, lines in ops.pipelines.histories.items()}
+    with ops.state.pages.look() as look:
+        return read(Snapshot(now, zone, views, look, cells, ops, strips, histories))
 
 
-def _summary(router: APIRouter, parts: PageParts) -> None:
+def _summary(router: APIRouter, ops: Operations) -> None:
     @router.get(
         "/ops/summary",
         openapi_extra=READ,
@@ -129,9 +89,9 @@ def _summary(router: APIRouter, parts: PageParts) -> None:
         responses=answered_with(SUMMARY, "verdict, problems and pipelines"),
     )
     def summary(tz: Zone = "UTC") -> dict[str, Any]:
-        found: dict[str, Any] = seen_now(parts, zone_of(tz), summary_of)
-        if parts.scheduler.elsewhere:
-            found["scale"] = asdict(parts.scheduler.elsewhere.look())
+        found: dict[str, Any] = seen_now(ops, zone_of(tz), summary_of)
+        if ops.scheduler.elsewhere:
+            found["scale"] = asdict(ops.scheduler.elsewhere.look())
         return found
 
     @router.post(
@@ -141,21 +101,21 @@ def _summary(router: APIRouter, parts: PageParts) -> None:
         responses=faults({404: "there is no such problem", 409: "only what was set aside can be dismissed"}),
     )
     def dismiss(problem_id: str, request: Request) -> dict[str, Any]:
-        problems = seen_now(parts, UTC, problems_of)
+        problems = seen_now(ops, UTC, problems_of)
         found = next((each for each in problems if each.problem_id == problem_id), None)
         if found is None:
             raise Refused(Refusal(404, f"no problem has the id {problem_id[:40]!r}", "look at /ops/summary"))
         if found.kind != "set_aside":
             hint = found.next or "put it right, and it ends by itself"
             raise Refused(Refusal(409, "only what was set aside can be dismissed", hint))
-        parts.pages.dismiss(problem_id, parts.clock(), request.scope["state"]["grant"].name)
+        ops.state.pages.dismiss(problem_id, ops.clock(), request.scope["state"]["grant"].name)
         return {"id": problem_id, "dismissed": True}
 
 
 # ---- the map
 
 
-def _map(router: APIRouter, parts: PageParts) -> None:
+def _map(router: APIRouter, ops: Operations) -> None:
     @router.get(
         "/ops/map",
         openapi_extra=READ,
@@ -177,13 +137,13 @@ def _map(router: APIRouter, parts: PageParts) -> None:
         offset: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
         limit: Annotated[int, Query(ge=1, le=ROWS_A_PAGE)] = ROWS_A_PAGE,
     ) -> dict[str, Any]:
-        now, zone = parts.clock(), zone_of(tz)
+        now, zone = ops.clock(), zone_of(tz)
         chosen = cells_of_span(span, cells, zone, now)
         if start is not None and end is not None:
-            window = bounded(start, end, MOST_DAYS)
+            window = bounded(start, end, "query", MOST_DAYS)
             chosen = cells_between(window.start, window.end, zone)
         names = NameFilter(first, last, find)
-        found = parts.maps.whole(job, chosen, names)
+        found = ops.maps.whole(job, chosen, names)
         if found.listed:
             rows = [row for row in found.rows if row.problems or not problems]
             rows = [row for row in rows if not last or first <= row.name <= last]
@@ -191,7 +151,7 @@ def _map(router: APIRouter, parts: PageParts) -> None:
                 found.total, rows[offset : offset + limit], listed=True, problems=found.problems, pages_of=len(rows)
             )
         else:
-            found = parts.maps.recorded(job, chosen, names, offset=offset, limit=limit, only_problems=problems)
+            found = ops.maps.recorded(job, chosen, names, offset=offset, limit=limit, only_problems=problems)
         return {"job": job, "span": span, "now": instant_text(now), **_shown(found, chosen, now)}
 
     @router.get(
@@ -206,10 +166,10 @@ def _map(router: APIRouter, parts: PageParts) -> None:
         start: Annotated[AwareDatetime, Query(alias="from")],
         end: Annotated[AwareDatetime, Query(alias="to")],
     ) -> dict[str, Any]:
-        window = bounded(start, end, WINDOW_DAYS)
-        cells = parts.maps.partition(job, partition, window)
-        gone = parts.maps.gone_since(job)
-        with parts.pages.look() as look:
+        window = bounded(start, end, "query", WINDOW_DAYS)
+        cells = ops.maps.partition(job, partition, window)
+        gone = ops.maps.gone_since(job)
+        with ops.state.pages.look() as look:
             of = {"pipeline": job, "partition": partition, "since_at": window.start, "until_at": window.end}
             records: dict[datetime, list[Mapping[str, Any]]] = {}
             for row in look.rows("window_records", **of):
@@ -229,15 +189,17 @@ def _map(router: APIRouter, parts: PageParts) -> None:
         return {"job": job, "partition": partition, "windows": shown}
 
 
-def bounded(start: datetime, end: datetime, days: int) -> Window:
-    """`[start, end)`. Refuses one that is empty, reversed, or longer than `days`."""
+def bounded(start: datetime, end: datetime, where: str, days: int | None = None, hint: str = "") -> Window:
+    """`[start, end)` of the `where` of a request, query or body. Refuses one that is empty, reversed, or longer than
+    `days`, with a `hint` of its own.
+    """
     try:
         window = Window(start.astimezone(UTC), end.astimezone(UTC))
     except (ValueError, OverflowError):
-        hint = "give the earlier instant as 'from'"
-        raise Refused(Refusal(422, "'from' must be earlier than 'to'", hint, "query.from")) from None
-    if window.seconds > days * 86_400:
-        raise Refused(Refusal(422, f"more than {days} days", f"ask for {days} days or less", "query.to"))
+        earlier = "give the earlier instant as 'from'"
+        raise Refused(Refusal(422, "'from' must be earlier than 'to'", earlier, f"{where}.from")) from None
+    if days is not None and window.seconds > days * 86_400:
+        raise Refused(Refusal(422, f"more than {days} days", hint or f"ask for {days} days or less", f"{where}.to"))
     return window
 
 
@@ -291,9 +253,9 @@ def _window(
 # ---- one run
 
 
-def known_run(parts: PageParts, run_id: str) -> Run:
+def known_run(ops: Operations, run_id: str) -> Run:
     """The run of that id. Refuses one that is not kept."""
-    with parts.pages.look() as look:
+    with ops.state.pages.look() as look:
         run = look.run(run_id)
     if run is None:
         hint = "only the newest RUN_RECORDS runs of each job are kept; /ops/runs lists them"
@@ -301,7 +263,7 @@ def known_run(parts: PageParts, run_id: str) -> Run:
     return run
 
 
-def _run(router: APIRouter, parts: PageParts) -> None:
+def _run(router: APIRouter, ops: Operations) -> None:
     @router.get(
         "/ops/runs/{run_id}",
         openapi_extra=READ,
@@ -309,15 +271,15 @@ def _run(router: APIRouter, parts: PageParts) -> None:
         responses={**answered_with(RUN_DETAIL, "the run"), **faults({404: "no run has this id"})},
     )
     def run_detail(run_id: str) -> dict[str, Any]:
-        run = known_run(parts, run_id)
-        view = next((each for each in parts.scheduler.views() if each.job.name == run.job), None)
-        with parts.pages.look() as look:
+        run = known_run(ops, run_id)
+        view = next((each for each in ops.scheduler.views() if each.job.name == run.job), None)
+        with ops.state.pages.look() as look:
             previous, following = look.beside(run)
             pipeline = (view.job.helper_of if view else "") or run.job
             rows = look.written_by(run, pipeline)
             same = look.rows("same_error", job=run.job, error=run.error)[0]["runs"] if run.error else 0
-        progress = view.status.progress if view and run.ended_at is None else None
-        gone = parts.maps.gone_since(pipeline)
+        progress = view.progress if view and run.ended_at is None else None
+        gone = ops.maps.gone_since(pipeline)
         return {
             **run_shown(run),
             "helper_of": (view.job.helper_of if view else "") or None,
@@ -332,7 +294,7 @@ def _run(router: APIRouter, parts: PageParts) -> None:
                 for row in rows
             ],
             "seen_in_runs": same,
-            "progress": progress and {"done": progress.done, "total": progress.total, "rows": progress.rows},
+            "progress": progress and asdict(progress),
             "previous": _neighbour(previous),
             "next": _neighbour(following),
         }
@@ -346,18 +308,19 @@ def _run(router: APIRouter, parts: PageParts) -> None:
     def run_log(
         run_id: str, level: Annotated[str, Query(pattern="^(debug|info|warn|error)$")] = "debug"
     ) -> dict[str, Any]:
-        known_run(parts, run_id)
-        if parts.log_file is None:
+        run = known_run(ops, run_id)
+        service = ops.settings.service
+        if service.log_file is None:
             return {"lines": [], "left_out": 0, "note": "LOG_FILE is off: the lines went to standard output only"}
-        lines = list(log_lines(parts.log_file, run_id, LEVELS[level]))
+        lines = list(log_lines(service.log_file, service.log_files, run.run_id, LEVELS[level]))
         note = "" if lines else NO_LOG
         return {"lines": lines[-LOG_LINES:], "left_out": max(len(lines) - LOG_LINES, 0), "note": note}
 
 
-def _kept(router: APIRouter, parts: PageParts) -> None:
+def _kept(router: APIRouter, ops: Operations) -> None:
     def files_of(run_id: str) -> Sequence[KeptFile]:
-        run = known_run(parts, run_id)
-        return parts.kept[run.job](run) if run.job in parts.kept and run.report.ledger.set_aside else ()
+        run = known_run(ops, run_id)
+        return ops.pipelines.kept[run.job](run) if run.job in ops.pipelines.kept and run.report.ledger.set_aside else ()
 
     @router.get(
         "/ops/runs/{run_id}/set-aside",
@@ -415,10 +378,10 @@ def _neighbour(run: Run | None) -> Mapping[str, Any] | None:
     return {"run_id": run.run_id, "started_at": instant_text(run.started_at), "outcome": run.outcome.value}
 
 
-def log_lines(path: Path, run_id: str, level: int) -> Iterator[Mapping[str, str]]:
-    """The lines of a run in the log file and the ones that were rotated, oldest first; none when they hold text."""
+def log_lines(path: Path, rotated: int, run_id: str, level: int) -> Iterator[Mapping[str, str]]:
+    """The lines of a run in the log file and in up to `rotated` older ones, oldest first; none when they hold text."""
     wanted = f'"run_id": "{run_id}"'.encode()
-    for number in range(LOG_FILES, -1, -1):
+    for number in range(rotated, -1, -1):
         file = path.with_name(f"{path.name}.{number}") if number else path
         try:
             with file.open("rb") as lines:

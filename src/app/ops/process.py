@@ -46,6 +46,11 @@ def tune() -> None:
     sys.meta_path.insert(0, Absent("pandas"))
 
 
+def show_pandas() -> None:
+    """Let what is imported from here on find pandas: Spark's client needs it."""
+    sys.meta_path[:] = [each for each in sys.meta_path if not isinstance(each, Absent)]
+
+
 def configured(
     environ: Mapping[str, str] = os.environ, dotenv: Path | None = DOTENV, *, daemon: bool = False, file: bool = True
 ) -> "Settings":

@@ -21,6 +21,7 @@ from app.object_store.request_counts import PUT, RequestCounter
 
 MONTH_SECONDS = 365.25 * 86_400 / 12
 LEAST_SECONDS = 60.0
+SETTLED_SECONDS = 3600.0  # a start lists and catches up: at its rate a month would cost many times what it will
 KINDS: Mapping[str, str] = {
     "put": "PUT",
     "list": "LIST",
@@ -61,6 +62,8 @@ class MonthlyEstimate:
         """One line for a person."""
         if not self.by_kind:
             return "no requests counted yet"
+        if self.span_seconds < SETTLED_SECONDS:
+            return "not yet known: requests have been counted for less than an hour"
         counts = ", ".join(f"{round(number):,} {KINDS[kind]}" for kind, number in self.by_kind.items() if number)
         since = f"counted over {timedelta(seconds=round(self.span_seconds))}"
         if self.cost is None or self.prices is None:

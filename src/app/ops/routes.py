@@ -4,34 +4,30 @@ Invariant: every route declares its scope; what reads what is known or listed ne
 work, reads whole windows or writes needs `ops:run`.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 
 from app.core.errors import AppError, Rejected
-from app.core.ledger import Ledger
-from app.core.runs import LedgerTotal, Outcome, Run, Runs, Total
+from app.core.runs import Outcome
 from app.core.verify import Cell
 from app.core.windows import Window, refuse_future
-from app.db.page_queries import RunChoice, SqlPages
-from app.ops.delivery_map import DeliveryMaps
-from app.ops.health import ProbeAnswer, Probes
+from app.db.checkpoints import Checkpoint
+from app.db.page_queries import RunChoice
+from app.ops.health import ProbeAnswer
 from app.ops.json_views import (
     RUNS,
-    Calls,
-    JobRecord,
-    PartitionView,
     answered_with,
     instant_text,
     job_shown,
     lag_seconds,
     partition_shown,
     run_shown,
+    whole_second,
 )
 from app.ops.metrics import (
     Series,
@@ -46,10 +42,11 @@ from app.ops.metrics import (
     total_series,
     workload_series,
 )
-from app.ops.page_data import recent_span
+from app.ops.page_data import bounded, recent_span
 from app.ops.scheduler import Scheduler
-from app.ops.service import History
-from app.ops.verification import Proofs, Result, shown
+from app.ops.service import Operations
+from app.ops.verification import Result, shown
+from app.web.api import refuse_unknown_parameters
 from app.web.auth import COOKIE, OPEN, SESSION, Guard, needs, unauthorized
 from app.web.errors import Answers, Refusal, Refused, faults
 
@@ -60,36 +57,19 @@ AWAY = "the state database is away, where sessions are kept"
 MAX_RUNS = 500
 MAX_PARTITIONS = 1000
 KNOWN_JOB = faults({404: "no job has this name", 409: "the job is off: the hint names the variable"})
+ABLE_JOB = {
+    **KNOWN_JOB,
+    **faults({400: "the job has nothing of this kind, or no such partition: the hint names which"}),
+}
+JOB_NAMES = ["influx_to_s3", "csv_inbox", "s3_sweep"]
+JobInPath = Annotated[str, Path(examples=JOB_NAMES)]
 MOST_HOURS = 31 * 24
 MOST_DAYS = 366
 MOST_LINES = 200
 NEWEST_CELLS = 200
 ACT: dict[str, Any] = {"openapi_extra": RUN, "status_code": 202, "responses": KNOWN_JOB}
+ACT_ABLE = {**ACT, "responses": ABLE_JOB}
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
-
-
-@dataclass(frozen=True, slots=True)
-class Operations:
-    """What the routes look at and act on."""
-
-    probes: Probes
-    guard: Guard
-    scheduler: Scheduler
-    runs: Runs
-    totals: Callable[[], Sequence[Total]]
-    ledger_totals: Callable[[], Sequence[LedgerTotal]]
-    last_ended: Callable[[str], Run | None]
-    stale: Callable[[], Collection[str]]
-    partitions: Callable[[], Sequence[PartitionView]]
-    histories: Mapping[str, History]
-    calls: Mapping[str, Callable[[], Calls]]
-    clock: Callable[[], datetime]
-    state_clock: Callable[[], datetime]
-    ahead_seconds: Callable[[], Mapping[str, float]]
-    troubles: Callable[[], Mapping[str, Mapping[str, int]]]
-    pages: SqlPages
-    maps: DeliveryMaps
-    proofs: Proofs
 
 
 class Span(BaseModel):
@@ -132,24 +112,32 @@ class SignIn(BaseModel):
 def build(ops: Operations) -> APIRouter:
     """All routes of this module."""
     router = APIRouter(tags=["ops"])
-    _probes(router, ops.probes)
-    _session(router, ops.guard)
-    _reading(router, ops)
-    _looking_at_both_ends(router, ops)
-    _acting(router, ops)
+    _monitored(router, ops)
+    strict = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
+    _session(strict, ops.guard)
+    _reading(strict, ops)
+    _looking_at_both_ends(strict, ops)
+    _acting(strict, ops)
+    router.include_router(strict)
     return router
 
 
-def _probes(router: APIRouter, probes: Probes) -> None:
-    """Answered by the front before they get here; these stand for the documentation."""
+def _monitored(router: APIRouter, ops: Operations) -> None:
+    """What monitoring asks for, some of which adds parameters of its own. The probes are answered by the front before
+    they get here; these stand for the documentation.
+    """
 
     @router.get("/health", openapi_extra=EVERYBODY, summary="Liveness", responses=_probed(Liveness))
     async def health() -> Response:
-        return _answer(probes.health())
+        return _answer(ops.probes.health())
 
     @router.get("/ready", openapi_extra=EVERYBODY, summary="Readiness, check by check", responses=_probed(ReadyChecks))
     async def ready() -> Response:
-        return _answer(probes.ready())
+        return _answer(ops.probes.ready())
+
+    @router.get("/metrics", openapi_extra=READ, summary="For Prometheus", response_class=PlainTextResponse)
+    def metrics() -> Response:
+        return PlainTextResponse(exposition(_series(ops)), media_type=TEXT_FORMAT)
 
 
 def _probed(model: type[BaseModel]) -> Answers:
@@ -229,10 +217,10 @@ def _reading(router: APIRouter, ops: Operations) -> None:
     ) -> dict[str, Any]:
         since, until = recent_span(ops.clock(), start, end)
         choice = RunChoice(since, until, job or "", outcome, news)
-        with ops.pages.look() as look:
+        with ops.state.pages.look() as look:
             found, total, with_news = look.runs(choice, limit + 1, before or until)
         if not (outcome or start or end or news or before):
-            found = ops.runs.recent(job, limit + 1)
+            found = ops.state.runs.recent(job, limit + 1)
         page = found[:limit]
         more = instant_text(page[-1].started_at) if len(found) > limit else None
         return {
@@ -248,31 +236,37 @@ def _reading(router: APIRouter, ops: Operations) -> None:
         job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_PARTITIONS)] = 200
     ) -> dict[str, Any]:
         now = ops.clock()
-        found = [each for each in ops.partitions() if job in (None, each.job)]
-        found.sort(key=lambda each: (not each.error, -(lag_seconds(each, now) or 0.0), each.partition))
-        return {"total": len(found), "partitions": [partition_shown(each, now) for each in found[:limit]]}
+        found = [(name, each) for name, each in partitions_of(ops) if job in (None, name)]
+        found.sort(key=lambda one: (not one[1].error, -(lag_seconds(one[1], now) or 0.0), one[1].partition))
+        return {"total": len(found), "partitions": [partition_shown(*each, now) for each in found[:limit]]}
 
     @router.get("/ops/history", openapi_extra=READ, summary="What jobs took in lately, file by file, newest first")
     def history(job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50) -> dict[str, Any]:
-        wanted = {name: lines for name, lines in ops.histories.items() if job in (None, name)}
+        wanted = {name: lines for name, lines in ops.pipelines.histories.items() if job in (None, name)}
         return {"histories": [{"job": name, "entries": list(lines(limit))} for name, lines in wanted.items()]}
 
-    @router.get("/metrics", openapi_extra=READ, summary="For Prometheus", response_class=PlainTextResponse)
-    def metrics() -> Response:
-        return PlainTextResponse(exposition(_series(ops)), media_type=TEXT_FORMAT)
+
+def partitions_of(ops: Operations) -> Iterator[tuple[str, Checkpoint]]:
+    """Each job that has partitions, with how far each of them is."""
+    for name in (job.name for job in ops.pipelines.jobs if job.name in ops.pipelines.backfills):
+        yield from ((name, at) for at in ops.state.checkpoints.of(name))
 
 
 def overview(ops: Operations) -> dict[str, Any]:
     """Every job as JSON. Raises what the state raises."""
-    totals, stale, ahead = ops.totals(), ops.stale(), ops.ahead_seconds()
-
-    def record(name: str) -> JobRecord:
-        last = next(iter(ops.runs.recent(name, 1)), None)
-        calls = ops.calls[name]() if name in ops.calls else None
-        sums = [total for total in totals if total.job == name]
-        return JobRecord(last, sums, name in stale, calls, ahead.get(name, 0.0))
-
-    shown = [job_shown(view, record(view.job.name)) for view in ops.scheduler.views()]
+    totals, calls, ahead = ops.state.runs.totals(), ops.pipelines.calls, ops.alerts.ahead_seconds
+    shown = [
+        job_shown(
+            view,
+            next(iter(ops.state.runs.recent(name, 1)), None),
+            [total for total in totals if total.job == name],
+            stale=name in ops.alerts.stale,
+            calls=calls[name]() if name in calls else None,
+            clock_ahead_seconds=ahead.get(name, 0.0),
+        )
+        for view in ops.scheduler.views()
+        for name in (view.job.name,)
+    ]
     return {"now": instant_text(ops.clock()), "jobs": shown}
 
 
@@ -281,10 +275,10 @@ def _looking_at_both_ends(router: APIRouter, ops: Operations) -> None:
         "/ops/gaps",
         openapi_extra=READ,
         summary="Which windows the destination holds, from its own listing",
-        responses=KNOWN_JOB,
+        responses={**ABLE_JOB, **faults({502: "the destination refuses, which a person has to correct"})},
     )
     def gaps(
-        job: Annotated[str, Query(max_length=100)],
+        job: Annotated[str, Query(max_length=100, examples=JOB_NAMES)],
         hours: Annotated[int, Query(ge=1, le=MOST_HOURS)] = 24,
         to: AwareDatetime | None = None,
         offset: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
@@ -333,8 +327,8 @@ def _back(end: datetime, hours: int) -> Window:
 
 def _cell(cell: Cell) -> Mapping[str, Any]:
     return {
-        "start": f"{cell.window.start:%Y-%m-%dT%H:%M:%SZ}",
-        "end": f"{cell.window.end:%Y-%m-%dT%H:%M:%SZ}",
+        "start": whole_second(cell.window.start),
+        "end": whole_second(cell.window.end),
         "state": cell.state.value,
         "rows": cell.rows,
         "objects": cell.objects,
@@ -365,62 +359,32 @@ def _acting(router: APIRouter, ops: Operations) -> None:
     scheduler = ops.scheduler
 
     @router.post("/ops/jobs/{job}/run", summary="Run now", **ACT)
-    def run(job: str, request: Request) -> dict[str, Any]:
+    def run(job: JobInPath, request: Request) -> dict[str, Any]:
         scheduler.run_now(known(scheduler, job), _caller(request))
         return accepted(scheduler, job)
 
-    @router.post(
-        "/ops/jobs/{job}/pause",
-        openapi_extra=RUN,
-        summary="Skip the timer until resumed",
-        status_code=202,
-        responses=KNOWN_JOB,
-    )
-    def pause(job: str, request: Request) -> dict[str, Any]:
+    @router.post("/ops/jobs/{job}/pause", summary="Skip the timer until resumed", **ACT)
+    def pause(job: JobInPath, request: Request) -> dict[str, Any]:
         scheduler.pause(known(scheduler, job), _caller(request))
         return accepted(scheduler, job)
 
-    @router.post(
-        "/ops/jobs/{job}/resume",
-        openapi_extra=RUN,
-        summary="Follow the timer again",
-        status_code=202,
-        responses=KNOWN_JOB,
-    )
-    def resume(job: str) -> dict[str, Any]:
+    @router.post("/ops/jobs/{job}/resume", summary="Follow the timer again", **ACT)
+    def resume(job: JobInPath) -> dict[str, Any]:
         scheduler.resume(known(scheduler, job))
         return accepted(scheduler, job)
 
-    @router.post(
-        "/ops/jobs/{job}/backfill",
-        openapi_extra=RUN,
-        summary="Fill past windows again",
-        status_code=202,
-        responses=KNOWN_JOB,
-    )
-    def backfill(job: str, span: Annotated[Span, Body()], request: Request) -> dict[str, Any]:
+    @router.post("/ops/jobs/{job}/backfill", summary="Fill past windows again", **ACT_ABLE)
+    def backfill(job: JobInPath, span: Annotated[Span, Body()], request: Request) -> dict[str, Any]:
         scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()), _caller(request))
         return accepted(scheduler, job)
 
-    @router.post(
-        "/ops/jobs/{job}/verify",
-        openapi_extra=RUN,
-        summary="Compare both ends by content",
-        status_code=202,
-        responses=KNOWN_JOB,
-    )
-    def verify(job: str, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
+    @router.post("/ops/jobs/{job}/verify", summary="Compare both ends by content", **ACT_ABLE)
+    def verify(job: JobInPath, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
         ops.proofs.start(known(scheduler, job), _a_year(part), part.partition, _caller(request))
         return {"job": job, "state": "verifying"}
 
-    @router.post(
-        "/ops/jobs/{job}/heal",
-        openapi_extra=RUN,
-        summary="Compare, and mend what differs",
-        status_code=202,
-        responses=KNOWN_JOB,
-    )
-    def heal(job: str, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
+    @router.post("/ops/jobs/{job}/heal", summary="Compare, and mend what differs", **ACT_ABLE)
+    def heal(job: JobInPath, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
         work = ops.proofs.heal(known(scheduler, job), _a_year(part), part.partition, _caller(request))
         scheduler.queue(job, work, _caller(request))
         ops.maps.forget(job)
@@ -433,11 +397,8 @@ def _caller(request: Request) -> str:
 
 
 def _a_year(span: Span) -> Window:
-    window = window_of(span)
-    if window.seconds > MOST_DAYS * 86_400:
-        hint = "ask for a year at a time, or use `python -m app verify`"
-        raise Refused(Refusal(422, f"more than {MOST_DAYS} days", hint, "body"))
-    return window
+    hint = "ask for a year at a time, or use `python -m app verify`"
+    return bounded(span.from_at, span.to_at, "body", MOST_DAYS, hint)
 
 
 def known(scheduler: Scheduler, job: str) -> str:
@@ -450,18 +411,9 @@ def known(scheduler: Scheduler, job: str) -> str:
     return job
 
 
-def window_of(span: Span) -> Window:
-    """The window of a body. Refuses one that is empty or reversed."""
-    try:
-        return Window(span.from_at.astimezone(UTC), span.to_at.astimezone(UTC))
-    except (ValueError, OverflowError):
-        hint = "give the earlier instant as 'from'"
-        raise Refused(Refusal(422, "'from' must be earlier than 'to'", hint, "body.from")) from None
-
-
 def past_window(span: Span, now: datetime) -> Window:
-    """The same of a span to be filled. Refuses one in the future as well."""
-    window = window_of(span)
+    """The window of a body, to be filled. Refuses one that is empty, reversed or in the future."""
+    window = bounded(span.from_at, span.to_at, "body")
     try:
         refuse_future(window, now)
     except Rejected as error:
@@ -471,35 +423,31 @@ def past_window(span: Span, now: datetime) -> Window:
 
 def accepted(scheduler: Scheduler, job: str) -> dict[str, Any]:
     """The answer to what was queued."""
-    state = next(view.status.state for view in scheduler.views() if view.job.name == job)
+    state = next(view.state for view in scheduler.views() if view.job.name == job)
     return {"job": job, "state": state}
 
 
 def _series(ops: Operations) -> Sequence[Series]:
-    views = ops.scheduler.views()
+    views, runs, alerts = ops.scheduler.views(), ops.state.runs, ops.alerts
     build = [({"version": ops.probes.version}, 1.0)]
+    checks = [({"check": name}, float(ok)) for name, ok in ops.probes.ready().body["checks"].items()]
     series = [
         Series("headwater_build_info", "gauge", "Version of Headwater.", build),
-        *job_series(views, ops.stale()),
-        clock_series(views, ops.ahead_seconds()),
+        *job_series(views, alerts.stale),
+        clock_series(views, alerts.ahead_seconds),
+        Series("headwater_check", "gauge", "1 while a system can be reached.", checks),
     ]
-    checks = [({"check": name}, float(ok)) for name, ok in ops.probes.ready().body["checks"].items()]
-    series.append(Series("headwater_check", "gauge", "1 while a system can be reached.", checks))
     try:
-        now, totals, partitions = ops.state_clock(), ops.totals(), ops.partitions()
-        calls = {job: of() for job, of in ops.calls.items()}
-        ledgers = [*ledger_series(ops.ledger_totals(), _last_ledgers(ops))]
-        troubles = ops.troubles()
+        now, totals, ledger_totals = ops.state.clocks.now(), runs.totals(), runs.ledger_totals()
+        ended = (runs.last_ended(view.job.name) for view in views if not view.job.off)
+        # the ledger of the last ended run of each job; without those that ended before they could keep one
+        ledgers = {run.job: run.report.ledger for run in ended if run is not None and run.report.ledger}
+        calls = {job: of() for job, of in ops.pipelines.calls.items()}
+        troubles = {**{name: {} for name in ops.pipelines.listed}, **ops.state.checkpoints.troubles()}
         load = list(workload_series(ops.scheduler.elsewhere.look())) if ops.scheduler.elsewhere else []
+        lags = [(job, at.partition, lag_seconds(at, now)) for job, at in partitions_of(ops)]
     except AppError:
         return series  # the check of the store says why the counters are missing
-    series += [*total_series(totals), success_series(totals, now), *ledgers, *call_series(calls)]
-    series += [*object_series(views, troubles), *load]
-    lags = [(each.job, each.partition, lag_seconds(each, now)) for each in partitions]
+    series += [*total_series(totals), success_series(totals, now), *ledger_series(ledger_totals, ledgers)]
+    series += [*call_series(calls), *object_series(views, troubles), *load]
     return [*series, *lag_series([(job, name, lag) for job, name, lag in lags if lag is not None])]
-
-
-def _last_ledgers(ops: Operations) -> Mapping[str, Ledger]:
-    """The ledger of the last ended run of each job; without those that ended before they could keep one."""
-    ended = (ops.last_ended(view.job.name) for view in ops.scheduler.views() if not view.job.off)
-    return {run.job: run.report.ledger for run in ended if run is not None and run.report.ledger}

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from shutil import get_terminal_size
-from typing import Protocol
+from typing import Protocol, TypeVar
 from uuid import uuid4
 
 from apscheduler.executors.pool import ThreadPoolExecutor
@@ -26,6 +26,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from app.core.errors import AppError, Rejected, Transient, did_you_mean
 from app.core.runs import Context, Job, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.windows import Window
+from app.db.state import SqlPauses
 from app.ops.logs import bound
 
 # How far long work is: a bar on a terminal, a line in the log now and then elsewhere, and always in memory.
@@ -137,28 +138,6 @@ def more_in(run: Run) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
-    """Where a job stands: `state` is off, paused, running, waiting or backfill."""
-
-    state: str
-    progress: Counts | None
-    queued_backfills: int
-
-
-class JobPauses(Protocol):
-    """Which jobs are paused, kept where every process looks. All methods raise AppError."""
-
-    def paused(self) -> Mapping[str, datetime]:
-        """Job -> since when."""
-
-    def pause(self, job: str, at: datetime, by: str) -> None:
-        """Idempotent."""
-
-    def resume(self, job: str) -> None:
-        """Idempotent."""
-
-
-@dataclass(frozen=True, slots=True)
 class Workload:
     """What workers are at: how many live, how much waits by queue, how many shards there are and go on."""
 
@@ -186,10 +165,12 @@ Backfill = Callable[[Context, Window], Report]
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job as it is shown. `next_run_at` is None when off or paused."""
+    """A job as it is shown. `state` is off, paused, running, waiting or backfill; `next_run_at` None for both."""
 
     job: Job
-    status: Status
+    state: str
+    progress: Counts | None
+    queued_backfills: int
     next_run_at: datetime | None
     can_backfill: bool
 
@@ -241,7 +222,7 @@ class Scheduler:
         desk: RunDesk,
         stop: Stop,
         backfills: Mapping[str, Backfill],
-        pauses: JobPauses,
+        pauses: SqlPauses,
         *,
         elsewhere: Elsewhere | None = None,
     ) -> None:
@@ -368,11 +349,16 @@ class Scheduler:
             raise Transient("the process is stopping: no new run starts", "ask again after the restart")
 
     def _view(self, lane: _Lane) -> JobView:
-        name, tally = lane.job.name, lane.tally
-        status = Status(lane.state, tally.counts if tally else None, lane.backfills)
-        timer = None if status.state in ("off", "paused") else self._timers.get_job(name)
-        at = getattr(timer, "next_run_time", None)
-        return JobView(lane.job, status, at, name in self._backfills and not lane.job.off)
+        name, state = lane.job.name, lane.state
+        timer = None if state in ("off", "paused") else self._timers.get_job(name)
+        return JobView(
+            lane.job,
+            state,
+            lane.tally.counts if lane.tally else None,
+            lane.backfills,
+            getattr(timer, "next_run_time", None),
+            can_backfill=name in self._backfills and not lane.job.off,
+        )
 
     def _turn_in(
         self, seconds: float, lane: _Lane, other: Job | None = None, *, by: str = "", more: bool = False
@@ -504,11 +490,19 @@ class Scheduler:
             self._follow(lane, paused=lane.job.name in paused)
 
 
+Work = TypeVar("Work")
+
+
+def able(works: Mapping[str, Work], job: str, refusal: str, hint: str) -> Work:
+    """What `job` has of a kind that only some jobs have. Raises Rejected, whose `hint` names those."""
+    if job not in works:
+        raise Rejected(f"job {job} {refusal}", hint.format(", ".join(sorted(works)) or "none"))
+    return works[job]
+
+
 def backfill_job(job: Job, backfills: Mapping[str, Backfill], span: Window) -> Job:
     """`job`, under its own name and lease, with the filling of `span` as its work. Raises Rejected when it has none."""
-    fill = backfills.get(job.name)
-    if fill is None:
-        raise Rejected(f"job {job.name} has no backfill", f"jobs that can be filled again: {', '.join(backfills)}")
+    fill = able(backfills, job.name, "has no backfill", "jobs that can be filled again: {}")
     return named(replace(job, work=lambda context: fill(context, span)))
 
 

@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,19 @@ from app.core.windows import Window
 from app.db.state import State
 from app.ops.alerts import Alerts
 from app.ops.connection_checks import System
-from app.ops.health import Readiness
+from app.ops.health import Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.process import share_the_machine
+from app.ops.request_costs import RequestCosts
 from app.ops.scheduler import Backfill, Scheduler
 from app.web.app import Front
+from app.web.auth import Guard
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
+
+    from app.ops.delivery_map import DeliveryMaps
+    from app.ops.verification import Proofs
 
 # How the time that a stop may take is shared among its steps, which follow one another.
 #
@@ -58,9 +64,7 @@ def steps_of(grace_seconds: float) -> Steps:
     return Steps(jobs=shared / 2, requests=shared / 8, refresh=shared / 8, stuck=shared / 8)
 
 
-# The service as a value: what `main` builds, and what the daemon and the commands use.
-#
-# Invariant: nothing in it has been started.
+# Nothing in the service as a value has been started.
 
 History = Callable[[int], Sequence[Mapping[str, Any]]]
 """What a job took in lately, newest first, at most so many: lines of a table, all with the same columns."""
@@ -99,6 +103,23 @@ class Pipelines:
     kept: Mapping[str, Callable[[Run], Sequence[KeptFile]]] = field(default_factory=dict)
     listed: Sequence[str] = ()
     routers: Sequence[Callable[[], "APIRouter"]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """What the routes of /ops and the pages look at and act on. `clock` is this machine's."""
+
+    settings: Settings
+    state: State
+    pipelines: Pipelines
+    scheduler: Scheduler
+    alerts: Alerts
+    costs: RequestCosts
+    probes: Probes
+    guard: Guard
+    maps: "DeliveryMaps"
+    proofs: "Proofs"
+    clock: Callable[[], datetime]
 
 
 @dataclass(frozen=True, slots=True)

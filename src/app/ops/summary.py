@@ -6,22 +6,23 @@ a fault that only time would end can be dismissed, any other ends when it is put
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from app.core.pipeline import MISSING
 from app.core.runs import Outcome, Run
 from app.core.verify import Sign
 from app.db.page_queries import Look
-from app.ops.delivery_map import DeliveryMaps, MapCells
+from app.ops.delivery_map import MapCells
 from app.ops.json_views import instant_text, run_shown
-from app.ops.request_costs import MonthlyEstimate
 from app.ops.scheduler import JobView
-from app.ops.verification import Result
+
+if TYPE_CHECKING:
+    from app.ops.service import Operations
 
 NAMED = 3  # faults that the sentence names
 LISTED = 50
@@ -46,6 +47,7 @@ FILE_HINT = "correct the file and put it into the inbox again"
 ASIDE_HINT = (
     "correct these rows at the source, then backfill their windows; until then they stay where they were set aside"
 )
+DISMISS = {"kind": "dismiss", "label": "Dismiss"}
 QUIET = "The service answers, and gives no row."
 QUIET_HINT = "check that it is the right project or application, in the right region, and that events reach it"
 NEVER_HOURS, USUAL_HOURS, QUIET_AFTER = 24, 84, timedelta(days=3)
@@ -72,8 +74,7 @@ class Problem:
     @property
     def problem_id(self) -> str:
         """The same for the same fault, whatever its count."""
-        text = f"{self.kind}\x1f{self.job}\x1f{self.partition}\x1f{self.about}"
-        return blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+        return _id_of(self.kind, self.job, self.about, self.partition)
 
     @property
     def mark(self) -> str:
@@ -99,6 +100,11 @@ class Problem:
         }
 
 
+def _id_of(kind: str, job: str, about: str, partition: str = "") -> str:
+    text = f"{kind}\x1f{job}\x1f{partition}\x1f{about}"
+    return blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """What is known at one moment, for one time zone. `cells` are the hours of the last day, `strips` the map of each
@@ -109,16 +115,10 @@ class Snapshot:
     zone: tzinfo
     views: Sequence[JobView]
     look: Look
-    maps: DeliveryMaps
-    verified: Sequence[Result]
-    verifiable: Sequence[str]
-    stale: frozenset[str]
-    ahead_seconds: Mapping[str, float]
-    unreachable: Mapping[str, tuple[str, str]]
     cells: MapCells
+    ops: "Operations"
     strips: Mapping[str, str | None] = field(default_factory=dict)
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    bill: MonthlyEstimate | None = None
 
     @property
     def on(self) -> Sequence[JobView]:
@@ -160,7 +160,7 @@ def problems_of(seen: Snapshot) -> Sequence[Problem]:
 
 
 def _unreachable(seen: Snapshot) -> Iterator[Problem]:
-    for name, (error, hint) in seen.unreachable.items():
+    for name, (error, hint) in seen.ops.probes.unreachable().items():
         yield Problem("unreachable", "", f"{name} cannot be reached", error, hint, noun="system", about=name)
 
 
@@ -215,12 +215,12 @@ def _windows(seen: Snapshot) -> Iterator[Problem]:
     """Windows that are not as they were delivered: as marked in the state, listed last, or verified last."""
     found: dict[tuple[str, str, str], set[Any]] = defaultdict(set)
     since: dict[tuple[str, str, str], datetime] = {}
-    for job in seen.maps.jobs:
-        for fault in seen.maps.faults(job):
+    for job in seen.ops.maps.jobs:
+        for fault in seen.ops.maps.faults(job):
             what = (job, {"m": "missing", "p": "partial", "c": "changed"}[fault.letter], fault.partition)
             found[what].add(fault.window)
             since[what] = min(since.get(what, seen.now), fault.seen_at)
-    for result in seen.verified:
+    for result in seen.ops.proofs.results():
         for verdict in result.windows:
             if verdict.sign is not Sign.ERROR and not verdict.healed:
                 kind = "missing" if verdict.sign is Sign.MISSING else "changed"
@@ -229,25 +229,45 @@ def _windows(seen: Snapshot) -> Iterator[Problem]:
         what: _Faulty(what[2], len(some), min(w.start for w in some), max(w.end for w in some), since.get(what))
         for what, some in found.items()
     }
+    unlisted: dict[tuple[str, str], list[int]] = {}  # windows and partitions beyond the limit
+    spans: dict[tuple[str, str], tuple[datetime, datetime]] = {}
     for row in seen.look.rows("trouble_by_partition", limit=MOST_PARTITIONS):
         what = (row["pipeline"], "missing" if row["trouble"] == MISSING else "changed", row["device_id"])
         faulty[what] = _Faulty(what[2], row["windows"], row["first_at"], row["last_at"], since.get(what))
+        rest = unlisted.setdefault(what[:2], [int(row["all_windows"]), row["all_partitions"]])
+        rest[0] -= row["windows"]
+        rest[1] -= 1
+        spans[what[:2]] = row["all_first_at"], row["all_last_at"]
     together: dict[tuple[str, str], list[_Faulty]] = defaultdict(list)
     for (job, kind, _), one in faulty.items():
         together[job, kind].append(one)
     for (job, kind), some in together.items():
-        yield _of_windows(seen, job, kind, sorted(some, key=lambda each: (-each.count, each.partition)))
+        some.sort(key=lambda each: (-each.count, each.partition))
+        windows, partitions = unlisted.get((job, kind), (0, 0))
+        first_at, last_at = spans.get((job, kind), (some[0].first_at, some[0].last_at))
+        span = min(first_at, *(each.first_at for each in some)), max(last_at, *(each.last_at for each in some))
+        yield _of_windows(seen, job, kind, some, span, unlisted=(windows, partitions))
 
 
-def _of_windows(seen: Snapshot, job: str, kind: str, faulty: Sequence[_Faulty]) -> Problem:
-    """All partitions of a job with the same fault, those with the most windows named."""
-    count = sum(each.count for each in faulty)
-    span = (min(each.first_at for each in faulty), max(each.last_at for each in faulty))
-    partition = faulty[0].partition if len(faulty) == 1 else ""
+def _of_windows(
+    seen: Snapshot,
+    job: str,
+    kind: str,
+    faulty: Sequence[_Faulty],
+    span: tuple[datetime, datetime],
+    *,
+    unlisted: tuple[int, int],
+) -> Problem:
+    """All partitions of a job with the same fault, those with the most windows named. `unlisted`: windows and
+    partitions beyond those.
+    """
+    count = sum(each.count for each in faulty) + unlisted[0]
+    number = len(faulty) + unlisted[1]
+    partition = faulty[0].partition if number == 1 else ""
     actions: list[Mapping[str, Any]] = [{"kind": "show", "label": "Show on map", "href": f"#map-{job}"}]
     first, last = (f"{at:%Y-%m-%d}" for at in (span[0], span[1] + timedelta(days=1)))
     hint = f"heal them on the map, or all at once: python -m app verify {job} --from {first} --to {last} --heal"
-    if job in seen.verifiable and (partition or span[1] - span[0] <= HEALED_TOGETHER):
+    if job in seen.ops.proofs.jobs and (partition or span[1] - span[0] <= HEALED_TOGETHER):
         part = {"from": instant_text(span[0]), "to": instant_text(span[1])}
         part |= {"partition": partition} if partition else {}
         label = f"Heal {counted(count, 'window')}"
@@ -257,7 +277,7 @@ def _of_windows(seen: Snapshot, job: str, kind: str, faulty: Sequence[_Faulty]) 
     if kind != "missing":
         message = "What is at the destination is not what was delivered."
     names = [each.partition for each in faulty[:NAMED]]
-    names += [f"{len(faulty) - NAMED:,} more"] if len(faulty) > NAMED else []
+    names += [f"{number - NAMED:,} more"] if number > NAMED else []
     title = f"{job}, {listed(names)}: {counted(count, 'window')} {WINDOW_WORDS[kind]}"
     seen_at = min((each.since for each in faulty if each.since), default=None)
     return Problem(kind, job, title, message, hint, count, "window", partition, span, seen_at, actions)
@@ -266,36 +286,40 @@ def _of_windows(seen: Snapshot, job: str, kind: str, faulty: Sequence[_Faulty]) 
 def _late(seen: Snapshot) -> Iterator[Problem]:
     for view in seen.on:
         name = view.job.name
-        if name in seen.ahead_seconds:
-            seconds = seen.ahead_seconds[name]
+        if name in seen.ops.alerts.ahead_seconds:
+            seconds = seen.ops.alerts.ahead_seconds[name]
             message = f"Its last run or one of its cursors lies {seconds:,.0f} s ahead of now."
             yield Problem("clock", name, f"{name}: its records lie ahead of now", message, CLOCK_HINT, noun="record")
         due = view.next_run_at
         slack = timedelta(seconds=max(view.job.interval_seconds, LATE_SECONDS))
-        overdue = view.status.state == "waiting" and due is not None and due + slack < seen.now
-        if name in seen.stale or overdue:
+        overdue = view.state == "waiting" and due is not None and due + slack < seen.now
+        if name in seen.ops.alerts.stale or overdue:
             message = "No run came to its end in time."
             actions = [{"kind": "run", "label": "Run now", "job": name}]
             yield Problem("late", name, f"{name} is late", message, LATE_HINT, noun="run", since=due, actions=actions)
 
 
 def _set_aside(seen: Snapshot) -> Iterator[Problem]:
+    """Rows by the reason that a run gave, files by what is wrong with them: of the last day, and not dismissed."""
     dismissed = {row["problem_id"]: row["dismissed_at"] for row in seen.look.rows("dismissed")}
-    since = seen.now - RECENT
+
+    def limit(job: str, about: str) -> datetime:
+        at: datetime = dismissed.get(_id_of("set_aside", job, about), seen.now - RECENT)
+        return at
+
     rows: dict[tuple[str, str], list[tuple[Run, int, str]]] = defaultdict(list)
     hints: dict[str, str] = {}
-    for run in seen.look.partial_runs(since):  # newest first: what it says of a file wins
-        hints = {each.partition: each.hint for each in run.report.failures if run.job in seen.histories} | hints
+    for run in seen.look.partial_runs(seen.now - RECENT):  # newest first: what it says of a file wins
+        if run.job in seen.histories:
+            hints = {each.partition: each.hint for each in run.report.failures} | hints
+            continue
         for one in run.report.ledger.newly_set_aside:
-            if run.job not in seen.histories:
+            if run.started_at > limit(run.job, one.reason):
                 rows[run.job, one.reason].append((run, one.new, one.sample))
     for (job, reason), runs in rows.items():
-        first = Problem("set_aside", job, "", "", "", about=reason)
-        new = [each for each in runs if each[0].started_at > dismissed.get(first.problem_id, since)]
-        if new:
-            yield _rows_aside(job, reason, new)
+        yield _rows_aside(job, reason, runs)
     for job, entries in seen.histories.items():
-        yield from _files_aside(job, entries, hints, dismissed, since)
+        yield from _files_aside(job, entries, hints, limit)
 
 
 def _quiet(seen: Snapshot) -> Iterator[Problem]:
@@ -315,62 +339,36 @@ def _quiet(seen: Snapshot) -> Iterator[Problem]:
 def _rows_aside(job: str, reason: str, runs: Sequence[tuple[Run, int, str]]) -> Problem:
     run, _, sample = runs[0]
     count, unit = sum(number for _, number, _ in runs), run.report.ledger.unit
-    actions = [
-        {"kind": "open", "label": "Open the run", "href": f"run?id={run.run_id}"},
-        {"kind": "dismiss", "label": "Dismiss"},
-    ]
-    example = f", for example {sample}" if sample else ""
-    return Problem(
-        "set_aside",
-        job,
+    actions = [{"kind": "open", "label": "Open the run", "href": f"run?id={run.run_id}"}, DISMISS]
+    title, message = (
         f"{job}: {counted(count, unit)} set aside",
-        f"{reason}{example}.",
-        ASIDE_HINT,
-        count,
-        unit,
-        since=runs[-1][0].started_at,
-        actions=actions,
-        about=reason,
+        f"{reason}{f', for example {sample}' if sample else ''}.",
+    )
+    since = runs[-1][0].started_at
+    return Problem(
+        "set_aside", job, title, message, ASIDE_HINT, count, unit, since=since, actions=actions, about=reason
     )
 
 
 def _files_aside(
-    job: str,
-    entries: Sequence[Mapping[str, Any]],
-    hints: Mapping[str, str],
-    dismissed: Mapping[str, datetime],
-    since: datetime,
+    job: str, entries: Sequence[Mapping[str, Any]], hints: Mapping[str, str], limit: Callable[[str, str], datetime]
 ) -> Iterator[Problem]:
-    """Files by what is wrong with them; one that was merged since is in order."""
-    latest: dict[str, Mapping[str, Any]] = {}
-    for entry in entries:  # newest first
-        latest.setdefault(entry["file"], entry)
-    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for entry in latest.values():
-        if entry["outcome"] == "rejected":
-            found[entry["error"]].append(entry)
-    for error, files in found.items():
-        first = Problem("set_aside", job, "", "", "", about=error)
-        limit = dismissed.get(first.problem_id, since)
-        new = [entry for entry in files if datetime.fromisoformat(entry["at"]) > limit]
-        if new:
-            name, run_id, at = new[0]["file"], new[0]["run_id"], datetime.fromisoformat(new[0]["at"])
-            title = f"{job}: {name} was set aside"
-            if len(new) > 1:
-                title = f"{job}: {counted(len(new), 'file')} were set aside, the latest is {name}"
-            yield replace(
-                first,
-                title=title,
-                message=error,
-                next=hints.get(name) or FILE_HINT,
-                count=len(new),
-                noun="file",
-                since=at,
-                actions=[
-                    {"kind": "open", "label": "Download file", "href": file_address(run_id, name), "needs": "ops:run"},
-                    {"kind": "dismiss", "label": "Dismiss"},
-                ],
-            )
+    """Of a file the latest entry counts: one that was merged since is in order."""
+    latest = {entry["file"]: entry for entry in reversed(entries)}
+    files: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        is_new = datetime.fromisoformat(entry["at"]) > limit(job, entry["error"])
+        if entry is latest[entry["file"]] and entry["outcome"] == "rejected" and is_new:
+            files[entry["error"]].append(entry)
+    for error, some in files.items():
+        count, name, run_id = len(some), some[0]["file"], some[0]["run_id"]
+        title = f"{job}: {name} was set aside"
+        if count > 1:
+            title = f"{job}: {counted(count, 'file')} were set aside, the latest is {name}"
+        hint, since = hints.get(name) or FILE_HINT, datetime.fromisoformat(some[0]["at"])
+        href = file_address(run_id, name)
+        actions = [{"kind": "open", "label": "Download file", "href": href, "needs": "ops:run"}, DISMISS]
+        yield Problem("set_aside", job, title, error, hint, count, "file", since=since, actions=actions, about=error)
 
 
 # ---- the sentence
@@ -380,7 +378,7 @@ def verdict_of(seen: Snapshot, problems: Sequence[Problem], complete_up_to: date
     """State, sentence in parts with their links, and title. At most three faults are named."""
     parts = _parts(problems)
     pipelines = [view for view in seen.on if not view.job.helper_of]
-    paused = [view.job.name for view in pipelines if view.status.state == "paused"]
+    paused = [view.job.name for view in pipelines if view.state == "paused"]
     more = [f"{listed(paused)} {'is' if len(paused) == 1 else 'are'} paused."] if paused else []
     if problems:
         title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -445,7 +443,8 @@ def summary_of(seen: Snapshot) -> Mapping[str, Any]:
     news = _news(seen, seen.cells)
     complete = [row["slowest_at"] for name, row in totals.items() if any(v.job.name == name for v in seen.on)]
     complete_up_to = min(complete, default=None)
-    ended = [result.ended_at for result in seen.verified if result.equal is not None]
+    bill = seen.ops.costs.estimate()
+    ended = [result.ended_at for result in seen.ops.proofs.results() if result.equal is not None]
     jobs = [
         _row(
             seen,
@@ -464,7 +463,7 @@ def summary_of(seen: Snapshot) -> Mapping[str, Any]:
         "checked_at": instant_text(max(ended, default=None)),  # type: ignore[type-var]  # none of them is None
         "problems": [problem.to_json() for problem in problems[:LISTED]],
         "problems_total": len(problems),
-        "bill": seen.bill.text() if seen.bill and seen.bill.by_kind else None,
+        "bill": bill.text() if bill.by_kind else None,
         "day_starts_at": instant_text(_today(seen)),
         "hours_start_at": instant_text(seen.cells.edges[0]),
         "jobs": jobs,
@@ -508,7 +507,7 @@ def _row(
     paused: Mapping[str, Any] | None,
     news: Mapping[str, Any] | None,
 ) -> Mapping[str, Any]:
-    job, status = view.job, view.status
+    job = view.job
     served = {each.job.name for each in seen.views if each.job.helper_of == job.name} | {job.name}
     own = [problem for problem in problems if problem.job in served]
     last, ended = seen.look.last_runs(job.name)
@@ -520,18 +519,17 @@ def _row(
         "helper_of": job.helper_of or None,
         "mark": mark,
         "words": words,
-        "state": status.state,
+        "state": view.state,
         "off": {"text": job.off, "variables": VARIABLE.findall(job.off), "guide": f"guides/{job.name}"}
         if job.off
         else None,
         "interval_seconds": job.interval_seconds,
         "next_run_at": instant_text(view.next_run_at),
-        "progress": status.progress
-        and {"done": status.progress.done, "total": status.progress.total, "rows": status.progress.rows},
-        "queued_backfills": status.queued_backfills,
+        "progress": view.progress and asdict(view.progress),
+        "queued_backfills": view.queued_backfills,
         "can_backfill": view.can_backfill,
-        "can_verify": job.name in seen.verifiable and not job.off,
-        "has_map": job.name in seen.maps.jobs and not job.off,
+        "can_verify": job.name in seen.ops.proofs.jobs and not job.off,
+        "has_map": job.name in seen.ops.maps.jobs and not job.off,
         "partitions": total["partitions"] if total else 0,
         "max_lag_seconds": max((seen.now - oldest).total_seconds(), 0.0) if oldest else None,
         "failures_in_a_row": runs,
@@ -567,7 +565,7 @@ def _state(view: JobView, own: Sequence[Problem]) -> tuple[str, str]:
         "paused": ("paused", "Paused"),
         "running": ("run", "Running"),
         "backfill": ("run", "Backfilling"),
-    }.get(view.status.state, ("ok", "OK"))
+    }.get(view.state, ("ok", "OK"))
 
 
 def _words(problem: Problem, count: int) -> str:

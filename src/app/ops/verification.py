@@ -7,18 +7,19 @@ record; a result holds at most SHOWN windows, those that are not equal.
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from app.core.errors import AppError, Rejected, Transient
+from app.core.errors import AppError, Transient
 from app.core.runs import Context, Job, Report, Stop
 from app.core.verify import Sign, Slot, Verdict, Verification, heal, refuse_unknown, verify
 from app.core.windows import Window
-from app.ops.scheduler import named
+from app.ops.scheduler import able, named
 
 SHOWN = 500
+NO_VERIFICATION = ("has no verification", "jobs whose two ends can be compared: {}")
 log = logging.getLogger(__name__)
 
 
@@ -111,7 +112,7 @@ class Proofs:
 
     def start(self, job: str, span: Window, partition: str | None = None, by: str = "") -> None:
         """Begin to compare `span`. Raises Rejected for a job that has no verification, Transient while one goes on."""
-        verification = found(self._verifications, job)
+        verification = able(self._verifications, job, *NO_VERIFICATION)
         with self._lock:
             known = self._results.get(job)
             if known is not None and known.ended_at is None:
@@ -124,7 +125,7 @@ class Proofs:
 
         Raises Rejected for a job without verification, and for a partition that is not known.
         """
-        verification = found(self._verifications, job)
+        verification = able(self._verifications, job, *NO_VERIFICATION)
         refuse_unknown(verification(self._stop), span, partition)
         with self._lock:
             self._heals[job] = Result(job, span, self._clock(), partition=partition, by=by)
@@ -144,7 +145,7 @@ class Proofs:
                 self._heals[job] = replace(self._heals[job], ended_at=self._clock(), error=message, hint=hint)
             self._looked(job)
 
-        return lambda of: heal_job(of, verification, Healing(span, partition), seen, ended)
+        return lambda of: heal_job(of, verification, span, partition, seen=seen, ended=ended)
 
     def _compare(self, job: str, verification: Verification) -> None:
         result = self._results[job]
@@ -169,31 +170,17 @@ class Proofs:
             self._results[result.job] = result
 
 
-def found(verifications: Mapping[str, Verification], job: str) -> Verification:
-    """The verification of a job. Raises Rejected when it has none."""
-    if job not in verifications:
-        able = ", ".join(sorted(verifications)) or "none"
-        raise Rejected(f"job {job} has no verification", f"jobs whose two ends can be compared: {able}")
-    return verifications[job]
-
-
-@dataclass(frozen=True, slots=True)
-class Healing:
-    """What is to be verified and mended; `partition` None = all."""
-
-    span: Window
-    partition: str | None = None
-
-
 def heal_job(
     job: Job,
     verification: Verification,
-    what: Healing,
-    seen: Callable[[Verdict], None] = lambda _: None,
+    span: Window,
+    partition: str | None,
+    *,
+    seen: Callable[[Verdict], None],
     ended: Callable[[AppError | None], None] = lambda _: None,
 ) -> Job:
-    """`job`, under its own name and lease, with the mending of `what` as its work. `seen` is told of each window that
-    was compared, `ended` of the end of the work and what broke it off.
+    """`job`, under its own name and lease, with the mending of `span` as its work, of all partitions or one. `seen` is
+    told of each window that was compared, `ended` of the end of the work and what broke it off.
     """
 
     def work(context: Context) -> Report:
@@ -204,12 +191,12 @@ def heal_job(
             seen(verdict)
 
         try:
-            report = heal(verification(context.stop), what.span, context, note, what.partition)
+            report = heal(verification(context.stop), span, context, note, partition)
         except AppError as error:
             ended(error)
             raise
         ended(None)
-        log.info("%s %s: %s before it was mended", job.name, what.span, told(counts))
+        log.info("%s %s: %s before it was mended", job.name, span, told(counts))
         return report
 
     return named(replace(job, work=work))
@@ -218,11 +205,6 @@ def heal_job(
 def told(counts: Mapping[str, int]) -> str:
     """Signs and how many windows have each, as text."""
     return ", ".join(f"{counts[sign.value]} {sign.value}" for sign in Sign if counts.get(sign.value)) or "no window"
-
-
-def summary(verdicts: Iterable[Verdict]) -> Mapping[str, int]:
-    """How many windows have each sign."""
-    return dict(Counter(verdict.sign.value for verdict in verdicts))
 
 
 def shown(verdict: Verdict) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from app.core.errors import Permanent, Transient
 from app.core.files import temporary_file
-from app.core.network import CA_HINT, SharedClient, is_untrusted
+from app.core.network import CA_HINT, SharedClient, connection_fault, is_untrusted
 from app.core.retry import asked_seconds
 
 if TYPE_CHECKING:
@@ -94,11 +94,12 @@ class Upstream:
             with client.stream("GET", self._base_url + path, headers=dict(headers)) as response:
                 yield ServiceAnswer(response)
         except httpx.HTTPError as error:
-            said = f"{self._service} at {self._base_url}: {str(error) or type(error).__name__}"
+            said = str(error) or type(error).__name__
             if is_untrusted(error):
-                raise Permanent(said, CA_HINT) from error
+                raise Permanent(f"{self._service} at {self._base_url}: {said}", CA_HINT) from error
             hint = f"no action needed if it passes; otherwise check {self._variable} and the network"
-            raise Transient(said, hint) from error
+            fault = connection_fault(error, self._base_url) or said
+            raise Transient(f"{self._service}: {fault}", hint) from error
 
     def _make(self) -> "httpx.Client":
         import httpx

@@ -132,7 +132,7 @@ function showWarnings(warnings) {
   for (const { object, message } of warnings) objects.set(object, [...(objects.get(object) || []), message]);
   const named = [...objects].filter(([object]) => object), others = objects.get("") || [];
   const items = [...named.map(([object, messages]) => make("li", make("code", object), `: ${messages.map((each) => each.replace(object, "").replace(/^[:\s]+/, "")).join("; ")}`)), ...others.map((each) => make("li", sentence(each)))];
-  const head = named.length ? `${number(named.length)} of ${plural(lake.objects + named.length, "object")} could not be read whole${/left out/.test(JSON.stringify(warnings)) || named.length ? ", so that rows of " + (named.length === 1 ? "it" : "them") + " may be left out" : ""}.` : "These answers may be old.";
+  const head = named.length ? `${number(named.length)} of ${plural(Math.max(lake.objects, named.length), "object")} could not be read whole, so that rows of ${named.length === 1 ? "it" : "them"} may be left out.` : "These answers may be old.";
   show(at("warnings"), ...(warnings.length ? [box("warn", "warn", make("strong", head), make("ul", ...items), make("span.next", make("b", "Next: "), "verify their windows on the ", make("a", { href: `${ROOT}#delivery` }, "delivery map"), "; heal writes them again."))] : []));
 }
 

@@ -89,7 +89,7 @@ const from_to = (from, to) => {
 function ago(text, before = "", after = "") { const node = make("time", { datetime: text, title: utc(new Date(text)), "data-ago": `${before}|${after}` }); relate(node); return node; }
 function relate(node) {
   const [before, after] = node.dataset.ago.split("|"), date = new Date(node.dateTime), seconds = (Date.now() + skew - date) / 1000;
-  const said = document.body.classList.contains("away") ? stamp(date) : after === "next" && seconds > -1 ? "due now" : seconds >= 0 ? `${span(seconds)} ago` : `in ${span(seconds)}`;
+  const said = document.body.classList.contains("away") ? (after === "next" ? "not known" : stamp(date)) : after === "next" && seconds > -1 ? "due now" : seconds >= 0 ? `${span(seconds)} ago` : `in ${span(seconds)}`;
   const text = `${before}${said}${after === "next" ? "" : after}`;
   if (node.textContent !== text) node.textContent = text;
 }

@@ -13,7 +13,6 @@ const MAPS_EVERY = 20000, A_PAGE = 20;
 const counted = (text) => [..."mpcslonku"].map((letter) => [[...text].filter((each) => each === letter).length, KIND[letter][1]]).filter(([count]) => count).map(([count, word]) => `${count} ${word}`).join(", ");
 const narrow = () => innerWidth <= 840;
 const rangeNow = () => (SECONDS[view.get("range")] ? view.get("range") : "24h");
-const hasProblem = (text) => [...text].some((letter) => PROBLEM.has(letter));
 let asked = false, maps = {}, mapsKey = "", mapsAt = 0, pages = {}, opened = new Map(), drilled = null, working = null;
 
 // ---- asking

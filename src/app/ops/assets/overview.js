@@ -51,7 +51,7 @@ function why(job) {
   if (!last) return "no run yet";
   if (job.failures_in_a_row && job.mark === "bad") return [`${last.error.slice(0, 60)}${last.error.length > 60 ? "…" : ""} since `, when(job.failing_since, false)];
   if (job.mark === "ok") return ago(last.started_at, "ran ");
-  return ago(last.started_at, `last run ${(OUTCOMES[last.outcome] || ["", last.outcome])[1]}, `);
+  return ago(last.started_at, `last run ${last.outcome === "ok" ? "OK" : (OUTCOMES[last.outcome] || ["", last.outcome])[1].toLowerCase()}, `);
 }
 function helpers(job, all) {
   const own = all.filter((each) => each.helper_of === job.name && each.state !== "off");

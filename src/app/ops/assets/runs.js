@@ -47,7 +47,7 @@ async function showRuns(jobs) {
   if (since) query.from = new Date(Math.floor((Date.now() + skew) / 60000) * 60000 - since * 1000).toISOString();
   const found = await get("ops/runs", query);
   const rows = found.runs.map(runRow);
-  show(at("runs"), ...(rows.length ? rows : [make("tr", { data: { key: "none" } }, make("td", { colspan: 8, class: "quiet" }, found.total ? "No run matches these filters." : "No run yet. Jobs start by themselves; Run now starts one at once."))]));
+  show(at("runs"), ...(rows.length ? rows : [make("tr", { data: { key: "none" } }, make("td", { colspan: 8, class: "quiet" }, found.total || query.job || query.outcome || view.has("since") ? "No run matches these filters." : "No run yet. Jobs start by themselves; Run now starts one at once."))]));
   const left = found.total - found.with_news;
   const quiet = query.news && left > 0 ? [`${plural(left, "run")} found nothing new and ${left === 1 ? "is" : "are"} not listed. `, press(".bare.lined", { act: "allRuns" }, "List them")] : [];
   show(at("runs-quiet"), ...quiet);

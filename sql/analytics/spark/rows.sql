@@ -1,0 +1,1 @@
+SELECT * FROM {telemetry} ORDER BY timestamp, timestamp_nanos

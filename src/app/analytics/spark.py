@@ -1,0 +1,182 @@
+"""Reports of closed days over Spark Connect: the texts of `sql/analytics/spark`, over the Iceberg table.
+
+Invariants: the client is imported when the first such report runs; a report reads one snapshot, the one that was chosen
+for it; its rows come in batches, so memory stays bounded; the exceptions of the client end here.
+"""
+
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from app.analytics.engine import DOCUMENTED, INSTANT, MESSAGE_CHARACTERS, NANOS, NUMBERS, TEXTS, TooSlow
+from app.analytics.formats import AnswerShape, ReportAnswer, of_batches
+from app.analytics.reports import ReportDefinition
+from app.core.closed_days import Span, TableState
+from app.core.errors import Permanent, Transient
+from app.ops.process import show_pandas
+
+FOLDER = "spark"
+PORT = 15002
+CONNECT_SECONDS = 5.0
+RETRIES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class SparkRemote:
+    """`url`: sc://host:port, with a token where the server wants one; `table`: its name in a catalog of that Spark, ""
+    where it is read by its location.
+    """
+
+    url: str
+    table: str
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        parts = urlsplit(self.url.partition(";")[0])
+        return parts.hostname or "", parts.port or PORT
+
+
+def spark_texts(folders: Sequence[Path]) -> Mapping[str, str]:
+    """Report -> its statement for Spark."""
+    return {file.stem: file.read_text(encoding="utf-8") for each in folders for file in (each / FOLDER).glob("*.sql")}
+
+
+class SparkReports:
+    """Runs the reports that have a text for Spark."""
+
+    def __init__(self, remote: SparkRemote, texts: Mapping[str, str], seconds: float, folder: Path) -> None:
+        self._remote = remote
+        self._texts = texts
+        self._seconds = seconds
+        self._folder = folder
+
+    def knows(self, report: ReportDefinition) -> bool:
+        """Whether there is a text for it."""
+        return report.name in self._texts
+
+    def run(
+        self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape, state: TableState, span: Span
+    ) -> ReportAnswer:
+        """The answer. Raises Transient when Spark cannot be reached, TooSlow, and Permanent when it cannot run this."""
+        import pyarrow as pa
+
+        limits = {report.reads.device, report.reads.since, report.reads.until}
+        others = {name: value for name, value in values.items() if name not in limits}
+        with self._session() as session:
+            rows = _rows(self._read(session, state), span)
+            frame = session.sql(self._texts[report.name], args=others, telemetry=rows)
+            batches = _batches(session, frame)
+            first = next(batches)
+            reader = pa.RecordBatchReader.from_batches(first.schema, _chained(first, batches))
+            answer = of_batches(reader, shape, self._folder)
+        answer.state, answer.engine = state, "spark"
+        return answer
+
+    def _read(self, session: Any, state: TableState) -> Any:
+        reader = session.read.option("snapshot-id", str(state.snapshot_id))
+        name = self._remote.table
+        return reader.table(name) if name else reader.format("iceberg").load(state.location)
+
+    @contextmanager
+    def _session(self) -> Iterator[Any]:
+        """A session of this report alone, interrupted when it takes too long."""
+        host, port = self._remote.address
+        away = f"start it, or set ANALYTICS_ENGINE=duckdb; SPARK_REMOTE names {host}:{port}"
+        try:
+            socket.create_connection((host, port), CONNECT_SECONDS).close()
+        except OSError as error:
+            raise Transient(f"Spark cannot be reached: {error}", away) from error
+        show_pandas()
+        from grpc import RpcError
+        from pyspark.errors import PySparkException
+        from pyspark.sql.connect.client.retries import DefaultPolicy
+        from pyspark.sql.connect.session import SparkSession
+
+        is_late = threading.Event()
+        try:
+            session = SparkSession.builder.remote(self._remote.url).create()
+            session.client.set_retry_policies([DefaultPolicy(max_retries=RETRIES)])
+
+            def interrupt() -> None:
+                is_late.set()
+                session.interruptAll()
+
+            timer = threading.Timer(self._seconds, interrupt)
+            timer.daemon = True
+            timer.start()
+            try:
+                session.conf.set("spark.sql.session.timeZone", "UTC")
+                yield session
+            finally:
+                timer.cancel()
+                session.stop()
+        except (PySparkException, RpcError) as error:
+            text = str(error).split("\n", 1)[0][:MESSAGE_CHARACTERS]
+            if is_late.is_set():
+                hint = "narrow its parameters, or raise ANALYTICS_TIMEOUT_SECONDS"
+                raise TooSlow(f"the report took longer than {self._seconds:g} s", hint) from error
+            if isinstance(error, RpcError) or "UNAVAILABLE" in text:
+                raise Transient(f"Spark cannot be reached: {text}", away) from error
+            raise Permanent(f"Spark cannot run the report: {text}", "see docs/lake.md for what Spark needs") from error
+
+
+def _rows(table: Any, span: Span) -> Any:
+    """The rows of a span, with every documented column in its type, as DuckDB's reports see them."""
+    from pyspark.sql.connect import functions as f
+
+    def given(name: str, kind: str) -> Any:
+        """Also what stands in columns of other types, see `app.lake.columns`."""
+        own = [each for each in table.columns if each == name or each.startswith(f"{name}_as_")]
+        return f.coalesce(*(f.col(each).cast(kind) for each in own)) if own else f.lit(None).cast(kind)
+
+    limits = [
+        *([f.col("device_id") == f.lit(span.device)] if span.device is not None else []),
+        *([f.col(INSTANT) >= _instant(f"{span.since}")] if span.since is not None else []),
+        *([f.col(INSTANT) < _instant(f"{span.until}")] if span.until is not None else []),
+    ]
+    for limit in limits:
+        table = table.where(limit)
+    finite = {name: given(name, "double") for name in NUMBERS}
+    columns = {
+        **{name: f.when(given(name, "string") != "", given(name, "string")) for name in TEXTS},
+        **{name: f.when(f.abs(value) < f.lit(float("inf")), value) for name, value in finite.items()},
+        NANOS: given(NANOS, "smallint"),
+        INSTANT: f.col(INSTANT),
+    }
+    ordered = [name for name in DOCUMENTED if name != INSTANT]
+    further = [name for name in table.columns if name not in ordered]
+    return table.select(
+        *(columns[name].alias(name) for name in ordered),
+        *(columns.get(name, f.col(name)).alias(name) for name in further),
+    )
+
+
+def _instant(text: str) -> Any:
+    from pyspark.sql.connect import functions as f
+
+    return f.expr(f"TIMESTAMP '{text}Z'")
+
+
+def _batches(session: Any, frame: Any) -> Iterator[Any]:
+    """The answer as Arrow record batches, of which there is at least one."""
+    import pyarrow as pa
+    from pyspark.sql.pandas.types import to_arrow_schema
+
+    # What `toLocalIterator` is made of, which itself gives Python rows; `toArrow` holds the whole answer in memory.
+    plan = frame._plan.to_proto(session.client)  # noqa: SLF001 - see above
+    schema = to_arrow_schema(frame.schema, timezone="UTC")
+    yield pa.RecordBatch.from_pylist([], schema)
+    for part in session.client.to_table_as_iterator(plan, {}):
+        if isinstance(part, pa.Table):
+            yield from part.cast(schema).to_batches()
+
+
+def _chained(first: Any, batches: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from batches

@@ -1,0 +1,216 @@
+"""The table for reports: the newest state, or the one that was valid at an instant, and what of it stands for objects.
+
+A slice whose name carries the digest of the objects that are there now stands for all of them. Where it does not, they
+are read themselves, and of the slice's files only the rows of windows that have no object any more.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from threading import Lock
+from time import monotonic
+
+from app.config.settings import Settings
+from app.core.closed_days import NO_TABLE, ListedVersion, Span, TableFile, TableRows, TableState
+from app.core.errors import Rejected
+from app.core.windows import DAY_SECONDS, EPOCH
+from app.lake.job import catalog_of
+from app.lake.plan import (
+    LakeFile,
+    Slice,
+    TreeLayout,
+    closed_days,
+    in_slices,
+    place_of,
+    read_layout,
+    slices_of,
+)
+from app.object_store.deltas import named_second
+from app.object_store.port import ObjectStore
+
+KEPT_SECONDS = 10.0
+US = 1_000_000
+NAIVE_EPOCH = EPOCH.replace(tzinfo=None)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldState:
+    """A state with its slices by day, in order. `fresh`: day -> its number of changes then, and bounds of the slices
+    that stand for objects.
+    """
+
+    state: TableState
+    days: Mapping[int, Sequence[Slice]]
+    layout: TreeLayout
+    fresh: dict[int, tuple[int, frozenset[bytes]]] = field(default_factory=dict)
+
+
+class TableReader:
+    """See `app.core.closed_days.ClosedDays`. The state is looked for anew when it is older than KEPT_SECONDS."""
+
+    def __init__(self, settings: Settings, store: ObjectStore, clock: Callable[[], datetime]) -> None:
+        self._settings = settings
+        self._store = store
+        self._clock = clock
+        self._lock = Lock()
+        self._held: HeldState | None = None
+        self._until = 0.0
+
+    def look_again(self) -> None:
+        """See ClosedDays."""
+        with self._lock:
+            self._until, self._held = 0.0, None
+
+    def day_counts(self) -> Mapping[int, int]:
+        """See ClosedDays."""
+        held = self._newest()
+        days = held.days if held else {}
+        return {
+            day: sum(file.entry.record_count for one in slices for file in one.files) for day, slices in days.items()
+        }
+
+    def rows_at(self, instant: datetime, span: Span) -> TableRows:
+        """See ClosedDays."""
+        now = self._clock()
+        if instant > now:
+            raise Rejected(f"as_of={_text(instant)} is in the future", f"send an instant up to {_text(now)}")
+        with catalog_of(self._settings, self._store).opened() as table:
+            table.load(now, repair=False)
+            found = table.valid_at(instant)
+            if found is None:
+                oldest = table.oldest_at()
+                raise Rejected(
+                    f"as_of={_text(instant)}: no state of the table of closed days is that old",
+                    f"send {_text(oldest)} or later; LAKE_SNAPSHOT_DAYS says how long states are kept"
+                    if oldest
+                    else "let the job lake_day run first",
+                )
+            held = self._of(*found)
+        if missing := [
+            file.key for slices in held.days.values() for one in slices for file in one.files if file.missing
+        ]:
+            raise Rejected(
+                f"as_of={_text(instant)}: {len(missing)} files of that state are gone, such as {missing[0]}",
+                "send a later instant",
+            )
+        files = [file for _, one in _within(held.days, span) for file in one.files]
+        plain = [TableFile(file.key, file.entry.file_size_in_bytes) for file in files]
+        return TableRows(held.state, plain, beside=lambda _: False)
+
+    def rows(
+        self,
+        span: Span,
+        changes: Mapping[int, int],
+        objects: Callable[[int, int], Sequence[ListedVersion]],
+    ) -> TableRows:
+        """See ClosedDays."""
+        held = self._newest()
+        if held is None:
+            return NO_TABLE
+        chosen = list(_within(held.days, span))
+        days = {day for day, _ in chosen}
+        changed = {day for day in days if held.fresh.get(day, (-1,))[0] != changes.get(day, 0)}
+        there = self._by_day(held, objects, changed)
+        for day in changed:
+            held.fresh[day] = changes.get(day, 0), self._fresh(held, day, there.get(day, ()))
+        stale = {day for day, one in chosen if one.bound not in held.fresh[day][1]}
+        there = there if stale <= changed else self._by_day(held, objects, stale)
+        files: list[TableFile] = []
+        for day, one in chosen:
+            without = [] if one.bound in held.fresh[day][1] else self._windows(held, day, one, there.get(day, ()))
+            files += [
+                TableFile(file.key, file.entry.file_size_in_bytes, without) for file in one.files if not file.missing
+            ]
+        return TableRows(held.state, files, lambda version: self._is_beside(held, version))
+
+    def _is_beside(self, held: HeldState, version: ListedVersion) -> bool:
+        """Whether an object is read itself: another program's, CSV, of a day that is not taken yet, or of a slice that
+        does not stand for the objects.
+        """
+        place = self._place(held, version)
+        if place is None or place[1] not in held.fresh:
+            return True
+        device, day = place
+        return _slice_of(held.days[day], device).bound not in held.fresh[day][1]
+
+    def _place(self, held: HeldState, version: ListedVersion) -> tuple[str, int] | None:
+        """Device and day of an object that the table can take."""
+        place = place_of(version.key, self._settings.s3.prefix, held.layout)
+        taken = place is not None and version.key.endswith(".parquet")
+        return (place[0], (place[1] - EPOCH.date()).days) if place and taken else None
+
+    def _newest(self) -> HeldState | None:
+        with self._lock:
+            if monotonic() >= self._until:
+                with catalog_of(self._settings, self._store).opened() as table:
+                    table.load(self._clock(), repair=False)
+                    found = table.valid_at(None)
+                    if found is None:
+                        self._held = None
+                    elif self._held is None or self._held.state != found[0] or any(file.missing for file in found[1]):
+                        self._held = self._of(*found)
+                self._until = monotonic() + KEPT_SECONDS
+            return self._held
+
+    def _of(self, state: TableState, files: Iterable[LakeFile]) -> HeldState:
+        export = self._settings.export
+        layout = read_layout(self._store, self._settings.s3.prefix, export.date_format, export.window_seconds)
+        by_day: dict[int, list[LakeFile]] = {}
+        for file in files:
+            by_day.setdefault((file.day - EPOCH.date()).days, []).append(file)
+        return HeldState(state, {day: slices_of(found) for day, found in by_day.items()}, layout)
+
+    def _by_day(
+        self, held: HeldState, objects: Callable[[int, int], Sequence[ListedVersion]], days: set[int]
+    ) -> Mapping[int, Sequence[ListedVersion]]:
+        """The objects of these days that the table can take, in the order of a listing."""
+        found: dict[int, list[ListedVersion]] = {}
+        for one in objects(min(days), max(days)) if days else ():
+            place = self._place(held, one)
+            if place is not None and place[1] in days:
+                found.setdefault(place[1], []).append(one)
+        return {day: sorted(those, key=lambda one: one.key.encode()) for day, those in found.items()}
+
+    def _fresh(self, held: HeldState, day: int, objects: Iterable[ListedVersion]) -> frozenset[bytes]:
+        """Bounds of the slices that stand for all objects of their devices, none set aside, or have none any more."""
+        slices = held.days[day]
+        members = closed_days(objects, self._settings.s3.prefix, held.layout, date.max)
+        found = zip(slices, in_slices(members, slices), strict=True)
+        return frozenset(
+            one.bound for one, own in found if not own or (one.is_made_from(own) and not one.objects_aside)
+        )
+
+    def _windows(
+        self, held: HeldState, day: int, one: Slice, objects: Iterable[ListedVersion]
+    ) -> Sequence[tuple[str, int, int]]:
+        """What the objects of a slice's devices cover, as in `TableFile.without`."""
+        seconds = held.layout.window_seconds(EPOCH.date() + timedelta(days=day))
+        found = []
+        for version in objects:
+            place = self._place(held, version)
+            if place and _slice_of(held.days[day], place[0]) is one:
+                first_us = (day * DAY_SECONDS + (named_second(version.key) or 0) // seconds * seconds) * US
+                found.append((place[0], first_us, first_us + seconds * US - 1))
+        return found
+
+
+def _slice_of(slices: Sequence[Slice], device: str) -> Slice:
+    """That of a device."""
+    return slices[bisect_right([one.bound for one in slices], device.encode()) - 1]
+
+
+def _within(days: Mapping[int, Sequence[Slice]], span: Span) -> Iterator[tuple[int, Slice]]:
+    """Days and slices that may have rows of a span, the oldest first."""
+    first = -math.inf if span.since is None else (span.since - NAIVE_EPOCH).days
+    for day in sorted(days):
+        start = NAIVE_EPOCH + timedelta(days=day)
+        if day >= first and (span.until is None or start < span.until):
+            slices = days[day]
+            for one in slices if span.device is None else [_slice_of(slices, span.device)]:
+                yield day, one
+
+
+def _text(at: datetime) -> str:
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

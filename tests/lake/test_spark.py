@@ -1,0 +1,66 @@
+"""Reports of closed days over Spark Connect, of which Sail's server is the one that comes as a package."""
+
+import json
+import socket
+import urllib.request
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from app.core.errors import Permanent, Transient
+from daemon import Daemons
+from lake_reports import REPORTS, SPANS, filled, reports
+from lake_tree import Tree
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning:pyspark"),  # of pandas 3, which the client uses elsewhere
+]
+
+
+def test_every_report_of_closed_days_is_equal_on_both_engines(tmp_path: Path, sail: str) -> None:
+    tree = filled(Tree(tmp_path))
+    tree.run()
+    spark = Tree(tmp_path, ANALYTICS_ENGINE="spark", SPARK_REMOTE=sail)
+    closed = [{**span, "to": "2026-02-08"} for span in SPANS]
+    with reports(tree) as duckdb:
+        expected = {
+            f"{path} {span}": duckdb.rows(path, **{**span, **own}) for path, own in REPORTS.items() for span in closed
+        }
+        assert duckdb.engine == "duckdb"
+    with reports(spark) as asked:
+        for path, own in REPORTS.items():
+            for span in closed:
+                found = asked.rows(path, **{**span, **own})
+                assert (asked.engine, found) == ("spark", expected[f"{path} {span}"]), path
+        assert asked.rows("overview")[0]["total_rows"] == 80  # today is not in the table: DuckDB reads both
+        assert asked.engine == "duckdb"
+
+
+def test_spark_that_is_away_or_cannot_read_the_table_is_told_with_the_next_step(tmp_path: Path, sail: str) -> None:
+    filled(Tree(tmp_path)).run()
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with (
+        reports(Tree(tmp_path, ANALYTICS_ENGINE="spark", SPARK_REMOTE=f"sc://127.0.0.1:{port}")) as asked,
+        pytest.raises(Transient, match="Spark cannot be reached") as away,
+    ):
+        asked.rows("overview", to="2026-02-08")
+    assert "ANALYTICS_ENGINE=duckdb" in away.value.hint
+    other = Tree(tmp_path, ANALYTICS_ENGINE="spark", SPARK_REMOTE=sail, SPARK_TABLE="no.such_table")
+    with reports(other) as asked, pytest.raises(Permanent, match="Spark cannot run the report"):
+        asked.rows("overview", to="2026-02-08")
+
+
+def test_the_daemon_answers_over_spark_by_http(tmp_path: Path, sail: str) -> None:
+    started = Daemons(tmp_path)
+    filled(Tree(tmp_path / "data")).run()
+    daemon = started.start(CATALOG="iceberg", ANALYTICS_ENGINE="spark", SPARK_REMOTE=sail, LAKE_INTERVAL_SECONDS="1")
+    asked = f"{daemon.url}/analytics/overview?as_of={datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+    with urllib.request.urlopen(asked, timeout=60) as answer:  # noqa: S310 - loopback; imports take their time
+        said, headers = json.load(answer), answer.headers
+    assert headers["Server-Timing"].startswith("spark;")
+    assert said["total_rows"] in (44, 80)  # without the last day, which a run may have added by now
+    assert datetime.fromisoformat(headers["X-Data-As-Of"]) <= datetime.now(UTC)
+    started.close()
