@@ -248,6 +248,13 @@ class Queries:
         sources = self._summaries.sources(span.device, span.since, span.until)
         return ToRead([source for source in sources if table.beside(source)], table, span)
 
+    def confirm(self, objects: Objects, wanted: ToRead) -> None:
+        """Raises UnreadableObject when what was read may have been of two versions."""
+        if not objects.certain(wanted):
+            self._summaries.refresh()
+            if not self._summaries.holds(wanted.sources):
+                raise UnreadableObject("objects were replaced while they were read", RETRY_HINT)
+
     def look_again(self) -> None:
         """Something that was to be read is gone."""
         self._summaries.refresh()
@@ -313,10 +320,7 @@ class Queries:
             rows = relation(engine.folder, files)
             with _fitting(engine, rows), engine.batches(report.sql(rows), values, BATCH_ROWS) as reader:
                 answer = of_batches(reader, _with_warnings(shape, left_out), engine.folder)
-        if not self._objects.certain(wanted):
-            self._summaries.refresh()
-            if not self._summaries.holds(wanted.sources):
-                raise UnreadableObject("objects were replaced while they were read", RETRY_HINT)
+        self.confirm(self._objects, wanted)
         answer.left_out = len(left_out)
         answer.state = found.table.state
         return answer
