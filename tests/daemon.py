@@ -22,7 +22,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 START_SECONDS = 30.0
-KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")
+KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH")
 
 
 @dataclass(frozen=True)

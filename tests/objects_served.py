@@ -24,7 +24,7 @@ def bucket_environ(seaweed: Seaweed, bucket: str, url: str = "") -> dict[str, st
     }
 
 
-@pytest.fixture(scope="module", params=["local directory", "s3"])
+@pytest.fixture(scope="session", params=["local directory", "s3"])
 def objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """One daemon per store for all tests; each test uses keys of its own."""
     environ = {"MAX_UPLOAD_BYTES": str(40 * MIB)}

@@ -2,39 +2,32 @@
 
 import gzip
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from app.amplitude import hours as amplitude_hours
 from app.amplitude import job as amplitude_job
-from app.amplitude.client import project
-from app.amplitude.hours import SourceRun
-from app.appmetrica import hours as appmetrica_hours
 from app.appmetrica import job as appmetrica_job
-from app.appmetrica.client import SERVICE, Exports, resources, service
-from app.appmetrica.hours import ResourceRun, hour_key
+from app.appmetrica.client import Exports
+from app.config.environment import load_settings
 from app.core.runs import Context, Report, Stop
-from app.core.verify import Sign, Verdict, Verification, heal, verify
+from app.core.verify import Chart, Sign, Verdict, Verification, heal, verify
 from app.core.windows import Window
 from app.db.state import State, open_state
 from app.dwh.tables import TABLES
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore, Put
-from app.object_store.set_aside import SetAsideStore, folder_of
 from app.product_events.http_client import Upstream
-from app.product_events.pull import PartitionRun, PullContext
-from app.product_events.verify import PullChart
+from app.product_events.pull import PullContext, PullPipeline
 from simulators.amplitude import AmplitudeSimulator
 from simulators.appmetrica import AppMetricaSimulator
 
 START = datetime(2026, 2, 11, 6, 0, tzinfo=UTC)  # a Wednesday
 HOUR = timedelta(hours=1)
-OVERDUE_AFTER = timedelta(hours=1, minutes=15)
 
 
 class Silent:
@@ -91,50 +84,28 @@ class Landed:
         assert lease is not None
         return Context("run", lease, self.clock, Silent(), dry_run)
 
-    def amplitude(self, simulator: AmplitudeSimulator, *sources: str, lookback_days: int = 0) -> "AmplitudePull":
-        spool = self.folder / "spool"
-        pull = self.pull_context("amplitude", "lines", amplitude_hours.DUE_AFTER, lookback_days)
-        keys = simulator.state.keys
-        projects = {source: project(simulator.url, *keys[source], spool) for source in sources or ("web",)}
-        self.asked += [each.upstream for each in projects.values()]
-        return AmplitudePull(self, pull, projects)
+    def amplitude(self, simulator: AmplitudeSimulator, *sources: str, lookback_days: int = 0) -> "Pull":
+        environ = {**simulator.environment(*sources or ("web",)), "AMPLITUDE_LOOKBACK_DAYS": str(lookback_days)}
+        settings = load_settings(self.environ | environ, None)
+        made = amplitude_job.build(settings, self.state.checkpoints, self.store, self.warehouse, self.clock)
+        self.asked += [each.upstream for each in made.service.values()]
+        return Pull(self, made)
 
-    def appmetrica(
-        self, simulator: AppMetricaSimulator, *, lookback_days: int = 1, calls: int = 5000, recount_days: int = 0
-    ) -> "MetricaPull":
-        spool = self.folder / "spool"
-
-        def count() -> None:
-            self.state.pulls.count_call(SERVICE, calls, self.clock())
-
-        asked = service(simulator.url, simulator.state.token, simulator.state.application_id, spool, count)
-        self.asked.append(asked.upstream)
-        exports = Exports(
-            service=asked,
-            pulls=self.state.pulls,
-            clock=self.clock,
-            interval_seconds=5,
-            timeout_seconds=300,
-            daily_calls=calls,
-            zone=appmetrica_job.zone_of(asked, ""),
+    def appmetrica(self, simulator: AppMetricaSimulator, **given: object) -> "Pull":
+        """`given`: variables without their prefix; two attempts at a file are five seconds apart."""
+        chosen = {"lookback_days": 1, "recount_days": 0, "poll_interval_seconds": 5, **given}
+        environ = {f"APPMETRICA_{name.upper()}": str(value) for name, value in chosen.items()}
+        settings = load_settings(self.environ | simulator.environment() | environ, None)
+        made = appmetrica_job.build(
+            settings, self.state.checkpoints, self.state.pulls, self.store, self.warehouse, clock=self.clock
         )
-        pull = self.pull_context("appmetrica", "records", appmetrica_hours.DUE_AFTER, lookback_days)
-        return MetricaPull(self, pull, exports, recount_days)
+        assert made.service is not None
+        self.asked.append(made.service.service.upstream)
+        return Pull(self, made)
 
-    def pull_context(self, name: str, unit: str, due_after: timedelta, lookback_days: int) -> PullContext:
-        return PullContext(
-            name=name,
-            unit=unit,
-            due_after=due_after,
-            overdue_after=OVERDUE_AFTER,
-            lookback_days=lookback_days,
-            checkpoints=self.state.checkpoints,
-            store=self.store,
-            warehouse=self.warehouse,
-            spool=self.folder / "spool",
-            clock=self.clock,
-            set_aside=SetAsideStore(self.store, folder_of(name), 1 << 26),
-        )
+    @property
+    def environ(self) -> dict[str, str]:
+        return {"DATA_DIR": str(self.folder), "ALERT_GRACE_SECONDS": "900"}
 
     def rows(self, table: str, columns: str = "*") -> list[dict[str, Any]]:
         """All rows, as the warehouse gives them back, without what depends on when they were stored."""
@@ -179,13 +150,31 @@ class Landed:
 
 
 @dataclass
-class AmplitudePull:
+class Pull:
+    """A pipeline whose runs are made here, one after the other."""
+
     landed: Landed
-    pull: PullContext
-    projects: Mapping[str, Any]
+    pipeline: PullPipeline[Any]
+
+    @property
+    def context(self) -> PullContext:
+        return self.pipeline.pull
+
+    @property
+    def exports(self) -> Exports:
+        exports: Exports = self.pipeline.service
+        return exports
+
+    @property
+    def chart(self) -> Chart:
+        return self.pipeline.chart
+
+    @property
+    def verification(self) -> Verification:
+        return self.pipeline.verification
 
     def run(self, *, dry_run: bool = False) -> Report:
-        return self._each(self.landed.context("amplitude", dry_run=dry_run), SourceRun.pull_due)
+        return self.pipeline.job.work(self.landed.context(self.pipeline.name, dry_run=dry_run))
 
     def to_the_end(self) -> Report:
         report = self.run()
@@ -194,54 +183,7 @@ class AmplitudePull:
         return report
 
     def fill(self, start: datetime, end: datetime) -> Report:
-        return self._each(self.landed.context("amplitude"), lambda run: run.fill(Window(start, end)))
-
-    def _each(self, context: Context, work: Callable[[SourceRun], Report]) -> Report:
-        runs = {name: SourceRun(PartitionRun(self.pull, context, name), of) for name, of in self.projects.items()}
-        return self.pull.run_each(context, runs, work)
-
-    def verification(self, stop: Stop) -> amplitude_job.AmplitudeEnds:
-        return amplitude_job.AmplitudeEnds(self.pull, self.projects, stop)
-
-    @property
-    def chart(self) -> amplitude_job.AmplitudeChart:
-        return amplitude_job.AmplitudeChart(self.pull)
-
-
-@dataclass
-class MetricaPull:
-    landed: Landed
-    pull: PullContext
-    exports: Exports
-    recount_days: int
-    resources: Sequence[str] = ("events",)
-
-    def run(self, *, dry_run: bool = False) -> Report:
-        return self._each(self.landed.context("appmetrica", dry_run=dry_run), ResourceRun.pull_due)
-
-    def to_the_end(self) -> Report:
-        report = self.run()
-        while report.more:
-            report = self.run()
-        return report
-
-    def fill(self, start: datetime, end: datetime) -> Report:
-        return self._each(self.landed.context("appmetrica"), lambda run: run.fill(Window(start, end)))
-
-    def _each(self, context: Context, work: Callable[[ResourceRun], Report]) -> Report:
-        runs = {}
-        for resource in (resources()[name] for name in self.resources):
-            run = PartitionRun(self.pull, context, appmetrica_hours.partition_of(self.exports, resource))
-            runs[run.name] = ResourceRun(run, self.exports, resource, self.recount_days)
-        return self.pull.run_each(context, runs, work)
-
-    def verification(self, stop: Stop) -> appmetrica_job.AppMetricaEnds:
-        known = [resources()[name] for name in self.resources]
-        return appmetrica_job.AppMetricaEnds(self.pull, self.exports, known, stop)
-
-    @property
-    def chart(self) -> PullChart:
-        return PullChart(self.pull, hour_key)
+        return self.pipeline.backfill(self.landed.context(self.pipeline.name), Window(start, end))
 
 
 def name_of(verdict: Verdict) -> str:

@@ -93,6 +93,21 @@ def test_a_wrong_range_or_source_is_refused(product: Product, params: dict[str, 
     assert (answer.status_code, set(answer.json())) == (status, {"error"})
 
 
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/amplitude/export?start=20240201&end=20240207&source=web&sources=app", "query.sources"),
+        ("/amplitude/export?start=20240201&end=20240207&source=web&end=20240208", "query.end"),
+        ("/appmetrica/ping?verbose=1", "query.verbose"),
+        ("/appmetrica/fetch-export?export_id=1&export_id=2", "query.export_id"),
+        ("/appmetrica/fetch-export?export_id=1&poll_timout=5", "query.poll_timout"),
+    ],
+)
+def test_a_parameter_that_is_not_known_or_comes_twice_is_refused(product: Product, path: str, field: str) -> None:
+    answer = product.get(path)
+    assert (answer.status_code, answer.json()["error"]["field"]) == (422, field)
+
+
 def test_what_goes_wrong_before_the_first_byte_is_an_answer(product: Product) -> None:
     product.web.add_fault(AmplitudeFault(403))
     answer = product.get(WEEK)

@@ -1,6 +1,7 @@
 """Warehouses and daemons with a warehouse for the tests of /dwh, on SQLite and on PostgreSQL."""
 
 import gzip
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -15,11 +16,10 @@ import httpx
 import pytest
 
 from app.dwh.query import Place, selection
-from app.dwh.request_parsing import BatchLimits, Intake, JsonBody
+from app.dwh.request_parsing import BatchLimits, Options, receive
 from app.dwh.responses import AnswerPage
-from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
-from app.dwh.warehouse import MERGE, Inserted, Warehouse, open_warehouse
+from app.dwh.warehouse import Inserted, Warehouse, open_warehouse
 from daemon import Daemons
 
 AT = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -102,11 +102,10 @@ class Desk:
     def post_text(
         self, table: Table, body: bytes, *, limits: BatchLimits = LIMITS, skip: bool = False, **request: Any
     ) -> Inserted:
-        merging = request.get("resolution") == MERGE
-        intake = Intake(JsonBody(1 << 30), reader(table.name, merging=merging), limits, skip=skip)
-        with closing(intake.received):
-            intake.feed(body)
-            return self.warehouse.insert(table, intake.finish(), at=self.at, **request)
+        how = Options(skip=skip, resolution=request.get("resolution"))
+        sizes = {"body_bytes": 1 << 30, "stream_bytes": 1 << 30}
+        with closing(receive(io.BytesIO(body), table, how, limits, **sizes)) as received:
+            return self.warehouse.insert(table, received, at=self.at, **request)
 
     def get(self, table: Table, **params: Any) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads(self.read(table, **params).body)["rows"]

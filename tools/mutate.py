@@ -149,6 +149,8 @@ def failure(tree: Path, tests: Sequence[str], marks: str, limit_seconds: float =
             os.chdir(tree)
             sys.path.insert(0, str(tree / "src"))
             os.environ["PYTHONPATH"] = sys.path[0]  # of the processes that tests start
+            for name in [each for each in sys.modules if each.partition(".")[0] == "app"]:
+                del sys.modules[name]  # that of this environment's own tree, which imports it at the start
             os._exit(pytest.main([*options, *tests]))
         until = time.monotonic() + limit_seconds
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
@@ -173,6 +175,9 @@ def survivors(root: Path, module: Path, changes: Sequence[Change], tests: Sequen
         if fault := failure(tree, tests, marks):
             raise SystemExit(f"the tests do not pass without a change: {fault}")
         limit_seconds = 3 * (time.monotonic() - began) + SECONDS_MORE
+        (tree / module.relative_to(root)).write_text("1 / 0\n", encoding="utf-8")
+        if not failure(tree, tests, marks, limit_seconds):
+            raise SystemExit(f"these tests do not read {module.name}")
         alive = 0
         for change in changes:
             (tree / module.relative_to(root)).write_text(change.source, encoding="utf-8")

@@ -66,6 +66,10 @@ WHERE started_at >= :since_at AND started_at < :until_at AND (:job = '' OR job =
 -- One run.
 SELECT * FROM runs WHERE run_id = :run_id;
 
+-- name: runs_that_begin_with
+-- Of the runs whose id begins so, two, which is one too many.
+SELECT * FROM runs WHERE substr(run_id, 1, length(:start)) = :start LIMIT 2;
+
 -- name: run_before
 -- The run of a job before another one.
 SELECT * FROM runs WHERE job = :job AND started_at < :at ORDER BY started_at DESC, run_id DESC LIMIT 1;
@@ -126,6 +130,23 @@ WHERE trouble <> '' AND trouble IN ('missing', 'foreign')
 GROUP BY trouble, pipeline, device_id
 ORDER BY windows DESC, pipeline, device_id
 LIMIT :limit;
+
+-- name: quiet_partitions
+-- Partitions of pulls whose windows never had a row, or had some in many of them and have none any more.
+SELECT pipeline, device_id, min(window_start) AS first_at, max(CASE WHEN record_count > 0 THEN window_end END) AS last_at
+FROM export_windows
+WHERE pipeline IN ('amplitude', 'appmetrica')
+GROUP BY pipeline, device_id
+HAVING
+    max(window_end) > :quiet_at
+    AND (
+        (count(*) >= :never AND max(record_count) = 0)
+        OR (
+            sum(CASE WHEN record_count > 0 THEN 1 ELSE 0 END) >= :usual
+            AND max(CASE WHEN record_count > 0 THEN window_end END) <= :quiet_at
+        )
+    )
+ORDER BY pipeline, device_id;
 
 -- name: trouble_windows
 -- The windows of a pipeline with which something is wrong, in the order of their index: a condition on time would make

@@ -250,6 +250,16 @@ def expects(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 INSTANT = expects("an ISO 8601 date or timestamp, such as 2026-02-01 or 2026-02-01T12:00Z", instant)
 NUMBER = expects("a whole number", int)
+MAX_LIMIT = 100_000
+
+
+def _limit(text: str) -> int:
+    if not 1 <= (number := int(text)) <= MAX_LIMIT:
+        raise ValueError(text)
+    return number
+
+
+LIMIT = expects(f"a whole number from 1 to {MAX_LIMIT}", _limit)
 
 
 def parsed(words: Sequence[str]) -> dict[str, Any]:
@@ -381,7 +391,7 @@ COMMANDS = (
         "recent runs, newest first, and the files that csv_inbox ingested",
         (
             argument("job", nargs="?", default=None, metavar="JOB", help="only runs of this job"),
-            argument("--limit", type=NUMBER, default=20, help="at most so many"),
+            argument("--limit", type=LIMIT, default=20, help="at most so many"),
             JSON,
         ),
         examples=("runs csv_inbox --limit 5",),

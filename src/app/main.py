@@ -32,8 +32,8 @@ from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, u
 from app.ops.request_costs import RequestCosts, prices_for
 from app.ops.scheduler import Scheduler
 from app.ops.service import Background, BuiltService, Operations, Pipelines, announce, steps_of
-from app.web.app import Front
-from app.web.auth import Guard, KeyRates, Keyring, RouteScopes
+from app.web.app import Api, Front
+from app.web.auth import Guard, KeyRates, Keyring
 from app.web.limits import BodyLimits
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from app.object_store.set_aside import SetAsideStore
     from app.objects.requests import Reach
     from app.scale.queue import Workers
-    from app.web.errors import Asgi
 
 # The HTTP side of the composition root: what the routes are built on, which calls are open, how all starts and
 # ends.
@@ -126,8 +125,8 @@ def front(service: Inside) -> Front:
     )
 
 
-def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteScopes]:
-    """The FastAPI application, whose import takes longer than everything else at the start; what its routes declare."""
+def api(service: Inside, probes: Probes, guard: Guard) -> Api:
+    """The FastAPI application, whose import takes longer than everything else at the start."""
     from app.analytics import routes as report_routes
     from app.ops import page_data, pages, routes
     from app.ops.delivery_map import DeliveryMaps
@@ -168,7 +167,8 @@ def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteSco
         *(make() for make in service.pipelines.routers),
     ]
     built = build_api(about.title, about.version, about.description, routers)
-    return report_routes.Quick(built, service.analytics), route_scopes(built)
+    quick = report_routes.Quick(built, service.analytics)
+    return Api(built, dict.fromkeys(quick.paths, quick), route_scopes(built))
 
 
 def warehouse_routes(service: Inside) -> "APIRouter":
@@ -279,11 +279,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         systems.append(System("dynamodb", "DynamoDB", "DYNAMODB_TABLE_NAME", dynamo.ping_table))
     if settings.dynamo.table_name and dynamo.drive is not None:
         systems.append(System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", dynamo.ping_drive))
-    for name, project in amplitude.service.items():
-        variable = f"AMPLITUDE_{name.upper()}_CLIENT_ID"
-        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, partial(project.ping, parts.clock)))
-    if appmetrica.service:
-        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", appmetrica.service.ping))
+    systems += [System(*each) for each in (*amplitude.checks, *appmetrica.checks)]
     return Pipelines(
         jobs=(*influx.jobs, lake, *dynamo.jobs, inbox.job, amplitude.job, appmetrica.job, *sweeps(parts)),
         backfills={

@@ -129,7 +129,7 @@ def test_a_service_that_gives_nothing_sets_no_hour_aside_and_holds_up_no_other_s
     assert not made.objects("amplitude/_set_aside/")
     simulator.state.faults.clear()
     assert not pull.to_the_end().failures
-    assert made.state.checkpoints.cursors("amplitude")["web"] == pull.pull.due_at
+    assert made.state.checkpoints.cursors("amplitude")["web"] == pull.context.due_at
 
 
 PASSING = [

@@ -1,20 +1,17 @@
 """Hours and lines that cannot be had or read: they are set aside and named, all others land, and nothing stops."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from app.amplitude.events import REFUSED
-from app.core.errors import Rejected
 from app.core.ledger import fault_of
 from app.core.verify import CellState
 from app.core.windows import Window
-from app.product_events.mapping import Tables
-from app.product_events.pull import ABOVE_LIMIT, KEEPS_FAILING
-from pulling import HOUR, START, AmplitudePull, Landed, pulling
+from app.product_events.hours import ABOVE_LIMIT, KEEPS_FAILING
+from pulling import HOUR, START, Landed, Pull, pulling
 from simulators.amplitude import LARGE, AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events
 
 MONDAY = datetime.fromisoformat("2026-02-02T00:00:00Z")
@@ -39,13 +36,14 @@ BAD_LINES = {
     70: (b'{"event_type":"nobody"}', "no valid uuid"),
     90: (b'{"uuid":"0b1c6a6e-7c1d-4f2a-9d57-2f6f0a9a1b13","x":"' + b"y" * (20 << 20) + b'"}', "line above 16 MiB"),
 }
-World = tuple[Landed, AmplitudeSimulator, AmplitudePull]
+World = tuple[Landed, AmplitudeSimulator, Pull]
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
+    """Events in every hour, or for a fast test in every tenth."""
     with pulling(tmp_path) as (made, simulator, _):
-        for number in range(HOURS):
+        for number in range(0, HOURS, 1 if request.node.get_closest_marker("slow") else 10):
             at = MONDAY + number * HOUR
             simulator.state.events["web", at] = list(amplitude_events("web", at, EVENTS))
         yield made, simulator, made.amplitude(simulator, lookback_days=4)
@@ -61,9 +59,9 @@ def given(simulator: AmplitudeSimulator, without: tuple[int, ...] = ()) -> set[s
     return {event["uuid"] for (_, at), events in held for event in events if at not in left_out}
 
 
-def gaps(pull: AmplitudePull, span: Window = SPAN) -> dict[int, CellState]:
-    cells = pull.chart.cells("web", span)
-    return {(cell.window.start - MONDAY) // HOUR: cell.state for cell in cells if cell.state is not CellState.EQUAL}
+def gaps(pull: Pull, span: Window = SPAN) -> dict[int, CellState]:
+    cells, fine = pull.chart.cells("web", span), (CellState.EQUAL, CellState.EMPTY)
+    return {(cell.window.start - MONDAY) // HOUR: cell.state for cell in cells if cell.state not in fine}
 
 
 @pytest.mark.slow
@@ -182,28 +180,6 @@ def test_an_hour_that_landed_is_not_lost_when_its_second_look_fails(world: World
     made.clock.now += timedelta(days=4)
     assert not pull.run().failures
     assert 200 not in gaps(pull)
-    assert uuids(made) == given(simulator)
-
-
-def test_an_event_that_only_the_warehouse_refuses_is_set_aside_alone(world: World) -> None:
-    made, simulator, pull = world
-    load, refused = made.warehouse.load, amplitude_event("web", MONDAY, 1)["uuid"]
-
-    def refusing(chunks: Iterable[Tables], *, past: bool) -> int:
-        held = list(chunks)
-        if any(row[0] == refused for chunk in held for row in chunk["events_part"].rows):
-            raise Rejected("the value is outside of what the database holds")
-        return load(held, past=past)
-
-    made.warehouse.load = refusing  # type: ignore[method-assign,assignment]  # the port itself, not a patch of a module
-    report = made.amplitude(simulator, lookback_days=4).run()
-    assert {one.reason: one.new for one in report.ledger.newly_set_aside} == {REFUSED: 1}
-    assert (report.ledger.closes, report.failures) == (True, ())
-    assert uuids(made) == given(simulator) - {refused}
-    (body,) = made.objects("amplitude/_set_aside/").values()
-    assert json.loads(body)["uuid"] == refused
-    made.warehouse.load = load  # type: ignore[method-assign]
-    assert not pull.fill(MONDAY, MONDAY + HOUR).failures
     assert uuids(made) == given(simulator)
 
 

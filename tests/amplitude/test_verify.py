@@ -13,7 +13,7 @@ from app.core.errors import Transient
 from app.core.verify import CellState, verify
 from app.core.windows import Window
 from app.object_store.s3 import S3Store
-from pulling import HOUR, AmplitudePull, Landed, pulling
+from pulling import HOUR, Landed, Pull, pulling
 from seaweed import Seaweed, target
 from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events
 
@@ -21,7 +21,7 @@ MONDAY = datetime.fromisoformat("2026-02-02T00:00:00Z")
 DAY = timedelta(days=1)
 SPAN = Window(MONDAY, MONDAY + 9 * DAY)
 WEEK = "amplitude/web/2026_week_6.zip"
-World = tuple[Landed, AmplitudeSimulator, AmplitudePull]
+World = tuple[Landed, AmplitudeSimulator, Pull]
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_the_map_shows_what_the_listing_shows_also_of_weeks(world: World) -> Non
 
 def test_an_hour_that_the_next_run_brings_is_waiting_and_missing_only_once_it_is_overdue(world: World) -> None:
     made, _, pull = world
-    due = pull.pull.due_at
+    due = pull.context.due_at
     hour = Window(due, due + HOUR)
 
     def state_after(minutes: int) -> CellState:
@@ -127,20 +127,6 @@ def test_an_object_is_not_called_damaged_when_the_warehouse_cannot_be_asked(worl
     assert (verdict.sign.value, verdict.error) == ("!", "the warehouse is away")
 
 
-def test_events_that_the_warehouse_lost_are_named_and_loaded_again(world: World) -> None:
-    made, _, pull = world
-    before, objects = made.tables(), {info.key: info.etag for info in made.store.list("")}
-    with made.warehouse.database.transaction() as session:
-        first = before["events_part"][0]["uuid"]
-        session.run("DELETE FROM events_part WHERE uuid = :first", first=str(first))
-    signs = made.signs(pull.verification, SPAN)
-    assert list(signs.values()) == ["!"]
-    _, told = made.mend("amplitude", pull.verification, SPAN)
-    assert [each.healed for each in told] == [True]
-    assert made.tables() == before
-    assert {info.key: info.etag for info in made.store.list("")} == objects, "its object is whole and stays as it is"
-
-
 def test_what_only_the_objects_have_stays_and_what_the_service_added_lands(world: World) -> None:
     made, simulator, pull = world
     before = made.objects()
@@ -165,8 +151,13 @@ def test_what_only_the_objects_have_stays_and_what_the_service_added_lands(world
 def test_a_service_that_cannot_be_asked_is_an_error_of_those_hours_alone(tmp_path: Path) -> None:
     with pulling(tmp_path) as (made, simulator, _):
         pull = made.amplitude(simulator)
+        span = Window(MONDAY, MONDAY + 3 * HOUR)
         simulator.add_fault(AmplitudeFault(403, b"no"), times=2)
-        assert made.signs(pull.verification, Window(MONDAY, MONDAY + 3 * HOUR)) == {"web 02 00": "!"}
+        assert made.signs(pull.verification, span) == {"web 02 00": "!"}
+        simulator.state.events["web", MONDAY + HOUR] = list(amplitude_events("web", MONDAY + HOUR, 20))
+        simulator.state.faults["web", MONDAY + HOUR] = AmplitudeFault(spoilt=True)
+        assert made.signs(pull.verification, span) == {"web 02 01": "!"}
+        assert "a member of the archive" in made.mend("amplitude", pull.verification, span)[1][0].error
         assert made.signs(pull.verification, Window(made.clock.now, made.clock.now + HOUR)) == {}
 
 

@@ -190,7 +190,7 @@ def test_the_calls_of_a_day_are_counted_and_never_exceeded(world: World) -> None
     made, simulator = world
     made.clock.now += timedelta(minutes=20)
     simulator.state.questions = 1000
-    pull = made.appmetrica(simulator, calls=10)
+    pull = made.appmetrica(simulator, daily_calls=10)
     report = pull.run()
     assert "all 10 calls of this day" in report.failures[0].message
     assert len(simulator.state.asked) == 10

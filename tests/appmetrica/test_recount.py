@@ -62,9 +62,9 @@ def test_no_day_is_counted_when_half_of_the_calls_are_used_or_it_is_off(world: W
     made, simulator = world
     made.appmetrica(simulator, lookback_days=3, recount_days=0).to_the_end()
     used = made.state.pulls.calls("appmetrica", made.clock())
-    made.appmetrica(simulator, lookback_days=3, recount_days=15, calls=2 * used).to_the_end()
+    made.appmetrica(simulator, lookback_days=3, recount_days=15, daily_calls=2 * used).to_the_end()
     assert counted_days(simulator) == 0
-    made.appmetrica(simulator, lookback_days=3, recount_days=15, calls=2 * used + 2).to_the_end()
+    made.appmetrica(simulator, lookback_days=3, recount_days=15, daily_calls=2 * used + 2).to_the_end()
     assert counted_days(simulator) == 1
     assert made.state.pulls.calls("appmetrica", made.clock()) < 2 * used
 

@@ -24,27 +24,36 @@ from app.core.ledger import fault_of
 from app.core.pipeline import Commit
 from app.core.verify import CellState
 from app.core.windows import Window
-from app.product_events.pull import KEEPS_FAILING
-from pulling import HOUR, START, Landed, MetricaPull, pulling
+from app.product_events.hours import KEEPS_FAILING
+from pulling import HOUR, START, Landed, Pull, pulling
 from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows
 
 DAY = timedelta(days=1)
 FIRST = START - DAY - HOUR
 SPAN = Window(FIRST, START)
-ROWS = 400  # and one that is equal to the first
-World = tuple[Landed, AppMetricaSimulator, MetricaPull]
+ROWS, MANY_ROWS = 20, 400  # and one that is equal to the first
+World = tuple[Landed, AppMetricaSimulator, Pull]
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    with pulling(tmp_path) as (made, _, simulator):
-        held = {FIRST + n * HOUR: list(appmetrica_rows(1234567, FIRST + n * HOUR, ROWS)) for n in range(25)}
+    yield from worlds(tmp_path, ROWS)
+
+
+@pytest.fixture
+def large_world(tmp_path: Path) -> Iterator[World]:
+    yield from worlds(tmp_path, MANY_ROWS)
+
+
+def worlds(folder: Path, rows: int) -> Iterator[World]:
+    with pulling(folder) as (made, _, simulator):
+        held = {FIRST + n * HOUR: list(appmetrica_rows(1234567, FIRST + n * HOUR, rows)) for n in range(25)}
         simulator.state.rows = lambda hour: held.get(hour, ())
         made.clock.now += timedelta(minutes=20)
         yield made, simulator, made.appmetrica(simulator)
 
 
-def gaps(pull: MetricaPull) -> dict[int, CellState]:
+def gaps(pull: Pull) -> dict[int, CellState]:
     cells = pull.chart.cells("1234567:events", SPAN)
     return {(cell.window.start - FIRST) // HOUR: cell.state for cell in cells if cell.state is not CellState.EQUAL}
 
@@ -76,18 +85,18 @@ def spoilt(simulator: AppMetricaSimulator) -> Callable[[datetime], Sequence[dict
 
 
 @pytest.mark.slow
-def test_one_bad_row_of_each_kind_among_10_000(world: World) -> None:
-    made, simulator, pull = world
+def test_one_bad_row_of_each_kind_among_10_000(large_world: World) -> None:
+    made, simulator, pull = large_world
     good = simulator.state.rows
     simulator.state.rows = spoilt(simulator)
     simulator.state.lines = {FIRST + number * HOUR: [line] for number, line in LINES.items()}
 
     report = pull.to_the_end()
     assert made.state.checkpoints.cursors("appmetrica") == {"1234567:events": START}
-    assert len(made.rows("events_part")) == 25 * (ROWS + 1) - len(BAD)
+    assert len(made.rows("events_part")) == 25 * (MANY_ROWS + 1) - len(BAD)
     ledger = report.ledger
     assert (ledger.unit, ledger.closes, report.failures) == ("records", True, ())
-    assert ledger.total.counted == 25 * (ROWS + 1) + len(LINES)
+    assert ledger.total.counted == 25 * (MANY_ROWS + 1) + len(LINES)
     assert ledger.total.new == len(made.rows("events_part"))
     assert {one.reason: one.new for one in ledger.newly_set_aside} == {
         NOT_TEXT: 1,
@@ -114,7 +123,7 @@ def test_one_bad_row_of_each_kind_among_10_000(world: World) -> None:
     simulator.state.rows, simulator.state.lines = good, {}
     report = pull.fill(SPAN.start, SPAN.end)
     assert (report.rows, report.failures, fault_of(report.ledger)) == (len(BAD), (), None)
-    assert len(made.rows("events_part")) == 25 * (ROWS + 1)
+    assert len(made.rows("events_part")) == 25 * (MANY_ROWS + 1)
     assert gaps(pull) == {}
     assert made.signs(pull.verification, SPAN) == {}
 
@@ -260,7 +269,7 @@ def test_a_row_of_a_day_that_was_not_asked_for_is_set_aside(world: World) -> Non
 def test_rows_that_only_land_as_objects_are_accounted_for_as_well(world: World) -> None:
     made, simulator, pull = world
     simulator.state.lines[FIRST + 3 * HOUR] = [b"one,two"]
-    pull.resources = ("revenue_events",)
+    pull = made.appmetrica(simulator, resources="revenue_events")
     ledger = pull.to_the_end().ledger
     rows = 25 * (ROWS + 1)
     assert (ledger.closes, ledger.total.counted, ledger.total.new, ledger.total.set_aside) == (True, rows + 1, rows, 1)
@@ -284,7 +293,7 @@ def test_no_hour_counts_as_landed_while_its_bad_rows_cannot_be_kept(world: World
     assert len(made.rows("events_part")) == 25 * (ROWS + 1)
 
 
-def pull_columns(simulator: AppMetricaSimulator, pull: MetricaPull) -> Sequence[str]:
+def pull_columns(simulator: AppMetricaSimulator, pull: Pull) -> Sequence[str]:
     from app.appmetrica.client import resources
 
     assert simulator.state.application_id == pull.exports.service.application_id

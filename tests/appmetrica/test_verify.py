@@ -12,14 +12,14 @@ import pytest
 from app.core.verify import CellState
 from app.core.windows import Window
 from app.object_store.s3 import S3Store
-from pulling import HOUR, START, Landed, MetricaPull, pulling
+from pulling import HOUR, START, Landed, Pull, pulling
 from seaweed import Seaweed, target
 from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, generated
 
 FIRST = START - timedelta(days=1)
 SPAN = Window(FIRST, START + HOUR)
 NAME = "1234567:events"
-World = tuple[Landed, AppMetricaSimulator, MetricaPull]
+World = tuple[Landed, AppMetricaSimulator, Pull]
 
 
 @pytest.fixture
@@ -79,18 +79,6 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
     states = {f"{NAME} {cell.window.start:%d %H}": cell.state for cell in pull.chart.cells(NAME, SPAN)}
     assert (states[hour(gone)], states[hour(cut)]) == (CellState.MISSING, CellState.STALE)
     assert pull.chart.partitions() == [NAME]
-
-
-def test_events_that_the_warehouse_lost_are_named_and_loaded_again(world: World) -> None:
-    made, _, pull = world
-    before, objects = made.tables(), made.objects()
-    with made.warehouse.database.transaction() as session:
-        session.run("DELETE FROM events_part WHERE uuid = :first", first=str(before["events_part"][40]["uuid"]))
-    signs = made.signs(pull.verification, SPAN)
-    assert list(signs.values()) == ["!"]
-    _, told = made.mend("appmetrica", pull.verification, SPAN)
-    assert [(each.healed, each.slot.partition) for each in told] == [(True, NAME)]
-    assert (made.tables(), made.objects()) == (before, objects)
 
 
 def test_what_the_service_dropped_stays_and_what_it_added_lands(world: World) -> None:

@@ -142,6 +142,11 @@ def test_runs_are_chosen_by_job_outcome_time_and_news_and_come_in_pages(state: S
         assert look.beside(runs[4]) == (None, None)
         assert look.run(runs[0].run_id) == runs[0]
         assert look.run("nobody") is None
+        short = look.run(runs[4].run_id[:8])
+        assert short is not None
+        assert short.run_id == runs[4].run_id
+        assert look.run(runs[4].run_id[:7]) is None
+        assert look.run(f"{JOB}-") is None, "several runs begin so"
         slots = {
             (row["job"], row["new_rows"], row["updated_rows"], row["runs"], row["failed_runs"])
             for row in look.rows("new_rows_since", since_at=START, until_at=NOW)

@@ -9,8 +9,7 @@ import pytest
 from app.core.errors import LeaseLost, Permanent, Rejected, Stopped, Transient
 from app.core.ledger import Tally
 from app.core.partitions import Backoff, Pass, Rising, Settling, isolated, live_windows
-from app.core.runs import Failure, Report
-from app.core.sync import Done
+from app.core.runs import Done, Failure, Report
 from app.core.windows import Window
 from world import FIRST_AT, START, VALUE, Process, World, context
 

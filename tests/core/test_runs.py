@@ -76,11 +76,14 @@ def run_of(work: Callable[[Context], Report], runs: MemoryRuns | None = None) ->
     ],
 )
 def test_each_of_our_errors_ends_a_run_with_its_message_and_hint(error: AppError, outcome: Outcome) -> None:
-    def work(_: Context) -> Report:
+    def work(context: Context) -> Report:
+        context.done(Report(rows=2))
+        context.done(Report(rows=1, bytes=5))
         raise error
 
     run, cause = run_of(work)
     assert (run.outcome, run.error, run.hint, cause) == (outcome, error.message, error.hint, error)
+    assert run.report == Report(rows=3, bytes=5), "what was done before is recorded"
 
 
 def test_any_other_exception_is_a_fault_of_the_program_that_is_named() -> None:

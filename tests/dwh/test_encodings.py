@@ -62,9 +62,7 @@ def test_an_encoding_of_the_url_does_not_count(postgres_server: PostgresServer, 
     assert stored(url.partition("?")[0]) == [(CITY,)]
 
 
-def test_a_database_that_knows_no_characters_is_refused(
-    postgres_server: PostgresServer, daemons: Daemons, tmp_path: Path
-) -> None:
+def test_a_database_that_knows_no_characters_is_refused(postgres_server: PostgresServer, tmp_path: Path) -> None:
     url = made(postgres_server, "SQL_ASCII")
     with closing(open_warehouse(url, tmp_path)) as warehouse:
         for use in (warehouse.ping, of_database(warehouse.database)):
@@ -72,6 +70,11 @@ def test_a_database_that_knows_no_characters_is_refused(
                 use()
     with closing(open_state(url, tmp_path)) as state, pytest.raises(Permanent, match="SQL_ASCII"):
         state.ping()
+
+
+@pytest.mark.slow
+def test_a_daemon_says_that_a_database_knows_no_characters(postgres_server: PostgresServer, daemons: Daemons) -> None:
+    url = made(postgres_server, "SQL_ASCII", "DateStyle = 'ISO'")
     daemon = daemons.start(DWH_DATABASE_URL=url)
     body = {"data": [{"uuid": uuid_of(1), "city": CITY}]}
     answer = httpx.post(f"{daemon.url}/dwh/user-locations", json=body)

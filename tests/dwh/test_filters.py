@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl
 
 import pytest
 
-from app.dwh.query import Place, selection
+from app.dwh.query import Place, filter_of, selection
 from app.dwh.tables import EVENTS, LOCATIONS, PERMANENT, TECHNICAL, Table
 from app.dwh.warehouse import open_warehouse
 from app.web.errors import Refused
@@ -197,5 +197,31 @@ def test_a_count_is_of_all_rows_that_meet_the_filters(people: Desk) -> None:
     chosen = selection(EVENTS, [("event_id", "gte.13"), ("limit", "2")])
     with people.warehouse.selected(chosen, count=True) as found:
         assert found.total == 5
-        assert chosen.content_range(found.total) == "0-1/5"
         assert found.last() == Place(5)
+
+
+@pytest.mark.parametrize(
+    ("params", "total", "content_range"),
+    [
+        ({"limit": 2}, 5, "0-1/5"),
+        ({"limit": 2, "offset": 3}, 5, "3-4/5"),
+        ({"limit": 2, "offset": 4}, 5, "4-4/5"),
+        ({"limit": 2, "offset": 5}, 5, "*/5"),
+        ({}, 0, "*/0"),
+        ({"after_id": 3}, 5, "*/5"),
+    ],
+)
+def test_the_content_range_says_which_of_all_rows_the_answer_has(
+    params: dict[str, int], total: int, content_range: str
+) -> None:
+    chosen = selection(EVENTS, [(name, str(value)) for name, value in params.items()])
+    assert chosen.content_range(total) == content_range
+
+
+def test_text_is_compared_by_its_bytes_whatever_the_collation_of_the_database() -> None:
+    ordered = {name: filter_of(EVENTS.columns[1], f"{name}.a").sql("postgres", "f")[0] for name in ("gt", "lte", "eq")}
+    assert ordered == {
+        "gt": 'event_type COLLATE "C" > :f_0',
+        "lte": 'event_type COLLATE "C" <= :f_0',
+        "eq": "event_type = :f_0",
+    }

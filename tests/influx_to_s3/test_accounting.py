@@ -4,8 +4,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from app.core.runs import Outcome
-from exporter import HOUR, MINUTE, NOON, Exporter, ns
+from app.core.runs import Outcome, Stop, execute
+from app.influx_to_s3.job import NAME
+from exporter import HOUR, MINUTE, NOON, Exporter, Silent, ns
 from exports import content, exported, table
 
 
@@ -98,6 +99,30 @@ def test_a_device_that_failed_before_is_said_again_while_it_waits_and_delays_nob
     exporter.at(minutes=12)
     exporter.well()
     exporter.check()
+
+
+def test_a_run_that_is_stopped_in_the_middle_records_what_it_wrote(exporter: Exporter) -> None:
+    for device in ("D1", "D2", "D3"):
+        exporter.write_each(NOON - 2 * HOUR, NOON, 600, device=device)
+    exporter.environ = {"LOOKBACK_HOURS": "12"}
+    exporter.at(hours=2)
+    stop = Stop()
+
+    def ask(key: str) -> None:
+        """While the first window of the second device is written."""
+        if "device_id=D2" in key:
+            stop.ask("a deployment")
+
+    exporter.store.before_put = ask
+    job = next(job for job in exporter.export(EXPORT_CONCURRENCY="1").jobs if job.name == NAME)
+    run = execute(job, exporter._desk(), stop, Silent())  # noqa: SLF001 - the exporter's own desk
+    assert run is not None
+    written = exported(exporter.store)
+    assert (run.outcome, run.report.ledger.closes) == (Outcome.STOPPED, True)
+    assert run.report.rows == len(written) > 0
+    exporter.store.before_put = lambda _key: None
+    rest = exporter.well()
+    assert run.report.rows + rest.report.rows == len(exported(exporter.store)) == 36
 
 
 def test_the_unit_and_the_type_of_a_column_change_from_the_next_day_on(exporter: Exporter) -> None:

@@ -75,6 +75,8 @@ def test_every_example_of_the_help_can_be_called_and_every_job_is_listed(tmp_pat
         ("nonsense", "unknown command 'nonsense'", "commands: serve, run"),
         ("run", "python -m app run: the following arguments are required: JOB", "see `python -m app run --help`"),
         ("runs --limit ten", "argument --limit: 'ten' is not a whole number", "see `python -m app runs --help`"),
+        ("runs --limit 0", "argument --limit: '0' is not a whole number from 1", "see `python -m app runs --help`"),
+        ("runs --limit -1", "argument --limit: '-1' is not a whole number from 1", "see `python -m app runs --help`"),
         ("backfill a --from today --to 2026-02-01", "'today' is not an ISO 8601 date or timestamp, such as 2", "see `"),
         ("backfill a --from 2026-02-02 --to 2026-02-01", "must be earlier than --to", "exchange them"),
         ("backfill a --from 2026-02-01 --to 2026-02-02 --allow-shrink", "works only with --replace", "add --replace"),
@@ -163,13 +165,18 @@ def test_the_ledger_of_a_run_is_one_line_for_people_and_a_field_for_programs(
     ("job", "line"),
     [
         ("failing", "failing: bucket 'b' does not exist (create it, or set S3_BUCKET)\n"),
-        ("partial", "partial: dev-1: cut stream (look at the source)\n"),
         ("sleeping", "error: job sleeping is off (set INFLUXDB_URL)\n"),
     ],
 )
 def test_what_failed_is_one_line_on_stderr_and_exit_code_1(shell: Shell, job: str, line: str) -> None:
     done = shell.run("quick_jobs", "run", job)
     assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_a_partition_that_failed_is_one_line_on_stderr_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing((service := build(loaded(DATA_DIR=str(tmp_path)), quick_jobs)).state):
+        assert commands.run(service, job="partial", dry_run=False, as_json=False) == 1
+    assert capsys.readouterr().err == "partial: dev-1: cut stream (look at the source)\n"
 
 
 @pytest.mark.slow

@@ -31,8 +31,8 @@ def trace(tmp_path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_health_has_exactly_the_documented_shape(daemons: Daemons) -> None:
-    reply = daemons.start().get("/health")
+def test_health_has_exactly_the_documented_shape(shared: Daemon) -> None:
+    reply = shared.get("/health")
     assert reply.status == 200
     assert set(reply.json) == {"status", "version", "timestamp"}
     assert reply.json["status"] == "healthy"

@@ -258,6 +258,7 @@ def test_a_body_that_brings_next_to_nothing_is_cut_off(daemon: Daemon) -> None:
         assert answered
 
 
+@pytest.mark.slow
 def test_few_descriptors_and_many_idle_connections_leave_health_and_the_log_alone(tmp_path: Path) -> None:
     """Own start: with 256 descriptors, and with connections that are renewed as soon as they are closed."""
     with closing(Daemons(tmp_path)) as daemons:

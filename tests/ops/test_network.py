@@ -220,6 +220,17 @@ def test_without_ca_file_every_client_refuses_a_private_authority_and_names_the_
 
 
 @pytest.mark.usefixtures("clean")
+def test_a_client_that_cannot_connect_says_where_and_why_in_words(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        place = f"127.0.0.1:{closed.getsockname()[1]}"
+    environ = {
+        name: value.replace("https://localhost:0", f"http://{place}") for name, value in given(0, tmp_path).items()
+    }
+    for name, error in tried(environ, ("influxdb", "amplitude_web", "appmetrica", "webhook")).items():
+        assert error.message.endswith(f"cannot connect to {place}: connection refused"), name
+
+
+@pytest.mark.usefixtures("clean")
 def test_postgresql_takes_ca_file_and_the_way_its_tls_is_checked(
     server: Heard, authority: tuple[Path, ssl.SSLContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,11 +23,11 @@ from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, window_at
-from app.product_events.http_client import Address, ServiceAnswer, Upstream, receiving
+from app.product_events.http_client import ServiceAnswer, Upstream, receiving
 from app.product_events.pull import HOUR
 
-DAY_HOURS = 24
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
+CODES_OF_SIZE = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 BUSY_SECONDS = 60.0
 POLICY = RetryPolicy(attempts=5, first_seconds=2.0, cap_seconds=120.0)
 # What comes after a fault: halving a day to the hour must not take as long as a day of waiting.
@@ -73,29 +73,12 @@ class _TooLarge(Exception):
 
 
 @dataclass(slots=True)
-class _Step:
-    """How many hours are asked for at once: halved when that is too much, doubled after a day without trouble."""
-
-    hours: int = DAY_HOURS
-    fine_hours: int = 0
-
-    def refused(self, hours: int) -> None:
-        self.hours, self.fine_hours = max(1, hours // 2), 0
-
-    def answered(self, hours: int) -> None:
-        self.fine_hours += hours
-        if self.fine_hours >= DAY_HOURS and self.hours < DAY_HOURS:
-            self.hours, self.fine_hours = min(DAY_HOURS, self.hours * 2), 0
-
-
-@dataclass(slots=True)
 class Project:
     """One pair of keys, which is one project. Safe to use from many threads."""
 
     upstream: Upstream
     spool: Path
     turn: threading.Lock = field(default_factory=threading.Lock)
-    _step: _Step = field(default_factory=_Step)
 
     def fetch_all(self, span: Window, pauses: Pauses, *, ahead: bool = False) -> Iterator[FetchedArchive]:
         """The archives of whole hours, oldest first, in pieces of at most a day. `ahead`: the next one is fetched while
@@ -130,35 +113,37 @@ class Project:
         return "may export events"
 
     def _pieces(
-        self, span: Window, pauses: Pauses, first_policy: RetryPolicy = POLICY, *, past_faults: bool
+        self, span: Window, pauses: Pauses, policy: RetryPolicy = POLICY, *, past_faults: bool
     ) -> Iterator[FetchedArchive]:
-        at, policy, most_hours = span.start, first_policy, DAY_HOURS
+        at = span.start
         while at < span.end:
-            midnight = floor_to(at, DAY_SECONDS) + timedelta(days=1)
-            piece = Window(at, min(at + min(self._step.hours, most_hours) * HOUR, midnight, span.end))
-            hours = (piece.end - piece.start) // HOUR
-            try:
-                fetched = retry(partial(self._fetch, piece, pauses), policy, pauses)
-            except (_TooLarge, Transient, Permanent) as error:
-                fault = error.fault if isinstance(error, _TooLarge) else error
-                narrower = isinstance(error, _TooLarge) or past_faults
-                if (
-                    not narrower
-                    or isinstance(error, _KeysRefused | _TooManyRequests)
-                    or (hours == 1 and not past_faults)
-                ):
-                    raise fault from error
-                policy, most_hours = SHORT_POLICY, max(1, hours // 2)
-                if isinstance(error, _TooLarge):
-                    self._step.refused(hours)
-                if hours > 1:
-                    continue
-                fetched, most_hours = FetchedArchive(piece, None, fault), DAY_HOURS
-            else:
-                policy = first_policy
-                self._step.answered(hours)
-            at = piece.end
+            day = Window(at, min(floor_to(at, DAY_SECONDS) + timedelta(days=1), span.end))
+            yield from self._halved(day, pauses, policy, past_faults=past_faults)
+            at = day.end
+
+    def _halved(
+        self, span: Window, pauses: Pauses, policy: RetryPolicy, *, past_faults: bool
+    ) -> Iterator[FetchedArchive]:
+        """A span in one piece, or in two halves where that is too large, and with `past_faults` where it fails."""
+        try:
+            fetched = retry(partial(self._fetch, span, pauses), policy, pauses)
+        except (_KeysRefused, _TooManyRequests):
+            raise
+        except (_TooLarge, Transient, Permanent) as error:
+            fault = error.fault if isinstance(error, _TooLarge) else error
+            hours = (span.end - span.start) // HOUR
+            is_narrowed = past_faults or (isinstance(error, _TooLarge) and hours > 1)
+            if not is_narrowed:
+                raise fault from error
+            middle = span.start + hours // 2 * HOUR
+        else:
             yield fetched
+            return
+        if hours == 1:
+            yield FetchedArchive(span, None, fault)
+            return
+        for half in (Window(span.start, middle), Window(middle, span.end)):
+            yield from self._halved(half, pauses, SHORT_POLICY, past_faults=past_faults)
 
     def _fetch(self, span: Window, pauses: Pauses) -> FetchedArchive:
         path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={span.end - HOUR:%Y%m%dT%H}"
@@ -186,7 +171,7 @@ def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Proj
     """The project of a pair of keys."""
     token = base64.b64encode(f"{client_id}:{secret_key}".encode()).decode()
     headers = {"Authorization": f"Basic {token}"}
-    return Project(Upstream(Address("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers)), spool)
+    return Project(Upstream("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers), spool)
 
 
 def _ahead(pieces: Iterator[FetchedArchive]) -> Iterator[FetchedArchive]:
@@ -211,7 +196,7 @@ def _refusal(span: Window, answer: ServiceAnswer) -> Exception:
     text = answer.text()
     said = f"Amplitude answers {answer.status} for {span}: {text[:300]}"
     match answer.status:
-        case HTTPStatus.BAD_REQUEST if TOO_LARGE.search(text):
+        case status if status in CODES_OF_SIZE and (status != HTTPStatus.BAD_REQUEST or TOO_LARGE.search(text)):
             return _TooLarge(HourTooLarge(said, LARGE_HINT))
         case HTTPStatus.GATEWAY_TIMEOUT:
             return _TooLarge(Transient(said, LARGE_HINT))  # it did not say so, it only took too long

@@ -8,14 +8,22 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
+from app.amplitude.archives import inflated
+from app.core.errors import Permanent, Rejected, Transient
+from app.core.runs import Stop
+from app.core.verify import NOTHING, Content
+from app.core.windows import Window
+from app.product_events.hours import REFUSED, BrokenHour
 from app.product_events.mapping import RULES, ProductMapping, Tables, cleaned, mapping, storable_json
+from app.product_events.pull import RefusedLines
 
 SERVICE = "amplitude"
 JSON_WORD = "json"
@@ -32,7 +40,6 @@ NOT_TEXT = "invalid UTF-8"
 NOT_JSON = "not a JSON object"
 NO_UUID = "no valid uuid"
 LARGE_LINE = "line above 16 MiB"
-REFUSED = "refused by the warehouse"
 
 
 @dataclass(slots=True)
@@ -285,3 +292,133 @@ class _Tail:
             line = LargeLine(b"".join(self._held), self.size_bytes, self._hash.hexdigest())
         self._held, self._hash, self.size_bytes = [], hashlib.sha256(), 0
         return line
+
+
+@contextmanager
+def read_or_broken() -> Iterator[None]:
+    """What goes wrong while an hour is read is a BrokenHour, to tell it from faults of the store and the warehouse."""
+    try:
+        yield
+    except (Transient, Permanent) as error:
+        raise BrokenHour(error) from error
+
+
+class HourLines:
+    """`app.product_events.hours.PulledHour`: the lines of an hour in a gzip file; None = it has none.
+
+    The file holds every line as it came, also those that are not events. Each pass counts all of them again, as
+    `counted`, and adds those again to `refused_lines` that are not events, below `place`; a sample names `key`.
+    """
+
+    is_loaded = True
+
+    def __init__(
+        self,
+        window: Window,
+        body: BinaryIO | None,
+        stop: Stop,
+        refused_lines: RefusedLines,
+        *,
+        place: tuple[str, ...] = (),
+        key: str = "",
+    ) -> None:
+        self.window, self.body, self.refused_lines = window, body, refused_lines
+        self._stop, self._place, self._key = stop, place, key
+        self._seen, self._is_read = HourStats(), False
+        self.counted = 0
+
+    @property
+    def rows(self) -> int:
+        """How many events there are."""
+        return self._seen.rows
+
+    @property
+    def refused(self) -> int:
+        """How many lines are none."""
+        return self._seen.fault_rows
+
+    @property
+    def faults(self) -> str:
+        """What is wrong with some of those that are none."""
+        return "; ".join(self._seen.faults)
+
+    @property
+    def digest(self) -> str:
+        """See `HourStats.digest`; "" for an hour without lines."""
+        if not self._is_read:
+            for _ in self.tables():
+                pass
+        return self._seen.digest if self.body is not None else ""
+
+    def tables(self, *, careful: bool = False) -> Iterator[Tables]:
+        """See `PulledHour.tables`."""
+        seen = self._again()
+        for block in self._blocks():
+            yield reader().tables(block, seen, careful=careful)
+
+    def load_each(self, load: Callable[[Tables], None]) -> None:
+        """See `PulledHour.load_each`."""
+        seen = self._again()
+        for block in self._blocks():
+            if not isinstance(block, bytes):
+                reader().tables(block, seen)
+                continue
+            for line in filter(bytes.strip, block.split(b"\n")):
+                found = reader().tables(line, alone := HourStats(seen.refuse), careful=True)
+                try:
+                    if found:
+                        load(found)
+                except Rejected as error:
+                    seen.refused(REFUSED, line, seen.lines + 1, f"refused by the warehouse: {error.message}")
+                else:
+                    seen.add(alone)
+
+    def content(self) -> Content:
+        """See `PulledHour.content`."""
+        return sum(map(content_of_block, self._blocks()), NOTHING)
+
+    def close(self) -> None:
+        """See `PulledHour.close`."""
+        self.refused_lines.close()
+        if self.body is not None:
+            self.body.close()
+
+    def _again(self) -> HourStats:
+        def refuse(reason: str, line: bytes, what: str) -> None:
+            self.refused_lines.add(self._place, reason, line, f"{self._key} {what}")
+
+        self.refused_lines.close()
+        self.counted, self._is_read = 0, True
+        self._seen = HourStats(refuse)
+        return self._seen
+
+    def _blocks(self) -> Iterator[Block]:
+        """The lines, counted as they come."""
+        if self.body is None:
+            return
+        self.body.seek(0)
+        found = blocks(inflated(self.body))
+        while True:
+            self._stop.check()
+            with read_or_broken():
+                block = next(found, None)
+            if block is None:
+                return
+            self.counted += lines_in(block)
+            yield block
+
+
+def content_of_block(block: Block) -> Content:
+    """The content of whole lines: the same for the same events, wherever they lie."""
+    from app.object_store.row_digest import content_of  # numpy and pyarrow, which a pull does not need
+
+    if not isinstance(block, bytes):
+        return content_of([{"event": f"{block.size_bytes} bytes, {block.sha256}"}])
+    return content_of({"event": _canonical(line)} for line in block.split(b"\n") if line.strip())
+
+
+def _canonical(line: bytes) -> str:
+    try:
+        return msgspec.json.encode(msgspec.json.decode(line), order="sorted").decode()
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return line.strip().decode("utf-8", "backslashreplace")

@@ -11,14 +11,14 @@ from contextlib import ExitStack, closing
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Annotated, BinaryIO, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 from starlette.concurrency import run_in_threadpool
 
 from app.amplitude.archives import name_of, opened, weeks
 from app.amplitude.client import FetchedArchive, Project
 from app.core.runs import Stop
 from app.core.windows import Window
-from app.web.api import Streamed
+from app.web.api import Streamed, refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Answers, Refusal, Refused, faults
 
@@ -44,7 +44,8 @@ ANSWERS: Answers = {
 
 def build(projects: Mapping[str, Project]) -> APIRouter:
     """The routes on the configured projects."""
-    router = APIRouter(prefix="/amplitude", tags=["amplitude"])
+    strict = [Depends(refuse_unknown_parameters)]
+    router = APIRouter(prefix="/amplitude", tags=["amplitude"], dependencies=strict)
     places = asyncio.Semaphore(AT_ONCE)
 
     @router.get(

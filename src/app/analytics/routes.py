@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
@@ -24,6 +24,7 @@ from app.analytics.sql_sandbox import MAX_ROWS, SqlBusy, SqlRequest
 from app.analytics.summaries import View
 from app.core.errors import AppError, Transient
 from app.ops.pages import SCRIPT, framed, serve
+from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Answers, Asgi, Receive, Refusal, Refused, Scope, Send, faults
 from app.web.text_values import instant
@@ -106,8 +107,9 @@ def build(analytics: Analytics) -> APIRouter:
     page = framed("Explore", _asset("explore.html"), ("explore",), link="Explore", root="../")
     serve(router, "/analytics/explore", page.encode(), "text/html; charset=utf-8")
     serve(router, "/assets/explore.js", _asset("explore.js").encode(), SCRIPT)
+    strict = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 
-    @router.get(
+    @strict.get(
         "/analytics",
         openapi_extra=READ,
         summary="All reports, with their parameters and columns",
@@ -120,7 +122,7 @@ def build(analytics: Analytics) -> APIRouter:
             analytics.described[:] = await run_in_threadpool(lambda: [_described(analytics, each) for each in reports])
         return JSONResponse({"count": len(analytics.described), "reports": analytics.described})
 
-    @router.get(
+    @strict.get(
         "/analytics/schema",
         openapi_extra=READ,
         summary="Columns of the data, and how much of it there is",
@@ -130,7 +132,7 @@ def build(analytics: Analytics) -> APIRouter:
     async def schema() -> Response:
         return JSONResponse(_schema(analytics, await _view(analytics)))
 
-    router.add_api_route(
+    strict.add_api_route(
         "/analytics/sql",
         _statement(analytics),
         methods=["POST"],
@@ -141,7 +143,8 @@ def build(analytics: Analytics) -> APIRouter:
         response_class=Response,
     )
     for report in analytics.reports.values():
-        _report(router, analytics, report)
+        _report(strict, analytics, report)
+    router.include_router(strict)
     return router
 
 
@@ -150,7 +153,7 @@ def _asset(name: str) -> str:
 
 
 def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -> None:
-    answer = _answering(analytics, report)
+    answer, extra = _answering(analytics, report), {**READ, "parameters": _parameters(report)}
     paths = [f"/analytics/{report.path}", *([f"/{report.path}"] if report.path in ALIASES else [])]
     for path in paths:
         router.add_api_route(
@@ -160,7 +163,7 @@ def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -
             name=f"report_{report.name}",
             summary=report.title,
             description=report.description,
-            openapi_extra={**READ, "parameters": _parameters(report)},
+            openapi_extra=extra,
             responses={
                 **_answers({400: "more rows than the format may have"}, report.answer),
                 304: {"description": "unchanged"},
@@ -168,7 +171,7 @@ def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -
             response_class=Response,
             include_in_schema=path == paths[0],
         )
-        router.add_api_route(path, answer, methods=["HEAD"], openapi_extra=READ, include_in_schema=False)
+        router.add_api_route(path, answer, methods=["HEAD"], openapi_extra=extra, include_in_schema=False)
 
 
 def _parameters(report: ReportDefinition) -> Sequence[Mapping[str, Any]]:
@@ -251,7 +254,7 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
 
 
 class Quick:
-    """The API, but for cached answers of reports: those are sent at once.
+    """The API, for requests of these `paths`: cached answers of reports are sent at once.
 
     Most requests for reports are of this kind, and routing would take longer than the rest of such a request.
     """
@@ -260,12 +263,12 @@ class Quick:
         self._api = api
         self._analytics = analytics
         reports = analytics.reports.values()
-        self._paths = {f"{start}/{report.path}" for report in reports for start in ("", "/analytics")}
+        self.paths = [f"{start}/{report.path}" for report in reports for start in ("", "/analytics")]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
         began = time.perf_counter()
-        found = self._held(scope) if scope["path"] in self._paths else None
+        found = self._held(scope)
         if found is None:
             await self._api(scope, receive, send)
             return
@@ -292,15 +295,9 @@ def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
     options = {"format": report.format, "as_of": "", "formula_safe": "false", **scan}
     for parameter in report.parameters:
         options.pop(parameter.name, None)
-    rest = []
     given = request.query_params.multi_items()
-    for name, text in given:
-        if name in options:
-            options[name] = text
-            if sum(name == each for each, _ in given) > 1:
-                raise Refused(Refusal(422, f"{name} is there twice", "send it once", f"query.{name}"))
-        else:
-            rest.append((name, text))
+    options |= {name: text for name, text in given if name in options}
+    rest = [(name, text) for name, text in given if name not in options]
     written = options.pop("format")
     if written not in MEDIA:
         allowed = f"formats: {', '.join(MEDIA)}"

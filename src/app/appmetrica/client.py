@@ -27,7 +27,7 @@ from app.core.errors import Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.windows import Window
 from app.db.state import PendingExport, SqlPulls
-from app.product_events.http_client import Address, ServiceAnswer, Upstream, receiving
+from app.product_events.http_client import ServiceAnswer, Upstream, receiving
 
 SERVICE = "appmetrica"
 PROGRESS = re.compile(r"Progress is (\d+)%")
@@ -104,6 +104,14 @@ class Service:
                     raise _error(answer, answer.text())
                 return _listed(answer)
 
+    def application(self) -> Mapping[str, Any]:
+        """This application, as the token sees it. Raises Permanent when it does not."""
+        found = self.applications().get(self.application_id)
+        if found is None:
+            hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
+            raise Permanent(f"the token does not see application {self.application_id}", hint)
+        return found
+
     def _received(self, answer: ServiceAnswer) -> BinaryIO:
         with receiving(self.spool, "a file of many rows") as file:
             packed = answer.header("content-encoding").lower() == "gzip"
@@ -112,14 +120,6 @@ class Service:
             file.writelines(_checked(pieces, empty=measured) if packed else _packed(pieces))
             file.seek(0)
         return file
-
-
-def service(base_url: str, token: str, application_id: int, spool: Path, count_call: Callable[[], None]) -> Service:
-    """AppMetrica with a token."""
-    headers = {"Authorization": f"OAuth {token}"}
-    return Service(
-        Upstream(Address("AppMetrica", base_url, "APPMETRICA_BASE_URL", headers)), application_id, spool, count_call
-    )
 
 
 def _said(answer: ServiceAnswer) -> NotReady:
@@ -131,7 +131,7 @@ def _said(answer: ServiceAnswer) -> NotReady:
             return NotReady(text, int(found[1]) if found else None)
         case HTTPStatus.BAD_REQUEST if MORE_PARTS.search(text):
             raise MoreParts
-        case HTTPStatus.BAD_REQUEST | HTTPStatus.NOT_FOUND:
+        case HTTPStatus.BAD_REQUEST | HTTPStatus.NOT_FOUND | HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             raise RequestRefused(text, answer.status)
         case status if status in BUSY:
             seconds = QUEUE_SECONDS if QUEUED.search(text) else RATE_SECONDS
@@ -313,13 +313,10 @@ class Exports:
 
     def ping(self) -> str:
         """Whether the token sees the application, for `check`. Raises Transient or Permanent."""
-        number = self.service.application_id
         with closing(self.service.upstream):
-            applications = self.service.applications()
-        if number not in applications:
-            hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
-            raise Permanent(f"the token does not see application {number}", hint)
-        return f"may read application {number}; {self.calls_today} of {self.daily_calls} calls of today are used"
+            self.service.application()
+        calls = f"{self.calls_today} of {self.daily_calls} calls of today are used"
+        return f"may read application {self.service.application_id}; {calls}"
 
     def request_received(self, resource: Resource, span: Window) -> LogsRequest:
         """All rows that were received in whole hours, without the columns that the service did not know.
@@ -344,13 +341,18 @@ class Exports:
         self.pulls.forget(SERVICE, owner, now - FORGOTTEN_AFTER)
         return self.pulls.add(SERVICE, owner, request.text, now)
 
-    def leave_out(self, resource: Resource, error: RequestRefused) -> None:
-        """Drop the column that the service does not know. Raises `error` when it is one that is needed."""
+    def leaves_out(self, resource: Resource, error: RequestRefused) -> bool:
+        """Drop the column that the service does not know; False when it names none, or one that is needed."""
         named = set(re.findall(r"\w+", error.text)) & set(resource.columns)
-        if len(named) != 1 or named & {*NEEDED, resource.received}:
-            raise error
+        if len(named) != 1 or self.is_needed(resource, error):
+            return False
         self.left_out.update(named)
         log.warning("AppMetrica does not know the column %s: it is left out from now on", ", ".join(named))
+        return True
+
+    def is_needed(self, resource: Resource, error: RequestRefused) -> bool:
+        """Whether what the service refuses is a column without which rows cannot be told apart."""
+        return bool(set(re.findall(r"\w+", error.text)) & {*NEEDED, resource.received})
 
     @contextmanager
     def resumed(self, export: PendingExport, *, fresh: bool = True) -> Iterator["ExportInProgress"]:

@@ -4,8 +4,9 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import BinaryIO
 
 from app.appmetrica.client import (
@@ -13,39 +14,22 @@ from app.appmetrica.client import (
     ExportInProgress,
     Exports,
     LogsRequest,
+    NotReady,
     RequestRefused,
     Resource,
     TooManyParts,
     request_of,
 )
-from app.appmetrica.rows import (
-    NEEDED,
-    BadRow,
-    CsvRows,
-    ReceiptHourFile,
-    SortedRows,
-    by_hour,
-    check_columns,
-    hour_of,
-    tables,
-)
-from app.core.errors import LeaseLost, Permanent, Transient
+from app.appmetrica.rows import BadRow, CsvRows, SortedRows, by_hour, check_columns, hour_of, opened_hour
+from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.ledger import Tally, ledger_of
 from app.core.pipeline import Record
 from app.core.runs import Failure, Report
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to
 from app.db.state import PendingExport
-from app.product_events.mapping import Loaded, load_in_turns
-from app.product_events.pull import (
-    HOUR,
-    NOT_HAD,
-    SET_ASIDE_AFTER,
-    PartitionRun,
-    RefusedLines,
-    record_of_nothing,
-    store_rows,
-    was_had,
-)
+from app.product_events.hours import SET_ASIDE_AFTER, HourLanding, Mode, record_of_nothing, was_had
+from app.product_events.mapping import Loaded
+from app.product_events.pull import HOUR, PartitionRun, RefusedLines
 
 # The hours of a resource in one run: requested together, landed one by one, in order.
 #
@@ -67,51 +51,72 @@ NARROWED = "appmetrica_narrowed"
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
 class ResourceRun:
     """One resource in one run. Its methods raise what the ports and the service raise; what was committed stays."""
 
-    run: PartitionRun
-    exports: Exports
-    resource: Resource
-    recount_days: int = 0
+    def __init__(self, run: PartitionRun, exports: Exports, resource: Resource, recount_days: int = 0) -> None:
+        self.run, self.exports, self.resource, self.recount_days = run, exports, resource, recount_days
+        self.application_id = loaded_for(exports, resource)
+        self.landing = HourLanding(
+            run,
+            partial(hour_key, run.name),
+            lambda window: set_aside_name(run.name, window.start),
+            partial(opened_hour, self.application_id),
+        )
+
+    def close(self) -> None:
+        """Free what is held. Idempotent."""
+        self.landing.close()
 
     def pull_due(self) -> Report:
         """Go on with the request that is under way, or make the next one, and land its hours."""
         pull, context = self.run.pull, self.run.context
         oldest = floor_to(pull.clock() - timedelta(days=pull.lookback_days), HOUR_SECONDS)
         due, cursor = pull.due_at, self.run.cursor_at or self.run.begin(oldest)
-        if cursor >= due:
-            return recount(self)
-        export = self._under_way(cursor)
-        if export is None:
-            is_narrowed = cursor < pull.checkpoints.cursors(NARROWED).get(self.run.name, cursor)
-            before = self.run.records(Window(cursor - HOUR, cursor)).values()
-            # An hour that was set aside would fail this request as well.
-            start = cursor - HOUR if all(map(was_had, before)) else cursor
-            span = Window(start, min(due, cursor + (HOUR if is_narrowed else STEP)))
-            export = self._kept("", span)
-        report = self._land(export, cursor)
-        if report.more or _span(export).end < due:
-            return report + Report(more=not context.dry_run)
-        return report + recount(self)
+        report = self.landing.bring_back() if self.application_id is not None else Report()
+        waiting = self.landing.waiting()
+        if cursor < due:
+            export = self._under_way(cursor) or self._next(cursor, due)
+            report += self._land(export, cursor)
+            if report.more or _span(export).end < due:
+                return report + Report(more=not context.dry_run)
+        return report + self._retry(waiting) + recount(self) + self.landing.noted()
+
+    def _next(self, cursor: datetime, due: datetime) -> PendingExport:
+        pull = self.run.pull
+        is_narrowed = cursor < pull.checkpoints.cursors(NARROWED).get(self.run.name, cursor)
+        before = self.run.records(Window(cursor - HOUR, cursor)).values()
+        # An hour that was set aside would fail this request as well.
+        start = cursor - HOUR if all(map(was_had, before)) else cursor
+        return self._kept("", Window(start, min(due, cursor + (HOUR if is_narrowed else STEP))))
 
     def pull_late(self, span: Window) -> Report:
         """Pull hours that have more rows now than when they landed. `more`: the file is not there yet."""
         return self._land(self._kept(":late", span), None, late=True)
 
-    def fill(self, span: Window) -> Report:
-        """Pull the hours of `span` up to the cursor again. The cursor does not move. Raises Rejected for no hour."""
+    def pull_again(self, hours: Window) -> Report:
+        """Pull hours again, whatever is recorded. `more`: a file is not there yet."""
+        report, at = Report(), hours.start
+        while at < hours.end and not report.more:
+            day = Window(at, min(at + STEP, hours.end))
+            report += self._land(self._kept(":backfill", day), None)
+            at = day.end
+        return report
 
-        def pull_again(hours: Window) -> Report:
-            report, at = Report(), hours.start
-            while at < hours.end and not report.more:
-                day = Window(at, min(at + STEP, hours.end))
-                report += self._land(self._kept(":backfill", day), None)
-                at = day.end
-            return report
-
-        return self.run.fill(span, pull_again)
+    def _retry(self, waiting: Sequence[Window]) -> Report:
+        """Once more, hours that the destination refused; one that fails again holds up nothing."""
+        report = Report()
+        for hour in waiting:
+            try:
+                pulled = self.pull_late(hour)
+            except LeaseLost:
+                raise
+            except (Transient, Permanent, Rejected) as error:
+                pulled = Report(failures=(Failure(f"{self.run.name} {hour}", error.message, error.hint),))
+            report += replace(pulled, more=False)
+            if pulled.more:
+                break  # the service takes its time
+        return report
 
     def _under_way(self, cursor: datetime) -> PendingExport | None:
         """The export that an earlier run has asked for; one that does not lead on from the cursor is done with.
@@ -148,68 +153,76 @@ class ResourceRun:
                         raise
                     return self._not_given(export, cursor, error)
                 if answer is not None:
-                    return self._no_file(export, cursor, answer.text)
+                    return self._no_file(export, cursor, answer)
                 report = self._land_all(under_way, cursor, again=cursor is None and not late)
                 if not context.dry_run:
                     under_way.finish()
                 return report
         except RequestRefused as error:
-            self._done(export)
-            self.exports.leave_out(self.resource, error)
-            return Report(more=not context.dry_run)
+            if self.exports.leaves_out(self.resource, error):
+                self._done(export)
+                return Report(more=not context.dry_run)
+            if cursor is None or self.exports.is_needed(self.resource, error):
+                self._done(export)
+                raise
+            return self._not_given(export, cursor, error)
 
-    def _no_file(self, export: PendingExport, cursor: datetime | None, said: str) -> Report:
+    def _no_file(self, export: PendingExport, cursor: datetime | None, answer: NotReady) -> Report:
         """The service is still making the file. After a day, when it was requested anew, that is told as a failure, and
-        after another one it is as if the service had refused it.
+        after another one it is as if the service had refused it; but not while its queue was full all the time.
         """
-        name, context = self.run.name, self.run.context
+        name, context, said = self.run.name, self.run.context, answer.text
         log.info("%s: no file yet, it is requested again: %s", name, said)
         waited_for = self.run.pull.clock() - export.created_at
         late = Transient(f"no file of {_span(export)} in {waited_for // HOUR} hours: {said}", "no action needed")
-        if cursor is not None and waited_for >= KEPT_FOR + SET_ASIDE_AFTER:
+        if cursor is not None and answer.heard and waited_for >= KEPT_FOR + SET_ASIDE_AFTER:
             return self._not_given(export, cursor, late)
+        if not answer.heard and waited_for >= KEPT_FOR:
+            self._done(export)  # its time begins when it is in the queue
         failures = (Failure(name, late.message, late.hint),) if waited_for >= KEPT_FOR else ()
         return Report(more=not context.dry_run, notes=(f"{name}: {said}",), failures=failures)
 
     def _not_given(self, export: PendingExport, cursor: datetime, error: Transient | Permanent) -> Report:
-        """A request that the service did not answer. Raises `error` while it may pass, or the service is away."""
-        is_large, span, run = isinstance(error, TooManyParts), _span(export), self.run
-        failing_for = run.pull.clock() - export.created_at
-        if run.context.dry_run or not (is_large or failing_for >= SET_ASIDE_AFTER):
+        """A request that the service did not answer. Raises `error` while it may pass, or the service is away.
+
+        What it refuses may be too long for it, and is asked for hour by hour at once.
+        """
+        is_large, is_refused, span = isinstance(error, TooManyParts), isinstance(error, RequestRefused), _span(export)
+        run, is_long = self.run, span.end - cursor > HOUR
+        is_lasting = run.pull.clock() - export.created_at >= SET_ASIDE_AFTER
+        if run.context.dry_run or not (is_large or is_lasting or (is_refused and is_long)):
             raise error
         self.exports.service.applications()  # raises when the service does not answer at all
-        if span.end - cursor > HOUR:
+        if is_long:
             run.commit(cursor_at=span.end, pipeline=NARROWED)
             hint = "no action needed: it is asked for hour by hour from now on"
             report = Report(failures=(Failure(run.name, error.message, hint),))
         else:
             hour = Window(cursor, span.end)
-            place = set_aside_name(run.name, cursor)
-            ledger = run.set_hour_aside(hour, error, place=place, is_too_large=is_large)
-            lost = record_of_nothing(hour, hour_key(run.name, hour), closed=True, version=NOT_HAD)
-            run.commit(lost, cursor_at=hour.end)
-            report = Report(ledger=ledger)
+            report = self.landing.not_had(
+                hour, None, error, Mode.LIVE, number=1, counted=1, is_too_large=is_large, at_once=True
+            )
         self._done(export)
         return report
 
     def _land_all(self, under_way: ExportInProgress, cursor: datetime | None, *, again: bool) -> Report:
         request, span, run = under_way.request, _span(under_way.export), self.run
-        known = run.records(span)
+        known, spool = run.records(span), run.pull.spool
         run.context.progress.advance(total=(span.end - span.start) // HOUR)
         report, loaded = Report(), Loaded()
-        with closing(RefusedLines(run.pull.spool)) as refused:
+        with closing(RefusedLines(spool)) as refused, closing(RefusedLines(spool)) as unloaded:
 
-            def refuse(hour_at: datetime | None, row: BadRow) -> None:
-                refused.add(set_aside_name(run.name, hour_at), row.reason, row.raw, f"{run.name} {span} {row.detail}")
+            def refuse(into: RefusedLines, hour_at: datetime | None, row: BadRow) -> None:
+                into.add(set_aside_name(run.name, hour_at), row.reason, row.raw, f"{run.name} {span} {row.detail}")
 
             sorted_rows = by_hour(
                 under_way.files,
                 request.columns,
                 self.resource.received,
                 span,
-                run.pull.spool,
-                needed=NEEDED if self.resource.name == EVENTS else (),
-                refuse=refuse,
+                spool,
+                application_id=self.application_id,
+                refuse=partial(refuse, refused),
             )
             with sorted_rows as reading:
                 self._warn(reading, span)
@@ -222,10 +235,17 @@ class ResourceRun:
                     )
                 for hour in reading.hours:
                     run.context.stop.check()
-                    live = cursor is not None and hour.window.start >= cursor
                     record = known.get(hour.window.start)
-                    done, given = self._one(hour, record, live=live, again=again, whole=not reading.lacking)
+                    hour.refuse = partial(refuse, unloaded)
+                    # A file that lacks a column must not replace one that has it.
+                    if reading.lacking and record is not None and was_had(record) and record.rows >= hour.rows > 0:
+                        hour.stands_for = record.digest
+                    is_live = cursor is not None and hour.window.start >= cursor
+                    mode = Mode.LIVE if is_live else Mode.AGAIN if again else Mode.ONCE_MORE
+                    done, given = self.landing.take(hour, record, mode, final=was_had(record))
                     report, loaded = report + done, loaded + given
+                report += self.landing.settle()
+                entries += [] if run.context.dry_run else unloaded.keep(run.pull.set_aside)
         if run.context.dry_run:
             return report
         tally = Tally(
@@ -243,81 +263,10 @@ class ResourceRun:
         if reading.lacking:
             log.warning("%s %s: the file lacks the columns %s", name, span, ", ".join(sorted(reading.lacking)))
 
-    def _one(
-        self, hour: ReceiptHourFile, record: Record | None, *, live: bool, again: bool, whole: bool
-    ) -> tuple[Report, Loaded]:
-        """Land an hour; what became of its rows. `again`: load its rows whatever is recorded. `whole`: no column lacks;
-        else what has as many rows already stays as it is.
-        """
-        run = self.run
-        had = record if was_had(record) else None
-        # A file that lacks a column must not replace one that has it.
-        stays = had is not None and not whole and had.rows >= hour.rows > 0
-        same = had is not None and (had.digest == hour.digest or stays)
-        cursor_at = hour.window.end if live else None
-        run.context.progress.advance(done=1)
-        if had is not None and same and not again:
-            looked_at = replace(had, closed=True, source_cells=max(had.source_cells, had.rows + hour.refused))
-            if looked_at != had or live:
-                run.commit(looked_at, cursor_at=cursor_at)
-            return Report(), Loaded(min(had.rows, hour.rows))
-        if run.context.dry_run:
-            return Report(rows=hour.rows, windows=int(not same)), Loaded()
-        loaded = self._load(hour, past=not live)
-        if had is not None and stays:
-            landed = replace(had, source_cells=had.rows + hour.refused)
-        else:
-            landed = self._store(hour, closed=had is not None)
-        run.commit(landed, cursor_at=cursor_at)
-        if self.resource.name != EVENTS:
-            loaded = _stored(hour, landed, had)
-        run.context.progress.advance(rows=loaded.new)
-        late = loaded.new if had is not None and not again else 0
-        size_bytes = 0 if same else landed.size_bytes
-        return Report(rows=loaded.new, bytes=size_bytes, windows=int(not same), late_rows=late), loaded
 
-    def mend(self, hour: ReceiptHourFile, record: Record | None, over: str | None) -> Report:
-        """Land an hour again and store its object, see `store_rows`. The cursor does not move."""
-        if self.run.context.dry_run:
-            return Report(windows=1)
-        new = self._load(hour, past=True).new
-        closed = record is not None and was_had(record) and record.closed
-        landed = self._store(hour, closed=closed, over=over)
-        self.run.commit(landed)
-        return Report(rows=new, bytes=landed.size_bytes, windows=1)
-
-    def _load(self, hour: ReceiptHourFile, *, past: bool) -> Loaded:
-        """Events go into the warehouse as well."""
-        if self.resource.name != EVENTS or not hour.rows:
-            return Loaded()
-        rows = tables(hour, self.exports.service.application_id)
-        return load_in_turns(self.run.pull.warehouse, rows, past=past)
-
-    def _store(self, hour: ReceiptHourFile, *, closed: bool, over: str | None = None) -> Record:
-        """The object is stored, unless the hour is empty; what is there then."""
-        key = hour_key(self.run.name, hour.window)
-        if not hour.rows:
-            empty = record_of_nothing(hour.window, key, closed=closed, digest=hour.digest)
-            return replace(empty, source_cells=hour.refused)
-        return store_rows(
-            self.run.pull.store,
-            hour.file,
-            pipeline=NAME,
-            key=key,
-            window=hour.window,
-            rows=hour.rows,
-            digest=hour.digest,
-            closed=closed,
-            refused=hour.refused,
-            over=over,
-        )
-
-
-def _stored(hour: ReceiptHourFile, landed: Record, had: Record | None) -> Loaded:
-    """What became of rows that land only as an object, told by what the object holds."""
-    if landed.version and landed.digest != hour.digest:  # it held more, and stays
-        return Loaded(min(landed.rows, hour.rows))
-    return Loaded(landed.rows, max(0, landed.rows - (had.rows if had else 0)))
+def loaded_for(exports: Exports, resource: Resource) -> int | None:
+    """The application whose events go into the warehouse as well; None for other rows."""
+    return exports.service.application_id if resource.name == EVENTS else None
 
 
 def partition_of(exports: Exports, resource: Resource) -> str:
@@ -373,7 +322,11 @@ def recount(resource: ResourceRun) -> Report:
             done, counted = _count_day(resource, day)
         except LeaseLost:
             raise
-        except (Transient, Permanent) as error:  # tomorrow again: a day that cannot be had must not hold up the others
+        except (
+            Transient,
+            Permanent,
+            Rejected,
+        ) as error:  # tomorrow again: a day that cannot be had must not hold up the others
             done, counted = True, Report(failures=(Failure(f"{run.name} {day}", error.message, error.hint),))
         report += counted
         if not done:

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from uuid import NAMESPACE_URL, uuid5
 
-from app.core.errors import Permanent
+from app.core.errors import Permanent, Rejected
 from app.core.files import temporary_file
+from app.core.verify import Content
 from app.core.windows import HOUR_SECONDS, Window, floor_to, windows_between
+from app.product_events.hours import REFUSED
 from app.product_events.mapping import Tables, mapping
 
 MAX_ROW_BYTES = 1 << 24
@@ -151,25 +153,42 @@ ANOTHER_TIME = "received at another time"
 
 @dataclass(slots=True)
 class ReceiptHourFile:
-    """The rows that were received in one hour, as a gzip file of CSV. `digest` is the same for the same rows.
+    """`app.product_events.hours.PulledHour`: the rows that were received in one hour, as a gzip file of CSV.
 
-    `refused`: rows of the hour that cannot be taken, which are not in the file.
+    `refused`: rows of the hour that cannot be taken, which are not in the file. Those that the warehouse does not take
+    are given to `refuse`. `application_id` None = its rows land only as an object. `stands_for`: the digest
+    of the object that must not be replaced by these rows, since they lack columns.
     """
 
     window: Window
     columns: Sequence[str]
     file: BinaryIO
+    application_id: int | None = None
     rows: int = 0
     refused: int = 0
+    refuse: "Refuse" = field(default=lambda _hour_at, _row: None)
+    stands_for: str = ""
     _sum: int = 0
     _text: Any = field(default=None)
     _packed: Any = field(default=None)
     _writer: Any = field(default=None)
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether its rows go into the warehouse as well."""
+        return self.application_id is not None
+
+    @property
+    def body(self) -> BinaryIO | None:
+        """The file, unless it has no rows."""
+        return self.file if self.rows else None
+
+    @property
     def digest(self) -> str:
-        """Hex."""
-        return hashlib.sha256(f"{','.join(self.columns)}:{self.rows}:{self._sum}".encode()).hexdigest()
+        """The same for the same rows. Hex."""
+        return (
+            self.stands_for or hashlib.sha256(f"{','.join(self.columns)}:{self.rows}:{self._sum}".encode()).hexdigest()
+        )
 
     def add(self, row: Row) -> None:
         """Append a row."""
@@ -199,6 +218,49 @@ class ReceiptHourFile:
         with gzip.open(self.file, "rt", encoding="utf-8", newline="") as text:
             yield from islice(csv.reader(text), 1, None)
 
+    def tables(self, *, careful: bool = False) -> Iterator[Tables]:  # noqa: ARG002 - all rows are sanitised
+        """See `PulledHour.tables`."""
+        with closing(_Ordinals()) as ordinals:
+            rows = self.read()
+            while chunk := list(islice(rows, CHUNK_ROWS)):
+                yield self._tables(chunk, ordinals)
+
+    def load_each(self, load: Callable[[Tables], None]) -> None:
+        """See `PulledHour.load_each`."""
+        with closing(_Ordinals()) as ordinals:
+            for row in self.read():
+                try:
+                    load(self._tables([row], ordinals))
+                except Rejected as error:
+                    text = io.StringIO()
+                    csv.writer(text, lineterminator="\n").writerow(row)
+                    self.refuse(self.window.start, BadRow(REFUSED, text.getvalue().encode(), error.message, row))
+
+    def content(self) -> Content:
+        """See `PulledHour.content`."""
+        from app.object_store.row_digest import content_of  # numpy and pyarrow, which a pull does not need
+
+        return content_of(dict(zip(self.columns, row, strict=True)) for row in self.read())
+
+    def close(self) -> None:
+        """See `PulledHour.close`."""
+        self.file.close()
+
+    def _tables(self, rows: Sequence[Row], ordinals: "_Ordinals") -> Tables:
+        what, columns = mapping(SERVICE), _columns(rows, self.columns, self.application_id)
+        columns["uuid"] = _uuids(columns, len(rows), ordinals)
+        return what.tables({path: columns[path] for path in what.words}, len(rows))
+
+
+def opened_hour(application_id: int | None, window: Window, file: BinaryIO) -> ReceiptHourFile:
+    """The hour in the file of its object, whose rows were not counted. Raises ValueError for one without a header."""
+    csv.field_size_limit(KEPT_ROW_BYTES)
+    with gzip.open(file, "rt", encoding="utf-8", newline="") as text:
+        header = next(csv.reader(text), None)
+    if not header:
+        raise ValueError("it has no header")
+    return ReceiptHourFile(window, header, file, application_id, rows=1)
+
 
 @dataclass(slots=True)
 class SortedRows:
@@ -216,10 +278,6 @@ Refuse = Callable[[datetime | None, BadRow], None]
 """Where rows go that cannot be taken, with the hour that each tells of, None when it tells of none."""
 
 
-def not_kept(_hour_at: datetime | None, _row: BadRow) -> None:
-    """Bad rows are left out: who only compares what landed does not keep them."""
-
-
 @contextmanager
 def by_hour(
     files: Sequence[BinaryIO],
@@ -228,31 +286,32 @@ def by_hour(
     span: Window,
     spool: Path,
     *,
-    needed: Collection[str] = (),
-    refuse: Refuse = not_kept,
+    application_id: int | None = None,
+    refuse: Refuse = lambda _hour_at, _row: None,
 ) -> Iterator[SortedRows]:
     """The rows of all parts, each in the file of its hour, one for each hour of the span; what cannot be read or is of
     no hour is refused.
 
     Rows of hours just beside the span are left out: where clocks are put back, two hours have one name, and the service
-    gives both. Raises Permanent when a part lacks a column that is `needed`.
+    gives both. `application_id`: see `ReceiptHourFile`. Raises Permanent when a part lacks a column that is needed.
     """
+    needed = {received, *(() if application_id is None else NEEDED)}
     headers = [CsvRows(file).header for file in files]
     names = [*columns, *dict.fromkeys(name for header in headers for name in header if name not in columns)]
     windows = windows_between(span.start, span.end, HOUR_SECONDS)
-    hours = {window.start: ReceiptHourFile(window, names, temporary_file(spool)) for window in windows}
+    hours = {window.start: ReceiptHourFile(window, names, temporary_file(spool), application_id) for window in windows}
     try:
         reading = SortedRows(list(hours.values()))
         for file, header in zip(files, headers, strict=True):
             reading.lacking = {*reading.lacking, *(set(columns) - set(header) if header else ())}
-            check_columns(header, {received, *needed})
+            check_columns(header, needed)
             _sort(CsvRows(file), names, received=received, span=span, hours=hours, reading=reading, refuse=refuse)
         for hour in hours.values():
             hour.close_text()
         yield reading
     finally:
         for hour in hours.values():
-            hour.file.close()
+            hour.close()
 
 
 def check_columns(header: Row, needed: Collection[str]) -> None:
@@ -310,18 +369,7 @@ def hour_of(text: str) -> datetime | None:
         return None
 
 
-def tables(hour: ReceiptHourFile, application_id: int) -> Iterator[Tables]:
-    """The hour's events as rows of the warehouse."""
-    what = mapping(SERVICE)
-    with closing(_Ordinals()) as ordinals:
-        rows = hour.read()
-        while chunk := list(islice(rows, CHUNK_ROWS)):
-            columns = _columns(chunk, hour.columns, application_id)
-            columns["uuid"] = _uuids(columns, len(chunk), ordinals)
-            yield what.tables({path: columns[path] for path in what.words}, len(chunk))
-
-
-def _columns(chunk: Sequence[Row], names: Sequence[str], application_id: int) -> dict[str, Sequence[Any]]:
+def _columns(chunk: Sequence[Row], names: Sequence[str], application_id: int | None) -> dict[str, Sequence[Any]]:
     """Cells by column; an empty one is nothing. A column that was not given is empty."""
     given = dict(zip(names, zip(*chunk, strict=True), strict=True))
     nothing = ("",) * len(chunk)

@@ -101,6 +101,21 @@ def tunnel_to(url: str) -> tuple[str, int, dict[str, str]]:
     return proxy.hostname or "", proxy.port or 80, {"Proxy-Authorization": f"Basic {login}"} if login else {}
 
 
+def connection_fault(error: BaseException, url: str) -> str:
+    """What happened on the way to `url`, such as `cannot connect to 127.0.0.1:8086: connection refused`; "" where the
+    operating system has no word on it. Holds no more of the URL than host and port.
+    """
+    place = urlsplit(url).netloc.rpartition("@")[2]
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror:
+            was_open = isinstance(found, ConnectionResetError | ConnectionAbortedError | BrokenPipeError)
+            what = f"the connection to {place} broke off" if was_open else f"cannot connect to {place}"
+            return f"{what}: {found.strerror[0].lower()}{found.strerror[1:]}"
+        found = found.__cause__ or found.__context__
+    return ""
+
+
 def is_untrusted(error: BaseException) -> bool:
     """True where a certificate was not trusted, which trying again does not cure."""
     found: BaseException | None = error

@@ -28,8 +28,8 @@ from app.core.pipeline import (
     Position,
     Record,
 )
-from app.core.runs import Context, Failure, Lease, Report
-from app.core.sync import Done, counted, is_as_confirmed, sync_partition
+from app.core.runs import Context, Done, Failure, Lease, Report, ReportSum
+from app.core.sync import counted, is_as_confirmed, sync_partition
 from app.core.windows import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -336,6 +336,7 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     idle = {name for name in cursors if is_idle(name)}
     confirmed = (count for name in idle for count in live.get(name, {}).values())
     report = Report(ledger=counted(pipeline.unit, confirmed, "already_there"))
+    context.done(report)
     log.debug("%d of %d partitions are as confirmed", len(idle), len(cursors))
     context.progress.advance(total=len(cursors), done=len(idle))
     if busy := sorted(cursors.keys() - idle):
@@ -469,10 +470,10 @@ def isolated(
     def attempt(partition: str) -> Report:
         context.stop.check()
         outage.check()
-        parts: list[Report] = []
+        parts = ReportSum()
         try:
             with rising:
-                one(partition, parts.append)
+                one(partition, parts)
         except (LeaseLost, Stopped):
             raise
         except (Transient, Permanent, Rejected) as error:
@@ -485,10 +486,12 @@ def isolated(
                     pipeline.checkpoints.fail(pipeline.name, partition, str(error), context.lease)
                 except Rejected as unnamed:
                     log.warning("the failure of partition %r cannot be noted: %s", partition, unnamed)
-            return sum(parts, Report(failures=(failure,)))
+            return parts.total + Report(failures=(failure,))
+        finally:
+            context.done(replace(parts.total, ledger=parts.total.ledger.of_partition(partition)))
         outage.saw(None)
         how.backoff.well(partition)
-        return sum(parts, Report())
+        return parts.total
 
     def wait(partition: str) -> Report:
         report = left(partition)

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 from app.core.errors import Permanent, Rejected
 from app.core.pipeline import FOREIGN, MISSING, NOTHING, Batch, Count, Encoded, Objects, Pipeline, Record, Sums, Task
-from app.core.runs import Context, Failure, Report
-from app.core.sync import Done, Reports, counted, delete_deltas, settle
+from app.core.runs import Context, Done, Failure, Report, ReportSum
+from app.core.sync import counted, delete_deltas, settle
 from app.core.windows import Age, FailedWindows, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -43,7 +43,7 @@ def fill(
     right is written again; rows that only an object has are told in the notes, and stay unless the pipeline's `shrink`
     takes them out. `told` has heard of what was done when a failure of several windows in a row is raised.
     """
-    done, failed = Reports(told), FailedWindows()
+    done, failed = ReportSum(told), FailedWindows()
     for step in _steps(pipeline, span, now):
         counts = pipeline.source.counts(partition, step)
         found = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
@@ -263,7 +263,7 @@ def reconcile(
     `by_content`: windows that start in it are read at the source also where the sums are as confirmed. `heals`: objects
     that are gone or another program's are written again. `told`: see `fill`.
     """
-    done, failed = Reports(told), FailedWindows()
+    done, failed = ReportSum(told), FailedWindows()
     for step in _steps(pipeline, span, now):
         context.progress.advance(total=len(step))
         records = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)

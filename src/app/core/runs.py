@@ -129,6 +129,27 @@ class Report:
         )
 
 
+Done = Callable[[Report], None]
+
+
+class ReportSum:
+    """What was done, added up. Each part is `told` at once, so that an error that follows cannot hide it. From any
+    thread.
+    """
+
+    def __init__(self, told: Done | None = None) -> None:
+        self.total = Report()
+        self._told = told
+        self._lock = threading.Lock()
+
+    def __call__(self, part: Report) -> None:
+        """One more part."""
+        with self._lock:
+            self.total += part
+        if self._told:
+            self._told(part)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One execution of a job, as it is recorded. `error` and `hint` are empty unless something failed.
@@ -224,7 +245,7 @@ class Stop:
         """A signal of its own for a block: it is asked with this one, and may be asked alone."""
         inner = Stop()
         self._inner.append(inner)
-        if self.asked:
+        if self._event.is_set():
             inner.ask(self._reason)
         try:
             yield inner
@@ -249,7 +270,8 @@ class Unwatched:
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a running job is given. `now_at` is when the run began, by the clock that all processes on one state share:
-    the database's where it has one, else this machine's.
+    the database's where it has one, else this machine's. `done` hears of what was done, for the record of a run that an
+    error or a stop ends: what its work returns is not known then.
     """
 
     run_id: str
@@ -259,6 +281,7 @@ class Context:
     dry_run: bool = False
     now_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     desk: "RunDesk | None" = None
+    done: ReportSum = field(default_factory=ReportSum)
     _since: float = field(default_factory=time.monotonic)
 
     @contextmanager
@@ -343,6 +366,7 @@ def execute(
     """
     run = Run(uuid4().hex, job.name, desk.clock(), started_by=started_by)
     cause: BaseException | None = None
+    done = ReportSum()
     try:
         lease = desk.leases.acquire(job.name, desk.terms.owner, desk.terms.ttl_seconds)
         if lease is None:
@@ -351,7 +375,7 @@ def execute(
             # Both times are taken while the lease is held, and the clock is asked once: no two recorded runs of a job
             # overlap, and none ends before it began, whatever is done to the clock meanwhile.
             run = replace(run, started_at=lease.acquired_at or desk.clock())
-            context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at, desk)
+            context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at, desk, done)
             if not dry_run:
                 desk.runs.save(run)
             token = current_run.set(run.run_id)
@@ -363,7 +387,7 @@ def execute(
         run = _reported(run, report)
     except Exception as error:  # noqa: BLE001 - the one handler of its kind: whatever a job does, its run gets an outcome
         cause = error
-        run = _failed(run, error)
+        run = _failed(replace(run, report=done.total), error)
     run = replace(run, ended_at=run.ended_at or max(desk.clock(), run.started_at))
     if not dry_run:
         try:

@@ -13,7 +13,7 @@ A window that fails keeps no other of its partition waiting; the cursor stays be
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -37,7 +37,7 @@ from app.core.pipeline import (
     Sums,
     Task,
 )
-from app.core.runs import Context, Report
+from app.core.runs import Context, Done, Report, ReportSum
 from app.core.windows import Age, FailedWindows, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -65,23 +65,6 @@ class _Written:
     summaries: Sequence[Any] = ()
 
 
-Done = Callable[[Report], None]
-
-
-class Reports:
-    """What was done, added up. Each part is `told` at once, so that an error that follows cannot hide it."""
-
-    def __init__(self, told: Done | None) -> None:
-        self.total = Report()
-        self._told = told
-
-    def __call__(self, part: Report) -> None:
-        """One more part."""
-        self.total += part
-        if self._told:
-            self._told(part)
-
-
 def sync_partition(
     pipeline: Pipeline[B, E], context: Context, at: Position, live: Mapping[datetime, Count], told: Done | None = None
 ) -> Report:
@@ -90,7 +73,7 @@ def sync_partition(
     `live` holds the counts of open and settling windows by start, taken before this call. Raises what the ports raise,
     that of a window after the others had their turn; what was committed stays, and `told` has heard of it.
     """
-    done = Reports(told)
+    done = ReportSum(told)
     left = dict(live)  # what was counted and is not brought up to date yet
     failed, passed = FailedWindows(), at.cursor_at
     try:
@@ -442,8 +425,8 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
             kept.close()
     digest, sums = batch.digest, batch.sums
     try:
-        deltas = _deltas(pipeline, task, held)
-        rows = [pipeline.sink.read(key, _version(pipeline, key)) for key in _sound(pipeline, task, deltas.unfolded)]
+        deltas, unfolded, folded = _deltas(pipeline, task, held)
+        rows = [pipeline.sink.read(key, _version(pipeline, key)) for key in unfolded]
         is_confirmed = held is not None and not rows and _is_confirmed(pipeline, task, held, digest)
         if held is not None and not is_confirmed and not task.replaces and _needs_union(pipeline, task, held, batch):
             rows.insert(0, pipeline.sink.read(pipeline.sink.key(task.partition, task.window, 0), held.version))
@@ -454,8 +437,8 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
             batch,
             digest,
             sums,
-            deltas.keys,
-            deltas.highest,
+            deltas,
+            folded,
             is_united=bool(rows),
             is_confirmed=is_confirmed,
             shrink=shrink,
@@ -506,51 +489,37 @@ def _needs_union(pipeline: Pipeline[B, E], task: Task, held: Held, batch: B) -> 
     return identities is None or not batch.holds_all(identities)
 
 
-@dataclass(frozen=True, slots=True)
-class _DeltaKeys:
-    """Delta objects of a window: all keys, those whose rows the object does not hold yet, and the highest part."""
+def _deltas(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> tuple[Sequence[str], Sequence[str], int]:
+    """Of a window's deltas, which only a pass looks for that asks what is there: the keys of those that go afterwards,
+    of those whose rows the object does not hold yet, and the highest part.
 
-    keys: Sequence[str] = ()
-    unfolded: Sequence[str] = ()
-    highest: int = 0
-
-
-def _deltas(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> _DeltaKeys:
-    """Looked for only by a pass that asks what is there. Those whose rows the object holds just go."""
-    if pipeline.deltas is None or not task.asks:
-        return _DeltaKeys()
-    found = list(_own(pipeline, task))
-    folded = held.folded if held is not None and not task.replaces else 0
-    return _DeltaKeys(
-        keys=[key for _, key, _ in found],
-        unfolded=[key for part, key, is_own in found if part > folded and is_own],
-        highest=max([folded, *(part for part, _, _ in found)]),
-    )
-
-
-def _own(pipeline: Pipeline[B, E], task: Task) -> Iterator[tuple[int, str, bool]]:
-    """Part and key of each delta, and whether Headwater wrote it. What another program put there is left alone, and
-    where damage is mended it goes.
+    What another program put there is left alone, and where damage is mended it goes. Then deltas that cannot be read
+    are left out as well; the source may have their rows.
     """
-    for part, key in pipeline.deltas.found(task.partition, task.window) if pipeline.deltas else ():
+    folded = held.folded if held is not None and not task.replaces else 0
+    keys: list[str] = []
+    unfolded: list[str] = []
+    highest = folded
+    for part, key in pipeline.deltas.found(task.partition, task.window) if pipeline.deltas and task.asks else ():
         there = pipeline.sink.head(key)
         is_own = there is not None and bool(there.digest)
         if is_own or task.mends:
-            yield part, key, is_own
+            keys.append(key)
+            highest = max(highest, part)
+            if is_own and part > folded and not (task.replaces and _is_damaged(pipeline, key)):
+                unfolded.append(key)
         elif there is not None:
             log.warning("%s: was not written by Headwater and is left alone: run verify with --heal", key)
+    return keys, unfolded, highest
 
 
-def _sound(pipeline: Pipeline[B, E], task: Task, keys: Sequence[str]) -> Iterator[str]:
-    """Where damage is mended, deltas that cannot be read are left out as well; the source may have their rows."""
-    for key in keys:
-        try:
-            if task.replaces:
-                deque(pipeline.sink.read(key, _version(pipeline, key)), maxlen=0)
-        except Permanent as error:
-            log.warning("%s", error)
-        else:
-            yield key
+def _is_damaged(pipeline: Pipeline[B, E], key: str) -> bool:
+    try:
+        deque(pipeline.sink.read(key, _version(pipeline, key)), maxlen=0)
+    except Permanent as error:
+        log.warning("%s", error)
+        return True
+    return False
 
 
 def _version(pipeline: Pipeline[B, E], key: str) -> str:

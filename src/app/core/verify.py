@@ -167,6 +167,7 @@ def heal(
         mended, after = _mend(ends, context, verdict)
         told(after)
         report += mended
+        context.done(mended)
         if not after.healed:
             report += Report(failures=(Failure(str(verdict.slot), *why(after)),))
     return report

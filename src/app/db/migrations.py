@@ -182,9 +182,15 @@ def apply(database: Database, wanted: Sequence[Migration]) -> None:
         if not session.rows(TABLE_EXISTS[database.dialect]):
             session.run(CREATE_TABLE)
         folder = wanted[0].name.partition("/")[0]
-        refuse_newer(database.place, session, database.dialect, folder, {each.name for each in wanted})
         found = session.rows("SELECT name, checksum FROM headwater_migrations")
         checksums = {row["name"]: row["checksum"] for row in found}
+        others = checksums.keys() - {each.name for each in wanted}
+        newer = sorted(name for name in others if name.startswith(f"{folder}/"))
+        if newer:  # an older version would write what the newer one no longer understands, or read it wrongly
+            raise Permanent(
+                f"{database.place}: a newer version of Headwater has migrated this database ({', '.join(newer)})",
+                "start that version, or restore a backup from before the upgrade",
+            )
         for migration in wanted:
             if migration.name not in checksums:
                 session.script(migration.sql)
@@ -208,17 +214,6 @@ def recorded(session: Session, dialect: Dialect) -> Collection[str]:
     if not session.rows(TABLE_EXISTS[dialect]):
         return ()
     return [row["name"] for row in session.rows("SELECT name FROM headwater_migrations ORDER BY name")]
-
-
-def refuse_newer(place: str, session: Session, dialect: Dialect, folder: str, known: Collection[str]) -> None:
-    """An older version would write what the newer one no longer understands, or read it wrongly."""
-    names = recorded(session, dialect)
-    newer = [name for name in names if name.startswith(f"{folder}/") and name not in known]
-    if newer:
-        raise Permanent(
-            f"{place}: a newer version of Headwater has migrated this database ({', '.join(newer)})",
-            "start that version, or restore a backup from before the upgrade",
-        )
 
 
 def open_database(

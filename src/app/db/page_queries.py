@@ -8,21 +8,21 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from app.core.ledger import from_json
 from app.core.runs import Failure, Outcome, Report, Run
-from app.core.windows import DAY_SECONDS, floor_to
+from app.core.windows import DAY_SECONDS, EPOCH, floor_to
 from app.db.database import NamedQueries, Row, Session
 from app.db.leases import AHEAD, now_of
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FAULTS = 200
 FAULTY_WINDOWS = 20_000
 NUMBERS = ("rows", "bytes", "windows", "late_rows", "corrected_rows")  # of a report, as columns of runs and totals
 WRITTEN = 500
 PARTIAL_RUNS = 200
+SHORT_ID_CHARACTERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,11 @@ class Look:
         return [run_of(row) for row in found], count["runs"], count["with_news"] or 0
 
     def run(self, run_id: str) -> Run | None:
-        """One run; None for one that is not kept."""
-        return next((run_of(row) for row in self.rows("run_by_id", run_id=run_id)), None)
+        """One run, by its id or its first characters, as `runs` prints them; None where none or several begin so."""
+        found = self.rows("run_by_id", run_id=run_id)
+        if not found and len(run_id) >= SHORT_ID_CHARACTERS:
+            found = self.rows("runs_that_begin_with", start=run_id)
+        return run_of(found[0]) if len(found) == 1 else None
 
     def beside(self, run: Run) -> tuple[Run | None, Run | None]:
         """The runs of the same job before and after."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from io import BytesIO
 from itertools import chain, islice
 from typing import Any
 from uuid import UUID
@@ -17,8 +18,8 @@ import msgspec
 
 from app.core.errors import Permanent
 from app.db.database import Database, Dialect, Session
-from app.dwh.request_parsing import NUMBER, BatchLimits, Intake, NdjsonBody
-from app.dwh.rows import UNREADABLE, reader
+from app.dwh.request_parsing import NUMBER, BatchLimits, Options, receive
+from app.dwh.rows import UNREADABLE
 from app.dwh.tables import TABLES, Table, TableColumn
 from app.dwh.warehouse import Warehouse, other_tables
 
@@ -88,10 +89,9 @@ def _store(
     at: datetime,
     dry_run: bool,
 ) -> None:
-    intake = Intake(NdjsonBody(ROW_BYTES), reader(table.name), LIMITS, skip=True)
-    with closing(intake.received):
-        intake.feed(b"".join(_line(columns, row[1:]) for row in chunk))
-        received = intake.finish()
+    lines = BytesIO(b"".join(_line(columns, row[1:]) for row in chunk))
+    how = Options("ndjson", skip=True)
+    with closing(receive(lines, table, how, LIMITS, body_bytes=ROW_BYTES, stream_bytes=ROW_BYTES)) as received:
         stored = warehouse.insert(table, received, at=at, dry_run=dry_run)
         done.read += len(chunk)
         done.new += stored.inserted_rows

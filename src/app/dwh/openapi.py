@@ -6,16 +6,19 @@ Invariant: it promises neither more nor less than the decoder does, which schema
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
 from pydantic import BaseModel, Field
 
 from app.dwh.query import DEFAULT_ROWS, DIRECTIONS, ERASURE_OPTIONS, FORMATS, MAX_FILE_ROWS, MAX_ID, MAX_OFFSET
 from app.dwh.responses import MEDIA
-from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, Table, TableColumn
+from app.dwh.rows import WITHOUT_NUL, reader, row_type, value_type
+from app.dwh.tables import Table, TableColumn
 from app.web.errors import Answers, faults
 
 Schema = dict[str, Any]
-WITHOUT_NUL = "^[^\\x00]*$"
 WHOLE: Schema = {"type": "integer", "minimum": 0}
+PK: Schema = {"type": "integer", "minimum": -MAX_ID - 1, "maximum": MAX_ID}
 BUSY = {429: "too many requests at once", 503: "the warehouse cannot be reached: send the same request again"}
 READ_FAULTS = faults({400: "an unknown column or parameter", 422: "a parameter is wrong: it is named", **BUSY})
 WRITE_FAULTS = faults(
@@ -31,51 +34,24 @@ WRITE_FAULTS = faults(
 )
 
 
-def value(column: TableColumn) -> Schema:
-    """The JSON Schema of a value that is given."""
-    if column.kind in INTEGER_BITS:
-        limit = 1 << INTEGER_BITS[column.kind]
-        return {"type": "integer", "minimum": -limit, "maximum": limit - 1}
-    if column.kind == "text":
-        text: Schema = {"type": "string", "pattern": WITHOUT_NUL}
-        if column.required:
-            text |= {"minLength": 1, "maxLength": KEY_CHARACTERS}
-        return {"anyOf": [text, {"type": "integer"}]} if column.takes_integers else text
-    schemas: dict[str, Schema] = {
-        "uuid": {"type": "string", "format": "uuid"},
-        "instant": {"type": "string", "format": "date-time"},
-        "float": {"type": "number"},
-        "bool": {"type": "boolean"},
-        "json": {},
-    }
-    return {**schemas[column.kind]}
-
-
-def _nullable(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]} if schema else {}
-
-
 def row(table: Table) -> Schema:
-    """A row as it is posted."""
-    properties = {
-        column.name: {**(value(column) if column.required else _nullable(value(column))), "description": column.wanted}
-        for column in table.columns
-    }
-    return {
-        "type": "object",
-        "required": [table.key.name],
-        "properties": properties,
-        "additionalProperties": False,
-    }
+    """A row as it is posted: what the decoder takes."""
+    return _schema(reader(table.name).row_type)
 
 
 def stored_row(table: Table) -> Schema:
-    """A row as it is read."""
-    plain = {column.name: {"type": "string"} if column.kind == "text" else value(column) for column in table.stored}
+    """A row as it is read. Nothing is required: `select` chooses the columns."""
     always = {"id", table.key.name, "created_at"}
-    properties = {name: schema if name in always else _nullable(schema) for name, schema in plain.items()}
-    # Nothing is required: `select` chooses the columns.
-    return {"type": "object", "properties": properties, "additionalProperties": False}
+    plain = {column.name: value_type(TableColumn(column.name, column.kind)) for column in table.stored}
+    kinds = {name: kind if name in always or kind is Raw else kind | None for name, kind in plain.items()}
+    return _schema(
+        row_type([(name, kind | UnsetType if kind is not Raw else kind, UNSET) for name, kind in kinds.items()])
+    )
+
+
+def _schema(type_: Any) -> Schema:
+    schema: Schema = msgspec.json.schema(type_)["$defs"]["Row"]
+    return schema
 
 
 def writing(table: Table) -> Mapping[str, Any]:
@@ -106,7 +82,7 @@ def writing(table: Table) -> Mapping[str, Any]:
 def erasing(table: Table) -> Mapping[str, Any]:
     """The operation DELETE."""
     flags = {name: {"type": "boolean", "default": False} for name in ERASURE_OPTIONS}
-    options = {"pk": value(table.stored[0]), **flags, **_filters(table)}
+    options = {"pk": PK, **flags, **_filters(table)}
     return {"parameters": [_parameter(name, schema) for name, schema in options.items()]}
 
 
@@ -119,7 +95,7 @@ def reading(table: Table) -> Mapping[str, Any]:
     """The operation GET."""
     sortable = [column.name for column in table.stored if column.kind != "json"]
     options = {
-        "pk": value(table.stored[0]),
+        "pk": PK,
         "limit": {**WHOLE, "minimum": 1, "maximum": MAX_FILE_ROWS, "default": DEFAULT_ROWS},
         "offset": {**WHOLE, "maximum": MAX_OFFSET},
         "after_id": {**WHOLE, "maximum": MAX_ID},

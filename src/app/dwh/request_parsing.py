@@ -5,12 +5,13 @@ import hashlib
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from email.message import Message
 from functools import partial
 from itertools import chain, groupby, pairwise
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 
@@ -19,174 +20,174 @@ from app.dwh.query import flag
 from app.dwh.rows import (
     SHAPE_HINT,
     UNREADABLE,
+    Checked,
     CsvRow,
     RowFault,
-    RowReader,
     Slice,
     Values,
     cut,
     has_json_grammar,
+    reader,
     shown,
 )
 from app.dwh.tables import Table, TableColumn
-from app.dwh.warehouse import RESOLUTIONS, Resolution
+from app.dwh.warehouse import MERGE, RESOLUTIONS, Resolution
+from app.object_store.port import Readable
 from app.web.errors import Refusal, Refused
 
-# Bodies as they arrive, cut into the JSON of single rows: a JSON document, NDJSON, or CSV; gzip around any of them.
+# Bodies, cut into the JSON of single rows: a JSON document, NDJSON, or CSV; gzip around any of them.
 #
 # Invariants: bytes are counted before they are parsed, also those that gzip makes; NDJSON and CSV hold no more than
-# one row and one block in memory. A body is fed in blocks of any size, and cut the same way whatever the blocks are.
+# one row and one group of rows in memory.
 
-GROUP_ROWS = 1000
-PIECE_BYTES = 1 << 18
+GROUP_ROWS, GROUP_BYTES = 1000, 1 << 18
+BLOCK_BYTES = 1 << 18
 MAX_RATIO = 200
 RATIO_FREE_BYTES = 1 << 24
 BLANKS = b" \t\r\n"
+BOM = b"\xef\xbb\xbf"
 OPENING = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"data"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
 ENVELOPE = 'the body is {"data": [...]}, an array of rows and nothing else'
 EMPTY = Refusal(400, "there are no rows in the body", "send at least one row", "data")
+NOT_GZIP = Refusal(400, "the body is not gzip, or damaged", "send it again, or without gzip")
+CUT_OFF = Refusal(400, "the gzip body is cut off", "send it again, whole")
+TOO_DENSE = Refusal(413, f"the body unpacks to more than {MAX_RATIO} times its size", "send it without gzip")
+Groups = Iterator[Sequence[Slice]]
 
 
-class Body(Protocol):
-    """One body. Raises Refused."""
+class BodyBytes(io.RawIOBase):
+    """The bytes of a body as Python's own readers take them: unpacked, counted and hashed. `limit_bytes` is for what
+    gzip makes; None for a body without gzip, which was counted as it came.
+    """
 
-    def feed(self, block: bytes) -> Iterator[Sequence[Slice]]:
-        """Take the next bytes; the rows that are whole now, in groups."""
+    def __init__(self, body: Readable, limit_bytes: int | None) -> None:
+        self._body, self._limit_bytes = body, limit_bytes
+        self._inflater = zlib.decompressobj(wbits=31)
+        self._packed = b""
+        self._taken_bytes = self._made_bytes = 0
+        self.digest = hashlib.sha256()
 
-    def finish(self) -> Iterator[Sequence[Slice]]:
-        """The body has ended; the rows that were left."""
+    def readable(self) -> bool:
+        """As RawIOBase has it."""
+        return True
 
+    def readinto(self, buffer: Any, /) -> int:
+        """As RawIOBase has it. Raises Refused for invalid gzip, and for too much of it."""
+        piece = self._body.read(len(buffer)) if self._limit_bytes is None else self._inflated(len(buffer))
+        self.digest.update(piece)
+        buffer[: len(piece)] = piece
+        return len(piece)
 
-class JsonBody:
-    """`{"data": [...]}`, held whole: a row can be told only when its end is there."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._held = bytearray()
-
-    def feed(self, block: bytes) -> Iterator[Sequence[Slice]]:
-        """See `Body.feed`; nothing is whole before the end."""
-        self._held += block
-        if len(self._held) > self._limit_bytes:
-            raise too_large(self._limit_bytes, "send it as NDJSON, which may be larger, or less at once")
-        yield from ()
-
-    def finish(self) -> Iterator[Sequence[Slice]]:
-        """See `Body.finish`."""
-        rows = self._rows()
-        if not rows:
-            raise Refused(EMPTY)
-        for start in range(0, len(rows), GROUP_ROWS):
-            yield rows[start : start + GROUP_ROWS]
-
-    def _rows(self) -> Sequence[Slice]:
-        """The rows as views of the body. Cut out of their envelope here, so that a second `data` is no JSON."""
-        opening = OPENING.match(self._held)
-        end = _last(self._held, len(self._held))
-        array_end = _last(self._held, end - 1)
-        enveloped = opening and self._held[end - 1 : end] == b"}" and self._held[array_end - 1 : array_end] == b"]"
-        if not opening or not enveloped:
-            raise self._misshapen()
-        try:
-            array = memoryview(self._held)[opening.end() : array_end]
-            return msgspec.json.decode(array, type=list[msgspec.Raw])
-        except UNREADABLE:
-            return self._rows_beside_a_bad_value(bytes(array))
-
-    def _rows_beside_a_bad_value(self, array: bytes) -> Sequence[bytes]:
-        """The rows of an array that holds a value which JSON cannot: its row is left to the reader of rows, which names
-        it. Text without JSON's grammar, such as a body that was cut off, refuses all of it.
-        """
-        try:
-            rows = cut(array)
-        except ValueError:
-            raise self._misshapen() from None
-        for row in rows:
+    def _inflated(self, count: int) -> bytes:
+        """The next bytes of all members; none at the end."""
+        piece = b""
+        while not piece:
+            if not self._packed:
+                self._packed = self._body.read(BLOCK_BYTES)
+                self._taken_bytes += len(self._packed)
+            if not self._packed:
+                if self._inflater.eof:
+                    return b""
+                raise Refused(CUT_OFF)
+            if self._inflater.eof:
+                self._inflater = zlib.decompressobj(wbits=31)
             try:
-                msgspec.json.decode(row, type=msgspec.Raw)
-            except UNREADABLE:
-                if not has_json_grammar(row):
-                    raise self._misshapen() from None
-        return rows
+                piece = self._inflater.decompress(self._packed, count)
+            except zlib.error:
+                raise Refused(NOT_GZIP) from None
+            self._packed = self._inflater.unconsumed_tail or self._inflater.unused_data
+        self._made_bytes += len(piece)
+        if self._limit_bytes is not None and self._made_bytes > self._limit_bytes:
+            raise too_large(self._limit_bytes, "send less at once")
+        if self._made_bytes > max(RATIO_FREE_BYTES, MAX_RATIO * self._taken_bytes):
+            raise Refused(TOO_DENSE)
+        return piece
 
-    def _misshapen(self) -> Refused:
-        """Why this is not the envelope: no JSON at all, or another shape."""
+
+def json_rows(stream: BinaryIO, limit_bytes: int) -> Groups:
+    """The rows of `{"data": [...]}`, held whole: a row can be told only when its end is there."""
+    held = stream.read(limit_bytes + 1)
+    if len(held) > limit_bytes:
+        raise too_large(limit_bytes, "send it as NDJSON, which may be larger, or less at once")
+    rows = _rows_of(held.removeprefix(BOM))
+    return (rows[start : start + GROUP_ROWS] for start in range(0, len(rows), GROUP_ROWS))
+
+
+def _rows_of(held: bytes) -> Sequence[Slice]:
+    """The rows as views of the body. Cut out of their envelope here, so that a second `data` is no JSON."""
+    opening = OPENING.match(held)
+    end = _last(held, len(held))
+    array_end = _last(held, end - 1)
+    if not opening or held[end - 1 : end] != b"}" or held[array_end - 1 : array_end] != b"]":
+        raise _misshapen(held)
+    try:
+        array = memoryview(held)[opening.end() : array_end]
+        return msgspec.json.decode(array, type=list[msgspec.Raw])
+    except UNREADABLE:
+        return _rows_beside_a_bad_value(bytes(array), held)
+
+
+def _rows_beside_a_bad_value(array: bytes, held: bytes) -> Sequence[bytes]:
+    """The rows of an array that holds a value which JSON cannot: its row is left to the reader of rows, which names it.
+    Text without JSON's grammar, such as a body that was cut off, refuses all of it.
+    """
+    try:
+        rows = cut(array)
+    except ValueError:
+        raise _misshapen(held) from None
+    for row in rows:
         try:
-            msgspec.json.decode(self._held, type=dict[str, msgspec.Raw] | list[msgspec.Raw])
+            msgspec.json.decode(row, type=msgspec.Raw)
         except UNREADABLE:
-            return Refused(Refusal(400, "the body is not JSON", "check its syntax, also that it is complete"))
-        return Refused(Refusal(422, ENVELOPE, SHAPE_HINT, "data"))
+            if not has_json_grammar(row):
+                raise _misshapen(held) from None
+    return rows
 
 
-def _last(held: bytearray, end: int) -> int:
+def _misshapen(held: bytes) -> Refused:
+    """Why this is not the envelope: no JSON at all, or another shape."""
+    try:
+        msgspec.json.decode(held, type=dict[str, msgspec.Raw] | list[msgspec.Raw])
+    except UNREADABLE:
+        return Refused(Refusal(400, "the body is not JSON", "check its syntax, also that it is complete"))
+    return Refused(Refusal(422, ENVELOPE, SHAPE_HINT, "data"))
+
+
+def _last(held: bytes, end: int) -> int:
     """The end of `held[:end]` without blanks."""
     while end > 0 and held[end - 1] in BLANKS:
         end -= 1
     return end
 
 
-class NdjsonBody:
+def ndjson_rows(stream: BinaryIO, row_bytes: int) -> Groups:
     """One object a line; blank lines count for nothing."""
 
-    def __init__(self, row_bytes: int) -> None:
-        self._row_bytes = row_bytes
-        self._rest = b""
+    def lines() -> Iterator[bytes]:
+        start = BOM
+        while line := stream.readline(row_bytes + len(BOM) + 1):
+            row = line.removesuffix(b"\n").removeprefix(start)
+            if len(row) > row_bytes:
+                raise row_too_large(row_bytes)
+            if row.strip(BLANKS):
+                yield row
+            start = b""
 
-    def feed(self, block: bytes) -> Iterator[Sequence[bytes]]:
-        """See `Body.feed`."""
-        *lines, self._rest = (self._rest + block).split(b"\n")
-        if len(self._rest) > self._row_bytes or any(len(line) > self._row_bytes for line in lines):
-            raise row_too_large(self._row_bytes)
-        yield from _grouped(lines)
-
-    def finish(self) -> Iterator[Sequence[bytes]]:
-        """See `Body.finish`."""
-        yield from _grouped([self._rest])
+    return grouped(lines())
 
 
-def _grouped(lines: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
-    rows = [line for line in lines if line.strip(BLANKS)]
-    for start in range(0, len(rows), GROUP_ROWS):
-        yield rows[start : start + GROUP_ROWS]
-
-
-class Gzip:
-    """What a gzip body holds, member by member, in pieces of bounded size."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._inflater = zlib.decompressobj(wbits=31)
-        self._taken_bytes = self._made_bytes = 0
-
-    def feed(self, block: bytes) -> Iterator[bytes]:
-        """The next bytes, inflated. Raises Refused for invalid gzip, and for too much of it."""
-        self._taken_bytes += len(block)
-        while block:
-            if self._inflater.eof:
-                self._inflater = zlib.decompressobj(wbits=31)
-            try:
-                piece = self._inflater.decompress(block, PIECE_BYTES)
-            except zlib.error:
-                raise Refused(
-                    Refusal(400, "the body is not gzip, or damaged", "send it again, or without gzip")
-                ) from None
-            block = self._inflater.unconsumed_tail or self._inflater.unused_data
-            self._count(len(piece))
-            yield piece
-
-    def _count(self, piece_bytes: int) -> None:
-        self._made_bytes += piece_bytes
-        if self._made_bytes > self._limit_bytes:
-            raise too_large(self._limit_bytes, "send less at once")
-        if self._made_bytes > RATIO_FREE_BYTES and self._made_bytes > MAX_RATIO * self._taken_bytes:
-            raise Refused(
-                Refusal(413, f"the body unpacks to more than {MAX_RATIO} times its size", "send it without gzip")
-            )
-
-    def finish(self) -> None:
-        """Raises Refused when the end is missing."""
-        if not self._inflater.eof:
-            raise Refused(Refusal(400, "the gzip body is cut off", "send it again, whole"))
+def grouped(rows: Iterable[bytes]) -> Groups:
+    """Rows in groups of bounded number and size."""
+    group: list[bytes] = []
+    size_bytes = 0
+    for row in rows:
+        group.append(row)
+        size_bytes += len(row)
+        if len(group) == GROUP_ROWS or size_bytes >= GROUP_BYTES:
+            yield group
+            group, size_bytes = [], 0
+    if group:
+        yield group
 
 
 def too_large(limit_bytes: int, hint: str) -> Refused:
@@ -203,59 +204,49 @@ def row_too_large(row_bytes: int) -> Refused:
 
 # CSV as rows of JSON, so that its values are checked by the same compiled decoder as all others.
 #
-# Invariants: rows are cut outside of quotes; an empty cell is null; a cell never changes what stands in another one.
-# Source of the form: RFC 4180, with a header line, in UTF-8.
+# Invariants: an empty cell is null; a cell never changes what stands in another one. Source of the form: RFC 4180, with
+# a header line, in UTF-8.
 
 NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
-BOM = b"\xef\xbb\xbf"
 Cell = Callable[[str], bytes]
 
 
 class CsvBody:
-    """Header, then rows; see the module."""
+    """Header, then rows; see above."""
 
     def __init__(self, table: Table, row_bytes: int) -> None:
         self._table = table
         self._row_bytes = row_bytes
-        self._rest = b""
+        self._read_characters = 0  # of one row
         self._heads: Sequence[bytes] = ()
         self._cells: Sequence[Cell] = ()
         self._names: Sequence[str] = ()
-        self._row_count = 0
 
-    def feed(self, block: bytes) -> Iterator[Sequence[bytes]]:
-        """See `Body.feed`."""
-        self._rest += block
-        end = _row_end(self._rest)
-        whole, self._rest = self._rest[:end], self._rest[end:]
-        if len(self._rest) > self._row_bytes:
-            raise row_too_large(self._row_bytes)
-        yield from self._groups(whole)
-
-    def finish(self) -> Iterator[Sequence[bytes]]:
-        """See `Body.finish`."""
-        yield from self._groups(self._rest)
-
-    def _groups(self, whole: bytes) -> Iterator[Sequence[bytes]]:
-        rows: list[bytes] = []
+    def rows(self, stream: BinaryIO) -> Iterator[bytes]:
+        """Each row as JSON. Raises Refused."""
         csv.field_size_limit(max(csv.field_size_limit(), self._row_bytes))  # the process's; its default is 128 KiB
+        count = 0
         try:
-            for cells in _parsed(whole):
+            for cells in csv.reader(self._lines(stream), strict=True):
+                self._read_characters = 0
                 if not self._heads:
                     self._head(cells)
                 elif cells:
-                    rows.append(self._row(cells))
-                if len(rows) == GROUP_ROWS:
-                    yield rows
-                    self._row_count += len(rows)
-                    rows = []
+                    yield self._row(cells)
+                    count += 1
         except csv.Error as error:
-            where = f"row {self._row_count + len(rows)}" if self._heads else "header"
+            where = f"row {count}" if self._heads else "header"
             hint = "quote cells as RFC 4180 says"
             raise Refused(Refusal(400, f"the body is not CSV: {where}: {error}", hint)) from None
-        if rows:
-            yield rows
-            self._row_count += len(rows)
+
+    def _lines(self, stream: BinaryIO) -> Iterator[str]:
+        """A byte that is not UTF-8 becomes half of a surrogate pair, which refuses its cell and not the body."""
+        text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+        while line := text.readline(self._row_bytes):
+            self._read_characters += len(line)
+            if self._read_characters > self._row_bytes:
+                raise row_too_large(self._row_bytes)
+            yield line
 
     def _head(self, cells: Sequence[str]) -> None:
         columns = {column.name: column for column in self._table.columns}
@@ -289,24 +280,6 @@ class CsvBody:
             except ValueError as error:
                 return name, f"{error}, not {shown(cell)}"
         raise AssertionError("called for a row without a fault")
-
-
-def _row_end(held: bytes) -> int:
-    """Behind the last newline that has an even number of quotes before it; 0 when there is none."""
-    end = held.rfind(b"\n")
-    quotes = held.count(b'"', 0, end + 1)
-    while end >= 0 and quotes % 2:
-        before = held.rfind(b"\n", 0, end)
-        quotes -= held.count(b'"', before + 1, end)
-        end = before
-    return end + 1
-
-
-def _parsed(whole: bytes) -> Iterator[list[str]]:
-    # Decoded as it is read: a StringIO takes four bytes a character.
-    # A byte that is not UTF-8 becomes half of a surrogate pair, which refuses its cell and not the body.
-    text = io.TextIOWrapper(io.BytesIO(whole), "utf-8", "surrogateescape", newline="")
-    return csv.reader(text, strict=True)
 
 
 def _cell(column: TableColumn) -> Cell:
@@ -369,13 +342,6 @@ class Options:
     dry_run: bool = False
     key: str = ""
     resolution: Resolution | None = None
-
-    def body(self, table: Table, body_bytes: int, stream_bytes: int) -> tuple[Body, Gzip | None]:
-        """The parser, and what unpacks before it. No row may be larger than a JSON body."""
-        gzip = Gzip(body_bytes if self.form == "json" else stream_bytes) if self.gzip else None
-        if self.form == "csv":
-            return CsvBody(table, body_bytes), gzip
-        return (NdjsonBody if self.form == "ndjson" else JsonBody)(body_bytes), gzip
 
 
 def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str], preferred: Sequence[str] = ()) -> Options:
@@ -453,7 +419,10 @@ class BatchDealer:
         """How many of the next rows go to each batch: to the current one first, then to new ones."""
         ends = [0]
         for position, size_bytes in enumerate(sizes):
-            if not self._fits(size_bytes):
+            full = self._chunk_rows == self._limits.rows
+            if full:
+                self._chunk_rows = 0
+            if full or not self.count or self._size_bytes + size_bytes + 1 > self._limits.size_bytes:
                 self.count += 1
                 ends.append(position)
                 self._size_bytes = 1
@@ -461,12 +430,6 @@ class BatchDealer:
             self._size_bytes += size_bytes + 1
         ends.append(len(sizes))
         return [end - start for start, end in pairwise(ends)]
-
-    def _fits(self, size_bytes: int) -> bool:
-        if self._chunk_rows == self._limits.rows:
-            self._chunk_rows = 0
-            return False
-        return self.count > 0 and self._size_bytes + size_bytes + 1 <= self._limits.size_bytes
 
 
 @dataclass(slots=True)
@@ -491,8 +454,20 @@ class Received:
         """All rows, some at a time, by column."""
         return (columns for _, columns in self._frames())
 
-    def put(self, frame: Frame, size_bytes: int) -> None:
-        """The next rows; `size_bytes` as they came."""
+    def add(self, checked: Checked, batches: BatchDealer) -> None:
+        """The next rows, dealt out to batches, and what is wrong with others."""
+        self.fault_count += len(checked.faults)
+        self.faults += checked.faults[: MAX_FAULTS - len(self.faults)]
+        start, first = 0, batches.count
+        for number, length in enumerate(batches.deal(checked.sizes), first):
+            end = start + length
+            if length:
+                whole = length == len(checked.sizes)
+                part = checked.columns if whole else [column[start:end] for column in checked.columns]
+                self._put((number, part), sum(checked.sizes[start:end]))
+            start = end
+
+    def _put(self, frame: Frame, size_bytes: int) -> None:
         self.rows += len(frame[1][0])
         self.size_bytes += size_bytes
         if self.rows <= HELD_ROWS and self.size_bytes <= HELD_BYTES:
@@ -513,62 +488,32 @@ class Received:
         self.spool.close()
 
 
-class Intake:
-    """Takes one body. `skip`: bad rows are noted and left out; else the first one refuses the body."""
+def receive(
+    body: Readable, table: Table, chosen: Options, limits: BatchLimits, *, body_bytes: int, stream_bytes: int
+) -> Received:
+    """Takes in the body of a POST; the caller closes what comes of it. Raises Refused.
 
-    def __init__(
-        self, body: Body, rows: RowReader, limits: BatchLimits, *, gzip: Gzip | None = None, skip: bool = False
-    ) -> None:
-        self._body, self._rows, self._gzip, self._skip = body, rows, gzip, skip
-        self._batches = BatchDealer(limits)
-        self._digest = hashlib.sha256()
-        self._seen_rows = 0
-        self._head: bytes | None = b""  # the first bytes, until it is known whether they are a byte order mark
-        self.received = Received()
-
-    def feed(self, block: bytes) -> None:
-        """The next bytes. Raises Refused."""
-        for piece in self._gzip.feed(block) if self._gzip else (block,):
-            self._digest.update(piece)
-            for group in self._body.feed(self._without_mark(piece)):
-                self._take(group)
-
-    def _without_mark(self, piece: bytes) -> bytes:
-        if self._head is None:
-            return piece
-        self._head += piece
-        if len(self._head) < len(BOM) and BOM.startswith(self._head):
-            return b""
-        piece, self._head = self._head.removeprefix(BOM), None
-        return piece
-
-    def finish(self) -> Received:
-        """The body has ended. Raises Refused."""
-        if self._gzip:
-            self._gzip.finish()
-        for group in chain(self._body.feed(self._head or b""), self._body.finish()):
-            self._take(group)
-        if not self._seen_rows:
+    No JSON body and no row may be larger than `body_bytes`, and no other body, unpacked, than `stream_bytes`.
+    """
+    unpacked_bytes = body_bytes if chosen.form == "json" else stream_bytes
+    raw = BodyBytes(body, unpacked_bytes if chosen.gzip else None)
+    stream = io.BufferedReader(raw, BLOCK_BYTES)
+    if chosen.form == "csv":
+        groups = grouped(CsvBody(table, body_bytes).rows(stream))
+    else:
+        groups = (json_rows if chosen.form == "json" else ndjson_rows)(stream, body_bytes)
+    rows = reader(table.name, merging=chosen.resolution == MERGE)
+    batches, seen_rows = BatchDealer(limits), 0
+    with ExitStack() as failing:
+        received = failing.enter_context(closing(Received()))
+        for group in groups:
+            checked = rows.read(group, seen_rows)
+            seen_rows += len(group)
+            if checked.faults and not chosen.skip:
+                raise checked.faults[0].refusal()
+            received.add(checked, batches)
+        if not seen_rows:
             raise Refused(EMPTY)
-        self.received.batches = self._batches.count
-        self.received.digest = self._digest.hexdigest()
-        return self.received
-
-    def _take(self, group: Sequence[Slice]) -> None:
-        checked = self._rows.read(group, self._seen_rows)
-        self._seen_rows += len(group)
-        if checked.faults and not self._skip:
-            raise checked.faults[0].refusal()
-        received = self.received
-        received.fault_count += len(checked.faults)
-        received.faults += checked.faults[: MAX_FAULTS - len(received.faults)]
-        self._put(checked.columns, checked.sizes)
-
-    def _put(self, columns: Sequence[Values], sizes: Sequence[int]) -> None:
-        batch, start = self._batches.count, 0
-        for number, length in enumerate(self._batches.deal(sizes)):
-            end = start + length
-            if length:
-                part = columns if length == len(sizes) else [column[start:end] for column in columns]
-                self.received.put((batch + number, part), sum(sizes[start:end]))
-            start = end
+        received.batches, received.digest = batches.count, raw.digest.hexdigest()
+        failing.pop_all()
+    return received

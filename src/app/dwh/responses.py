@@ -6,10 +6,9 @@ import io
 import json
 import threading
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -54,16 +53,6 @@ MEDIA: dict[Format, str] = {
 Block = Sequence[Sequence[Any]]
 
 
-class Writer(Protocol):
-    """Writes blocks of rows to a file."""
-
-    def write(self, block: Block) -> None:
-        """The next rows."""
-
-    def close(self) -> None:
-        """No more rows."""
-
-
 def _flags(columns: Sequence[TableColumn]) -> Sequence[int]:
     return [place for place, column in enumerate(columns) if column.kind == "bool"]
 
@@ -94,45 +83,45 @@ def _made(block: Block) -> bytes:
     return ("\n".join([line for _, line in block]) + "\n").encode()
 
 
-class _Lines:
-    """NDJSON."""
+class Lines:
+    """NDJSON: writes blocks of rows to a file."""
 
     def __init__(self, file: Any, lines: Callable[[Block], bytes]) -> None:
         self._file, self._lines = file, lines
 
     def write(self, block: Block) -> None:
-        """See `Writer.write`."""
+        """The next rows."""
         self._file.write(self._lines(block))
 
     def close(self) -> None:
-        """See `Writer.close`."""
+        """No more rows."""
 
 
-class _Json:
+class _Json(Lines):
     """`{"rows":[...],"count":n}`."""
 
     def __init__(self, file: Any, lines: Callable[[Block], bytes]) -> None:
-        self._file, self._lines = file, lines
+        super().__init__(file, lines)
         self._rows = 0
         file.write(b'{"rows":[')
 
     def write(self, block: Block) -> None:
-        """See `Writer.write`; a newline is never inside a row, so each one becomes a comma."""
+        """A newline is never inside a row, so each one becomes a comma."""
         self._file.write((b"," if self._rows else b"") + self._lines(block)[:-1].replace(b"\n", b","))
         self._rows += len(block)
 
     def close(self) -> None:
-        """See `Writer.close`."""
+        """The end of the array."""
         self._file.write(b'],"count":%d}' % self._rows)
 
 
-class _Csv:
+class _Csv(Lines):
     """A header, then rows; null is an empty cell. `formula_safe`: an apostrophe before text that a spreadsheet would
     take for a formula; numbers stay as they are.
     """
 
     def __init__(self, columns: Sequence[TableColumn], file: Any, *, bom: bool, formula_safe: bool) -> None:
-        self._file = file
+        super().__init__(file, self._cells)
         self._flags = _flags(columns)
         texts = [place for place, column in enumerate(columns) if column.kind in ("text", "json")]
         self._texts = texts if formula_safe else ()
@@ -140,15 +129,11 @@ class _Csv:
             file.write(codecs.BOM_UTF8)
         self.write([[column.name for column in columns]])
 
-    def write(self, block: Block) -> None:
-        """See `Writer.write`."""
+    def _cells(self, block: Block) -> bytes:
         cells = _turned(_turned(block, self._flags, _flag), self._texts, _without_formula)
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(cells)
-        self._file.write((_with_quoted_returns(cells) if "\r" in text.getvalue() else text.getvalue()).encode())
-
-    def close(self) -> None:
-        """See `Writer.close`."""
+        return (_with_quoted_returns(cells) if "\r" in text.getvalue() else text.getvalue()).encode()
 
 
 def _with_quoted_returns(block: Block) -> str:
@@ -169,7 +154,7 @@ def _flag(value: Any) -> Any:
     return value if isinstance(value, str) else str(bool(value)).lower()
 
 
-class _Parquet:
+class _Parquet(Lines):
     """Typed columns; JSON stays text, instants are UTC in microseconds."""
 
     def __init__(self, columns: Sequence[TableColumn], file: Any) -> None:
@@ -189,7 +174,7 @@ class _Parquet:
         self._held: list[Sequence[Any]] = []
 
     def write(self, block: Block) -> None:
-        """See `Writer.write`. A row group takes many blocks."""
+        """A row group takes many blocks."""
         self._held += block
         if len(self._held) >= PARQUET_ROWS:
             self._flush()
@@ -213,13 +198,13 @@ class _Parquet:
         return pa.array(values, kind)
 
     def close(self) -> None:
-        """See `Writer.close`."""
+        """The last row group, and the footer."""
         if self._held:
             self._flush()
         self._writer.close()
 
 
-def writer(selection: Selection, file: Any, *, made: bool) -> Writer:
+def writer(selection: Selection, file: Any, *, made: bool) -> Lines:
     """The writer of an answer. `made`: the database makes the lines, see `Selection.is_made`."""
     columns = selection.columns
     if selection.format == "csv":
@@ -227,7 +212,7 @@ def writer(selection: Selection, file: Any, *, made: bool) -> Writer:
     if selection.format == "parquet":
         return _Parquet(columns, file)
     lines = _made if made else _encoder(columns)
-    return (_Json if selection.format == "json" else _Lines)(file, lines)
+    return (_Json if selection.format == "json" else Lines)(file, lines)
 
 
 # Answers of more than a little are compressed when the client asks for it; nothing is done when it does not.
@@ -272,10 +257,11 @@ class GzipWriter:
 
 # Bytes between a thread that writes them and one that reads them, each at its own speed.
 #
-# Invariants: what the reader has not taken yet is in memory up to a few MiB, the rest in a file without a name in
-# TMPDIR; bytes are read once, in their order; a reader never waits for a writer that has ended, however it ended.
+# Invariants: what the reader has not taken yet is in a file without a name in TMPDIR, but for the first bytes, which
+# stay in memory; bytes are read once, in their order; a reader never waits for a writer that has ended, however it
+# ended.
 
-SPOOL_BYTES = 1 << 22
+MEMORY_BYTES = 1 << 16  # as many clients may be slow as there are connections
 BROKEN = Permanent("the answer could not be made to its end", "report it with the log, which says why")
 
 
@@ -284,16 +270,13 @@ class Abandoned(Exception):
 
 
 class ByteSpool:
-    """One writer and one reader. Up to `memory_bytes` wait in memory."""
+    """One writer and one reader."""
 
     closed = False  # as writers of files look at it
 
-    def __init__(self, memory_bytes: int = SPOOL_BYTES) -> None:
-        self._memory_bytes = memory_bytes
-        self._held: deque[bytes] = deque()
-        self._held_bytes = 0
-        self._file = temporary_file(memory_bytes=1)  # a file with the first byte
-        self._file_bytes = self._file_read_bytes = 0
+    def __init__(self) -> None:
+        self._file = temporary_file(memory_bytes=MEMORY_BYTES)
+        self._first = self._end = 0  # of what is in the file and was not read
         self._changed = threading.Condition()
         self._shown = self._ended = self._abandoned = False
         self._error: AppError | None = None
@@ -318,24 +301,17 @@ class ByteSpool:
         with self._changed:
             if self._abandoned:
                 raise Abandoned
-            if self._file_bytes or self._held_bytes + len(piece) > self._memory_bytes:
-                self._spill(piece)
-            else:
-                self._held.append(piece)
-                self._held_bytes += len(piece)
+            try:
+                self._file.seek(self._end)
+                self._file.write(piece)
+            except OSError as error:
+                raise Transient(
+                    f"the answer cannot be spooled: {error.strerror}", "free space in TMPDIR, or ask for fewer rows"
+                ) from error
+            self._end += len(piece)
             self.size_bytes += len(piece)
             self._changed.notify_all()
         return len(piece)
-
-    def _spill(self, piece: bytes) -> None:
-        try:
-            self._file.seek(self._file_bytes)
-            self._file.write(piece)
-        except OSError as error:
-            raise Transient(
-                f"the answer cannot be spooled: {error.strerror}", "free space in TMPDIR, or ask for fewer rows"
-            ) from error
-        self._file_bytes += len(piece)
 
     def flush(self) -> None:
         """As a file has it; does nothing."""
@@ -358,44 +334,25 @@ class ByteSpool:
                 raise self._error
             return self.size_bytes if self._ended else None
 
-    def read(self, start: int, count: int) -> bytes:
-        """The next bytes, `start` of which were read before: `count`, fewer or none at the end. Raises what the writer
-        raised.
-        """
+    def read(self, count: int) -> bytes:
+        """The next bytes: `count`, fewer or none at the end. Raises what the writer raised."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._abandoned or self.size_bytes >= start + count)
+            self._changed.wait_for(lambda: self._ended or self._abandoned or self._end - self._first >= count)
             if self._abandoned:
                 return b""
-            if self.size_bytes == start and self._error:
+            if self._first == self._end and self._error:
                 raise self._error
-            return self._from_memory(count) or self._from_file(count)
-
-    def _from_memory(self, count: int) -> bytes:
-        taken: list[bytes] = []
-        while self._held and count > 0:
-            piece = self._held.popleft()
-            if len(piece) > count:
-                self._held.appendleft(piece[count:])
-                piece = piece[:count]
-            taken.append(piece)
-            count -= len(piece)
-            self._held_bytes -= len(piece)
-        return b"".join(taken)
-
-    def _from_file(self, count: int) -> bytes:
-        """The file is reused from its start when the reader has caught up."""
-        self._file.seek(self._file_read_bytes)
-        piece = self._file.read(min(count, self._file_bytes - self._file_read_bytes))
-        self._file_read_bytes += len(piece)
-        if self._file_read_bytes == self._file_bytes:
-            self._file_bytes = self._file_read_bytes = 0
-        return piece
+            self._file.seek(self._first)
+            piece = self._file.read(min(count, self._end - self._first))
+            self._first += len(piece)
+            if self._first == self._end:  # the reader has caught up: the file is used again
+                self._first = self._end = 0
+            return piece
 
     def close(self) -> None:
         """Free the bytes; the writer is told at its next write. Idempotent."""
         with self._changed:
             self._abandoned = True
-            self._held.clear()
             self._file.close()
 
 
@@ -404,25 +361,17 @@ class ByteSpool:
 # Invariants: what fails before the first byte is sent is an error, what fails later cuts the answer, so that no
 # client takes it for whole; memory is bounded, and a slow reader holds no connection.
 
-HEAD_BYTES, PIECE_BYTES, LEAN_BYTES = 1 << 18, 1 << 19, 1 << 16
+HEAD_BYTES, PIECE_BYTES = 1 << 18, 1 << 19
 
 
 class AnswerPage:
-    """One answer: `produce` in one thread, the rest in another. The reader closes it. A `lean` one waits in a file."""
+    """One answer: `produce` in one thread, the rest in another. The reader closes it."""
 
-    def __init__(
-        self,
-        warehouse: Warehouse,
-        selection: Selection,
-        *,
-        lean: bool = False,
-        count: bool = False,
-        gzip: bool = False,
-    ) -> None:
+    def __init__(self, warehouse: Warehouse, selection: Selection, *, count: bool = False, gzip: bool = False) -> None:
         self._warehouse = warehouse
         self._selection = selection
         self._count = count
-        self._spool = ByteSpool(LEAN_BYTES if lean else SPOOL_BYTES)
+        self._spool = ByteSpool()
         self._gzip = GzipWriter(self._spool) if gzip and selection.format != "parquet" else None
         # For callers that have begun: the last row when more follow it, and how many rows meet the filters, if asked.
         self.last: Place | None = None
@@ -471,9 +420,7 @@ class AnswerPage:
 
     def pieces(self) -> Iterator[bytes]:
         """The bytes. Raises what the database raised in the middle of it."""
-        sent_bytes = 0
-        while piece := self._spool.read(sent_bytes, PIECE_BYTES):
-            sent_bytes += len(piece)
+        while piece := self._spool.read(PIECE_BYTES):
             yield piece
 
     def close(self) -> None:

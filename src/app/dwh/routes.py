@@ -1,12 +1,12 @@
 """/dwh: rows in and rows out, one pair of routes per declared table.
 
-Invariants: bodies are streamed into a thread block by block; a route holds one of few places while it works, so that
-many clients wait instead of filling memory and the pool of connections. It takes it when the first bytes of a body are
-there: who sends slowly, or reads slowly, keeps nobody else waiting.
+Invariant: a route holds one of few places while it works, so that many clients wait instead of filling memory and the
+pool of connections; who reads slowly holds none.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -16,30 +16,26 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
 
 from app.dwh import openapi
 from app.dwh.query import Selection, erasure, selection
-from app.dwh.request_parsing import BatchLimits, Intake, Options, Received, options
+from app.dwh.request_parsing import BatchLimits, Received, options, receive
 from app.dwh.responses import MEDIA, AnswerPage, answer_to_post, gzipped
-from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
-from app.dwh.warehouse import MERGE, Inserted, Warehouse
+from app.dwh.warehouse import Inserted, Warehouse
+from app.object_store.port import Readable
 from app.web.api import Streamed, accepts_gzip
 from app.web.auth import needs
+from app.web.body_bridge import GONE, acquired, taken_in
 from app.web.errors import Refusal, Refused
 
-FIRST_BYTES, BLOCK_BYTES = 1 << 16, 1 << 18
-ROOMY_PAGES = 16  # each may hold megabytes of an answer in memory; those beyond hold little
 READERS = {"postgres": 4, "sqlite": 2}  # rows of SQLite are read in this process: more threads only wait for each other
 WRITERS = 6
-WAIT_SECONDS = 30.0
 BUSY = Refusal(
     429, "too many requests to /dwh at once", "send the same request again later", headers={"Retry-After": "5"}
 )
 OTHERS = ["OPTIONS", "PATCH", "PUT", "TRACE"]
 GZIPPED_IDS = 1000  # an answer to POST with fewer is small
-GONE = Response(status_code=400)  # client disconnected
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +49,8 @@ class WarehouseRoutes:
     body_bytes: int
     stream_bytes: int
     clock: Callable[[], datetime]
-    roomy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(ROOMY_PAGES))
     writers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITERS))
+    threads: Executor = field(default_factory=lambda: ThreadPoolExecutor(WRITERS, "dwh-write"))
 
 
 def build(serving: WarehouseRoutes) -> APIRouter:
@@ -62,26 +58,21 @@ def build(serving: WarehouseRoutes) -> APIRouter:
     router = APIRouter(prefix="/dwh", tags=["dwh"])
     readers = asyncio.Semaphore(READERS[serving.warehouse.database.dialect])
     for table in TABLES:
+        add = partial(router.add_api_route, f"/{table.path}")
+        may_read, read = needs("dwh:read"), _reading(serving, table, readers)
         # First, since the first route of a path answers for its other methods, and knows only its own.
-        router.add_api_route(
-            f"/{table.path}", _other, methods=OTHERS, include_in_schema=False, openapi_extra=needs("dwh:read")
-        )
-        read = _reading(serving, table, readers)
-        router.add_api_route(
-            f"/{table.path}", read, methods=["HEAD"], include_in_schema=False, openapi_extra=needs("dwh:read")
-        )
-        router.add_api_route(
-            f"/{table.path}",
+        add(_other, methods=OTHERS, include_in_schema=False, openapi_extra=may_read)
+        add(read, methods=["HEAD"], include_in_schema=False, openapi_extra=may_read)
+        add(
             read,
             methods=["GET"],
             name=f"read_{table.name}",
             summary=f"Rows of {table.name}, newest first",
-            openapi_extra={**needs("dwh:read"), **openapi.reading(table)},
+            openapi_extra={**may_read, **openapi.reading(table)},
             responses=openapi.read_answers(table),
             response_class=Response,
         )
-        router.add_api_route(
-            f"/{table.path}",
+        add(
             _writing(serving, table),
             methods=["POST"],
             name=f"write_{table.name}",
@@ -90,8 +81,7 @@ def build(serving: WarehouseRoutes) -> APIRouter:
             responses=openapi.write_answers(),
             response_class=Response,
         )
-        router.add_api_route(
-            f"/{table.path}",
+        add(
             _erasing(serving, table),
             methods=["DELETE"],
             name=f"erase_{table.name}",
@@ -107,28 +97,15 @@ async def _other() -> Response:
     raise Refused(Refusal(405, f"this path takes {methods}", "see /docs", headers={"Allow": methods}))
 
 
-async def _acquired(places: asyncio.Semaphore) -> None:
-    """Take one of the places; 429 when none becomes free in time."""
-    try:
-        async with asyncio.timeout(WAIT_SECONDS):
-            await places.acquire()
-    except TimeoutError:
-        raise Refused(BUSY) from None
-
-
 def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore) -> Callable[[Request], Any]:
     async def read(request: Request) -> Response:
         chosen = selection(table, request.query_params.multi_items())
         count = "count=exact" in _preferred(request)
         with ExitStack() as stack:
-            lean = serving.roomy.locked()
-            if not lean:
-                await serving.roomy.acquire()
-                stack.callback(serving.roomy.release)
             gzip = accepts_gzip(request.headers.get("accept-encoding", ""))
-            page = AnswerPage(serving.warehouse, chosen, lean=lean, count=count, gzip=gzip)
+            page = AnswerPage(serving.warehouse, chosen, count=count, gzip=gzip)
             stack.callback(page.close)
-            await _acquired(readers)
+            await acquired(readers, BUSY)
             if request.method == "HEAD":
                 with ExitStack() as place:
                     place.callback(readers.release)
@@ -175,29 +152,26 @@ def _headers(chosen: Selection, path: str, page: AnswerPage) -> dict[str, str]:
 def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]:
     async def write(request: Request) -> Response:
         chosen = options(request.query_params.multi_items(), request.headers, _preferred(request))
-        blocks = _blocks(request)
-        try:
-            first = await anext(blocks, b"")
-        except ClientDisconnect:
+        caller = request.scope["state"]["grant"].name
+
+        def store(body: Readable) -> tuple[Inserted, Received]:
+            limits = {"body_bytes": serving.body_bytes, "stream_bytes": serving.stream_bytes}
+            with closing(receive(body, table, chosen, serving.batch, **limits)) as received:
+                done = serving.warehouse.insert(
+                    table,
+                    received,
+                    at=serving.clock(),
+                    caller=caller,
+                    key=chosen.key,
+                    dry_run=chosen.dry_run,
+                    resolution=chosen.resolution,
+                )
+                return done, received
+
+        stored = await taken_in(request, serving.writers, BUSY, serving.threads, store)
+        if stored is None:
             return GONE
-        await _acquired(serving.writers)
-        intake = None
-        try:
-            intake = await run_in_threadpool(_intake, serving, table, chosen)
-            await run_in_threadpool(intake.feed, first)
-            async for block in blocks:
-                await run_in_threadpool(intake.feed, block)
-            received = await run_in_threadpool(intake.finish)
-            caller = request.scope["state"]["grant"].name
-            how = {"at": serving.clock(), "caller": caller, "key": chosen.key, "dry_run": chosen.dry_run}
-            how["resolution"] = chosen.resolution
-            done = await run_in_threadpool(_insert, serving.warehouse, table, received, how)
-        except ClientDisconnect:
-            return GONE
-        finally:
-            if intake:
-                intake.received.close()
-            serving.writers.release()
+        done, received = stored
         content = answer_to_post(done, received.faults if chosen.skip else None, received.fault_count)
         headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
         if len(done.ids) > GZIPPED_IDS and accepts_gzip(request.headers.get("accept-encoding", "")):
@@ -212,37 +186,10 @@ def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]
 def _erasing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]:
     async def erase(request: Request) -> Response:
         chosen = erasure(table, request.query_params.multi_items())
-        await _acquired(serving.writers)
+        await acquired(serving.writers, BUSY)
         with ExitStack() as place:
             place.callback(serving.writers.release)
             done = await run_in_threadpool(serving.warehouse.erase, chosen, at=serving.clock())
         return JSONResponse(asdict(done) | ({"dry_run": True} if chosen.dry_run else {}))
 
     return erase
-
-
-def _intake(serving: WarehouseRoutes, table: Table, chosen: Options) -> Intake:
-    """The first one of a table makes its decoder, which takes a while."""
-    body, gzip = chosen.body(table, serving.body_bytes, serving.stream_bytes)
-    rows = reader(table.name, merging=chosen.resolution == MERGE)
-    return Intake(body, rows, serving.batch, gzip=gzip, skip=chosen.skip)
-
-
-def _insert(warehouse: Warehouse, table: Table, received: Received, how: dict[str, Any]) -> Inserted:
-    """Also frees the rows here: that takes a while, which the event loop should not wait for."""
-    with closing(received):
-        return warehouse.insert(table, received, **how)
-
-
-async def _blocks(request: Request) -> AsyncIterator[bytes]:
-    """The body in blocks that are worth a trip to a thread; the first one is smaller."""
-    held: list[bytes] = []
-    held_bytes, enough_bytes = 0, FIRST_BYTES
-    async for piece in request.stream():
-        held.append(piece)
-        held_bytes += len(piece)
-        if held_bytes >= enough_bytes:
-            yield b"".join(held)
-            held, held_bytes, enough_bytes = [], 0, BLOCK_BYTES
-    if held_bytes:
-        yield b"".join(held)

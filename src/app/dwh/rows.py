@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import lru_cache
-from operator import attrgetter
+from functools import lru_cache, partial
 from types import NoneType
 from typing import Annotated, Any
 
@@ -232,16 +231,14 @@ def turn(column: TableColumn) -> Turn:
         return _instants
     if column.kind == "json":
         return lambda values: [_json(value) if value else None for value in values]
-    if column.takes_integers:
-        return _texts
-    default = column.default
-    return lambda values: [default if value is None or value is UNSET else value for value in values]
+    return _texts if column.takes_integers else partial(_filled, default=column.default)
 
 
-def turn_present(column: TableColumn) -> Turn | None:
-    """The same for values that are there or null; None when such values are as they have to be."""
-    as_they_are = column.kind in ("text", "integer", "bigint", "float", "bool") and not column.takes_integers
-    return None if as_they_are and column.default is None else turn(column)
+def _filled(values: Values, *, default: bool | None) -> Values:
+    kinds = set(map(type, values))
+    if UnsetType not in kinds and (default is None or NoneType not in kinds):
+        return values
+    return [default if value is None or value is UNSET else value for value in values]
 
 
 def check_uuids(values: Sequence[str]) -> None:
@@ -258,6 +255,8 @@ def check_uuids(values: Sequence[str]) -> None:
 
 
 def _uuids(values: Values) -> Values:
+    """All together, which costs less than a pattern for each."""
+    check_uuids(values)
     text = "".join(values)
     return values if text == text.lower() else [value.lower() for value in values]
 
@@ -332,8 +331,8 @@ def decoded_again(json_texts: Sequence[str]) -> Sequence[str]:
 
 Slice = bytes | Raw
 
-UUID_PATTERN = r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}\Z"
 UNREADABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+WITHOUT_NUL = "^[^\\x00]*$"
 MISSING = re.compile(r"missing required field `(.+?)`")
 UNKNOWN = re.compile(r"unknown field `(.*)`", re.DOTALL)
 AT = re.compile(r" - at `\$\.(\w+)")
@@ -360,12 +359,10 @@ class RowReader:
 
     def __init__(self, table: Table) -> None:
         self._columns = {column.name: column for column in table.columns}
-        self._key = table.key
-        self._decode = _decoder(table, _field)
-        self._decode_whole = _decoder(table, _whole_field)
+        fields = [_field(column) for column in table.columns]
+        self.row_type = row_type(fields)
+        self._decode: Callable[[Slice], Any] = msgspec.json.Decoder(self.row_type).decode
         self._turns = [turn(column) for column in table.columns]
-        self._values_of = [attrgetter(column.name) for column in table.columns]
-        self._whole_turns = [turn_present(column) for column in table.columns]
         self._json = [position for position, column in enumerate(table.columns) if column.kind == "json"]
 
     def read(self, slices: Sequence[Slice], first: int) -> Checked:
@@ -378,27 +375,12 @@ class RowReader:
 
     def _together(self, slices: Sequence[Slice]) -> Sequence[Values]:
         """All of them at once. Raises Suspicious when something can only be told row by row."""
-        try:
-            columns, keys = self._whole(slices), len(slices) * len(self._columns)
-        except UNREADABLE:
-            columns, keys = self._sparse(slices)
-        json_texts = [value for position in self._json for value in columns[position] if value]
-        check_keys(b",".join(slices), keys, decoded_again(json_texts))
-        return columns
-
-    def _whole(self, slices: Sequence[Slice]) -> Sequence[Values]:
-        """Rows that have every column, as those of most callers: nothing has to be looked for and filled in."""
-        rows = list(map(self._decode_whole, slices))
-        columns: list[Values] = [list(map(value_of, rows)) for value_of in self._values_of]
-        if self._key.kind == "uuid":
-            check_uuids(columns[0])
-        return [turn(column) if turn else column for turn, column in zip(self._whole_turns, columns, strict=True)]
-
-    def _sparse(self, slices: Sequence[Slice]) -> tuple[Sequence[Values], int]:
-        """Rows that lack some columns, and how many keys they have."""
         columns: list[Values] = list(zip(*map(astuple, map(self._decode, slices)), strict=True))
         keys = len(slices) * len(columns) - sum(column.count(UNSET) for column in columns)
-        return [turn(column) for turn, column in zip(self._turns, columns, strict=True)], keys
+        turned = [turn(column) for turn, column in zip(self._turns, columns, strict=True)]
+        json_texts = [value for position in self._json for value in turned[position] if value]
+        check_keys(b",".join(slices), keys, decoded_again(json_texts))
+        return turned
 
     def _one_by_one(self, slices: Sequence[Slice], first: int) -> Checked:
         rows: list[Values] = []
@@ -461,6 +443,11 @@ class RowReader:
         return RowFault(index, "", "is not valid JSON in UTF-8")
 
 
+def row_type(fields: Sequence[Any]) -> Any:
+    """A row with these fields and no others."""
+    return msgspec.defstruct("Row", fields, forbid_unknown_fields=True, kw_only=True, gc=False)
+
+
 @lru_cache(maxsize=16)
 def reader(table_name: str, *, merging: bool = False) -> RowReader:
     """The reader of a table; made once, since a typed decoder takes a while to make.
@@ -474,34 +461,25 @@ def reader(table_name: str, *, merging: bool = False) -> RowReader:
     return RowReader(table)
 
 
-def _decoder(table: Table, field_of: Callable[[TableColumn], Any]) -> Callable[[Slice], Any]:
-    fields = [field_of(column) for column in table.columns]
-    row: Any = msgspec.defstruct(f"Row_{table.name}", fields, forbid_unknown_fields=True, kw_only=True, gc=False)
-    return msgspec.json.Decoder(row).decode
-
-
-def _whole_field(column: TableColumn) -> Any:
-    """Required, though it may be null. The pattern of a UUID costs more than to check all of them together."""
-    if column.kind == "uuid":
-        return column.name, Annotated[str, Meta(min_length=UUID_CHARACTERS, max_length=UUID_CHARACTERS)]
-    kind = _type(column)
-    return column.name, kind if column.required or column.kind == "json" else kind | None
-
-
 def _field(column: TableColumn) -> Any:
-    kind = _type(column)
+    kind, about = value_type(column), Meta(description=column.wanted)
     if column.required:
-        return column.name, kind
+        return column.name, Annotated[kind, about]
     wider = kind if column.kind == "json" else kind | None | UnsetType
-    return column.name, wider, UNSET
+    return column.name, Annotated[wider, about], UNSET
 
 
-def _type(column: TableColumn) -> Any:
+def value_type(column: TableColumn) -> Any:
+    """The type that a value is decoded as. What the decoder leaves to others stands in its JSON Schema only."""
     if column.kind in INTEGER_BITS:
         bits = INTEGER_BITS[column.kind]
         return Annotated[int, Meta(ge=-(1 << bits), le=(1 << bits) - 1)]
     if column.kind == "text":
-        text: Any = Annotated[str, Meta(min_length=1, max_length=KEY_CHARACTERS)] if column.required else str
+        least, most = (1, KEY_CHARACTERS) if column.required else (None, None)
+        without_nul = {"pattern": WITHOUT_NUL}
+        text: Any = Annotated[str, Meta(min_length=least, max_length=most, extra_json_schema=without_nul)]
         return text | int if column.takes_integers else text
-    uuid: Any = Annotated[str, Meta(pattern=UUID_PATTERN)]
-    return {"uuid": uuid, "float": float, "bool": bool, "json": Raw, "instant": datetime}[column.kind]
+    size = UUID_CHARACTERS
+    uuid: Any = Annotated[str, Meta(min_length=size, max_length=size, extra_json_schema={"format": "uuid"})]
+    at: Any = Annotated[datetime, Meta(extra_json_schema={"format": "date-time"})]
+    return {"uuid": uuid, "float": float, "bool": bool, "json": Raw, "instant": at}[column.kind]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 LOCKS = 4_937_238_650_200  # with a table's number added; no other program uses these for its advisory locks
 STATEMENT_ROWS = 20  # of an INSERT in SQLite; more bring no more
 PROBED_KEYS = 16
+MERGE_ROWS = 20_000
 Resolution = Literal["ignore-duplicates", "merge-duplicates"]
 RESOLUTIONS: tuple[Resolution, ...] = get_args(Resolution)
 MERGE = RESOLUTIONS[1]
@@ -89,18 +90,16 @@ def in_sqlite(session: Session, table: Table, batches: "Received", deleted: "Del
     return _given(session, table, before, -1 if table.updates else written)
 
 
-def in_postgres(
-    session: Session, table: Table, batches: "Received", deleted: "DeletedKeys", group_rows: int
-) -> "array[int]":
+def in_postgres(session: Session, table: Table, batches: "Received", deleted: "DeletedKeys") -> "array[int]":
     """By COPY. What one group of rows has stored when the next one meets a conflict stays stored."""
     if table.updates:
-        return _staged(session, table, deleted, (united(batch) for batch in batches.read()))
+        return _staged(session, table, deleted, (unite(batch, {}) for batch in batches.read()))
     ids = array("q")
     if not batches.rows:
         return ids
     before = turn(session, table)
     if not deleted.any_of(session, table) and not _known(session, table, batches):
-        for group in _groups(batches.blocks(), group_rows):
+        for group in _groups(batches.blocks(), MERGE_ROWS):
             copied = session.append_new(table.name, table.names, group)
             if copied is None:
                 break
@@ -109,7 +108,7 @@ def in_postgres(
             before = ids[-1]
     if len(ids) < batches.rows:
         rows = islice(chain.from_iterable(batches.read()), len(ids), None)
-        ids += _staged(session, table, deleted, _chunks(rows, group_rows), before)
+        ids += _staged(session, table, deleted, _chunks(rows, MERGE_ROWS), before)
     return ids
 
 
@@ -126,12 +125,16 @@ def newest(session: Session, table: Table) -> int:
     return int(row["newest"])
 
 
-def united(rows: Iterable[Row]) -> Iterable[Row]:
-    """One row per key, at its first place: of each column the last value that is not null."""
-    found: dict[Any, Row] = {}
+def unite(rows: Iterable[Row], found: dict[Any, Row]) -> Iterable[Row]:
+    """One row per key in `found`, at its first place: of each column the last value that is not null. A statement can
+    update a row once only.
+    """
+    seen: Row = ()
     for row in rows:
-        held = found.get(row[0])
-        found[row[0]] = [new if new is not None else old for new, old in zip(row, held, strict=True)] if held else row
+        if row != seen:  # a device mostly sends many events in a row
+            held = found.get(row[0], row)
+            found[row[0]] = [new if new is not None else old for new, old in zip(row, held, strict=True)]
+            seen = row
     return found.values()
 
 
@@ -230,7 +233,7 @@ def _chunks(rows: Iterator[Row], count: int) -> Iterator[Iterator[Row]]:
 def load_postgres(session: Session, chunks: Iterable[Tables], deleted: "DeletedKeys", *, past: bool) -> int:
     """Stage all rows, then merge them; how many events are new."""
     staged: set[str] = set()
-    latest = Latest()
+    latest: dict[str, dict[Any, Row]] = {}
     for chunk in chunks:
         for name, rows in chunk.items():
             table = BY_NAME[name]
@@ -238,11 +241,11 @@ def load_postgres(session: Session, chunks: Iterable[Tables], deleted: "DeletedK
                 _create_stage(session, table)
                 staged.add(name)
             if table.updates:
-                latest.add(table, rows)
+                unite(_in_order(table, rows), latest.setdefault(name, {}))
             else:
                 session.append(_stage(table), rows.names, rows.rows)
-    for table, values in latest.rows():
-        session.append(_stage(table), table.names, values)
+    for name, found in latest.items():
+        session.append(_stage(BY_NAME[name]), BY_NAME[name].names, found.values())
     tables = [table for table in TABLES if table.name in staged]
     for table in tables:
         turn(session, table)
@@ -253,48 +256,28 @@ def load_postgres(session: Session, chunks: Iterable[Tables], deleted: "DeletedK
 
 def load_sqlite(session: Session, chunks: Iterable[Tables], deleted: "DeletedKeys", *, past: bool) -> int:
     """Store all rows by prepared statements; how many events are new."""
-    latest = Latest()
+    latest: dict[str, dict[Any, Row]] = {}
     before = newest(session, EVENTS)
     for chunk in chunks:
         for name, rows in chunk.items():
             table = BY_NAME[name]
             if table.updates:
-                latest.add(table, rows)
+                unite(_in_order(table, rows), latest.setdefault(name, {}))
             else:
-                places = [rows.names.index(each) if each in rows.names else None for each in table.names]
-                whole = ([None if place is None else row[place] for place in places] for row in rows.rows)
-                as_they_are = tuple(rows.names) == tuple(table.names)
-                given = rows.rows if as_they_are else whole
-                session.run_rows(_upsert(table), deleted.left_out(session, table, given))
-    for table, values in latest.rows():
-        session.run_rows(_upsert(table, past=past), deleted.left_out(session, table, values))
+                session.run_rows(_upsert(table), deleted.left_out(session, table, _in_order(table, rows)))
+    for name, found in latest.items():
+        values = deleted.left_out(session, BY_NAME[name], found.values())
+        session.run_rows(_upsert(BY_NAME[name], past=past), values)
     newer = f"SELECT id FROM {EVENTS.name} WHERE id > :newest"  # noqa: S608
     return sum(1 for _ in session.stream(newer, newest=before))
 
 
-class Latest:
-    """One row per key of tables that take new values: a statement can update a row once only. The last value that is
-    not null counts.
-    """
-
-    def __init__(self) -> None:
-        self._found: dict[str, dict[Any, dict[str, Any]]] = {}
-
-    def add(self, table: Table, rows: Rows) -> None:
-        """Take rows in."""
-        held = self._found.setdefault(table.name, {})
-        seen: Sequence[Any] = ()
-        for row in rows.rows:
-            if row != seen:  # a device mostly sends many events in a row
-                values = {name: value for name, value in zip(rows.names, row, strict=True) if value is not None}
-                held.setdefault(row[0], {}).update(values)
-                seen = row
-
-    def rows(self) -> Iterator[tuple[Table, Iterable[Sequence[Any]]]]:
-        """Each table with its rows, whole."""
-        for name, held in self._found.items():
-            table = BY_NAME[name]
-            yield table, [[values.get(column) for column in table.names] for values in held.values()]
+def _in_order(table: Table, rows: Rows) -> Iterable[Row]:
+    """The rows with all columns of the table in their order; null where a column is missing."""
+    if tuple(rows.names) == tuple(table.names):
+        return rows.rows
+    places = [rows.names.index(each) if each in rows.names else None for each in table.names]
+    return ([None if place is None else row[place] for place in places] for row in rows.rows)
 
 
 # Rows that were deleted on request, and stay so.
@@ -393,7 +376,6 @@ TABLE_NAMES: dict[Dialect, str] = {
     "postgres": "SELECT relname AS name FROM pg_class WHERE relkind IN ('r', 'p') AND pg_table_is_visible(oid)",
 }
 TURN_SECONDS = 60.0
-MERGE_ROWS = 20_000
 KEPT_DAYS = 7
 
 
@@ -457,15 +439,33 @@ class Warehouse:
         """
         if resolution:
             table = replace(table, updates=resolution == MERGE)
+        name = {"caller": caller, "key": key} if key and not dry_run else {}
         with suppress(_Undo), self._writing() as session:
+            if name:
+                fingerprint = ":".join(filter(None, (table.name, batches.digest, resolution)))
+                if answered := self._answered(session, name, fingerprint, at):
+                    return answered
+            insert = in_sqlite if self._lite else in_postgres
+            done = Inserted(insert(session, table, batches, self._deleted), batches.rows, batches.batches)
             if dry_run:
-                done = self._store(session, table, batches)
                 raise _Undo
-            if not key:
-                return self._store(session, table, batches)
-            fingerprint = ":".join(filter(None, (table.name, batches.digest, resolution)))
-            return self._once(session, table, batches, fingerprint, at=at, caller=caller, key=key)
+            if name:
+                answer = json.dumps({"ids": done.ids.tolist(), "rows": done.rows, "batches": done.batches})
+                session.run(self._queries["answer_request"], **name, answer=answer)
+            return done
         return replace(done, ids=array("q"), count=done.inserted_rows, dry_run=True)
+
+    def _answered(self, session: Session, name: Mapping[str, str], fingerprint: str, at: datetime) -> Inserted | None:
+        """The stored answer of an earlier request with the same Idempotency-Key; None for the first one."""
+        session.run(self._queries["forget_requests"], before_at=at - timedelta(days=KEPT_DAYS))
+        if session.run(self._queries["claim_request"], **name, fingerprint=fingerprint, created_at=at):
+            return None
+        (held,) = session.rows(self._queries["request"], **name)
+        if held["fingerprint"] != fingerprint:
+            what = "this Idempotency-Key was used for another request"
+            raise Refused(Refusal(409, what, "use a new key", "Idempotency-Key"))
+        answer = json.loads(held["answer"])
+        return Inserted(array("q", answer["ids"]), answer["rows"], answer["batches"], replayed=True)
 
     def load(self, chunks: Iterable[Tables], *, past: bool = False) -> int:
         """Rows of several tables in one transaction, all or nothing; how many events are new. Idempotent.
@@ -512,39 +512,6 @@ class Warehouse:
         finally:
             if self._lite:
                 self._turn.release()
-
-    def _once(
-        self,
-        session: Session,
-        table: Table,
-        batches: "Received",
-        fingerprint: str,
-        *,
-        at: datetime,
-        caller: str,
-        key: str,
-    ) -> Inserted:
-        """The stored answer of an earlier request with the same key, else the rows and then the answer."""
-        name = {"caller": caller, "key": key}
-        session.run(self._queries["forget_requests"], before_at=at - timedelta(days=KEPT_DAYS))
-        if not session.run(self._queries["claim_request"], **name, fingerprint=fingerprint, created_at=at):
-            (held,) = session.rows(self._queries["request"], **name)
-            if held["fingerprint"] != fingerprint:
-                what = "this Idempotency-Key was used for another request"
-                raise Refused(Refusal(409, what, "use a new key", "Idempotency-Key"))
-            answer = json.loads(held["answer"])
-            return Inserted(array("q", answer["ids"]), answer["rows"], answer["batches"], replayed=True)
-        done = self._store(session, table, batches)
-        answer_text = json.dumps({"ids": done.ids.tolist(), "rows": done.rows, "batches": done.batches})
-        session.run(self._queries["answer_request"], **name, answer=answer_text)
-        return done
-
-    def _store(self, session: Session, table: Table, batches: "Received") -> Inserted:
-        if self._lite:
-            ids = in_sqlite(session, table, batches, self._deleted)
-        else:
-            ids = in_postgres(session, table, batches, self._deleted, MERGE_ROWS)
-        return Inserted(ids, batches.rows, batches.batches)
 
     @contextmanager
     def selected(self, selection: Selection, *, count: bool = False) -> Iterator["SelectedRows"]:

@@ -32,8 +32,8 @@ from app.core.pipeline import (
 )
 from app.core.repair import GONE_HINT
 from app.core.retry import RetryPolicy
-from app.core.runs import Context, Failure, Job, Lease, Report, Stop, Unwatched
-from app.core.sync import Done, settle, sync_partition
+from app.core.runs import Context, Done, Failure, Job, Lease, Report, Stop, Unwatched
+from app.core.sync import settle, sync_partition
 from app.core.verify import NOTHING, Cell, Chart, Content, Ends, Found, Moment, Slot, cells_of
 from app.core.windows import (
     DAY_SECONDS,

@@ -15,8 +15,7 @@ from app.core.partitions import Backoff, Pass, Settling, Step, SyncPlan, isolate
 from app.core.pipeline import Grid, KnownRows, Pipeline, Shrink
 from app.core.repair import HEAL_HINT, fill, reconcile, said_of
 from app.core.retry import Pace, RetryPolicy
-from app.core.runs import Context, Failure, Report, Stop
-from app.core.sync import Done
+from app.core.runs import Context, Done, Failure, Report, Stop
 from app.core.verify import Cell
 from app.core.windows import EPOCH, Window, floor_to
 from app.db.checkpoints import Layout, SqlCheckpoints

@@ -238,19 +238,17 @@ class LayoutFile:
                     text = body.read() if body else None
             except Conflict:
                 continue  # replaced between the two questions
-            if text is not None:
-                return self._parsed(text), info.etag
+            if text is None:
+                continue
+            try:
+                return from_json(json.loads(text)), info.etag
+            except (ValueError, KeyError, TypeError, StopIteration) as error:
+                raise Permanent(
+                    f"{self.key} cannot be read: {type(error).__name__}: {str(error)[:200]}",
+                    "restore an earlier version of this object, or delete it: then it is re-created from the objects. "
+                    "Nothing is written before",
+                ) from error
         raise Transient(f"{self.key}: changed {CONFLICTS} times while it was read", "no action needed; it is retried")
-
-    def _parsed(self, text: bytes) -> Tree:
-        try:
-            return from_json(json.loads(text))
-        except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise Permanent(
-                f"{self.key} cannot be read: {type(error).__name__}: {str(error)[:200]}",
-                "restore an earlier version of this object, or delete it: then it is re-created from the objects. "
-                "Nothing is written before",
-            ) from error
 
     def _put(self, tree: Tree, expected: str) -> None:
         text = json.dumps(to_json(tree), indent=1, ensure_ascii=False)

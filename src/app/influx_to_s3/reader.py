@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from functools import cached_property
 from sys import intern
 from typing import Any, Protocol, TypeVar
@@ -23,10 +22,11 @@ import urllib3
 import urllib3.exceptions
 
 from app.core.errors import AppError, Permanent, Transient
-from app.core.network import CA_HINT, is_untrusted, proxy_for
+from app.core.network import CA_HINT, connection_fault, is_untrusted, proxy_for
 from app.core.pipeline import Count, Sums
 from app.core.retry import asked_seconds
 from app.core.windows import DAY_SECONDS, EPOCH, Window, floor_to
+from app.object_store.port import date_of
 
 # `schema collision`: a field has several types in the span. `max-select`: limits of 1.x on series, buckets and points.
 TOO_MUCH = ("memory", "resource exhausted", "schema collision", "max-select")
@@ -293,7 +293,7 @@ class Connection:
                 raise self._refused(response, path, where)
             framed = bool(response.headers.get("Transfer-Encoding") or response.headers.get("Content-Length"))
             version = response.headers.get("X-Influxdb-Version", "")
-            yield ServerAnswer(self._chunks(response), framed, version, _instant(response.headers.get("Date", "")))
+            yield ServerAnswer(self._chunks(response), framed, version, date_of(response.headers.get("Date", "")))
 
     def _chunks(self, response: Any) -> Iterator[bytes]:
         """`read` rather than `stream`, which gives every chunk of the server, often 4 KiB, a round of its own."""
@@ -345,7 +345,7 @@ class Connection:
             ) from error
         except urllib3.exceptions.HTTPError as error:
             raise Transient(
-                f"InfluxDB at {url} cannot be reached or broke off: {type(error).__name__}",
+                f"InfluxDB: {connection_fault(error, url) or f'no whole answer from {url}: {str(error)[:200]}'}",
                 "check INFLUXDB_URL and that the server runs; it is retried",
             ) from error
 
@@ -356,15 +356,6 @@ class Connection:
             headers = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else None
             return urllib3.ProxyManager(proxy, maxsize=self.server.connections, proxy_headers=headers)
         return urllib3.PoolManager(maxsize=self.server.connections)
-
-
-def _instant(text: str) -> datetime | None:
-    """An HTTP date."""
-    try:
-        at = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 def _message(body: str) -> str:

@@ -1,4 +1,8 @@
-"""What is made from the objects themselves: the layout of a tree whose file is gone, and objects in today's form."""
+"""What is made from the objects themselves: the layout of a tree whose file is gone, and objects in today's form.
+
+The layout of data that have no `_headwater/layout.json`, of an older version or because the file was lost, is made from
+the state's table of an older version where there is one, else from the names and metadata of the objects.
+"""
 
 import io
 import re
@@ -6,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from heapq import nlargest
 from random import Random
 from typing import Any
@@ -15,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app.core.pipeline import ALL_TAGS, Commit, Held, Pipeline, Record
-from app.core.runs import Context, Report
-from app.core.sync import Done, delete_deltas
+from app.core.runs import Context, Done, Report
+from app.core.sync import delete_deltas
 from app.core.windows import DAY_SECONDS, EPOCH, Age, Window, age_of, floor_to, windows_between
 from app.db.checkpoints import Layout
 from app.influx_to_s3.layout import (
@@ -42,13 +46,9 @@ from app.influx_to_s3.layout import (
 from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.rows import in_order, of_object, ordered
 from app.influx_to_s3.source import InfluxSource
+from app.object_store.deltas import noted_window
 from app.object_store.port import ObjectInfo, ObjectStore
 from app.object_store.table_sink import EncodedFile, TableSink
-
-# The layout of data that have no `_headwater/layout.json`: of an older version, or because the file was lost.
-#
-# Made from the state's table of an older version where there is one, else from the names and metadata of the
-# objects.
 
 KEY = re.compile(r"device_id=(?P<device>[^/]+)/date=(?P<date>.+)/export_(?P<time>\d{6})\.(?P<format>parquet|csv)")
 DATE_FORMATS = ("%Y/%m/%d", "%Y-%m-%d", "%Y%m%d", "%Y/%j", "%Y-%j")
@@ -183,13 +183,10 @@ def _layouts(store: ObjectStore, seen: Seen) -> tuple[Layout, ...]:
 
 
 def _seconds(store: ObjectStore, listed: ObjectInfo) -> int | None:
-    """The window's length, which each writer noted: `{start}/{end}`."""
+    """The window's length, which each writer noted."""
     info = store.head(listed.key)
-    start, _, end = (info.metadata.get("window", "") if info else "").partition("/")
-    try:
-        return int((datetime.fromisoformat(end) - datetime.fromisoformat(start)) / timedelta(seconds=1)) or None
-    except ValueError:
-        return None
+    noted = noted_window(info) if info else None
+    return noted[1] - noted[0] if noted else None
 
 
 def _schema(store: ObjectStore, info: ObjectInfo) -> Any:

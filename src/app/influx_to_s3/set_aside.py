@@ -26,7 +26,7 @@ from app.core.pipeline import Commit, Count, Pipeline, Position
 from app.core.runs import Context, Report
 from app.core.sync import counted
 from app.core.windows import DAY_SECONDS, Age, Window, age_of, floor_to
-from app.influx_to_s3.reader import Counted, Inventory, Points, totals
+from app.influx_to_s3.reader import Counted, Points, totals
 from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.rows import Disagreement
 from app.influx_to_s3.source import InfluxSource
@@ -253,39 +253,31 @@ def absent_devices(
     return dict.fromkeys(absent, (message, f"correct DEVICE_IDS; devices are: {there}"))
 
 
-def refuse_wrong_settings(source: "InfluxSource", settings: Settings, first_start_at: datetime) -> None:
+def refuse_wrong_settings(source: InfluxSource, settings: Settings, first_start_at: datetime) -> None:
     """To be asked when nothing was found. Raises Permanent, with what there is, when a setting names something that
     does not exist while others do; an empty source, or one without points in the span asked, is not a fault.
     """
-    influx, wanted = settings.influx, settings.export.device_ids
-    inventory = source.again(source.reader.inventory)
-    exist = not wanted or bool(source.partitions(first_start_at))
-    fault = _fault(inventory, measurement=influx.measurement, tag=influx.device_tag, wanted=() if exist else wanted)
-    if fault:
-        raise Permanent(*fault)
-
-
-def _fault(there: Inventory, *, measurement: str, tag: str, wanted: Sequence[str]) -> tuple[str, str] | None:
-    """Message and hint when a setting is wrong, else None. `wanted`: configured devices, when none of them exists."""
+    measurement, tag = settings.influx.measurement, settings.influx.device_tag
+    wanted = settings.export.device_ids
+    there = source.again(source.reader.inventory)
     if there.measurements and measurement not in there.measurements:
         known = _named(there.measurements)
-        return f"measurement {measurement!r} does not exist", f"set INFLUXDB_MEASUREMENT to one of: {known}"
+        raise Permanent(f"measurement {measurement!r} does not exist", f"set INFLUXDB_MEASUREMENT to one of: {known}")
     if not there.has_points and there.policies:
-        return (
+        raise Permanent(
             f"measurement {measurement!r} has no points in this retention policy",
             f"set INFLUXDB_RETENTION_POLICY to one that has: {_named(there.policies)}",
         )
     if there.has_points and not there.devices:
-        return (
+        raise Permanent(
             f"no point of measurement {measurement!r} has the tag {tag!r}",
             f"set INFLUXDB_DEVICE_TAG to the tag that names the device; tags are: {_named(there.tags) or 'none'}",
         )
-    if there.devices and wanted:
-        return (
+    if there.devices and wanted and not source.partitions(first_start_at):
+        raise Permanent(
             f"none of the devices in DEVICE_IDS ({_named(wanted)}) has a point in {measurement!r}",
             f"correct DEVICE_IDS, or set it to *; devices are: {_named(there.devices)}",
         )
-    return None
 
 
 def _named(names: Sequence[str]) -> str:

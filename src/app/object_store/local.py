@@ -22,7 +22,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from shutil import copyfileobj
@@ -31,6 +31,7 @@ from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.core.files import replace_durably, sync_directory, sync_file
+from app.core.windows import EPOCH
 from app.object_store.port import (
     CONTROL,
     MAX_KEY_BYTES,
@@ -57,7 +58,6 @@ LOCK_SECONDS = 30
 POLL_SECONDS = 0.005
 LEFTOVER_NS = 24 * 3600 * 10**9
 CHUNK_BYTES = 1 << 20
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 ABSENT = (FileNotFoundError, NotADirectoryError)
 # Another disk, a file of another user (fs.protected_hardlinks), a folder, a file system without links, too many.
 UNLINKABLE = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -496,7 +496,10 @@ class Notes:
         """`info` with what is noted of it, and whether that is certain: it is not while a writer may stand between the
         note of the next version and its rename.
         """
-        note = attached = _attached(path)
+        note = attached = None
+        if sys.platform == "linux":
+            with suppress(OSError):  # no attribute, no support, or the file is gone, which its caller sees as well
+                note = attached = os.getxattr(path, ATTRIBUTE, follow_symlinks=False)
         if note is None:
             try:
                 note = self._path(key).read_bytes()
@@ -525,13 +528,6 @@ def _note(etag: str, put: Put) -> bytes:
     metadata = {name.lower(): value for name, value in put.metadata.items()}
     note = {"etag": etag, "content_type": put.content_type, "metadata": metadata, "headers": dict(put.headers)}
     return json.dumps(note).encode()
-
-
-def _attached(path: Path) -> bytes | None:
-    if sys.platform == "linux":
-        with suppress(OSError):  # no attribute, no support, or the file is gone, which its caller sees as well
-            return os.getxattr(path, ATTRIBUTE, follow_symlinks=False)
-    return None
 
 
 # Whether a file system keeps names as they are given: some ignore case, some rewrite Unicode or drop a last dot.

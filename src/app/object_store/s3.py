@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Any, BinaryIO
@@ -19,6 +19,7 @@ from urllib.parse import quote, urlencode
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.network import SharedClient
+from app.core.windows import EPOCH
 from app.object_store.port import (
     STORAGE_CLASS,
     TAG_COUNT,
@@ -76,7 +77,6 @@ BUSY_ATTEMPTS = 4
 RESUMES = 8
 PROBE_FOLDER = ".headwater-probe"
 LEFTOVER = timedelta(hours=1)
-EXPIRED_AT = datetime(1970, 1, 1, tzinfo=UTC)
 OTHER_ETAG = '"00000000000000000000000000000000"'
 
 log = logging.getLogger(__name__)
@@ -358,7 +358,7 @@ def described(put: Put, target: S3Target) -> Mapping[str, Any]:
         given = {**given, SSE_KMS_KEY: "", **target.encryption}
     headers: dict[str, Any] = {STORED_HEADERS[name]: given[name] for name in STORED_HEADERS if given.get(name)}
     if "Expires" in headers:  # the SDK sends dates only; any other text means that the object has expired already
-        headers["Expires"] = date_of(headers["Expires"]) or EXPIRED_AT
+        headers["Expires"] = date_of(headers["Expires"]) or EPOCH
     return {"ContentType": put.content_type, "Metadata": dict(put.metadata), **headers}
 
 

@@ -12,13 +12,11 @@ import json
 import os
 import re
 import secrets
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import parse_qsl, quote, urlencode
 
 from app.core.errors import Permanent, Rejected
@@ -230,74 +228,29 @@ def _is_below(prefix: str, key: str) -> bool:
     return key.startswith(prefix) or taken_for(key).startswith(prefix)
 
 
-def check_query(query: bytes, known: Collection[str]) -> None:
-    """Raises NotServed for a parameter that is given twice, since one of the two would be ignored, and for one that is
-    not known: with a misspelt `offset` a patch would overwrite the start.
-    """
-    counts = Counter(name for name, _ in parse_qsl(query.decode("ascii", "replace"), keep_blank_values=True))
-    for name, count in counts.items():
-        if count > 1:
-            raise NotServed(422, f"the parameter {name!r} is given {count} times", "give it once", fault=name)
-        if name not in known:
-            raise NotServed(422, f"unknown parameter {name[:80]!r}", f"send {', '.join(known)}", fault=name[:80])
-
-
-class Links(Protocol):
-    """How links are made and opened."""
-
-    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:
-        """A URL, or a path of this service."""
-
-    def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
-        """Raises NotServed unless this service made the link and it has not expired."""
-
-    def form(
-        self, key: str, content_type: str, sizes: range, now: datetime, seconds: int
-    ) -> tuple[str, Mapping[str, str]]:
-        """Where a form may upload one file, and its fields: exactly this key and type, one of these sizes."""
-
-    def check_form(self, fields: Iterable[tuple[str, str]], now: datetime) -> tuple[str, str, range]:
-        """Key, type and sizes of a form. Raises NotServed unless its fields are exactly those that were made."""
-
-
+@dataclass(frozen=True, slots=True)
 class StoreLinks:
-    """Links to the store itself. `presign` takes key, seconds and Content-Disposition; `presign_form` key, type, sizes
-    and seconds.
+    """Links to the store itself, which has its own clock. `presign` takes key, seconds and Content-Disposition;
+    `presign_form` key, type, sizes and seconds.
     """
 
-    def __init__(
-        self,
-        presign: Callable[[str, int, str], str],
-        presign_form: Callable[[str, str, range, int], tuple[str, Mapping[str, str]]],
-    ) -> None:
-        self._presign, self._presign_form = presign, presign_form
+    presign: Callable[[str, int, str], str]
+    presign_form: Callable[[str, str, range, int], tuple[str, Mapping[str, str]]]
 
-    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:  # noqa: ARG002 - the store has its own clock
-        """See Links."""
-        return self._presign(held.key, seconds, disposition(held.key, held.headers.get("content-disposition", "")))
-
-    def check(self, key: str, now: datetime, expires: int, signature: str) -> None:  # noqa: ARG002 - the port's
-        """See Links."""
-        raise NotServed(404, "links of this store do not lead here", LINK_HINT)
+    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:  # noqa: ARG002 - as SignedLinks has it
+        """A URL."""
+        return self.presign(held.key, seconds, disposition(held.key, held.headers.get("content-disposition", "")))
 
     def form(
         self,
         key: str,
         content_type: str,
         sizes: range,
-        now: datetime,  # noqa: ARG002 - the store has its own clock
+        now: datetime,  # noqa: ARG002 - as SignedLinks has it
         seconds: int,
     ) -> tuple[str, Mapping[str, str]]:
-        """See Links."""
-        return self._presign_form(key, content_type, sizes, seconds)
-
-    def check_form(
-        self,
-        fields: Iterable[tuple[str, str]],  # noqa: ARG002 - the port's
-        now: datetime,  # noqa: ARG002 - the port's
-    ) -> tuple[str, str, range]:
-        """See Links."""
-        raise NotServed(404, "forms of this store do not lead here", LINK_HINT)
+        """Where a form may upload one file, and its fields: exactly this key and type, one of these sizes."""
+        return self.presign_form(key, content_type, sizes, seconds)
 
 
 class SignedLinks:
@@ -307,20 +260,20 @@ class SignedLinks:
         self._path = folder / SECRET_NAME
 
     def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:
-        """See Links."""
+        """A path of this service."""
         expires = int((now + timedelta(seconds=seconds)).timestamp())
         signature = self._sign(f"{expires}\n{held.key}")
         return "/s3/shared?" + urlencode({"key": held.key, "expires": expires, "signature": signature})
 
     def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
-        """See Links. Both failures cost the same and look the same."""
+        """Raises NotServed unless this service made the link and it has not expired: both look the same."""
         if not self._is_ours(f"{expires}\n{key}", signature) or now.timestamp() >= expires:
             raise NotServed(403, "the link has expired or was changed", LINK_HINT, fault="signature")
 
     def form(
         self, key: str, content_type: str, sizes: range, now: datetime, seconds: int
     ) -> tuple[str, Mapping[str, str]]:
-        """See Links. The policy has the form of S3's."""
+        """As StoreLinks has it. The policy has the form of S3's."""
         expires_at = (now + timedelta(seconds=seconds)).astimezone(UTC)
         conditions = [{"key": key}, {"Content-Type": content_type}, ["content-length-range", sizes[0], sizes[-1]]]
         policy = {"expiration": f"{expires_at:%Y-%m-%dT%H:%M:%SZ}", "conditions": conditions}
@@ -329,7 +282,9 @@ class SignedLinks:
         return "/s3/shared", fields
 
     def check_form(self, fields: Iterable[tuple[str, str]], now: datetime) -> tuple[str, str, range]:
-        """See Links. As on S3, the names of fields are compared without their case."""
+        """Key, type and sizes of a form. Raises NotServed unless its fields are exactly those that were made; as on S3,
+        their names are compared without case.
+        """
         given = dict(joined(fields))
         text = given.pop("policy", "")
         if not self._is_ours(POLICY + text, given.pop("signature", "")):

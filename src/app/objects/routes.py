@@ -1,8 +1,8 @@
 """/s3: list, look, download, upload, update, patch, delete, link.
 
-Invariants: what can be refused is refused before a body is read; bodies and downloads go through block by block. A body
-takes one of few places when its first bytes are there, a download one of few that read ahead, and goes on without one:
-many slow clients cost little and keep nobody else waiting.
+Invariants: what can be refused is refused before a body is read; bodies and downloads go through block by block. A
+download takes one of few places for large pieces, and goes on with small ones without it: many slow clients cost little
+and keep nobody else waiting.
 """
 
 import asyncio
@@ -14,9 +14,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.requests import ClientDisconnect
 
 from app.core.errors import Conflict, Permanent, Rejected
 from app.object_store.port import (
@@ -36,12 +35,13 @@ from app.object_store.port import (
 )
 from app.objects import openapi
 from app.objects.requests import (
+    LINK_HINT,
     ByteSpan,
-    Links,
     NotServed,
     Reach,
+    SignedLinks,
+    StoreLinks,
     check_match,
-    check_query,
     check_unmatched,
     download_headers,
     expected_of,
@@ -51,21 +51,29 @@ from app.objects.requests import (
     stored_fields,
     unchanged,
 )
-from app.objects.streams import ChecksummedBody, Feed, Form, Sized, begun, boundary_of, carried, media_type, opened
-from app.web.api import Streamed
+from app.objects.streams import (
+    LEAN_BYTES,
+    PIECE_BYTES,
+    ChecksummedBody,
+    Form,
+    Sized,
+    begun,
+    boundary_of,
+    media_type,
+    opened,
+)
+from app.web.api import Streamed, refuse_unknown_parameters
 from app.web.auth import OPEN, needs
+from app.web.body_bridge import GONE, taken_in
 from app.web.errors import Refusal, Refused
 
 READERS, WRITERS, ROOMY = 16, 64, 100
-FIRST_BYTES = 1 << 16
-WAIT_SECONDS = 30.0
 LOOKS = 3
 LINK_SECONDS, MAX_LINK_SECONDS = 3600, 7 * 24 * 3600
 MAX_INTEGER = (1 << 63) - 1
 PARQUET_WARNING = (
     "a Parquet file ends with offsets of its own content: bytes that move or change can make it unreadable"
 )
-GONE = Response(status_code=400)  # client disconnected
 BUSY = Refusal(429, "too many transfers at once", "send the same request again later", headers={"Retry-After": "5"})
 NOT_MODIFIED = ("ETag", "Cache-Control", "Expires", "Last-Modified", "Vary")
 CONDITIONS = {"if-match", "if-none-match", "if-unmodified-since"}
@@ -83,7 +91,7 @@ class ObjectRoutes:
     store: ObjectStore
     transfers: Transfers
     reach: Reach
-    links: Links
+    links: SignedLinks | StoreLinks
     clock: Callable[[], datetime]
     max_upload_bytes: int = 5 << 30
     readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "s3-read"))
@@ -95,6 +103,13 @@ class ObjectRoutes:
         """Call the store in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, call, *given)
 
+    @property
+    def own_links(self) -> SignedLinks:
+        """The links that lead here. Raises NotServed when they lead to the store itself."""
+        if isinstance(self.links, SignedLinks):
+            return self.links
+        raise NotServed(404, "links of this store do not lead here", LINK_HINT)
+
     async def held(self, key: str, *, tags: bool = False) -> ObjectInfo:
         """What is at `key`, with its `tags` if they are needed. Raises NotServed with 404."""
         found = await self.ask(self.transfers.properties if tags else self.store.head, key)
@@ -105,7 +120,7 @@ class ObjectRoutes:
 
 def build(serving: ObjectRoutes) -> APIRouter:
     """All routes."""
-    router = APIRouter(prefix="/s3", tags=["s3"])
+    router = APIRouter(prefix="/s3", tags=["s3"], dependencies=[Depends(refuse_unknown_parameters)])
     _looking(router, serving)
     _downloading(router, serving)
     _linking(router, serving)
@@ -120,8 +135,6 @@ def build(serving: ObjectRoutes) -> APIRouter:
 async def _served(request: Request) -> AsyncIterator[None]:
     """Every refusal in the one shape."""
     try:
-        named = request.scope["route"].dependant.query_params
-        check_query(request.scope["query_string"], [each.alias for each in named])
         yield
     except NotServed as error:
         raise Refused(Refusal(error.status, error.message, error.hint, error.fault, error.headers)) from error
@@ -216,11 +229,13 @@ async def _download(request: Request, serving: ObjectRoutes, key: str) -> Respon
 async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> Response:
     """The answer. Where others hold all places, it is read in small pieces, however slowly they take theirs."""
     with ExitStack() as taken:
-        lean = serving.roomy.locked()
-        if not lean:
+        piece_bytes = PIECE_BYTES
+        if serving.roomy.locked():
+            piece_bytes = LEAN_BYTES
+        else:
             await serving.roomy.acquire()
             taken.callback(serving.roomy.release)
-        outgoing = await opened(serving.readers, serving.transfers, held, span, lean=lean)
+        outgoing = await opened(serving.readers, serving.transfers, held, span, piece_bytes)
         taken.callback(outgoing.close)
         status, headers = 206 if span.part else 200, download_headers(held, span)
         return Streamed(outgoing.pieces(), taken.pop_all(), status=status, headers=headers)
@@ -251,7 +266,7 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
         signature: Annotated[str, Query(max_length=200)],
     ) -> Response:
         async with _served(request):
-            await serving.ask(serving.links.check, key, serving.clock(), expires, signature)
+            await serving.ask(serving.own_links.check, key, serving.clock(), expires, signature)
             return await _download(request, serving, serving.reach.reads(key))
 
     _get_and_head(router, "/shared", shared, OPEN, "What a link leads to")
@@ -307,7 +322,7 @@ def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
     )
     async def shared_upload(request: Request) -> Response:
         def work(body: Readable, _: str, fields: Sequence[tuple[str, str]]) -> Stored:
-            key, content_type, sizes = serving.links.check_form(fields, serving.clock())
+            key, content_type, sizes = serving.own_links.check_form(fields, serving.clock())
             return serving.transfers.write(serving.reach.writes(key), Sized(body, sizes), Put(content_type))
 
         async with _served(request):
@@ -384,35 +399,13 @@ async def _received(request: Request, serving: ObjectRoutes, work: Work) -> Stor
     boundary, fields = boundary_of(request.headers), joined(request.headers.items())
     ChecksummedBody.check(fields)
 
-    def store(feed: Feed) -> Stored:
+    def store(feed: Readable) -> Stored:
         if boundary is None:
             return work(ChecksummedBody(feed, fields), fields.get("content-type", ""), ())
         form = Form(feed, boundary)
         return work(ChecksummedBody(form, fields), form.content_type, form.fields)
 
-    blocks, first = request.stream(), bytearray()
-
-    async def whole() -> AsyncIterator[bytes]:
-        yield bytes(first)
-        async for block in blocks:
-            yield block
-
-    try:
-        async for block in blocks:  # a slow client takes no place from others before it has sent this much
-            first += block
-            if len(first) >= FIRST_BYTES:
-                break
-        try:
-            async with asyncio.timeout(WAIT_SECONDS):
-                await serving.uploads.acquire()
-        except TimeoutError:
-            raise Refused(BUSY) from None
-        try:
-            return await carried(whole(), serving.writers, store)
-        finally:
-            serving.uploads.release()
-    except ClientDisconnect:
-        return None
+    return await taken_in(request, serving.uploads, BUSY, serving.writers, store)
 
 
 def _patching(router: APIRouter, serving: ObjectRoutes) -> None:

@@ -5,110 +5,15 @@ import base64
 import hashlib
 import io
 import mimetypes
-import threading
 import zlib
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from app.core.errors import Transient
 from app.object_store.port import ObjectInfo, Readable, Transfers
 from app.objects.requests import LINK_HINT, ByteSpan, NotServed
-
-# A body on its way from the event loop to the thread that stores it.
-#
-# Invariants: neither side waits for the other beyond the bytes in between, and these are bounded; the thread sees the
-# end of the body only when all of it came, and an error in every other case.
-
-WAKE_BYTES = 1 << 19
-HIGH_BYTES = 1 << 20
-T = TypeVar("T")
-
-
-class Feed:
-    """Bytes in between. `offer`, `end`, `lose` and `left` belong to the loop, `read` to the thread."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._turn = threading.Condition()
-        self._held: list[bytes] = []
-        self._held_bytes = 0
-        self._ended = False
-        self._lost = False
-        self._closed = False
-        self._room = asyncio.Event()
-        self._room.set()
-        self._taken: deque[bytes] = deque()
-
-    async def offer(self, block: bytes) -> bool:
-        """Hand on `block`, then wait for room. False when nobody reads any more."""
-        with self._turn:  # held for a moment only, also by the thread
-            self._held.append(block)
-            self._held_bytes += len(block)
-            if self._held_bytes >= WAKE_BYTES:
-                self._turn.notify()
-            if self._held_bytes >= HIGH_BYTES and not self._closed:
-                self._room.clear()
-        await self._room.wait()
-        return not self._closed
-
-    def end(self) -> None:
-        """All of the body came."""
-        with self._turn:
-            self._ended = True
-            self._turn.notify()
-
-    def lose(self) -> None:
-        """The rest of the body does not come; nothing after `end`."""
-        with self._turn:
-            self._lost = not self._ended
-            self._turn.notify()
-
-    def left(self, work: "asyncio.Future[Any]") -> None:
-        """The thread is done with the body; what it failed with is looked at here, also when nobody waits for it."""
-        self._closed = True
-        self._room.set()
-        if not work.cancelled():
-            work.exception()
-
-    def read(self, count: int, /) -> bytes:
-        """See Readable: blocks as they came, uncut where they fit. Raises Transient when the rest does not come."""
-        if not self._taken:
-            self._take()
-        block = self._taken.popleft() if self._taken else b""
-        if len(block) > count:
-            self._taken.appendleft(block[count:])
-            block = block[:count]
-        return block
-
-    def _take(self) -> None:
-        with self._turn:
-            self._turn.wait_for(lambda: self._held_bytes >= WAKE_BYTES or self._ended or self._lost)
-            if self._lost:
-                raise Transient("the client disconnected before the end of the body", "send it again")
-            self._taken.extend(self._held)
-            self._held, self._held_bytes = [], 0
-        self._loop.call_soon_threadsafe(self._room.set)
-
-
-async def carried(blocks: AsyncIterator[bytes], threads: Executor, work: Callable[[Feed], T]) -> T:
-    """What `work` makes of the body. When it raises, the rest of the body is left unread."""
-    loop = asyncio.get_running_loop()
-    feed = Feed(loop)
-    future = loop.run_in_executor(threads, work, feed)
-    future.add_done_callback(feed.left)
-    try:
-        async for block in blocks:
-            if not await feed.offer(block):
-                break
-        else:
-            feed.end()
-        return await asyncio.shield(future)
-    finally:
-        feed.lose()
-
 
 # The file of a multipart form as a body, without keeping it anywhere.
 #
@@ -357,7 +262,7 @@ class Sized:
         return data
 
 
-# An object on its way out: read in threads, one piece ahead of what is being sent where there is memory for that.
+# An object on its way out, read in threads piece by piece.
 #
 # Invariant: every byte comes from the one version that was looked at; what cannot be read any more breaks the answer
 # off before its promised length, which every client notices.
@@ -366,50 +271,41 @@ PIECE_BYTES, LEAN_BYTES = 1 << 19, 1 << 16
 
 
 class Outgoing:
-    """A span that is open; `close` it. A `lean` one holds one small piece at a time."""
+    """A span that is open; `close` it."""
 
-    def __init__(self, threads: Executor, opened: ExitStack, stream: Readable, count: int, *, lean: bool) -> None:
+    def __init__(self, threads: Executor, opened: ExitStack, stream: Readable, count: int, piece_bytes: int) -> None:
         self._threads, self._opened, self._stream = threads, opened, stream
-        self._left = count
-        self._lean = lean
-        self._ahead: asyncio.Future[bytes] | None = None
+        self._left, self._piece_bytes = count, piece_bytes
+        self._reading: asyncio.Future[bytes] | None = None
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """All of it. Raises what reading raises."""
-        self._read_ahead()
-        while self._ahead is not None:
-            data = await asyncio.shield(self._ahead)
+        loop = asyncio.get_running_loop()
+        while self._left:
+            count = min(self._piece_bytes, self._left)
+            self._reading = loop.run_in_executor(self._threads, self._stream.read, count)
+            data = await asyncio.shield(self._reading)
             if not data:
                 raise Transient("the object ended before its end", "ask for it again")
             self._left -= len(data)
-            if self._lean:
-                self._ahead = None
-                yield data
-                self._read_ahead()
-            else:
-                self._read_ahead()
-                yield data
+            yield data
 
     def close(self) -> None:
         """Let go of the stream as soon as no thread reads it. Waits for nobody."""
-        if self._ahead is None or self._ahead.done():
+        if self._reading is None or self._reading.done():
             self._threads.submit(self._opened.close)
         else:
-            self._ahead.add_done_callback(self._closed_after)
+            self._reading.add_done_callback(self._closed_after)
 
     def _closed_after(self, reading: "asyncio.Future[bytes]") -> None:
         if not reading.cancelled():
             reading.exception()  # looked at: nobody waits for it any more
         self._threads.submit(self._opened.close)
 
-    def _read_ahead(self) -> None:
-        self._ahead = None
-        if self._left:
-            count = min(LEAN_BYTES if self._lean else PIECE_BYTES, self._left)
-            self._ahead = asyncio.get_running_loop().run_in_executor(self._threads, self._stream.read, count)
 
-
-async def opened(threads: Executor, transfers: Transfers, held: ObjectInfo, span: ByteSpan, *, lean: bool) -> Outgoing:
+async def opened(
+    threads: Executor, transfers: Transfers, held: ObjectInfo, span: ByteSpan, piece_bytes: int
+) -> Outgoing:
     """Open a span in a thread. Raises Conflict when the version is gone."""
 
     def work() -> tuple[ExitStack, Readable]:
@@ -418,4 +314,4 @@ async def opened(threads: Executor, transfers: Transfers, held: ObjectInfo, span
             return stack.pop_all(), stream
 
     stack, stream = await asyncio.get_running_loop().run_in_executor(threads, work)
-    return Outgoing(threads, stack, stream, span.count, lean=lean)
+    return Outgoing(threads, stack, stream, span.count, piece_bytes)

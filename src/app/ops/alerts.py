@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from app.config.settings import Settings
 from app.core.errors import AppError, Permanent, Stopped, Transient
-from app.core.network import CA_HINT, is_untrusted, proxy_for
+from app.core.network import CA_HINT, connection_fault, is_untrusted, proxy_for
 from app.core.repair import HEAL_HINT, said_of
 from app.core.retry import RetryPolicy, retry
 from app.core.runs import Job, Outcome, Run, Stop, Total
@@ -46,7 +46,8 @@ def post(url: str, body: Mapping[str, Any] | None, seconds: float = SEND_SECONDS
     except urllib3.exceptions.HTTPError as error:
         if is_untrusted(error):
             raise Permanent(f"{host}: its certificate is not trusted", CA_HINT) from error
-        raise Transient(f"{host}: {type(error).__name__}", "check the address and the network") from error
+        why = connection_fault(error, url) or f"no answer from {host}"
+        raise Transient(why, "check the address and the network") from error
     if status in (408, 429) or status >= 500:  # noqa: PLR2004 - HTTP's own numbers
         raise Transient(f"{host} answers {status}", "no action needed; it is retried")
     if status >= REFUSED:

@@ -158,18 +158,23 @@ def reached(ping: Callable[[], None]) -> Check:
     return check
 
 
+def _first(once: Callable[[], object], check: Check) -> Check:
+    """`check`, and before it `once` until that succeeded."""
+    done = False
+
+    def both() -> str:
+        nonlocal done
+        if not done:
+            once()
+            done = True
+        return check()
+
+    return both
+
+
 def remembered(state: State) -> Check:
     """At first a look at all that the state holds, then round trips; what a person should know of it."""
-    looked_at = False
-
-    def check() -> str:
-        nonlocal looked_at
-        if not looked_at:
-            state.check()
-            looked_at = True
-        return state.note()
-
-    return check
+    return _first(state.check, state.note)
 
 
 def all_said(*checks: Check) -> Check:
@@ -190,18 +195,12 @@ def old_versions(settings: Settings, store: "ObjectStore") -> Check:
 
 def probed(store: "ObjectStore") -> Check:
     """A write at first, then a look: the store must not fill with the traces of being watched."""
-    seen = False
 
-    def check() -> str:
-        nonlocal seen
-        if seen:
-            store.head(LOOK_KEY)
-        else:
-            store.probe()
-            seen = True
+    def look() -> str:
+        store.head(LOOK_KEY)
         return "" if store.conditional else ONE_REPLICA
 
-    return check
+    return _first(store.probe, look)
 
 
 def stores_tried(

@@ -260,7 +260,7 @@ MAP = {
             **dict.fromkeys(("job", "span"), TEXT),
             **dict.fromkeys(("now", "start", "end"), INSTANT),
             "cell_seconds": {**WHOLE, "description": "As a rule; days and weeks begin at midnight in the time zone."},
-            "starts": _list(INSTANT),
+            "starts": {**_list(TEXT), "description": "ISO 8601 to the minute: 2026-02-07T11:00Z."},
             "source": {"type": "string", "enum": ["listing", "records"]},
             **dict.fromkeys(("total", "problems", "rows_total"), WHOLE),
             "rows": {**_list(MAP_ROW), "description": "Of single partitions."},

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from urllib.parse import quote
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse
 from pydantic import AwareDatetime
 
@@ -33,6 +33,7 @@ from app.ops.json_views import (
 )
 from app.ops.service import Operations
 from app.ops.summary import HISTORY, Snapshot, file_address, problems_of, summary_of
+from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused, faults
 
@@ -47,12 +48,12 @@ LEVELS = {"debug": 0, "info": 1, "warn": 2, "error": 3}
 NO_LOG = "no line of this run is in the log file: it was rotated away, another process wrote it, or LOG_FORMAT is text"
 
 Zone = Annotated[str, Query(max_length=64, description="An IANA time zone, in which days begin.")]
-JobName = Annotated[str, Query(max_length=100)]
+JobName = Annotated[str, Query(max_length=100, examples=["influx_to_s3", "csv_inbox"])]
 
 
 def build(ops: Operations) -> APIRouter:
     """All routes of this module."""
-    router = APIRouter(tags=["ops"])
+    router = APIRouter(tags=["ops"], dependencies=[Depends(refuse_unknown_parameters)])
     _summary(router, ops)
     _map(router, ops)
     _run(router, ops)
@@ -307,11 +308,11 @@ def _run(router: APIRouter, ops: Operations) -> None:
     def run_log(
         run_id: str, level: Annotated[str, Query(pattern="^(debug|info|warn|error)$")] = "debug"
     ) -> dict[str, Any]:
-        known_run(ops, run_id)
+        run = known_run(ops, run_id)
         service = ops.settings.service
         if service.log_file is None:
             return {"lines": [], "left_out": 0, "note": "LOG_FILE is off: the lines went to standard output only"}
-        lines = list(log_lines(service.log_file, service.log_files, run_id, LEVELS[level]))
+        lines = list(log_lines(service.log_file, service.log_files, run.run_id, LEVELS[level]))
         note = "" if lines else NO_LOG
         return {"lines": lines[-LOG_LINES:], "left_out": max(len(lines) - LOG_LINES, 0), "note": note}
 

@@ -5,6 +5,7 @@ scripts ask /ops with the caller's own rights and set texts, never markup.
 """
 
 import gzip
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from html import escape
@@ -29,18 +30,8 @@ ASSETS = {
     **dict.fromkeys(("icon.svg", "icon-ok.svg", "icon-bad.svg", "icon-away.svg"), ICON),
 }
 LINKS = (("Overview", "."), ("Runs", "runs"), ("Explore", "analytics/explore"), ("API", "docs"))
-GUIDES = {
-    **dict.fromkeys(
-        ("influx_to_s3", "dynamo_to_drive", "csv_inbox", "amplitude", "appmetrica", "dwh", "s3", "lake"), ""
-    ),
-    **dict.fromkeys(("analytics", "operations", "runbook", "glossary", "security", "delivery", "migration"), ""),
-    "s3_sweep": "s3",
-    "set_aside_sweep": "operations",
-    "influx_to_s3_reconcile": "influx_to_s3",
-    "lake_day": "lake",
-    "dynamo_to_drive_reconcile": "dynamo_to_drive",
-    "dynamo_to_drive_late": "dynamo_to_drive",
-}
+# The guides of jobs that have none of their own.
+GUIDES = {"s3_sweep": "s3", "set_aside_sweep": "operations", "lake_day": "lake"}
 MARKS = {"ok": "ok", "running": "run", "backfill": "run", "paused": "paused", "off": "off", "partial": "warn"}
 WORDS = {"ok": "OK", "partial": "Partly delivered", "backfill": "Backfilling", "waiting": "No run yet"}
 
@@ -141,9 +132,10 @@ def _guides(router: APIRouter) -> None:
 
     @router.get("/guides/{name}", openapi_extra=needs(SCOPE))
     def guide(name: str) -> Response:
-        path = folder.parent / "README.md" if name == "README" else folder / f"{GUIDES.get(name) or name}.md"
-        if (name != "README" and name not in GUIDES) or not path.is_file():
-            raise Refused(Refusal(404, f"there is no guide {name[:40]!r}", f"guides: {', '.join(GUIDES)}"))
+        guides = {"README": folder.parent / "README.md", **{path.stem: path for path in sorted(folder.glob("*.md"))}}
+        path = guides.get(GUIDES.get(name) or re.sub("_(late|reconcile)$", "", name))
+        if path is None or not path.is_file():
+            raise Refused(Refusal(404, f"there is no guide {name[:40]!r}", f"guides: {', '.join(guides)}"))
         return PlainTextResponse(path.read_text(encoding="utf-8"))
 
 
@@ -160,15 +152,10 @@ def off_rows(overview: Mapping[str, Any]) -> str:
     return "".join(
         f'<li data-key="p-{escape(job["name"])}"><span class="mark off" aria-hidden="true"></span>'
         f"<span>{escape(job['name'])}</span>"
-        f'<span class="why">Off. {escape(off_text(job["off"]))} to enable.</span></li>'
+        f'<span class="why">Off. {escape(job["off"][:1].upper() + job["off"][1:])} to enable.</span></li>'
         for job in overview["jobs"]
         if job["state"] == "off"
     )
-
-
-def off_text(text: str) -> str:
-    """`Set INFLUXDB_URL` of "set INFLUXDB_URL"."""
-    return text[:1].upper() + text[1:]
 
 
 def _job_row(job: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 
@@ -18,7 +18,7 @@ from app.core.verify import Cell
 from app.core.windows import Window, refuse_future
 from app.db.checkpoints import Checkpoint
 from app.db.page_queries import RunChoice
-from app.ops.health import ProbeAnswer, Probes
+from app.ops.health import ProbeAnswer
 from app.ops.json_views import (
     RUNS,
     answered_with,
@@ -46,6 +46,7 @@ from app.ops.page_data import bounded, recent_span
 from app.ops.scheduler import Scheduler
 from app.ops.service import Operations
 from app.ops.verification import Result, shown
+from app.web.api import refuse_unknown_parameters
 from app.web.auth import COOKIE, OPEN, SESSION, Guard, needs, unauthorized
 from app.web.errors import Answers, Refusal, Refused, faults
 
@@ -56,11 +57,18 @@ AWAY = "the state database is away, where sessions are kept"
 MAX_RUNS = 500
 MAX_PARTITIONS = 1000
 KNOWN_JOB = faults({404: "no job has this name", 409: "the job is off: the hint names the variable"})
+ABLE_JOB = {
+    **KNOWN_JOB,
+    **faults({400: "the job has nothing of this kind, or no such partition: the hint names which"}),
+}
+JOB_NAMES = ["influx_to_s3", "csv_inbox", "s3_sweep"]
+JobInPath = Annotated[str, Path(examples=JOB_NAMES)]
 MOST_HOURS = 31 * 24
 MOST_DAYS = 366
 MOST_LINES = 200
 NEWEST_CELLS = 200
 ACT: dict[str, Any] = {"openapi_extra": RUN, "status_code": 202, "responses": KNOWN_JOB}
+ACT_ABLE = {**ACT, "responses": ABLE_JOB}
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -104,24 +112,32 @@ class SignIn(BaseModel):
 def build(ops: Operations) -> APIRouter:
     """All routes of this module."""
     router = APIRouter(tags=["ops"])
-    _probes(router, ops.probes)
-    _session(router, ops.guard)
-    _reading(router, ops)
-    _looking_at_both_ends(router, ops)
-    _acting(router, ops)
+    _monitored(router, ops)
+    strict = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
+    _session(strict, ops.guard)
+    _reading(strict, ops)
+    _looking_at_both_ends(strict, ops)
+    _acting(strict, ops)
+    router.include_router(strict)
     return router
 
 
-def _probes(router: APIRouter, probes: Probes) -> None:
-    """Answered by the front before they get here; these stand for the documentation."""
+def _monitored(router: APIRouter, ops: Operations) -> None:
+    """What monitoring asks for, some of which adds parameters of its own. The probes are answered by the front before
+    they get here; these stand for the documentation.
+    """
 
     @router.get("/health", openapi_extra=EVERYBODY, summary="Liveness", responses=_probed(Liveness))
     async def health() -> Response:
-        return _answer(probes.health())
+        return _answer(ops.probes.health())
 
     @router.get("/ready", openapi_extra=EVERYBODY, summary="Readiness, check by check", responses=_probed(ReadyChecks))
     async def ready() -> Response:
-        return _answer(probes.ready())
+        return _answer(ops.probes.ready())
+
+    @router.get("/metrics", openapi_extra=READ, summary="For Prometheus", response_class=PlainTextResponse)
+    def metrics() -> Response:
+        return PlainTextResponse(exposition(_series(ops)), media_type=TEXT_FORMAT)
 
 
 def _probed(model: type[BaseModel]) -> Answers:
@@ -229,10 +245,6 @@ def _reading(router: APIRouter, ops: Operations) -> None:
         wanted = {name: lines for name, lines in ops.pipelines.histories.items() if job in (None, name)}
         return {"histories": [{"job": name, "entries": list(lines(limit))} for name, lines in wanted.items()]}
 
-    @router.get("/metrics", openapi_extra=READ, summary="For Prometheus", response_class=PlainTextResponse)
-    def metrics() -> Response:
-        return PlainTextResponse(exposition(_series(ops)), media_type=TEXT_FORMAT)
-
 
 def partitions_of(ops: Operations) -> Iterator[tuple[str, Checkpoint]]:
     """Each job that has partitions, with how far each of them is."""
@@ -263,10 +275,10 @@ def _looking_at_both_ends(router: APIRouter, ops: Operations) -> None:
         "/ops/gaps",
         openapi_extra=READ,
         summary="Which windows the destination holds, from its own listing",
-        responses=KNOWN_JOB,
+        responses={**ABLE_JOB, **faults({502: "the destination refuses, which a person has to correct"})},
     )
     def gaps(
-        job: Annotated[str, Query(max_length=100)],
+        job: Annotated[str, Query(max_length=100, examples=JOB_NAMES)],
         hours: Annotated[int, Query(ge=1, le=MOST_HOURS)] = 24,
         to: AwareDatetime | None = None,
         offset: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
@@ -347,32 +359,32 @@ def _acting(router: APIRouter, ops: Operations) -> None:
     scheduler = ops.scheduler
 
     @router.post("/ops/jobs/{job}/run", summary="Run now", **ACT)
-    def run(job: str, request: Request) -> dict[str, Any]:
+    def run(job: JobInPath, request: Request) -> dict[str, Any]:
         scheduler.run_now(known(scheduler, job), _caller(request))
         return accepted(scheduler, job)
 
     @router.post("/ops/jobs/{job}/pause", summary="Skip the timer until resumed", **ACT)
-    def pause(job: str, request: Request) -> dict[str, Any]:
+    def pause(job: JobInPath, request: Request) -> dict[str, Any]:
         scheduler.pause(known(scheduler, job), _caller(request))
         return accepted(scheduler, job)
 
     @router.post("/ops/jobs/{job}/resume", summary="Follow the timer again", **ACT)
-    def resume(job: str) -> dict[str, Any]:
+    def resume(job: JobInPath) -> dict[str, Any]:
         scheduler.resume(known(scheduler, job))
         return accepted(scheduler, job)
 
-    @router.post("/ops/jobs/{job}/backfill", summary="Fill past windows again", **ACT)
-    def backfill(job: str, span: Annotated[Span, Body()], request: Request) -> dict[str, Any]:
+    @router.post("/ops/jobs/{job}/backfill", summary="Fill past windows again", **ACT_ABLE)
+    def backfill(job: JobInPath, span: Annotated[Span, Body()], request: Request) -> dict[str, Any]:
         scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()), _caller(request))
         return accepted(scheduler, job)
 
-    @router.post("/ops/jobs/{job}/verify", summary="Compare both ends by content", **ACT)
-    def verify(job: str, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
+    @router.post("/ops/jobs/{job}/verify", summary="Compare both ends by content", **ACT_ABLE)
+    def verify(job: JobInPath, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
         ops.proofs.start(known(scheduler, job), _a_year(part), part.partition, _caller(request))
         return {"job": job, "state": "verifying"}
 
-    @router.post("/ops/jobs/{job}/heal", summary="Compare, and mend what differs", **ACT)
-    def heal(job: str, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
+    @router.post("/ops/jobs/{job}/heal", summary="Compare, and mend what differs", **ACT_ABLE)
+    def heal(job: JobInPath, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
         work = ops.proofs.heal(known(scheduler, job), _a_year(part), part.partition, _caller(request))
         scheduler.queue(job, work, _caller(request))
         ops.maps.forget(job)

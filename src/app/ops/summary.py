@@ -33,8 +33,8 @@ LATE_SECONDS = 60.0
 AHEAD_SECONDS = 60.0
 HISTORY = 300
 VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
-ORDER = ("unreachable", "unaccounted", "failed", "missing", "partial", "changed", "late", "clock", "set_aside")
-MARKS = {"partial": "bad", "changed": "bad", "late": "late", "clock": "late", "set_aside": "warn"}
+ORDER = ("unreachable", "unaccounted", "failed", "missing", "partial", "changed", "late", "clock", "set_aside", "quiet")
+MARKS = {"partial": "bad", "changed": "bad", "late": "late", "clock": "late", "set_aside": "warn", "quiet": "warn"}
 WINDOW_WORDS = {
     "missing": "missing",
     "partial": "partly missing",
@@ -48,6 +48,9 @@ ASIDE_HINT = (
     "correct these rows at the source, then backfill their windows; until then they stay where they were set aside"
 )
 DISMISS = {"kind": "dismiss", "label": "Dismiss"}
+QUIET = "The service answers, and gives no row."
+QUIET_HINT = "check that it is the right project or application, in the right region, and that events reach it"
+NEVER_HOURS, USUAL_HOURS, QUIET_AFTER = 24, 84, timedelta(days=3)
 CLOCK_HINT = "check the clocks of the machines; the next good run sets its own time right"
 
 
@@ -150,6 +153,7 @@ def problems_of(seen: Snapshot) -> Sequence[Problem]:
         *_windows(seen),
         *_late(seen),
         *_set_aside(seen),
+        *_quiet(seen),
     ]
     rank = {kind: place for place, kind in enumerate(ORDER)}
     return sorted(found, key=lambda each: (rank[each.kind], each.job, -each.count, each.partition))
@@ -316,6 +320,20 @@ def _set_aside(seen: Snapshot) -> Iterator[Problem]:
         yield _rows_aside(job, reason, runs)
     for job, entries in seen.histories.items():
         yield from _files_aside(job, entries, hints, limit)
+
+
+def _quiet(seen: Snapshot) -> Iterator[Problem]:
+    """Product events that do not come: for another project a service answers as for one in which nothing happens."""
+    on = {view.job.name for view in seen.on}
+    for row in seen.look.rows(
+        "quiet_partitions", never=NEVER_HOURS, quiet_at=seen.now - QUIET_AFTER, usual=USUAL_HOURS
+    ):
+        name = row["pipeline"]
+        if name in on:
+            title, since = f"{name}, {row['device_id']}: no rows", row["last_at"] or row["first_at"]
+            yield Problem(
+                "quiet", name, title, QUIET, QUIET_HINT, partition=row["device_id"], noun="source", since=since
+            )
 
 
 def _rows_aside(job: str, reason: str, runs: Sequence[tuple[Run, int, str]]) -> Problem:

@@ -7,35 +7,20 @@ called; no message holds a credential; a body that ends early is an error, not a
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from app.core.errors import Permanent, Transient
 from app.core.files import temporary_file
-from app.core.network import CA_HINT, SharedClient, is_untrusted
+from app.core.network import CA_HINT, SharedClient, connection_fault, is_untrusted
 from app.core.retry import asked_seconds
 
 if TYPE_CHECKING:
     import httpx
 
-CONNECT_SECONDS = 10.0
+CONNECT_SECONDS, READ_SECONDS = 10.0, 300.0  # services build archives before the first byte
 TEXT_BYTES = 2000
 PIECE_BYTES = 1 << 18
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a service answers and how it knows us. `variable` is the setting that holds `base_url`, for hints.
-
-    `headers` hold the credential. `read_seconds`: the longest silence; services build archives before the first byte.
-    """
-
-    service: str
-    base_url: str
-    variable: str
-    headers: Mapping[str, str]
-    read_seconds: float = 300.0
 
 
 class ServiceAnswer:
@@ -86,10 +71,13 @@ def receiving(spool: Path, size: str) -> Iterator[BinaryIO]:
 
 
 class Upstream:
-    """One service. Connects on first use; safe to use from many threads."""
+    """One service: `variable` is the setting that holds its `base_url`, for hints; `headers` hold the credential.
 
-    def __init__(self, address: Address) -> None:
-        self.address = address
+    Connects on first use; safe to use from many threads.
+    """
+
+    def __init__(self, service: str, base_url: str, variable: str, headers: Mapping[str, str]) -> None:
+        self._service, self._base_url, self._variable, self._headers = service, base_url, variable, headers
         self._client = SharedClient(self._make)
 
     def close(self) -> None:
@@ -103,21 +91,20 @@ class Upstream:
 
         client: httpx.Client = self._client()
         try:
-            with client.stream("GET", self.address.base_url + path, headers=dict(headers)) as response:
+            with client.stream("GET", self._base_url + path, headers=dict(headers)) as response:
                 yield ServiceAnswer(response)
         except httpx.HTTPError as error:
-            what = str(error) or type(error).__name__
+            said = str(error) or type(error).__name__
             if is_untrusted(error):
-                raise Permanent(f"{self.address.service} at {self.address.base_url}: {what}", CA_HINT) from error
-            raise Transient(
-                f"{self.address.service} at {self.address.base_url}: {what}",
-                f"no action needed if it passes; otherwise check {self.address.variable} and the network",
-            ) from error
+                raise Permanent(f"{self._service} at {self._base_url}: {said}", CA_HINT) from error
+            hint = f"no action needed if it passes; otherwise check {self._variable} and the network"
+            fault = connection_fault(error, self._base_url) or said
+            raise Transient(f"{self._service}: {fault}", hint) from error
 
     def _make(self) -> "httpx.Client":
         import httpx
 
         # Its line for each request would drown the log, where a run has one.
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        timeout = httpx.Timeout(self.address.read_seconds, connect=CONNECT_SECONDS)
-        return httpx.Client(headers=dict(self.address.headers), timeout=timeout, follow_redirects=False)
+        timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
+        return httpx.Client(headers=dict(self._headers), timeout=timeout, follow_redirects=False)

@@ -1,55 +1,35 @@
 """A pull and its partitions: where hours land, which are due, how their rows are stored, and what is recorded of them.
 
 Invariants: nothing is connected before the first run; a partition that fails is noted beside its cursor and the others
-go on; the cursor moves with the record of an hour, in one transaction; a dry run records nothing. One object per
-window: the same rows are not stored twice, however their order or their bytes differ; an object is replaced only while
-it is the version that was looked at, and one that is whole never by one with fewer rows.
+go on; the cursor moves with the record of an hour, in one transaction; a dry run records nothing.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import BinaryIO, Generic, TypeVar
+from typing import BinaryIO, Generic, Protocol, TypeVar
 
 from app.config.settings import Settings
-from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
+from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.files import temporary_file
-from app.core.ledger import Ledger, SetAside, Tally, ledger_of
-from app.core.pipeline import Checkpoints, Commit, Held, Record
+from app.core.ledger import SetAside
+from app.core.pipeline import Checkpoints, Commit, Record
 from app.core.runs import Context, Failure, Job, Report
 from app.core.verify import Chart, Verification
 from app.core.windows import HOUR_SECONDS, Window, floor_to
-from app.object_store.deltas import held_of
-from app.object_store.port import ObjectStore, Put
-from app.object_store.set_aside import LINES, ZIP, SetAsideStore, folder_of
+from app.object_store.port import ObjectStore
+from app.object_store.set_aside import LINES, SetAsideStore, folder_of
 from app.product_events.mapping import Events
 
 HOUR = timedelta(hours=1)
-GZIP = "application/gzip"
-SET_ASIDE_AFTER = timedelta(days=1)
-ABOVE_LIMIT, KEEPS_FAILING = "hour above the service's limit", "hour that keeps failing"
-NOT_HAD = "not had"
-"""The version in the record of a window that the service could not give; `closed` says that it was set aside."""
 LARGE_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
-R = TypeVar("R")
 S = TypeVar("S")
-
-
-@dataclass(frozen=True, slots=True)
-class PullPipeline(Generic[S]):
-    """What `main` wires, and the `service` that routes ask as well."""
-
-    name: str
-    job: Job
-    backfill: Callable[[Context, Window], Report]
-    verification: Verification
-    chart: Chart
-    service: S
 
 
 def spool_of(settings: Settings) -> Path:
@@ -81,32 +61,13 @@ class PullContext:
         """Hours that end until then can be asked for."""
         return floor_to(self.clock() - self.due_after, HOUR_SECONDS)
 
-    def run_each(self, context: Context, runs: Mapping[str, R], work: Callable[[R], Report]) -> Report:
-        """`work` for each partition. Raises LeaseLost, Stopped, and what a store that cannot be used raises."""
-        self.spool.mkdir(parents=True, exist_ok=True)
-        # Conditions are what keeps two writers apart; a store is tried once whether it honours them.
-        if not self.store.conditional:
-            self.store.probe()
-        total = Report()
-        for partition, run in runs.items():
-            try:
-                total += work(run)
-            # Another process goes on with all partitions; anything else is the fault of one of them.
-            except LeaseLost:
-                raise
-            except (Transient, Permanent, Rejected) as error:
-                if not context.dry_run:
-                    self.checkpoints.fail(self.name, partition, str(error), context.lease)
-                total += Report(failures=(Failure(partition, error.message, error.hint),))
-        return total
-
 
 def pull_context(
     settings: Settings,
-    *,
-    name: str,
     interval_seconds: float,
     lookback_days: int,
+    *,
+    name: str,
     unit: str,
     due_after: timedelta,
     largest_bytes: int,
@@ -141,6 +102,11 @@ class PartitionRun:
     pull: PullContext
     context: Context
     name: str
+
+    @property
+    def waiting(self) -> str:
+        """The pipeline whose records are hours that wait to be tried again: `min_at` is when they failed first."""
+        return f"{self.pull.name}_waiting"
 
     @property
     def cursor_at(self) -> datetime | None:
@@ -186,90 +152,76 @@ class PartitionRun:
         left = f"; the job itself pulls those from {cursor:%Y-%m-%dT%H:%MZ} on" if end < span.end else ""
         return report + Report(notes=(note + left,))
 
-    def set_hour_aside(
-        self,
-        window: Window,
-        fault: AppError,
-        *,
-        place: tuple[str, ...],
-        is_too_large: bool,
-        archive: BinaryIO | None = None,
-    ) -> Ledger:
-        """Set an hour aside that the service cannot give, which counts as one; `archive`: what came instead of it."""
-        log.warning("%s %s is set aside: %s", self.name, window, fault)
-        if archive is not None:
-            archive.seek(0)
-        kept = self.pull.set_aside.keep(
-            place,
-            archive or str(fault).encode(),
-            content_type=ZIP if archive else LINES,
-            reason=ABOVE_LIMIT if is_too_large else KEEPS_FAILING,
-            number=1,
-            sample=f"{self.name} {window}: {fault.message}",
-        )
-        return ledger_of(Tally(counted=1), kept.entry, unit=self.pull.unit).of_partition(self.name)
+
+class PartitionPull(Protocol):
+    """One partition in one run. Methods raise what the ports and the service raise; what was committed stays."""
+
+    run: PartitionRun
+
+    def pull_due(self) -> Report:
+        """Pull what is due. `more`: more is due."""
+
+    def pull_again(self, hours: Window) -> Report:
+        """Pull hours again, whatever is recorded. The cursor does not move."""
+
+    def close(self) -> None:
+        """Free what it holds. Idempotent."""
 
 
-def was_had(record: Record | None) -> bool:
-    """False for a window that has no record, or one that says that the service could not give it."""
-    return record is not None and record.version != NOT_HAD
+@dataclass(frozen=True, slots=True)
+class PullPipeline(Generic[S]):
+    """What `main` wires, and the `service` that routes ask as well. `runs` gives the partitions of a run.
 
-
-def record_of_nothing(
-    window: Window, key: str, *, closed: bool, version: str = "", digest: str = "", min_at: datetime | None = None
-) -> Record:
-    """The record of a window without rows, or with NOT_HAD of one that waits (since `min_at`) or was set aside."""
-    return Record(window, 0, key, version, digest, 0, 0, 0, min_at, None, closed)
-
-
-def store_rows(
-    store: ObjectStore,
-    file: BinaryIO,
-    *,
-    pipeline: str,
-    key: str,
-    window: Window,
-    rows: int,
-    digest: str,
-    closed: bool,
-    refused: int = 0,
-    content_type: str = GZIP,
-    over: str | None = None,
-) -> Record:
-    """Store `file` from its beginning as the object of a window; the record of what is there then.
-
-    `digest` tells these rows from others. `over`: the version to replace, whatever it holds ("" = nothing is there);
-    None = an object with these rows, or with more, stays. `source_cells` of the record counts the `refused` rows too,
-    so what it has more than `rows` are those that were set aside. Raises Conflict when somebody else writes the same
-    object at this moment: read the service again, then repeat.
+    `checks`: key, title and variable of each system that it needs, and what finds out whether it can be used.
     """
-    held = None
-    if over is None and (there := store.head(key)) is not None:
-        held, over = held_of(there), there.etag
-        # Services forget, and give fewer rows of an old hour: what was stored then is worth more.
-        if held.digest != digest and (held.rows or 0) > rows:
-            log.warning("%s holds %s rows, the service now gives %d: it stays", key, held.rows, rows)
-        elif held.digest != digest:
-            held = None
-    if held is None:
-        size_bytes = file.seek(0, 2)
-        file.seek(0)
-        metadata = {"pipeline": pipeline, "window": str(window), "rows": str(rows), "digest": digest}
-        held = Held(store.put(key, file, Put(content_type, metadata, over or "")), digest, rows, size_bytes=size_bytes)
-    there_rows = rows if held.rows is None else held.rows
-    return Record(
-        window=window,
-        part=0,
-        key=key,
-        version=held.version,
-        digest=held.digest,
-        rows=there_rows,
-        size_bytes=held.size_bytes,
-        source_cells=there_rows + refused,
-        min_at=window.start,
-        max_at=window.end,
-        closed=closed,
-    )
+
+    pull: PullContext
+    interval_seconds: int
+    off: str
+    runs: Callable[[Context], Sequence[PartitionPull]]
+    verification: Verification
+    chart: Chart
+    service: S
+    checks: Sequence[tuple[str, str, str, Callable[[], str]]] = ()
+
+    @property
+    def name(self) -> str:
+        """That of the job."""
+        return self.pull.name
+
+    @property
+    def job(self) -> Job:
+        """Pulls what is due of every partition."""
+
+        def work(context: Context) -> Report:
+            return self._each(context, lambda one: one.pull_due())
+
+        return Job(self.name, self.interval_seconds, work, self.off)
+
+    def backfill(self, context: Context, span: Window) -> Report:
+        """Pull the hours of `span` again, in every partition."""
+        return self._each(context, lambda one: one.run.fill(span, one.pull_again))
+
+    def _each(self, context: Context, work: Callable[[PartitionPull], Report]) -> Report:
+        """`work` for each partition. Raises LeaseLost, Stopped, and what a store that cannot be used raises."""
+        pull, total = self.pull, Report()
+        pull.spool.mkdir(parents=True, exist_ok=True)
+        # Conditions are what keeps two writers apart; a store is tried once whether it honours them.
+        if not pull.store.conditional:
+            pull.store.probe()
+        for one in self.runs(context):
+            partition = one.run.name
+            try:
+                with closing(one):
+                    total += work(one)
+            # Another process goes on with all partitions; anything else is the fault of one of them.
+            except LeaseLost:
+                raise
+            except (Transient, Permanent, Rejected) as error:
+                if not context.dry_run:
+                    pull.checkpoints.fail(pull.name, partition, str(error), context.lease)
+                total += Report(failures=(Failure(partition, error.message, error.hint),))
+        return total
 
 
 @dataclass(slots=True)

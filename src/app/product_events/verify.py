@@ -1,113 +1,153 @@
 """Both ends of a pull: which hours are compared, how an object is read and mended; and the gap map.
 
-Invariants: an object is downloaded whole before it is read, so that what goes wrong inside is its own fault. In the
-gap map only keys of its windows count, whatever else lies beside them; a window that could not be had is MISSING, since
-its record names a version that no object has; one that lines were set aside of is PARTIAL.
+Invariants: an object is downloaded whole before it is read, so that what goes wrong inside is its own fault; an hour is
+whole only when the warehouse holds the events of its object; a day is asked for once however many of its hours are
+compared, after its objects were listed, so that what somebody stored since is never written over. In the gap map only
+keys of its windows count, whatever else lies beside them; a window that could not be had is MISSING, since its record
+names a version that no object has; one that lines were set aside of is PARTIAL.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import partial
-from shutil import copyfileobj
-from typing import BinaryIO
 
-from app.core.errors import Permanent, Transient
-from app.core.files import temporary_file
+from app.core.errors import AppError, Conflict, Permanent, Transient
 from app.core.pipeline import Record
 from app.core.repair import GONE_HINT
+from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Cell, CellState, Content, Found, Moment, Slot, cells_of
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
 from app.object_store.port import ObjectInfo
-from app.product_events.pull import PullContext
-
-
-def ended_hours(pull: PullContext, span: Window) -> Sequence[Window]:
-    """The hours of a span that can be asked for."""
-    end = floor_to(min(span.end, pull.due_at), HOUR_SECONDS)
-    return list(windows_between(span.start, end, HOUR_SECONDS))
-
-
-def rest_of_day(hour: Window, until: datetime) -> Window:
-    """What is asked for together with an hour: its day from there on, up to `until`."""
-    midnight = floor_to(hour.start, DAY_SECONDS) + timedelta(days=1)
-    return Window(hour.start, max(hour.end, min(midnight, until)))
-
-
-@contextmanager
-def downloaded(pull: PullContext, info: ObjectInfo) -> Iterator[BinaryIO]:
-    """That version of an object in a file. Raises Conflict when it is another version, Transient when it is gone."""
-    with temporary_file(pull.spool) as spooled:
-        with pull.store.open(info.key, info.etag) as stream:
-            if stream is None:
-                raise Transient(f"{info.key} went away while it was read", "verify again")
-            copyfileobj(stream, spooled, 1 << 18)
-        spooled.seek(0)
-        yield spooled
-
-
-@contextmanager
-def damage(key: str, broken: tuple[type[Exception], ...]) -> Iterator[None]:
-    """What is `broken` while an object is read is Permanent: it is damaged."""
-    try:
-        yield
-    except broken as error:
-        what = error.message if isinstance(error, Transient) else error
-        hint = "heal the window: the object is written again from what the service gives"
-        raise Permanent(f"{key} is damaged: {what}", hint) from error
-
-
-def refuse_lost(key: str, lacking: int, rows: int) -> None:
-    """Raise Permanent when the warehouse lacks some of the events of an object."""
-    if lacking:
-        hint = "heal the window: its events are loaded again"
-        raise Permanent(f"{lacking} of {rows} events of {key} are not in the warehouse", hint)
+from app.product_events.hours import DamagedObject, Opened, PulledHour, object_hour, told_as_fault
+from app.product_events.mapping import lost
+from app.product_events.pull import PartitionRun, PullContext
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectFound:
-    """An object as it was found before the service was asked: its version ("" = none), and what it holds (None = it
-    cannot be read).
+class GivenHours:
+    """What the service gives for a span of a partition, or the `fault` of all of it. `versions`: those of its objects
+    from before the service was asked.
     """
 
-    key: str
-    version: str
-    content: Content | None
+    partition: str
+    span: Window
+    hour: Callable[[Window], PulledHour]
+    versions: Mapping[str, str]
+    fault: AppError | None = None
 
-    def stays(self, given: Content, record: Record | None) -> bool:
-        """Whether it stays as it is, since the service, which gives this now, no longer has all of it.
+    def has(self, slot: Slot) -> bool:
+        """Whether this hour is among them."""
+        return self.partition == slot.partition and self.span.start <= slot.window.start < self.span.end
 
-        Raises Permanent when it is damaged or foreign and the service has no rows to put in its place.
+
+class PullEnds(ABC):
+    """`app.core.verify.Ends` over a pull; its windows are hours. `key`: the object of an hour of a partition."""
+
+    def __init__(self, pull: PullContext, names: Iterable[str], stop: Stop, key: Callable[[str, Window], str]) -> None:
+        self.pull, self.names, self.stop, self.key = pull, sorted(names), stop, key
+        self.held = ExitStack()
+        self._until = pull.due_at
+        self._given: GivenHours | None = None
+        self._contents: dict[Slot, Content] = {}
+
+    @abstractmethod
+    def ask(self, partition: str, span: Window, versions: Mapping[str, str]) -> GivenHours:
+        """What the service gives for a span, or for the beginning of it. Its files are closed with `held`."""
+
+    @abstractmethod
+    def opened(self, _partition: str) -> Opened:
+        """How the object of an hour is read."""
+
+    @abstractmethod
+    def mend(self, run: PartitionRun, hour: PulledHour, record: Record | None, over: str | None) -> Report:
+        """Land an hour again over a version, see `store_rows`."""
+
+    def partitions(self, _: Window) -> Sequence[str]:
+        """See `Ends.partitions`: those that are configured."""
+        return self.names
+
+    def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
+        """See `Ends.slots`: hours that can be asked for."""
+        self._until = floor_to(min(span.end, self.pull.due_at), HOUR_SECONDS)
+        self.pull.spool.mkdir(parents=True, exist_ok=True)
+        try:
+            for name in self.names if partition is None else [partition]:
+                yield from (Slot(name, hour) for hour in windows_between(span.start, self._until, HOUR_SECONDS))
+        finally:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Free what is at hand of the service's answers."""
+        self.held.close()
+        self._given = None
+
+    def source(self, slot: Slot) -> Content:
+        """See `Ends.source`. A second look sees the same answer."""
+        if slot not in self._contents:
+            with told_as_fault():
+                self._contents[slot] = self._hour(slot).content()
+        return self._contents[slot]
+
+    def destination(self, slot: Slot) -> Content:
+        """See `Ends.destination`. Raises Permanent for an object that is damaged, or whose events are not loaded."""
+        info = self.pull.store.head(self.key(slot.partition, slot.window))
+        return self._content(slot, info) if info else NOTHING
+
+    def heal(self, context: Context, slot: Slot) -> Report:
+        """See `Ends.heal`. Raises Conflict when the object was stored again since the service was asked, and Permanent
+        when it is damaged or foreign and the service has no rows to put in its place.
         """
-        if self.content == given:
-            return False
-        is_confirmed = record is not None and self.version != "" and self.version == record.version
+        given, key = self.source(slot), self.key(slot.partition, slot.window)
+        with told_as_fault():
+            hour = self._hour(slot)
+        info = self.pull.store.head(key)
+        version = info.etag if info else ""
+        if self._given and version != self._given.versions.get(key, ""):
+            raise Conflict(f"{key} was changed by another writer meanwhile", "verify the window again")
+        run = PartitionRun(self.pull, context, slot.partition)
+        record = run.records(slot.window).get(slot.window.start)
+        try:
+            there = self._content(slot, info, load=False) if info else NOTHING
+        except DamagedObject:
+            there = None
         # What was confirmed and has more rows is from before the service forgot some of them.
-        if is_confirmed and self.content is not None and self.content.rows > given.rows:
-            return True
-        if not given.rows:
-            raise Permanent(f"{self.key}: was changed, and the service has no rows of it", GONE_HINT)
-        return False
+        is_confirmed = record is not None and version != "" and version == record.version
+        if is_confirmed and there is not None and there.rows > given.rows:
+            return Report()
+        if there != given and not given.rows:
+            raise Permanent(f"{key}: was changed, and the service has no rows of it", GONE_HINT)
+        return self.mend(run, hour, record, None if there == given else version)
 
-    def over(self, given: Content) -> str | None:
-        """The version to store over, for `store_rows`; None where the same rows are there already."""
-        return None if self.content == given else self.version
+    def _hour(self, slot: Slot) -> PulledHour:
+        """An hour as the service gives it; it is asked for together with what is left of its day and of the span."""
+        if self._given is None or not self._given.has(slot):
+            self.let_go()
+            midnight = floor_to(slot.window.start, DAY_SECONDS) + timedelta(days=1)
+            span = Window(slot.window.start, max(slot.window.end, min(midnight, self._until)))
+            hours = windows_between(span.start, span.end, HOUR_SECONDS)
+            folders = {folder_of(self.key(slot.partition, hour)) for hour in hours}
+            versions = {info.key: info.etag for folder in folders for info in self.pull.store.list(folder)}
+            self._given = self.ask(slot.partition, span, versions)
+        if self._given.fault is not None:
+            raise self._given.fault
+        return self._given.hour(slot.window)
 
-
-def object_found(key: str, info: ObjectInfo | None, read: Callable[[ObjectInfo], Content]) -> ObjectFound:
-    """What is under a key."""
-    if info is None:
-        return ObjectFound(key, "", NOTHING)
-    try:
-        return ObjectFound(key, info.etag, read(info))
-    except Permanent:
-        return ObjectFound(key, info.etag, None)
-
-
-def covers(partition: str, span: Window, slot: Slot) -> bool:
-    """Whether what was given for that span of a partition has this hour."""
-    return slot.partition == partition and span.start <= slot.window.start < span.end
+    def _content(self, slot: Slot, info: ObjectInfo, *, load: bool = True) -> Content:
+        """What an object holds. Raises Permanent for events that the warehouse lacks, unless it is only compared."""
+        opened, lacking = self.opened(slot.partition), 0
+        with object_hour(self.pull, slot.window, opened, key=info.key, etag=info.etag) as hour:
+            if hour is None:
+                raise Transient(f"{info.key} went away while it was read", "verify again")
+            content = hour.content()
+            if load and hour.is_loaded:
+                lacking = sum(lost(self.pull.warehouse.known, tables) for tables in hour.tables())
+        if lacking:
+            hint = "heal the window: its events are loaded again"
+            raise Permanent(f"{lacking} of {content.rows} events of {info.key} are not in the warehouse", hint)
+        return content
 
 
 def folder_of(key: str) -> str:

@@ -4,6 +4,7 @@ Who may call a route is decided in front of this, from what the route itself dec
 """
 
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ PAGE_PARTS = {
     "redoc.standalone.js": "text/javascript; charset=utf-8",
 }
 LOGO_ELSEWHERE = b"https://cdn.redoc.ly/redoc/logo-mini.svg"
+UNREAD = 400  # what FastAPI answers to a body that it cannot decode at all
 SEE_DOCS = "correct the request; /docs shows its shape"
 ANYWHERE = faults({422: "a parameter or the body is wrong: it is named"})
 WITH_KEY = {
@@ -135,6 +137,23 @@ def build_api(title: str, version: str, description: str, routers: Sequence[APIR
     return api
 
 
+async def refuse_unknown_parameters(request: Request) -> None:
+    """A dependency of routers. Raises Refused for a parameter that is given twice, since one would be ignored, and for
+    one that the route does not declare: with a misspelt `offset` a patch would overwrite the start.
+    """
+    route = request.scope["route"]
+    declared = [each.alias for each in route.dependant.query_params]
+    declared += [each["name"] for each in (route.openapi_extra or {}).get("parameters", ()) if each["in"] == "query"]
+    for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if count > 1:
+            raise Refused(
+                Refusal(422, f"the parameter {name[:80]!r} is given {count} times", "give it once", name[:80])
+            )
+        if name not in declared:
+            hint = f"use {', '.join(sorted(declared))}" if declared else "leave it out: this route takes none"
+            raise Refused(Refusal(422, f"unknown parameter {name[:80]!r}", hint, name[:80]))
+
+
 def route_scopes(api: FastAPI) -> RouteScopes:
     """What every route of `api` declares."""
     scopes = RouteScopes()
@@ -152,6 +171,8 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
             refusal = Refusal(415, "this media type is not read", "send application/json")
     elif isinstance(error, HTTPException):
         refusal = Refusal(error.status_code, str(error.detail), SEE_DOCS, headers=error.headers or {})
+        if refusal.status == UNREAD:
+            refusal = Refusal(422, "the body is not JSON in UTF-8, or nests too deep", SEE_DOCS, "body")
     else:
         refusal = refusal_of(error)
     return JSONResponse(refusal.body, refusal.status, headers=dict(refusal.headers))

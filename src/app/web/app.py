@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, MutableMapping
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 from app.core.errors import AppError
 from app.ops.health import ProbeAnswer
@@ -52,10 +52,16 @@ log = logging.getLogger(__name__)
 audit = logging.getLogger("app.audit")
 
 
+class Api(NamedTuple):
+    """The guarded part: `app`, but for the paths in `fast`; `scopes` are what its routes declare."""
+
+    app: Asgi
+    fast: Mapping[str, Asgi]
+    scopes: RouteScopes
+
+
 class Front:
-    """See the module. `opened` starts the work and `close` ends it within its time; `api` imports and builds the API,
-    and says what its routes declare.
-    """
+    """See the module. `opened` starts the work, `close` ends it within its time, `api` imports and builds the API."""
 
     def __init__(
         self,
@@ -64,21 +70,22 @@ class Front:
         limits: BodyLimits,
         *,
         opened: Callable[[], None],
-        api: Callable[[], tuple[Asgi, RouteScopes]],
+        api: Callable[[], Api],
         close: Callable[[], None],
     ) -> None:
         self._probes = probes
         self._guard = guard
         self._limits = limits
         self._opened, self._make_api, self._close = opened, api, close
-        self._api: asyncio.Future[tuple[Asgi, RouteScopes]] | None = None
+        self._building: asyncio.Future[None] | None = None
+        self._api: Api | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
-            await self._http(scope, receive, _sealed(scope, send, self._guard))
+            await self._http(scope, receive, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -95,61 +102,70 @@ class Front:
         await asyncio.to_thread(self._close)
         await send({"type": "lifespan.shutdown.complete"})
 
-    def _build(self) -> "asyncio.Future[tuple[Asgi, RouteScopes]]":
+    def _build(self) -> "asyncio.Future[None]":
         """Import and build the API in a thread, once; requests that need it wait for it.
 
         One that failed is built again with the next request: imports beside other threads may fail by chance, as
         the AST constructor of CPython 3.11.7 was seen to (gh-106905).
         """
 
-        def built() -> tuple[Asgi, RouteScopes]:
-            api = self._make_api()
+        def build() -> None:
+            self._api = self._make_api()
             gc.freeze()  # to look for garbage in what was imported stops every thread for a tenth of a second
-            return api
 
-        if self._api is None or (self._api.done() and (self._api.cancelled() or self._api.exception())):
-            self._api = asyncio.ensure_future(asyncio.to_thread(built))
-        return self._api
+        if self._building is None or self._building.done():
+            self._building = asyncio.ensure_future(asyncio.to_thread(build))
+        return self._building
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Every answer gets the headers that it lacks, and one to a request for a change a line in the log."""
+        added, started = _added_headers(scope, self._guard), False
+
+        async def answered(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                held = list(message.get("headers", ()))
+                names = {name.lower() for name, _ in held} - {b"vary"}
+                message = {**message, "headers": [*held, *(each for each in added if each[0] not in names)]}
+                if scope["method"] not in SAFE_METHODS:
+                    _log_change(scope, message["status"])
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, answered)
+        except (Refused, AppError) as error:
+            await send_refusal(answered, refusal_of(error))
+        finally:
+            if not started:
+                log.error("%s %s: no answer was given", scope["method"], scope["path"])
+                await send_refusal(answered, Refusal(500, BROKEN, BROKEN_HINT))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         probe = self._probes.get(path)
         if probe is not None and scope["method"] in ("GET", "HEAD"):
             answer = probe()
             await send_json(send, answer.status, answer.body, {})
             return
-        if scope["method"] not in SAFE_METHODS:
-            send = _audited(scope, send)
         if self._guard.locked:
-            if b"text/html" in dict(scope["headers"]).get(b"accept", b""):
-                await _send_locked_page(send)
-            else:
-                await send_refusal(send, LOCKED)
+            if b"text/html" not in dict(scope["headers"]).get(b"accept", b""):
+                raise Refused(LOCKED)
+            await _send_locked_page(send)
             return
-        started = False
-
-        async def noted(message: MutableMapping[str, Any]) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            api, scopes = await asyncio.shield(self._build())
-            # A path with a slash too many is FastAPI's to redirect.
-            methods = scopes.of(path) or scopes.of(path.rstrip("/"))
-            if preflight := _preflight(scope, methods, self._guard):
-                await noted({"type": "http.response.start", "status": 204, "headers": preflight})
-                await noted({"type": "http.response.body"})
-                return
-            await self._guard.authorize(scope, methods)
+        while self._api is None:
+            await asyncio.shield(self._build())
+        app, fast, scopes = self._api
+        # A path with a slash too many is FastAPI's to redirect.
+        methods = scopes.of(path) or scopes.of(path.rstrip("/"))
+        if scope["method"] == "OPTIONS" and (preflight := _preflight(scope, methods, self._guard)):
+            await send({"type": "http.response.start", "status": 204, "headers": preflight})
+            await send({"type": "http.response.body"})
+            return
+        await self._guard.authorize(scope, methods)
+        if b"%" in scope["query_string"] or not scope["query_string"].isascii():
             check_query(scope["query_string"])
-            await self._limits.call(api, scope, receive, noted)
-        except (Refused, AppError) as error:
-            await send_refusal(noted, refusal_of(error))
-        finally:
-            if not started:
-                log.error("%s %s: no answer was given", scope["method"], path)
-                await send_refusal(send, Refusal(500, BROKEN, BROKEN_HINT))
+        await self._limits.call(fast.get(path, app), scope, receive, send)
 
 
 async def _send_locked_page(send: Send) -> None:
@@ -163,30 +179,20 @@ async def _send_locked_page(send: Send) -> None:
     await send({"type": "http.response.body", "body": page})
 
 
-def _audited(scope: Scope, send: Send) -> Send:
-    """`send` that writes who asked for what change, and how it was answered, into the log: one line per request."""
-
-    async def audited(message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            who = getattr(scope.get("state", {}).get("grant"), "name", "nobody")
-            path = scope.get("raw_path", b"").decode("latin-1")[:AUDITED_CHARACTERS]
-            address, status = (scope.get("client") or ("",))[0], message["status"]
-            said = {"who": who, "method": scope["method"], "path": path, "status": status, "address": address}
-            audit.info("%s %s by %s: %d", scope["method"], path, who, status, extra=said)
-        await send(message)
-
-    return audited
+def _log_change(scope: Scope, status: int) -> None:
+    """One line: who asked for what change, and how it was answered."""
+    who = getattr(scope.get("state", {}).get("grant"), "name", "nobody")
+    path = scope.get("raw_path", b"").decode("latin-1")[:AUDITED_CHARACTERS]
+    said = {"who": who, "method": scope["method"], "path": path, "status": status}
+    address = (scope.get("client") or ("",))[0]
+    audit.info("%s %s by %s: %d", scope["method"], path, who, status, extra={**said, "address": address})
 
 
 def _preflight(scope: Scope, methods: Methods, guard: Guard) -> list[tuple[bytes, bytes]]:
     """What a browser that asks before a call of another site's page is told; empty for anything else."""
     fields = dict(scope["headers"])
     asked = fields.get(b"access-control-request-headers", b"")
-    if (
-        scope["method"] != "OPTIONS"
-        or b"access-control-request-method" not in fields
-        or not guard.allowed_origin(scope)
-    ):
+    if b"access-control-request-method" not in fields or not guard.allowed_origin(scope):
         return []
     return [
         (b"access-control-allow-methods", ", ".join(sorted(methods)).encode()),
@@ -195,22 +201,13 @@ def _preflight(scope: Scope, methods: Methods, guard: Guard) -> list[tuple[bytes
     ]
 
 
-def _sealed(scope: Scope, send: Send, guard: Guard) -> Send:
-    """`send` with the security headers on each answer, and those that let an allowed page of another site read it; what
-    the application set itself stays.
-    """
+def _added_headers(scope: Scope, guard: Guard) -> list[tuple[bytes, bytes]]:
+    """The security headers, and those that let an allowed page of another site read the answer."""
     policy = POLICIES.get(scope["path"], SAFE).encode()
     added = [*HEADERS, (b"content-security-policy", policy), *([HSTS] if scope["scheme"] == "https" else [])]
     if guard.origins:
         added.append((b"vary", b"Origin"))
-    if origin := guard.allowed_origin(scope):
-        added += [(b"access-control-allow-origin", origin.encode("latin-1")), (b"access-control-expose-headers", b"*")]
-
-    async def sealed(message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            held = list(message.get("headers", ()))
-            names = {name.lower() for name, _ in held} - {b"vary"}
-            message = {**message, "headers": [*held, *(each for each in added if each[0] not in names)]}
-        await send(message)
-
-    return sealed
+        if origin := guard.allowed_origin(scope):
+            added.append((b"access-control-allow-origin", origin.encode("latin-1")))
+            added.append((b"access-control-expose-headers", b"*"))
+    return added

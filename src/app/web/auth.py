@@ -274,7 +274,9 @@ class Guard:
         """
         fields = _fields(scope)
         if not self.keyring:
-            if not self.anonymous and not _local(fields.get(b"host", "")):
+            # the name of this machine, which one that a foreign page bound to 127.0.0.1 is not
+            host = fields.get(b"host", "")
+            if not self.anonymous and not loopback(host if host.endswith("]") else host.rsplit(":", 1)[0]):
                 hint = "use localhost or 127.0.0.1, or set API_KEYS"
                 raise Refused(Refusal(403, "without keys only calls to this machine's own name are answered", hint))
             return EVERYBODY
@@ -359,8 +361,3 @@ def _cookie(fields: Fields) -> str:
 def unauthorized(message: str) -> Refusal:
     """401 as RFC 9110 wants it."""
     return Refusal(401, message, SIGN_IN, headers={"WWW-Authenticate": 'Bearer realm="headwater"'})
-
-
-def _local(host: str) -> bool:
-    """True when the Host header names this machine; a name that a foreign page bound to 127.0.0.1 does not."""
-    return loopback(host.rsplit(":", 1)[0] if not host.endswith("]") else host)

@@ -41,6 +41,9 @@ class BodyLimits:
         large = by_line or scope["path"].startswith(self.upload_prefixes)
         limit_bytes = self.upload_bytes if large else self.body_bytes
         length = fields.get(b"content-length", b"")
+        if not length and b"transfer-encoding" not in fields and scope["http_version"] in ("1.0", "1.1"):
+            await app(scope, receive, send)  # no body can come
+            return
         if length.isdigit() and int(length) > limit_bytes:
             raise Refused(too_large(limit_bytes))
         body = _Body(receive, send, limit_bytes)
