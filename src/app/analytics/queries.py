@@ -236,7 +236,9 @@ class Queries:
         """
         if as_of is not None:
             if self._table is None:
-                raise BadParameter("as_of needs the table of closed days", "set CATALOG=iceberg; see docs/lake.md")
+                raise BadParameter(
+                    "as_of needs the table of closed days", "set CATALOG=iceberg, and install headwater[lake]"
+                )
             try:
                 return ToRead([], self._table.rows_at(as_of, span), span)
             except Rejected as error:
