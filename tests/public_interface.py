@@ -25,7 +25,7 @@ import psycopg
 from fastapi.routing import iter_route_contexts
 
 from app.config.environment import load_settings
-from app.csv_inbox.config import KEYS
+from app.csv_inbox.config import InboxConfig
 from app.db.state import open_state
 from app.main import build
 from app.ops import commands as one_off
@@ -67,7 +67,7 @@ def variables(commands: Commands) -> Iterator[str]:
     values = json.loads(commands.run("check", "--json"))["values"]
     yield from (f"{name}={text}" for name, text in values.items())
     yield "\nkeys of config.json"
-    yield from (f"{key}: {json.dumps(default)}" for key, (default, _) in KEYS.items())
+    yield from (f"{key}: {json.dumps(one.default, default=str)}" for key, one in InboxConfig.model_fields.items())
 
 
 def landed(commands: Commands, world: World) -> Iterator[str]:

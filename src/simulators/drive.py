@@ -353,6 +353,8 @@ class DriveSimulator(Simulator):
             made = self.state.files.add(wanted, content or b"")
         except KeyError as error:
             raise DriveRefusal(409, "fileIdInUse", "A file already exists with the provided ID.") from error
+        if folder.trashed:
+            made = self.state.files.change(made.file_id, trashed=True)
         return _json_answer(_selected(made, request.parameters.get("fields", "")))
 
     def _update(self, request: Request, file_id: str, body: Mapping[str, Any], content: bytes | None) -> Answer:

@@ -109,8 +109,11 @@ class Files:
             return made
 
     def change(self, file_id: str, **changes: Any) -> StoredFile:
-        """The file with changes; new content is a new head revision."""
+        """The file with changes; new content is a new head revision. With a folder, what is in it goes to the trash."""
         with self.lock:
+            if "trashed" in changes:
+                for child in [each.file_id for each in self.held.values() if each.parent == file_id]:
+                    self.change(child, trashed=changes["trashed"])
             number = next(self._numbers)
             if "content" in changes:
                 changes["revision"] = f"rev{number}"

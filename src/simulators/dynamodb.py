@@ -178,14 +178,22 @@ class DynamoSimulator(Simulator):
         self.access_key_id = "demo"
         self.secret_access_key = "demo-secret"  # noqa: S105 - a simulator on loopback; signatures are not checked
         self.read_units = 0.0
-        self._tables = {table.name: table for table in tables}
+        self.refuses_to_go_on = ""  # the code that every page behind a first one is refused with
+        self._tables: dict[str, DynamoTable] = {}
         self._lock = Lock()
+        for table in tables:
+            self.make(table)
         self._operations: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
             "DescribeTable": lambda asked: {"Table": self._table(asked).description()},
             "BatchWriteItem": self._write_batch,
             "Query": self._query,
             "Scan": self._scan,
         }
+
+    def make(self, table: DynamoTable) -> None:
+        """Make a table; one that had the name is gone."""
+        with self._lock:
+            self._tables[table.name] = table
 
     def put(self, table: str, items: Sequence[Item]) -> None:
         """Write items without HTTP."""
@@ -247,6 +255,8 @@ class DynamoSimulator(Simulator):
     ) -> dict[str, Any]:
         """What is read from the start key on, up to the page's size; the filter comes after."""
         start = asked.get("ExclusiveStartKey")
+        if start is not None and self.refuses_to_go_on:
+            raise DynamoError(self.refuses_to_go_on, "slow down")
         if start is not None:
             after = tuple(sortable(start[name]) for name in table.key)
             found = found[next((at for at, (key, _) in enumerate(found, 1) if key == after), len(found)) :]

@@ -12,6 +12,7 @@ import json
 import secrets
 import time
 from collections.abc import Mapping
+from functools import cache
 from threading import Lock
 from typing import Any
 from urllib.parse import parse_qs, urlencode
@@ -24,18 +25,24 @@ GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 JSON = {"Content-Type": "application/json; charset=utf-8"}
 
 
+@cache
+def _account_key() -> Any:
+    """The service account's key: the same for all simulators of a process, since making one takes longer than a run."""
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    return rsa.generate_private_key(public_exponent=65537, key_size=1024)  # noqa: S505 - a simulator on loopback; a larger one is read for 0.1 s
+
+
 class Tokens:
     """One service account and one installed app."""
 
     def __init__(self) -> None:
-        from cryptography.hazmat.primitives.asymmetric import rsa
-
         self.revoked = False
         self.issued = 0
         self.client = {"client_id": "demo-client", "client_secret": secrets.token_hex(8)}
         self.refresh_token = f"1//{secrets.token_hex(8)}"
         self.email = "headwater@demo.iam.gserviceaccount.com"
-        self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        self._key = _account_key()
         self._live: dict[str, tuple[float, bool]] = {}
         self._codes: dict[str, tuple[str, str]] = {}
         self._lock = Lock()

@@ -8,20 +8,12 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent, Transient
-from app.csv_inbox import merge
 from app.csv_inbox.discovery import InboxPaths, InboxRun
 from app.csv_inbox.job import run
 from app.csv_inbox.key_index import HEAD_BYTES
 from inbox_world import World, colliding, world
 
 ROWS = 500
-
-
-@pytest.fixture(autouse=True, params=["dense", "sparse"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways along the index: rows that may go are close together, or far apart."""
-    if request.param == "sparse":
-        monkeypatch.setattr(merge, "APART_BYTES", 0)
 
 
 def begun(folder: Path) -> World:

@@ -14,13 +14,11 @@ from app.csv_inbox import merge
 from app.csv_inbox.csv_tokenizer import Cells, Dialect, Malformed, Marks, blocks, marked, walked
 from app.csv_inbox.discovery import InboxPaths
 from app.csv_inbox.key_index import (
-    DEEPEST,
     ENTRY,
     FEW_PAIRS,
     HEAD_BYTES,
     LONG_VALUE_BYTES,
     PIECE_RECORDS,
-    BloomIndex,
     hashed,
     same,
 )
@@ -68,11 +66,9 @@ def edges() -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("apart", [merge.APART_BYTES, 0])
 def test_rows_at_the_edges_of_all_that_is_read_at_once_are_replaced_with_and_without_an_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: int
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(merge, "APART_BYTES", apart)
     worlds = both(tmp_path)
     gone = edges()
     again = {number for number in gone if number % 3 == 0}
@@ -140,24 +136,6 @@ def test_a_key_that_shares_only_what_the_index_keeps_of_its_hash_is_another_key(
         assert (here.loads[0].inserted, here.loads[0].replaced) == (len(pairs), 0)
         lines = [f"{there},1\n" for there, _ in pairs] + [f"{asked},2\n" for _, asked in pairs]
         assert here.master.decode() == "k,a\n" + "".join(lines)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, (1 << 64) - 1), min_size=1, max_size=60), st.booleans(), st.integers(0, 63))
-def test_hashes_are_found_where_they_are_however_many_share_their_first_bits(
-    numbers: list[int],
-    crowded: bool,  # noqa: FBT001
-    shift: int,
-) -> None:
-    crowd = [(1 << shift) + number for number in range(DEEPEST + 2)] if crowded else []
-    held = np.unique(np.array(sorted({*numbers, *crowd}), np.uint64))
-    sieve = BloomIndex(held)
-    edge = (0, (1 << 64) - 1)
-    asked = np.array([*numbers, *crowd, *(min(each + 1, (1 << 64) - 1) for each in numbers), *edge], np.uint64)
-    expected = np.minimum(np.searchsorted(held, asked), len(held) - 1)
-    assert sieve.places(asked).tolist() == expected.tolist()
-    passed = set(sieve.passed(asked).tolist())
-    assert {place for place, each in enumerate(asked.tolist()) if each in set(held.tolist())} <= passed
 
 
 LONG = st.sampled_from([7, 8, 9, 63, 64, LONG_VALUE_BYTES - 1, LONG_VALUE_BYTES, LONG_VALUE_BYTES + 9])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.csv_inbox.csv_tokenizer import NONE, Cells, Dialect, Malformed, Marks, RecordBlock, marked, walked
-from app.csv_inbox.key_index import LONG_KEY_BYTES, Gathering, hashed, same
+from app.csv_inbox.key_index import LONG_KEY_BYTES, Keys, hashed, same
 from inbox_world import colliding
 
 DIALECT = Dialect(",", "latin-1")
@@ -78,10 +78,10 @@ def test_the_same_bytes_have_the_same_hash_and_only_they_are_the_same(pairs: lis
 @settings(max_examples=100, deadline=None)
 @given(st.lists(KEYS, min_size=1, max_size=30), st.lists(KEYS, min_size=1, max_size=30))
 def test_the_last_row_of_a_key_is_found_and_of_no_other(held: list[bytes], asked: list[bytes]) -> None:
-    gathering = Gathering()
-    gathering.add(cells_of(held[:5]))
-    gathering.add(cells_of(held[5:]))
-    keys = gathering.keys()
+    keys = Keys()
+    keys.add(cells_of(held[:5]))
+    keys.add(cells_of(held[5:]))
+    keys.sort()
     last = {key: row for row, key in enumerate(held)}
     assert keys.count == len(last)
     assert keys.kept_rows().tolist() == sorted(last.values())
@@ -96,9 +96,9 @@ def test_the_last_row_of_a_key_is_found_and_of_no_other(held: list[bytes], asked
 def test_keys_that_share_a_hash_stay_apart() -> None:
     first, second, third = colliding(3)
     assert len(set(hashed(cells_of([first, second, third])).tolist())) == 1
-    gathering = Gathering()
-    gathering.add(cells_of([first, b"other", second, first]))
-    keys = gathering.keys()
+    keys = Keys()
+    keys.add(cells_of([first, b"other", second, first]))
+    keys.sort()
     assert (keys.count, keys.kept_rows().tolist()) == (3, [1, 2, 3])
     cells = cells_of([second, first, third, b"none"])
     places = keys.candidates(hashed(cells))

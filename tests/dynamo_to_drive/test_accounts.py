@@ -122,3 +122,13 @@ def test_the_furthest_timestamp_more_than_a_day_ahead_is_told() -> None:
     forgetful = Accounts(AT)
     forgetful.placed(START + timedelta(days=9), "in nine days")
     assert forgetful.ahead == ""
+
+
+def test_what_was_read_for_an_hour_that_failed_waits_but_for_what_its_file_has_already() -> None:
+    accounts = Accounts(AT)
+    accounts.note(HOUR, counted=5, read=6, held=2)
+    whole, failed = (accounts.closed("p", None, is_whole=is_whole).total for is_whole in (True, False))
+    assert whole == Tally(counted=5, read=6, already_there=2)
+    assert failed == Tally(counted=5, read=6, already_there=2, waiting=3)
+    accounts.note(HOUR, held=9, only_held=3)
+    assert accounts.closed("p", None, is_whole=False).total == Tally(counted=5, read=6, already_there=5)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import Transient
 from app.core.windows import Window
-from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourWriter, lines_in, read_file
+from app.dynamo_to_drive.hour_file import COPY_BYTES, Accounts, FileShape, HourWriter, lines_in, read_file
 from app.dynamo_to_drive.rows import MISSES, Pages, Value, cell
 from app.dynamo_to_drive.source import WantedItems
 from app.dynamo_to_drive.timestamps import Hour, Times, ascend
@@ -239,3 +239,54 @@ def test_what_machines_write_ascends(form: str) -> None:
     assert not ascend(found[::-1])
     assert not ascend([*found[:3], found[2]])
     assert ascend([str(number) for number in range(1_770_465_600, 1_770_465_700)])
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "guard"),
+    [
+        ("-1.5", "-1.5", ""),
+        ("1e3", "1e3", ""),
+        ("=1+1", "=1+1", "'"),
+        ("@a", "@a", "'"),
+        ("'a", "'a", "'"),
+        ('a"b', '"a""b"', ""),
+        ("a,b", '"a,b"', ""),
+        ("a\nb", '"a\nb"', ""),
+        ("a\rb", '"a\rb"', ""),
+    ],
+)
+def test_a_cell_is_quoted_where_it_must_be_and_guarded_where_a_spreadsheet_would_count(
+    text: str, written: str, guard: str
+) -> None:
+    item = {AT: {"S": "2026-02-07T12:00:00Z"}, "v": {"S": text}}
+    line = f"2026-02-07T12:00:00Z,{guard}{written}\r\n"
+    assert file_of([[item]], SHAPE) == f"{AT},v\r\n2026-02-07T12:00:00Z,{written}\r\n".encode()
+    assert file_of([[item]], GUARDED) == f"{AT},v\r\n{line}".encode()
+    (row,) = read_file(io.StringIO(f"{AT},v\r\n{line}", newline=""), escaped=True)
+    assert row["v"] == text
+
+
+@pytest.mark.parametrize("end", ["", "\r\n"])
+def test_lines_longer_than_what_is_read_at_once_and_a_last_one_without_an_end_are_read_whole(end: str) -> None:
+    lines = ["a,b\r\n", f"{'x' * (2 * COPY_BYTES)},1\r\n", *(f"{n},{'y' * 1000}\r\n" for n in range(400)), f"z,2{end}"]
+    assert list(lines_in(io.BytesIO("".join(lines).encode()))) == lines
+    with closing(HourWriter(SHAPE)) as writer:
+        for page in range(3):  # segments that overlap are read again, each from its own place
+            writer.add_rows(row_of(second, page) for second in range(page, 3000, 3))
+        hour = writer.finish()
+    with hour.file:
+        assert list(read_file(lines_in(hour.file), escaped=False)) == [row_of(n, n % 3) for n in range(3000)]
+
+
+def row_of(second: int, page: int) -> dict[str, str]:
+    return {AT: f"{START + timedelta(seconds=second):%Y-%m-%dT%H:%M:%SZ}", "text": f"{page}" * 200}
+
+
+def test_rows_that_were_there_already_are_counted_in_a_page_and_between_pages() -> None:
+    rows = [row_of(second, 0) for second in (1, 2)]
+    with closing(HourWriter(SHAPE)) as writer:
+        for given in ([*rows, rows[1]], rows):
+            writer.add_rows(given)
+        hour = writer.finish()
+    hour.close()
+    assert (hour.rows, hour.repeated, hour.new_rows, hour.sums) == (2, 3, 2, {})

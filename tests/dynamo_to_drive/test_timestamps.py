@@ -23,6 +23,7 @@ from app.dynamo_to_drive.timestamps import (
     text_ranges,
     unit_of,
 )
+from effort import EFFORT
 
 UNITS = {"s": 0, "ms": 3, "us": 6}
 HOUR = Window(datetime(2026, 2, 7, 12, tzinfo=UTC), datetime(2026, 2, 7, 13, tzinfo=UTC))
@@ -70,7 +71,7 @@ def endings(offset: str, *, is_given: bool) -> st.SearchStrategy[str]:
 written = instants.flatmap(lambda at: st.tuples(st.just(at), texts(at)))
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500 * EFFORT, deadline=None)
 @given(written)
 def test_every_writing_is_read_as_its_instant_and_is_found_in_its_hour(found: tuple[datetime, str]) -> None:
     at, text = found
@@ -85,7 +86,7 @@ def test_every_writing_is_read_as_its_instant_and_is_found_in_its_hour(found: tu
         assert not Hour(times, other).has_all([text])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150 * EFFORT, deadline=None)
 @given(st.lists(written, min_size=2, max_size=6))
 def test_texts_of_any_writings_sort_by_their_instants(found: list[tuple[datetime, str]]) -> None:
     times = Times()
@@ -124,7 +125,7 @@ LETTERS = st.sampled_from("0123456789:.-+TZ t\n٣")
 alike = st.sampled_from(["2026-02-07T12:00:00Z", "2026-02-07 12:59:59.25+00:00", "2026-02-07T12:30:00", "1770465600"])
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300 * EFFORT, deadline=None)
 @given(alike, st.lists(st.tuples(st.integers(0, 30), LETTERS), max_size=4))
 def test_texts_that_are_told_by_their_columns_are_all_of_the_hour(text: str, changes: list[tuple[int, str]]) -> None:
     hour = Hour(Times(), HOUR)

@@ -203,15 +203,6 @@ class Held:
     write: str = ""
     folded: int = 0
 
-    def has_rows_beyond(self, batch: Batch) -> bool:
-        """True when rows of the object are certainly not in what the source gave now."""
-        if self.rows is not None and batch.rows < self.rows:
-            return True
-        if batch.min_at is None or batch.max_at is None:
-            return False
-        starts_earlier = self.min_at is not None and self.min_at < batch.min_at
-        return starts_earlier or (self.max_at is not None and self.max_at > batch.max_at)
-
 
 @dataclass(frozen=True, slots=True)
 class Record:

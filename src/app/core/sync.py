@@ -484,7 +484,7 @@ def _needs_union(pipeline: Pipeline[B, E], task: Task, held: Held, batch: B) -> 
     if batch.digest == held.digest:
         return False
     if pipeline.by_digest:
-        return pipeline.shrink is None and held.has_rows_beyond(batch)
+        return pipeline.shrink is None and held.rows != 0
     identities = pipeline.identities.of((task.partition, task.window.start), held.version)
     return identities is None or not batch.holds_all(identities)
 

@@ -9,7 +9,7 @@ comes back to the inbox once. Only what was appended does: a file in the archive
 
 import logging
 import os
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -57,7 +57,7 @@ def take_in(inbox: InboxRun, each: Grown) -> Candidate | None:
 def _dealt_with(each: Grown, file: IO[bytes], unended_bytes: int = 0) -> LoadRecord:
     """The record of the merge once all of the file is dealt with."""
     found = each.found
-    return replace(each.load, source=astuple(found), source_md5=md5_of(file, found.size), unended_bytes=unended_bytes)
+    return replace(each.load, source=found, source_md5=md5_of(file, found.size), unended_bytes=unended_bytes)
 
 
 def _moved_back(inbox: InboxRun, each: Grown, file: IO[bytes]) -> Candidate | None:
@@ -67,7 +67,7 @@ def _moved_back(inbox: InboxRun, each: Grown, file: IO[bytes]) -> Candidate | No
         # A line end comes first: then the last row was whole, and only its line end was lacking.
         if read_some(file, 2).lstrip(b"\r")[:1] != b"\n":
             start -= each.load.unended_bytes
-    temporary = inbox.paths.temporary_tail(each.load.load_id)
+    temporary = inbox.paths.temporary(each.load.load_id, "tail", inbox.config.watch_dir)
     with temporary.open("xb") as out:
         _copy_part(file, out, 0, each.load.rows_at)
         _copy_part(file, out, start, each.found.size)

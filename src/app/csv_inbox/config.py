@@ -7,13 +7,14 @@ what cannot work is one BadSettings with one line per fault. Nothing is created 
 import codecs
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
-from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from app.core.errors import BadSettings, Rejected, Transient
 from app.core.files import NAME_BYTES
@@ -88,113 +89,80 @@ MOST_KEPT = 1000
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
-@dataclass(frozen=True, slots=True)
-class InboxConfig:
-    """Every key of the file, under its own name. Paths are absolute; `csv_delimiter` is one ASCII character.
+def _placed(name: Any, info: ValidationInfo[Any]) -> Path:
+    if not isinstance(name, str | Path) or not str(name) or "\0" in str(name):
+        raise ValueError
+    folder: Path = info.context
+    # Resolved, since the master is replaced by renaming: a link must lead to the same file afterwards.
+    return (folder / name).expanduser().resolve()
+
+
+def _encoding(name: str) -> str:
+    """UTF-8, or one byte for each character: only there can rows be told apart without decoding all of them."""
+    lower, upper = bytes(range(128)), bytes(range(128, 256))
+    try:
+        found = codecs.lookup(name).name
+        if lower.decode(found) == lower.decode("ascii") and (
+            found in ("utf-8", "utf-8-sig") or len(upper.decode(found, "replace")) == len(upper)
+        ):
+            return found
+    except (LookupError, UnicodeError) as error:
+        raise ValueError from error
+    raise ValueError
+
+
+def _delimiter(value: str) -> str:
+    if len(value) != 1 or not value.isascii() or value in '"\r\n\0':
+        raise ValueError
+    return value
+
+
+def _level(value: str) -> str:
+    if value.upper() not in LEVELS:
+        raise ValueError
+    return value.upper()
+
+
+Place = Annotated[Path, BeforeValidator(_placed), Field(description="a text that is not empty")]
+Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$", description="a text that is not empty")]
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a number of seconds, 0 or more")]
+Megabytes = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class InboxConfig(BaseModel):
+    """Every key of the file, under its own name; a description says what is allowed. Paths are absolute.
 
     `csv_encoding` is the codec's own name, of one in which a byte below 128 is always that ASCII character.
     """
 
-    watch_dir: Path
-    archive_dir: Path
-    rejected_dir: Path
-    merged_file: Path
-    metadata_file: Path
-    log_file: Path
-    key_column: str
-    required_columns: tuple[str, ...]
-    checksum_wait_seconds: float
-    max_file_size_mb: float
-    csv_delimiter: str
-    csv_encoding: str
-    log_level: str
-    log_to_console: bool
-    lock_timeout_seconds: float
-    undo_keep: int
-    index_from_mb: float
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True)
+
+    watch_dir: Place = Path("csv_inbox")
+    archive_dir: Place = Path("csv_archive")
+    rejected_dir: Place = Path("csv_inbox_rejected")
+    merged_file: Place = Path("final_clusters_data.csv")
+    metadata_file: Place = Path("merged_metadata.json")
+    log_file: Place = Path("csv_watchdog.log")
+    key_column: Name = "cluster_name"
+    required_columns: Names = Field((), description='a list of column names, such as ["id", "name"]')
+    checksum_wait_seconds: Seconds = 5
+    max_file_size_mb: Megabytes = Field(500, ge=0.001, description="a number of megabytes, 0.001 or more")
+    csv_delimiter: Annotated[str, AfterValidator(_delimiter)] = Field(
+        ",", description='one ASCII character, such as "," or ";" or "\\t"'
+    )
+    csv_encoding: Annotated[str, AfterValidator(_encoding)] = Field(
+        "utf-8",
+        description="utf-8, utf-8-sig, or an encoding with one byte for each character, such as latin-1 or cp1252",
+    )
+    log_level: Annotated[str, AfterValidator(_level)] = Field("INFO", description=f"one of {', '.join(LEVELS)}")
+    log_to_console: Annotated[bool, Field(description="true or false")] = False
+    lock_timeout_seconds: Seconds = 30
+    undo_keep: int = Field(10, ge=0, le=MOST_KEPT, description=f"a whole number from 0 to {MOST_KEPT}")
+    index_from_mb: Megabytes = Field(16, ge=0, description="a number of megabytes, 0 or more")
 
 
-Reader = Callable[[Any], Any]
-
-
-def _reader(is_allowed: Callable[[Any], bool], allowed: str, convert: Reader = lambda value: value) -> Reader:
-    """Gives the converted value, or raises ValueError with what is allowed."""
-
-    def read(value: Any) -> Any:
-        if not is_allowed(value):
-            raise ValueError(allowed)
-        return convert(value)
-
-    return read
-
-
-def _number(least: float, unit: str) -> Reader:
-    def is_allowed(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value >= least
-
-    return _reader(is_allowed, f"a number of {unit}, {least:g} or more", float)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_delimiter(value: Any) -> bool:
-    return isinstance(value, str) and len(value) == 1 and value.isascii() and value not in '"\r\n\0'
-
-
-def _encoding(value: Any) -> str:
-    """UTF-8, or one byte for each character: only there can rows be told apart without decoding all of them."""
-    told = "utf-8, utf-8-sig, or an encoding with one byte for each character, such as latin-1 or cp1252"
-    try:
-        name = codecs.lookup(value if isinstance(value, str) else "").name
-        ascii_bytes = bytes(range(128))
-        same = ascii_bytes.decode(name) == ascii_bytes.decode("ascii")
-        if same and (name in ("utf-8", "utf-8-sig") or len(bytes(range(128, 256)).decode(name, "replace")) == 128):  # noqa: PLR2004 - half a byte's values
-            return name
-    except (LookupError, UnicodeError) as error:
-        raise ValueError(told) from error
-    raise ValueError(told)
-
-
-_TEXT = _reader(lambda value: _is_text(value) and "\0" not in value, "a text that is not empty")
-_TEXTS = _reader(
-    lambda value: isinstance(value, list) and all(map(_is_text, value)),
-    'a list of column names, such as ["id", "name"]',
-    tuple,
-)
-_SWITCH = _reader(lambda value: isinstance(value, bool), "true or false")
-_SECONDS = _number(0, "seconds")
-_KEPT = _reader(
-    lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_KEPT,
-    f"a whole number from 0 to {MOST_KEPT}",
-)
-_DELIMITER = _reader(_is_delimiter, 'one ASCII character, such as "," or ";" or "\\t"')
-_LEVEL = _reader(
-    lambda value: isinstance(value, str) and value.upper() in LEVELS, f"one of {', '.join(LEVELS)}", str.upper
-)
-KEYS: Mapping[str, tuple[Any, Reader]] = {
-    "watch_dir": ("csv_inbox", _TEXT),
-    "archive_dir": ("csv_archive", _TEXT),
-    "rejected_dir": ("csv_inbox_rejected", _TEXT),
-    "merged_file": ("final_clusters_data.csv", _TEXT),
-    "metadata_file": ("merged_metadata.json", _TEXT),
-    "log_file": ("csv_watchdog.log", _TEXT),
-    "key_column": ("cluster_name", _TEXT),
-    "required_columns": ([], _TEXTS),
-    "checksum_wait_seconds": (5, _SECONDS),
-    "max_file_size_mb": (500, _number(0.001, "megabytes")),
-    "csv_delimiter": (",", _DELIMITER),
-    "csv_encoding": ("utf-8", _encoding),
-    "log_level": ("INFO", _LEVEL),
-    "log_to_console": (False, _SWITCH),
-    "lock_timeout_seconds": (30, _SECONDS),
-    "undo_keep": (10, _KEPT),
-    "index_from_mb": (16, _number(0, "megabytes")),
-}
-"""Key -> its default, and what reads a value (raises ValueError with what is allowed)."""
-
-PATHS = ("watch_dir", "archive_dir", "rejected_dir", "merged_file", "metadata_file", "log_file")
+FIELDS = InboxConfig.model_fields
 
 
 def load_config(named: Path | None, data_dir: Path) -> InboxConfig:
@@ -219,18 +187,19 @@ def load_config(named: Path | None, data_dir: Path) -> InboxConfig:
 
 def configured(given: Mapping[str, Any], folder: Path, where: str) -> InboxConfig:
     """`given` with the defaults, paths relative to `folder`; each fault begins with `where`. Raises BadSettings."""
-    faults = [f"{where}unknown key {key!r}{_nearest(key)}" for key in given if key not in KEYS]
-    values: dict[str, Any] = {}
-    for key, (default, read) in KEYS.items():
-        value = given.get(key, default)
-        try:
-            values[key] = read(value)
-        except ValueError as error:
-            faults.append(f"{where}{key}={json.dumps(value)[:200]}; allowed: {error}")
-            values[key] = default
-    # Resolved, since the master is replaced by renaming: a link must lead to the same file afterwards.
-    values |= {key: (folder / str(values[key])).expanduser().resolve() for key in PATHS}
-    config = InboxConfig(**{field.name: values[field.name] for field in fields(InboxConfig)})
+    faults = []
+    try:
+        config = InboxConfig.model_validate(given, context=folder)
+    except ValidationError as error:
+        wrong = dict.fromkeys(str(each["loc"][0]) for each in error.errors())
+        faults = [f"{where}unknown key {key!r}{_nearest(key)}" for key in wrong if key not in FIELDS]
+        faults += [
+            f"{where}{key}={json.dumps(given[key])[:200]}; allowed: {FIELDS[key].description}"
+            for key in wrong
+            if key in FIELDS
+        ]
+        right = {key: value for key, value in given.items() if key not in wrong}
+        config = InboxConfig.model_validate(right, context=folder)
     faults += [f"{where}{clash}" for clash in _clashes(config)]
     if faults:
         raise BadSettings(faults)
@@ -238,8 +207,8 @@ def configured(given: Mapping[str, Any], folder: Path, where: str) -> InboxConfi
 
 
 def _nearest(key: str) -> str:
-    near = get_close_matches(key, KEYS, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(KEYS)}"
+    near = get_close_matches(key, FIELDS, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(FIELDS)}"
 
 
 def _clashes(config: InboxConfig) -> list[str]:

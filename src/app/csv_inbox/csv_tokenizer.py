@@ -7,8 +7,7 @@ that names the line, never a guess.
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -122,13 +121,13 @@ def marked(data: bytes, dialect: Dialect, line: int = 1) -> Marks:
     array = np.frombuffer(data, np.uint8)
     found = array == ord(dialect.delimiter)
     found |= array == LF
-    quotes = _sparse(array == QUOTE) if b'"' in data else NONE
+    quotes = np.flatnonzero(array == QUOTE) if b'"' in data else NONE
     # Where all quotes are as writers set them, a byte is quoted when an odd number of them stands before it.
     if len(quotes) and not _strict(array, quotes, dialect):
         return walked(data, dialect, quotes, line)
     at = np.flatnonzero(found)
     feeds = array.take(at) == LF
-    inside = _inside(at, quotes)
+    inside = np.flatnonzero(np.searchsorted(quotes, at) & 1) if len(quotes) else NONE
     inner = int(np.count_nonzero(feeds[inside]))
     if len(inside):
         at, feeds = np.delete(at, inside), np.delete(feeds, inside)
@@ -136,29 +135,6 @@ def marked(data: bytes, dialect: Dialect, line: int = 1) -> Marks:
     if returns:
         _no_lone_return(array, quotes, line)
     return Marks(at, np.flatnonzero(feeds), quotes, inner, returns)
-
-
-def _sparse(found: npt.NDArray[np.bool_]) -> Offsets:
-    """`np.flatnonzero` where few are true: looked at eight at a time first."""
-    whole = len(found) // 8 * 8
-    eights = np.flatnonzero(found[:whole].view(np.uint64) != 0)
-    if len(eights) * 16 > whole // 8:
-        return np.flatnonzero(found)
-    near = (eights[:, None] * 8 + np.arange(8)).ravel()
-    near = np.concatenate((near, np.arange(whole, len(found))))
-    result: Offsets = near[found[near]]
-    return result
-
-
-def _inside(at: Offsets, quotes: Offsets) -> Offsets:
-    """The places of those offsets that are inside quotes; looked up by the fewer of the two."""
-    if len(quotes) * 8 > len(at):
-        return np.flatnonzero(np.searchsorted(quotes, at) & 1)
-    bounds = np.searchsorted(at, quotes)
-    if len(bounds) % 2:  # the last one is not closed yet
-        bounds = np.append(bounds, len(at))
-    starts, ends = bounds[0::2], bounds[1::2]
-    return spread(starts, ends - starts)
 
 
 def spread(starts: Offsets, lengths: Offsets) -> Offsets:
@@ -243,98 +219,54 @@ class Cells:
         return Cells(self.data, self.starts[places], self.lengths[places])
 
 
-@dataclass(frozen=True)
 class RecordBlock:
-    """Whole records; the last one of a file may lack its line end, which `marks` then have behind the data."""
+    """Whole records, the first on `line` of the file; the last one of a file may lack its line end, which `marks` then
+    have behind the data.
 
-    data: bytes
-    marks: Marks
-    line: int
-    """Line of the file on which the block begins."""
-    begins: bool = False
-    """A byte order mark stood before it: here begins a file that was appended to another one."""
-    skipped: Offsets = field(default_factory=lambda: NONE)
-    """Positions of records that are not rows although their lines are not empty."""
+    Of each record: `starts`, `ends` with its line end and `stops` without; `rows` are the positions of those that are
+    rows, which lines with nothing in them and `skipped` ones are not, and `widths` their numbers of fields. `begins`: a
+    byte order mark stood before it, here begins a file that was appended to another one.
+    """
 
-    @cached_property
-    def array(self) -> Octets:
-        """The data as numbers."""
-        return np.frombuffer(self.data, np.uint8)
-
-    @cached_property
-    def ends(self) -> Offsets:
-        """The offset behind each record, its line end included."""
-        found: Offsets = np.minimum(self.marks.at[self.marks.lasts] + 1, len(self.data))
-        return found
-
-    @cached_property
-    def starts(self) -> Offsets:
-        """The offset of each record."""
-        return np.concatenate(([0], self.ends[:-1])) if len(self.ends) else NONE
-
-    @cached_property
-    def stops(self) -> Offsets:
-        """The offset of each record's line end; what is blank has `stops == starts`."""
-        feeds = self.marks.at[self.marks.lasts]
-        if not self.marks.returns:
-            return feeds
+    def __init__(self, data: bytes, marks: Marks, line: int, *, begins: bool = False, skipped: Offsets = NONE) -> None:
+        self.data = data
+        self.marks = marks
+        self.line = line
+        self.begins = begins
+        self.skipped = skipped
+        self.array: Octets = np.frombuffer(data, np.uint8)
+        feeds = marks.at[marks.lasts]
+        self.ends: Offsets = np.minimum(feeds + 1, len(data))
+        self.starts: Offsets = np.append(0, self.ends[:-1]) if len(feeds) else NONE
         # In an empty line the byte before the line feed belongs to the record before.
-        crlf = (feeds > self.starts) & (self.array[np.maximum(feeds - 1, 0)] == CR)
-        found: Offsets = feeds - crlf
-        return found
-
-    @cached_property
-    def rows(self) -> Offsets:
-        """Positions of the records that are rows: lines with nothing in them are none."""
-        if len(self.skipped):
-            return np.setdiff1d(np.flatnonzero(self.stops > self.starts), self.skipped, assume_unique=True)
-        if len(self.ends) == 0 or int((self.ends - self.starts).min()) > 2:  # noqa: PLR2004 - longer than CRLF: no blank
-            return np.arange(len(self.ends))
-        return np.flatnonzero(self.stops > self.starts)
+        crlf = (feeds > self.starts) & (self.array[feeds - 1] == CR) if marks.returns else 0
+        self.stops: Offsets = feeds - crlf
+        self.rows: Offsets = np.flatnonzero(self.stops > self.starts)
+        if len(skipped):
+            self.rows = np.setdiff1d(self.rows, skipped, assume_unique=True)
+        self.widths: Offsets = np.diff(marks.lasts, prepend=-1)[self.rows]
 
     def without(self, positions: Offsets) -> "RecordBlock":
         """The same; the records at these positions are not rows."""
-        return replace(self, skipped=np.concatenate((self.skipped, positions)))
+        skipped = np.append(self.skipped, positions)
+        return RecordBlock(self.data, self.marks, self.line, begins=self.begins, skipped=skipped)
 
     def without_bytes(self, firsts: Offsets, lasts: Offsets, dialect: Dialect) -> "RecordBlock":
         """The same without the ranges from each of `firsts` to that of `lasts`, no line end among them."""
         data = cut(self.data, np.append(0, lasts), np.append(firsts, len(self.data)))
         marks = marked(data if data.endswith(b"\n") else data + b"\n", dialect, self.line)
-        return replace(self, data=data, marks=marks)
-
-    @property
-    def widths(self) -> Offsets:
-        """The number of fields of each row."""
-        found: Offsets = np.diff(self.marks.lasts, prepend=-1)[self.rows]
-        return found
-
-    def is_even(self, width: int) -> bool:
-        """True when every record has `width` fields; False says nothing."""
-        return self._grid is not None and self._grid.shape[1] == width
+        return RecordBlock(data, marks, self.line, begins=self.begins, skipped=self.skipped)
 
     def tails(self, places: Offsets, width: int) -> Offsets:
         """The offsets behind the first `width` fields of the rows at these places, all of which have more."""
-        firsts = np.concatenate(([0], self.marks.lasts[:-1] + 1))[self.rows[places]]
-        found: Offsets = self.marks.at[firsts + (width - 1)]
-        return found
-
-    @cached_property
-    def _grid(self) -> Offsets | None:
-        """The marks of each record in a row of its own; None where records have unequal numbers of fields."""
-        lasts = self.marks.lasts
-        width = int(lasts[0]) + 1 if len(lasts) else 0
-        if not width or not np.array_equal(lasts, np.arange(width - 1, width * len(lasts), width)):
-            return None
-        found: Offsets = self.marks.at[: width * len(lasts)].reshape(-1, width)
+        rows = self.rows[places]
+        found: Offsets = self.marks.at[self.marks.lasts[rows] - self.widths[places] + width]
         return found
 
     def uneven(self, width: int) -> Iterator[tuple[int, int]]:
         """Position and number of fields of each row that has not `width` of them."""
-        if self.is_even(width):
-            return
-        widths = self.widths
-        for place in np.flatnonzero(widths != width):
-            yield int(self.rows[place]), int(widths[place])
+        places = self.widths != width
+        return pairs(self.rows[places], self.widths[places])
 
     def check_width(self, width: int) -> None:
         """Raises Malformed, with the line, when a row has not `width` fields."""
@@ -344,7 +276,10 @@ class RecordBlock:
 
     def cells(self, place: int, dialect: Dialect) -> Cells:
         """The values of a column, one for each of `rows`, all of which have that column and the same width."""
-        starts, stops = self._bounds(place)
+        at, lasts = self.marks.at, self.marks.lasts[self.rows]
+        before = lasts - self.widths + place  # the mark before the field, none before the first one of the block
+        starts = self.starts[self.rows] if place == 0 else at[before] + 1
+        stops = np.where(before + 1 == lasts, self.stops[self.rows], at[before + 1])
         if not len(self.marks.quotes):
             return Cells(self.array, starts, stops - starts)
         quoted = (stops > starts) & (self.array[np.minimum(starts, len(self.data) - 1)] == QUOTE)
@@ -363,17 +298,6 @@ class RecordBlock:
         bare.starts[doubled] = len(self.data) + np.cumsum(lengths) - lengths
         bare.lengths[doubled] = lengths
         return Cells(np.frombuffer(self.data + b"".join(values), np.uint8), bare.starts, bare.lengths)
-
-    def _bounds(self, place: int) -> tuple[Offsets, Offsets]:
-        """Where a column's field starts and stops in each of `rows`, quotes included."""
-        grid = self._grid
-        if grid is not None and len(self.rows) == len(grid):
-            starts = self.starts if place == 0 else grid[:, place - 1] + 1
-            return starts, self.stops if place == grid.shape[1] - 1 else grid[:, place]
-        at, lasts = self.marks.at, self.marks.lasts[self.rows]
-        firsts = np.concatenate(([0], self.marks.lasts[:-1] + 1))[self.rows]
-        starts = self.starts[self.rows] if place == 0 else at[firsts + (place - 1)] + 1
-        return starts, np.where(firsts + place == lasts, self.stops[self.rows], at[firsts + place])
 
     def first_invalid(self, encoding: str) -> int:
         """The offset of the first byte that is no text in this encoding, -1 when there is none."""
@@ -439,12 +363,12 @@ def _first_block(data: bytes, dialect: Dialect, line: int, bom: bytes) -> tuple[
     if not len(marks.lasts):
         return None, data, False
     cut = int(marks.at[marks.lasts[-1]]) + 1
-    block = RecordBlock(body if cut == len(body) else body[:cut], marks, line, len(body) < len(data))
+    block = RecordBlock(body if cut == len(body) else body[:cut], marks, line, begins=len(body) < len(data))
     at = _next_bom(block, bom)
     if not at:
         return block, body[cut:], False
     # What follows was taken apart with the mark as text, which hides a quote behind it: that is done again.
-    return RecordBlock(body[:at], marked(body[:at], dialect, line), line, block.begins), body[at:], True
+    return RecordBlock(body[:at], marked(body[:at], dialect, line), line, begins=block.begins), body[at:], True
 
 
 def _next_bom(block: RecordBlock, bom: bytes) -> int:
@@ -471,4 +395,4 @@ def _last(tail: bytes, dialect: Dialect, line: int, bom: bytes) -> RecordBlock:
         raise Malformed(told, line, body[:1000], kind=FaultKind.OPEN_QUOTE)
     if body.endswith(b"\r"):
         raise _lone_return(line)
-    return RecordBlock(body, marks, line, len(body) < len(tail))
+    return RecordBlock(body, marks, line, begins=len(body) < len(tail))

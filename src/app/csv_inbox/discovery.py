@@ -8,11 +8,11 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import NAME_BYTES, TEMPORARY_SUFFIX, bounded_name, sync_file
@@ -55,17 +55,9 @@ class InboxPaths:
         # The index of a large master; without it the next merge takes longer.
         self.index = master.with_name(f"{self._prefix}index")
 
-    def temporary(self, load_id: str, what: str) -> Path:
-        """A temporary file of one merge."""
-        return self.config.merged_file.with_name(f"{self._prefix}{load_id}.{what}.merge{TEMPORARY_SUFFIX}")
-
-    def temporary_metadata(self, load_id: str) -> Path:
-        """The same beside the metadata, which may lie in another folder."""
-        return self.config.metadata_file.with_name(self.temporary(load_id, "metadata").name)
-
-    def temporary_tail(self, load_id: str) -> Path:
-        """The same in the inbox, hidden there: a file that is made of what was written to another one too late."""
-        return self.config.watch_dir / self.temporary(load_id, "tail").name
+    def temporary(self, load_id: str, what: str, folder: Path | None = None) -> Path:
+        """A temporary file of one merge, beside the master unless another folder is given; hidden there."""
+        return (folder or self.folder) / f"{self._prefix}{load_id}.{what}.merge{TEMPORARY_SUFFIX}"
 
     def pending(self, load_id: str) -> Path:
         """The second name that keeps an input for the archive before the commit."""
@@ -206,8 +198,7 @@ class InboxRun:
         return beat
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """Which file this is, and in which state. Equal identities: nothing was written to it in between."""
 
     device: int
@@ -312,6 +303,20 @@ def candidate(path: Path) -> Candidate | None:
     if stat.S_ISLNK(found.st_mode):
         refused = "it is a symbolic link"
     return Candidate(path, identity_of(found), refused)
+
+
+def check_can_leave(path: Path) -> None:
+    """Raises Stuck for a file that this user may not move out of its folder; of a sticky one, only what is its own.
+
+    Once merged, such a file would end each run at the same step, before all others.
+    """
+    folder, user, may = path.parent.stat(), os.geteuid(), os.access(path.parent, os.W_OK | os.X_OK)
+    if may and folder.st_mode & stat.S_ISVTX and user not in (0, folder.st_uid):
+        with suppress(FileNotFoundError):  # said when its turn comes
+            may = path.lstat().st_uid == user
+    if not may:
+        hint = f"let this user write to {path.parent}, or remove the file"
+        raise Stuck("this user may not take it out of the inbox", hint)
 
 
 def is_too_large(size_bytes: int, config: InboxConfig) -> bool:

@@ -12,7 +12,8 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -34,7 +35,7 @@ from app.csv_inbox.csv_tokenizer import (
     pairs,
 )
 from app.csv_inbox.discovery import Identity, identity_of, is_too_large, open_regular, read_some
-from app.csv_inbox.key_index import Gathering, Keys
+from app.csv_inbox.key_index import Keys
 
 # Headers: the columns of the master, of a file that comes in, and of the two united.
 #
@@ -257,23 +258,30 @@ LONGEST_VALUE = 200
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
 class Incoming:
-    """What was read. Record n of the spool is `[offsets[n], offsets[n + 1])`.
+    """A file that comes in, read once, and its rows in a spool: record n of it is `[offsets[n], offsets[n + 1])`.
 
     `counted` is the number of rows that were seen in the file, tallied before any was spooled. `unended_bytes` is the
-    size of a last record that lacks its line end.
+    size of a last record that lacks its line end. `keys` are sorted once all is read. `out` is the dialect of the
+    master, `dialect` the file's own.
     """
 
     identity: Identity
     md5: str
-    header: Header
-    union: ColumnUnion
-    spool: Path
-    keys: Keys
-    offsets: "array[int]"
-    counted: int
-    unended_bytes: int
+
+    def __init__(self, key_column: str, known: Sequence[str], out: Dialect, spool: Path) -> None:
+        self.spool = spool
+        self.out = self.dialect = out
+        self.offsets = array("q", [0])
+        self.counted = self.unended_bytes = 0
+        self._key_column = key_column
+        self._known = known  # names of columns that stand as they are
+        self.keys = Keys()
+        self._faults: list[Fault] = []
+        self._records: list[bytes] = []
+        self._first_kind: FaultKind | None = None
+        self._more = 0
+        self._width = 0  # fields of every row where all have more than the header, 0 before the first row
 
     @property
     def rows(self) -> int:
@@ -292,20 +300,16 @@ class Incoming:
         for start, end in pairs(first, last):
             yield self.offsets[start], self.offsets[end + 1]
 
-
-def read_incoming(
-    path: Path, master: Header | None, config: InboxConfig, spool: Path, beat: Callable[[int], None]
-) -> Incoming:
-    """Check the file and spool its rows; `beat` is told of bytes read, and may raise to stop.
-
-    Raises Unmergeable, Unsteady when it changed meanwhile, Stuck when it cannot be read now, Permanent when the master
-    lacks the key column, and OSError.
-    """
-    with open_regular(path) as file, spool.open("xb") as rows:
-        before = identity_of(os.fstat(file.fileno()))
-        if is_too_large(before.size, config):
-            told = f"{before.size} bytes, above max_file_size_mb={config.max_file_size_mb:g}"
-            raise Unmergeable([Fault(told)], "split the file, or raise max_file_size_mb", kind=FaultKind.TOO_LARGE)
+    def read(
+        self, file: IO[bytes], master: Header | None, required: Sequence[str], beat: Callable[[int], None]
+    ) -> None:
+        """Check and spool every row. Raises Malformed, Unmergeable, Stuck, OSError and what `beat` raises."""
+        self.header, self.dialect = read_incoming_header(partial(read_some, file), self.out, self._known)
+        self._check_columns(required)
+        self.union = united(master, self.header, self._key_column, required, self.out)
+        if self.union.added and len(self.union.header(self.out)) > LONGEST_RECORD_BYTES:
+            told = f"with its columns the header of the master is longer than {LONGEST_RECORD_BYTES >> 20} MiB"
+            raise Malformed(told, self.header.lines, kind=FaultKind.LONG_RECORD)
         digest = hashlib.md5(usedforsecurity=False)
 
         def read(size: int) -> bytes:
@@ -314,95 +318,35 @@ def read_incoming(
             beat(len(piece))
             return piece
 
-        reading = None
-        try:
-            reading = _begin(file, master, config, rows)
-            file.seek(0)
-            reading.take_all(read)
-        except Malformed as error:
-            fault = Fault(error.message, error.line, None, _shown(error.record) if error.record else None)
-            counted, hint = reading.counted if reading else 0, "correct the file and put it into the inbox again"
-            if error.kind is FaultKind.ENCODING:
-                hint = _encoding_hint(config.csv_encoding)
-            raise Unmergeable([fault], hint, kind=error.kind, rows=counted) from error
-        if identity_of(os.fstat(file.fileno())) != before:
-            raise Unsteady(f"{path.name} changed while it was read", "no action needed; the next run looks again")
-    reading.check_faults()
-    return Incoming(
-        identity=before,
-        md5=digest.hexdigest(),
-        header=reading.header,
-        union=reading.union,
-        spool=spool,
-        keys=reading.keys.keys(),
-        offsets=reading.offsets,
-        counted=reading.counted,
-        unended_bytes=reading.unended_bytes,
-    )
-
-
-def _begin(file: IO[bytes], master: Header | None, config: InboxConfig, spool: IO[bytes]) -> "_Reading":
-    """Read the header. Raises Unmergeable when a column is missing, Malformed when the header is too long."""
-    out = Dialect(config.csv_delimiter, config.csv_encoding)
-    known = (config.key_column, *config.required_columns, *(master.names if master else ()))
-    header, dialect = read_incoming_header(lambda size: read_some(file, size), out, known)
-    log.debug(
-        "header: %d columns in line %d (%s), %d fields in all; delimiter %r, encoding %s, line end %r",
-        *(len(header.names), header.lines, ", ".join(header.names)[:500], header.width),
-        *(dialect.delimiter, dialect.encoding, header.eol.decode("ascii")),
-    )
-    wanted = dict.fromkeys((config.key_column, *config.required_columns))
-    missing = [name for name in wanted if name not in header.names]
-    if missing:
-        hint = f"the file has: {', '.join(header.names)[:300]}"
-        if len(header.names) == 1:
-            hint += f"; its delimiter was taken to be {dialect.delimiter!r}"
-        raise Unmergeable(
-            [Fault(f"the column {name!r} is missing", header.lines, name) for name in missing],
-            f"add the column, or change key_column or required_columns; {hint}",
-            kind=FaultKind.MISSING_COLUMN,
-        )
-    union = united(master, header, config.key_column, config.required_columns, out)
-    if union.added and len(union.header(out)) > LONGEST_RECORD_BYTES:
-        told = f"with its columns the header of the master is longer than {LONGEST_RECORD_BYTES >> 20} MiB"
-        raise Malformed(told, header.lines, kind=FaultKind.LONG_RECORD)
-    return _Reading(config.key_column, out, dialect, header, known, union, spool)
-
-
-@dataclass(slots=True)
-class _Reading:
-    """The state of one pass over a file. `dialect` is the file's own, `out` that of the master.
-
-    `width`: the number of fields of every row where all have more than the header, 0 before the first row.
-    """
-
-    key_column: str
-    out: Dialect
-    dialect: Dialect
-    header: Header
-    known: Sequence[str]
-    union: ColumnUnion
-    spool: IO[bytes]
-    keys: Gathering = field(default_factory=Gathering)
-    offsets: "array[int]" = field(default_factory=lambda: array("q", [0]))
-    faults: list[Fault] = field(default_factory=list)
-    first_kind: FaultKind | None = None
-    records: list[bytes] = field(default_factory=list)
-    more: int = 0
-    counted: int = 0
-    width: int = 0
-    unended_bytes: int = 0
-
-    def take_all(self, read: Callable[[int], bytes]) -> None:
-        """Check and spool every row; no block outlives this. `read` begins at the header. Raises Malformed."""
+        file.seek(0)
         left = self.header.size_bytes
         while left > 0:  # read once more, so that it is in the digest
             left -= len(read(left)) or left
         bom, line = BOM if self.dialect.encoding == "utf-8" else b"", 1 + self.header.lines
-        for block in blocks(read, self.dialect, line, longest_bytes=LONGEST_RECORD_BYTES, bom=bom):
-            self._take(block)
+        with self.spool.open("xb") as spool:
+            for block in blocks(read, self.dialect, line, longest_bytes=LONGEST_RECORD_BYTES, bom=bom):
+                self._take(block, spool)
+        self.md5 = digest.hexdigest()
 
-    def _take(self, block: RecordBlock) -> None:
+    def _check_columns(self, required: Sequence[str]) -> None:
+        header, dialect = self.header, self.dialect
+        log.debug(
+            "header: %d columns in line %d (%s), %d fields in all; delimiter %r, encoding %s, line end %r",
+            *(len(header.names), header.lines, ", ".join(header.names)[:500], header.width),
+            *(dialect.delimiter, dialect.encoding, header.eol.decode("ascii")),
+        )
+        missing = [name for name in dict.fromkeys((self._key_column, *required)) if name not in header.names]
+        if missing:
+            hint = f"the file has: {', '.join(header.names)[:300]}"
+            if len(header.names) == 1:
+                hint += f"; its delimiter was taken to be {dialect.delimiter!r}"
+            raise Unmergeable(
+                [Fault(f"the column {name!r} is missing", header.lines, name) for name in missing],
+                f"add the column, or change key_column or required_columns; {hint}",
+                kind=FaultKind.MISSING_COLUMN,
+            )
+
+    def _take(self, block: RecordBlock, spool: IO[bytes]) -> None:
         self._check_text(block)
         self.unended_bytes = 0 if block.data.endswith(b"\n") else len(block.data) - int(block.starts[-1])
         block = _without_blank_records(block, self.dialect)
@@ -417,7 +361,7 @@ class _Reading:
         if uneven:
             self._blame(block, FaultKind.RAGGED, uneven)
             return
-        column = self.key_column
+        column = self._key_column
         keys = block.cells(self.header.names.index(column), self.dialect)
         empty = block.rows[keys.lengths == 0].tolist()
         self._blame(block, FaultKind.EMPTY_KEY, [(at, f"the key {column!r} is empty", column) for at in empty])
@@ -428,8 +372,8 @@ class _Reading:
             )
         self.keys.add(keys)
         # A file with a fault is not merged, so its rows need no place any more.
-        if not self.faults:
-            self._spool(block)
+        if not self._faults:
+            self._write(block, spool)
 
     def _check_text(self, block: RecordBlock) -> None:
         """Every byte belongs to a character of the encoding, and none is NUL: what a half-written block leaves."""
@@ -451,7 +395,7 @@ class _Reading:
         position = int(block.rows[0])
         dialect, record = self.dialect, block.record(position)
         values = [dialect.unquoted(each).decode(dialect.encoding) for each in dialect.fields(record)]
-        names = columns(values, self.known)
+        names = columns(values, self._known)
         if names == self.header.names:
             return block.without(np.array([position]))
         if {name for name in names if name} & set(self.header.names) or values[0].lower().startswith("sep="):
@@ -463,28 +407,28 @@ class _Reading:
         """Without empty fields behind the last column: where the header has them too, or every row has them."""
         header = self.header
         named = len(header.names)
-        if header.width == named and not self.width:
-            self.width = int(block.widths[0])
+        if header.width == named and not self._width:
+            self._width = int(block.widths[0])
         if header.width > named:
             return _without_surplus(block, self.dialect, named, range(named + 1, header.width + 1))
-        if self.width <= named:
+        if self._width <= named:
             return block
         short = block.rows[block.widths == named].tolist()
-        told = f"{named} fields where the rows before have {self.width}"
+        told = f"{named} fields where the rows before have {self._width}"
         self._blame(block, FaultKind.RAGGED, [(at, told, None) for at in short])
-        return _without_surplus(block, self.dialect, named, range(self.width, self.width + 1))
+        return _without_surplus(block, self.dialect, named, range(self._width, self._width + 1))
 
     def _blame(self, block: RecordBlock, kind: FaultKind, found: Sequence[tuple[int, str, str | None]]) -> None:
         """Remember bad rows, as many as fit."""
-        room = MOST_FAULTS - len(self.faults)
-        self.more += len(found[room:])
+        room = MOST_FAULTS - len(self._faults)
+        self._more += len(found[room:])
         for position, reason, column in found[:room]:
             record = block.record(position)
-            self.first_kind = self.first_kind or kind
-            self.faults.append(Fault(reason, block.line_of(position), column, "" if column else _shown(record)))
-            self.records.append(record)
+            self._first_kind = self._first_kind or kind
+            self._faults.append(Fault(reason, block.line_of(position), column, "" if column else _shown(record)))
+            self._records.append(record)
 
-    def _spool(self, block: RecordBlock) -> None:
+    def _write(self, block: RecordBlock, spool: IO[bytes]) -> None:
         """Write the rows in the columns of the new master: as they are where that is possible."""
         union, base = self.union, self.offsets[-1]
         eol, d = union.eol, self.out.delimiter.encode()
@@ -492,7 +436,7 @@ class _Reading:
         # Most files fit as they are: then a block is written in one piece, and its offsets are only moved.
         as_is = union.order is None and len(block.rows) == len(block.ends) and not translated
         if as_is and bool((block.ends - block.stops == len(eol)).all()):
-            self.spool.write(block.data)
+            spool.write(block.data)
             self.offsets.frombytes((block.ends + base).tobytes())
             return
         parts = []
@@ -506,26 +450,56 @@ class _Reading:
             base += len(record) + len(eol)
             self.offsets.append(base)
             parts.append(record)
-        self.spool.write(eol.join([*parts, b""]))
+        spool.write(eol.join([*parts, b""]))
 
-    def check_faults(self) -> None:
-        """Raises Unmergeable for the rows that were blamed, or when there are no rows."""
-        if self.first_kind:
+    def finish(self) -> None:
+        """All is read: put the keys in order. Raises Unmergeable for the rows that were blamed, or without any row."""
+        if self._first_kind:
             delimiter = self.dialect.delimiter.encode()
             fields = [self.dialect.written(name.encode(self.dialect.encoding)) for name in self.header.names]
             raise Unmergeable(
-                self.faults,
+                self._faults,
                 "correct these rows and put the file into the inbox again; no row of it was merged",
-                kind=self.first_kind,
+                kind=self._first_kind,
                 header=delimiter.join(fields) + (self.header.eol or b"\n"),
-                records=self.records,
-                more=self.more,
+                records=self._records,
+                more=self._more,
                 rows=self.counted,
             )
-        if not self.keys.rows:
+        if not self.counted:
             raise Unmergeable(
                 [Fault("it has no rows")], "put a file with at least one row below the header", kind=FaultKind.NO_ROWS
             )
+        self.keys.sort()
+
+
+def read_incoming(
+    path: Path, master: Header | None, config: InboxConfig, spool: Path, beat: Callable[[int], None]
+) -> Incoming:
+    """Check the file and spool its rows; `beat` is told of bytes read, and may raise to stop.
+
+    Raises Unmergeable, Unsteady when it changed meanwhile, Stuck when it cannot be read now, Permanent when the master
+    lacks the key column, and OSError.
+    """
+    known = (config.key_column, *config.required_columns, *(master.names if master else ()))
+    incoming = Incoming(config.key_column, known, Dialect(config.csv_delimiter, config.csv_encoding), spool)
+    with open_regular(path) as file:
+        incoming.identity = before = identity_of(os.fstat(file.fileno()))
+        if is_too_large(before.size, config):
+            told = f"{before.size} bytes, above max_file_size_mb={config.max_file_size_mb:g}"
+            raise Unmergeable([Fault(told)], "split the file, or raise max_file_size_mb", kind=FaultKind.TOO_LARGE)
+        try:
+            incoming.read(file, master, config.required_columns, beat)
+        except Malformed as error:
+            fault = Fault(error.message, error.line, None, _shown(error.record) if error.record else None)
+            hint = "correct the file and put it into the inbox again"
+            if error.kind is FaultKind.ENCODING:
+                hint = _encoding_hint(config.csv_encoding)
+            raise Unmergeable([fault], hint, kind=error.kind, rows=incoming.counted) from error
+        if identity_of(os.fstat(file.fileno())) != before:
+            raise Unsteady(f"{path.name} changed while it was read", "no action needed; the next run looks again")
+    incoming.finish()
+    return incoming
 
 
 def _encoding_hint(encoding: str) -> str:
@@ -552,8 +526,6 @@ def _without_blank_records(block: RecordBlock, dialect: Dialect) -> RecordBlock:
 
 def _without_surplus(block: RecordBlock, dialect: Dialect, width: int, allowed: Container[int]) -> RecordBlock:
     """Rows of an allowed number of fields cut to `width` fields, where all behind these are blank."""
-    if block.is_even(width):
-        return block
     widths = block.widths
     wide = np.flatnonzero(widths > width)
     if not len(wide):

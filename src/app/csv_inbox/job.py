@@ -26,6 +26,7 @@ from app.csv_inbox.discovery import (
     InboxPaths,
     InboxRun,
     candidates,
+    check_can_leave,
     in_order,
     is_too_large,
     left_alone,
@@ -258,6 +259,7 @@ def _guarded(inbox: InboxRun, candidate: Candidate, one: Callable[[Candidate], R
         if candidate.refused:
             fault, hint = Fault(candidate.refused), "put the file itself into the inbox, not a link, a pipe or a device"
             return _set_aside(inbox, candidate, Unmergeable([fault], hint, kind=FaultKind.NOT_REGULAR))
+        check_can_leave(candidate.path)
         try:
             return one(candidate)
         except Unmergeable as error:

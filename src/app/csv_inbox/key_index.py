@@ -9,8 +9,8 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
@@ -29,9 +29,8 @@ WORD_BYTES = 8
 LONG_KEY_BYTES = 64
 LONG_VALUE_BYTES = 512
 FEW_PAIRS = 16
-BLOOM_BITS_LEAST, BLOOM_BITS_MOST = 12, 22
+FIRST_BITS_LEAST, FIRST_BITS_MOST = 12, 22
 """The most is 4 MiB: the next size falls out of the processor's cache, and a look into it costs five times as much."""
-DEEPEST = 32
 BLANK = np.uint64(0)
 """Stands for a record that is not a row. No key's hash begins with 32 zeros, so neither a hash nor its half is this."""
 
@@ -105,105 +104,30 @@ def firsts(values: npt.NDArray[Any]) -> Offsets:
     return found
 
 
-class BloomIndex:
-    """Sorted, distinct hashes by their first bits: which may be there at all, and where each would be."""
-
-    def __init__(self, hashes: Hashes) -> None:
-        bits = int(np.clip((8 * len(hashes)).bit_length(), BLOOM_BITS_LEAST, BLOOM_BITS_MOST))
-        self._hashes = hashes
-        self._shift = np.uint64(64 - bits)
-        self._holes = np.zeros(1 << bits, np.bool_)
-        self._holes[_numbers(hashes, self._shift)] = True
-        # Few enough hashes share their first bits that stepping from the first of them beats bisecting all.
-        self._step_shift = np.uint64(64 - min(len(hashes).bit_length(), bits))
-        counts = np.bincount(_numbers(hashes, self._step_shift), minlength=1 << 64 - int(self._step_shift))
-        self._depth = int(counts.max())
-        self._firsts = np.zeros(len(counts), np.int32)
-        np.cumsum(counts[:-1], out=self._firsts[1:])
-
-    def passed(self, hashes: Hashes) -> Offsets:
-        """The places of those that may be there."""
-        return np.flatnonzero(self._holes[_numbers(hashes, self._shift)])
-
-    def places(self, hashes: Hashes) -> Offsets:
-        """Where each is, or else where a greater one is or the last."""
-        last = len(self._hashes) - 1
-        if self._depth > DEEPEST:
-            return np.minimum(np.searchsorted(self._hashes, hashes), last)
-        found = np.minimum(self._firsts[_numbers(hashes, self._step_shift)].astype(np.int64), last)
-        for _ in range(self._depth):
-            found += self._hashes[found] < hashes
-            np.minimum(found, last, out=found)
-        return found
-
-
-def _numbers(hashes: Hashes, shift: np.uint64) -> Offsets:
-    """The first bits of each, signed: others numpy converts one by one where it looks places up, at twice the time."""
-    return (hashes >> shift).view(np.int64)
-
-
-@dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys of a file. `hashes` are sorted and distinct; `rows` the last row with it, whose key is that of `cells`.
+    """The keys of a file: row by row they are added, then sorted once, and can be looked up by the thousand.
 
-    `shared` has the last row of each key that shares its hash with another key; `by_row` the hash of each row.
+    `by_row` has the hash of each row, `count` is how many keys there are.
     """
 
-    hashes: Hashes
-    rows: Offsets
-    cells: Cells
-    shared: dict[bytes, int]
     by_row: Hashes
     count: int
-    bloom: BloomIndex
 
-    def candidates(self, hashes: Hashes) -> Offsets:
-        """The places of the hashes whose upper half is that of a key here; few others are looked at closely.
-
-        What the lower half is does not matter.
-        """
-        passed = self.bloom.passed(hashes)
-        halves = hashes[passed] >> _HALF
-        found: Offsets = passed[self.hashes[self.bloom.places(halves << _HALF)] >> _HALF == halves]
-        return found
-
-    def last_rows(self, cells: Cells, hashes: Hashes) -> Offsets:
-        """The last row here with the key of each candidate, -1 where it only looked alike."""
-        places = self.bloom.places(hashes)
-        found = np.where(same(cells, self.cells.taken(places)), self.rows[places], -1)
-        # Of keys that share a hash only one stands in the sorted list; the others are looked up by their bytes.
-        for place in np.flatnonzero(found < 0) if self.shared else ():
-            found[place] = self.shared.get(cells.value(int(place)), -1)
-        return found
-
-    def kept_rows(self) -> Offsets:
-        """The last row of each key, in the order of the file."""
-        rows = np.concatenate((self.rows, np.fromiter(self.shared.values(), np.int64, len(self.shared))))
-        return rows[firsts(rows)]
-
-
-@dataclass(slots=True)
-class Gathering:
-    """Keys being read, row by row."""
-
-    rows: int = 0
-    _data: bytearray = field(default_factory=bytearray)
-    _lengths: list[Offsets] = field(default_factory=list)
-    _hashes: list[Hashes] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._lengths: list[Offsets] = [NONE]
+        self._added: list[Hashes] = []
 
     def add(self, cells: Cells) -> None:
         """The keys of the next rows."""
         self._data += cells.data[spread(cells.starts, cells.lengths)].tobytes()
         self._lengths.append(cells.lengths)
-        self._hashes.append(hashed(cells))
-        self.rows += len(cells.lengths)
+        self._added.append(hashed(cells))
 
-    def keys(self) -> Keys:
-        """All of them; there is at least one, and none is added afterwards."""
-        lengths = np.concatenate([NONE, *self._lengths])
-        by_row = np.concatenate(self._hashes)
-        self._lengths.clear()
-        self._hashes.clear()
+    def sort(self) -> None:
+        """There is at least one key, and none is added afterwards."""
+        lengths, by_row = np.concatenate(self._lengths), np.concatenate(self._added)
+        self._lengths, self._added = [], []
         # So that the last key too can be read in whole words.
         self._data += bytes(WORD_BYTES)
         cells = Cells(np.frombuffer(self._data, np.uint8), np.cumsum(lengths) - lengths, lengths)
@@ -213,11 +137,47 @@ class Gathering:
             order = np.argsort(by_row, kind="stable")
             ordered = by_row[order]
         is_last = np.append(ordered[1:] != ordered[:-1], True)
-        rows, hashes = order[is_last], ordered[is_last]
-        shared = _shared(cells, order, is_last)
-        groups = len(firsts(by_row[np.fromiter(shared.values(), np.int64, len(shared))]))
-        count = len(rows) - groups + len(shared)
-        return Keys(hashes, rows, cells.taken(rows), shared, by_row, count, BloomIndex(hashes))
+        self.by_row = by_row
+        # Sorted and distinct hashes, the last row with each, and the key of that.
+        self._hashes, self._rows = ordered[is_last], order[is_last]
+        self._cells = cells.taken(self._rows)
+        self._shared = _shared(cells, order, is_last)
+        groups = len(firsts(by_row[np.fromiter(self._shared.values(), np.int64, len(self._shared))]))
+        self.count = len(self._rows) - groups + len(self._shared)
+        # Which first bits any hash has: few others are looked at closely.
+        bits = int(np.clip((8 * len(self._hashes)).bit_length(), FIRST_BITS_LEAST, FIRST_BITS_MOST))
+        self._shift = np.uint64(64 - bits)
+        self._begins = np.zeros(1 << bits, np.bool_)
+        self._begins[self._first_bits(self._hashes)] = True
+
+    def _first_bits(self, hashes: Hashes) -> Offsets:
+        """Signed: others numpy converts one by one where it looks places up, at twice the time."""
+        return (hashes >> self._shift).view(np.int64)
+
+    def _places(self, hashes: Hashes) -> Offsets:
+        """Where each hash is, or else where a greater one is or the last."""
+        return np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+
+    def candidates(self, hashes: Hashes) -> Offsets:
+        """The places of the hashes whose upper half is that of a key here. What the lower half is does not matter."""
+        passed = np.flatnonzero(self._begins[self._first_bits(hashes)])
+        halves = hashes[passed] >> _HALF
+        found: Offsets = passed[self._hashes[self._places(halves << _HALF)] >> _HALF == halves]
+        return found
+
+    def last_rows(self, cells: Cells, hashes: Hashes) -> Offsets:
+        """The last row here with the key of each candidate, -1 where it only looked alike."""
+        places = self._places(hashes)
+        found = np.where(same(cells, self._cells.taken(places)), self._rows[places], -1)
+        # Of keys that share a hash only one stands in the sorted list; the others are looked up by their bytes.
+        for place in np.flatnonzero(found < 0) if self._shared else ():
+            found[place] = self._shared.get(cells.value(int(place)), -1)
+        return found
+
+    def kept_rows(self) -> Offsets:
+        """The last row of each key, in the order of the file."""
+        rows = np.concatenate((self._rows, np.fromiter(self._shared.values(), np.int64, len(self._shared))))
+        return rows[firsts(rows)]
 
 
 def _shared(cells: Cells, order: Offsets, is_last: Truths) -> dict[bytes, int]:
@@ -296,31 +256,21 @@ def _made_for(master: os.stat_result, config: InboxConfig) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def opened(path: Path, master: os.stat_result, config: InboxConfig) -> Iterator[KeyIndex | None]:
-    """The index, open, if there is one and it is that of the master as it is now. Raises OSError."""
+def fitting(files: ExitStack, path: Path, master: os.stat_result, config: InboxConfig) -> KeyIndex | None:
+    """The index, open until `files` are closed, if there is one of the master as it is now. Raises OSError."""
     try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        yield None
-        return
-    with file:
-        yield _fitting(file, master, config)
-
-
-def _fitting(file: BufferedReader, master: os.stat_result, config: InboxConfig) -> KeyIndex | None:
-    try:
+        file = files.enter_context(path.open("rb"))
         head = json.loads(file.read(HEAD_BYTES))
-    except ValueError:
-        return None
-    if not isinstance(head, dict):
+    except (FileNotFoundError, ValueError):
         return None
     wanted = _made_for(master, config)
-    numbers = [head.get(name) for name in ("records", "rows", "crc32")]
-    fits = {name: head.get(name) for name in wanted} == wanted and all(isinstance(each, int) for each in numbers)
-    if not fits or os.fstat(file.fileno()).st_size != HEAD_BYTES + int(head["records"]) * ENTRY.itemsize:
+    if not isinstance(head, dict) or {name: head.get(name) for name in wanted} != wanted:
         return None
-    return KeyIndex(file, head["records"], head["rows"], head["crc32"])
+    numbers: list[Any] = [head.get(name) for name in ("records", "rows", "crc32")]
+    if not all(isinstance(each, int) for each in numbers):
+        return None
+    is_whole = os.fstat(file.fileno()).st_size == HEAD_BYTES + numbers[0] * ENTRY.itemsize
+    return KeyIndex(file, *numbers) if is_whole else None
 
 
 class IndexWriter:

@@ -32,7 +32,6 @@ from app.csv_inbox.csv_tokenizer import (
     blocks,
     cut,
     marked,
-    pairs,
 )
 from app.csv_inbox.discovery import MEBIBYTE, identity_of
 from app.csv_inbox.incoming import ColumnUnion, Header, Incoming, read_header
@@ -44,12 +43,6 @@ SCAN_BYTES = 1 << 21
 CHUNK_BYTES = 1 << 23
 DOUBT_BLOCKS = 4
 JOIN_BYTES = 1 << 19
-APART_BYTES = 1 << 16
-"""Records that may go and lie further apart than this are read alone; what is between them is copied in long pieces."""
-HELD_BYTES = 1 << 18
-"""What is copied is written in pieces of this size, aligned to it: the kernel looks for as much memory in one piece as
-an aligned write is long, and above half a megabyte that can cost ten times the write itself.
-"""
 Beat = Callable[[int], None]
 
 
@@ -66,13 +59,12 @@ class Output:
         self.ranges = array("q")
         self._removed = removed
         self.beat = beat
-        self._held = memoryview(bytearray(HELD_BYTES))
-        self._filled = self._written = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append bytes, all of them."""
-        self._flush()
-        self._put(memoryview(data))
+        """Append bytes, all of them: the system may take less at once, before it says that the disk is full."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.file.write(rest) :]
 
     def keep(self, data: bytes | memoryview, first: Offsets, last: Offsets) -> None:
         """Append what lay in the old master, without the ranges from each of `first` to that of `last`."""
@@ -96,30 +88,6 @@ class Output:
             self._removed.write(removed())
             self.ranges.frombytes(np.stack((first, last - first), axis=1).astype(np.int64).tobytes())
 
-    def copy(self, master: IO[bytes], start: int, end: int) -> None:
-        """Append a span of the old master. Raises IndexMismatch when it ends before."""
-        self.kept_bytes += end - start
-        while start < end:
-            room = HELD_BYTES - (self._written + self._filled) % HELD_BYTES
-            count = os.preadv(master.fileno(), [self._held[self._filled :][: min(room, end - start)]], start)
-            if not count:
-                raise IndexMismatch
-            start += count
-            self._filled += count
-            self.beat(count)
-            if count == room:
-                self._flush()
-
-    def _flush(self) -> None:
-        """Write what `copy` held back: it writes whole, aligned pieces, which cost the kernel least."""
-        held, self._filled = self._held[: self._filled], 0
-        self._put(held)
-
-    def _put(self, rest: memoryview) -> None:
-        self._written += len(rest)
-        while rest:  # the system may take less at once, before it says that the disk is full
-            rest = rest[self.file.write(rest) :]
-
     def restart(self) -> None:
         """Forget everything that was written."""
         for file in (self.file, self._removed):
@@ -128,12 +96,11 @@ class Output:
                 file.truncate()
         if self.indexing is not None:
             self.indexing.restart()
-        self.kept_bytes = self._filled = self._written = 0
+        self.kept_bytes = 0
         self.ranges = array("q")
 
     def finish(self) -> None:
-        """Write what is left, and make the undo file durable: the ranges follow the removed bytes."""
-        self._flush()
+        """Make the undo file durable: the ranges follow the removed bytes."""
         if self._removed is not None:
             self._removed.write(self.ranges.tobytes())
             self._removed.flush()
@@ -276,7 +243,8 @@ def merge(
                 output.write(counts.union.header(counts.dialect))
             else:
                 old = files.enter_context(master.open("rb", buffering=0))
-                before = _keep_rows(old, counts, output, config, index)
+                fitting = key_index.fitting(files, index, os.fstat(old.fileno()), config)
+                before = _keep_rows(old, counts, output, fitting, config.merged_file.name)
         except Malformed as error:
             raise _unreadable(config.merged_file, error) from error
         appended = _append(counts, output)
@@ -311,23 +279,24 @@ def _created(files: ExitStack, path: Path, master: Path | None, buffering: int =
     return file
 
 
-def _keep_rows(master: IO[bytes], counts: MatchCounts, out: Output, config: InboxConfig, index: Path) -> os.stat_result:
+def _keep_rows(
+    master: IO[bytes], counts: MatchCounts, out: Output, index: KeyIndex | None, name: str
+) -> os.stat_result:
     """Write what stays of the master, along its index where that fits."""
     before = os.fstat(master.fileno())
     header = read_header(master.read, counts.dialect)
-    with key_index.opened(index, before, config) as fitting:
-        indexed = (
-            fitting is not None
-            and not counts.padding
-            and bool(header.eol)
-            and _no_column_is_obsolete(master, header, counts)
-            and _IndexedMerge(master, header, counts, out).run(fitting)
-        )
+    indexed = (
+        index is not None
+        and not counts.padding
+        and bool(header.eol)
+        and _no_column_is_obsolete(master, header, counts)
+        and _IndexedMerge(master, header, counts, out).run(index)
+    )
     if not indexed:
         _full_scan(master, header, counts, out)
     # A program that takes no lock may have written in place: what was read is then no version of it.
     if identity_of(os.fstat(master.fileno())) != identity_of(before):
-        told = f"the master {config.merged_file.name} was written to while it was read"
+        told = f"the master {name} was written to while it was read"
         raise Transient(told, "no action needed; the next run merges into what it is then")
     return before
 
@@ -510,48 +479,23 @@ class _IndexedMerge:
 
     def _piece(self, entries: Hashes) -> None:
         ends = np.cumsum(key_index.lengths_in(entries))
-        size = int(ends[-1])
-        if self._at + size > self._size:
+        if self._at + int(ends[-1]) > self._size:
             raise IndexMismatch
         places = self._counts.incoming.keys.candidates(entries)
-        asked = key_index.lengths_in(entries[places])
-        is_sparse = len(places) * APART_BYTES <= size and int(asked.sum()) <= CHUNK_BYTES
-        gone = (self._sparse if is_sparse else self._dense)(entries, ends, places)
-        if self._out.indexing is not None:
-            self._out.indexing.add(np.delete(entries, gone) if len(gone) else entries)
-
-    def _sparse(self, entries: Hashes, ends: Offsets, places: Offsets) -> Offsets:
-        """Read the records at these places alone, copy what lies between those that go; which these are."""
-        asked, base = entries[places], self._at
-        lengths, stops = key_index.lengths_in(asked), ends[places] + base
-        starts = stops - lengths
-        raw = b"".join([bytes(self._read(start, end - start)) for start, end in pairs(starts, stops)])
-        hits = self._matches(raw, lengths, asked)
-        first, last = _ranges(starts[hits], stops[hits])
-        for start, end in pairs(first, last):
-            self._out.copy(self._master, self._at, start)
-            self._at = end
-        self._out.copy(self._master, self._at, base + int(ends[-1]))
-        self._at = base + int(ends[-1])
-        behind = np.cumsum(lengths)
-        self._out.note(lambda: cut(raw, (behind - lengths)[hits], behind[hits]), first, last)
-        return places[hits]
-
-    def _dense(self, entries: Hashes, ends: Offsets, places: Offsets) -> Offsets:
-        """Read all records, some megabytes at a time or one that is longer; which of those at these places go."""
-        gone = []
-        first = done = 0
+        # All records are read, some megabytes at a time or one that is longer.
+        gone, first, done = [], 0, 0
         while first < len(entries):
             last = max(int(np.searchsorted(ends, done + CHUNK_BYTES, "right")), first + 1)
             low, high = np.searchsorted(places, (first, last)).tolist()
             asked = places[low:high]
             gone.append(asked[self._chunk(int(ends[last - 1]) - done, ends[asked] - done, entries[asked])])
             first, done = last, int(ends[last - 1])
-        return np.concatenate(gone)
+        if self._out.indexing is not None:
+            self._out.indexing.add(np.delete(entries, np.concatenate(gone)))
 
     def _chunk(self, size: int, stops: Offsets, asked: Hashes) -> Offsets:
         """Write that many bytes, but not those of these records that go; which these are."""
-        data, lengths = self._read(self._at, size), key_index.lengths_in(asked)
+        data, lengths = self._read(size), key_index.lengths_in(asked)
         starts = stops - lengths
         raw = cut(data, starts, stops)
         hits = self._matches(raw, lengths, asked)
@@ -562,15 +506,15 @@ class _IndexedMerge:
         self._at += size
         return hits
 
-    def _read(self, at: int, size: int) -> memoryview:
-        """Bytes of the master, good until the next call."""
+    def _read(self, size: int) -> memoryview:
+        """The next bytes of the master, good until the next call."""
         if size > MASTER_RECORD_BYTES:
             raise IndexMismatch
         if size > len(self._held):
             self._held = memoryview(bytearray(size))
         data, done = self._held[:size], 0
         while done < size:
-            count = os.preadv(self._master.fileno(), [data[done:]], at + done)
+            count = os.preadv(self._master.fileno(), [data[done:]], self._at + done)
             if not count:
                 raise IndexMismatch
             done += count

@@ -16,7 +16,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -254,7 +254,7 @@ def _to_json(transaction: Transaction, folder: Path) -> Mapping[str, Any]:
             "pending": near(archiving.pending),
             "target": near(archiving.target),
             "source": near(archiving.source),
-            "identity": asdict(archiving.identity),
+            "identity": archiving.identity._asdict(),
             "digest": archiving.digest,
         },
         "load": asdict(transaction.load),
@@ -387,7 +387,7 @@ def _read_and_merge(
         load,
         rows=incoming.rows,
         duplicates=incoming.duplicates,
-        source=astuple(incoming.identity),
+        source=incoming.identity,
         source_md5=incoming.md5,
         rows_at=incoming.header.size_bytes,
         unended_bytes=incoming.unended_bytes,
@@ -415,7 +415,7 @@ def _prepare(
     Raises Unsteady when the input was replaced, Transient when something that takes no lock replaced the master.
     """
     paths, config, at = inbox.paths, inbox.config, inbox.clock()
-    metadata = paths.temporary_metadata(load.load_id)
+    metadata = paths.temporary(load.load_id, "metadata", config.metadata_file.parent)
     with placed(config.metadata_file.parent):
         write_metadata(metadata, merged.columns, load.rows_after, at)
     renamings = [
@@ -491,7 +491,7 @@ def take_back(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable[
         removals = [config.merged_file, config.metadata_file, removed]
     else:
         restored = paths.temporary(load.load_id, "restored")
-        metadata = paths.temporary_metadata(load.load_id)
+        metadata = paths.temporary(load.load_id, "metadata", config.metadata_file.parent)
         if load.revert == "whole":
             link_or_copy(removed, restored)
         else:

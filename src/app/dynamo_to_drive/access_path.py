@@ -5,7 +5,7 @@ scan is the last way, is said, and has a limit. The facts are those of contracts
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from app.core.errors import Permanent
@@ -68,6 +68,11 @@ class Plan:
     def scans(self) -> bool:
         """True when each read pays for the whole table."""
         return not self.hash_name
+
+    @property
+    def way(self) -> "Plan":
+        """The same without what grows with the items."""
+        return replace(self, size_bytes=0)
 
     @property
     def scan_units(self) -> int:

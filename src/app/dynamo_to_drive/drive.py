@@ -75,11 +75,6 @@ def credentials(given: Given) -> Any:
         raise Permanent(f"Google credentials cannot be read: {type(error).__name__}", FORMS) from error
 
 
-def account(given: Given) -> str:
-    """Who the files belong to, for hints: the address of a service account, else "the signed-in user"."""
-    return str(document(given).get("client_email") or "the signed-in user")
-
-
 def client_of(info: Mapping[str, Any]) -> Mapping[str, Any]:
     """The client secrets inside the document. Raises Permanent when it is something else."""
     client = info.get("installed") or info.get("web")
@@ -290,10 +285,18 @@ class DriveFile:
     mime_type: str
 
     @property
+    def is_hour(self) -> bool:
+        """True while it can be the file of an hour."""
+        return self.is_csv and not self.trashed
+
+    @property
     def is_csv(self) -> bool:
         """False for what is not a table of an hour although it has the name of one: a folder, a shortcut, a Google
-        document, a picture, an archive. Browsers of Windows send CSV as a spreadsheet's type.
+        document (a copy of our file has its properties), a picture, an archive. Browsers of Windows send CSV as a
+        spreadsheet's type.
         """
+        if self.mime_type.startswith(GOOGLE_TYPES):
+            return False
         return "headwaterMd5" in self.properties or self.mime_type.startswith("text/") or self.mime_type in CSV_TYPES
 
 
@@ -394,9 +397,7 @@ class Drive:
 
     def folder(self, folder_id: str) -> Mapping[str, Any]:
         """Its `mimeType`, `driveId` (absent in My Drive), `trashed` and `capabilities`."""
-        found: Mapping[str, Any] = self._again(
-            lambda files: files.get(fileId=folder_id, fields=FOLDER_FIELDS, supportsAllDrives=True).execute()
-        )
+        found: Mapping[str, Any] = self._answer("get", fileId=folder_id, fields=FOLDER_FIELDS, supportsAllDrives=True)
         return found
 
     def named(self, name: str, folder_id: str, drive_id: str) -> Sequence[DriveFile]:
@@ -421,7 +422,7 @@ class Drive:
         }
         found: list[DriveFile] = []
         while True:
-            page = self._again(lambda files: files.list(**asked).execute())
+            page = self._answer("list", **asked)
             if page.get("incompleteSearch"):
                 raise Transient(f"Drive searched only a part for {name}", "no action needed: it is asked again")
             found += [_file(each) for each in page.get("files", ())]
@@ -432,25 +433,21 @@ class Drive:
     def get(self, file_id: str) -> DriveFile | None:
         """The file, also from the trash; None when there is none."""
         try:
-            found = self._again(
-                lambda files: files.get(fileId=file_id, fields=FILE_FIELDS, supportsAllDrives=True).execute()
-            )
+            return _file(self._answer("get", fileId=file_id, **_ASKED))
         except AppError as error:
             if _status(error) == 404:  # noqa: PLR2004 - HTTP's own number
                 return None
             raise
-        return _file(found)
 
     def new_id(self) -> str:
         """An id for a file that is to be created."""
-        made = self._again(lambda files: files.generateIds(count=1, space="drive", type="files").execute())
-        return str(made["ids"][0])
+        return str(self._answer("generateIds", count=1, space="drive", type="files")["ids"][0])
 
     def create(self, file_id: str, name: str, folder_id: str, content: FileContent) -> DriveFile | None:
         """The new file; None when the id is in use, perhaps by an earlier try of ours."""
         body = {"id": file_id, "name": name, "parents": [folder_id], **_metadata(content)}
         try:
-            return self._upload(lambda files, media: files.create(body=body, media_body=media, **_ASKED), content)
+            return self._upload("create", content, body=body)
         except AppError as error:
             if _status(error) == 409:  # noqa: PLR2004 - HTTP's own number
                 return None
@@ -458,10 +455,7 @@ class Drive:
 
     def update(self, file_id: str, content: FileContent) -> DriveFile:
         """The file with its content and properties replaced; name and folder stay as people made them."""
-        body = _metadata(content)
-        return self._upload(
-            lambda files, media: files.update(fileId=file_id, body=body, media_body=media, **_ASKED), content
-        )
+        return self._upload("update", content, fileId=file_id, body=_metadata(content))
 
     def download(self, file_id: str, into: BinaryIO) -> None:
         """Write the content to `into`."""
@@ -479,22 +473,22 @@ class Drive:
 
     def trash(self, file_id: str) -> None:
         """Into the trash, where it stays for 30 days."""
-        body = {"trashed": True}
-        self._again(lambda files: files.update(fileId=file_id, body=body, supportsAllDrives=True).execute())
+        self._answer("update", fileId=file_id, body={"trashed": True}, supportsAllDrives=True)
 
-    def _upload(self, request: Callable[[Any, Any], Any], content: FileContent) -> DriveFile:
+    def _upload(self, method: str, content: FileContent, **asked: Any) -> DriveFile:
         """In one request, or above 5 MB in pieces. The answer must show what was sent."""
         from googleapiclient.http import MediaInMemoryUpload, MediaIoBaseUpload
 
         content.body.seek(0)
         if content.size_bytes <= RESUMABLE_BYTES:
             media = MediaInMemoryUpload(content.body.read(), mimetype="text/csv")
-            found = _file(self._again(lambda files: request(files, media).execute()))
+            found = _file(self._answer(method, media_body=media, **asked, **_ASKED))
         else:
             media = MediaIoBaseUpload(content.body, mimetype="text/csv", chunksize=CHUNK_BYTES, resumable=True)
             # As bytes: a stream that the transport sends again after a lost connection is empty by then.
             media.has_stream = lambda: False
-            found = _file(self._again(lambda files: self._in_pieces(request(files, media))))
+            whole = {"media_body": media, **asked, **_ASKED}
+            found = _file(self._again(lambda files: self._in_pieces(getattr(files, method)(**whole))))
         if (found.md5, found.size_bytes) != (content.md5, content.size_bytes):
             raise Transient(
                 f"{found.name}: Drive has {found.size_bytes} bytes with MD5 {found.md5}, "
@@ -525,6 +519,10 @@ class Drive:
                     raise
                 self._pauses.pause(random.random() * min(16.0, 0.5 * 2**idle))  # noqa: S311 - jitter only
         return answer
+
+    def _answer(self, method: str, **asked: Any) -> Any:
+        """The answer of one request of the API."""
+        return self._again(lambda files: getattr(files, method)(**asked).execute())
 
     def _again(self, call: Callable[[Any], T]) -> T:
         """Run `call` on the API until it succeeds or the attempts end; nothing of the SDK's passes."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from hashlib import blake2b, md5
-from itertools import islice, pairwise
+from itertools import groupby, islice, pairwise
 from operator import itemgetter
 from shutil import copyfileobj
 from typing import Any, BinaryIO
@@ -140,9 +140,10 @@ def _filled(row: Mapping[str, str]) -> Mapping[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Rows of one page, sorted, as they will stand in the file, between two offsets of the spool."""
+    """Rows of one page, sorted, as they will stand in the file, between two offsets of the spool. `held`: of a file."""
 
     columns: Columns
+    held: bool
     begin: int
     end: int
     rows: int
@@ -164,30 +165,37 @@ class HourWriter:
         """Drop the spool."""
         self._spool.close()
 
-    def add(self, columns: Columns, rows: Sequence[Row]) -> None:
+    def add(self, columns: Columns, rows: Sequence[Row], *, held: bool = False) -> None:
         """Rows of a page. `columns` begin with the timestamp, then names in order, all those of earlier pages too."""
         self._columns = columns
         if not rows:
             return
-        rows, first, last = self._in_order(rows, self._shape.places(columns))
+        rows, first, last = self._in_order(rows, self._shape.places(columns), held=held)
         begin = self._spool.seek(0, io.SEEK_END)
         _write(self._spool, rows, escape=self._shape.escape)
-        self._segments.append(_Segment(columns, begin, self._spool.tell(), len(rows), first, last))
+        self._segments.append(_Segment(columns, held, begin, self._spool.tell(), len(rows), first, last))
 
-    def add_rows(self, rows: Iterable[Mapping[str, str]]) -> None:
-        """Rows of an earlier file, by column."""
+    def add_rows(self, rows: Iterable[Mapping[str, str]], *, held: bool = False) -> None:
+        """Rows by column. `held`: of the file that is replaced. None of these is another one of them, also where the
+        table's key cannot tell them apart, since the table had another key when they were written.
+        """
         given = iter(rows)
         while some := list(islice(given, MERGE_ROWS)):
             names = set().union(*some) - {self._shape.timestamp}
             columns = (self._shape.timestamp, *sorted(names.union(self._columns[1:])))
-            self.add(columns, [[row.get(name, "") for name in columns] for row in some])
+            self.add(columns, [[row.get(name, "") for name in columns] for row in some], held=held)
 
-    def _in_order(self, rows: Sequence[Row], places: Sequence[int]) -> tuple[Sequence[Row], Order, Order]:
+    def _in_order(
+        self, rows: Sequence[Row], places: Sequence[int], *, held: bool
+    ) -> tuple[Sequence[Row], Order, Order]:
         """The rows sorted, of two with one key the later one; and the order of the first and of the last."""
         if ascend(list(map(itemgetter(0), rows))):
             first, last = self._shape.orders((rows[0], rows[-1]), places)
             return rows, first, last
         orders = self._shape.orders(rows, places)
+        if held:
+            found = sorted(zip(orders, rows, strict=True), key=itemgetter(0))
+            return [row for _, row in found], found[0][0], found[-1][0]
         if any(later <= earlier for earlier, later in pairwise(orders)):
             both = dict(zip(orders, rows, strict=True))
             self._repeated += len(orders) - len(both)
@@ -230,18 +238,18 @@ class HourWriter:
         )
 
     def _merged(self, columns: Columns) -> Iterator[tuple[Order, Row]]:
-        """All rows in order; of rows with one key the one that was added last."""
+        """All rows in order; of rows with one key the one that was added last, but for several that a file holds."""
         streams = [self._read(number, segment, columns) for number, segment in enumerate(self._segments)]
-        held: tuple[Order, Row] | None = None
-        for order, _, row in heapq.merge(*streams, key=lambda each: each[:2]):
-            if held is not None:
-                if held[0] != order:
-                    yield held
-                else:
-                    self._repeated += 1
-            held = order, row
-        if held is not None:
-            yield held
+        for order, group in groupby(heapq.merge(*streams, key=lambda each: each[:2]), key=itemgetter(0)):
+            rows = [(self._segments[number].held, row) for _, number, row in group]
+            kept = [row for place, (is_held, row) in enumerate(rows) if is_held and (True, row) not in rows[:place]]
+            new = [row for is_held, row in rows if not is_held][-1:]
+            if len(kept) > 1:
+                new = [*kept, *(row for row in new if row not in kept)]
+            chosen = new or kept
+            self._repeated += len(rows) - len(chosen)
+            for row in chosen:
+                yield order, row
 
     def _read(self, number: int, segment: _Segment, columns: Columns) -> Iterator[tuple[Order, int, Row]]:
         source = [segment.columns.index(name) if name in segment.columns else -1 for name in columns]
@@ -391,7 +399,7 @@ class _Reason:
 class Accounts:
     """The accounts of one run. Safe from any thread. `attributes` and `text` are what unplaced items show: names, and
     one timestamp. `ahead`: the furthest timestamp more than a day ahead of `now`; `empty`: the partition values that
-    no item has; "" for none.
+    no item has; "" for none. `removed`: what to say of files that a person took rows out of.
     """
 
     def __init__(self, attribute: str, now: datetime | None = None) -> None:
@@ -399,6 +407,7 @@ class Accounts:
         self._ahead_at = now + timedelta(days=1) if now else None
         self.ahead = ""
         self.empty = ""
+        self.removed: list[str] = []
         self.attributes: set[str] = set()
         self.text = ""
         self._hours: dict[Window, _Hour] = {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
@@ -22,12 +22,9 @@ from app.core.pipeline import (
     Checkpoints,
     Commit,
     Grid,
-    Held,
     Pipeline,
     Position,
-    Record,
     Shrink,
-    Sink,
     Task,
 )
 from app.core.repair import GONE_HINT
@@ -48,7 +45,7 @@ from app.core.windows import (
 from app.dynamo_to_drive.access_path import Target
 from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_in, read_file
-from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FolderSink, hour_of
+from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FileIds, FolderSink, HourSink
 from app.dynamo_to_drive.source import DynamoSource, DynamoTable, notes_on, ping
 from app.object_store.set_aside import SetAsideStore
 
@@ -64,18 +61,6 @@ log = logging.getLogger(__name__)
 HourPipeline = Pipeline[HourFile, HourFile]
 
 
-class HourSink(Sink[HourFile, HourFile], Protocol):
-    """What is asked of a sink here beside its port."""
-
-    reads_rows: bool
-
-    def peek(self, key: str) -> Held | None:
-        """As `head`, without reading the file: version and MD5."""
-
-    def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
-        """Names and MD5 of every file on the day of `hour`."""
-
-
 @dataclass(frozen=True, slots=True)
 class OpenedHourFiles:
     """The pipeline of one run, its sink under the wider port, and the accounts that both ends write into."""
@@ -83,26 +68,6 @@ class OpenedHourFiles:
     pipeline: HourPipeline
     sink: HourSink
     accounts: Accounts
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedIds:
-    """`sink.FileIds` in the checkpoints: the record of an hour holds `id:revision` as its version."""
-
-    checkpoints: Checkpoints
-    partition: str
-    context: Context
-
-    def known(self, key: str) -> str:
-        """The id in the record of the hour that `key` names."""
-        hour = hour_of(key)
-        records = self.checkpoints.records(NAME, self.partition, hour.start, hour.end)
-        return next((each.version.partition(":")[0] for each in records if each.key == key), "")
-
-    def keep(self, key: str, file_id: str) -> None:
-        """Commit a record that says no more than the id; the record of the write replaces it."""
-        record = Record(hour_of(key), 0, key, f"{file_id}:", "", 0, 0, -1, None, None, closed=False)
-        self.checkpoints.commit(NAME, self.partition, Commit((record,)), self.context.lease)
 
 
 def folder_of(settings: Settings) -> str:
@@ -242,20 +207,17 @@ class HourFileExport:
         )
         return OpenedHourFiles(pipeline, sink, accounts)
 
-    def _sink(self, context: Context, accounts: Accounts) -> DriveSink | FolderSink:
-        drive, escaped, dry_run = self.settings.drive, self.settings.drive.escape_formulas, context.dry_run
+    def _sink(self, context: Context, accounts: Accounts) -> HourSink:
+        drive = self.settings.drive
+        shape: dict[str, Any] = {
+            "prefix": drive.csv_name_prefix,
+            "escaped": drive.escape_formulas,
+            "dry_run": context.dry_run,
+        }
         if self.drive is None:
-            times = self.table.target.times
-            return FolderSink(self.directory, drive.csv_name_prefix, times, accounts, escaped=escaped, dry_run=dry_run)
-        return DriveSink(
-            Drive(self.drive, self.policy, context.stop),
-            self.folder,
-            RecordedIds(self.checkpoints, self.partition, context),
-            accounts,
-            prefix=drive.csv_name_prefix,
-            escaped=escaped,
-            dry_run=dry_run,
-        )
+            return FolderSink(self.directory, accounts, **shape)
+        ids = FileIds(self.checkpoints, NAME, self.partition, context.lease)
+        return DriveSink(Drive(self.drive, self.policy, context.stop), self.folder, ids, accounts, **shape)
 
     def _live(self, context: Context) -> Report:
         """Close what is due, bring the current hour and the one in its grace up to date."""

@@ -41,24 +41,7 @@ class Value(msgspec.Struct, gc=False, omit_defaults=True):
 Item = dict[str, Value]
 
 
-class _Answer(msgspec.Struct):
-    """A page of Query or Scan; what is not named here is dropped. Without items it is none."""
-
-    Items: msgspec.Raw
-    Count: int = 0
-    ScannedCount: int = 0
-    LastEvaluatedKey: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    ConsumedCapacity: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-
-
-class _Rest(msgspec.Struct):
-    Count: int
-    ScannedCount: int
-    LastEvaluatedKey: msgspec.Raw | msgspec.UnsetType
-    ConsumedCapacity: msgspec.Raw | msgspec.UnsetType
-
-
-_ANSWERS = msgspec.json.Decoder(_Answer)
+_ANSWERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ITEMS = msgspec.json.Decoder(list[Item])
 _ENCODER = msgspec.json.Encoder()
 _SORTED = msgspec.json.Encoder(order="deterministic")
@@ -75,9 +58,9 @@ def take_items(response_dict: dict[str, Any], customized_response_dict: dict[str
         page = _ANSWERS.decode(response_dict["body"])
     except ValueError:
         return
-    rest = _Rest(page.Count, page.ScannedCount, page.LastEvaluatedKey, page.ConsumedCapacity)
-    customized_response_dict["Items"] = page.Items
-    response_dict["body"] = _ENCODER.encode(rest)
+    if "Items" in page:
+        customized_response_dict["Items"] = page.pop("Items")
+        response_dict["body"] = _ENCODER.encode(page)
 
 
 def items_of(taken: Taken) -> list[Item]:

@@ -10,17 +10,19 @@ directory a file is whole or absent at every instant; its version is the MD5 of 
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from hashlib import md5
 from pathlib import Path
-from typing import Protocol
 
 from app.core.errors import Conflict, Permanent, Transient
 from app.core.files import temporary_file, write_durably
-from app.core.pipeline import Held
+from app.core.pipeline import Checkpoints, Commit, Held, Record
+from app.core.runs import Lease
 from app.core.windows import Window
 from app.dynamo_to_drive.drive import (
     FOLDER_TYPE,
@@ -41,27 +43,11 @@ from app.dynamo_to_drive.hour_file import (
     readable,
     while_readable,
 )
-from app.dynamo_to_drive.timestamps import Times
 
 MEMORY_BYTES = 1 << 20
 READ_HINT = "no action needed: it is read again"
 NEW_IDS = 3
 log = logging.getLogger(__name__)
-
-
-class FileIds(Protocol):
-    """Where the id of an hour's file is remembered, durably, before the file is."""
-
-    def known(self, key: str) -> str:
-        """The id; "" when none was kept."""
-
-    def keep(self, key: str, file_id: str) -> None:
-        """Keep it. Durable when this returns."""
-
-
-def file_name(prefix: str, window: Window) -> str:
-    """The name of an hour's file, in UTC."""
-    return f"{prefix}_{window.start:%Y%m%d_%H}.csv"
 
 
 def hour_of(key: str) -> Window:
@@ -105,18 +91,104 @@ class DriveFolder:
         self._drive_id = None
 
 
-def would_write(name: str, batch: HourFile, window: Window, accounts: Accounts) -> None:
-    """Say what a dry run would write."""
-    log.info("%s: would be written, %d rows, %d bytes", name, batch.rows, batch.size_bytes)
-    accounts.note(window, waiting=batch.rows)
+@dataclass(frozen=True, slots=True)
+class FileIds:
+    """The ids of files, durable before the files are: the record of an hour has `id:revision` as its version."""
+
+    checkpoints: Checkpoints
+    pipeline: str
+    partition: str
+    lease: Lease
+
+    def known(self, key: str) -> str:
+        """The id in the record of the hour that `key` names; "" when none was kept."""
+        hour = hour_of(key)
+        records = self.checkpoints.records(self.pipeline, self.partition, hour.start, hour.end)
+        return next((each.version.partition(":")[0] for each in records if each.key == key), "")
+
+    def keep(self, key: str, file_id: str) -> None:
+        """Commit a record that says no more than the id; the record of the write replaces it."""
+        record = Record(hour_of(key), 0, key, f"{file_id}:", "", 0, 0, -1, None, None, closed=False)
+        self.checkpoints.commit(self.pipeline, self.partition, Commit((record,)), self.lease)
 
 
-class DriveSink:
-    """`app.core.pipeline.Sink` over Drive; a version is `id:headRevisionId`. `accounts` is told what lies there.
+class HourSink(ABC):
+    """`app.core.pipeline.Sink` over CSV files, one for each hour. `accounts` is told what lies there and what landed.
 
     `escaped`: cells are guarded against formulas. `reads_rows` is set to False where a file is replaced whatever rows
     it has: then `head` is `peek`.
     """
+
+    def __init__(self, accounts: Accounts, prefix: str, *, escaped: bool, dry_run: bool) -> None:
+        self.reads_rows = True
+        self._accounts = accounts
+        self._prefix = prefix
+        self._escaped = escaped
+        self._dry_run = dry_run
+
+    def key(self, partition: str, window: Window, part: int) -> str:  # noqa: ARG002 - one file an hour, no parts
+        """The file's name, in UTC."""
+        return f"{self._prefix}_{window.start:%Y%m%d_%H}.csv"
+
+    def head(self, key: str) -> Held | None:
+        """The file with its rows, or None."""
+        if not self.reads_rows:
+            return self.peek(key)
+        if held := self._head(key):
+            self._accounts.note(hour_of(key), held=held.rows)
+        return held
+
+    def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
+        """The rows of that version. Raises Conflict when another one is there."""
+        self._check(key, version)
+        yield from self._rows(key, version)
+        self._check(key, version)
+
+    def encode(self, partition: str, window: Window, batch: HourFile) -> HourFile:
+        """The batch is the file already; a dry run says that it would be written."""
+        if self._dry_run:
+            log.info(
+                "%s: would be written, %d rows, %d bytes", self.key(partition, window, 0), batch.rows, batch.size_bytes
+            )
+            self._accounts.note(window, waiting=batch.rows)
+        return batch
+
+    def put(self, key: str, encoded: HourFile, expected: str | None, *, closing: bool = False) -> str:  # noqa: ARG002
+        """Write the file when what is there is the expected version still. Raises Conflict."""
+        if expected is not None:
+            self._check(key, expected)
+        landed = encoded.landed_over(while_readable(self._rows(key, expected)) if expected else ())
+        version = self._put(key, encoded, expected)
+        self._accounts.note(hour_of(key), landed=landed)
+        return version
+
+    @abstractmethod
+    def peek(self, key: str) -> Held | None:
+        """As `head`, without a look at the rows: version and MD5."""
+
+    @abstractmethod
+    def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
+        """Names and MD5 of every file on the day of `hour`."""
+
+    @abstractmethod
+    def _head(self, key: str) -> Held | None: ...
+
+    @abstractmethod
+    def _rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]: ...
+
+    @abstractmethod
+    def _check(self, key: str, version: str) -> None: ...
+
+    @abstractmethod
+    def _put(self, key: str, encoded: HourFile, expected: str | None) -> str: ...
+
+    def _day(self, hour: Window) -> str:
+        """How the names of a day begin."""
+        return self.key("", hour, 0).removesuffix(f"{hour.start:%H}.csv")
+
+
+class DriveSink(HourSink):
+    """Over Drive; a version is `id:headRevisionId`."""
 
     def __init__(
         self,
@@ -129,93 +201,57 @@ class DriveSink:
         escaped: bool,
         dry_run: bool,
     ) -> None:
+        super().__init__(accounts, prefix, escaped=escaped, dry_run=dry_run)
         self._drive = drive
         self._folder = folder
         self._ids = ids
-        self._accounts = accounts
-        self._prefix = prefix
-        self._escaped = escaped
-        self._dry_run = dry_run
-        self.reads_rows = True
-
-    def key(self, partition: str, window: Window, part: int) -> str:  # noqa: ARG002 - one file an hour, no parts
-        """The file's name."""
-        return file_name(self._prefix, window)
-
-    def head(self, key: str) -> Held | None:
-        """The file of that name in the folder, else the one with the known id wherever a person moved it."""
-        if not self.reads_rows:
-            return self.peek(key)
-        found = self._find(key)
-        if found is None:
-            return None
-        rows, min_at, max_at = self._described(found)
-        self._accounts.note(hour_of(key), held=rows)
-        return Held(_version(found), found.md5, rows, min_at, max_at, found.size_bytes)
 
     def peek(self, key: str) -> Held | None:
-        """As `head`, without a look at the rows: version and MD5."""
+        """The file of that name in the folder, else the one with the known id wherever a person moved it."""
         found = self._find(key)
         return None if found is None else Held(_version(found), found.md5)
 
+    def _head(self, key: str) -> Held | None:
+        found = self._find(key)
+        return (
+            None if found is None else Held(_version(found), found.md5, self._count(found), size_bytes=found.size_bytes)
+        )
+
     def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
-        """Names and MD5 of every file on the day of `hour`; of several of one name, the oldest."""
-        start = file_name(self._prefix, hour).removesuffix(f"{hour.start:%H}.csv")
-        drive_id = self._folder.drive_id(self._drive)
+        """Of several files of one name, the oldest."""
         seen = set[str]()
-        for found in self._drive.beginning(start, self._folder.folder_id, drive_id):
+        for found in self._drive.beginning(self._day(hour), self._folder.folder_id, self._folder.drive_id(self._drive)):
             if found.is_csv and found.name not in seen:
                 seen.add(found.name)
                 yield found.name, found.md5
 
-    def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
-        """The rows of that version. Raises Conflict when another one is there."""
-        file_id = version.partition(":")[0]
-        self._check(key, version)
-        yield from self._rows(file_id)
-        self._check(key, version)
-
-    def encode(self, partition: str, window: Window, batch: HourFile) -> HourFile:
-        """The batch is the file already."""
-        if self._dry_run:
-            would_write(self.key(partition, window, 0), batch, window, self._accounts)
-        return batch
-
-    def put(self, key: str, encoded: HourFile, expected: str | None, *, closing: bool = False) -> str:  # noqa: ARG002
-        """Create under the id that was kept before, or replace the content when the head revision is the expected."""
+    def _put(self, key: str, encoded: HourFile, expected: str | None) -> str:
+        """Create under the id that was kept before, or replace the content."""
         properties = {"headwaterMd5": encoded.digest, "headwaterRows": str(encoded.rows)}
         if encoded.min_at and encoded.max_at:
-            properties |= {
-                "headwaterFrom": encoded.min_at.isoformat(),
-                "headwaterTo": encoded.max_at.isoformat(),
-            }
+            properties |= {"headwaterFrom": encoded.min_at.isoformat(), "headwaterTo": encoded.max_at.isoformat()}
         content = FileContent(encoded.file, encoded.digest, encoded.size_bytes, properties)
-        if expected is None:
-            landed, version = encoded.landed_over(()), self._create(key, content)
-        else:
-            self._check(key, expected)
-            file_id = expected.partition(":")[0]
-            landed = encoded.landed_over(while_readable(self._rows(file_id)))
-            version = _version(self._drive.update(file_id, content))
-        self._accounts.note(hour_of(key), landed=landed)
+        made = self._create(key, content) if expected is None else self._drive.update(_id(expected), content)
         log.info("%s: uploaded, %d rows, %d bytes", key, encoded.rows, encoded.size_bytes)
-        return version
+        return _version(made)
 
-    def _create(self, key: str, content: FileContent) -> str:
+    def _create(self, key: str, content: FileContent) -> DriveFile:
+        self._folder.forget()  # once an hour: a person may have put the folder into the trash, or elsewhere
+        self._folder.drive_id(self._drive)
         file_id = self._ids.known(key)
         for _ in range(NEW_IDS):
             held = self._drive.get(file_id) if file_id else None
-            if held is not None and not held.trashed:
+            if held is not None and held.is_hour:
                 raise Conflict(f"{key}: is there already", READ_HINT)
             if not file_id or held is not None:  # an id in the trash cannot be used again
                 file_id = self._drive.new_id()
                 self._ids.keep(key, file_id)
             made = self._drive.create(file_id, key, self._folder.folder_id, content)
             if made is not None:
-                return _version(made)
+                return made
             held = self._drive.get(file_id)
-            if held is not None and not held.trashed and held.md5 == content.md5:
-                return _version(held)
+            if held is not None and held.is_hour and held.md5 == content.md5:
+                return held
             if held is None:  # used once and deleted for good
                 file_id = ""
         raise Transient(f"{key}: Drive found {NEW_IDS} ids in use", "no action needed: the next run tries new ones")
@@ -237,7 +273,7 @@ class DriveSink:
             return found[0]
         file_id = self._ids.known(key)
         held = self._drive.get(file_id) if file_id else None
-        return None if held is None or held.trashed else held
+        return held if held is not None and held.is_hour else None
 
     def _put_aside(self, key: str, others: Sequence[DriveFile]) -> None:
         """Several files of one name: the oldest is the file, the others go to the trash, where people can find them."""
@@ -251,31 +287,40 @@ class DriveSink:
                 log.warning("%s: %s could not be put into the trash: %s", key, other.file_id, error)
 
     def _check(self, key: str, version: str) -> None:
-        held = self._drive.get(version.partition(":")[0])
+        held = self._drive.get(_id(version))
         if held is None or held.trashed or _version(held) != version:
             raise Conflict(f"{key}: is not the version {version} any more", READ_HINT)
 
-    def _described(self, found: DriveFile) -> tuple[int, datetime | None, datetime | None]:
-        """Rows and span, as its writer noted them; of a file that somebody else wrote or edited, counted.
+    def _count(self, found: DriveFile) -> int:
+        """The rows, as its writer noted them; of a file that somebody else wrote or edited, counted.
 
         What was made unreadable has no rows to keep, and is replaced: Drive has its text among the versions.
         """
-        noted = found.properties
-        if noted.get("headwaterMd5") == found.md5:
-            span = [noted.get("headwaterFrom"), noted.get("headwaterTo")]
-            min_at, max_at = (datetime.fromisoformat(text) if text else None for text in span)
-            return int(noted["headwaterRows"]), min_at, max_at
+        noted = int(found.properties.get("headwaterRows", 0))
+        if found.properties.get("headwaterMd5") == found.md5:
+            return noted
         try:
-            return sum(1 for _ in self._rows(found.file_id)), None, None
+            rows = sum(1 for _ in self._rows(found.name, found.file_id))
         except UnreadableFile as error:
             log.warning("%s: %s; re-created; the old content is in the file's revisions", found.name, error.message)
-            return 0, None, None
+            rows = 0
+        if rows < noted:
+            told = f"{noted - rows} rows were taken out by a person; those that the table lacks are in its revisions"
+            told = f"{found.name}: {told}"
+            log.warning("%s", told)
+            self._accounts.removed.append(told)
+        return rows
 
-    def _rows(self, file_id: str) -> Iterator[Mapping[str, str]]:
+    def _rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:  # noqa: ARG002 - the id says which
+        file_id = _id(version)
         with temporary_file(memory_bytes=MEMORY_BYTES) as spool:
             self._drive.download(file_id, spool)
             with readable(file_id):
                 yield from read_file(lines_in(spool), escaped=self._escaped)
+
+
+def _id(version: str) -> str:
+    return version.partition(":")[0]
 
 
 def _version(found: DriveFile) -> str:
@@ -285,82 +330,45 @@ def _version(found: DriveFile) -> str:
 BLOCK_BYTES = 1 << 18
 
 
-class FolderSink:
-    """As `DriveSink`, over a directory that the first write makes."""
+class FolderSink(HourSink):
+    """Over a directory that the first write makes; the MD5 is version and digest."""
 
-    def __init__(
-        self, root: Path, prefix: str, times: Times, accounts: Accounts, *, escaped: bool, dry_run: bool
-    ) -> None:
+    def __init__(self, root: Path, accounts: Accounts, *, prefix: str, escaped: bool, dry_run: bool) -> None:
+        super().__init__(accounts, prefix, escaped=escaped, dry_run=dry_run)
         self._root = root
-        self._prefix = prefix
-        self._times = times
-        self._accounts = accounts
-        self._escaped = escaped
-        self._dry_run = dry_run
-        self.reads_rows = True
-
-    def key(self, partition: str, window: Window, part: int) -> str:  # noqa: ARG002 - one file an hour, no parts
-        """The file's name."""
-        return file_name(self._prefix, window)
-
-    def head(self, key: str) -> Held | None:
-        """The file with its rows and span counted, or None."""
-        if not self.reads_rows:
-            return self.peek(key)
-        version = self._version(key)
-        if version is None:
-            return None
-        rows, first, last = 0, None, None
-        for row in self._rows(key):
-            last = next(iter(row.values()), "")
-            first = last if first is None else first
-            rows += 1
-        min_at, max_at = (self._times.read(text or "").at for text in (first, last))
-        self._accounts.note(hour_of(key), held=rows)
-        return Held(version, version, rows, min_at, max_at, (self._root / key).stat().st_size)
 
     def peek(self, key: str) -> Held | None:
-        """As `head`, without a look at the rows: the MD5 is version and digest."""
+        """See `HourSink.peek`."""
         version = self._version(key)
         return None if version is None else Held(version, version)
 
+    def _head(self, key: str) -> Held | None:
+        version = self._version(key)
+        if version is None:
+            return None
+        rows = sum(1 for _ in self._rows(key, version))
+        return Held(version, version, rows, size_bytes=(self._root / key).stat().st_size)
+
     def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
-        """Names and MD5 of every file on the day of `hour`."""
-        start = file_name(self._prefix, hour).removesuffix(f"{hour.start:%H}.csv")
+        """See `HourSink.listed`."""
         with _translated(self._root):
-            paths = [path for path in self._root.glob("*.csv") if path.name.startswith(start)]
-            names = sorted(path.name for path in paths if path.is_file())
+            names = sorted(path.name for path in self._root.glob("*.csv") if path.is_file())
         for name in names:
-            if version := self._version(name):
+            if name.startswith(self._day(hour)) and (version := self._version(name)):
                 yield name, version
 
-    def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
-        """The rows of that version. Raises Conflict when another one is there."""
-        self._check(key, version)
-        yield from self._rows(key)
-        self._check(key, version)
-
-    def encode(self, partition: str, window: Window, batch: HourFile) -> HourFile:
-        """The batch is the file already."""
-        if self._dry_run:
-            would_write(self.key(partition, window, 0), batch, window, self._accounts)
-        return batch
-
-    def put(self, key: str, encoded: HourFile, expected: str | None, *, closing: bool = False) -> str:  # noqa: ARG002
-        """Replace the file durably when it is still the expected one."""
-        self._check(key, expected)
-        file = encoded.file
-        landed = encoded.landed_over(while_readable(self._rows(key)) if expected else ())
-        file.seek(0)
+    def _put(self, key: str, encoded: HourFile, expected: str | None) -> str:
+        if expected is None and self._version(key) is not None:
+            raise Conflict(f"{key}: is there already", READ_HINT)
+        encoded.file.seek(0)
         with _translated(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
-            write_durably(self._root / key, iter(partial(file.read, BLOCK_BYTES), b""))
-        self._accounts.note(hour_of(key), landed=landed)
+            write_durably(self._root / key, iter(partial(encoded.file.read, BLOCK_BYTES), b""))
         log.info("%s: written, %d rows, %d bytes", self._root / key, encoded.rows, encoded.size_bytes)
         return encoded.digest
 
-    def _check(self, key: str, expected: str | None) -> None:
-        if self._version(key) != expected:
+    def _check(self, key: str, version: str) -> None:
+        if self._version(key) != version:
             raise Conflict(f"{key}: is not the version that was read before", READ_HINT)
 
     def _version(self, key: str) -> str | None:
@@ -377,7 +385,7 @@ class FolderSink:
                 return None
         return digest.hexdigest()
 
-    def _rows(self, key: str) -> Iterator[Mapping[str, str]]:
+    def _rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:  # noqa: ARG002 - there is one
         with _translated(self._root), (self._root / key).open("rb") as file, readable(key):
             yield from read_file(lines_in(file), escaped=self._escaped)
 

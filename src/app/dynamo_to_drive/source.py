@@ -9,6 +9,7 @@ from contextvars import copy_context
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from app.core.errors import AppError, Permanent, Transient
@@ -136,33 +137,31 @@ class DynamoTable:
         self.traits: frozenset[Trait] = frozenset()
         self._lock = threading.Lock()
         self._client = SharedClient(lambda: _make_client(target))
-        self._plan: Plan | None = None
+        self._told: Plan | None = None
         self._looked = set[datetime]()
         self._first_at: datetime | None = None
 
     def plan(self) -> Plan:
-        """How it is read, found once. Raises Permanent for a table that cannot be read."""
-        if self._plan is None:
-            answer = self.call("describe_table", TableName=self.target.table)
-            described = member(answer, "Table", self.target.where)
-            self._plan = plan = plan_of(described, self.target)
-            if plan.scans:
-                log.warning(
-                    "table %s is SCANNED: each hour and run reads all %d bytes, about %d read units; to query instead,"
-                    " %s",
-                    *(self.target.table, plan.size_bytes, plan.scan_units, advice(described, self.target)),
-                )
-            else:
-                where, number = f"index {plan.index}" if plan.index else "its key", len(plan.hash_values)
-                log.info("table %s is queried on %s, %d partition values", self.target.table, where, number)
-        return self._plan
-
-    def forget(self) -> None:
-        """Find out again next time: an index may have come or gone."""
-        self._plan = None
+        """How it is read now: an index may have come or gone, and another table may have the name. Raises Permanent for
+        a table that cannot be read.
+        """
+        described = member(self.call("describe_table", TableName=self.target.table), "Table", self.target.where)
+        plan = plan_of(described, self.target)
+        if plan.way == self._told:
+            return plan
+        self._told = plan.way
+        if plan.scans:
+            log.warning(
+                "table %s is SCANNED: each hour and run reads all %d bytes, about %d read units; to query instead, %s",
+                *(self.target.table, plan.size_bytes, plan.scan_units, advice(described, self.target)),
+            )
+        else:
+            where, number = f"index {plan.index}" if plan.index else "its key", len(plan.hash_values)
+            log.info("table %s is queried on %s, %d partition values", self.target.table, where, number)
+        return plan
 
     def close(self) -> None:
-        """End idle connections. The table may be used again afterwards."""
+        """End idle connections. The table may be used again afterwards, with the credentials that are there then."""
         self._client.close()
 
     def note(self, traits: Iterable[Trait]) -> None:
@@ -331,6 +330,7 @@ class DynamoSource:
         self._accounts = accounts
         self._now = now
         self._span = span
+        self._plan: Plan | None = None
         self._newest: Newest | None = None
         self._asked = set[Window]()
 
@@ -343,16 +343,22 @@ class DynamoSource:
         return {(partition or self._partition, window.start): UNCOUNTED for window in windows}
 
     def read(self, partition: str, window: Window, count: Count, kept: HourFile | None) -> HourFile:  # noqa: ARG002
-        """The file of the hour. A table that changed its indexes is looked at again before the next try.
+        """The file of the hour. After a refusal the table and the credentials are looked at again.
 
         Raises Permanent where nothing that was read has a timestamp that can be read.
         """
         try:
-            plan = self._table.plan()
+            plan = self._planned()
             return self._read_scan(plan, window) if plan.scans else self._read_query(plan, window)
         except Permanent:
-            self._table.forget()
+            self._plan = None
+            self._table.close()
             raise
+
+    def _planned(self) -> Plan:
+        """How this run reads the table."""
+        self._plan = self._plan or self._table.plan()
+        return self._plan
 
     def _read_scan(self, plan: Plan, window: Window) -> HourFile:
         hour, wanted, items = self._filled(plan, window, self._table.scans())
@@ -461,7 +467,7 @@ class DynamoSource:
         """The rows of both; where both have a key, the table's row. No file is read where rows may go."""
         del shrink
         with closing(HourWriter(self._shape())) as writer:
-            writer.add_rows(row for rows in held for row in rows if not self._is_misplaced(batch, row))
+            writer.add_rows((row for rows in held for row in rows if not self._is_misplaced(batch, row)), held=True)
             writer.add_rows(read_file(lines_in(batch.file), escaped=self._table.target.escape))
             united = replace(writer.finish(), window=batch.window)
         if batch.window is not None:
@@ -479,7 +485,7 @@ class DynamoSource:
         return at is not None and self._span.start <= at < self._span.end
 
     def _shape(self) -> FileShape:
-        plan, target = self._table.plan(), self._table.target
+        plan, target = self._planned(), self._table.target
         key = tuple(name for name in plan.key if name not in (target.timestamp, plan.left_out))
         return FileShape(target.timestamp, key, target.times, target.escape)
 
@@ -517,13 +523,13 @@ def notes_on(accounts: Accounts) -> Iterator[str]:
             f"{accounts.attribute} {accounts.ahead} lies ahead of now: such an item is exported when its hour has come"
         )
         yield f"{found}; if that date is wrong, set DYNAMODB_TIMESTAMP_UNIT or DYNAMODB_TIMESTAMP_ATTRIBUTE"
+    yield from accounts.removed
     if accounts.empty:
         yield f"no item has {accounts.empty}: check DYNAMODB_PARTITION_VALUES"
 
 
 def ping(table: DynamoTable, now: datetime) -> str:
     """How the table is read, for `check`. Raises Transient or Permanent."""
-    table.forget()
     plan, times = table.plan(), table.target.times
     accounts = Accounts(table.target.timestamp, now)
     if plan.scans:
@@ -542,9 +548,18 @@ def ping(table: DynamoTable, now: datetime) -> str:
     return "; ".join((way, *notes_on(accounts)))
 
 
+@cache
+def _models() -> Any:
+    """What botocore reads of the services, once: most of the cost of a client, and each refusal makes a new one."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
+
+
 def _make_client(target: Target) -> Any:
     import boto3
     from botocore.config import Config
+    from botocore.session import get_session
 
     keys = {
         "aws_access_key_id": target.access_key_id or None,
@@ -557,7 +572,9 @@ def _make_client(target: Target) -> Any:
         read_timeout=READ_SECONDS,
         max_pool_connections=SEGMENTS,
     )
-    client = boto3.session.Session(**keys).client(
+    session = get_session()
+    session.register_component("data_loader", _models())
+    client = boto3.session.Session(**keys, botocore_session=session).client(
         "dynamodb", region_name=target.region, endpoint_url=target.endpoint_url or None, config=config
     )
     for name in ("Query", "Scan"):

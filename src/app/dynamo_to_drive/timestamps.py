@@ -41,8 +41,7 @@ ISO = re.compile(
 )
 PLAIN = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-5][0-9](?:\.([0-9]+))?(?:Z|\+00:00)?")
 NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,4})?")
-SIXTIES = (14, 17)  # where YYYY-MM-DDTHH:MM:SS has the tens of minutes and of seconds
-UTC_ZONES = ("", "Z", "+00:00")
+NUMBER_LENGTHS = (10, 13, 16)
 
 
 class Trait(Enum):
@@ -156,7 +155,7 @@ def _at(start: datetime, passed: timedelta, fraction: str) -> TimestampReading:
 
 
 class Hour:
-    """Which texts are instants of one hour; the forms that machines write are told without being read whole.
+    """Which texts are instants of one hour; the forms that machines write are told without being read one by one.
 
     `beginnings` are those of its texts in UTC.
     """
@@ -166,8 +165,8 @@ class Hour:
         self._window = window
         day, hour = window.start.isoformat()[:10], f"{window.start:%H}"
         self.beginnings = f"{day}T{hour}", f"{day} {hour}"
-        plain = rf"({day}[T ]{hour}:[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?)(?:Z|\+00:00)?"
-        self._plain = re.compile(plain).fullmatch
+        # Many texts at once, a line each, which takes a third of the time of a look at each.
+        self._plain = re.compile(rf"(?:{day}[T ]{hour}:[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:Z|\+00:00)?\n)*+")
         bounds = {unit: _bounds(window, unit) for unit in (DIGITS if times.unit == AUTO else (times.unit,))}
         self._numbers = {
             len(high): (low, high) for unit, (low, high) in bounds.items() if unit_of(Decimal(low)) == unit
@@ -175,38 +174,17 @@ class Hour:
 
     def has_all(self, texts: Sequence[str]) -> bool:
         """True when each is certainly of this hour. False says nothing."""
-        lengths = set(map(len, texts))
-        if len(lengths) != 1:
-            return all(map(self._plain, texts))
-        joined, length = "".join(texts), lengths.pop()
-        if plain := self._plain(texts[0]):
-            return _are_alike(texts[0], plain.end(1), joined)
-        low, high = self._numbers.get(length, ("", ""))
-        return _are_digits(joined) and len(low) == len(high) and low <= min(texts) and max(texts) < high
+        lines = "\n".join([*texts, ""])
+        if self._plain.fullmatch(lines):
+            return lines.count("\n") == len(texts)
+        low, high = self._numbers.get(len(texts[0]), ("", ""))
+        are_alike = {len(low)} == {len(high)} == set(map(len, texts)) and _are_digits("".join(texts))
+        return are_alike and low <= min(texts) and max(texts) < high
 
     def place(self, text: str) -> tuple[bool, TimestampReading]:
         """Whether `text` is of this hour, and what it says."""
         reading = self._times.read(text)
         return reading.at is not None and self._window.start <= reading.at < self._window.end, reading
-
-
-def _are_alike(first: str, zone: int, joined: str) -> bool:
-    """True when all texts, of one length, are as the `first` but for minutes, seconds and fraction, up to the zone.
-
-    A column of the texts at a time, which takes a fifth of the time of a look at each.
-    """
-    length = len(first)
-    for place, letter in enumerate(first):
-        column = joined[place::length]
-        if place in SIXTIES:
-            is_alike = not column.strip("012345")
-        elif SIXTIES[0] < place < zone and letter.isdigit():
-            is_alike = _are_digits(column)
-        else:
-            is_alike = column == letter * len(column)
-        if not is_alike:
-            return False
-    return True
 
 
 def _bounds(hour: Window, unit: str) -> tuple[str, str]:
@@ -272,25 +250,16 @@ def is_found(times: Times, text: str, *, is_text: bool) -> bool:
 def ascend(texts: Sequence[str]) -> bool:
     """True when the texts are of one form and each is later than the one before, so that their ranks ascend as well.
 
-    False says nothing. It asks for the forms that machines write, and takes a tenth of the time of ranks.
+    False says nothing. It asks for the forms that machines write, and takes a fraction of the time of ranks.
     """
-    lengths = set(map(len, texts))
-    if len(lengths) != 1 or not all(map(lt, texts, islice(texts, 1, None))):
+    if len(set(map(len, texts))) != 1 or not all(map(lt, texts, islice(texts, 1, None))):
         return False
-    joined, length = "".join(texts), lengths.pop()
-    if _are_digits(joined):
-        return length in (10, 13, 16) and joined[0] != "0"
-    if length < len("YYYY-MM-DDTHH:MM:SS"):
-        return False
-    # A column of the texts at a time: what stands at one place in each of them.
-    across = [joined[place::length] for place in (4, 10, *range(19, length))]
-    alike = [len(set(column)) == 1 for column in across]
-    if texts[0][4] != "-" or texts[0][10] not in "T " or not (alike[0] and alike[1]):
-        return False
-    rest = texts[0][19:]
-    if rest[:1] == ".":
-        return alike[2] and rest[-1] == "Z" and alike[-1] and _are_digits("".join(across[3:-1]))
-    return rest in UTC_ZONES and all(alike)
+    first = texts[0]
+    if PLAIN.fullmatch(first):
+        digits = first.removesuffix("+00:00")
+        form = re.sub("[0-9]", "[0-9]", re.escape(digits)) + re.escape(first[len(digits) :])
+        return re.fullmatch(rf"(?:{form}\n)*+", "\n".join([*texts, ""])) is not None
+    return len(first) in NUMBER_LENGTHS and first[0] != "0" and _are_digits("".join(texts))
 
 
 def _are_digits(text: str) -> bool:

@@ -1,0 +1,185 @@
+"""What others do to table, credentials, files and folder: each row has its place, or the run says so."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from app.core.errors import Permanent, Transient
+from app.core.runs import Report
+from shipping import KEY, START, TABLE, Shipping, item, shipping
+from simulators.drive import DriveFault
+from simulators.drive_files import GOOGLE_TYPES
+from simulators.dynamodb import DynamoTable
+
+HOUR_12, HOUR_13 = "locness_data_20260207_12.csv", "locness_data_20260207_13.csv"
+LOCKED = DriveFault(403, "cannotModifyContentRestrictedFile", "The content of this file is restricted.")
+
+
+@pytest.fixture
+def ship(tmp_path: Path) -> Iterator[Shipping]:
+    with shipping(tmp_path) as made:
+        made.now = START + timedelta(minutes=5)
+        yield made
+
+
+def rows_of(ship: Shipping, name: str = HOUR_12) -> int:
+    return len(ship.text(name).splitlines()) - 1
+
+
+def said(report: Report, text: str) -> bool:
+    return any(text in note for note in report.notes)
+
+
+def test_a_table_made_anew_under_the_name_is_read_by_its_own_key_and_loses_no_row(ship: Shipping) -> None:
+    def at(second: int) -> dict[str, dict[str, str]]:
+        return {"datetime_utc": {"S": f"2026-02-07T12:00:{second:02d}Z"}}
+
+    ship.dynamo.make(DynamoTable(TABLE, ("id",), ("S",)))
+    ship.put({"id": {"S": "1"}, **at(1)}, {"id": {"S": "2"}, **at(2)})
+    ship.run()
+    assert rows_of(ship) == 2
+    ship.dynamo.make(DynamoTable(TABLE, ("device", "number"), ("S", "N")))
+    ship.put(*({"device": {"S": device}, "number": {"N": number}, **at(3)} for device in "ab" for number in "123"))
+    assert ship.run().ledger.total.new == 6
+    assert rows_of(ship) == 2 + 6
+    ship.dynamo.make(DynamoTable(TABLE, KEY, ("S", "S")))  # empty, and queried from now on
+    assert ship.run().ledger.total.counted == 0
+    assert rows_of(ship) == 2 + 6
+    ship.put(item(START, temp="1"))
+    ship.restart()
+    assert ship.run().ledger.total.new == 1
+
+
+def test_an_older_copy_of_the_table_takes_no_row_out_of_the_file(ship: Shipping) -> None:
+    ship.put_rows(START, 9)
+    ship.run()
+    older = DynamoTable(TABLE, KEY, ("S", "S"))
+    older.put(item(START, temp="old"))
+    ship.dynamo.make(older)
+    report = ship.run()
+    assert rows_of(ship) == 9
+    assert "temp\r\n2026-02-07T12:00:00Z,old\r\n" in ship.text(HOUR_12)
+    assert (report.ledger.total.counted, report.ledger.total.corrected) == (1, 1)
+
+
+def test_rows_that_the_table_dropped_stay_beside_as_many_new_ones(ship: Shipping) -> None:
+    ship.put_rows(START, 9)
+    ship.run()
+    other = DynamoTable(TABLE, KEY, ("S", "S"))
+    for second in (0, 1, 3, 5, 7, 9, 11, 13, 15, 16):
+        other.put(item(START + timedelta(seconds=second), temp="1"))
+    ship.dynamo.make(other)
+    assert ship.run().ledger.total.new == 8
+    assert rows_of(ship) == 9 + 8
+
+
+def test_credentials_that_are_renewed_where_they_lie_are_read_by_the_next_run(
+    ship: Shipping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    ship.extra |= {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+
+    def renew(key: str) -> None:
+        ship.dynamo.access_key_id = key
+        file.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = x\n")
+
+    renew("first")
+    ship.put_rows(START, 2)
+    ship.run()
+    ship.dynamo.access_key_id = "second"
+    ship.put_rows(START, 3)
+    with pytest.raises(Permanent, match="UnrecognizedClientException"):
+        ship.run()
+    renew("second")
+    ship.run()
+    assert rows_of(ship) == 3
+
+
+def test_a_google_sheet_with_the_name_and_the_properties_of_a_file_is_left_alone(ship: Shipping) -> None:
+    ship.put_rows(START, 2)
+    ship.run()
+    files = ship.drive.state.files
+    (ours,) = ship.drive.named(HOUR_12)
+    sheet = {
+        "id": "1sheet",
+        "name": HOUR_12,
+        "parent": ours.parent,
+        "drive_id": ours.drive_id,
+        "mime_type": f"{GOOGLE_TYPES}spreadsheet",
+        "properties": ours.properties,
+    }
+    before = files.add(sheet)
+    ship.put_rows(START, 3)
+    ship.run()
+    assert rows_of(ship) == 3
+    files.change(ours.file_id, trashed=True)
+    ship.run()
+    assert rows_of(ship) == 3
+    files.change(ship.drive.named(HOUR_12)[-1].file_id, mime_type=f"{GOOGLE_TYPES}spreadsheet")
+    ship.run()
+    assert rows_of(ship) == 3
+    assert files.held["1sheet"] == before
+
+
+def test_a_folder_in_the_trash_takes_no_file_and_each_run_says_so_until_it_is_back(ship: Shipping) -> None:
+    ship.put_rows(START, 2)
+    ship.run()
+    files = ship.drive.state.files
+    files.change(ship.drive.folder_id, trashed=True)
+    for _ in range(2):
+        with pytest.raises(Permanent, match="in the trash"):
+            ship.run()
+    assert len(files.held) == 4  # two roots, the folder, the file
+    files.change(ship.drive.folder_id, trashed=False)
+    ship.put_rows(START, 3)
+    ship.run()
+    assert rows_of(ship) == 3
+
+
+def test_a_file_that_is_locked_waits_alone_and_is_right_once_it_is_open(ship: Shipping) -> None:
+    ship.put_rows(START, 2)
+    ship.run()
+    ship.put_rows(START, 3)
+    ship.put_rows(START + timedelta(hours=1), 4)
+    locked = ship.drive.named(HOUR_12)[0].file_id
+    ship.drive.add_fault(LOCKED, f"PATCH .*{locked}", times=2)
+    ship.now = START + timedelta(hours=1, minutes=30)
+    for rows in (4, 6):
+        ship.put_rows(START + timedelta(hours=1), rows)
+        (failure,) = ship.run().failures
+        assert "restricted" in failure.message
+        assert (rows_of(ship), rows_of(ship, HOUR_13)) == (2, rows)
+    ship.put_rows(START + timedelta(hours=1), 7)
+    assert not ship.run().failures
+    assert (rows_of(ship), rows_of(ship, HOUR_13)) == (3, 7)
+
+
+def test_an_older_revision_that_a_person_restored_is_made_right_and_what_it_lacks_is_told(ship: Shipping) -> None:
+    ship.put_rows(START, 2)
+    ship.run()
+    (older,) = ship.drive.named(HOUR_12)
+    ship.put_rows(START, 6)
+    ship.run()
+    ship.drive.state.files.change(older.file_id, content=older.content)
+    report = ship.run()
+    assert rows_of(ship) == 6
+    assert said(report, f"{HOUR_12}: 4 rows were taken out by a person")
+    assert not ship.run().notes
+
+
+@pytest.mark.slow
+def test_a_table_that_throttles_behind_a_first_page_lands_nothing_of_the_hour_until_it_is_read_whole(
+    ship: Shipping,
+) -> None:
+    ship.put(*(item(START + timedelta(seconds=n), temp=f"{n:0400000d}") for n in range(5)))
+    ship.dynamo.refuses_to_go_on = "ProvisionedThroughputExceededException"
+    with pytest.raises(Transient, match=ship.dynamo.refuses_to_go_on) as told:
+        ship.run()
+    assert "read capacity" in told.value.hint
+    assert ship.files == {}
+    ship.dynamo.refuses_to_go_on = ""
+    assert ship.run().ledger.total.new == 5
+    assert rows_of(ship) == 5
