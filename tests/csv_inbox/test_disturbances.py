@@ -262,6 +262,24 @@ def test_a_stop_in_mid_merge_leaves_everything_as_it_was(tmp_path: Path) -> None
     assert here.waiting == ["1.csv"]
 
 
+def test_a_run_that_is_stopped_records_the_file_that_it_merged(tmp_path: Path) -> None:
+    here, stop = world(tmp_path), Stop()
+    for name in ("1.csv", "2.csv"):
+        os.utime(here.drop(name, f"k,a\n{name},1\n"), (1, 1))
+
+    def clock() -> datetime:
+        if here.archived:
+            stop.ask("test")
+        return datetime.now(UTC)
+
+    work = replace(here.work(stop=stop), clock=clock)
+    with pytest.raises(Stopped):
+        run(work)
+    assert (len(here.archived), here.waiting) == (1, ["2.csv"])
+    done = work.context.done.total
+    assert (done.rows, done.ledger.closes) == (1, True)
+
+
 def small_disk(folder: Path, kilobytes: int) -> None:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)], check=False)
     if mounted.returncode:

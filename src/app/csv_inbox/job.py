@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Transient
 from app.core.ledger import KeptFile, SetAside, Tally, ledger_of
-from app.core.runs import Context, Exits, Failure, Job, Report, Run
+from app.core.runs import Context, Exits, Failure, Job, Report, ReportSum, Run
 from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Stuck, Unmergeable, Unsteady, load_config
 from app.csv_inbox.discovery import (
     MEBIBYTE,
@@ -199,14 +199,14 @@ def _logged(config: InboxConfig) -> Iterator[None]:
 
 
 def _all(inbox: InboxRun, one: Callable[[Candidate], Report]) -> Report:
-    report = Report()
+    report = ReportSum(inbox.context.done)
     if said := changed_master(inbox.paths):
         log.warning("%s", said)
     inbox.told.extend(_notes(inbox, said))
     for candidate in _steady(inbox):
         inbox.context.stop.check()
-        report += _guarded(inbox, candidate, one)
-    return replace(report, notes=tuple(inbox.told))
+        report(_guarded(inbox, candidate, one))
+    return replace(report.total, notes=tuple(inbox.told))
 
 
 def _steady(inbox: InboxRun) -> Sequence[Candidate]:

@@ -29,7 +29,7 @@ from app.core.pipeline import (
 )
 from app.core.repair import GONE_HINT
 from app.core.retry import RetryPolicy
-from app.core.runs import Context, Done, Failure, Job, Lease, Report, Stop, Unwatched
+from app.core.runs import Context, Done, Failure, Job, Lease, Report, ReportSum, Stop, Unwatched
 from app.core.sync import settle, sync_partition
 from app.core.verify import NOTHING, Cell, Chart, Content, Ends, Found, Moment, Slot, cells_of
 from app.core.windows import (
@@ -232,9 +232,9 @@ class HourFileExport:
         """What `work` told that it did, with its ledger. A failure is noted beside the cursor, which stays; it is
         raised when nothing was written.
         """
-        report, parts = Report(), list[Report]()
+        report, parts = Report(), ReportSum(context.done)
         try:
-            work(parts.append)
+            work(parts)
         except LeaseLost:
             raise
         except (Transient, Permanent, Rejected) as error:
@@ -242,10 +242,10 @@ class HourFileExport:
                 self.drive.forget()
             if not context.dry_run:
                 self.checkpoints.fail(NAME, self.partition, str(error), context.lease)
-            if not any(part.windows for part in parts):
+            if not parts.total.windows:
                 raise
             report = Report(failures=(Failure(self.partition, error.message, error.hint),))
-        report = sum(parts, report)
+        report += parts.total
         notes = [*report.notes, *notes_on(accounts)]
         kept = None if context.dry_run else self.set_aside
         ledger = accounts.closed(self.partition, kept, is_whole=not report.failures)

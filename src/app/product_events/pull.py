@@ -18,7 +18,7 @@ from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.files import temporary_file
 from app.core.ledger import SetAside
 from app.core.pipeline import Checkpoints, Commit, Record
-from app.core.runs import Context, Failure, Job, Report
+from app.core.runs import Context, Failure, Job, Report, ReportSum
 from app.core.verify import Chart, Verification
 from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.object_store.port import ObjectStore
@@ -204,7 +204,7 @@ class PullPipeline(Generic[S]):
 
     def _each(self, context: Context, work: Callable[[PartitionPull], Report]) -> Report:
         """`work` for each partition. Raises LeaseLost, Stopped, and what a store that cannot be used raises."""
-        pull, total = self.pull, Report()
+        pull, total = self.pull, ReportSum(context.done)
         pull.spool.mkdir(parents=True, exist_ok=True)
         # Conditions are what keeps two writers apart; a store is tried once whether it honours them.
         if not pull.store.conditional:
@@ -213,15 +213,15 @@ class PullPipeline(Generic[S]):
             partition = one.run.name
             try:
                 with closing(one):
-                    total += work(one)
+                    total(work(one))
             # Another process goes on with all partitions; anything else is the fault of one of them.
             except LeaseLost:
                 raise
             except (Transient, Permanent, Rejected) as error:
                 if not context.dry_run:
                     pull.checkpoints.fail(pull.name, partition, str(error), context.lease)
-                total += Report(failures=(Failure(partition, error.message, error.hint),))
-        return total
+                total(Report(failures=(Failure(partition, error.message, error.hint),)))
+        return total.total
 
 
 @dataclass(slots=True)
