@@ -1,7 +1,7 @@
 """Reports over a tree of exported objects, and its table of closed days, as the daemon builds them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, date, datetime
 from typing import Any
@@ -78,8 +78,8 @@ class Asked:
         found = said[report.answer] if report.answer != "object" else [said]
         return [{name: value for name, value in row.items() if value is not None} for row in found]
 
-    def everything(self) -> dict[str, Any]:
-        return {f"{path} {span}": self.rows(path, **{**span, **own}) for path, own in REPORTS.items() for span in SPANS}
+    def everything(self, spans: Sequence[dict[str, str]] = SPANS[:1]) -> dict[str, Any]:
+        return {f"{path} {span}": self.rows(path, **{**span, **own}) for path, own in REPORTS.items() for span in spans}
 
 
 @contextmanager
@@ -96,6 +96,6 @@ def reports(tree: Tree, keys: tuple[str, str, str] = ("", "", ""), *, with_table
         analytics.workplace.leave()
 
 
-def only_objects(tree: Tree) -> dict[str, Any]:
+def only_objects(tree: Tree, spans: Sequence[dict[str, str]] = SPANS[:1]) -> dict[str, Any]:
     with reports(tree, with_table=False) as asked:
-        return asked.everything()
+        return asked.everything(spans)

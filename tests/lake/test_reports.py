@@ -12,7 +12,7 @@ from app.analytics.reports import BadParameter
 from app.core.closed_days import Span
 from app.object_store.port import Put
 from app.object_store.s3 import S3Store
-from lake_reports import REPORTS, filled, odd, only_objects, reports
+from lake_reports import REPORTS, SPANS, filled, odd, only_objects, reports
 from lake_tree import Tree, parquet, rows
 from seaweed import Seaweed, target
 
@@ -25,7 +25,7 @@ def tree(tmp_path: Path) -> Tree:
 
 
 def test_every_report_says_the_same_over_the_table_as_over_the_objects(tree: Tree) -> None:
-    objects = only_objects(tree)
+    objects = only_objects(tree, SPANS)
     tree.max_bytes = 1  # a slice for each device
     tree.run()
     with reports(tree) as asked:
@@ -35,7 +35,7 @@ def test_every_report_says_the_same_over_the_table_as_over_the_objects(tree: Tre
         wanted = asked.analytics.queries.to_read(Span())
         assert {source.key.split("/date=")[1][:10] for source in wanted.sources} == {"2026/02/08"}
         assert {file.key.split("=")[1][:10] for file in wanted.table.files} == {"2026-02-06", "2026-02-07"}
-        assert asked.everything() == objects
+        assert asked.everything(SPANS) == objects
         # a device that was behind, a corrected row, and a day that the table does not hold yet
         tree.put("c", 7, rows("c", 7, **odd()))
         tree.put("b", 1, rows("b", 1, count=3, **odd(3)))
