@@ -96,11 +96,11 @@ def test_a_wrong_range_or_source_is_refused(product: Product, params: dict[str, 
 @pytest.mark.parametrize(
     ("path", "field"),
     [
-        ("/amplitude/export?start=20240201&end=20240207&source=web&sources=app", "query.sources"),
-        ("/amplitude/export?start=20240201&end=20240207&source=web&end=20240208", "query.end"),
-        ("/appmetrica/ping?verbose=1", "query.verbose"),
-        ("/appmetrica/fetch-export?export_id=1&export_id=2", "query.export_id"),
-        ("/appmetrica/fetch-export?export_id=1&poll_timout=5", "query.poll_timout"),
+        ("/amplitude/export?start=20240201&end=20240207&source=web&sources=app", "sources"),
+        ("/amplitude/export?start=20240201&end=20240207&source=web&end=20240208", "end"),
+        ("/appmetrica/ping?verbose=1", "verbose"),
+        ("/appmetrica/fetch-export?export_id=1&export_id=2", "export_id"),
+        ("/appmetrica/fetch-export?export_id=1&poll_timout=5", "poll_timout"),
     ],
 )
 def test_a_parameter_that_is_not_known_or_comes_twice_is_refused(product: Product, path: str, field: str) -> None:

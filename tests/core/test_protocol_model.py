@@ -571,7 +571,7 @@ def test_a_rule_that_is_left_out_breaks_what_it_is_there_for(rules: Rules, break
 
 
 def name_of(rules: Rules) -> str:
-    names: dict[Sequence[Sequence[int]], str] = {LATE: "late", GONE: "gone", BACK: "taken back", SWAP: "exchanged"}
+    names: dict[object, str] = {LATE: "late", GONE: "gone", BACK: "taken back", SWAP: "exchanged"}
     tried = (
         names.get(rules.history, "short"),
         rules.begun,

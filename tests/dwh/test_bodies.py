@@ -255,6 +255,7 @@ def test_gzip_that_is_damaged_cut_or_a_bomb_is_refused() -> None:
     assert refused(TECHNICAL, "ndjson", sent[:-1], gzipped=True).status == 400
     assert refused(TECHNICAL, "ndjson", sent + b"junk", gzipped=True).status == 400
     assert refused(TECHNICAL, "ndjson", ndjson(ROWS), gzipped=True).status == 400
+    assert refused(TECHNICAL, "ndjson", zlib.compress(ndjson(ROWS)), gzipped=True).status == 400
     bomb = zlib.compress((b" " * 1023 + b"\n") * 20_000, 9, wbits=31)
     assert refused(TECHNICAL, "ndjson", bomb, gzipped=True, stream_bytes=1 << 40).status == 413
     assert refused(TECHNICAL, "ndjson", bomb, gzipped=True).status == 413

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.analytics.spark import spark_texts
 from app.core.errors import Permanent
+from app.db.database import sql_directory
 from app.lake.plan import (
     LAYOUT,
     DeviceDay,
@@ -176,3 +178,14 @@ SPARK = {"ANALYTICS_ENGINE": "spark", "CATALOG": "iceberg", "SPARK_REMOTE": "sc:
 def test_an_engine_that_cannot_be_stops_the_start(given: dict[str, str], said: str) -> None:
     assert said in "\n".join(faults(given))
     assert loaded({}, **{**SPARK, "SPARK_REMOTE": "sc://spark/;token=x;use_ssl=true"}).analytics.engine == "spark"
+
+
+def test_a_report_in_the_place_of_a_built_in_one_is_not_run_by_the_text_of_that(tmp_path: Path) -> None:
+    built_in = sql_directory() / "analytics"
+    (tmp_path / "spark").mkdir()
+    for name in ("over_time.sql", "rows.sql", "spark/rows.sql"):
+        (tmp_path / name).write_text("SELECT 1")
+    names = {file.stem for file in built_in.glob("*.sql")}
+    assert set(spark_texts([built_in])) == names
+    own = spark_texts([built_in, tmp_path])
+    assert (set(own), own["rows"]) == (names - {"over_time"}, "SELECT 1")

@@ -3,6 +3,7 @@
 import json
 import socket
 import urllib.request
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,13 +55,12 @@ def test_spark_that_is_away_or_cannot_read_the_table_is_told_with_the_next_step(
 
 
 def test_the_daemon_answers_over_spark_by_http(tmp_path: Path, sail: str) -> None:
-    started = Daemons(tmp_path)
     filled(Tree(tmp_path / "data")).run()
-    daemon = started.start(CATALOG="iceberg", ANALYTICS_ENGINE="spark", SPARK_REMOTE=sail, LAKE_INTERVAL_SECONDS="1")
-    asked = f"{daemon.url}/analytics/overview?as_of={datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
-    with urllib.request.urlopen(asked, timeout=60) as answer:  # noqa: S310 - loopback; imports take their time
-        said, headers = json.load(answer), answer.headers
+    with closing(Daemons(tmp_path)) as started:
+        daemon = started.start(CATALOG="iceberg", ANALYTICS_ENGINE="spark", SPARK_REMOTE=sail)
+        asked = f"{daemon.url}/analytics/overview?as_of={datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+        with urllib.request.urlopen(asked, timeout=60) as answer:  # noqa: S310 - loopback; imports take their time
+            said, headers = json.load(answer), answer.headers
     assert headers["Server-Timing"].startswith("spark;")
     assert said["total_rows"] in (44, 80)  # without the last day, which a run may have added by now
     assert datetime.fromisoformat(headers["X-Data-As-Of"]) <= datetime.now(UTC)
-    started.close()

@@ -283,7 +283,8 @@ def test_a_source_that_never_gave_a_row_or_gives_none_any_more_is_noted_and_no_f
     if isinstance(simulator, AmplitudeSimulator):
         simulator.state.events.update(held)
     else:
-        simulator.state.rows, _ = rows, simulator.state.builds.clear()
+        simulator.state.rows = rows
+        simulator.state.builds.clear()
     world.pull().fill(START - DAY, START + 2 * DAY)
     assert not world.run().notes
     assert "right project" not in check()
@@ -324,7 +325,7 @@ def test_a_queue_that_is_full_for_days_sets_nothing_aside(tmp_path: Path) -> Non
 def test_a_week_that_cannot_be_stored_holds_up_no_other_week(tmp_path: Path) -> None:
     with pulling(tmp_path) as (made, simulator, _):
         store = RefusingStore(made.store)
-        made.store = store  # type: ignore[assignment]  # the port, with faults
+        made.store = store
         for at in (START - 12 * DAY, START - 3 * DAY):
             simulator.state.events["web", at] = list(amplitude_events("web", at, ROWS))
         store.parts = ("_week_6.zip",)

@@ -1,1 +1,1 @@
-SELECT * FROM {telemetry} ORDER BY timestamp, timestamp_nanos
+SELECT * FROM {telemetry} ORDER BY timestamp NULLS LAST, timestamp_nanos NULLS LAST

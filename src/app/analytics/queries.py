@@ -236,7 +236,9 @@ class Queries:
         """
         if as_of is not None:
             if self._table is None:
-                raise BadParameter("as_of needs the table of closed days", "set CATALOG=iceberg; see docs/lake.md")
+                raise BadParameter(
+                    "as_of needs the table of closed days", "set CATALOG=iceberg, and install headwater[lake]"
+                )
             try:
                 return ToRead([], self._table.rows_at(as_of, span), span)
             except Rejected as error:
@@ -247,6 +249,13 @@ class Queries:
             table = self._table.rows(span, view.changes, partial(self._summaries.sources_of_days, None))
         sources = self._summaries.sources(span.device, span.since, span.until)
         return ToRead([source for source in sources if table.beside(source)], table, span)
+
+    def confirm(self, objects: Objects, wanted: ToRead) -> None:
+        """Raises UnreadableObject when what was read may have been of two versions."""
+        if not objects.certain(wanted):
+            self._summaries.refresh()
+            if not self._summaries.holds(wanted.sources):
+                raise UnreadableObject("objects were replaced while they were read", RETRY_HINT)
 
     def look_again(self) -> None:
         """Something that was to be read is gone."""
@@ -313,10 +322,7 @@ class Queries:
             rows = relation(engine.folder, files)
             with _fitting(engine, rows), engine.batches(report.sql(rows), values, BATCH_ROWS) as reader:
                 answer = of_batches(reader, _with_warnings(shape, left_out), engine.folder)
-        if not self._objects.certain(wanted):
-            self._summaries.refresh()
-            if not self._summaries.holds(wanted.sources):
-                raise UnreadableObject("objects were replaced while they were read", RETRY_HINT)
+        self.confirm(self._objects, wanted)
         answer.left_out = len(left_out)
         answer.state = found.table.state
         return answer

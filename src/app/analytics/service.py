@@ -401,7 +401,7 @@ def build(
         reports=load_reports(folders),
         summaries=summaries,
         queries=queries,
-        sandbox=SqlSandbox(summaries, queries, workplace.folder, local.limits, objects),
+        sandbox=SqlSandbox(queries, workplace.folder, local.limits, objects),
         refresher=Refresher(summaries, facts.is_asked, analytics.refresh_seconds),
         workplace=workplace,
         refresh_seconds=analytics.refresh_seconds,

@@ -43,8 +43,13 @@ class SparkRemote:
 
 
 def spark_texts(folders: Sequence[Path]) -> Mapping[str, str]:
-    """Report -> its statement for Spark."""
-    return {file.stem: file.read_text(encoding="utf-8") for each in folders for file in (each / FOLDER).glob("*.sql")}
+    """Report -> its statement for Spark, which lies below the folder of the report itself."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        for file in folder.glob("*.sql"):  # it may replace one of an earlier folder
+            found.pop(file.stem, None)
+        found.update({file.stem: file.read_text(encoding="utf-8") for file in (folder / FOLDER).glob("*.sql")})
+    return found
 
 
 class SparkReports:

@@ -25,7 +25,6 @@ from app.analytics.columns import relation
 from app.analytics.engine import (
     MESSAGE_CHARACTERS,
     RELATION,
-    RETRY_HINT,
     Engine,
     EngineLimits,
     Remote,
@@ -37,7 +36,6 @@ from app.analytics.engine import (
 from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
 from app.analytics.queries import Objects, Queries
 from app.analytics.reports import BadParameter
-from app.analytics.summaries import Summaries
 from app.core.closed_days import Span
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.db.database import UNSTORABLE
@@ -118,14 +116,8 @@ class SqlSandbox:
     """
 
     def __init__(
-        self,
-        summaries: Summaries,
-        queries: Queries,
-        folder: Path,
-        limits: EngineLimits,
-        objects: Callable[[Engine], Objects],
+        self, queries: Queries, folder: Path, limits: EngineLimits, objects: Callable[[Engine], Objects]
     ) -> None:
-        self._summaries = summaries
         self._queries = queries
         self._folder = folder
         self._limits = limits
@@ -178,10 +170,7 @@ class SqlSandbox:
                         "shape": asdict(shape),
                     }
                     answer = self._answer(job, Path(name))
-                if not objects.certain(wanted):
-                    self._summaries.refresh()
-                    if not self._summaries.holds(wanted.sources):
-                        raise UnreadableObject("objects were replaced while they were read", RETRY_HINT)
+                self._queries.confirm(objects, wanted)
             finally:
                 objects.close()
         return answer

@@ -216,18 +216,13 @@ def columns_of(schemas: Iterable[Any]) -> tuple[Column, ...]:
             kind, equals, source = (
                 (each.metadata or {}).get(b"headwater", b"").decode("utf-8", "surrogatepass").partition("=")
             )
-            described[each.name] = (
-                (kind, source) if equals else described.get(each.name, ("field", _source_of(each.name)))
-            )
+            # Older versions described no column, and renamed only fields called like a column of ours.
+            stem = each.name.removesuffix("_field")
+            guessed = "field", stem if stem in OURS else each.name
+            described[each.name] = (kind, source) if equals else described.get(each.name, guessed)
     return tuple(
         Column(name, *described[name], ((EVER, _most_common(counts)),)) for name, counts in sorted(kinds.items())
     )
-
-
-def _source_of(name: str) -> str:
-    """The field of a column of an older version, which renamed only fields called like a column of ours."""
-    stem = name.removesuffix("_field")
-    return stem if stem in OURS else name
 
 
 def _most_common(counts: Counter[str]) -> str:

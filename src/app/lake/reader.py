@@ -56,12 +56,14 @@ class TableReader:
         self._clock = clock
         self._lock = Lock()
         self._held: HeldState | None = None
+        self._pointer = ""
+        self._is_damaged = True  # or not looked at yet
         self._until = 0.0
 
     def look_again(self) -> None:
         """See ClosedDays."""
         with self._lock:
-            self._until, self._held = 0.0, None
+            self._until, self._is_damaged = 0.0, True
 
     def day_counts(self) -> Mapping[int, int]:
         """See ClosedDays."""
@@ -145,12 +147,14 @@ class TableReader:
         with self._lock:
             if monotonic() >= self._until:
                 with catalog_of(self._settings, self._store).opened() as table:
-                    table.load(self._clock(), repair=False)
-                    found = table.valid_at(None)
-                    if found is None:
-                        self._held = None
-                    elif self._held is None or self._held.state != found[0] or any(file.missing for file in found[1]):
-                        self._held = self._of(*found)
+                    pointer = table.pointer()
+                    # Each load lists the table's folder and reads all of its manifests.
+                    if pointer != self._pointer or self._is_damaged:
+                        table.load(self._clock(), repair=False)
+                        found = table.valid_at(None)
+                        self._held = self._of(*found) if found else None
+                        self._is_damaged = found is not None and any(file.missing for file in found[1])
+                        self._pointer = pointer
                 self._until = monotonic() + KEPT_SECONDS
             return self._held
 

@@ -229,7 +229,7 @@ class LakeTable:
         A file that is newer than the catalog, and young, may be part of a commit that another process is about to make:
         it is left alone. The catalog is asked before files are listed, so that what it names is in the listing or gone.
         """
-        held = self._in_catalog()
+        held = self.pointer()
         self.stored = {info.key: info for info in self._where.store.list(f"{self._where.folder}/")}
         pointed = held.removeprefix(self._where.base) if held.startswith(self._where.base) else ""
         young = {key for key, info in self.stored.items() if info.modified_at > now - COMMIT_AGE}
@@ -251,7 +251,7 @@ class LakeTable:
         if repair:
             self._settle(held, "", known)
 
-    def _in_catalog(self) -> str:
+    def pointer(self) -> str:
         """The metadata file that the catalog names, whether it is there or not; "" for none."""
         with self._catalog.engine.connect() as connection:
             return str(connection.execute(select(IcebergTables.metadata_location).where(*self._row)).scalar() or "")

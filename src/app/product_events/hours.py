@@ -106,21 +106,12 @@ class PulledHour(Protocol):
 Opened = Callable[[Window, BinaryIO], PulledHour]
 
 
-class BrokenHour(Exception):
+class BrokenHour(AppError):
     """What was given of an hour cannot be read, as `fault` says. Its rows were not loaded."""
 
     def __init__(self, fault: AppError) -> None:
-        super().__init__(str(fault))
+        super().__init__(fault.message, fault.hint)
         self.fault = fault
-
-
-@contextmanager
-def told_as_fault() -> Iterator[None]:
-    """A BrokenHour as the fault that it is."""
-    try:
-        yield
-    except BrokenHour as error:
-        raise error.fault from error
 
 
 class DamagedObject(Permanent):
@@ -147,7 +138,7 @@ def object_hour(
             hour = opened(window, file) if stream is not None else None
             yield hour
         except BROKEN as error:
-            what = error.fault.message if isinstance(error, BrokenHour) else error
+            what = error.message if isinstance(error, BrokenHour) else error
             hint = "heal the window: the object is written again from what the service gives"
             raise DamagedObject(f"{key} is damaged: {what}", hint) from error
         finally:
@@ -255,32 +246,23 @@ def load(warehouse: Events, hour: PulledHour, *, past: bool) -> Loaded:
             return load_in_turns(warehouse, hour.tables(careful=careful), past=past)
         except (Permanent, Rejected) as error:
             log.warning("%s: retrying row by row with sanitised values: %s", hour.window, error)
-    one_by_one = _OneByOne(warehouse, past)
-    hour.load_each(one_by_one)
-    if one_by_one.fault is not None and not one_by_one.loaded.given:
-        raise one_by_one.fault
-    return one_by_one.loaded
+    loaded, faults = Loaded(), list[Permanent]()
 
-
-@dataclass(slots=True)
-class _OneByOne:
-    """Loads single events. A warehouse that takes some of them can be used, so what it refuses is their own fault."""
-
-    warehouse: Events
-    past: bool
-    loaded: Loaded = field(default_factory=Loaded)
-    fault: Permanent | None = None
-    faults: int = 0
-
-    def __call__(self, tables: Tables) -> None:
+    def load_one(tables: Tables) -> None:
+        nonlocal loaded
         try:
-            new = self.warehouse.load([tables], past=self.past)
+            loaded += Loaded(events_in(tables), warehouse.load([tables], past=past))
         except Permanent as error:
-            self.fault, self.faults = error, self.faults + 1
-            if not self.loaded.given and self.faults >= REFUSED_ROWS:
+            faults.append(error)
+            if not loaded.given and len(faults) >= REFUSED_ROWS:
                 raise
             raise Rejected(error.message, error.hint) from error
-        self.loaded += Loaded(events_in(tables), new)
+
+    # A warehouse that takes some of the events can be used, so what it refuses is the fault of the others.
+    hour.load_each(load_one)
+    if faults and not loaded.given:
+        raise faults[0]
+    return loaded
 
 
 @dataclass(slots=True)
@@ -420,9 +402,18 @@ class HourLanding:
         gives_up = at_once or is_too_large or now - since >= SET_ASIDE_AFTER
         ledger = waits.ledger
         if gives_up:
-            reason = ABOVE_LIMIT if is_too_large else KEEPS_FAILING
-            kept = self._set_aside(window, fault, reason, number=number, body=body, content_type=content_type)
-            ledger = self._ledger(Tally(counted=counted), kept)
+            log.warning("%s %s is set aside: %s", run.name, window, fault)
+            if body is not None:
+                body.seek(0)
+            kept = run.pull.set_aside.keep(
+                self.place(window),
+                body or str(fault).encode(),
+                content_type=content_type if body else LINES,
+                reason=ABOVE_LIMIT if is_too_large else KEEPS_FAILING,
+                number=number,
+                sample=f"{run.name} {window}: {fault.message}",
+            )
+            ledger = self._ledger(Tally(counted=counted), kept.entry)
         waiting = record_of_nothing(window, self.key(window), closed=gives_up, version=NOT_HAD, min_at=since)
         run.commit(waiting, pipeline=run.waiting)
         run.commit(replace(waiting, min_at=None), cursor_at=self._cursor(window, mode))
@@ -520,22 +511,6 @@ class HourLanding:
             refused=hour.refused,
             over=over,
         )
-
-    def _set_aside(
-        self, window: Window, fault: AppError, reason: str, *, number: int, body: BinaryIO | None, content_type: str
-    ) -> SetAside:
-        log.warning("%s %s is set aside: %s", self.run.name, window, fault)
-        if body is not None:
-            body.seek(0)
-        kept = self.run.pull.set_aside.keep(
-            self.place(window),
-            body or str(fault).encode(),
-            content_type=content_type if body else LINES,
-            reason=reason,
-            number=number,
-            sample=f"{self.run.name} {window}: {fault.message}",
-        )
-        return kept.entry
 
 
 def _told_by_object(hour: PulledHour, landed: Record, had: Record | None) -> Loaded:

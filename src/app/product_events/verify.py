@@ -21,7 +21,7 @@ from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Cell, CellState, Content, Found, Moment, Slot, cells_of
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
 from app.object_store.port import ObjectInfo
-from app.product_events.hours import DamagedObject, Opened, PulledHour, object_hour, told_as_fault
+from app.product_events.hours import DamagedObject, Opened, PulledHour, object_hour
 from app.product_events.mapping import lost
 from app.product_events.pull import PartitionRun, PullContext
 
@@ -87,8 +87,7 @@ class PullEnds(ABC):
     def source(self, slot: Slot) -> Content:
         """See `Ends.source`. A second look sees the same answer."""
         if slot not in self._contents:
-            with told_as_fault():
-                self._contents[slot] = self._hour(slot).content()
+            self._contents[slot] = self._hour(slot).content()
         return self._contents[slot]
 
     def destination(self, slot: Slot) -> Content:
@@ -100,9 +99,7 @@ class PullEnds(ABC):
         """See `Ends.heal`. Raises Conflict when the object was stored again since the service was asked, and Permanent
         when it is damaged or foreign and the service has no rows to put in its place.
         """
-        given, key = self.source(slot), self.key(slot.partition, slot.window)
-        with told_as_fault():
-            hour = self._hour(slot)
+        hour, given, key = self._hour(slot), self.source(slot), self.key(slot.partition, slot.window)
         info = self.pull.store.head(key)
         version = info.etag if info else ""
         if self._given and version != self._given.versions.get(key, ""):
