@@ -210,7 +210,8 @@ def test_an_event_that_the_warehouse_refuses_is_set_aside_alone(world: World, fa
     assert (world.uuids(), world.gaps()) == (uuids, {})
 
 
-@pytest.mark.parametrize("kept_hours", [pytest.param(0, marks=pytest.mark.slow), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("kept_hours", [0, 5])
 def test_a_warehouse_that_was_emptied_or_restored_from_a_backup_gets_its_rows_again(
     world: World, kept_hours: int
 ) -> None:
@@ -267,6 +268,7 @@ def test_hours_whose_objects_are_gone_as_well_are_named_with_the_command_that_br
     assert world.made.signs(world.pull().verification, Window(FIRST, START - SETTLED)) == {}
 
 
+@pytest.mark.slow
 def test_a_source_that_never_gave_a_row_or_gives_none_any_more_is_noted_and_no_failure(world: World) -> None:
     simulator = world.simulator
     if isinstance(simulator, AmplitudeSimulator):
