@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from app.analytics.reports import BadParameter
-from app.core.closed_days import Span
+from app.core.closed_days import ReportSpan
 from app.object_store.port import Put
 from app.object_store.s3 import S3Store
 from lake_reports import REPORTS, SPANS, filled, odd, only_objects, reports
@@ -32,7 +32,7 @@ def test_every_report_says_the_same_over_the_table_as_over_the_objects(tree: Tre
         view = asked.analytics.summaries.view
         assert view is not None
         assert not asked.analytics.queries.has_older_rows(view)
-        wanted = asked.analytics.queries.to_read(Span())
+        wanted = asked.analytics.queries.to_read(ReportSpan())
         assert {source.key.split("/date=")[1][:10] for source in wanted.sources} == {"2026/02/08"}
         assert {file.key.split("=")[1][:10] for file in wanted.table.files} == {"2026-02-06", "2026-02-07"}
         assert asked.everything(SPANS) == objects
@@ -44,7 +44,7 @@ def test_every_report_says_the_same_over_the_table_as_over_the_objects(tree: Tre
         assert asked.everything() == only_objects(tree)
         tree.run()
         asked.analytics.queries.look_again()
-        assert not any("02/07" in source.key for source in asked.analytics.queries.to_read(Span()).sources)
+        assert not any("02/07" in source.key for source in asked.analytics.queries.to_read(ReportSpan()).sources)
         assert asked.everything() == only_objects(tree)
 
 
@@ -53,7 +53,7 @@ def test_what_the_table_could_not_take_is_read_from_its_objects(tree: Tree) -> N
     tree.put("b", 8, rows("another", 8, **odd()))
     assert sum(one.number for one in tree.run().ledger.set_aside) == 2
     with reports(tree) as asked:
-        beside = {source.key for source in asked.analytics.queries.to_read(Span()).sources}
+        beside = {source.key for source in asked.analytics.queries.to_read(ReportSpan()).sources}
         assert {tree.key("b", 7), tree.key("b", 8)} <= beside
         assert asked.everything() == only_objects(tree)
 
@@ -124,5 +124,5 @@ def test_the_same_in_a_bucket_where_other_programs_files_lie_too(tmp_path: Path,
     tree.run()
     with reports(tree, keys) as asked:
         assert {path: asked.rows(path, **own) for path, own in REPORTS.items()} == objects
-        beside = [source.key for source in asked.analytics.queries.to_read(Span()).sources]
+        beside = [source.key for source in asked.analytics.queries.to_read(ReportSpan()).sources]
         assert [key for key in beside if "02/08" not in key] == ["telemetry/day_001.parquet"]

@@ -29,7 +29,7 @@ from app.analytics.engine import (
     literal,
     quoted,
 )
-from app.core.closed_days import Span, TableFile
+from app.core.closed_days import ReportSpan, TableFile
 
 # How the columns of one object become the documented ones, decided from its schema and its key alone.
 #
@@ -130,7 +130,7 @@ def file_of(name: str, key: str, schema: str) -> File:
     return File(name, key, reading(schema, tuple(path_texts(key)), is_csv=format_of(key) == "csv"))
 
 
-def table_file_of(name: str, file: TableFile, schema: str, span: Span) -> File:
+def table_file_of(name: str, file: TableFile, schema: str, span: ReportSpan) -> File:
     """A file of the table, whose columns have their types already, so that DuckDB skips what is not asked for."""
     conditions = [
         f"rows.{column} {literal(str(value))}"

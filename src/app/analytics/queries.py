@@ -27,7 +27,7 @@ from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batc
 from app.analytics.reports import BadParameter, ReportDefinition
 from app.analytics.spark import SparkReports
 from app.analytics.summaries import Summaries, View
-from app.core.closed_days import EVERYTHING, NO_TABLE, ClosedDays, Span, TableFile, TableRows, TableState
+from app.core.closed_days import EVERYTHING, NO_TABLE, ClosedDays, ReportSpan, TableFile, TableRows, TableState
 from app.core.errors import Conflict, Permanent, Rejected
 from app.db.object_summaries import Version, VersionToRead
 
@@ -48,7 +48,7 @@ class ToRead:
 
     sources: Sequence[VersionToRead]
     table: TableRows = NO_TABLE
-    span: Span = EVERYTHING
+    span: ReportSpan = EVERYTHING
 
     @property
     def in_table(self) -> TableState | None:
@@ -165,7 +165,7 @@ class BucketObjects:
             self._engines.clear()
 
 
-def _of_table(engine: Engine, table: Mapping[str, TableFile], span: Span) -> Sequence[File]:
+def _of_table(engine: Engine, table: Mapping[str, TableFile], span: ReportSpan) -> Sequence[File]:
     """Files of the table by the names that the engine knows them by."""
     found = schemas(engine, [(name, file.key) for name, file in table.items()])
     return [table_file_of(name, file, json.dumps(found[name]), span) for name, file in table.items()]
@@ -230,7 +230,7 @@ class Queries:
             self._day_rows = view.number, rows
         return any(count > rows[day] for day, count in self._table.day_counts().items())
 
-    def to_read(self, span: Span, as_of: datetime | None = None) -> ToRead:
+    def to_read(self, span: ReportSpan, as_of: datetime | None = None) -> ToRead:
         """What has to be read for a span, now or of the table as it was. Raises BadParameter for an instant of which
         there is no table.
         """
@@ -290,7 +290,7 @@ class Queries:
         """Without the objects with which this report went wrong a while ago; where the report does not fit, without
         those whose columns are of another kind than in most.
         """
-        wanted = self.to_read(Span(*report.span(values)), as_of)
+        wanted = self.to_read(ReportSpan(*report.span(values)), as_of)
         if self._spark and self._spark.knows(report) and (state := wanted.in_table):
             return self._spark.run(report, values, shape, state, wanted.span)
         found, now = wanted.sources, time.monotonic()

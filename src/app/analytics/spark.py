@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from app.analytics.engine import DOCUMENTED, INSTANT, MESSAGE_CHARACTERS, NANOS, NUMBERS, TEXTS, TooSlow
 from app.analytics.formats import AnswerShape, ReportAnswer, of_batches
 from app.analytics.reports import ReportDefinition
-from app.core.closed_days import Span, TableState
+from app.core.closed_days import ReportSpan, TableState
 from app.core.errors import Permanent, Transient
 from app.ops.process import show_pandas
 
@@ -66,7 +66,12 @@ class SparkReports:
         return report.name in self._texts
 
     def run(
-        self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape, state: TableState, span: Span
+        self,
+        report: ReportDefinition,
+        values: Mapping[str, Any],
+        shape: AnswerShape,
+        state: TableState,
+        span: ReportSpan,
     ) -> ReportAnswer:
         """The answer. Raises Transient when Spark cannot be reached, TooSlow, and Permanent when it cannot run this."""
         import pyarrow as pa
@@ -131,7 +136,7 @@ class SparkReports:
             raise Permanent(f"Spark cannot run the report: {text}", "see docs/lake.md for what Spark needs") from error
 
 
-def _rows(table: Any, span: Span) -> Any:
+def _rows(table: Any, span: ReportSpan) -> Any:
     """The rows of a span, with every documented column in its type, as DuckDB's reports see them."""
     from pyspark.sql.connect import functions as f
 

@@ -36,7 +36,7 @@ from app.analytics.engine import (
 from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
 from app.analytics.queries import Objects, Queries
 from app.analytics.reports import BadParameter
-from app.core.closed_days import Span
+from app.core.closed_days import ReportSpan
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.db.database import UNSTORABLE
 
@@ -154,7 +154,7 @@ class SqlSandbox:
             self._turn.release()
 
     def _attempt(self, request: SqlRequest, shape: AnswerShape) -> ReportAnswer:
-        wanted = self._queries.to_read(Span(request.device_id, request.since, request.until))
+        wanted = self._queries.to_read(ReportSpan(request.device_id, request.since, request.until))
         with TemporaryDirectory(dir=self._folder, prefix="sql-") as name:
             engine = Engine(Path(name), self._limits)
             objects = self._objects(engine)

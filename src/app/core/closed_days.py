@@ -27,7 +27,7 @@ class ListedVersion(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class ReportSpan:
     """What a report is limited to; None = not limited. Instants are UTC without a zone."""
 
     device: str | None = None
@@ -64,7 +64,7 @@ class TableRows:
     beside: Callable[[ListedVersion], bool]
 
 
-EVERYTHING = Span()
+EVERYTHING = ReportSpan()
 NO_TABLE = TableRows(None, (), beside=lambda _: True)
 
 
@@ -73,7 +73,7 @@ class ClosedDays(Protocol):
 
     def rows(
         self,
-        span: Span,
+        span: ReportSpan,
         changes: Mapping[int, int],
         objects: Callable[[int, int], Sequence[ListedVersion]],
     ) -> TableRows:
@@ -81,7 +81,7 @@ class ClosedDays(Protocol):
         goes; `objects(first_day, last_day)`: all of them. Days are counted from 1970-01-01.
         """
 
-    def rows_at(self, instant: datetime, span: Span) -> TableRows:
+    def rows_at(self, instant: datetime, span: ReportSpan) -> TableRows:
         """The state that was valid then, alone. Raises Rejected for an instant of which there is none."""
 
     def day_counts(self) -> Mapping[int, int]:

@@ -13,7 +13,7 @@ from threading import Lock
 from time import monotonic
 
 from app.config.settings import Settings
-from app.core.closed_days import NO_TABLE, ListedVersion, Span, TableFile, TableRows, TableState
+from app.core.closed_days import NO_TABLE, ListedVersion, ReportSpan, TableFile, TableRows, TableState
 from app.core.errors import Rejected
 from app.core.windows import DAY_SECONDS, EPOCH
 from app.lake.job import catalog_of
@@ -73,7 +73,7 @@ class TableReader:
             day: sum(file.entry.record_count for one in slices for file in one.files) for day, slices in days.items()
         }
 
-    def rows_at(self, instant: datetime, span: Span) -> TableRows:
+    def rows_at(self, instant: datetime, span: ReportSpan) -> TableRows:
         """See ClosedDays."""
         now = self._clock()
         if instant > now:
@@ -103,7 +103,7 @@ class TableReader:
 
     def rows(
         self,
-        span: Span,
+        span: ReportSpan,
         changes: Mapping[int, int],
         objects: Callable[[int, int], Sequence[ListedVersion]],
     ) -> TableRows:
@@ -205,7 +205,7 @@ def _slice_of(slices: Sequence[Slice], device: str) -> Slice:
     return slices[bisect_right([one.bound for one in slices], device.encode()) - 1]
 
 
-def _within(days: Mapping[int, Sequence[Slice]], span: Span) -> Iterator[tuple[int, Slice]]:
+def _within(days: Mapping[int, Sequence[Slice]], span: ReportSpan) -> Iterator[tuple[int, Slice]]:
     """Days and slices that may have rows of a span, the oldest first."""
     first = -math.inf if span.since is None else (span.since - NAIVE_EPOCH).days
     for day in sorted(days):
