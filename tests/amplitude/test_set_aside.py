@@ -26,8 +26,8 @@ NEVER = {
     61: AmplitudeFault(400, b"something else"),
     80: AmplitudeFault(html=True),
     100: AmplitudeFault(cut_bytes=200),
-    120: AmplitudeFault(spoilt=True),
     140: AmplitudeFault(named="a/name/without/an/hour"),
+    150: AmplitudeFault(spoilt=True),  # of another day than the last one: the simulator has one fault an answer
     218: AmplitudeFault(502, html=True),  # the newest one that is due
 }
 BAD_LINES = {
