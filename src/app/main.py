@@ -25,13 +25,13 @@ from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
 from app.ops.alerts import Alerts, rules_of
 from app.ops.connection_checks import System, destinations, probed, reached, remembered, stores_tried, webhook
-from app.ops.health import Check, ProbeAnswer, Probes, Readiness
+from app.ops.health import ProbeAnswer, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import log_run
 from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported
 from app.ops.request_costs import RequestCosts, prices_for
 from app.ops.scheduler import Scheduler
-from app.ops.service import Background, BuiltService, Operations, Pipelines, announce, steps_of
+from app.ops.service import Background, BuiltService, Operations, Pipelines, WindowedPipeline, announce, steps_of
 from app.web.app import Api, Front
 from app.web.auth import Guard, KeyRates, Keyring
 from app.web.limits import BodyLimits
@@ -272,41 +272,24 @@ def wire(parts: ServiceParts) -> Pipelines:
     appmetrica = appmetrica_job.build(
         settings, state.checkpoints, state.pulls, parts.store, parts.warehouse, clock=parts.clock
     )
-    systems = []
-    if settings.influx.url:
-        systems.append(System("influxdb", "InfluxDB", "INFLUXDB_URL", diagnosed(settings, influx.ping)))
-    if settings.dynamo.table_name:
-        systems.append(System("dynamodb", "DynamoDB", "DYNAMODB_TABLE_NAME", dynamo.ping_table))
-    if settings.dynamo.table_name and dynamo.drive is not None:
-        systems.append(System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", dynamo.ping_drive))
-    systems += [System(*each) for each in (*amplitude.checks, *appmetrica.checks)]
+    windowed: Mapping[str, WindowedPipeline] = {
+        influx_job.NAME: influx,
+        dynamo_job.NAME: dynamo,
+        amplitude.name: amplitude,
+        appmetrica.name: appmetrica,
+    }
     return Pipelines(
         jobs=(*influx.jobs, lake, *dynamo.jobs, inbox.job, amplitude.job, appmetrica.job, *sweeps(parts)),
-        backfills={
-            influx_job.NAME: influx.backfill,
-            dynamo_job.NAME: dynamo.backfill,
-            amplitude.name: amplitude.backfill,
-            appmetrica.name: appmetrica.backfill,
-        },
+        backfills={name: each.backfill for name, each in windowed.items()},
         steps={influx_job.NAME: influx.step},
         replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
-        systems=systems,
+        systems=[system for each in windowed.values() for system in each.checks],
         destinations={**destinations(settings), inbox_job.NAME: inbox.destination},
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
-        verifications={
-            influx_job.NAME: influx.verification,
-            dynamo_job.NAME: dynamo.verification,
-            amplitude.name: amplitude.verification,
-            appmetrica.name: appmetrica.verification,
-        },
-        charts={
-            influx_job.NAME: influx.chart,
-            dynamo_job.NAME: dynamo.chart,
-            amplitude.name: amplitude.chart,
-            appmetrica.name: appmetrica.chart,
-        },
+        verifications={name: each.verification for name, each in windowed.items()},
+        charts={name: each.chart for name, each in windowed.items()},
         kept={
             inbox_job.NAME: inbox.rejected,
             **{name: set_aside(parts, start).kept_by for name, start in set_aside_starts(settings)},
@@ -510,17 +493,6 @@ def appmetrica_routes(exports: "Exports | None") -> "APIRouter":
     from app.appmetrica import routes
 
     return routes.build(exports)
-
-
-def diagnosed(settings: Settings, ping: Check) -> Check:
-    """The attempt with what a refused token may do. Only `check` asks so: the client that finds it out is heavy."""
-
-    def check() -> str:
-        from app.influx_to_s3.diagnosis import checked
-
-        return checked(ping, settings.influx)
-
-    return check
 
 
 # `uvicorn app.main:app`: the service for an ASGI server of somebody else's.

@@ -280,8 +280,8 @@ def test_a_source_that_never_gave_a_row_or_gives_none_any_more_is_noted_and_no_f
     report = world.run()
     assert (report.failures, fault_of(report.ledger)) == ((), None)
     assert any(f"{world.partition} has given no row since" in note for note in report.notes)
-    ((*_, check),) = world.pull().pipeline.checks
-    assert "right project" in check()
+    (system,) = world.pull().pipeline.checks
+    assert "right project" in system.check()
     if isinstance(simulator, AmplitudeSimulator):
         simulator.state.events.update(held)
     else:
@@ -289,7 +289,7 @@ def test_a_source_that_never_gave_a_row_or_gives_none_any_more_is_noted_and_no_f
         simulator.state.builds.clear()
     world.pull().fill(START - DAY, START + 2 * DAY)
     assert not world.run().notes
-    assert "right project" not in check()
+    assert "right project" not in system.check()
 
 
 @pytest.mark.slow

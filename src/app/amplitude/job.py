@@ -33,6 +33,7 @@ from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Cell, Content, Slot
 from app.core.windows import Window
 from app.object_store.port import ObjectInfo, ObjectStore
+from app.ops.connection_checks import System
 from app.product_events.hours import Opened, PulledHour, heard, was_had
 from app.product_events.mapping import Events
 from app.product_events.pull import PartitionRun, PullContext, PullPipeline, pull_context, spool_of
@@ -85,8 +86,13 @@ def build(
         chart=AmplitudeChart(pull),
         service=known,
         checks=[
-            (f"amplitude_{name}", f"Amplitude {name}", f"AMPLITUDE_{name.upper()}_CLIENT_ID", heard(pull, ping, name))
-            for name, ping in ((name, partial(each.ping, clock)) for name, each in known.items())
+            System(
+                f"amplitude_{name}",
+                f"Amplitude {name}",
+                f"AMPLITUDE_{name.upper()}_CLIENT_ID",
+                heard(pull, partial(each.ping, clock), name),
+            )
+            for name, each in known.items()
         ],
     )
 

@@ -19,6 +19,7 @@ from app.core.runs import Context, Report, Stop
 from app.core.windows import Window
 from app.db.state import SqlPulls
 from app.object_store.port import ObjectStore
+from app.ops.connection_checks import System
 from app.product_events.hours import Mode, Opened, PulledHour, heard
 from app.product_events.http_client import Upstream
 from app.product_events.mapping import Events
@@ -72,7 +73,7 @@ def build(
         chart=PullChart(pull, hour_key),
         service=exports,
         checks=[
-            (
+            System(
                 "appmetrica",
                 "AppMetrica",
                 "APPMETRICA_APPLICATION_ID",

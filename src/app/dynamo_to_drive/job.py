@@ -48,6 +48,7 @@ from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_in, read_fil
 from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FileIds, FolderSink, HourSink
 from app.dynamo_to_drive.source import DynamoSource, DynamoTable, notes_on, ping
 from app.object_store.set_aside import SetAsideStore
+from app.ops.connection_checks import System
 
 NAME = "dynamo_to_drive"
 LATE = "dynamo_to_drive_late"
@@ -111,10 +112,7 @@ def _looking(stop: Stop) -> Context:
 
 @dataclass(frozen=True, slots=True)
 class HourFileExport:
-    """What `main` wires: jobs, backfill, how both ends are compared and mapped, and how to try them.
-
-    `drive` None = files go to `directory`.
-    """
+    """What `main` wires, see `WindowedPipeline`. `drive` None = files go to `directory`."""
 
     settings: Settings
     table: DynamoTable
@@ -143,6 +141,15 @@ class HourFileExport:
             Job(LATE, LATE_SECONDS, lambda context: self._again(context, late), off, helper_of=NAME),
             Job(RECONCILE, RECONCILE_SECONDS, lambda context: self._again(context, past), off, helper_of=NAME),
         )
+
+    @property
+    def checks(self) -> Sequence[System]:
+        """Of the table, and of Google Drive where that takes the files."""
+        if not self.settings.dynamo.table_name:
+            return ()
+        table = System("dynamodb", "DynamoDB", "DYNAMODB_TABLE_NAME", self.ping_table)
+        drive = System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", self.ping_drive)
+        return (table, drive) if self.drive is not None else (table,)
 
     @property
     def chart(self) -> Chart:

@@ -14,6 +14,7 @@ from app.core.verify import Cell, Chart, Verification
 from app.core.windows import Window
 from app.db.checkpoints import SqlCheckpoints
 from app.object_store.deltas import is_nameable
+from app.ops.connection_checks import System
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,10 +42,7 @@ class ObjectSums:
 
 @dataclass(frozen=True, slots=True)
 class InfluxExport:
-    """What `main` wires: jobs, backfill and rewrite, how both ends are compared and mapped, how to try the source.
-
-    `step`: one step of a shard of a plan that another process made.
-    """
+    """What `main` wires, see `WindowedPipeline`. `step`: one step of a shard of a plan that another process made."""
 
     jobs: Sequence[Job]
     step: Step
@@ -53,7 +51,7 @@ class InfluxExport:
     rewrite: Callable[[Context, Window], Report]
     verification: Verification
     chart: Chart
-    ping: Callable[[], str]
+    checks: Sequence[System] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +102,11 @@ def build(
             sums=sums,
         )
 
+    def check() -> str:
+        from app.influx_to_s3.diagnosis import checked  # the client that finds out what a token may do is heavy
+
+        return checked(export().ping, settings.influx)
+
     export = SharedClient(make)
     off = "" if settings.influx.url else OFF
     return InfluxExport(
@@ -117,5 +120,5 @@ def build(
         rewrite=lambda context, span: export().rewrite(context, span),
         verification=lambda stop: export().ends(stop),
         chart=ExportChart(export, checkpoints),
-        ping=lambda: export().ping(),
+        checks=[System("influxdb", "InfluxDB", "INFLUXDB_URL", check)] if settings.influx.url else (),
     )

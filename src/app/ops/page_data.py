@@ -56,6 +56,7 @@ def build(ops: Operations) -> APIRouter:
     router = APIRouter(tags=["ops"], dependencies=[Depends(refuse_unknown_parameters)])
     _summary(router, ops)
     _map(router, ops)
+    _map_windows(router, ops)
     _run(router, ops)
     _kept(router, ops)
     return router
@@ -154,6 +155,8 @@ def _map(router: APIRouter, ops: Operations) -> None:
             found = ops.maps.recorded(job, chosen, names, offset=offset, limit=limit, only_problems=problems)
         return {"job": job, "span": span, "now": instant_text(now), **_shown(found, chosen, now)}
 
+
+def _map_windows(router: APIRouter, ops: Operations) -> None:
     @router.get(
         "/ops/map/windows",
         openapi_extra=READ,

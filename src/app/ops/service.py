@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from app.config.environment import read_dotenv
 from app.config.rules import warnings
@@ -74,6 +74,26 @@ Replacement = Callable[[Context, Window, bool], Report]
 
 Undo = Callable[[Context, str], Report]
 """Take back what a run did, given its id or the beginning of it; a dry run says in `notes` what that would be."""
+
+
+class WindowedPipeline(Protocol):
+    """A pipeline whose past windows can be filled again, and whose ends can be compared and mapped."""
+
+    @property
+    def backfill(self) -> Backfill:
+        """See `Pipelines.backfills`."""
+
+    @property
+    def verification(self) -> Verification:
+        """See `Pipelines.verifications`."""
+
+    @property
+    def chart(self) -> Chart:
+        """The gap map."""
+
+    @property
+    def checks(self) -> Sequence[System]:
+        """Of the systems that it needs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from app.core.verify import Chart, Verification
 from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.object_store.port import ObjectStore
 from app.object_store.set_aside import LINES, SetAsideStore, folder_of
+from app.ops.connection_checks import System
 from app.product_events.mapping import Events
 
 HOUR = timedelta(hours=1)
@@ -170,9 +171,8 @@ class PartitionPull(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PullPipeline(Generic[S]):
-    """What `main` wires, and the `service` that routes ask as well. `runs` gives the partitions of a run.
-
-    `checks`: key, title and variable of each system that it needs, and what finds out whether it can be used.
+    """What `main` wires, see `WindowedPipeline`, and the `service` that routes ask as well. `runs` gives the partitions
+    of a run.
     """
 
     pull: PullContext
@@ -182,7 +182,7 @@ class PullPipeline(Generic[S]):
     verification: Verification
     chart: Chart
     service: S
-    checks: Sequence[tuple[str, str, str, Callable[[], str]]] = ()
+    checks: Sequence[System] = ()
 
     @property
     def name(self) -> str:
