@@ -75,6 +75,18 @@ def test_rows_that_the_table_dropped_stay_beside_as_many_new_ones(ship: Shipping
     assert rows_of(ship) == 9 + 8
 
 
+def test_rows_whose_timestamp_somebody_cut_or_wrote_anew_are_named_and_not_kept(ship: Shipping) -> None:
+    ship.put_rows(START, 3)
+    ship.run()
+    before = ship.text(HOUR_12)
+    for edited in (before[:-15], before.replace("2026-02-07T12:00:0", "7 Feb, noon and ")):
+        (file,) = ship.drive.named(HOUR_12)
+        ship.drive.state.files.change(file.file_id, content=edited.encode())
+        ship.restart()
+        assert said(ship.run(), "of the file have no timestamp, such as ")
+        assert ship.text(HOUR_12) == before
+
+
 def test_credentials_that_are_renewed_where_they_lie_are_read_by_the_next_run(
     ship: Shipping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

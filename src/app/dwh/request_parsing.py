@@ -242,7 +242,8 @@ class CsvBody:
     def _lines(self, stream: BinaryIO) -> Iterator[str]:
         """A byte that is not UTF-8 becomes half of a surrogate pair, which refuses its cell and not the body."""
         text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-        while line := text.readline(self._row_bytes):
+        # What is too long is refused here: the reader of CSV would take 4 bytes for each letter.
+        while line := text.readline(self._row_bytes + 1):
             self._read_characters += len(line)
             if self._read_characters > self._row_bytes:
                 raise row_too_large(self._row_bytes)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from app.core.errors import AppError, Permanent, Transient
@@ -467,12 +468,30 @@ class DynamoSource:
         """The rows of both; where both have a key, the table's row. No file is read where rows may go."""
         del shrink
         with closing(HourWriter(self._shape())) as writer:
-            writer.add_rows((row for rows in held for row in rows if not self._is_misplaced(batch, row)), held=True)
+            writer.add_rows(self._kept(batch, held), held=True)
             writer.add_rows(read_file(lines_in(batch.file), escaped=self._table.target.escape))
             united = replace(writer.finish(), window=batch.window)
         if batch.window is not None:
             self._accounts.note(batch.window, only_held=united.rows - batch.rows)
         return united
+
+    def _kept(self, batch: HourFile, held: Sequence[Iterable[Mapping[str, str]]]) -> Iterator[Mapping[str, str]]:
+        """Rows of the file that may stay: a row whose timestamp cannot be read was cut or typed by somebody, since the
+        table's are set aside. The run names it.
+        """
+        unread: list[str] = []
+        for row in chain.from_iterable(held):
+            text = row.get(
+                self._accounts.attribute
+            )  # None: the file was written when another attribute was the timestamp
+            if text is not None and self._table.target.times.read(text).at is None:
+                unread.append(text)
+            elif not self._is_misplaced(batch, row):
+                yield row
+        if unread:
+            told = f"{batch.window}: {len(unread)} rows of the file have no timestamp, such as {unread[0][:80]!r}"
+            log.warning("%s: they are left out; edited files have earlier revisions", told)
+            self._accounts.removed.append(told)
 
     def _is_misplaced(self, batch: HourFile, row: Mapping[str, str]) -> bool:
         """True for a row whose offset an earlier version took for nothing. Only where the table still has it, and this
