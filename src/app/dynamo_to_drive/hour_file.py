@@ -502,3 +502,14 @@ class Accounts:
                 *(partition, kept.new, reason, told.sample, kept.key or "no object"),
             )
         return kept.entry
+
+    def notes(self) -> Iterator[str]:
+        """What to say of items that lie far ahead of now, of rows that were taken out of files, and of partition values
+        without any item.
+        """
+        if self.ahead:
+            found = f"{self.attribute} {self.ahead} lies ahead of now: such an item is exported when its hour has come"
+            yield f"{found}; if that date is wrong, set DYNAMODB_TIMESTAMP_UNIT or DYNAMODB_TIMESTAMP_ATTRIBUTE"
+        yield from self.removed
+        if self.empty:
+            yield f"no item has {self.empty}: check DYNAMODB_PARTITION_VALUES"

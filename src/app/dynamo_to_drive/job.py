@@ -46,7 +46,7 @@ from app.dynamo_to_drive.access_path import Target
 from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_in, read_file
 from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FileIds, FolderSink, HourSink
-from app.dynamo_to_drive.source import DynamoSource, DynamoTable, notes_on, ping
+from app.dynamo_to_drive.source import DynamoSource, DynamoTable, ping
 from app.object_store.set_aside import SetAsideStore
 from app.ops.connection_checks import System
 
@@ -253,7 +253,7 @@ class HourFileExport:
                 raise
             report = Report(failures=(Failure(self.partition, error.message, error.hint),))
         report += parts.total
-        notes = [*report.notes, *notes_on(accounts)]
+        notes = [*report.notes, *accounts.notes()]
         kept = None if context.dry_run else self.set_aside
         ledger = accounts.closed(self.partition, kept, is_whole=not report.failures)
         return replace(report, ledger=ledger, notes=notes)

@@ -535,18 +535,6 @@ def unreadable(accounts: Accounts, times: Times) -> Permanent:
     )
 
 
-def notes_on(accounts: Accounts) -> Iterator[str]:
-    """What to say of items that lie far ahead of now, and of partition values without any."""
-    if accounts.ahead:
-        found = (
-            f"{accounts.attribute} {accounts.ahead} lies ahead of now: such an item is exported when its hour has come"
-        )
-        yield f"{found}; if that date is wrong, set DYNAMODB_TIMESTAMP_UNIT or DYNAMODB_TIMESTAMP_ATTRIBUTE"
-    yield from accounts.removed
-    if accounts.empty:
-        yield f"no item has {accounts.empty}: check DYNAMODB_PARTITION_VALUES"
-
-
 def ping(table: DynamoTable, now: datetime) -> str:
     """How the table is read, for `check`. Raises Transient or Permanent."""
     plan, times = table.plan(), table.target.times
@@ -564,7 +552,7 @@ def ping(table: DynamoTable, now: datetime) -> str:
         raise unreadable(accounts, times)
     if accounts.set_aside:
         way = f"{way}; {accounts.set_aside} timestamps cannot be read: {accounts.sample}"
-    return "; ".join((way, *notes_on(accounts)))
+    return "; ".join((way, *accounts.notes()))
 
 
 @cache
