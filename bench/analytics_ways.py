@@ -53,7 +53,8 @@ listed = "[" + ", ".join(f"'s3://{bucket}/{name}'" for name in keys) + "], union
 pool = ThreadPoolExecutor(8)
 def run(name):
     sql = queries[name].replace("{{S3_PATH}}", listed)
-    return json.dumps(connection.cursor().execute(sql).fetchall(), default=str).encode()
+    limits = {each: None for each in ("device_id", "from", "to") if f"${each}" in sql}
+    return json.dumps(connection.cursor().execute(sql, limits or None).fetchall(), default=str).encode()
 async def app(scope, receive, send):
     if scope["type"] != "http":
         return
