@@ -407,6 +407,11 @@ class KnownRows:
 
 NOTHING = Count(0, 0)
 
+# A source that answers and gives no rows may be another one than was meant: when it never gave any for so long, or
+# none for so long after as many hours with rows as half of a week has.
+NEVER_AFTER, QUIET_AFTER = timedelta(days=1), timedelta(days=3)
+USUAL_HOURS = 84
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:

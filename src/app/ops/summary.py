@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from app.core.pipeline import MISSING
+from app.core.pipeline import MISSING, NEVER_AFTER, QUIET_AFTER, USUAL_HOURS
 from app.core.runs import Outcome, Run
 from app.core.verify import Sign
 from app.db.page_queries import Look
@@ -50,7 +50,6 @@ ASIDE_HINT = (
 DISMISS = {"kind": "dismiss", "label": "Dismiss"}
 QUIET = "The service answers, and gives no row."
 QUIET_HINT = "check that it is the right project or application, in the right region, and that events reach it"
-NEVER_HOURS, USUAL_HOURS, QUIET_AFTER = 24, 84, timedelta(days=3)
 CLOCK_HINT = "check the clocks of the machines; the next good run sets its own time right"
 
 
@@ -326,7 +325,7 @@ def _quiet(seen: Snapshot) -> Iterator[Problem]:
     """Product events that do not come: for another project a service answers as for one in which nothing happens."""
     on = {view.job.name for view in seen.on}
     for row in seen.look.rows(
-        "quiet_partitions", never=NEVER_HOURS, quiet_at=seen.now - QUIET_AFTER, usual=USUAL_HOURS
+        "quiet_partitions", never=NEVER_AFTER // timedelta(hours=1), quiet_at=seen.now - QUIET_AFTER, usual=USUAL_HOURS
     ):
         name = row["pipeline"]
         if name in on:

@@ -26,7 +26,7 @@ from typing import BinaryIO, Protocol
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
 from app.core.files import temporary_file
 from app.core.ledger import Ledger, SetAside, Tally, ledger_of
-from app.core.pipeline import Held, Record
+from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS, Held, Record
 from app.core.runs import Failure, Report
 from app.core.verify import Content
 from app.core.windows import Window
@@ -47,8 +47,6 @@ GIVEN_UP_AFTER = timedelta(days=4)
 REFUSED_IN_A_ROW = 25  # a day, whose objects have a folder of their own, and one
 FAILED_IN_A_ROW = 2
 REFUSED_ROWS = 20
-QUIET_AFTER, NEVER_AFTER = timedelta(days=3), timedelta(days=1)
-USUAL_HOURS = 84  # half of a week
 EVER = Window(datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
 log = logging.getLogger(__name__)
 
