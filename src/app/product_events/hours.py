@@ -158,6 +158,10 @@ def silence(pull: PullContext, partition: str) -> str:
     cursor_at = pull.checkpoints.cursors(pull.name).get(partition)
     if first_at is None or cursor_at is None:
         return ""
+    if any(
+        record.rows for record in pull.checkpoints.records(pull.name, partition, cursor_at - QUIET_AFTER, cursor_at)
+    ):
+        return ""  # as most runs find: the rest need not be read
     records = pull.checkpoints.records(pull.name, partition, first_at, cursor_at)
     filled = [record.window.end for record in records if record.rows]
     if not filled and cursor_at - first_at >= NEVER_AFTER:
@@ -434,7 +438,7 @@ class HourLanding:
         Oldest first, so that a run that ends before its time leaves the newest lacking, by which the next one knows.
         """
         run, found, total, gone = self.run, list[tuple[Record, bool | None]](), Report(), list[Record]()
-        for record in reversed(list(run.records(EVER).values())):
+        for record in self._newest_first():
             if record.rows and was_had(record):
                 found.append((record, is_there := self._is_known(record)))
                 if is_there:  # perhaps only its first events are
@@ -464,6 +468,12 @@ class HourLanding:
             span = f"--from {gone[0].window.start:%Y-%m-%dT%H} --to {gone[-1].window.end:%Y-%m-%dT%H}"
             total += Report(failures=(Failure(run.name, what, f"python -m app backfill {run.pull.name} {span}"),))
         return total + Report(notes=(note,))
+
+    def _newest_first(self) -> Iterator[Record]:
+        """All records, of which those of the last days are mostly enough."""
+        recent_at = self.run.pull.clock() - QUIET_AFTER
+        for span in (Window(recent_at, EVER.end), Window(EVER.start, recent_at)):
+            yield from reversed(list(self.run.records(span).values()))
 
     def noted(self) -> Report:
         """A note of the run about a source that gives nothing: no failure, since there may be nothing."""
