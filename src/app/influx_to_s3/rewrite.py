@@ -317,7 +317,8 @@ def _rows(
 
     parts = _unfolded(held)
     batch = source.spooled(device, in_order([rows(part) for part in parts], columns))
-    return replace(batch, has_all_tags=all(held[part].tags == ALL_TAGS for part in parts))
+    batch.has_all_tags = all(held[part].tags == ALL_TAGS for part in parts)
+    return batch
 
 
 def _replace(
