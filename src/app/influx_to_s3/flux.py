@@ -7,9 +7,10 @@ question crosses the bound of a shard group, behind which the server would leave
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from itertools import repeat
 from typing import Any
 from urllib.parse import urlencode
 
@@ -105,17 +106,15 @@ class FluxReader:
         def ask(spans: Sequence[Window]) -> Iterator[Counted | None]:
             for one in spans:
                 query = (
-                    f"{self._from(one)} |> filter(fn: (r) => {self._where(device)})"
+                    f"{self._from(one, device)}"
                     f' |> aggregateWindow(every: {every_seconds}s, fn: count, createEmpty: false, timeSrc: "_start")'
                     f' |> group(columns: [{literal(self._device_tag)}, "_field", "_time"]) |> sum()'
                 )
                 for block in self._ask(query):
-                    for start_at, found in zip(_starts(block, every_seconds), self._sums(block), strict=True):
-                        device_id, field, values = found
-                        yield Counted(device_id, start_at, field, values)
+                    yield from self._counted(block, _starts(block, every_seconds))
                 yield None
 
-        yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
+        return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
     def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterator[Summed]:
         """See `Reader`. Four aggregates in one query, each pushed down; Flux adds up numbers only."""
@@ -127,7 +126,7 @@ class FluxReader:
             over_series = "sum" if name == "count" else name
             named = f'if column == "_value" then {literal(self._token + name)} else column'
             return (
-                f"{self._from(one)} |> filter(fn: (r) => {self._where(device)}{fields})"
+                f"{self._from(one, device, fields)}"
                 f' |> aggregateWindow(every: {every_seconds}s, fn: {name}, createEmpty: false, timeSrc: "_start")'
                 f' |> group(columns: [{tag}, "_field", "_time"]) |> {over_series}()'
                 f' |> keep(columns: ["_field", "_time", "_value"]) |> rename(fn: (column) => {named})'
@@ -141,7 +140,7 @@ class FluxReader:
                     yield from self._summed(block, every_seconds)
                 yield None
 
-        yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
+        return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
     def rows(self, device: str, span: Window) -> Iterator[Points]:
         """See `Reader`. The group key keeps the tags through the pivot, so each series is a table of its own."""
@@ -149,7 +148,7 @@ class FluxReader:
         keep_key = f'if column == "_field" or column == "_value" then column else {literal(token)} + column'
         for one in one_type_spans(span, self._shard):
             query = (
-                f"{self._from(one)} |> filter(fn: (r) => {self._where(device)})"
+                f"{self._from(one, device)}"
                 ' |> drop(columns: ["_start", "_stop", "_measurement"])'
                 f" |> rename(fn: (column) => {keep_key})"
                 f' |> pivot(rowKey: [{literal(token + "_time")}], columnKey: ["_field"], valueColumn: "_value")'
@@ -164,7 +163,7 @@ class FluxReader:
         named = f'if column == "_value" then {token} + column else {literal(self._token * 2)} + column'
         for one in one_type_spans(span, self._shard):
             query = (
-                f"{self._from(one)} |> filter(fn: (r) => {self._where(device)} and r._field == {literal(field)})"
+                f"{self._from(one, device, f' and r._field == {literal(field)}')}"
                 ' |> drop(columns: ["_start", "_stop", "_measurement", "_field"])'
                 f" |> rename(fn: (column) => {named})"
             )
@@ -186,7 +185,7 @@ class FluxReader:
         )
         for one in one_type_spans(span, self._shard):
             query = (
-                f"{self._from(one)} |> filter(fn: (r) => {self._where(device)})"
+                f"{self._from(one, device)}"
                 f' |> drop(columns: ["_start", "_stop", "_measurement"]) |> rename(fn: (column) => {named})'
             )
             for block in self._ask(query, known=self._device_columns):
@@ -206,11 +205,10 @@ class FluxReader:
         if time_literal(span.start) == time_literal(span.end):
             return  # beyond what InfluxDB can hold
         query = (
-            f"{self._from(span)} |> filter(fn: (r) => {self._where(None)})"
-            f' |> count() |> group(columns: [{literal(self._device_tag)}, "_field"]) |> sum()'
+            f'{self._from(span, None)} |> count() |> group(columns: [{literal(self._device_tag)}, "_field"]) |> sum()'
         )
         for block in self._ask(query):
-            yield from (Counted(device, span.start, field, values) for device, field, values in self._sums(block))
+            yield from self._counted(block, repeat(span.start))
 
     def retention(self) -> Retention:
         """See `Reader`."""
@@ -222,12 +220,10 @@ class FluxReader:
 
     def _oldest_at(self) -> datetime | None:
         """The first point of each series is pushed down to the storage engine."""
-        query = (
-            f"from(bucket: {literal(self._bucket)}) |> range(start: {FIRST_TIME}, stop: {LAST_TIME})"
-            f' |> filter(fn: (r) => {self._where(None)}) |> first() |> keep(columns: ["_time"])'
-        )
         try:
-            times = [at for block in self._ask(query) for at in _column(block, "_time").cast(pa.int64()).to_pylist()]
+            times = [
+                at for block in self._ask(self._first()) for at in _column(block, "_time").cast(pa.int64()).to_pylist()
+            ]
         except Permanent:
             return None  # too many series, say
         return EPOCH + timedelta(microseconds=-(-min(times) // 1000)) if times else None
@@ -252,11 +248,11 @@ class FluxReader:
 
     def _has_points(self) -> bool:
         """The schema also knows what was deleted; a first point is one that is there."""
-        query = (
-            f"from(bucket: {literal(self._bucket)}) |> range(start: {FIRST_TIME}, stop: {LAST_TIME})"
-            f' |> filter(fn: (r) => {self._where(None)}) |> first() |> keep(columns: ["_time"]) |> limit(n: 1)'
-        )
-        return any(len(column) for block in self._ask(query) for column in block.columns)
+        blocks = self._ask(f"{self._first()} |> limit(n: 1)")
+        return any(len(column) for block in blocks for column in block.columns)
+
+    def _first(self) -> str:
+        return f'{self._from(Window(FIRST_INSTANT, LAST_INSTANT), None)} |> first() |> keep(columns: ["_time"])'
 
     def _schema(self, function: str, since: datetime, most: int = 0, **arguments: str) -> Sequence[str]:
         """Sorted names from the index of the bucket, at most `most` of them unless that is 0."""
@@ -270,10 +266,11 @@ class FluxReader:
         blocks = (block for block in self._ask(query) if "_value" in block.names)
         return sorted({text for block in blocks for text in _column(block, "_value").to_pylist() if text})
 
-    def _from(self, span: Window) -> str:
+    def _from(self, span: Window, device: str | None, also: str = "") -> str:
         return (
             f"from(bucket: {literal(self._bucket)})"
             f" |> range(start: {time_literal(span.start)}, stop: {time_literal(span.end)})"
+            f" |> filter(fn: (r) => {self._where(device)}{also})"
         )
 
     def _where(self, device: str | None) -> str:
@@ -341,13 +338,13 @@ class FluxReader:
         for start_at, field, value in zip(_starts(block, every_seconds), fields, values, strict=True):
             yield Summed(start_at, field, PARTS[name](value))
 
-    def _sums(self, block: Block) -> Iterator[tuple[str, str, int]]:
-        """Device, field and number of values; points without the device tag come in tables without that column."""
-        fields = _column(block, "_field").to_pylist()
+    def _counted(self, block: Block, starts: Iterable[datetime]) -> Iterator[Counted]:
+        """Points without the device tag come in tables without that column."""
+        fields, numbers = (_column(block, name).to_pylist() for name in ("_field", "_value"))
         is_named = self._device_tag in block.names
-        devices = _column(block, self._device_tag).to_pylist() if is_named else [""] * len(fields)
-        for device, field, values in zip(devices, fields, _column(block, "_value").to_pylist(), strict=True):
-            yield device or "", field, values
+        devices = _column(block, self._device_tag).to_pylist() if is_named else repeat("")
+        for device, start_at, field, values in zip(devices, starts, fields, numbers, strict=False):
+            yield Counted(device or "", start_at, field, values)
 
 
 def _starts(block: Block, every_seconds: int) -> Iterator[datetime]:

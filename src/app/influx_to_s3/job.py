@@ -105,7 +105,7 @@ def build(
     def check() -> str:
         from app.influx_to_s3.diagnosis import checked  # the client that finds out what a token may do is heavy
 
-        return checked(export().ping, settings.influx)
+        return checked(export().reader.ping, settings.influx)
 
     export = SharedClient(make)
     off = "" if settings.influx.url else OFF

@@ -28,7 +28,6 @@ from app.core.sync import counted
 from app.core.windows import DAY_SECONDS, Age, Window, age_of, floor_to
 from app.influx_to_s3.reader import Counted, Points, totals
 from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.rows import Disagreement
 from app.influx_to_s3.source import InfluxSource
 from app.object_store.set_aside import LINES, Kept, SetAsideStore
 from app.object_store.table_sink import EncodedFile
@@ -97,19 +96,18 @@ class Aside:
         self._device_tag = device_tag
         self._known: dict[tuple[str, datetime], int] = {}
 
-    def keep_values(
-        self, reason: str, device: str, window: Window, values: Sequence[Disagreement]
-    ) -> Sequence[SetAside]:
-        """Keep values of one window, each as a point of its own."""
-        if not values:
+    def keep_values(self, device: str, window: Window, batch: RowBatch) -> Sequence[SetAside]:
+        """Keep the values that disagree with others of the batch of one window, each as a point of its own."""
+        if not batch.disagreements:
             return ()
         own = self._own(device)
         lines = [
-            line(self._measurement, {**own, **each.tags}, {each.field: each.value}, each.instant_ns) for each in values
+            line(self._measurement, {**own, **each.tags}, {each.field: each.value}, each.instant_ns)
+            for each in batch.disagreements
         ]
         content = "".join(f"{each}\n" for each in lines).encode("utf-8", "surrogatepass")
         kept = self._store.keep(
-            _name(device, window), content, content_type=LINES, reason=reason, number=len(values), sample=lines[0]
+            _name(device, window), content, content_type=LINES, reason=OTHER_VALUE, number=len(lines), sample=lines[0]
         )
         return (kept.entry,)
 

@@ -19,8 +19,8 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -49,7 +49,6 @@ from app.object_store.port import (
     check_characters,
     check_key,
     in_batches,
-    is_new_form,
     page_of,
 )
 
@@ -101,16 +100,17 @@ class LocalDirectory:
         if path is None:
             return None
 
-        def look() -> tuple[ObjectInfo | None, bool]:
-            found = _stat(path)
-            return (None, True) if found is None else self._notes.read(key, path, _info(key, found))
-
         with _translated(key):
-            info, certain = look()
-            if certain:
-                return info
-            with self._locked():  # a writer may stand between the note and the rename: look when there is none
-                return look()[0]
+            # Again where a writer may stand between the note and the rename: then there is none.
+            for turn in (nullcontext(), self._locked()):
+                with turn:
+                    found = _stat(path)
+                    if found is None:
+                        return None
+                    info, certain = self._notes.read(key, path, _info(key, found))
+                if certain:
+                    break
+            return info
 
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
         """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
@@ -249,8 +249,11 @@ class LocalDirectory:
         """Where the object is, if there is one; None where the file system has it under another name. Of keys that no
         new object may have only those that a listing holds, where each comes before all others that begin with it.
         """
-        if not is_new_form(key) and next((info.key for info in self.list(key)), None) != key:
+        try:
             check_key(key)
+        except BadKey:
+            if next((info.key for info in self.list(key)), None) != key:
+                raise
         path = self._path(key)
         with _translated(key):
             return path if self._names.same(key) else None
@@ -323,7 +326,17 @@ class LocalDirectory:
                 os.close(descriptor)
 
     def _walk(self, base: str, prefix: str) -> Iterator[ObjectInfo]:
-        for key in self._names_in(base):
+        """All below the folder `base`. Its folders have a slash at the end, which is what sorts them right: `a-b` comes
+        before all of `a/`. Text sorts by code point, and so does UTF-8.
+        """
+        names = []
+        with _translated(base), suppress(*ABSENT), os.scandir(f"{self._root}/{base}") as entries:
+            for entry in entries:  # nothing of a folder that was removed since its parent was read
+                if entry.is_dir(follow_symlinks=False):
+                    names.append(f"{base}{entry.name}/")
+                elif entry.is_file(follow_symlinks=False):
+                    names.append(base + entry.name)
+        for key in sorted(name for name in names if _is_key(name.removesuffix("/"))):
             if key.endswith("/"):
                 if key.startswith(prefix) or prefix.startswith(key):
                     yield from self._walk(key, prefix)
@@ -332,23 +345,6 @@ class LocalDirectory:
                     found = _stat(f"{self._root}/{key}")
                 if found is not None:
                     yield _info(key, found)
-
-    def _names_in(self, base: str) -> Sequence[str]:
-        """Files and folders directly below `base`, folders with a slash at the end, which is what sorts them right:
-        `a-b` comes before all of `a/`. Text sorts by code point, and so does UTF-8.
-        """
-        names = []
-        with _translated(base):
-            try:
-                with os.scandir(f"{self._root}/{base}") as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            names.append(f"{base}{entry.name}/")
-                        elif entry.is_file(follow_symlinks=False):
-                            names.append(base + entry.name)
-            except ABSENT:
-                return ()  # removed since its parent was read
-        return sorted(name for name in names if _is_key(name.removesuffix("/")))
 
     def _prune(self, folder: Path) -> None:
         while folder != self._root:
