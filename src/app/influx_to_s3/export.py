@@ -16,7 +16,6 @@ from app.core.pipeline import Grid, KnownRows, Pipeline, Shrink
 from app.core.repair import HEAL_HINT, fill, reconcile, said_of
 from app.core.retry import Pace, RetryPolicy
 from app.core.runs import Context, Done, Failure, Report, Stop
-from app.core.verify import Cell
 from app.core.windows import EPOCH, Window, floor_to
 from app.db.checkpoints import Layout, SqlCheckpoints
 from app.db.object_summaries import Facts
@@ -24,12 +23,12 @@ from app.influx_to_s3.flux import FluxReader
 from app.influx_to_s3.influxql import InfluxQlReader
 from app.influx_to_s3.job import NAME, ObjectSums
 from app.influx_to_s3.layout import DEVICE, TAGS, Columns, LayoutFile, Tree, as_on
-from app.influx_to_s3.reader import Connection, Reader, Server
+from app.influx_to_s3.reader import Connection, Reader
 from app.influx_to_s3.rewrite import devices_in, lost_cursor, rewrite, tree_of_data
 from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.set_aside import Aside, absent_devices, refuse_wrong_settings
 from app.influx_to_s3.source import InfluxSource
-from app.influx_to_s3.verify import ExportEnds, cells_in
+from app.influx_to_s3.verify import ExportEnds
 from app.object_store.deltas import is_nameable
 from app.object_store.port import ObjectStore
 from app.object_store.set_aside import SetAsideStore
@@ -181,10 +180,6 @@ class Export:
         """Both ends as they are now; a look must not depend on a run going on, and changes nothing."""
         now = self._open(stop, dry_run=True)
         return ExportEnds(now.pipeline, now.source, now.sink, now.columns, self._clock)
-
-    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
-        """See `app.core.verify.Chart.cells`: one listing per day."""
-        return cells_in(self.ends(Stop()), self._checkpoints, self._settings.export.grace_seconds, partition, span)
 
     def _open(
         self,
@@ -391,14 +386,12 @@ def reader_of(settings: Settings) -> Reader:
     influx = settings.influx
     by_influxql = influx.api == "influxql"
     connection = Connection(
-        Server(
-            url=influx.url,
-            token=influx.token.get_secret_value(),
-            username=influx.username if by_influxql else "",
-            password=influx.password.get_secret_value() if by_influxql else "",
-            timeout_seconds=influx.timeout_seconds,
-            connections=2 * settings.export.concurrency + 2,  # a backfill may run beside the job
-        )
+        influx.url,
+        influx.token.get_secret_value(),
+        username=influx.username if by_influxql else "",
+        password=influx.password.get_secret_value() if by_influxql else "",
+        timeout_seconds=influx.timeout_seconds,
+        connections=2 * settings.export.concurrency + 2,  # a backfill may run beside the job
     )
     if by_influxql:
         return InfluxQlReader(

@@ -244,7 +244,7 @@ class FluxReader:
         query = f"from(bucket: {literal(self._bucket)}) |> range(start: -1m) |> limit(n: 1)"
         for _ in self._ask(query):
             pass
-        return f"may read bucket {self._bucket} at {self._connection.server.url} by Flux"
+        return f"may read bucket {self._bucket} at {self._connection.url} by Flux"
 
     def _has_points(self) -> bool:
         """The schema also knows what was deleted; a first point is one that is there."""

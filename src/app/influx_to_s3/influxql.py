@@ -246,7 +246,7 @@ class InfluxQlReader:
     def ping(self) -> str:
         """See `Reader`. Unlike SHOW MEASUREMENTS, this tells a database that does not exist from an empty one."""
         self._fields()
-        return f"may read database {self._database} at {self._connection.server.url} by InfluxQL"
+        return f"may read database {self._database} at {self._connection.url} by InfluxQL"
 
     def _has_points(self, policy: str) -> bool:
         try:
@@ -359,7 +359,7 @@ class InfluxQlReader:
             raise Transient("InfluxDB's answer ends inside a document", "no action needed: it is read again") from error
         if not isinstance(document, dict) or not {"results", "error"} & document.keys():
             raise Permanent(
-                f"{self._connection.server.url} answers with something else than InfluxQL's results: {line[:100]!r}",
+                f"{self._connection.url} answers with something else than InfluxQL's results: {line[:100]!r}",
                 "check that INFLUXDB_URL is an InfluxDB server",
             )
         return document
@@ -368,7 +368,7 @@ class InfluxQlReader:
         """A statement error, which comes with status 200."""
         if any(word in message for word in PASSING):
             return Transient(f"InfluxDB reports: {message}", "no action needed: it is retried")
-        return refusal(self._connection.server.url, OK, message, where=self._variables)
+        return refusal(self._connection.url, OK, message, where=self._variables)
 
 
 def summed(series: Mapping[str, Any]) -> Iterator[Summed]:

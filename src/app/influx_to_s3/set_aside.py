@@ -158,38 +158,26 @@ class Aside:
         due = [window for window in windows if age_of(window, at.now, grid.grace_seconds) is Age.DUE]
         counts = {start: count for (_, start), count in source.counts(device, due).items()} if due else {}
         report = Report(more=len(windows) == grid.count_windows)
+        reason, sample = (REFUSED_ID, f"device id {device[:80]!r}") if device else (NO_DEVICE_TAG, "")
         for window in windows:
             context.stop.check()
             count = counts.get(window.start) if window in due else live.get(window.start)
-            if count is not None:
-                report += self._refuse(pipeline, source, context, device=device, window=window, count=count)
+            if count is None:
+                continue
+            if self._known.get((device, window.start)) == count.cells or context.dry_run:
+                report += _accounted(pipeline, count.fields, SetAside(reason, count.cells, 0, sample))
+                continue
+            # A device that cannot have objects is news once, and not with each of its points.
+            is_known = bool(device) and self.knows(device)
+            kept, read = self.keep_points(reason, device, window, _points(source, device, window, count))
+            if kept.key:
+                self._known[device, window.start] = count.cells
+            log.debug("%r %s: %d values set aside: %s", device, window, kept.number, reason)
+            new = 0 if is_known else kept.new
+            report += _accounted(pipeline, read, SetAside(reason, kept.number, new, sample or kept.entry.sample))
         if due and not context.dry_run:
             pipeline.checkpoints.commit(pipeline.name, device, Commit(cursor_at=due[-1].end), context.lease)
         return report
-
-    def _refuse(
-        self,
-        pipeline: ExportPipeline,
-        source: InfluxSource,
-        context: Context,
-        *,
-        device: str,
-        window: Window,
-        count: Count,
-    ) -> Report:
-        reason = REFUSED_ID if device else NO_DEVICE_TAG
-        sample = f"device id {device[:80]!r}" if device else ""
-        if self._known.get((device, window.start)) == count.cells or context.dry_run:
-            return _accounted(pipeline, count.fields, SetAside(reason, count.cells, 0, sample))
-        is_known = bool(device) and self.knows(device)
-        kept, read = self.keep_points(reason, device, window, _points(source, device, window, count))
-        if kept.key:
-            self._known[device, window.start] = count.cells
-        log.debug("%r %s: %d values set aside: %s", device, window, kept.number, reason)
-        # A device that cannot have objects is news once, and not with each of its points.
-        return _accounted(
-            pipeline, read, SetAside(reason, kept.number, 0 if is_known else kept.new, sample or kept.entry.sample)
-        )
 
     def account_outside(
         self, pipeline: ExportPipeline, source: InfluxSource, context: Context, now: datetime
@@ -205,24 +193,18 @@ class Aside:
         if cursors and min(cursors) < CLOCKS_SET_AT:
             return report  # an export that begins that early exports these points
         old = totals(source.again(lambda: list(source.reader.outside(unset))))
-        for (device, _), count in old.items():
-            report += self._keep_unset(pipeline, source, context, device, count)
+        for (device, start), count in old.items():
+            new, sample, left = 0, "", count.cells
+            if self._known.get((device, start)) != count.cells and not context.dry_run:
+                for day in islice(_days(source, device, unset), DAYS):
+                    context.stop.check()
+                    kept, read = self.keep_points(CLOCK_NOT_SET, device, day, source.reader.rows(device, day))
+                    new, sample, left = new + kept.new, sample or kept.entry.sample, left - sum(read.values())
+                new += max(left, 0)
+                self._known[device, start] = count.cells
+                log.debug("%r: %d values set aside: %s", device, count.cells, CLOCK_NOT_SET)
+            report += _accounted(pipeline, count.fields, SetAside(CLOCK_NOT_SET, count.cells, new, sample))
         return report
-
-    def _keep_unset(
-        self, pipeline: ExportPipeline, source: InfluxSource, context: Context, device: str, count: Count
-    ) -> Report:
-        slot = (device, OLDEST_AT)
-        if self._known.get(slot) == count.cells or context.dry_run:
-            return _accounted(pipeline, count.fields, SetAside(CLOCK_NOT_SET, count.cells, 0))
-        new, sample, left = 0, "", count.cells
-        for day in islice(_days(source, device, Window(OLDEST_AT, CLOCKS_SET_AT)), DAYS):
-            context.stop.check()
-            kept, read = self.keep_points(CLOCK_NOT_SET, device, day, source.reader.rows(device, day))
-            new, sample, left = new + kept.new, sample or kept.entry.sample, left - sum(read.values())
-        self._known[slot] = count.cells
-        log.debug("%r: %d values set aside: %s", device, count.cells, CLOCK_NOT_SET)
-        return _accounted(pipeline, count.fields, SetAside(CLOCK_NOT_SET, count.cells, new + max(left, 0), sample))
 
     def _own(self, device: str) -> Mapping[str, str]:
         return {self._device_tag: device} if device else {}

@@ -108,6 +108,19 @@ class ExportEnds:
         self.listed = NOT_LISTED
         return heal_window(self.pipeline, context, slot.partition, slot.window, self.clock())
 
+    def cells(self, checkpoints: SqlCheckpoints, partition: str, span: Window) -> Sequence[Cell]:
+        """See `Chart.cells`: one listing per day."""
+        now, name = self.clock(), self.pipeline.name
+        windows = list(self.pipeline.grid.windows(span.start, min(span.end, now)))
+        if not windows:
+            return ()
+        retired = checkpoints.retired(name, partition, Window(windows[0].start, now))
+        cursor_at = checkpoints.cursors(name).get(partition)
+        moment = Moment(now, self.pipeline.grid.grace_seconds, cursor_at, retired=retired)
+        listed, records = looked(self.pipeline, self.sink, partition, windows)
+        found = (Found(window.start, info.key, info.etag) for window in windows for info in named_in(window, listed))
+        return cells_of(windows, records, found, moment)
+
     def _as_text(self, window: Window) -> bool:
         return self.sink.layout_at(window.start).format == "csv"
 
@@ -236,22 +249,6 @@ def _wrongly_computed(table: pa.Table) -> Any:
 def _or_unknown(texts: pa.Array | pa.ChunkedArray | None, rows: int) -> Any:
     """A documented tag, which every row has in an object."""
     return constant(UNKNOWN, rows) if texts is None else texts.fill_null(UNKNOWN)
-
-
-def cells_in(
-    ends: ExportEnds, checkpoints: SqlCheckpoints, grace_seconds: float, partition: str, span: Window
-) -> Sequence[Cell]:
-    """See `Chart.cells`: one listing per day."""
-    now = ends.clock()
-    windows = list(ends.pipeline.grid.windows(span.start, min(span.end, now)))
-    if not windows:
-        return ()
-    name = ends.pipeline.name
-    retired = checkpoints.retired(name, partition, Window(windows[0].start, now))
-    moment = Moment(now, grace_seconds, checkpoints.cursors(name).get(partition), retired=retired)
-    listed, records = looked(ends.pipeline, ends.sink, partition, windows)
-    found = (Found(window.start, info.key, info.etag) for window in windows for info in named_in(window, listed))
-    return cells_of(windows, records, found, moment)
 
 
 def looked(
