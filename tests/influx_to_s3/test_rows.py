@@ -312,6 +312,14 @@ def test_a_column_without_any_value_does_not_count(tmp_path: Path) -> None:
 def test_no_rows_make_a_batch_too(tmp_path: Path) -> None:
     batch = spooled([], tmp_path)
     assert (batch.rows, batch.min_at, batch.max_at, batch.reusable, list(batch.output())) == (0, None, None, False, [])
+    assert batch.has_all_tags
+    assert len(batch.identities) == 0
+
+
+def test_values_are_accounted_for_by_the_names_that_fields_have_at_the_source(tmp_path: Path) -> None:
+    columns = columns_of()
+    with closing(spooled([canonical(points(0, hour=[7]), columns)], tmp_path, columns=columns)) as batch:
+        assert batch.accounts == {"hour": Tally(new=1)}
 
 
 def test_rows_that_are_not_later_are_refused(tmp_path: Path) -> None:

@@ -252,17 +252,17 @@ class BatchedCheckpoints:
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """See `Checkpoints.commit`. Deltas are deleted after their commit, which is made at once therefore."""
-        self.commit_all(pipeline, [(partition, commit)], lease)
-
-    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
-        """See `Checkpoints.commit_all`."""
         with self._lock:
             if not self._waiting:
                 self._flush_at = time.monotonic() + COMMIT_SECONDS
-            self._waiting += commits
-            is_urgent = any(commit.folded for _, commit in commits)
-            if is_urgent or len(self._waiting) >= COMMITS or time.monotonic() >= self._flush_at:
+            self._waiting.append((partition, commit))
+            if commit.folded or len(self._waiting) >= COMMITS or time.monotonic() >= self._flush_at:
                 self.flush(pipeline, lease)
+
+    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
+        """See `Checkpoints.commit_all`."""
+        for partition, commit in commits:
+            self.commit(pipeline, partition, commit, lease)
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
         """See `Checkpoints.fail`. A commit clears the error, so those that wait are made first."""

@@ -269,7 +269,7 @@ def _reconciled(
         and versions == {0: record.version}
     )
     is_in_trouble = bool(trouble) and record is not None and record.closed
-    is_confirmed = is_as_recorded and not is_in_trouble and record is not None and same_sums(sums, record.sums)
+    is_confirmed = record is not None and is_as_recorded and same_sums(sums, record.sums)
     said = "in trouble" if is_in_trouble else "as confirmed" if is_confirmed else "differs"
     log.debug("%s %s: %d values counted, %s", partition, window, count.cells, said)
     if record is None and not objects and not sums:

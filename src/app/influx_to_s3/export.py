@@ -98,10 +98,10 @@ class Export:
         """Bring every device up to date, and account for points that no window of this run holds."""
         opened = self._open(context.stop, dry_run=context.dry_run)
         report = sync_all(opened.pipeline, context, self._pass(opened))
-        absent = absent_devices(opened.source, self._settings, opened.tree.first_start_at)
-        failures = tuple(Failure(device, *why) for device, why in absent.items())
-        outside = self._aside.account_outside(opened.pipeline, opened.source, context, opened.now)
-        return report + Report(failures=failures) + outside
+        if self._settings.export.device_ids:
+            absent = absent_devices(opened.source, self._settings, opened.tree.first_start_at)
+            report += Report(failures=tuple(Failure(device, *why) for device, why in absent.items()))
+        return report + self._aside.account_outside(opened.pipeline, opened.source, context, opened.now)
 
     def reconcile(self, context: Context) -> Report:
         """Compare the last days' windows of every device with both ends, and bring what differs."""

@@ -222,11 +222,9 @@ def absent_devices(
     source: "InfluxSource", settings: Settings, first_start_at: datetime
 ) -> Mapping[str, tuple[str, str]]:
     """Configured devices without any point, each with message and hint."""
-    absent = source.absent(first_start_at) if settings.export.device_ids else ()
-    if not absent:
-        return {}
-    influx, inventory = settings.influx, source.again(source.reader.inventory)
-    if not inventory.has_points:
+    absent = source.absent(first_start_at)
+    influx, inventory = settings.influx, source.again(source.reader.inventory) if absent else None
+    if inventory is None or not inventory.has_points:
         return {}
     there = _named(inventory.devices) or "none"
     message = f"no point of {influx.measurement!r} has this value of the tag {influx.device_tag!r}"

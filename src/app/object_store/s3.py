@@ -45,9 +45,9 @@ from app.object_store.s3_client import (
     batches,
     client_error,
     code_of,
+    following,
     info_of,
     infos_of,
-    listed,
     make_client,
     status_of,
     take_entries,
@@ -198,7 +198,11 @@ class S3Store:
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """ListObjectsV2, in the order of the store: S3's is UTF-8; SeaweedFS sorts a slash before all else."""
         check_unicode(prefix)
-        return listed(self.page, prefix)
+        query: ListQuery | None = {"Prefix": prefix}
+        while query is not None:
+            page = self.page(query)
+            yield from infos_of(page, prefix)
+            query = following(page, query)
 
     def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:
         """A page is a batch; the folders of a large listing are asked for side by side."""

@@ -104,17 +104,13 @@ class S3Transfers:
         what = f"listing of {question.prefix!r}"
         with self._store.translated(what):
             found = self._listed(question)
-            objects = infos_of(found)
+            objects = infos_of(found, question.prefix)
             prefixes = [entry["Prefix"] for entry in found.get("CommonPrefixes", ())]
             more = found["NextContinuationToken"] if found["IsTruncated"] else ""
         if more and more == question.continuation:
             raise Transient(f"{what}: the store gives the same page again", STYLE_HINT)
         # SeaweedFS takes `a//` for `a/`
-        return Page(
-            [info for info in objects if info.key.startswith(question.prefix)],
-            [prefix for prefix in prefixes if prefix.startswith(question.prefix)],
-            more,
-        )
+        return Page(objects, [prefix for prefix in prefixes if prefix.startswith(question.prefix)], more)
 
     def _listed(self, question: PageRequest) -> Any:
         more = {"Delimiter": question.delimiter, "ContinuationToken": question.continuation}
