@@ -30,6 +30,7 @@ from app.core.pipeline import (
     Count,
     Encoded,
     Held,
+    Objects,
     Pipeline,
     Position,
     Record,
@@ -478,10 +479,13 @@ def _deltas(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> tuple[Se
     keys: list[str] = []
     unfolded: list[str] = []
     highest = folded
-    for part, key in pipeline.deltas.found(task.partition, task.window) if pipeline.deltas and task.asks else ():
-        there = pipeline.sink.head(key)
+    objects: Objects = {}
+    if pipeline.deltas and task.asks:
+        objects = pipeline.deltas.objects(task.partition, [task.window]).get(task.window.start, {})
+    for part, (key, _) in sorted(objects.items()):
+        there = pipeline.sink.head(key) if part else None
         is_own = there is not None and bool(there.digest)
-        if is_own or task.mends:
+        if part and (is_own or task.mends):
             keys.append(key)
             highest = max(highest, part)
             if is_own and part > folded and not (task.replaces and _is_damaged(pipeline, key)):

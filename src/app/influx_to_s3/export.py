@@ -6,7 +6,7 @@ the cursor, so they never work on one window at once. Nothing is connected befor
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from uuid import uuid4
 
@@ -27,7 +27,7 @@ from app.influx_to_s3.reader import Connection, Reader
 from app.influx_to_s3.rewrite import devices_in, lost_cursor, rewrite, tree_of_data
 from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.set_aside import Aside, absent_devices, refuse_wrong_settings
-from app.influx_to_s3.source import InfluxSource
+from app.influx_to_s3.source import InfluxSource, OpenedExport
 from app.influx_to_s3.verify import ExportEnds
 from app.object_store.deltas import is_nameable
 from app.object_store.port import ObjectStore
@@ -42,18 +42,6 @@ SPOOL = "spool"
 LOOK_KEY = "headwater-readiness"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedExport:
-    """The pipeline of one run, whose pauses end with that run. `now`: no window that starts later may be written."""
-
-    tree: Tree
-    now: datetime
-    columns: Columns
-    source: InfluxSource
-    sink: TableSink
-    pipeline: Pipeline[RowBatch, EncodedFile]
 
 
 class Export:
@@ -99,9 +87,9 @@ class Export:
         opened = self._open(context.stop, dry_run=context.dry_run)
         report = sync_all(opened.pipeline, context, self._pass(opened))
         if self._settings.export.device_ids:
-            absent = absent_devices(opened.source, self._settings, opened.tree.first_start_at)
+            absent = absent_devices(opened, self._settings)
             report += Report(failures=tuple(Failure(device, *why) for device, why in absent.items()))
-        return report + self._aside.account_outside(opened.pipeline, opened.source, context, opened.now)
+        return report + self._aside.account_outside(opened, context)
 
     def reconcile(self, context: Context) -> Report:
         """Compare the last days' windows of every device with both ends, and bring what differs."""
@@ -160,17 +148,7 @@ class Export:
         opened = self._open(context.stop, dry_run=context.dry_run, change=change)
 
         def one(device: str, done: Done) -> None:
-            rewrite(
-                opened.pipeline,
-                opened.source,
-                opened.sink,
-                opened.columns,
-                context,
-                device=device,
-                span=span,
-                now=opened.now,
-                done=done,
-            )
+            rewrite(opened, context, device, span, done)
 
         devices = devices_in(opened.sink)
         context.progress.advance(total=len(devices))
@@ -178,8 +156,7 @@ class Export:
 
     def ends(self, stop: Stop) -> ExportEnds:
         """Both ends as they are now; a look must not depend on a run going on, and changes nothing."""
-        now = self._open(stop, dry_run=True)
-        return ExportEnds(now.pipeline, now.source, now.sink, now.columns, self._clock)
+        return ExportEnds(self._open(stop, dry_run=True), self._clock)
 
     def _open(
         self,
@@ -298,7 +275,7 @@ class Export:
             now=opened.now,
             first_at=opened.tree.first_start_at,
             probe=probe,
-            nothing_found=lambda: refuse_wrong_settings(opened.source, self._settings, opened.tree.first_start_at),
+            nothing_found=lambda: refuse_wrong_settings(opened, self._settings),
             backoff=self._backoff,
             settling=self._settling,
             latency_seconds=opened.source.latency_seconds,

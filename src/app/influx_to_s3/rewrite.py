@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.core.pipeline import ALL_TAGS, Commit, Held, Pipeline, Record
+from app.core.pipeline import ALL_TAGS, Commit, Held, Record
 from app.core.runs import Context, Done, Report
 from app.core.sync import delete_deltas
 from app.core.windows import DAY_SECONDS, EPOCH, Age, Window, age_of, floor_to, windows_between
@@ -45,10 +45,10 @@ from app.influx_to_s3.layout import (
 )
 from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.rows import in_order, of_object, ordered
-from app.influx_to_s3.source import InfluxSource
+from app.influx_to_s3.source import OpenedExport
 from app.object_store.deltas import noted_window
 from app.object_store.port import ObjectInfo, ObjectStore
-from app.object_store.table_sink import EncodedFile, TableSink
+from app.object_store.table_sink import TableSink
 
 KEY = re.compile(r"device_id=(?P<device>[^/]+)/date=(?P<date>.+)/export_(?P<time>\d{6})\.(?P<format>parquet|csv)")
 DATE_FORMATS = ("%Y/%m/%d", "%Y-%m-%d", "%Y%m%d", "%Y/%j", "%Y-%j")
@@ -237,42 +237,31 @@ def devices_in(sink: TableSink) -> Sequence[str]:
     return sorted({named["device"] for named in found if named})
 
 
-def rewrite(
-    pipeline: Pipeline[RowBatch, EncodedFile],
-    source: InfluxSource,
-    sink: TableSink,
-    columns: Columns,
-    context: Context,
-    *,
-    device: str,
-    span: Window,
-    now: datetime,
-    done: Done,
-) -> None:
+def rewrite(opened: OpenedExport, context: Context, device: str, span: Window, done: Done) -> None:
     """Re-encode the objects of one device whose windows start in `span` and are due."""
+    pipeline, sink, columns = opened.pipeline, opened.sink, opened.columns
     for day in windows_between(span.start, span.end, DAY_SECONDS):
         found = pipeline.checkpoints.records(pipeline.name, device, day.start, day.end)
         records = {record.window.start: record for record in found if not record.part}
-        windows: dict[Window, dict[int, str]] = {}
-        for named_at, info in sink.listed(device, day):
-            window = next(pipeline.grid.windows(named_at, named_at + datetime.resolution))
-            windows.setdefault(window, {})[round((named_at - window.start).total_seconds())] = info.key
-        for window, keys in sorted(windows.items()):
+        windows = list(pipeline.grid.windows(day.start, day.end))
+        objects = sink.objects(device, windows)
+        for window in windows:
             context.stop.check()
-            if span.start <= window.start < span.end and age_of(window, now, pipeline.grid.grace_seconds) is Age.DUE:
-                held = {part: there for part in sorted(keys) if (there := _own(sink, keys[part]))}
-                if held and (0 in held or 0 not in keys):
-                    folded = held[0].folded if 0 in held else 0
-                    parts = [part for part in held if not part or part > folded]
-                    tables = [_rows(sink, columns, keys[part], held[part].version) for part in parts]
-                    with closing(source.spooled(device, in_order(tables, columns))) as batch:
-                        # What lost tags once has lost them still.
-                        batch.has_all_tags = all(held[part].tags == ALL_TAGS for part in parts)
-                        record = records.get(window.start)
-                        done(
-                            _replace(pipeline, sink, context, window, keys=keys, held=held, batch=batch, record=record)
-                        )
-                context.progress.advance(done=1)
+            keys = {part: key for part, (key, _) in sorted(objects.get(window.start, {}).items())}
+            is_due = age_of(window, opened.now, pipeline.grid.grace_seconds) is Age.DUE
+            if not (keys and is_due and span.start <= window.start < span.end):
+                continue
+            held = {part: there for part, key in keys.items() if (there := _own(sink, key))}
+            if held and (0 in held or 0 not in keys):
+                folded = held[0].folded if 0 in held else 0
+                parts = [part for part in held if not part or part > folded]
+                tables = [_rows(sink, columns, keys[part], held[part].version) for part in parts]
+                with closing(opened.source.spooled(device, in_order(tables, columns))) as batch:
+                    # What lost tags once has lost them still.
+                    batch.has_all_tags = all(held[part].tags == ALL_TAGS for part in parts)
+                    record = records.get(window.start)
+                    done(_replace(opened, context, window, keys=keys, held=held, batch=batch, record=record))
+            context.progress.advance(done=1)
 
 
 def _own(sink: TableSink, key: str) -> Held | None:
@@ -297,8 +286,7 @@ def _rows(sink: TableSink, columns: Columns, key: str, version: str) -> Iterator
 
 
 def _replace(
-    pipeline: Pipeline[RowBatch, EncodedFile],
-    sink: TableSink,
+    opened: OpenedExport,
     context: Context,
     window: Window,
     *,
@@ -308,6 +296,7 @@ def _replace(
     record: Record | None,
 ) -> Report:
     """Put the re-encoded object, unless it is so already; its record follows, and the deltas go."""
+    pipeline, sink = opened.pipeline, opened.sink
     base, key = held.get(0), keys.get(0) or sink.key(batch.device, window, 0)
     is_done = (
         base is not None

@@ -28,7 +28,7 @@ from app.core.sync import counted
 from app.core.windows import DAY_SECONDS, Age, Window, age_of, floor_to
 from app.influx_to_s3.reader import Counted, Points, totals
 from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.source import InfluxSource
+from app.influx_to_s3.source import InfluxSource, OpenedExport
 from app.object_store.set_aside import LINES, Kept, SetAsideStore
 from app.object_store.table_sink import EncodedFile
 
@@ -179,13 +179,12 @@ class Aside:
             pipeline.checkpoints.commit(pipeline.name, device, Commit(cursor_at=due[-1].end), context.lease)
         return report
 
-    def account_outside(
-        self, pipeline: ExportPipeline, source: InfluxSource, context: Context, now: datetime
-    ) -> Report:
+    def account_outside(self, opened: OpenedExport, context: Context) -> Report:
         """Points that no window of a run holds. The future waits for its windows; what is from before CLOCKS_SET_AT is
         kept as line protocol, by day.
         """
-        newest = next(pipeline.grid.windows(now, now + datetime.resolution)).end
+        pipeline, source = opened.pipeline, opened.source
+        newest = next(pipeline.grid.windows(opened.now, opened.now + datetime.resolution)).end
         future = totals(source.again(lambda: list(source.reader.outside(Window(newest, NEWEST_AT)))))
         report = Report(ledger=counted(pipeline.unit, future.values(), "waiting"))
         unset = Window(OLDEST_AT, CLOCKS_SET_AT)
@@ -218,11 +217,10 @@ def _name(device: str, window: Window) -> tuple[str, ...]:
     return _owner(device), f"{window.start:%Y-%m-%d}", f"{window.start:%H%M%S}"
 
 
-def absent_devices(
-    source: "InfluxSource", settings: Settings, first_start_at: datetime
-) -> Mapping[str, tuple[str, str]]:
+def absent_devices(opened: OpenedExport, settings: Settings) -> Mapping[str, tuple[str, str]]:
     """Configured devices without any point, each with message and hint."""
-    absent = source.absent(first_start_at)
+    source = opened.source
+    absent = source.absent(opened.tree.first_start_at)
     influx, inventory = settings.influx, source.again(source.reader.inventory) if absent else None
     if inventory is None or not inventory.has_points:
         return {}
@@ -231,13 +229,13 @@ def absent_devices(
     return dict.fromkeys(absent, (message, f"correct DEVICE_IDS; devices are: {there}"))
 
 
-def refuse_wrong_settings(source: InfluxSource, settings: Settings, first_start_at: datetime) -> None:
+def refuse_wrong_settings(opened: OpenedExport, settings: Settings) -> None:
     """To be asked when nothing was found. Raises Permanent, with what there is, when a setting names something that
     does not exist while others do; an empty source, or one without points in the span asked, is not a fault.
     """
     measurement, tag = settings.influx.measurement, settings.influx.device_tag
     wanted = settings.export.device_ids
-    there = source.again(source.reader.inventory)
+    there = opened.source.again(opened.source.reader.inventory)
     if there.measurements and measurement not in there.measurements:
         known = _named(there.measurements)
         raise Permanent(f"measurement {measurement!r} does not exist", f"set INFLUXDB_MEASUREMENT to one of: {known}")
@@ -251,7 +249,7 @@ def refuse_wrong_settings(source: InfluxSource, settings: Settings, first_start_
             f"no point of measurement {measurement!r} has the tag {tag!r}",
             f"set INFLUXDB_DEVICE_TAG to the tag that names the device; tags are: {_named(there.tags) or 'none'}",
         )
-    if there.devices and wanted and not source.partitions(first_start_at):
+    if there.devices and wanted and not opened.source.partitions(opened.tree.first_start_at):
         raise Permanent(
             f"none of the devices in DEVICE_IDS ({_named(wanted)}) has a point in {measurement!r}",
             f"correct DEVICE_IDS, or set it to *; devices are: {_named(there.devices)}",

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import chain, groupby
 from pathlib import Path
@@ -22,10 +22,10 @@ import pyarrow as pa
 
 from app.core.errors import Permanent, Transient
 from app.core.ledger import Tally
-from app.core.pipeline import NOTHING, Count, Shrink, Sums, covered_since
+from app.core.pipeline import NOTHING, Count, Pipeline, Shrink, Sums, covered_since
 from app.core.retry import Pace, Pauses, RetryPolicy, retry
 from app.core.windows import EPOCH, Window, windows_between
-from app.influx_to_s3.layout import Columns
+from app.influx_to_s3.layout import Columns, Tree
 from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed, totals
 from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch
 from app.influx_to_s3.rows import (
@@ -41,7 +41,7 @@ from app.influx_to_s3.rows import (
     united,
     whole_instants,
 )
-from app.object_store.table_sink import lost_tags_in
+from app.object_store.table_sink import EncodedFile, TableSink, lost_tags_in
 
 BUCKETS = 30
 OVERFLOW = 4
@@ -311,6 +311,18 @@ class InfluxSource:
         """The mean of the questions since this was asked last, None without any."""
         seconds = [self._seconds.popleft() for _ in range(len(self._seconds))]
         return sum(seconds) / len(seconds) if seconds else None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedExport:
+    """The pipeline of one run, whose pauses end with that run. `now`: no window that starts later may be written."""
+
+    tree: Tree
+    now: datetime
+    columns: Columns
+    source: InfluxSource
+    sink: TableSink
+    pipeline: Pipeline[RowBatch, EncodedFile]
 
 
 def check_values(device: str, span: Window, read: Mapping[str, Sums], counted: Mapping[str, int]) -> None:

@@ -153,11 +153,6 @@ class TableSink:
         days = {window.start.date(): window for window in windows}.values()
         return by_window((each for day in days for each in self.listed(partition, day)), windows)
 
-    def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
-        """See `app.core.pipeline.Deltas`."""
-        there = self.objects(partition, [window]).get(window.start, {})
-        return sorted((part, key) for part, (key, _) in there.items() if part)
-
     def noted(self, encoded: EncodedFile, folded: int) -> EncodedFile:
         """See `app.core.pipeline.Deltas`."""
         return replace(encoded, metadata={**encoded.metadata, "folded": str(folded)})
