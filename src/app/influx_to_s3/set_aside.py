@@ -194,7 +194,13 @@ class Aside:
         )
 
     def account_outside(
-        self, pipeline: ExportPipeline, source: InfluxSource, context: Context, *, now: datetime, first_start_at: datetime
+        self,
+        pipeline: ExportPipeline,
+        source: InfluxSource,
+        context: Context,
+        *,
+        now: datetime,
+        first_start_at: datetime,
     ) -> Report:
         """Points that no window of a run holds. The future waits for its windows; what is from before CLOCKS_SET_AT is
         kept as line protocol, by day.
