@@ -140,7 +140,7 @@ def _filled(row: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _is_rewritten(row: Row, other: Row) -> bool:
-    """True when the rows differ in the timestamp's writing only, and in that of numbers, as a spreadsheet saves them."""
+    """True when the rows differ only in how the timestamp and numbers are written, as a spreadsheet saves them."""
     return all(map(_is_alike, row[1:], other[1:]))
 
 
