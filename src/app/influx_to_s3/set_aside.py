@@ -187,10 +187,9 @@ class Aside:
         newest = next(pipeline.grid.windows(opened.now, opened.now + datetime.resolution)).end
         future = totals(source.again(lambda: list(source.reader.outside(Window(newest, NEWEST_AT)))))
         report = Report(ledger=counted(pipeline.unit, future.values(), "waiting"))
-        unset = Window(OLDEST_AT, CLOCKS_SET_AT)
-        cursors = [at for name, at in pipeline.checkpoints.cursors(pipeline.name).items() if name]
-        if cursors and min(cursors) < CLOCKS_SET_AT:
+        if opened.tree.first_start_at < CLOCKS_SET_AT:
             return report  # an export that begins that early exports these points
+        unset = Window(OLDEST_AT, CLOCKS_SET_AT)
         old = totals(source.again(lambda: list(source.reader.outside(unset))))
         for (device, start), count in old.items():
             new, sample, left = 0, "", count.cells
