@@ -1,11 +1,12 @@
 """The reconcile of one window: what it reads, writes, heals and only tells, by record, object and source."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from app.core.errors import Permanent
 from app.core.pipeline import FOREIGN, MISSING, Shrink, Sums
-from app.core.repair import fill, heal_window, reconcile
+from app.core.repair import fill, heal_window, reconcile, same_sums
 from app.core.runs import Report
 from app.core.windows import Window, window_at
 from world import MINUTE, SOMEBODYS, START, WINDOW_SECONDS, Process, World, closed_world, context, key_of
@@ -139,3 +140,10 @@ def test_a_backfill_writes_what_was_never_written() -> None:
     fill(Process(world).pipeline(), context(), "a", FIRST, world.now)
     assert world.exported() == world.produced(world.now)
     assert world.records["a", START, 0].closed
+
+
+def test_sums_are_the_same_within_what_adding_up_in_another_order_may_lose() -> None:
+    zeros, tenths = Sums(3, 0.0, 0.0, 0.0, 0.0), Sums(3, 0.1 + 0.2 + 0.3, 0.1, 0.3, 0.6)
+    assert same_sums({"zeros": zeros, "tenths": tenths}, {"zeros": zeros, "tenths": replace(tenths, total=0.6)})
+    assert not same_sums({"tenths": tenths}, {"tenths": replace(tenths, total=0.6 + 1e-14)})
+    assert not same_sums({"tenths": tenths}, {"tenths": Sums(3)})

@@ -250,7 +250,6 @@ class RowBatch:
         self.blocks.append(block)
         self._memory_bytes += block.nbytes
         if self._file is None and (self.rows > self._memory_rows or self._memory_bytes > MEMORY_BYTES):
-            self._directory.mkdir(parents=True, exist_ok=True)
             self._file = temporary_file(self._directory)
         if self._file is not None:
             for each in self.blocks:

@@ -259,7 +259,7 @@ PARTS = 4096
 Fields = Sequence[str]
 """Key, time of change, ETag and size of an entry, in text."""
 
-ListQuery = Mapping[str, str]
+ListQuery = Mapping[str, Any]
 Ask = Callable[[ListQuery], Mapping[str, Any]]
 """One ListObjectsV2 as the SDK answers it, its exceptions translated."""
 
