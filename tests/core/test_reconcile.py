@@ -92,6 +92,14 @@ def test_what_is_gone_at_both_ends_is_told() -> None:
     assert world.records["a", START, 0].trouble == MISSING
 
 
+def test_a_record_without_an_object_misses_none() -> None:
+    world = closed_world()
+    world.objects.clear()
+    world.records["a", START, 0] = replace(world.records["a", START, 0], version="")
+    reconciled(world)
+    assert world.records["a", START, 0].trouble == ""
+
+
 def test_rows_that_only_the_object_has_go_where_shrinking_is_allowed() -> None:
     world = closed_world()
     del world.rows["a"][START]

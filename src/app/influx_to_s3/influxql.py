@@ -299,7 +299,10 @@ class InfluxQlReader:
         for series in self._ask(f"SHOW FIELD KEYS {self._from()}"):
             for name, kind in series["values"]:
                 kinds.setdefault(name, set()).add(kind)
-        columns = [(name, kind) for name in sorted(kinds) for kind in sorted(_castable(kinds[name]))]
+        for some in kinds.values():
+            if len(some & set(NUMERIC)) > 1:
+                some.add("float")  # it tells apart what several types of whole numbers read
+        columns = [(name, kind) for name in sorted(kinds) for kind in sorted(kinds[name])]
         return [SelectedField(name, kind, f"c{number}") for number, (name, kind) in enumerate(columns)]
 
     def _counted(self, series: Mapping[str, Any], start_at: datetime | None) -> Iterator[Counted]:
@@ -491,11 +494,6 @@ def _read_as(kinds: set[str], value: Any) -> Any:
         return value
     is_float = len(kinds & set(NUMERIC)) == 1 or value == int(Decimal(repr(float(value))))
     return float(value) if is_float else value
-
-
-def _castable(kinds: set[str]) -> set[str]:
-    """The casts that together read a field exactly; `float` tells apart what several whole-number types read."""
-    return kinds | {"float"} if len(kinds & set(NUMERIC)) > 1 else kinds
 
 
 def _nanoseconds(instant: datetime) -> int:
