@@ -42,6 +42,7 @@ ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t
 KEYWORD = re.compile(
     "and|or|not|exists|if|then|else|in|empty|return|import|package|option|builtin|test|testcase"  # those of its scanner
 )
+DROPPED = 'drop(columns: ["_start", "_stop", "_measurement"])'
 SCHEMA = 'import "influxdata/influxdb/schema"\n'
 # Flux keeps times as nanoseconds in 64 bits; what lies beyond would wrap around.
 FIRST_TIME, LAST_TIME = "1677-09-21T00:12:43.145224194Z", "2262-04-11T23:47:16.854775806Z"
@@ -146,35 +147,27 @@ class FluxReader:
         """See `Reader`. The group key keeps the tags through the pivot, so each series is a table of its own."""
         token = self._token
         keep_key = f'if column == "_field" or column == "_value" then column else {literal(token)} + column'
-        for one in one_type_spans(span, self._shard):
-            query = (
-                f"{self._from(one, device)}"
-                ' |> drop(columns: ["_start", "_stop", "_measurement"])'
-                f" |> rename(fn: (column) => {keep_key})"
-                f' |> pivot(rowKey: [{literal(token + "_time")}], columnKey: ["_field"], valueColumn: "_value")'
-                f" |> rename(fn: (column) => {literal(token)} + column)"
-            )
-            for block in self._ask(query, known=self._device_columns):
-                yield self._points(block)
+        return self._series(
+            device,
+            span,
+            DROPPED,
+            f"rename(fn: (column) => {keep_key})",
+            f'pivot(rowKey: [{literal(token + "_time")}], columnKey: ["_field"], valueColumn: "_value")',
+            f"rename(fn: (column) => {literal(token)} + column)",
+        )
 
     def empty_texts(self, device: str, span: Window, field: str) -> Iterator[Points]:
         """See `Reader`. Without a pivot no value is null, so an empty cell of a text is an empty text."""
         token = literal(self._token)
         named = f'if column == "_value" then {token} + column else {literal(self._token * 2)} + column'
-        for one in one_type_spans(span, self._shard):
-            query = (
-                f"{self._from(one, device, f' and r._field == {literal(field)}')}"
-                ' |> drop(columns: ["_start", "_stop", "_measurement", "_field"])'
-                f" |> rename(fn: (column) => {named})"
-            )
-            for block in self._ask(query, known=self._device_columns):
-                points = self._points(block)
-                values = dict(points.fields)["_value"]
-                empty = pc.is_null(values)
-                if values.type == pa.string() and pc.any(empty).as_py():
-                    tags = {name: column.filter(empty) for name, column in points.tags.items()}
-                    texts = values.filter(empty).fill_null("")
-                    yield Points(points.times.filter(empty), tags, [(field, texts)])
+        steps = ('drop(columns: ["_start", "_stop", "_measurement", "_field"])', f"rename(fn: (column) => {named})")
+        for points in self._series(device, span, *steps, also=f" and r._field == {literal(field)}"):
+            values = dict(points.fields)["_value"]
+            empty = pc.is_null(values)
+            if values.type == pa.string() and pc.any(empty).as_py():
+                tags = {name: column.filter(empty) for name, column in points.tags.items()}
+                texts = values.filter(empty).fill_null("")
+                yield Points(points.times.filter(empty), tags, [(field, texts)])
 
     def cells(self, device: str, span: Window) -> Iterator[RawCells]:
         """See `Reader`. Without a pivot each table is one series of one field, and an empty cell is an empty text."""
@@ -183,22 +176,13 @@ class FluxReader:
             f'if column == "_value" or column == "_field" then {token} + column'
             f" else {literal(self._token * 2)} + column"
         )
-        for one in one_type_spans(span, self._shard):
-            query = (
-                f"{self._from(one, device)}"
-                f' |> drop(columns: ["_start", "_stop", "_measurement"]) |> rename(fn: (column) => {named})'
-            )
-            for block in self._ask(query, known=self._device_columns):
-                points = self._points(block)
-                # `_field` is part of the group key: a server that renames nothing has it among the tags
-                columns = {
-                    **dict(points.fields),
-                    "_field": dict(points.fields).get("_field", points.tags.get("_field")),
-                }
-                values = columns["_value"]
-                values = values.fill_null("") if values.type == pa.string() else values
-                tags = {name: texts for name, texts in points.tags.items() if name != "_field"}
-                yield RawCells(points.times, tags, columns["_field"], values)
+        for points in self._series(device, span, DROPPED, f"rename(fn: (column) => {named})"):
+            # `_field` is part of the group key: a server that renames nothing has it among the tags
+            columns = {"_field": points.tags.get("_field"), **dict(points.fields)}
+            values = columns["_value"]
+            values = values.fill_null("") if values.type == pa.string() else values
+            tags = {name: texts for name, texts in points.tags.items() if name != "_field"}
+            yield RawCells(points.times, tags, columns["_field"], values)
 
     def outside(self, span: Window) -> Iterator[Counted]:
         """See `Reader`."""
@@ -312,25 +296,30 @@ class FluxReader:
         with self._connection.ask(self._path, question, HEADERS, self._variables) as answer:
             yield from read_blocks(_body(answer), known=known)
 
-    def _points(self, block: Block) -> Points:
-        """The block's columns by what they are. A server that renames nothing has the group key to tell tags by."""
+    def _series(self, device: str, span: Window, *steps: str, also: str = "") -> Iterator[Points]:
+        """What these steps make of the points of a device, by what the columns are. A server that renames nothing has
+        the group key to tell tags by.
+        """
         token = self._token
-        if any(name.startswith(token) for name in block.names):
-            names = [name.removeprefix(token).removeprefix(token) for name in block.names]
-            keyed = [name.startswith(token * 2) for name in block.names]
-            time_at = _place(block, f"{token * 2}_time")
-        else:
-            names, keyed, time_at = list(block.names), list(block.grouped), _place(block, "_time")
-        columns = [
-            (name, is_tag, column)
-            for at, (name, is_tag, column) in enumerate(zip(names, keyed, block.columns, strict=True))
-            if at != time_at
-        ]
-        return Points(
-            block.columns[time_at],
-            {name: column for name, is_tag, column in columns if is_tag},
-            [(name, column) for name, is_tag, column in columns if not is_tag],
-        )
+        for one in one_type_spans(span, self._shard):
+            query = " |> ".join((self._from(one, device, also), *steps))
+            for block in self._ask(query, known=self._device_columns):
+                if any(name.startswith(token) for name in block.names):
+                    names = [name.removeprefix(token).removeprefix(token) for name in block.names]
+                    keyed = [name.startswith(token * 2) for name in block.names]
+                    time_at = _place(block, f"{token * 2}_time")
+                else:
+                    names, keyed, time_at = list(block.names), list(block.grouped), _place(block, "_time")
+                columns = [
+                    (name, is_tag, column)
+                    for at, (name, is_tag, column) in enumerate(zip(names, keyed, block.columns, strict=True))
+                    if at != time_at
+                ]
+                yield Points(
+                    block.columns[time_at],
+                    {name: column for name, is_tag, column in columns if is_tag},
+                    [(name, column) for name, is_tag, column in columns if not is_tag],
+                )
 
     def _summed(self, block: Block, every_seconds: int) -> Iterator[Summed]:
         name = next((each for each in AGGREGATES if self._token + each in block.names), AGGREGATES[0])
