@@ -92,6 +92,14 @@ def test_what_is_gone_at_both_ends_is_told() -> None:
     assert world.records["a", START, 0].trouble == MISSING
 
 
+def test_an_object_that_is_gone_before_its_window_was_closed_is_written_again() -> None:
+    world = closed_world()
+    world.objects.clear()
+    world.records["a", START, 0] = replace(world.records["a", START, 0], closed=False)
+    reconciled(world)
+    assert world.exported() == world.produced(world.now)
+
+
 def test_a_record_without_an_object_misses_none() -> None:
     world = closed_world()
     world.objects.clear()
