@@ -7,7 +7,7 @@ memory does not grow with a window; what is set aside by the rule for ignored ta
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -141,7 +141,7 @@ def raw_content(
     Of values that only ignored tags tell apart, that of the first set of tags in byte order counts; other values are
     set aside, and the same value is there once.
     """
-    found, number, series = _Collected(), 0, dict[bytes, int]()
+    found, number, numbered = list[Sequence[Any]](), 0, dict[bytes, int]()
     for block in blocks:
         number += len(block.times)
         if number > most_cells:
@@ -152,41 +152,33 @@ def raw_content(
             tags = {**block.tags, **{name: _or_unknown(block.tags.get(name), len(block.times)) for name in TAGS}}
             own = [(name, texts) for name, texts in tags.items() if name not in ignored]
             rows = row_lanes([(AT, block.times), (OWNER, constant(device, len(block.times))), *own])
-            found.add(block, rows, _numbered(tags, series), as_text=as_text)
+            found += _cells(block, rows, _numbered(tags, numbered), as_text=as_text)
     if not number:
         return NOTHING
-    ranks = np.empty(len(series), np.int64)
-    ranks[[series[key] for key in sorted(series)]] = np.arange(len(series))
-    return found.content(ranks)
+    ranks = np.empty(len(numbered), np.int64)  # the place of each series in byte order
+    ranks[[numbered[key] for key in sorted(numbered)]] = np.arange(len(numbered))
+    identities, keys, *lanes, series = (np.concatenate(each) for each in zip(*found, strict=True))
+    order = np.lexsort((ranks[series], keys))
+    first = np.concatenate(([True], np.diff(keys[order]) != 0))
+    lanes = [each[order] for each in lanes]
+    stands = [each[first] for each in lanes]
+    groups = np.cumsum(first) - 1
+    others = np.any([each != stood[groups] for each, stood in zip(lanes, stands, strict=True)], axis=0)
+    return replace(summed(stands, len(np.unique(identities))), set_aside=int(others.sum()))
 
 
-@dataclass(slots=True)
-class _Collected:
-    """Values of one span as arrays: hash of the row, of row and field, two of the cell, and number of the series."""
-
-    parts: list[Sequence[Any]] = field(default_factory=list)
-
-    def add(self, block: RawCells, rows: Sequence[Any], series: Any, *, as_text: bool) -> None:
-        """The cells of a block, field by field."""
-        fields = block.fields.combine_chunks() if isinstance(block.fields, pa.ChunkedArray) else block.fields
-        encoded = fields.dictionary_encode()
-        places = encoded.indices.to_numpy()
-        for at, name in enumerate(encoded.dictionary.to_pylist()):
-            here = places == at
-            own = [each[here] for each in rows]
-            lanes = cell_lanes(own, name, block.values.filter(pa.array(here)), as_text=as_text)
-            self.parts.append((own[0], mixed(own[0] ^ seed_of(b"key", name)), *lanes, series[here]))
-
-    def content(self, ranks: Any) -> Content:
-        """Their content. `ranks`: the place of each series in byte order."""
-        rows, keys, *lanes, series = (np.concatenate(each) for each in zip(*self.parts, strict=True))
-        order = np.lexsort((ranks[series], keys))
-        first = np.concatenate(([True], np.diff(keys[order]) != 0))
-        lanes = [each[order] for each in lanes]
-        stands = [each[first] for each in lanes]
-        groups = np.cumsum(first) - 1
-        others = np.any([each != stood[groups] for each, stood in zip(lanes, stands, strict=True)], axis=0)
-        return replace(summed(stands, len(np.unique(rows))), set_aside=int(others.sum()))
+def _cells(block: RawCells, rows: Sequence[Any], series: Any, *, as_text: bool) -> Iterator[Sequence[Any]]:
+    """The cells of a block, field by field, as arrays: hash of the row, of row and field, two of the cell, and number
+    of the series.
+    """
+    fields = block.fields.combine_chunks() if isinstance(block.fields, pa.ChunkedArray) else block.fields
+    encoded = fields.dictionary_encode()
+    places = encoded.indices.to_numpy()
+    for at, name in enumerate(encoded.dictionary.to_pylist()):
+        here = places == at
+        own = [each[here] for each in rows]
+        lanes = cell_lanes(own, name, block.values.filter(pa.array(here)), as_text=as_text)
+        yield own[0], mixed(own[0] ^ seed_of(b"key", name)), *lanes, series[here]
 
 
 def _numbered(tags: "dict[str, Any]", series: dict[bytes, int]) -> Any:
