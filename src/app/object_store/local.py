@@ -26,7 +26,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from shutil import copyfileobj
-from typing import BinaryIO, cast
+from typing import BinaryIO
 from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
@@ -36,7 +36,6 @@ from app.object_store.port import (
     CONTROL,
     MAX_KEY_BYTES,
     BadKey,
-    CountedBody,
     Limited,
     ListingBatch,
     ObjectInfo,
@@ -113,34 +112,8 @@ class LocalDirectory:
             return info
 
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
-        """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
-        path = self._path(check_key(key))
-        chunks = iter(partial(body.read, CHUNK_BYTES), b"")
-        with _translated(key), self._spooled(chunks, put) as sealed, self._locked():
-            spooled, etag, noted = sealed
-            self._check_name(key)
-            held = _stat(path)
-            found = "" if held is None else _etag(held)
-            if put.expected not in (None, found):
-                raise Conflict(f"{key}: expected {put.expected or 'no object'}, found {found or 'none'}", AGAIN_HINT)
-            if held is not None and spooled.lstat().st_mtime_ns <= held.st_mtime_ns:
-                # Made newer than what it replaces, also when the clock was set back: the inode may have belonged to an
-                # earlier version, so the time alone tells them apart. Inode, time and size outlive the rename.
-                with spooled.open("rb+") as file:
-                    etag, noted = self._seal(file, held.st_mtime_ns + 1, put)
-            try:
-                _make_folder(path.parent)
-                if not noted:
-                    self._notes.write(key, etag, put)
-                if path.is_dir():
-                    path.rmdir()  # an empty one was left by a killed writer; any other is another key's folder
-                replace_durably(spooled, path)
-            except OSError:
-                self._prune(path.parent)
-                raise
-            # Only now it is certain what the file system made of the name.
-            self._check_name(key, written=path)
-            return etag
+        """As `write`."""
+        return self.write(key, body, put).etag
 
     @contextmanager
     def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
@@ -217,10 +190,34 @@ class LocalDirectory:
         return self.head(key)
 
     def write(self, key: str, body: Readable, put: Put) -> Stored:
-        """As `put`, which reads its body from front to back."""
-        counted = CountedBody(body)
-        etag = self.put(key, cast("BinaryIO", counted), put)
-        return Stored(etag, counted.size_bytes)
+        """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
+        path = self._path(check_key(key))
+        chunks = iter(partial(body.read, CHUNK_BYTES), b"")
+        with _translated(key), self._spooled(chunks, put) as sealed, self._locked():
+            spooled, etag, noted = sealed
+            self._check_name(key)
+            held, made = _stat(path), spooled.lstat()
+            found = "" if held is None else _etag(held)
+            if put.expected not in (None, found):
+                raise Conflict(f"{key}: expected {put.expected or 'no object'}, found {found or 'none'}", AGAIN_HINT)
+            if held is not None and made.st_mtime_ns <= held.st_mtime_ns:
+                # Made newer than what it replaces, also when the clock was set back: the inode may have belonged to an
+                # earlier version, so the time alone tells them apart. Inode, time and size outlive the rename.
+                with spooled.open("rb+") as file:
+                    etag, noted = self._seal(file, held.st_mtime_ns + 1, put)
+            try:
+                _make_folder(path.parent)
+                if not noted:
+                    self._notes.write(key, etag, put)
+                if path.is_dir():
+                    path.rmdir()  # an empty one was left by a killed writer; any other is another key's folder
+                replace_durably(spooled, path)
+            except OSError:
+                self._prune(path.parent)
+                raise
+            # Only now it is certain what the file system made of the name.
+            self._check_name(key, written=path)
+            return Stored(etag, made.st_size)
 
     def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
         """The object is written again as a whole: its readers keep what they have."""
