@@ -23,8 +23,8 @@ from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, window_at
+from app.product_events.hours import HOUR
 from app.product_events.http_client import ServiceAnswer, Upstream, receiving
-from app.product_events.pull import HOUR
 
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
 CODES_OF_SIZE = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)

@@ -130,7 +130,7 @@ def _streams(fetched: Iterator[FetchedArchive]) -> Iterator[tuple[datetime, Bina
         with closing(each):
             if each.file is None:
                 continue
-            with opened(each.file, each.span) as archive:
-                for hour_at, members in archive.hours().items():
+            with opened(each.file) as archive:
+                for hour_at, members in archive.hours(each.span).items():
                     for stream in archive.streams(members):
                         yield hour_at, stream

@@ -252,7 +252,7 @@ class ReceiptHourFile:
         return what.tables({path: columns[path] for path in what.words}, len(rows))
 
 
-def opened_hour(application_id: int | None, window: Window, file: BinaryIO) -> ReceiptHourFile:
+def read_hour(application_id: int | None, window: Window, file: BinaryIO) -> ReceiptHourFile:
     """The hour in the file of its object, whose rows were not counted. Raises ValueError for one without a header."""
     csv.field_size_limit(KEPT_ROW_BYTES)
     with gzip.open(file, "rt", encoding="utf-8", newline="") as text:

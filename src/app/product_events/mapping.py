@@ -269,6 +269,7 @@ RULES: Mapping[str, Rule] = {
 # table's key; nothing of a service or of a table is known here but what the file says.
 
 FILE = Path(__file__).with_name("product_mapping.toml")
+EVENTS_TABLE = "events_part"
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +316,9 @@ class ProductMapping:
         turned = {place: RULES[place.word](_taken(place, events, count)) for place in self._all}
         found = {}
         for table, places in self.places.items():
-            rows = _rows([turned[place] for place in places.values()], alone="uuid" not in places)
+            # An event without anything besides its uuid has a row in one table, by which it is counted.
+            alone = table == EVENTS_TABLE or "uuid" not in places
+            rows = _rows([turned[place] for place in places.values()], alone=alone)
             if rows:
                 found[table] = Rows(tuple(places), rows)
         return found
@@ -363,10 +366,6 @@ def _place(text: str) -> ValuePlace:
 # Invariant: an event's rows go to all tables in one transaction.
 
 LOAD_EVENTS = 50_000
-EVENTS_TABLE = "events_part"
-
-
-KnownEvents = Callable[[Collection[str]], int]
 
 
 class Events(Protocol):
@@ -383,14 +382,16 @@ class Events(Protocol):
         """How many of these events are there; each counts once. A few thousand at a time at most."""
 
 
-def lost(known: KnownEvents, tables: Tables) -> int:
+def uuids_in(chunk: Tables) -> Sequence[str]:
+    """Those of the events of a chunk, one each."""
+    rows = chunk.get(EVENTS_TABLE)
+    return [row[0] for row in rows.rows] if rows else []  # the key comes first
+
+
+def lost(known: Callable[[Collection[str]], int], chunk: Tables) -> int:
     """How many events of a chunk the warehouse does not hold."""
-    rows = tables.get(EVENTS_TABLE)
-    if not rows:
-        return 0
-    place = rows.names.index("uuid")
-    uuids = {str(row[place]) for row in rows.rows}
-    return len(uuids) - known(uuids)
+    uuids = set(uuids_in(chunk))
+    return len(uuids) - known(uuids) if uuids else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,12 +419,6 @@ def _one_turn(first: Tables, others: Iterator[Tables], given: list[int]) -> Iter
     """The chunks of one transaction; `given` gets the number of events of each."""
     chunk: Tables | None = first
     while chunk is not None:
-        given.append(events_in(chunk))
+        given.append(len(uuids_in(chunk)))
         yield chunk
         chunk = next(others, None) if sum(given) < LOAD_EVENTS else None
-
-
-def events_in(chunk: Tables) -> int:
-    """How many events a chunk holds."""
-    rows = chunk.get(EVENTS_TABLE)
-    return len(rows.rows) if rows else 0
