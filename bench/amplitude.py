@@ -120,8 +120,7 @@ def typed_rows(folder: Path) -> int:
     from app.amplitude.events import blocks, reader
 
     with (folder / "events.ndjson").open("rb") as file:
-        pieces = iter(lambda: file.read(1 << 18), b"")
-        decoded = (reader().decoded(block) for block in blocks(pieces) if isinstance(block, bytes))
+        decoded = (reader().decoded(block) for block in blocks(file) if isinstance(block, bytes))
         return sum(len(columns["uuid"]) for columns in decoded if columns)
 
 
@@ -142,7 +141,7 @@ def our_tables(folder: Path) -> int:
 
     count = 0
     with (folder / "events.ndjson").open("rb") as file:
-        for block in blocks(iter(lambda: file.read(1 << 18), b"")):
+        for block in blocks(file):
             count += sum(len(rows.rows) for rows in reader().tables(block, refused).values())
     return count
 

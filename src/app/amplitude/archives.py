@@ -1,6 +1,8 @@
 """What an export is, and how gzip members are joined to one zip with an entry per week."""
 
 import ctypes
+import gzip
+import io
 import re
 import struct
 import zipfile
@@ -68,7 +70,7 @@ def read_errors() -> Iterator[None]:
     """What reading raises as ours: Transient for a broken zip, Permanent for a kind of zip that zipfile lacks."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise Transient(f"the export is not a complete zip: {error or type(error).__name__}", AGAIN) from error
     except RuntimeError as error:  # zipfile: of encryption, and of versions and methods of packing
         raise Permanent(f"the export is a zip in a format that cannot be read: {error}", "please report it") from error
@@ -330,8 +332,11 @@ class _Compressed:
         self.last = b""
 
     def add(self, stream: BinaryIO) -> Iterator[bytes]:
-        for piece in inflated(stream):
-            yield self._taken(piece)
+        whole_pieces = io.BufferedReader(cast("io.RawIOBase", stream))  # gzip asks for exact sizes
+        with read_errors(), gzip.open(whole_pieces) as whole:
+            while piece := whole.read(PIECE_BYTES):
+                check_ratio(stream.tell(), self.size_bytes + len(piece))
+                yield self._taken(piece)
 
     def newline(self) -> bytes:
         return self._taken(b"\n")
@@ -363,32 +368,6 @@ def joined_lines(joining: Joined, streams: Iterable[BinaryIO]) -> Iterator[bytes
         if joining.last not in (b"", b"\n"):
             yield joining.newline()
     yield joining.finish()
-
-
-def inflated(stream: BinaryIO) -> Iterator[bytes]:
-    """What the members of a gzip stream hold, in pieces. Raises Transient when it is cut, Permanent for a bomb."""
-    packed, size_bytes = 0, 0
-    inflater: zlib._Decompress | None = None
-    while block := stream.read(PIECE_BYTES):
-        packed += len(block)
-        while block:
-            if inflater is None:
-                block = block.lstrip(b"\0")
-                inflater = zlib.decompressobj(GZIP_BITS) if block else None
-                continue
-            try:
-                piece = inflater.decompress(block, PIECE_BYTES)
-            except zlib.error as error:
-                raise Transient(f"a member of the archive is broken: {error}", CUT) from error
-            block = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
-            size_bytes += len(piece)
-            check_ratio(packed, size_bytes)
-            if piece:
-                yield piece
-            if inflater.eof:
-                inflater = None
-    if inflater is not None:
-        raise Transient("a member of the archive is cut short", CUT)
 
 
 # A zip with one NDJSON entry per ISO week, written front to back while its events still arrive.

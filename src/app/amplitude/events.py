@@ -4,23 +4,23 @@ Invariants: a line is either an event or is refused with one of a few reasons; a
 memory is bounded by a block and MAX_LINE_BYTES. An event is identified by its uuid; `digest` does not depend on order.
 """
 
+import gzip
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import msgspec
 
-from app.amplitude.archives import inflated
-from app.core.errors import Permanent, Rejected, Transient
+from app.core.errors import Rejected
 from app.core.runs import Stop
 from app.core.verify import NOTHING, Content
 from app.core.windows import Window
-from app.product_events.hours import REFUSED, BrokenHour, PullContext
+from app.product_events.hours import REFUSED, PullContext
 from app.product_events.mapping import RULES, ProductMapping, Tables, cleaned, mapping, storable_json, uuids_in
 from app.product_events.pull import RefusedLines
 
@@ -195,60 +195,29 @@ def lines_in(block: Block) -> int:
     return 1 if isinstance(block, LargeLine) else sum(1 for line in block.split(b"\n") if line and not line.isspace())
 
 
-def blocks(pieces: Iterable[bytes]) -> Iterator[Block]:
-    """The pieces as blocks of whole lines. A line above MAX_LINE_BYTES comes by itself, in its place."""
-    ready, ready_bytes = list[bytes](), 0
-    tail = _Tail()
-    for piece in pieces:
-        first, last = piece.find(b"\n") + 1, piece.rfind(b"\n") + 1
-        if not first:
-            tail.add(piece)
+def blocks(text: IO[bytes]) -> Iterator[Block]:
+    """The rest of a stream as blocks of whole lines. A line above MAX_LINE_BYTES comes by itself, in its place."""
+    while block := text.read(BLOCK_BYTES):
+        end = block.rfind(b"\n") + 1
+        line = block[end:] + text.readline(MAX_LINE_BYTES) if end < len(block) else b""
+        if len(line) <= MAX_LINE_BYTES:
+            yield block[:end] + line
             continue
-        if ready and (ready_bytes + tail.size_bytes + last >= BLOCK_BYTES):
-            yield b"".join(ready)
-            ready, ready_bytes = [], 0
-        line = tail.ended(piece[:first])
-        if isinstance(line, LargeLine):
-            if ready:
-                yield b"".join(ready)
-            yield line
-            ready, ready_bytes, line = [], 0, b""
-        ready += [line, piece[first:last]]
-        ready_bytes += len(line) + last - first
-        tail.add(piece[last:])
-    rest = tail.ended(b"")
-    if isinstance(rest, LargeLine):
-        if ready_bytes:
-            yield b"".join(ready)
-        yield rest
-    elif ready_bytes or rest:
-        yield b"".join((*ready, rest))
+        if end:
+            yield block[:end]
+        yield _large_line(line, text)
 
 
-class _Tail:
-    """A line whose end was not seen yet; of one that is too large only the beginning is held."""
-
-    def __init__(self) -> None:
-        self._held = list[bytes]()
-        self._hash = hashlib.sha256()
-        self.size_bytes = 0
-
-    def add(self, piece: bytes) -> None:
-        """Append a piece without a line end."""
-        if self.size_bytes < KEPT_LINE_BYTES:
-            self._held.append(piece[: KEPT_LINE_BYTES - self.size_bytes])
-        self._hash.update(piece)
-        self.size_bytes += len(piece)
-
-    def ended(self, piece: bytes) -> Block:
-        """The line with its last piece, which may have a line end. The next line begins."""
-        if self.size_bytes + len(piece) <= MAX_LINE_BYTES:
-            line: Block = b"".join((*self._held, piece))
-        else:
-            self.add(piece.rstrip(b"\n"))
-            line = LargeLine(b"".join(self._held), self.size_bytes, self._hash.hexdigest())
-        self._held, self._hash, self.size_bytes = [], hashlib.sha256(), 0
-        return line
+def _large_line(line: bytes, text: IO[bytes]) -> LargeLine:
+    """A line that begins so; the rest of it is read, and only the beginning held."""
+    head, digest, size_bytes = bytearray(), hashlib.sha256(), 0
+    while True:
+        piece = line.rstrip(b"\n")
+        head += piece[: KEPT_LINE_BYTES - len(head)]
+        digest.update(piece)
+        size_bytes += len(piece)
+        if line.endswith(b"\n") or not (line := text.readline(BLOCK_BYTES)):
+            return LargeLine(bytes(head), size_bytes, digest.hexdigest())
 
 
 class HourLines:
@@ -336,17 +305,12 @@ class HourLines:
         if self.body is None:
             return
         self.body.seek(0)
-        found = blocks(inflated(self.body))
-        while True:
-            self._stop.check()
-            try:
-                block = next(found, None)
-            except (Transient, Permanent) as error:  # to tell it from faults of the store and the warehouse
-                raise BrokenHour(error) from error
-            if block is None:
-                return
-            self.counted += lines_in(block)
-            yield block
+        # What is broken is found where members are joined, or is that of a damaged object.
+        with gzip.open(self.body) as text:
+            for block in blocks(cast("IO[bytes]", text)):
+                self._stop.check()
+                self.counted += lines_in(block)
+                yield block
 
 
 def content_of_block(block: Block) -> Content:

@@ -128,7 +128,7 @@ class SourceRun:
         """Fetch the hours of `span` and land each."""
         known = self.run.records(span)
         self.run.context.progress.advance(total=(span.end - span.start) // HOUR)
-        report = self._land_each(self.project.fetch_each(span, self.run.context.stop), known, mode)
+        report = self._land_each(self.project.fetch(span, self.run.context.stop, past_faults=True), known, mode)
         return report + self.run.settle()
 
     def _land_each(self, pieces: Iterable[FetchedArchive], known: Mapping[datetime, Record], mode: Mode) -> Report:
@@ -154,7 +154,7 @@ class SourceRun:
                 if span.end - span.start <= HOUR:
                     return self._not_had(span, record, error, mode, evidence=file)
                 hours = windows_between(span.start, span.end, HOUR_SECONDS)
-                alone = (self.project.fetch_each(hour, stop) for hour in hours)
+                alone = (self.project.fetch(hour, stop, past_faults=True) for hour in hours)
                 return self._land_each(chain.from_iterable(alone), known, mode)
             for window in windows_between(span.start, span.end, HOUR_SECONDS):
                 stop.check()

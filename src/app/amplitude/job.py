@@ -154,7 +154,7 @@ class AmplitudeEnds(PullEnds):
 
     def ask(self, partition: str, span: Window) -> tuple[Window, Given]:
         """See `PullEnds.ask`."""
-        fetched = next(self.projects[partition].fetch_all(span, self.stop))
+        fetched = next(self.projects[partition].fetch(span, self.stop))
         self.held.callback(fetched.close)
         archive = self.held.enter_context(opened(fetched.file)) if fetched.file else None
         members = archive.hours(fetched.span) if archive else {}
@@ -178,7 +178,7 @@ class AmplitudeEnds(PullEnds):
             try:
                 with opened(file) as archive, read_errors():
                     for entry in archive.streams():
-                        for block in blocks(iter(partial(entry.read, PIECE_BYTES), b"")):
+                        for block in blocks(entry):
                             self.stop.check()
                             total += content_of_block(block)
             except Transient as error:

@@ -7,6 +7,7 @@ takes a part for the whole.
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Annotated, BinaryIO, Literal
@@ -109,7 +110,25 @@ def week_zip(project: Project, first: date, last: date, stop: Stop) -> Iterator[
     start = datetime.combine(first, time(), UTC)
     days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
     span = Window(start, start + timedelta(days=len(days)))
-    return _joined(weeks(_streams(project.fetch_all(span, stop, ahead=len(days) > 1)), days))
+    fetched = project.fetch(span, stop)
+    return _joined(weeks(_streams(_ahead(fetched) if len(days) > 1 else fetched), days))
+
+
+def _ahead(pieces: Iterator[FetchedArchive]) -> Iterator[FetchedArchive]:
+    """One piece in advance, fetched by a thread of its own."""
+
+    def close_unused(done: Future[FetchedArchive | None]) -> None:
+        if not done.exception() and (fetched := done.result()) is not None:
+            fetched.close()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="amplitude-ahead") as pool:
+        upcoming = pool.submit(next, pieces, None)
+        try:
+            while (fetched := upcoming.result()) is not None:
+                upcoming = pool.submit(next, pieces, None)
+                yield fetched
+        finally:
+            upcoming.add_done_callback(close_unused)
 
 
 def _joined(pieces: Iterator[bytes], size_bytes: int = 1 << 16) -> Iterator[bytes]:
