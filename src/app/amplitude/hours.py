@@ -269,6 +269,9 @@ def mend_week(run: PartitionRun, window: Window, version: str) -> Report:
 
 def _store_week(run: PartitionRun, window: Window, hours: Sequence[Record], over: str | None = None) -> Report:
     key, rows, digest = week_key(run.name, window), sum(hour.rows for hour in hours), _digest(hours)
+    min_at, max_at = hours[0].window.start, hours[-1].window.end
+    closed = all(hour.closed for hour in hours) and max_at == window.end
+    wanted = Record(window, 0, key, "", digest, rows, 0, len(hours), min_at, max_at, closed)
     with temporary_file(run.pull.spool) as file:
         file.writelines(weeks(_streams(run, hours), [window.start.date()]))
         if file.tell() > MAX_BYTES:
@@ -276,22 +279,9 @@ def _store_week(run: PartitionRun, window: Window, hours: Sequence[Record], over
                 f"{key}: {file.tell()} bytes are more than the 5 GiB that one upload may have",
                 "take the objects of its hours, which hold all of it; nothing is missing there",
             )
-        stored = store_rows(
-            run.pull.store,
-            file,
-            pipeline=WEEKS,
-            key=key,
-            window=window,
-            rows=rows,
-            digest=digest,
-            closed=all(hour.closed for hour in hours) and hours[-1].window.end == window.end,
-            content_type="application/zip",
-            over=over,
-        )
-    min_at, max_at = hours[0].window.start, hours[-1].window.end
-    record = replace(stored, digest=digest, rows=rows, source_cells=len(hours), min_at=min_at, max_at=max_at)
-    run.commit(record, pipeline=WEEKS)
-    return Report(bytes=record.size_bytes)
+        stored = store_rows(run.pull.store, file, wanted, pipeline=WEEKS, content_type="application/zip", over=over)
+    run.commit(replace(wanted, version=stored.version, size_bytes=stored.size_bytes), pipeline=WEEKS)
+    return Report(bytes=stored.size_bytes)
 
 
 def _streams(run: PartitionRun, hours: Sequence[Record]) -> Iterator[tuple[datetime, BinaryIO]]:

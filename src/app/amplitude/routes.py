@@ -6,10 +6,11 @@ takes a part for the whole.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from datetime import UTC, date, datetime, time, timedelta
+from itertools import chain
 from typing import Annotated, BinaryIO, Literal
 
 from fastapi import APIRouter, Depends, Query, Response
@@ -72,16 +73,9 @@ def build(projects: Mapping[str, Project]) -> APIRouter:
             pieces = week_zip(project, first, last, stop)
             head = await run_in_threadpool(next, pieces, b"")
             headers = {"Content-Disposition": f'attachment; filename="{name_of(first)}.zip"'}
-            return Streamed(_body(head, pieces), held.pop_all(), headers=headers, media_type="application/zip")
+            return Streamed(chain((head,), pieces), held.pop_all(), headers=headers, media_type="application/zip")
 
     return router
-
-
-async def _body(head: bytes, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
-    piece = head
-    while piece:
-        yield piece
-        piece = await run_in_threadpool(next, pieces, b"")
 
 
 def _days(start: str, end: str) -> tuple[date, date]:

@@ -25,7 +25,6 @@ from app.appmetrica.rows import (
     CsvRows,
     ReceiptHourFile,
     SortedRows,
-    by_hour,
     check_columns,
     hour_of,
     read_hour,
@@ -211,7 +210,7 @@ class ResourceRun:
             def refuse(into: RefusedLines, hour_at: datetime | None, row: BadRow) -> None:
                 into.add(place_of(run.name, hour_at), row.reason, row.raw, f"{run.name} {span} {row.detail}")
 
-            sorted_rows = by_hour(
+            sorted_rows = SortedRows(
                 under_way.files,
                 request.columns,
                 self.resource.received,
@@ -220,7 +219,7 @@ class ResourceRun:
                 application_id=self.application_id,
                 refuse=partial(refuse, refused),
             )
-            with sorted_rows as reading:
+            with closing(sorted_rows) as reading:
                 self._warn(reading, span)
                 entries = [] if run.context.dry_run else refused.keep(run.pull.set_aside)
                 if refused.not_kept:

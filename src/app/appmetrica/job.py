@@ -4,6 +4,7 @@ Invariant: the calls of a day are counted by all processes together.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
 
@@ -19,7 +20,7 @@ from app.appmetrica.hours import (
     partition_of,
     set_aside_name,
 )
-from app.appmetrica.rows import KEPT_ROW_BYTES, ReceiptHourFile, by_hour
+from app.appmetrica.rows import KEPT_ROW_BYTES, ReceiptHourFile, SortedRows
 from app.config.settings import Settings
 from app.core.errors import Permanent, Transient
 from app.core.pipeline import Checkpoints, Record
@@ -136,7 +137,7 @@ class AppMetricaEnds(PullEnds):
                     answer = under_way.wait(self.stop)
                     if answer is not None:
                         raise Transient(f"AppMetrica is still making the file of {span}: {answer.text}", LATER)
-                    made = by_hour(
+                    made = SortedRows(
                         under_way.files,
                         request.columns,
                         resource.received,
@@ -144,7 +145,7 @@ class AppMetricaEnds(PullEnds):
                         self.pull.spool,
                         application_id=loaded_for(name),
                     )
-                    reading = self.held.enter_context(made)
+                    reading = self.held.enter_context(closing(made))
                     under_way.finish()
                     return reading.hours
             except RequestRefused as error:

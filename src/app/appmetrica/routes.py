@@ -5,7 +5,7 @@ either side; while a caller waits, no thread does.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -207,8 +207,6 @@ async def _fetched(
         held.close()
 
 
-async def _body(under_way: ExportInProgress) -> AsyncIterator[bytes]:
-    pieces: Iterator[bytes] = merged(under_way.files)
-    while piece := await run_in_threadpool(next, pieces, b""):
-        yield piece
-    await run_in_threadpool(under_way.finish)
+def _body(under_way: ExportInProgress) -> Iterator[bytes]:
+    yield from merged(under_way.files)
+    under_way.finish()

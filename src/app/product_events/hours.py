@@ -209,25 +209,20 @@ def record_of_nothing(
 def store_rows(
     store: ObjectStore,
     file: BinaryIO,
+    wanted: Record,
     *,
     pipeline: str,
-    key: str,
-    window: Window,
-    rows: int,
-    digest: str,
-    closed: bool = False,
-    refused: int = 0,
     content_type: str = GZIP,
     over: str | None = None,
 ) -> Record:
     """Store `file` from its beginning as the object of a window; the record of what is there then.
 
-    `digest` tells these rows from others. `over`: the version to replace, whatever it holds ("" = nothing is there);
-    None = an object with these rows, or with more, stays. `source_cells` of the record counts the `refused` rows too,
-    so what it has more than `rows` are those that were set aside. Raises Conflict when somebody else writes the same
-    object at this moment: read the service again, then repeat.
+    The digest of `wanted` tells its rows from others; its `source_cells` counts those that were refused as well.
+    `over`: the version to replace, whatever it holds ("" = nothing is there); None = an object with these rows, or with
+    more, stays. Raises Conflict when somebody else writes the same object at this moment: read the service again, then
+    repeat.
     """
-    held = None
+    key, rows, digest, held = wanted.key, wanted.rows, wanted.digest, None
     if over is None and (there := store.head(key)) is not None:
         held, over = held_of(there), there.etag
         # Services forget, and give fewer rows of an old hour: what was stored then is worth more.
@@ -238,21 +233,16 @@ def store_rows(
     if held is None:
         size_bytes = file.seek(0, 2)
         file.seek(0)
-        metadata = {"pipeline": pipeline, "window": str(window), "rows": str(rows), "digest": digest}
+        metadata = {"pipeline": pipeline, "window": str(wanted.window), "rows": str(rows), "digest": digest}
         held = Held(store.put(key, file, Put(content_type, metadata, over or "")), digest, rows, size_bytes=size_bytes)
-    there_rows = rows if held.rows is None else held.rows
-    return Record(
-        window=window,
-        part=0,
-        key=key,
+    there_rows, refused = rows if held.rows is None else held.rows, wanted.source_cells - rows
+    return replace(
+        wanted,
         version=held.version,
         digest=held.digest,
         rows=there_rows,
         size_bytes=held.size_bytes,
         source_cells=there_rows + refused,
-        min_at=window.start,
-        max_at=window.end,
-        closed=closed,
     )
 
 
@@ -557,20 +547,12 @@ class PartitionRun:
         if body is None and had is not None and had.rows:
             log.warning("%s: the service has no rows of this hour any more; those that were loaded stay", key)
             return had
+        wanted = record_of_nothing(hour.window, key, closed=False, digest=hour.digest)
+        wanted = replace(wanted, rows=hour.rows, source_cells=hour.rows + hour.refused)
         if body is None:
-            empty = record_of_nothing(hour.window, key, closed=False, digest=hour.digest)
-            return replace(empty, source_cells=hour.refused)
-        return store_rows(
-            self.pull.store,
-            body,
-            pipeline=self.pull.name,
-            key=key,
-            window=hour.window,
-            rows=hour.rows,
-            digest=hour.digest,
-            refused=hour.refused,
-            over=over,
-        )
+            return wanted
+        wanted = replace(wanted, min_at=hour.window.start, max_at=hour.window.end)
+        return store_rows(self.pull.store, body, wanted, pipeline=self.pull.name, over=over)
 
 
 def _told_by_object(hour: PulledHour, landed: Record, had: Record | None) -> Loaded:
