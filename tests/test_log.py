@@ -252,6 +252,20 @@ def test_a_log_file_that_cannot_be_written_is_a_fault_of_the_settings(tmp_path: 
         configure("INFO", "auto", tmp_path / "file" / "app.log", stream=io.StringIO())
 
 
+def test_a_full_disk_costs_the_lines_of_the_log_file_and_is_told_once(
+    out: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure("INFO", "json", Path("/dev/full"), stream=out)
+    for text in ("one", "two"):
+        log.info(text)
+    release()
+    assert [line["message"] for line in lines(out)] == ["one", "two"]
+    assert (
+        capsys.readouterr().err
+        == "/dev/full cannot be written: No space left on device; its lines are lost until it can be\n"
+    )
+
+
 def test_configuring_twice_writes_once_and_leaves_other_handlers_alone(out: io.StringIO) -> None:
     other = logging.NullHandler()
     logging.getLogger().addHandler(other)
@@ -293,6 +307,7 @@ def test_of_one_kind_only_so_many_lines_are_written_and_the_others_are_counted()
     assert limits.rest() == []
 
 
+@pytest.mark.slow
 def test_kinds_without_number_are_bounded_together_and_in_memory() -> None:
     limits = LogLimits()
     assert len(written(limits, (recorded(f"made up {number}", 0.0) for number in range(5000)))) == 150
