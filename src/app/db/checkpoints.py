@@ -243,7 +243,7 @@ def _listed(sums: Sums) -> Sequence[Any]:
 
 
 def _sums(listed: Sequence[Any]) -> Sums:
-    return Sums(*listed, magnitude=listed[1]) if len(listed) == 4 else Sums(*listed)  # noqa: PLR2004 - see above
+    return Sums(*(*listed, listed[1]) if len(listed) == 4 else listed)  # noqa: PLR2004 - see above
 
 
 def _values(sums: Mapping[str, Sums]) -> Mapping[str, int]:

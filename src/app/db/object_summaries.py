@@ -141,7 +141,7 @@ def unpacked(device: str, day: int, digests: bytes, packed: bytes) -> DayPack:
     (*numbers, latest), keys, etags, sizes, schemas = _loaded(zlib.decompress(packed))
     found = digests.hex()
     etags = etags or [f'"{found[start : start + 32]}"' for start in range(0, len(found), 32)]
-    part = DaySummary(device, day, *numbers, None if latest is None else tuple(latest))
+    part = DaySummary(*(device, day, *numbers, None if latest is None else tuple(latest)))
     return DayPack(part, keys, etags, sizes, schemas)
 
 
@@ -268,13 +268,14 @@ class SqlSummaries:
         schemas = self.schemas()
         with self._queries.database.transaction(read_only=True) as session:
             found = {
-                row[0]: VersionToRead(bytes.fromhex(row[0]), *row[1:4], schemas.get(row[4], "{}"))
-                for row in session.stream(self._queries["keys"], **of)
+                version: VersionToRead(bytes.fromhex(version), key, etag, size_bytes, schemas.get(schema_id, "{}"))
+                for version, key, etag, size_bytes, schema_id in session.stream(self._queries["keys"], **of)
             }
             for pack in starmap(unpacked, session.stream(self._queries["packs_of_span"], **of)):
                 objects = zip(pack.versions, pack.keys, pack.etags, pack.sizes, pack.schemas, strict=True)
-                for version, *values, schema_id in objects:
-                    found[version.hex()] = VersionToRead(version, *values, schemas.get(schema_id, "{}"))
+                for packed, key, etag, size_bytes, schema_id in objects:
+                    columns = schemas.get(schema_id, "{}")
+                    found[packed.hex()] = VersionToRead(packed, key, etag, size_bytes, columns)
         return sorted(found.values(), key=lambda each: each.key)
 
     def versions(self) -> Iterator[Version]:
