@@ -1,11 +1,11 @@
 """How large the state becomes: a year of hourly windows of 1,000 devices, with the retention of the defaults.
 
-    uv run python bench/bookkeeping.py [--devices 1000] [--days 365] [--record-days 14]
+    uv run python bench/bookkeeping.py [--devices 1000] [--days 365] [--record-days 14] [--asked]
 
 Each simulated day commits what a day of closing commits, 24 records a device with the sums of eight fields and what
-/analytics sums of each object; then what the reconcile forgets is forgotten, where nobody ever asked for
-reports. Runs, request counts and totals are beside them. The size is that of the SQLite file after a checkpoint;
-`--record-days 0` shows what it would be without retention. The goal is in proportion to the devices.
+/analytics sums of each object; then what the reconcile forgets is forgotten, or packed with `--asked`, as where
+somebody asked for reports. Runs, request counts and totals are beside them. The size is that of the SQLite file after a
+checkpoint; `--record-days 0` shows what it would be without retention. The goal is in proportion to the devices.
 """
 
 import argparse
@@ -108,15 +108,19 @@ def simulated(folder: Path, given: argparse.Namespace) -> Mapping[str, int]:
         with closing(sqlite3.connect(folder / "state.db")) as fast:
             fast.execute("PRAGMA journal_size_limit = 67108864")
         names = [f"D{device:06d}" for device in range(given.devices)]
+        if given.asked:
+            state.summaries.note_asked()
         began = time.monotonic()
         for number in range(given.days):
             day = start + number * DAY
             state.checkpoints.commit_all(JOB, list(commits(given.devices, day)), lease)
             before = day + DAY - given.record_days * DAY
+            before_day = (before - datetime(1970, 1, 1, tzinfo=UTC)).days
+            if given.record_days:
+                state.summaries.forget_unasked(before_day)
             for name in names if given.record_days else ():
                 state.checkpoints.retire(JOB, name, before, day + DAY, lease)
-            if given.record_days:
-                state.summaries.forget_unasked((before - datetime(1970, 1, 1, tzinfo=UTC)).days)
+                state.summaries.pack(JOB, name, before_day)
             if number % 30 == 29:
                 sys.stderr.write(f"day {number + 1}, {time.monotonic() - began:.0f} s\n")
         beside(state, start)
@@ -131,6 +135,7 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=1000)
     parser.add_argument("--days", type=int, default=365)
     parser.add_argument("--record-days", type=int, default=14)
+    parser.add_argument("--asked", action="store_true", help="somebody asked for a report")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="headwater-bench-") as name:
         folder = Path(name)

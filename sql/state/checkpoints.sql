@@ -21,7 +21,9 @@ FROM (
                 (
                     SELECT max(d.day_at)
                     FROM export_days AS d
-                    WHERE d.pipeline = held.pipeline AND d.device_id = held.device_id AND d.day_at <= :until_at
+                    WHERE
+                        d.pipeline = held.pipeline AND d.device_id = held.device_id AND d.day_at <= :until_at
+                        AND d.windows <> '{}'
                 ),
                 held.started_at
             )

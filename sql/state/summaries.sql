@@ -103,7 +103,71 @@ SELECT object_id FROM analytics_objects;
 
 -- name: count_objects
 -- How many versions are known.
-SELECT count(*) AS objects FROM analytics_objects;
+SELECT
+    (SELECT count(*) FROM analytics_objects)
+    + (SELECT coalesce(sum(objects), 0) FROM export_days WHERE objects > 0) AS objects;
+
+-- name: loose_objects
+-- Versions with one part, which is of this device and of a day before :day, with that part.
+SELECT
+    o.object_id, o.object_key, o.etag, o.size_bytes, o.schema_id, p.day, p.row_count, p.min_us, p.max_us,
+    p.voltage_sum, p.voltage_count, p.temperature_max, p.soc_sum, p.soc_count, p.latest
+FROM analytics_parts AS p
+INNER JOIN analytics_objects AS o ON o.object_id = p.object_id
+WHERE
+    p.device = :device AND p.day >= 0 AND p.day < :day AND o.fault = ''
+    AND NOT EXISTS (
+        SELECT 1 FROM analytics_parts AS other WHERE other.object_id = p.object_id AND other.place <> p.place
+    );
+
+-- name: hold_day
+-- What is packed of a day, whose row is locked until the transaction ends.
+INSERT INTO export_days AS held (pipeline, device_id, day_at, windows) VALUES (:pipeline, :partition, :day_at, '{}')
+ON CONFLICT (pipeline, device_id, day_at) DO UPDATE SET windows = held.windows
+RETURNING folder, facts;
+
+-- name: save_packed
+-- Replace what is packed of a day.
+UPDATE export_days SET folder = :folder, objects = :objects, facts = :facts
+WHERE pipeline = :pipeline AND device_id = :partition AND day_at = :day_at;
+
+-- name: packed_days (postgres)
+-- What is packed of this device (any, when null) in [since_at, until_at].
+SELECT pipeline, device_id, day_at, folder, facts FROM export_days
+WHERE
+    objects > 0 AND (CAST(:device AS TEXT) IS NULL OR device_id = :device)
+    AND day_at >= :since_at AND day_at <= :until_at;
+
+-- name: packed_days (sqlite)
+-- What is packed of this device (any, when null) in [since_at, until_at].
+SELECT pipeline, device_id, day_at, folder, facts FROM export_days
+WHERE objects > 0 AND (:device IS NULL OR device_id = :device) AND day_at >= :since_at AND day_at <= :until_at;
+
+-- name: packed_in_folders (postgres)
+-- What is packed of objects in these folders, a JSON array of texts.
+SELECT pipeline, device_id, day_at, folder, facts FROM export_days
+WHERE objects > 0 AND folder IN (SELECT json_array_elements_text(CAST(:folders AS json)));
+
+-- name: packed_in_folders (sqlite)
+-- What is packed of objects in these folders, a JSON array of texts.
+SELECT pipeline, device_id, day_at, folder, facts FROM export_days
+WHERE objects > 0 AND folder IN (SELECT value FROM json_each(:folders));
+
+-- name: packed_of_pairs (postgres)
+-- What is packed of these days of these devices; :pairs is a JSON array of [device_id, day_at].
+SELECT d.pipeline, d.device_id, d.day_at, d.folder, d.facts
+FROM json_array_elements(CAST(:pairs AS json)) AS pair
+INNER JOIN export_days AS d
+    ON d.objects > 0 AND d.device_id = pair ->> 0 AND d.day_at = CAST(pair ->> 1 AS TIMESTAMPTZ);
+
+-- name: packed_of_pairs (sqlite)
+-- What is packed of these days of these devices; :pairs is a JSON array of [device_id, day_at].
+SELECT d.pipeline, d.device_id, d.day_at, d.folder, d.facts
+FROM json_each(:pairs) AS pair
+INNER JOIN export_days AS d
+    ON
+        d.objects > 0 AND d.device_id = json_extract(pair.value, '$[0]')
+        AND d.day_at = json_extract(pair.value, '$[1]');
 
 -- name: is_asked
 -- Whether anybody ever asked.

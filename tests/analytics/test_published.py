@@ -49,9 +49,9 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._facts, name)
 
-    def known(self, versions: Any) -> Any:
+    def known(self, versions: Any, folders: Any = None) -> Any:
         self._before_known(list(versions))
-        return self._facts.known(versions)
+        return self._facts.known(versions, folders)
 
 
 class Failing:

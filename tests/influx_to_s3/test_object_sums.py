@@ -9,7 +9,8 @@ import pytest
 
 from app.analytics.engine import Engine, EngineLimits
 from app.analytics.summaries import Summaries, aggregated
-from app.db.object_summaries import Facts, version_of
+from app.db.object_summaries import Facts
+from app.db.packed_days import version_of
 from exporter import HOUR, MINUTE, NOON, Exporter
 
 SECOND = timedelta(seconds=1)

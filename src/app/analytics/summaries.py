@@ -31,8 +31,8 @@ from app.db.object_summaries import (
     SqlSummaries,
     Version,
     VersionToRead,
-    version_of,
 )
+from app.db.packed_days import folder_of, version_of
 from app.object_store.deltas import unfolded
 from app.object_store.port import ObjectInfo, ObjectStore
 
@@ -476,9 +476,10 @@ class Summaries:
     def _learn(self, infos: Mapping[Version, ObjectInfo], unread: list[tuple[str, str]]) -> set[Version]:
         """The versions that were taken: those given, or newer ones that had taken their place."""
         state = self._state
-        known = self._facts.known(infos)
+        folders = {folder_of(info.key) for info in infos.values()}
+        known = self._facts.known(infos, folders)
         if state.is_listed:
-            state.touched |= self._facts.pairs(known)
+            state.touched |= self._facts.pairs(known, folders)
         for version, one in known.items():
             self._take(version, one)
         taken = set(known)

@@ -12,9 +12,11 @@ from hashlib import blake2b
 from typing import Any
 
 from app.db.database import NamedQueries, Row, Session, storable
+from app.db.packed_days import PackedDays, PackedObject, folder_of, version_of
 
 NO_DAY = -(1 << 30)  # of rows without an instant
 SOME = 500
+DAYS = 100  # unpacked in one transaction
 
 Version = bytes
 """One version of one object, see `version_of`."""
@@ -89,25 +91,51 @@ PART_FIELDS = tuple(each.name for each in fields(DaySummary))[:-1]
 """All but `latest`, in the order of the class and of the query."""
 
 
-def version_of(key: str, etag: str) -> Version:
-    """16 bytes that stand for one version of one object: small in memory, and no two versions share them."""
-    return blake2b(f"{key}\n{etag}".encode(), digest_size=16).digest()
-
-
 class SqlSummaries:
-    """The facts of all versions. Raises what `Session` raises."""
+    """The facts of all versions, in tables of their own or packed by day. Raises what `Session` raises."""
 
     def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
+        self._packed = PackedDays(queries)
 
-    def known(self, versions: Collection[Version]) -> Mapping[Version, KnownObject]:
-        """Those of `versions` that are known."""
+    def known(
+        self, versions: Collection[Version], folders: Collection[str] | None = None
+    ) -> Mapping[Version, KnownObject]:
+        """Those of `versions` that are known. `folders`: where their objects lie; None where that cannot be told, and
+        then the days that hold any of them are unpacked.
+        """
         found: dict[Version, KnownObject] = {}
         with self._queries.database.transaction(read_only=True) as session:
             for ids in _id_lists(versions):
                 for version, key, size_bytes, rows, fault, columns in session.stream(self._queries["facts"], ids=ids):
                     found[bytes.fromhex(version)] = KnownObject(key, size_bytes, rows, fault, columns or "{}")
+            missing = set(versions) - found.keys()
+            if folders is not None and missing:
+                schemas = self._schemas(session)
+                for one in self._in_folders(session, folders, missing):
+                    columns = schemas.get(one.schema_id, "{}")
+                    found[one.version] = KnownObject(one.key, one.size_bytes, one.part[0], "", columns)
+        if folders is None and missing and self._unpack(missing):
+            return self.known(versions, ())
         return found
+
+    def _schemas(self, session: Session) -> Mapping[str, str]:
+        return {row["schema_id"]: row["columns"] for row in session.rows(self._queries["schemas"])}
+
+    def _in_folders(
+        self, session: Session, folders: Collection[str], versions: Collection[Version]
+    ) -> Iterator[PackedObject]:
+        for day in self._packed.in_folders(session, folders):
+            yield from (one for one in day.objects() if one.version in versions)
+
+    def _unpack(self, versions: Collection[Version]) -> bool:
+        """Whether any day held some of these. They are looked for without a lock: a year of days takes seconds."""
+        with self._queries.database.transaction(read_only=True) as session:
+            days = self._packed.holding(session, versions)
+        for start in range(0, len(days), DAYS):
+            with self._queries.database.transaction() as session:
+                self._packed.unpack(session, days[start : start + DAYS])
+        return bool(days)
 
     def save(self, many: Sequence[Facts]) -> None:
         """Add what was found. Idempotent, also against other processes."""
@@ -136,36 +164,59 @@ class SqlSummaries:
             for facts, schema in zip(many, schemas, strict=True)
         ]
         session.run_many(self._queries["save_object"], objects)
+        # Last, so that what another process packed in between is seen: nothing may be in both places.
+        self._packed.unpack(session, self._packed.in_folders(session, {folder_of(facts.key) for facts in many}))
 
-    def pairs(self, versions: Collection[Version]) -> set[Pair]:
-        """Device and day of every part of these versions."""
+    def pack(self, pipeline: str, partition: str, day: int) -> None:
+        """Keep what is known of the objects of a partition's days before `day` in one row a day. Idempotent."""
+        with self._queries.database.transaction() as session:
+            self._packed.pack(session, pipeline, partition, day)
+
+    def pairs(self, versions: Collection[Version], folders: Collection[str] = ()) -> set[Pair]:
+        """Device and day of every part of these versions; `folders`: see `known`."""
         with self._queries.database.transaction(read_only=True) as session:
-            return {
+            found = {
                 (row["device"], row["day"])
                 for ids in _id_lists(versions)
                 for row in session.rows(self._queries["pairs_of_objects"], ids=ids)
+            }
+            days = self._packed.in_folders(session, folders)
+            return found | {
+                (day.device, day.day) for day in days if any(one.version in versions for one in day.objects())
             }
 
     def all_pairs(self) -> set[Pair]:
         """Device and day of every part of every version."""
         with self._queries.database.transaction(read_only=True) as session:
-            return {(device, day) for device, day in session.stream(self._queries["all_pairs"])}
+            found = {(device, day) for device, day in session.stream(self._queries["all_pairs"])}
+            return found | {(day.device, day.day) for day in self._packed.between(session)}
 
     def parts(self, pairs: Collection[Pair]) -> Sequence[tuple[Version, DaySummary]]:
         """Version and part of all parts of these pairs; versions that are no longer current are among them."""
         with self._queries.database.transaction(read_only=True) as session:
             rows = session.stream(self._queries["parts_of_pairs"], pairs=json.dumps(list(pairs)))
-            return [(bytes.fromhex(row[0]), _part(row)) for row in rows]
+            found = [(bytes.fromhex(row[0]), _part(row[1:])) for row in rows]
+            return found + [
+                (one.version, _part((day.device, day.day, *one.part)))
+                for day in self._packed.of_pairs(session, pairs)
+                for one in day.objects()
+            ]
 
     def keys(self, device: str | None, first_day: int | None, last_day: int | None) -> Sequence[VersionToRead]:
         """All that have rows of this device in these days, by key."""
         with self._queries.database.transaction(read_only=True) as session:
-            schemas = {row["schema_id"]: row["columns"] for row in session.rows(self._queries["schemas"])}
+            schemas = self._schemas(session)
             rows = session.stream(self._queries["keys"], device=device, first_day=first_day, last_day=last_day)
-            return [
+            found = [
                 VersionToRead(bytes.fromhex(version), key, etag, size_bytes, schemas.get(schema_id, "{}"))
                 for version, key, etag, size_bytes, schema_id in rows
             ]
+            packed = [
+                VersionToRead(one.version, one.key, one.etag, one.size_bytes, schemas.get(one.schema_id, "{}"))
+                for day in self._packed.between(session, device, first_day, last_day)
+                for one in day.objects()
+            ]
+        return sorted(found + packed, key=lambda one: (one.key, one.etag))
 
     def count(self) -> int:
         """How many versions are known."""
@@ -176,6 +227,8 @@ class SqlSummaries:
         with self._queries.database.transaction(read_only=True) as session:
             for row in session.stream(self._queries["object_ids"]):
                 yield bytes.fromhex(row[0])
+            for day in self._packed.between(session):
+                yield from (one.version for one in day.objects())
 
     def is_asked(self) -> bool:
         """Whether anybody ever asked /analytics."""
@@ -199,6 +252,7 @@ class SqlSummaries:
 
     def forget(self, versions: Collection[Version]) -> int:
         """Remove what is known of these versions; the number of sweeps then. Idempotent."""
+        self.known(versions)  # where they were packed again meanwhile, they are unpacked
         with self._queries.database.transaction() as session:
             session.run(self._queries["count_sweep"])
             for ids in _id_lists(versions):
@@ -215,7 +269,7 @@ def _id_lists(versions: Collection[Version]) -> Iterator[str]:
 
 
 def _part(row: Sequence[Any]) -> DaySummary:
-    return DaySummary(*(*row[1:11], None if row[11] is None else _latest(row[11])))
+    return DaySummary(*(*row[:10], None if row[10] is None else _latest(row[10])))
 
 
 def _latest(text: str) -> tuple[Any, ...]:

@@ -128,7 +128,8 @@ class Export:
 
         report = self._isolated(opened, context, sorted(cursors), one)
         if export.record_days and not context.dry_run:
-            self._retire(context, cursors, opened.now)
+            failed = {each.partition for each in report.failures}
+            self._retire(context, {device: cursors[device] for device in cursors.keys() - failed}, opened.now)
         troubles = self._checkpoints.troubles().get(NAME, {})
         return report + Report(notes=[f"{said}: {HEAL_HINT}" for said in said_of(troubles)])
 
@@ -313,11 +314,14 @@ class Export:
         """Forget records of closed windows that no reconcile looks at any more: the destination has what they said."""
         export = self._settings.export
         before = now - timedelta(days=max(export.record_days, export.reconcile_days + 2))
+        before_day = (before - EPOCH).days
+        if self._sums:
+            self._sums.stored.forget_unasked(before_day)
         for device, cursor_at in cursors.items():
             context.stop.check()
             self._checkpoints.retire(NAME, device, before, cursor_at, context.lease)
-        if self._sums:
-            self._sums.stored.forget_unasked((before - EPOCH).days)
+            if self._sums:
+                self._sums.stored.pack(NAME, device, before_day)
 
     def _first_tree(self, now: datetime) -> Tree:
         export = self._settings.export
