@@ -324,7 +324,7 @@ def build(
     counter = RequestCounter()
     store = open_store(settings, counter)
     costs = RequestCosts(counter, state.requests, prices_for(settings), state.clock, settings.request_costs.max_monthly)
-    workers = workers_of(settings, state)
+    workers = workers_of(settings, state, counter)
     steps = workers.steps if workers and is_worker else in_this_process
     pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs, steps))
     stop = Stop()
@@ -377,7 +377,7 @@ def build(
     return BuiltService(settings, state, pipelines, systems, desk, stop, scheduler, background, front(ops))
 
 
-def workers_of(settings: Settings, state: State) -> "Workers | None":
+def workers_of(settings: Settings, state: State, counter: RequestCounter) -> "Workers | None":
     """Other processes that run jobs; None where this one does. Raises BadSettings when the queue is not installed."""
     if settings.lease.engine == "embedded":
         return None
@@ -386,7 +386,7 @@ def workers_of(settings: Settings, state: State) -> "Workers | None":
     except ModuleNotFoundError as error:
         missing = f"SCALE_ENGINE={settings.lease.engine!r}: the package {error.name} is not installed"
         raise BadSettings([f"{missing}; install headwater with its extra: pip install 'headwater[scale]'"]) from error
-    return Workers(settings, state)
+    return Workers(settings, state, counter.add_elsewhere)
 
 
 def open_store(settings: Settings, counter: RequestCounter) -> "ObjectStore":
