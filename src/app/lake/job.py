@@ -71,7 +71,7 @@ def catalog_of(settings: Settings, store: ObjectStore) -> "Catalog":
     """Where the table is."""
     from app.lake.table import Catalog
 
-    return Catalog(catalog_uri(settings), store, location_base(settings), settings.lake.prefix)
+    return Catalog(catalog_uri(settings), store, location_base(settings), settings.lake.prefix, settings.s3.prefix)
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ class LakeDay:
         account = Account(sum(one.objects + one.csv for one in days), sum(one.csv for one in days))
         account.kept, account.aside = made.kept - made.kept_aside, made.kept_aside
         missing = sum(file.missing for file in files)
-        notes = [*table.notes, *([f"{missing} files of the table are gone from the store"] if missing else [])]
+        notes = [*table.notes, *([f"{missing} files of the table are gone or cut"] if missing else [])]
         if context.dry_run:
             account.waiting = sum(rewrite.objects for rewrite in made.rewrites)
             return self._report(account, Report(notes=(*notes, f"would write {len(made.rewrites)} slices")))
@@ -171,7 +171,7 @@ class LakeDay:
         new: list[NewFile] = []
         replaced: list[LakeFile] = []
         failures: list[Failure] = []
-        done_until, rows, kept_rows, moved = monotonic() + self.run_seconds, 0, 0, 0
+        done_until, rows, kept_rows, moved, damaged = monotonic() + self.run_seconds, 0, 0, 0, 0
         for number, rewrite in enumerate(rewrites):
             if new and monotonic() > done_until:
                 account.waiting += sum(one.objects for one in rewrites[number:])
@@ -189,12 +189,17 @@ class LakeDay:
             account.landed(rewrite, done)
             new += done.files
             replaced += rewrite.replaced
-            rows, kept_rows = rows + done.rows, kept_rows + done.kept_rows
+            rows, kept_rows, damaged = rows + done.rows, kept_rows + done.kept_rows, damaged + done.damaged
             context.progress.advance(done=1, rows=done.rows)
         if new:
             context.stop.check()
             table.commit(columns, new, replaced)
         notes = [f"{moved} slices changed while they were read: the next run takes them"] if moved else []
+        notes += (
+            [f"{damaged} files of the table cannot be read: their days are made anew from the objects"]
+            if damaged
+            else []
+        )
         notes += [f"{kept_rows} rows stay whose objects are gone"] if kept_rows else []
         return Report(
             rows=rows,
