@@ -7,7 +7,7 @@ leaves files that nothing names, which a later run removes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from importlib.util import find_spec
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from app.object_store.port import ObjectStore
 
 if TYPE_CHECKING:
     from app.lake.day import Compacted, NewFile
-    from app.lake.plan import DeviceDay, LakeFile, Rewrite, TreeLayout
+    from app.lake.plan import LakeFile, Rewrite, TreeLayout
     from app.lake.table import Catalog, LakeTable
 
 NAME = "lake_day"
@@ -123,7 +123,7 @@ class LakeDay:
         raise Transient("other processes changed the table each time", "no action needed; it is retried")
 
     def _once(self, context: Context, table: "LakeTable") -> Report:
-        from app.lake.plan import plan, read_layout
+        from app.lake.plan import closed_days, plan, read_layout
 
         settings, lake = self.settings, self.settings.lake
         table.load(context.now_at, repair=not context.dry_run)
@@ -131,7 +131,7 @@ class LakeDay:
         prefix, export = settings.s3.prefix, settings.export
         layout = read_layout(self.store, prefix, export.date_format, export.window_seconds)
         wait = timedelta(seconds=export.grace_seconds, hours=lake.wait_hours)
-        days = self._days(layout, (context.now_at - wait).date())
+        days = list(closed_days(self.store.list(f"{prefix}/"), prefix, layout, (context.now_at - wait).date()))
         made = plan(days, files, self.max_bytes)
         account = Account(sum(one.objects + one.csv for one in days), sum(one.csv for one in days))
         account.kept, account.aside = made.kept - made.kept_aside, made.kept_aside
@@ -145,12 +145,6 @@ class LakeDay:
         removed = table.expire(context.clock(), timedelta(days=lake.snapshot_days))
         notes += [f"{removed} old files removed"] if removed else []
         return self._report(account, replace(report, notes=(*notes, *report.notes)))
-
-    def _days(self, layout: "TreeLayout", before: date) -> Sequence["DeviceDay"]:
-        from app.lake.plan import closed_days
-
-        prefix = self.settings.s3.prefix
-        return list(closed_days(self.store.list(f"{prefix}/"), prefix, layout, before))
 
     def _write(
         self,

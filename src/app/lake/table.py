@@ -30,14 +30,14 @@ from pyiceberg.serializers import FromInputFile
 from pyiceberg.table import Table
 from pyiceberg.transforms import DayTransform
 from pyiceberg.typedef import Record
-from pyiceberg.types import NestedField
+from pyiceberg.types import IcebergType, NestedField
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.core.closed_days import TableState
 from app.core.errors import Conflict, Permanent, Transient
 from app.core.windows import EPOCH
-from app.lake.columns import FIRST, TIMESTAMP, LakeColumns, iceberg_type
+from app.lake.columns import FIRST, TIMESTAMP, LakeColumns
 from app.lake.day import NewFile
 from app.lake.plan import LakeFile
 from app.object_store.port import ObjectInfo, ObjectStore, Put
@@ -70,22 +70,14 @@ class StoreFileIO(FileIO):
 
     def delete(self, location: str | InputFile | OutputFile) -> None:
         """See FileIO."""
-        _at(location if isinstance(location, str) else location.location, self.properties).delete()
+        store, key = _at(location if isinstance(location, str) else location.location, self.properties)
+        store.delete(key)
 
 
-@dataclass(frozen=True, slots=True)
-class _StoredObject:
-    store: ObjectStore
-    key: str
-
-    def delete(self) -> None:
-        self.store.delete(self.key)
-
-
-def _at(location: str, properties: Mapping[str, Any]) -> _StoredObject:
+def _at(location: str, properties: Mapping[str, Any]) -> tuple[ObjectStore, str]:
     if not location.startswith(properties[BASE]):
         raise FileNotFoundError(f"{location} was written before the store was moved")
-    return _StoredObject(properties[STORE], location.removeprefix(properties[BASE]))
+    return properties[STORE], location.removeprefix(properties[BASE])
 
 
 class StoreInput(InputFile):
@@ -93,21 +85,21 @@ class StoreInput(InputFile):
 
     def __init__(self, location: str, properties: Mapping[str, Any]) -> None:
         super().__init__(location)
-        self._object = _at(location, properties)
+        self._store, self._key = _at(location, properties)
 
     def __len__(self) -> int:
-        info = self._object.store.head(self._object.key)
+        info = self._store.head(self._key)
         if info is None:
             raise FileNotFoundError(self.location)
         return info.size_bytes
 
     def exists(self) -> bool:
         """See InputFile."""
-        return self._object.store.head(self._object.key) is not None
+        return self._store.head(self._key) is not None
 
     def open(self, seekable: bool = True) -> Any:  # noqa: ARG002, FBT001, FBT002 - as pyiceberg has it
         """See InputFile."""
-        with self._object.store.open(self._object.key) as body:
+        with self._store.open(self._key) as body:
             if body is None:
                 raise FileNotFoundError(self.location)
             return io.BytesIO(body.read())
@@ -133,18 +125,18 @@ class StoreOutput(OutputFile):
 
     def create(self, overwrite: bool = False) -> Any:  # noqa: ARG002, FBT001, FBT002 - as pyiceberg has it
         """See OutputFile."""
-        return _Stored(_at(self.location, self._properties))
+        return _Stored(*_at(self.location, self._properties))
 
 
 class _Stored(io.BytesIO):
-    def __init__(self, target: _StoredObject) -> None:
+    def __init__(self, store: ObjectStore, key: str) -> None:
         super().__init__()
-        self._target = target
+        self._store, self._key = store, key
 
     def close(self) -> None:
         if not self.closed:
             self.seek(0)
-            self._target.store.put(self._target.key, self, Put("application/octet-stream"))
+            self._store.put(self._key, self, Put("application/octet-stream"))
         super().close()
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -340,7 +332,7 @@ class LakeTable:
         if not valid:
             return None
         # Not the latest instant: that of a clock that was ahead is not believed once another snapshot came after it.
-        found = max(valid, key=lambda each: each.sequence_number)
+        found = max(valid, key=lambda each: each.sequence_number or 0)
         files = [self._file(task.file) for task in table.scan(snapshot_id=found.snapshot_id).plan_files()]
         return self._state(found), files
 
@@ -373,7 +365,7 @@ class LakeTable:
 
     def _created(self) -> Table:
         fields = [
-            NestedField(number, name, iceberg_type(kind), required=False)
+            NestedField(number, name, IcebergType.model_validate(kind), required=False)
             for number, (name, kind) in enumerate(FIRST.items(), 1)
         ]
         schema = Schema(*fields)
@@ -392,9 +384,9 @@ class LakeTable:
             for name in sorted(columns.ids, key=lambda name: columns.ids[name]):
                 kind = columns.kinds[name]
                 if name not in held:
-                    update.add_column(name, iceberg_type(kind))
+                    update.add_column(name, IcebergType.model_validate(kind))
                 elif held[name] != kind:
-                    update.update_column(name, field_type=iceberg_type(kind))
+                    update.update_column(name, field_type=IcebergType.model_validate(kind))
         given = {each.name: each.field_id for each in transaction.table_metadata.schema().fields}
         if given != columns.ids:
             raise Conflict("another process added columns", "no action needed; it is retried")
