@@ -15,7 +15,7 @@ from uuid import UUID
 
 from app.db.database import UNSTORABLE, Dialect, instant_text
 from app.dwh.tables import INTEGER_BITS, Table, TableColumn
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refused
 from app.web.text_values import instant
 
 Format = Literal["json", "csv", "ndjson", "parquet"]
@@ -135,7 +135,7 @@ def filter_of(column: TableColumn, given: str) -> Filter:
 
 def _wrong(name: str, what: str) -> Refused:
     hint = f"correct the filter; operators are {', '.join(OPERATORS)}, and not. before them"
-    return Refused(Refusal(400, f"{name} {what}", hint, name))
+    return Refused(400, f"{name} {what}", hint, name)
 
 
 def _items(column: TableColumn, text: str) -> Sequence[str]:
@@ -404,12 +404,12 @@ def erasure(table: Table, given: Sequence[tuple[str, str]]) -> Erasure:
     filters = filters_of(table, given, ("pk", *ERASURE_OPTIONS))
     if not filters:
         what = "a DELETE without a filter would delete every row"
-        raise Refused(Refusal(400, what, f"name the rows, such as ?{table.key.name}=eq.…"))
+        raise Refused(400, what, f"name the rows, such as ?{table.key.name}=eq.…")
     lists = [each for each in filters if each.operator in ("eq", "in") and not each.negated]
     named = [each for each in lists if each.column == table.key]
     if forget and (len(filters) > 1 or not named):
         what = f"forget takes one filter, {table.key.name}=eq.… or in.(…): only natural keys are remembered"
-        raise Refused(Refusal(422, what, "name the keys", "forget"))
+        raise Refused(422, what, "name the keys", "forget")
     return Erasure(table, filters, [str(value) for each in named for value in each.values], forget, dry_run)
 
 
@@ -417,7 +417,7 @@ def flag(options: Mapping[str, str], name: str) -> bool:
     """An option that is true or false, which it is when it is absent. Raises Refused."""
     value = YES_NO.get(options.get(name, "false").lower())
     if value is None:
-        raise Refused(Refusal(422, f"{name} is not true or false", "correct it", name))
+        raise Refused(422, f"{name} is not true or false", "correct it", name)
     return value
 
 
@@ -426,7 +426,7 @@ def single(given: Sequence[tuple[str, str]], names: Sequence[str]) -> Mapping[st
     options: dict[str, str] = {}
     for name, value in given:
         if name in options:
-            raise Refused(Refusal(422, f"{name} is given twice", "give each option once", name))
+            raise Refused(422, f"{name} is given twice", "give each option once", name)
         if name in names:
             options[name] = value
     return options
@@ -446,7 +446,7 @@ def filters_of(table: Table, given: Sequence[tuple[str, str]], options: Sequence
             elif name not in options:
                 if name not in columns:
                     what = f"unknown column or parameter {name[:80]}"
-                    raise Refused(Refusal(400, what, "see /docs for the columns of this table", name[:80]))
+                    raise Refused(400, what, "see /docs for the columns of this table", name[:80])
                 yield filter_of(columns[name], text)
 
     return list(made())
@@ -460,7 +460,7 @@ def _columns(table: Table, select: str) -> Sequence[TableColumn]:
     for name in names:
         if name not in columns or names.count(name) > 1:
             what = f"select names {name[:80]!r}, which is {'there twice' if name in columns else 'an unknown column'}"
-            raise Refused(Refusal(400, what, "name columns of this table, separated by commas, or *", "select"))
+            raise Refused(400, what, "name columns of this table, separated by commas, or *", "select")
     return [columns[name] for name in names]
 
 
@@ -470,24 +470,24 @@ def _after(options: Mapping[str, str], sort_by: TableColumn) -> Place | None:
     if after_id is None and name == "after_id":
         return None
     if options.get("offset", "0") != "0" or (name == "after" and after_id is not None):
-        raise Refused(Refusal(422, f"{name} works without offset, and alone", "leave one out", name))
+        raise Refused(422, f"{name} works without offset, and alone", "leave one out", name)
     if name == "after_id":
         if sort_by.name != "id":
             what = "after_id works with the order by id only"
-            raise Refused(Refusal(422, what, 'use after, as the link with rel="next" has it', name))
+            raise Refused(422, what, 'use after, as the link with rel="next" has it', name)
         return Place(after_id or 0)
     try:
         return _place(options["after"], sort_by)
     except (ValueError, TypeError, OverflowError, RecursionError):
         what = "after is not the place of a row in this order"
-        raise Refused(Refusal(422, what, 'take it from the link with rel="next"', "after")) from None
+        raise Refused(422, what, 'take it from the link with rel="next"', "after") from None
 
 
 def _one_of(options: Mapping[str, str], name: str, allowed: Sequence[str]) -> str:
     """The first one is the default."""
     value = options.get(name, allowed[0])
     if value not in allowed:
-        raise Refused(Refusal(400, f"{name} is not one of {', '.join(allowed)}", "use one of these", name))
+        raise Refused(400, f"{name} is not one of {', '.join(allowed)}", "use one of these", name)
     return value
 
 
@@ -496,5 +496,5 @@ def _whole(options: Mapping[str, str], name: str, bounds: tuple[int, int]) -> in
         return None
     value = _digits(options[name])
     if value is None or not bounds[0] <= value <= bounds[1]:
-        raise Refused(Refusal(422, f"{name} is not a whole number from {bounds[0]} to {bounds[1]}", "correct it", name))
+        raise Refused(422, f"{name} is not a whole number from {bounds[0]} to {bounds[1]}", "correct it", name)
     return value

@@ -88,19 +88,19 @@ class BodyBytes(io.RawIOBase):
             if not self._packed:
                 if self._inflater.eof:
                     return b""
-                raise Refused(CUT_OFF)
+                raise Refused(*CUT_OFF)
             if self._inflater.eof:
                 self._inflater = zlib.decompressobj(wbits=31)
             try:
                 piece = self._inflater.decompress(self._packed, count)
             except zlib.error:
-                raise Refused(NOT_GZIP) from None
+                raise Refused(*NOT_GZIP) from None
             self._packed = self._inflater.unconsumed_tail or self._inflater.unused_data
         self._made_bytes += len(piece)
         if self._limit_bytes is not None and self._made_bytes > self._limit_bytes:
             raise too_large(self._limit_bytes, "send less at once")
         if self._made_bytes > max(RATIO_FREE_BYTES, MAX_RATIO * self._taken_bytes):
-            raise Refused(TOO_DENSE)
+            raise Refused(*TOO_DENSE)
         return piece
 
 
@@ -149,8 +149,8 @@ def _misshapen(held: bytes) -> Refused:
     try:
         msgspec.json.decode(held, type=dict[str, msgspec.Raw] | list[msgspec.Raw])
     except UNREADABLE:
-        return Refused(Refusal(400, "the body is not JSON", "check its syntax, also that it is complete"))
-    return Refused(Refusal(422, ENVELOPE, SHAPE_HINT, "data"))
+        return Refused(400, "the body is not JSON", "check its syntax, also that it is complete")
+    return Refused(422, ENVELOPE, SHAPE_HINT, "data")
 
 
 def _last(held: bytes, end: int) -> int:
@@ -192,14 +192,12 @@ def grouped(rows: Iterable[bytes]) -> Groups:
 
 def too_large(limit_bytes: int, hint: str) -> Refused:
     """The answer to a body over its limit."""
-    return Refused(Refusal(413, f"the body is larger than {limit_bytes} bytes", hint))
+    return Refused(413, f"the body is larger than {limit_bytes} bytes", hint)
 
 
 def row_too_large(row_bytes: int) -> Refused:
     """The answer to a row without an end."""
-    return Refused(
-        Refusal(413, f"a row is larger than {row_bytes} bytes", "look for a missing newline or closing quote")
-    )
+    return Refused(413, f"a row is larger than {row_bytes} bytes", "look for a missing newline or closing quote")
 
 
 # CSV as rows of JSON, so that its values are checked by the same compiled decoder as all others.
@@ -237,7 +235,7 @@ class CsvBody:
         except csv.Error as error:
             where = f"row {count}" if self._heads else "header"
             hint = "quote cells as RFC 4180 says"
-            raise Refused(Refusal(400, f"the body is not CSV: {where}: {error}", hint)) from None
+            raise Refused(400, f"the body is not CSV: {where}: {error}", hint) from None
 
     def _lines(self, stream: BinaryIO) -> Iterator[str]:
         """A byte that is not UTF-8 becomes half of a surrogate pair, which refuses its cell and not the body."""
@@ -254,7 +252,7 @@ class CsvBody:
         unknown = [cell[:80] for cell in cells if cell not in columns]
         if unknown or len(set(cells)) < len(cells) or self._table.key.name not in cells:
             what = f"unknown column {unknown[0]!r}" if unknown else f"a column twice, or no {self._table.key.name}"
-            raise Refused(Refusal(422, f"the header cannot be used: {what}", SHAPE_HINT, "header"))
+            raise Refused(422, f"the header cannot be used: {what}", SHAPE_HINT, "header")
         self._heads = [msgspec.json.encode(cell) + b":" for cell in cells]
         self._cells = [_cell(columns[cell]) for cell in cells]
         self._names = cells
@@ -349,20 +347,15 @@ def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str], prefer
     """Raises Refused. Of what is preferred, what is not known is ignored, as RFC 7240 has it."""
     chosen = dict(given)
     for name in chosen.keys() - {"on_error", "dry_run"}:
-        raise Refused(Refusal(400, f"unknown parameter {name[:80]}", "use on_error and dry_run", name[:80]))
+        raise Refused(400, f"unknown parameter {name[:80]}", "use on_error and dry_run", name[:80])
     on_error = chosen.get("on_error", "stop")
     if len(chosen) < len(given) or on_error not in ("stop", "skip"):
-        raise Refused(Refusal(422, "on_error is not stop or skip, or given twice", "correct it", "on_error"))
+        raise Refused(422, "on_error is not stop or skip, or given twice", "correct it", "on_error")
     dry_run = flag(chosen, "dry_run")
     key = headers.get("idempotency-key")
     if key is not None and not KEY.fullmatch(key):
         raise Refused(
-            Refusal(
-                422,
-                "Idempotency-Key is not 1 to 255 characters of ASCII without blanks",
-                "use a UUID",
-                "Idempotency-Key",
-            )
+            422, "Idempotency-Key is not 1 to 255 characters of ASCII without blanks", "use a UUID", "Idempotency-Key"
         )
     resolution = next((each for each in RESOLUTIONS if f"resolution={each}" in preferred), None)
     return Options(_form(headers), _packed(headers), on_error == "skip", dry_run, key or "", resolution)
@@ -374,9 +367,7 @@ def _form(headers: Mapping[str, str]) -> Form:
     form = FORMS.get(given.get_content_type())
     if form is None or given.get_content_charset("utf-8") not in ("utf-8", "utf8"):
         raise Refused(
-            Refusal(
-                415, "this media type is not read", "send application/json, application/x-ndjson or text/csv in UTF-8"
-            )
+            415, "this media type is not read", "send application/json, application/x-ndjson or text/csv in UTF-8"
         )
     return form
 
@@ -384,7 +375,7 @@ def _form(headers: Mapping[str, str]) -> Form:
 def _packed(headers: Mapping[str, str]) -> bool:
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", ""):
-        raise Refused(Refusal(415, "this content encoding is not read", "send gzip, or nothing"))
+        raise Refused(415, "this content encoding is not read", "send gzip, or nothing")
     return "gzip" in encoding
 
 
@@ -514,7 +505,7 @@ def receive(
                 raise checked.faults[0].refusal()
             received.add(checked, batches)
         if not seen_rows:
-            raise Refused(EMPTY)
+            raise Refused(*EMPTY)
         received.batches, received.digest = batches.count, raw.digest.hexdigest()
         failing.pop_all()
     return received

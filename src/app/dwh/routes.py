@@ -94,7 +94,7 @@ def build(serving: WarehouseRoutes) -> APIRouter:
 
 async def _other() -> Response:
     methods = "GET, HEAD, POST, DELETE"
-    raise Refused(Refusal(405, f"this path takes {methods}", "see /docs", headers={"Allow": methods}))
+    raise Refused(405, f"this path takes {methods}", "see /docs", headers={"Allow": methods})
 
 
 def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore) -> Callable[[Request], Any]:

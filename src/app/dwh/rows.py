@@ -17,7 +17,7 @@ from msgspec.structs import astuple
 
 from app.db.database import instant_text
 from app.dwh.tables import BY_NAME, INTEGER_BITS, KEY_CHARACTERS, Table, TableColumn
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refused
 
 # What is wrong with a row, as the caller is told.
 #
@@ -39,7 +39,7 @@ class RowFault:
         """The answer when one bad row refuses the whole request."""
         where = f"row {self.index}, field {self.field}" if self.field else f"row {self.index}"
         fault = f"data.{self.index}.{self.field}" if self.field else f"data.{self.index}"
-        return Refused(Refusal(422, f"{where}: {self.message}", ROW_HINT, fault))
+        return Refused(422, f"{where}: {self.message}", ROW_HINT, fault)
 
 
 # Text that a JSON decoder refuses as a whole, cut into its parts, so that the one value to blame can be named.

@@ -18,7 +18,7 @@ from app.db.migrations import Migrated, open_database
 from app.dwh.query import Erasure, Place, Selection, conditions_of
 from app.dwh.tables import BY_NAME, EVENTS, SQLITE_NOW, TABLES, TYPES, Table
 from app.product_events.mapping import Rows, Tables
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refused
 
 if TYPE_CHECKING:
     from app.dwh.request_parsing import Received
@@ -463,7 +463,7 @@ class Warehouse:
         (held,) = session.rows(self._queries["request"], **name)
         if held["fingerprint"] != fingerprint:
             what = "this Idempotency-Key was used for another request"
-            raise Refused(Refusal(409, what, "use a new key", "Idempotency-Key"))
+            raise Refused(409, what, "use a new key", "Idempotency-Key")
         answer = json.loads(held["answer"])
         return Inserted(array("q", answer["ids"]), answer["rows"], answer["batches"], replayed=True)
 

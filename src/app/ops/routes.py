@@ -48,7 +48,7 @@ from app.ops.service import Operations
 from app.ops.verification import Result, shown
 from app.web.api import refuse_unknown_parameters
 from app.web.auth import COOKIE, OPEN, SESSION, Guard, needs, unauthorized
-from app.web.errors import Answers, Refusal, Refused, faults
+from app.web.errors import Answers, Refused, faults
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
@@ -162,7 +162,7 @@ def _session(router: APIRouter, guard: Guard) -> None:
         grant = guard.sign_in(sent.key.get_secret_value(), request.scope)
         if not any(grant.allows(scope) for scope in ("ops:read", "analytics:read")):
             hint = "use one with the scope ops:read for the dashboard, analytics:read for /analytics/explore"
-            raise Refused(Refusal(403, "this key may not see any page", hint))
+            raise Refused(403, "this key may not see any page", hint)
         response = Response(status_code=204)
         response.set_cookie(
             COOKIE,
@@ -190,7 +190,7 @@ def _session(router: APIRouter, guard: Guard) -> None:
     async def who(request: Request) -> dict[str, Any]:
         grant = await guard.grant(request.scope)
         if grant is None:
-            raise Refused(unauthorized("nobody is signed in"))
+            raise Refused(*unauthorized("nobody is signed in"))
         return {"name": grant.name, "scopes": sorted(grant.scopes), "keys": bool(guard.keyring)}
 
 
@@ -322,7 +322,7 @@ def _back(end: datetime, hours: int) -> Window:
         at = end.astimezone(UTC)
         return Window(at - timedelta(hours=hours), at)
     except OverflowError:
-        raise Refused(Refusal(422, "to is out of range", "give an instant of this century", "query.to")) from None
+        raise Refused(422, "to is out of range", "give an instant of this century", "query.to") from None
 
 
 def _cell(cell: Cell) -> Mapping[str, Any]:
@@ -405,9 +405,9 @@ def known(scheduler: Scheduler, job: str) -> str:
     """`job`, a job that can run; 404 and 409 otherwise."""
     views = {view.job.name: view.job for view in scheduler.views()}
     if job not in views:
-        raise Refused(Refusal(404, f"no job is named {job[:80]!r}", f"jobs: {', '.join(views)}"))
+        raise Refused(404, f"no job is named {job[:80]!r}", f"jobs: {', '.join(views)}")
     if views[job].off:
-        raise Refused(Refusal(409, f"job {job} is off", views[job].off))
+        raise Refused(409, f"job {job} is off", views[job].off)
     return job
 
 
@@ -417,7 +417,7 @@ def past_window(span: Span, now: datetime) -> Window:
     try:
         refuse_future(window, now)
     except Rejected as error:
-        raise Refused(Refusal(422, error.message, error.hint, "body.to")) from error
+        raise Refused(422, error.message, error.hint, "body.to") from error
     return window
 
 

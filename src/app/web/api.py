@@ -130,7 +130,7 @@ def build_api(title: str, version: str, description: str, routers: Sequence[APIR
         openapi_url=None,
         responses=ANYWHERE,
     )
-    for kind in (Refused, AppError, RequestValidationError, HTTPException, Exception):
+    for kind in (AppError, RequestValidationError, HTTPException, Exception):
         api.add_exception_handler(kind, _answer)
     for router in (*routers, _documentation(api)):
         api.include_router(router)
@@ -146,12 +146,10 @@ async def refuse_unknown_parameters(request: Request) -> None:
     declared += [each["name"] for each in (route.openapi_extra or {}).get("parameters", ()) if each["in"] == "query"]
     for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
         if count > 1:
-            raise Refused(
-                Refusal(422, f"the parameter {name[:80]!r} is given {count} times", "give it once", name[:80])
-            )
+            raise Refused(422, f"the parameter {name[:80]!r} is given {count} times", "give it once", name[:80])
         if name not in declared:
             hint = f"use {', '.join(sorted(declared))}" if declared else "leave it out: this route takes none"
-            raise Refused(Refusal(422, f"unknown parameter {name[:80]!r}", hint, name[:80]))
+            raise Refused(422, f"unknown parameter {name[:80]!r}", hint, name[:80])
 
 
 def route_scopes(api: FastAPI) -> RouteScopes:
@@ -223,7 +221,7 @@ def _documentation(api: FastAPI) -> APIRouter:
     @router.get("/docs/{name}", openapi_extra=read)
     def part(name: str) -> Response:
         if name not in PAGE_PARTS:
-            raise Refused(Refusal(404, "Not Found", "see /docs for what there is"))
+            raise Refused(404, "Not Found", "see /docs for what there is")
         content = (folder / name).read_bytes().replace(LOGO_ELSEWHERE, b"assets/icon.svg")
         return Response(content, media_type=PAGE_PARTS[name])
 

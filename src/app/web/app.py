@@ -134,7 +134,7 @@ class Front:
 
         try:
             await self._answer(scope, receive, answered)
-        except (Refused, AppError) as error:
+        except AppError as error:
             await send_refusal(answered, refusal_of(error))
         finally:
             if not started:
@@ -150,7 +150,7 @@ class Front:
             return
         if self._guard.locked:
             if b"text/html" not in dict(scope["headers"]).get(b"accept", b""):
-                raise Refused(LOCKED)
+                raise Refused(*LOCKED)
             await _send_locked_page(send)
             return
         while self._api is None:

@@ -244,29 +244,29 @@ class Guard:
         method = scope["method"]
         if method not in SAFE_METHODS and not self._own_page(scope):
             hint = "call from the dashboard itself, or name the page's origin in CORS_ORIGINS"
-            raise Refused(Refusal(403, "a page of another site started this call", hint))
+            raise Refused(403, "a page of another site started this call", hint)
         wanted = methods.get(method, "")
         if wanted == OPEN:
             return
         grant = await self.grant(scope)
         if grant is None:
-            raise Refused(unauthorized("this needs a key"))
+            raise Refused(*unauthorized("this needs a key"))
         scope.setdefault("state", {})["grant"] = grant
         seconds = self.rates.wait_seconds(grant.name, self.clock()) if grant.key_hash else 0
         if seconds:
             wait = {"Retry-After": str(math.ceil(seconds))}
-            raise Refused(Refusal(429, f"too many requests with the key {grant.name}", "send fewer", headers=wait))
+            raise Refused(429, f"too many requests with the key {grant.name}", "send fewer", headers=wait)
         if not methods:
-            raise Refused(Refusal(404, "Not Found", "see /docs for what there is"))
+            raise Refused(404, "Not Found", "see /docs for what there is")
         if method not in methods:
             allowed = {"Allow": ", ".join(sorted(methods))}
             hint = "see /docs for the methods of this path"
-            raise Refused(Refusal(405, "Method Not Allowed", hint, headers=allowed))
+            raise Refused(405, "Method Not Allowed", hint, headers=allowed)
         if not wanted:
-            raise Refused(Refusal(403, "this route declares no scope", "report it: nobody can call it"))
+            raise Refused(403, "this route declares no scope", "report it: nobody can call it")
         if not grant.allows(wanted):
             hint = f"use a key with this scope; `python -m app keys new helper --scopes {wanted}` makes one"
-            raise Refused(Refusal(403, f"this needs the scope {wanted}", hint))
+            raise Refused(403, f"this needs the scope {wanted}", hint)
 
     async def grant(self, scope: Scope) -> Grant | None:
         """Who calls; None for nobody. Raises Refused for a wrong key or a session that has ended, Transient when
@@ -278,7 +278,7 @@ class Guard:
             host = fields.get(b"host", "")
             if not self.anonymous and not loopback(host if host.endswith("]") else host.rsplit(":", 1)[0]):
                 hint = "use localhost or 127.0.0.1, or set API_KEYS"
-                raise Refused(Refusal(403, "without keys only calls to this machine's own name are answered", hint))
+                raise Refused(403, "without keys only calls to this machine's own name are answered", hint)
             return EVERYBODY
         if key := presented(fields):
             return self.sign_in(key, scope)
@@ -289,7 +289,7 @@ class Guard:
         alive = session is not None and self.clock() < session.ends_at
         grant = self.keyring.grant_of(session.key_name, session.key_hash) if session is not None and alive else None
         if grant is None:
-            raise Refused(unauthorized("the session has ended"))
+            raise Refused(*unauthorized("the session has ended"))
         return grant
 
     def sign_in(self, key: str, scope: Scope) -> Grant:
@@ -304,8 +304,8 @@ class Guard:
         seconds = self.throttle.failed((scope.get("client") or ("",))[0], now)
         if seconds is not None:
             wait = {"Retry-After": str(math.ceil(seconds))}
-            raise Refused(Refusal(429, "too many failed sign-ins", "wait, then use a valid key", headers=wait))
-        raise Refused(unauthorized("the key is not known or has expired"))
+            raise Refused(429, "too many failed sign-ins", "wait, then use a valid key", headers=wait)
+        raise Refused(*unauthorized("the key is not known or has expired"))
 
     async def begin_session(self, grant: Grant) -> str:
         """The token of a new session of this key, for a cookie. Raises Transient when it cannot be kept."""
