@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from app.config.value_types import GROUPS, SCOPES, parse_keys
 from app.core.errors import Rejected, Transient
-from app.db.state import DashboardSession
+from app.db.state import DashboardSession, SqlSessions
 from app.web.auth import (
     ADDRESSES,
     EVERYBODY,
@@ -186,7 +186,7 @@ def test_neither_the_hash_nor_the_key_is_in_a_repr() -> None:
     assert str(entry.digest) not in text
 
 
-class Sessions:
+class Sessions(SqlSessions):
     """In memory."""
 
     def __init__(self) -> None:

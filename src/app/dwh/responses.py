@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import json
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,8 +33,7 @@ def answer_to_post(done: Inserted, faults: Sequence[RowFault] | None, fault_coun
     if done.dry_run:
         yield b',"dry_run":true'
     if faults is not None:
-        listed = [{"index": each.index, "field": each.field, "message": each.message} for each in faults]
-        yield f',"errors":{json.dumps(listed)},"error_count":{fault_count}'.encode()
+        yield b',"errors":%b,"error_count":%d' % (msgspec.json.encode(faults), fault_count)
     yield b"}"
 
 
@@ -378,7 +376,7 @@ class AnswerPage:
         self.total: int | None = None
 
     def produce(self) -> None:
-        """Read the rows to their end, or until nobody wants them. `begin` and `pieces` raise what goes wrong."""
+        """Read the rows to their end, or until nobody wants them. `wait` and `pieces` raise what goes wrong."""
         with suppress(Abandoned), self._spool.written() as spool:
             self._fill(spool)
 
@@ -414,8 +412,8 @@ class AnswerPage:
         """Whether the bytes are those of gzip; for callers that have begun."""
         return self._gzip is not None and self._gzip.started
 
-    def begin(self, *, whole: bool = False) -> int | None:
-        """Wait for the first bytes, or for all; the size when all are there. Raises what the database raised."""
+    def wait(self, *, whole: bool = False) -> int | None:
+        """For the first bytes, or for all; the size when all are there. Raises what the database raised."""
         return self._spool.wait(whole=whole)
 
     def pieces(self) -> Iterator[bytes]:

@@ -104,8 +104,8 @@ class Pipelines:
 
     `histories`, `undos`, `verifications`, `charts`, `calls` and `kept` are by job name, for those jobs that have one.
     `kept` finds what a run set aside. `steps`: what a worker makes of a shard of a job's plan. `listed`: jobs whose
-    listings tell which objects are gone. `routers` build the routes of slices that have both jobs and routes; they are
-    called once, when the API is built.
+    listings tell which objects are gone. `routers` builds the routes of slices that have both jobs and routes, when the
+    API is built.
     """
 
     jobs: Sequence[Job] = ()
@@ -122,7 +122,7 @@ class Pipelines:
     calls: Mapping[str, Callable[[], Calls]] = field(default_factory=dict)
     kept: Mapping[str, Callable[[Run], Sequence[KeptFile]]] = field(default_factory=dict)
     listed: Sequence[str] = ()
-    routers: Sequence[Callable[[], "APIRouter"]] = ()
+    routers: Callable[[], Sequence["APIRouter"]] = tuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +142,7 @@ class Operations:
     clock: Callable[[], datetime]
 
 
-@dataclass(frozen=True, slots=True)
-class Background:
-    """What goes on beside the jobs: looks at outside systems, alerts, and counted requests that go into the state."""
-
-    readiness: Readiness
-    alerts: Alerts
-    save_costs: Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BuiltService:
     """The service, built and not started. `app` is the ASGI application; its lifespan starts and ends the work.
 
@@ -165,8 +156,10 @@ class BuiltService:
     desk: RunDesk
     stop: Stop
     scheduler: Scheduler
-    background: Background
-    app: Front
+    alerts: Alerts
+    readiness: Readiness
+    costs: RequestCosts
+    app: Front = field(init=False)
 
 
 # The daemon: a built service, served until a signal, and then ended in order.

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from http.cookies import CookieError, SimpleCookie
 from secrets import token_urlsafe
-from typing import Protocol
 from urllib.parse import urlsplit
 
 from app.config import NEW_KEY
 from app.config.rules import UNLOCK, loopback
 from app.config.value_types import KEY_NAME, SCOPES, KeyEntry, parse_keys
 from app.core.errors import Rejected
-from app.db.state import DashboardSession
+from app.db.state import DashboardSession, SqlSessions
 from app.web.errors import Refusal, Refused, Scope
 
 # API keys: making them, and telling who presents one.
@@ -206,19 +205,6 @@ class KeyRates:
         return 0.0 if allowed else (1 - tokens) / self._per_second
 
 
-class SessionStore(Protocol):
-    """Who is signed in to the dashboard, by the SHA-256 (hex) of a token. See `app.db.state.SqlSessions`."""
-
-    def find(self, token_hash: str) -> DashboardSession | None:
-        """The session of a token."""
-
-    def begin(self, token_hash: str, begun: DashboardSession, now: datetime) -> None:
-        """Keep a session."""
-
-    def end(self, token_hash: str) -> None:
-        """Forget a session."""
-
-
 @dataclass(frozen=True, slots=True)
 class Guard:
     """`anonymous`: ALLOW_ANONYMOUS is set, so other machines may call without keys. `locked`: nobody may call.
@@ -228,7 +214,7 @@ class Guard:
 
     keyring: Keyring
     clock: Callable[[], datetime]
-    sessions: SessionStore
+    sessions: SqlSessions
     rates: KeyRates
     anonymous: bool = False
     locked: bool = False
