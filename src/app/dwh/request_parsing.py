@@ -399,35 +399,13 @@ class BatchLimits:
     size_bytes: int
 
 
-class BatchDealer:
-    """Deals rows out to batches: first by number, then by size; a larger single row goes alone."""
-
-    def __init__(self, limits: BatchLimits) -> None:
-        self._limits = limits
-        self.count = 0
-        self._chunk_rows = self._size_bytes = 0
-
-    def deal(self, sizes: Sequence[int]) -> Sequence[int]:
-        """How many of the next rows go to each batch: to the current one first, then to new ones."""
-        ends = [0]
-        for position, size_bytes in enumerate(sizes):
-            full = self._chunk_rows == self._limits.rows
-            if full:
-                self._chunk_rows = 0
-            if full or not self.count or self._size_bytes + size_bytes + 1 > self._limits.size_bytes:
-                self.count += 1
-                ends.append(position)
-                self._size_bytes = 1
-            self._chunk_rows += 1
-            self._size_bytes += size_bytes + 1
-        ends.append(len(sizes))
-        return [end - start for start, end in pairwise(ends)]
-
-
 @dataclass(slots=True)
 class Received:
-    """What a body came to. `digest` is of its bytes, hex; `size_bytes` of its good rows. The caller closes it."""
+    """What a body came to, as it comes. `digest` is of its bytes, hex; `size_bytes` of its good rows. The caller closes
+    it.
+    """
 
+    limits: BatchLimits
     rows: int = 0
     batches: int = 0
     faults: list[RowFault] = field(default_factory=list)
@@ -436,6 +414,8 @@ class Received:
     size_bytes: int = 0
     held: list[Frame] = field(default_factory=list)
     spool: BinaryIO = field(default_factory=partial(temporary_file, memory_bytes=SPOOL_BYTES))
+    _batch_rows: int = 0
+    _batch_bytes: int = 0
 
     def read(self) -> Iterator[Iterator[Values]]:
         """The batches, each as an iterator of its rows; read one to its end before the next."""
@@ -446,18 +426,36 @@ class Received:
         """All rows, some at a time, by column."""
         return (columns for _, columns in self._frames())
 
-    def add(self, checked: Checked, batches: BatchDealer) -> None:
+    def add(self, checked: Checked) -> None:
         """The next rows, dealt out to batches, and what is wrong with others."""
         self.fault_count += len(checked.faults)
         self.faults += checked.faults[: MAX_FAULTS - len(self.faults)]
-        start, first = 0, batches.count
-        for number, length in enumerate(batches.deal(checked.sizes), first):
+        start, first = 0, self.batches
+        for number, length in enumerate(self.deal(checked.sizes), first):
             end = start + length
             if length:
                 whole = length == len(checked.sizes)
                 part = checked.columns if whole else [column[start:end] for column in checked.columns]
                 self._put((number, part), sum(checked.sizes[start:end]))
             start = end
+
+    def deal(self, sizes: Sequence[int]) -> Sequence[int]:
+        """How many of the next rows go to each batch: to the current one first, then to new ones, each until it is full
+        by number or by size; a larger single row goes alone.
+        """
+        ends = [0]
+        for position, size_bytes in enumerate(sizes):
+            full = self._batch_rows == self.limits.rows
+            if full:
+                self._batch_rows = 0
+            if full or not self.batches or self._batch_bytes + size_bytes + 1 > self.limits.size_bytes:
+                self.batches += 1
+                ends.append(position)
+                self._batch_bytes = 1
+            self._batch_rows += 1
+            self._batch_bytes += size_bytes + 1
+        ends.append(len(sizes))
+        return [end - start for start, end in pairwise(ends)]
 
     def _put(self, frame: Frame, size_bytes: int) -> None:
         self.rows += len(frame[1][0])
@@ -495,17 +493,17 @@ def receive(
     else:
         groups = (json_rows if chosen.form == "json" else ndjson_rows)(stream, body_bytes)
     rows = reader(table.name, merging=chosen.resolution == MERGE)
-    batches, seen_rows = BatchDealer(limits), 0
+    seen_rows = 0
     with ExitStack() as failing:
-        received = failing.enter_context(closing(Received()))
+        received = failing.enter_context(closing(Received(limits)))
         for group in groups:
             checked = rows.read(group, seen_rows)
             seen_rows += len(group)
             if checked.faults and not chosen.skip:
                 raise checked.faults[0].refusal()
-            received.add(checked, batches)
+            received.add(checked)
         if not seen_rows:
             raise Refused(*EMPTY)
-        received.batches, received.digest = batches.count, raw.digest.hexdigest()
+        received.digest = raw.digest.hexdigest()
         failing.pop_all()
     return received

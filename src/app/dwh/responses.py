@@ -324,7 +324,7 @@ class ByteSpool:
             self._shown = True
             self._changed.notify_all()
 
-    def wait(self, *, whole: bool) -> int | None:
+    def wait(self, *, whole: bool = False) -> int | None:
         """Until the reader may begin, or all is there; the size in the latter case. Raises what the writer raised."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or (self._shown and not whole))
@@ -362,34 +362,36 @@ class ByteSpool:
 HEAD_BYTES, PIECE_BYTES = 1 << 18, 1 << 19
 
 
-class AnswerPage:
-    """One answer: `produce` in one thread, the rest in another. The reader closes it."""
+class AnswerPage(ByteSpool):
+    """One answer: `produce` in one thread, the rest in another. The reader closes it, and reading from the database
+    ends with the next block.
+    """
 
     def __init__(self, warehouse: Warehouse, selection: Selection, *, count: bool = False, gzip: bool = False) -> None:
+        super().__init__()
         self._warehouse = warehouse
         self._selection = selection
         self._count = count
-        self._spool = ByteSpool()
-        self._gzip = GzipWriter(self._spool) if gzip and selection.format != "parquet" else None
+        self._gzip = GzipWriter(self) if gzip and selection.format != "parquet" else None
         # For callers that have begun: the last row when more follow it, and how many rows meet the filters, if asked.
         self.last: Place | None = None
         self.total: int | None = None
 
     def produce(self) -> None:
         """Read the rows to their end, or until nobody wants them. `wait` and `pieces` raise what goes wrong."""
-        with suppress(Abandoned), self._spool.written() as spool:
-            self._fill(spool)
+        with suppress(Abandoned), self.written():
+            self._fill()
 
     def look(self) -> None:
         """Find out what the headers say, without any rows. Raises what the database raises."""
         with self._warehouse.selected(self._selection, count=self._count) as found:
             self.last, self.total = found.last(), found.total
 
-    def _fill(self, spool: ByteSpool) -> None:
+    def _fill(self) -> None:
         """Write the rows; `last` is known when the reader may begin."""
         chosen, dialect = self._selection, self._warehouse.database.dialect
         made = chosen.is_made(dialect)
-        out = writer(chosen, self._gzip or spool, made=made)
+        out = writer(chosen, self._gzip or self, made=made)
         width = len(chosen.columns)
         left, last_row, shown = chosen.limit, None, False
         with self._warehouse.selected(chosen, count=self._count) as found:
@@ -400,9 +402,9 @@ class AnswerPage:
                     out.write([row[:width] for row in asked] if not made and len(last_row) > width else asked)
                 if len(asked) < len(block) and not shown and last_row:
                     self.last = chosen.place_of(last_row, dialect)
-                if not shown and spool.size_bytes >= HEAD_BYTES:
+                if not shown and self.size_bytes >= HEAD_BYTES:
                     self.last, shown = found.last(), True
-                    spool.show()
+                    self.show()
         out.close()
         if self._gzip:
             self._gzip.close()
@@ -412,15 +414,7 @@ class AnswerPage:
         """Whether the bytes are those of gzip; for callers that have begun."""
         return self._gzip is not None and self._gzip.started
 
-    def wait(self, *, whole: bool = False) -> int | None:
-        """For the first bytes, or for all; the size when all are there. Raises what the database raised."""
-        return self._spool.wait(whole=whole)
-
     def pieces(self) -> Iterator[bytes]:
         """The bytes. Raises what the database raised in the middle of it."""
-        while piece := self._spool.read(PIECE_BYTES):
+        while piece := self.read(PIECE_BYTES):
             yield piece
-
-    def close(self) -> None:
-        """Nobody reads it any more: reading from the database ends with the next block. Idempotent."""
-        self._spool.close()

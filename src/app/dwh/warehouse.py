@@ -16,7 +16,7 @@ from app.core.errors import Permanent, Rejected, Transient
 from app.db.database import Dialect, NamedQueries, Session, sql_directory
 from app.db.migrations import Migrated, open_database
 from app.dwh.query import Erasure, Place, Selection, conditions_of
-from app.dwh.tables import BY_NAME, EVENTS, SQLITE_NOW, TABLES, TYPES, Table
+from app.dwh.tables import BY_NAME, EVENTS, POSTGRES_TYPES, SQLITE_NOW, TABLES, Table
 from app.product_events.mapping import Rows, Tables
 from app.web.errors import Refused
 
@@ -147,7 +147,7 @@ def _create_stage(session: Session, table: Table) -> None:
     """Made once per connection; it is empty whenever a transaction begins to use it. The server numbers the rows as
     they come, which costs less than to send their numbers.
     """
-    columns = ", ".join(f"{each.name} {TYPES['postgres'][each.kind]}" for each in table.columns)
+    columns = ", ".join(f"{each.name} {POSTGRES_TYPES[each.kind]}" for each in table.columns)
     ordinal = "n bigint GENERATED ALWAYS AS IDENTITY"
     session.run(f"CREATE TEMP TABLE IF NOT EXISTS {_stage(table)} ({ordinal}, {columns}) ON COMMIT DELETE ROWS")
 
@@ -197,7 +197,7 @@ def _given(session: Session, table: Table, before: int, written: int, *, own: st
 def _known(session: Session, table: Table, batches: "Received") -> bool:
     """Whether some of the first rows are there already, as they all are when a request is repeated."""
     keys = next(batches.blocks())[0]
-    probed = f"{table.key.name} = ANY(:keys::{TYPES['postgres'][table.key.kind]}[])"
+    probed = f"{table.key.name} = ANY(:keys::{POSTGRES_TYPES[table.key.kind]}[])"
     (row,) = session.rows(
         f"SELECT EXISTS (SELECT FROM {table.name} WHERE {probed}) AS known",  # noqa: S608
         keys=list(keys[:: len(keys) // PROBED_KEYS + 1]),
@@ -411,9 +411,10 @@ class Warehouse:
         # SQLite has one writer; threads that wait here do so in turn, where its own lock would be a matter of luck.
         self._turn = threading.Lock()
 
-    def ping(self) -> None:
-        """One round trip. Raises Transient or Permanent when the warehouse cannot be used."""
+    def ping(self) -> str:
+        """One round trip, of which nothing is to be said. Raises Transient or Permanent when it cannot be made."""
         self.database.ping()
+        return ""
 
     def close(self) -> None:
         """Close all connections. Idempotent."""

@@ -122,7 +122,7 @@ async def _may_see(guard: Guard, request: Request) -> bool:
         grant = await guard.grant(request.scope)
     except AppError:
         return False
-    return grant is not None and grant.allows(SCOPE)
+    return grant is not None and SCOPE in grant.scopes
 
 
 def _guides(router: APIRouter) -> None:

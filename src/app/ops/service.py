@@ -4,7 +4,7 @@ import errno
 import logging
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from app.core.partitions import Step
 from app.core.runs import Context, Job, Report, Run, RunDesk, Stop
 from app.core.verify import Chart, Verification
 from app.core.windows import Window
+from app.db.checkpoints import Checkpoint
 from app.db.state import State
 from app.ops.alerts import Alerts
 from app.ops.connection_checks import System
@@ -140,6 +141,11 @@ class Operations:
     maps: "DeliveryMaps"
     proofs: "Proofs"
     clock: Callable[[], datetime]
+
+    def partitions(self) -> Iterator[tuple[str, Checkpoint]]:
+        """Each job that has partitions, with how far each of them is."""
+        for name in (job.name for job in self.pipelines.jobs if job.name in self.pipelines.backfills):
+            yield from ((name, at) for at in self.state.checkpoints.of(name))
 
 
 @dataclass(slots=True)

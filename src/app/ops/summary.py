@@ -30,7 +30,6 @@ MOST_PARTITIONS = 1000
 HEALED_TOGETHER = timedelta(hours=24)  # of all partitions: a longer span would read much that is in order
 RECENT = timedelta(hours=24)
 LATE_SECONDS = 60.0
-AHEAD_SECONDS = 60.0
 HISTORY = 300
 VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
 ORDER = ("unreachable", "unaccounted", "failed", "missing", "partial", "changed", "late", "clock", "set_aside", "quiet")
