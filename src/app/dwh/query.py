@@ -7,7 +7,7 @@ those of PostgREST, https://docs.postgrest.org/en/stable/references/api/tables_v
 import base64
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
@@ -253,7 +253,11 @@ class Selection:
         JSON where it is made.
         """
         if self.is_made(dialect):
-            pairs = ", ".join(f"'{column.name}', {_in_json(column)}" for column in self.columns)
+            flag = "json(CASE {0} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END)"
+            values = {
+                column.name: (flag if column.kind == "bool" else "{0}").format(column.name) for column in self.columns
+            }
+            pairs = ", ".join(f"'{name}', {value}" for name, value in values.items())
             return self._sql(f"id, json_object({pairs}) AS line", dialect, self.limit + 1, self.offset)
         read = ", ".join(_read(column, dialect) for column in self._read_columns())
         return self._sql(read, dialect, self.limit + 1, self.offset)
@@ -356,12 +360,6 @@ def _read(column: TableColumn, dialect: Dialect) -> str:
     return f"{column.name}::text AS {column.name}" if column.kind in ("uuid", "json") else column.name
 
 
-def _in_json(column: TableColumn) -> str:
-    """What stands for the column in SQLite's `json_object`."""
-    flag = f"json(CASE {column.name} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END)"
-    return flag if column.kind == "bool" else column.name
-
-
 def selection(table: Table, given: Sequence[tuple[str, str]]) -> Selection:
     """What the query string asks for. Raises Refused: 400 for what is unknown, 422 for a value out of its range."""
     options = single(given, OPTIONS)
@@ -434,22 +432,19 @@ def single(given: Sequence[tuple[str, str]], names: Sequence[str]) -> Mapping[st
 
 def filters_of(table: Table, given: Sequence[tuple[str, str]], options: Sequence[str]) -> Sequence[Filter]:
     """The filters among the parameters: all but the options; `pk` is another name of `id`. Raises Refused."""
-    columns = {column.name: column for column in table.stored}
-
-    def made() -> Iterator[Filter]:
-        for name, text in given:
-            if name == "pk":
-                try:
-                    yield Filter(columns["id"], "eq", [_typed(columns["id"], text)])
-                except ValueError:
-                    raise _wrong("pk", f"must be {columns['id'].wanted}") from None
-            elif name not in options:
-                if name not in columns:
-                    what = f"unknown column or parameter {name[:80]}"
-                    raise Refused(400, what, "see /docs for the columns of this table", name[:80])
-                yield filter_of(columns[name], text)
-
-    return list(made())
+    columns, filters = {column.name: column for column in table.stored}, list[Filter]()
+    for name, text in given:
+        if name == "pk":
+            try:
+                filters.append(Filter(columns["id"], "eq", [_typed(columns["id"], text)]))
+            except ValueError:
+                raise _wrong("pk", f"must be {columns['id'].wanted}") from None
+        elif name not in options:
+            if name not in columns:
+                what = f"unknown column or parameter {name[:80]}"
+                raise Refused(400, what, "see /docs for the columns of this table", name[:80])
+            filters.append(filter_of(columns[name], text))
+    return filters
 
 
 def _columns(table: Table, select: str) -> Sequence[TableColumn]:

@@ -164,18 +164,6 @@ def repeated_key(text: bytes) -> str | None:
     return None
 
 
-def holds_nul(value: str, column: TableColumn) -> bool:
-    """True when the text of a value holds a NUL, which no database stores; in JSON it is escaped."""
-    return bool(NUL_IN_JSON.search(value)) if column.kind == "json" else "\x00" in value
-
-
-def check_depth(raw: Any, value: Any) -> None:
-    """Raise Suspicious for JSON that nests deeper than databases and readers can be trusted with."""
-    text = bytes(raw)
-    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
-        raise Suspicious
-
-
 def check_numbers(text: bytes) -> None:
     """Raise Suspicious for a number that is not 0 and yet nearer to it than a double can be, or of very many digits.
 
@@ -241,8 +229,8 @@ def _filled(values: Values, *, default: bool | None) -> Values:
     return [default if value is None or value is UNSET else value for value in values]
 
 
-def check_uuids(values: Sequence[str]) -> None:
-    """Raise Suspicious unless all of these, each of 36 characters, are UUIDs."""
+def _uuids(values: Values) -> Values:
+    """All together, which costs less than a pattern for each. All have 36 characters."""
     text = "".join(values)
     if any(text[place::UUID_CHARACTERS].count("-") < len(values) for place in HYPHENS):
         raise Suspicious
@@ -252,12 +240,6 @@ def check_uuids(values: Sequence[str]) -> None:
         raise Suspicious from None
     if len(made) < UUID_BYTES * len(values):
         raise Suspicious
-
-
-def _uuids(values: Values) -> Values:
-    """All together, which costs less than a pattern for each."""
-    check_uuids(values)
-    text = "".join(values)
     return values if text == text.lower() else [value.lower() for value in values]
 
 
@@ -309,19 +291,15 @@ def _json(raw: Raw) -> str | None:
     value = msgspec.json.decode(raw)
     if value is None:
         return None
-    check_depth(raw, value)
     text = bytes(raw)
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
+        raise Suspicious  # nests deeper than databases and readers can be trusted with
     check_numbers(text)
     if SURROGATE.search(text):
         msgspec.json.encode(value)  # raises for half of a pair
     if BLANK.search(text):
         text = BETWEEN.sub(rb"\1", text)
     return text.decode()
-
-
-def decoded_again(json_texts: Sequence[str]) -> Sequence[str]:
-    """JSON as a decoder leaves it, which keeps one of two equal keys."""
-    return [msgspec.json.encode(msgspec.json.decode(text)).decode() for text in json_texts]
 
 
 # Rows out of JSON, checked in compiled code: a typed decoder per table, made from its declaration.
@@ -379,7 +357,9 @@ class RowReader:
         keys = len(slices) * len(columns) - sum(column.count(UNSET) for column in columns)
         turned = [turn(column) for turn, column in zip(self._turns, columns, strict=True)]
         json_texts = [value for position in self._json for value in turned[position] if value]
-        check_keys(b",".join(slices), keys, decoded_again(json_texts))
+        # a decoder keeps one of two equal keys
+        again = [msgspec.json.encode(msgspec.json.decode(text)).decode() for text in json_texts]
+        check_keys(b",".join(slices), keys, again)
         return turned
 
     def _one_by_one(self, slices: Sequence[Slice], first: int) -> Checked:
@@ -411,7 +391,8 @@ class RowReader:
                 (turned,) = turn(value)
             except (*UNREADABLE, Suspicious, OverflowError):
                 return self._wrong(row, index, column.name)
-            if isinstance(turned, str) and holds_nul(turned, column):
+            # no database stores a NUL; in JSON it is escaped
+            if isinstance(turned, str) and (NUL_IN_JSON.search(turned) if column.kind == "json" else "\x00" in turned):
                 return self._wrong(row, index, column.name)
         repeated = repeated_key(bytes(row))
         return None if repeated is None else RowFault(index, repeated[:FIELD_CHARACTERS], "is given twice")

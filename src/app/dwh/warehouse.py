@@ -43,19 +43,14 @@ Columns = Sequence[Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Inserted:
-    """`ids` of rows that were really inserted. In a dry run the ids are left out, their number is `count`."""
+    """`ids` of rows that were really inserted; in a dry run they are left out, and only their number is told."""
 
     ids: "array[int]"
     rows: int
     batches: int
-    count: int = -1
+    inserted_rows: int
     dry_run: bool = False
     replayed: bool = False
-
-    @property
-    def inserted_rows(self) -> int:
-        """How many rows were inserted, or would be."""
-        return self.count if self.count >= 0 else len(self.ids)
 
 
 def _on_conflict(table: Table, *, past: bool = False) -> str:
@@ -447,14 +442,15 @@ class Warehouse:
                 if answered := self._answered(session, name, fingerprint, at):
                     return answered
             insert = in_sqlite if self._lite else in_postgres
-            done = Inserted(insert(session, table, batches, self._deleted), batches.rows, batches.batches)
+            ids = insert(session, table, batches, self._deleted)
+            done = Inserted(ids, batches.rows, batches.batches, len(ids))
             if dry_run:
                 raise _Undo
             if name:
                 answer = json.dumps({"ids": done.ids.tolist(), "rows": done.rows, "batches": done.batches})
                 session.run(self._queries["answer_request"], **name, answer=answer)
             return done
-        return replace(done, ids=array("q"), count=done.inserted_rows, dry_run=True)
+        return replace(done, ids=array("q"), dry_run=True)
 
     def _answered(self, session: Session, name: Mapping[str, str], fingerprint: str, at: datetime) -> Inserted | None:
         """The stored answer of an earlier request with the same Idempotency-Key; None for the first one."""
@@ -466,7 +462,8 @@ class Warehouse:
             what = "this Idempotency-Key was used for another request"
             raise Refused(409, what, "use a new key", "Idempotency-Key")
         answer = json.loads(held["answer"])
-        return Inserted(array("q", answer["ids"]), answer["rows"], answer["batches"], replayed=True)
+        ids = array("q", answer["ids"])
+        return Inserted(ids, answer["rows"], answer["batches"], len(ids), replayed=True)
 
     def load(self, chunks: Iterable[Tables], *, past: bool = False) -> int:
         """Rows of several tables in one transaction, all or nothing; how many events are new. Idempotent.

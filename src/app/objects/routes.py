@@ -194,8 +194,8 @@ def _get_and_head(router: APIRouter, path: str, route: Callable[..., Any], scope
         route,
         methods=["GET"],
         summary=summary,
-        openapi_extra={**needs(scope), **openapi.reading()},
-        responses=openapi.download(),
+        openapi_extra={**needs(scope), **openapi.READING},
+        responses=openapi.DOWNLOAD,
         response_class=Response,
     )
     router.add_api_route(path, route, methods=["HEAD"], openapi_extra=needs(scope), include_in_schema=False)
@@ -306,8 +306,8 @@ def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
     @router.post(
         "/shared",
         summary="Where the form of an upload link leads to, when objects are in a local directory",
-        openapi_extra={**needs(OPEN), **openapi.form_upload()},
-        responses=openapi.form_answers(),
+        openapi_extra={**needs(OPEN), **openapi.FORM_UPLOAD},
+        responses=openapi.FORM_ANSWERS,
         status_code=204,
     )
     async def shared_upload(request: Request) -> Response:

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 from app.core.errors import Transient
 from app.object_store.port import ObjectInfo, Readable, Transfers
@@ -165,16 +165,6 @@ def media_type(given: str, key: str, held: str = "") -> str:
 # What a request promises of its body, checked before a store has made it visible.
 
 
-class Digest(Protocol):
-    """A checksum under way."""
-
-    def update(self, data: bytes, /) -> None:
-        """The next bytes."""
-
-    def digest(self) -> bytes:
-        """Of all bytes so far."""
-
-
 class Crc32:
     """CRC-32 in hashlib's form."""
 
@@ -191,7 +181,7 @@ class Crc32:
 
 
 CHECKSUM = "x-amz-checksum-"
-CHECKSUMS: Mapping[str, tuple[int, Callable[[], "Digest"]]] = {
+CHECKSUMS: Mapping[str, tuple[int, Callable[[], Any]]] = {
     "content-md5": (16, lambda: hashlib.md5(usedforsecurity=False)),
     f"{CHECKSUM}crc32": (4, Crc32),
     f"{CHECKSUM}sha1": (20, lambda: hashlib.sha1(usedforsecurity=False)),

@@ -135,10 +135,6 @@ class Rules:
     grace_seconds: float = 900.0
     grace_by_job: Mapping[str, float] = field(default_factory=dict)
 
-    def limits(self, job: Job) -> tuple[float, float]:
-        """Interval and grace of a job, in seconds."""
-        return job.interval_seconds, self.grace_by_job.get(job.name, self.grace_seconds)
-
 
 def rules_of(settings: Settings) -> Rules:
     """The rules as they are configured."""
@@ -335,7 +331,7 @@ class Alerts:
             and is_stale(
                 (now - last[job.name]).total_seconds() if job.name in last else None,
                 self._elapsed_seconds() - self._since_seconds,
-                self._rules.limits(job),
+                (job.interval_seconds, self._rules.grace_by_job.get(job.name, self._rules.grace_seconds)),
             )
         )
 

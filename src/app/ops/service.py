@@ -189,7 +189,7 @@ def refuse_taken_ports(settings: ServiceSettings) -> None:
     faults = []
     for name, port in (("PORT", settings.port), ("HEALTH_PORT", settings.health_port)):
         try:
-            for family, kind, *_, address in _addresses(settings.host, port):
+            for family, kind, *_, address in () if port is None else _addresses(settings.host, port):
                 with socket.socket(family, kind) as tried:
                     tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     if family == socket.AF_INET6:
@@ -210,9 +210,7 @@ def refuse_taken_ports(settings: ServiceSettings) -> None:
         sys.exit(CANNOT_LISTEN)
 
 
-def _addresses(host: str, port: int | None) -> list[Any]:
-    if port is None:
-        return []
+def _addresses(host: str, port: int) -> list[Any]:
     bare = host.strip("[]")
     return socket.getaddrinfo(None if bare == "::" else bare, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
 

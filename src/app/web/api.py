@@ -164,7 +164,11 @@ def route_scopes(api: FastAPI) -> RouteScopes:
 async def _answer(_: Request, error: Exception) -> JSONResponse:
     """Every error in the one shape. A body that FastAPI did not read as JSON has the wrong type, not a wrong shape."""
     if isinstance(error, RequestValidationError):
-        refusal = _invalid(error.errors())
+        errors = error.errors()
+        first = next(iter(errors), {"loc": (), "msg": "the request cannot be read"})
+        where = ".".join(str(part) for part in first["loc"])
+        others = f" (and {len(errors) - 1} more faults)" if len(errors) > 1 else ""
+        refusal = Refusal(422, f"{where}: {first['msg']}{others}", SEE_DOCS, where)
         if refusal.fault == "body" and isinstance(error.body, bytes) and error.body:
             refusal = Refusal(415, "this media type is not read", "send application/json")
     elif isinstance(error, HTTPException):
@@ -174,13 +178,6 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
     else:
         refusal = refusal_of(error)
     return JSONResponse(refusal.body, refusal.status, headers=dict(refusal.headers))
-
-
-def _invalid(errors: Sequence[Any]) -> Refusal:
-    first = next(iter(errors), {"loc": (), "msg": "the request cannot be read"})
-    where = ".".join(str(part) for part in first["loc"])
-    others = f" (and {len(errors) - 1} more faults)" if len(errors) > 1 else ""
-    return Refusal(422, f"{where}: {first['msg']}{others}", SEE_DOCS, where)
 
 
 def _documentation(api: FastAPI) -> APIRouter:
