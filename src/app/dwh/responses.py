@@ -5,7 +5,7 @@ import csv
 import io
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -51,29 +51,27 @@ MEDIA: dict[Format, str] = {
 Block = Sequence[Sequence[Any]]
 
 
-def _flags(columns: Sequence[TableColumn]) -> Sequence[int]:
-    return [place for place, column in enumerate(columns) if column.kind == "bool"]
-
-
-def _turned(block: Block, places: Sequence[int], turn: Callable[[Any], Any]) -> Block:
-    """The block with the values at `places` turned; most tables have none."""
-    if not places:
+def _turned(block: Block, turns: Mapping[int, Callable[[Any], Any]]) -> Block:
+    """The block with the values of some columns turned; most tables have none of these."""
+    if not turns:
         return block
     rows = [list(row) for row in block]
     for row in rows:
-        for place in places:
+        for place, turn in turns.items():
             row[place] = None if row[place] is None else turn(row[place])
     return rows
 
 
+def _turns(columns: Sequence[TableColumn], **by_kind: Callable[[Any], Any]) -> Mapping[int, Callable[[Any], Any]]:
+    return {place: by_kind[column.kind] for place, column in enumerate(columns) if column.kind in by_kind}
+
+
 def _encoder(columns: Sequence[TableColumn]) -> Callable[[Block], bytes]:
     """Rows as lines of JSON, encoded in compiled code from a row type that holds what the database gave."""
-    names = [column.name for column in columns]
-    row: Any = msgspec.defstruct("StoredRow", [(name, Any) for name in names], gc=False)
+    row: Any = msgspec.defstruct("StoredRow", [(column.name, Any) for column in columns], gc=False)
     encode = msgspec.json.Encoder().encode_lines
-    flags = _flags(columns)
-    as_json = [place for place, column in enumerate(columns) if column.kind == "json"]
-    return lambda block: encode([row(*values) for values in _turned(_turned(block, flags, bool), as_json, msgspec.Raw)])
+    turns = _turns(columns, bool=bool, json=msgspec.Raw)
+    return lambda block: encode([row(*values) for values in _turned(block, turns)])
 
 
 def _made(block: Block) -> bytes:
@@ -120,15 +118,14 @@ class _Csv(Lines):
 
     def __init__(self, columns: Sequence[TableColumn], file: Any, *, bom: bool, formula_safe: bool) -> None:
         super().__init__(file, self._cells)
-        self._flags = _flags(columns)
-        texts = [place for place, column in enumerate(columns) if column.kind in ("text", "json")]
-        self._texts = texts if formula_safe else ()
+        safe = {"text": _without_formula, "json": _without_formula} if formula_safe else {}
+        self._turns = _turns(columns, bool=lambda value: str(bool(value)).lower(), **safe)
         if bom:
             file.write(codecs.BOM_UTF8)
-        self.write([[column.name for column in columns]])
+        file.write((",".join(column.name for column in columns) + "\n").encode())
 
     def _cells(self, block: Block) -> bytes:
-        cells = _turned(_turned(block, self._flags, _flag), self._texts, _without_formula)
+        cells = _turned(block, self._turns)
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(cells)
         return (_with_quoted_returns(cells) if "\r" in text.getvalue() else text.getvalue()).encode()
@@ -146,10 +143,6 @@ def _with_quoted_returns(block: Block) -> str:
 
 def _without_formula(text: str) -> str:
     return f"'{text}" if text.startswith(tuple(FORMULA)) else text
-
-
-def _flag(value: Any) -> Any:
-    return value if isinstance(value, str) else str(bool(value)).lower()
 
 
 class _Parquet(Lines):

@@ -31,7 +31,7 @@ from app.core.verify import Sign, Verdict, refuse_unknown
 from app.core.verify import verify as compared
 from app.core.windows import Window, refuse_future
 from app.ops.health import look
-from app.ops.json_views import failures_shown, instant_text, run_shown
+from app.ops.json_views import RUN_NUMBERS, failures_shown, instant_text, run_shown
 from app.ops.scheduler import ProgressTally, able, backfill_job, bar, logged, named
 from app.ops.service import BuiltService
 from app.ops.verification import NO_VERIFICATION, heal_job, shown, told
@@ -408,11 +408,7 @@ def _document(last: Run, total: Report, *, dry_run: bool) -> dict[str, Any]:
         "job": last.job,
         "outcome": last.outcome.value,
         "dry_run": dry_run,
-        "rows": total.rows,
-        "bytes": total.bytes,
-        "windows": total.windows,
-        "late_rows": total.late_rows,
-        "corrected_rows": total.corrected_rows,
+        **{name: getattr(total, name) for name in RUN_NUMBERS if name != "new_rows"},
         "removed_rows": total.removed_rows,
         "ledger": to_json(total.ledger),
         "ledger_text": summary_of(total.ledger),
