@@ -170,14 +170,10 @@ def check_numbers(text: bytes) -> None:
     PostgreSQL writes such a number out: nine characters such as 1e-16000 come back as sixteen thousand.
     """
     if SMALL_OR_LONG.search(text):
-        numbers = (token for token in TOKENS.findall(text) if not token.startswith(b'"'))
-        if any(len(number) > NUMBER_CHARACTERS or _vanishes(number) for number in numbers):
-            raise Suspicious
-
-
-def _vanishes(number: bytes) -> bool:
-    mantissa = number.lower().partition(b"e")[0]
-    return float(number) == 0 and mantissa.strip(b"-0.") != b""
+        for number in (token for token in TOKENS.findall(text) if not token.startswith(b'"')):
+            vanishes = float(number) == 0 and number.lower().partition(b"e")[0].strip(b"-0.")
+            if len(number) > NUMBER_CHARACTERS or vanishes:
+                raise Suspicious
 
 
 def depth(value: Any) -> int:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -61,6 +61,7 @@ from app.objects.streams import (
     media_type,
     opened,
 )
+from app.ops.json_views import whole_second
 from app.web.api import Streamed, refuse_unknown_parameters
 from app.web.auth import OPEN, needs
 from app.web.body_bridge import GONE, taken_in
@@ -121,7 +122,6 @@ def build(serving: ObjectRoutes) -> APIRouter:
     """All routes."""
     router = APIRouter(prefix="/s3", tags=["s3"], dependencies=[Depends(refuse_unknown_parameters), Depends(_refusals)])
     _looking(router, serving)
-    _downloading(router, serving)
     _linking(router, serving)
     _upload_links(router, serving)
     _uploading(router, serving)
@@ -181,13 +181,6 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         return JSONResponse(info_json(known, found))
 
 
-def _downloading(router: APIRouter, serving: ObjectRoutes) -> None:
-    async def download(request: Request, key: Key) -> Response:
-        return await _download(request, serving, _reach(request, serving).reads(key))
-
-    _get_and_head(router, "/download", download, "s3:read", "The bytes of an object or of a range of it")
-
-
 def _get_and_head(router: APIRouter, path: str, route: Callable[..., Any], scope: str, summary: str) -> None:
     router.add_api_route(
         path,
@@ -237,6 +230,11 @@ async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> 
 
 
 def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
+    async def download(request: Request, key: Key) -> Response:
+        return await _download(request, serving, _reach(request, serving).reads(key))
+
+    _get_and_head(router, "/download", download, "s3:read", "The bytes of an object or of a range of it")
+
     @router.get(
         "/link",
         summary="A link that reads one object for a while without a key",
@@ -250,7 +248,7 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
         now = serving.clock()
         made = await serving.ask(serving.links.make, held, now, expires)
         url = str(request.base_url).rstrip("/") + made if made.startswith("/") else made
-        until = instant(now + timedelta(seconds=expires))
+        until = whole_second(now + timedelta(seconds=expires))
         return JSONResponse({"key": held.key, "url": url, "expires_at": until})
 
     async def shared(
@@ -299,7 +297,7 @@ def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
             "content_type": media,
             "min_bytes": min_bytes,
             "max_bytes": largest,
-            "expires_at": instant(now + timedelta(seconds=expires)),
+            "expires_at": whole_second(now + timedelta(seconds=expires)),
         }
         return JSONResponse(answer)
 
@@ -431,15 +429,10 @@ def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
 # What /s3 answers, as JSON and as headers.
 
 
-def instant(at: datetime) -> str:
-    """Whole seconds with Z, as S3's own listings are shown."""
-    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def page_json(question: PageRequest, page: Page) -> Mapping[str, Any]:
     """A page of a listing."""
     objects = [
-        {"Key": info.key, "LastModified": instant(info.modified_at), "Size": info.size_bytes, "ETag": info.etag}
+        {"Key": info.key, "LastModified": whole_second(info.modified_at), "Size": info.size_bytes, "ETag": info.etag}
         for info in page.objects
     ]
     answer: dict[str, Any] = {"prefix": question.prefix, "objects": objects, "count": len(objects)}
@@ -459,7 +452,7 @@ def info_json(key: str, held: ObjectInfo | None) -> Mapping[str, Any]:
         "exists": True,
         "size": held.size_bytes,
         "etag": held.etag,
-        "last_modified": instant(held.modified_at),
+        "last_modified": whole_second(held.modified_at),
         "content_type": held.content_type,
         "metadata": {name: value for name, value in held.metadata.items() if name != MARK},
         **{name.replace("-", "_"): held.headers[name] for name in CONTENT_HEADERS if name in held.headers},

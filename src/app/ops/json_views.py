@@ -22,7 +22,7 @@ def lag_seconds(partition: Checkpoint, now: datetime) -> float | None:
 
 def whole_second(at: datetime) -> str:
     """`YYYY-MM-DDTHH:MM:SSZ`."""
-    return f"{at:%Y-%m-%dT%H:%M:%SZ}"
+    return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def instant_text(at: datetime | None) -> str | None:

@@ -30,6 +30,7 @@ from app.ops.json_views import (
     answered_with,
     instant_text,
     run_shown,
+    whole_second,
 )
 from app.ops.service import Operations
 from app.ops.summary import HISTORY, Snapshot, file_address, problems_of, summary_of
@@ -240,8 +241,8 @@ def _window(
     letter = letter_of(cell)
     record = records[0] if records else None
     return {
-        "from": f"{cell.window.start:%Y-%m-%dT%H:%M:%SZ}",
-        "to": f"{cell.window.end:%Y-%m-%dT%H:%M:%SZ}",
+        "from": whole_second(cell.window.start),
+        "to": whole_second(cell.window.end),
         "letter": letter,
         "state": WORDS[letter],
         "rows": cell.rows,

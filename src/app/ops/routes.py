@@ -356,7 +356,13 @@ def _acting(router: APIRouter, ops: Operations) -> None:
 
     @router.post("/ops/jobs/{job}/backfill", summary="Fill past windows again", **ACT_ABLE)
     def backfill(job: JobInPath, span: Annotated[Span, Body()], request: Request) -> dict[str, Any]:
-        scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()), _caller(request))
+        known(scheduler, job)
+        window = bounded(span.from_at, span.to_at, "body")
+        try:
+            refuse_future(window, ops.clock())
+        except Rejected as error:
+            raise Refused(422, error.message, error.hint, "body.to") from error
+        scheduler.backfill(job, window, _caller(request))
         return accepted(scheduler, job)
 
     @router.post("/ops/jobs/{job}/verify", summary="Compare both ends by content", **ACT_ABLE)
@@ -390,16 +396,6 @@ def known(scheduler: Scheduler, job: str) -> str:
     if views[job].off:
         raise Refused(409, f"job {job} is off", views[job].off)
     return job
-
-
-def past_window(span: Span, now: datetime) -> Window:
-    """The window of a body, to be filled. Refuses one that is empty, reversed or in the future."""
-    window = bounded(span.from_at, span.to_at, "body")
-    try:
-        refuse_future(window, now)
-    except Rejected as error:
-        raise Refused(422, error.message, error.hint, "body.to") from error
-    return window
 
 
 def accepted(scheduler: Scheduler, job: str) -> dict[str, Any]:

@@ -142,8 +142,12 @@ def counted(count: int, noun: str) -> str:
 
 def problems_of(seen: Snapshot) -> Sequence[Problem]:
     """Everything that is wrong, the worst first."""
+    unreachable = seen.ops.probes.unreachable().items()
     found = [
-        *_unreachable(seen),
+        *(
+            Problem("unreachable", "", f"{name} cannot be reached", error, hint, noun="system", about=name)
+            for name, (error, hint) in unreachable
+        ),
         *_failing(seen),
         *_windows(seen),
         *_late(seen),
@@ -152,11 +156,6 @@ def problems_of(seen: Snapshot) -> Sequence[Problem]:
     ]
     rank = {kind: place for place, kind in enumerate(ORDER)}
     return sorted(found, key=lambda each: (rank[each.kind], each.job, -each.count, each.partition))
-
-
-def _unreachable(seen: Snapshot) -> Iterator[Problem]:
-    for name, (error, hint) in seen.ops.probes.unreachable().items():
-        yield Problem("unreachable", "", f"{name} cannot be reached", error, hint, noun="system", about=name)
 
 
 def _failing(seen: Snapshot) -> Iterator[Problem]:

@@ -103,8 +103,13 @@ class Front:
                 held = list(message.get("headers", ()))
                 names = {name.lower() for name, _ in held} - {b"vary"}
                 message = {**message, "headers": [*held, *(each for each in added if each[0] not in names)]}
-                if scope["method"] not in SAFE_METHODS:
-                    _log_change(scope, message["status"])
+                if scope["method"] not in SAFE_METHODS:  # one line: who asked for what change, and how it was answered
+                    who = getattr(scope.get("state", {}).get("grant"), "name", "nobody")
+                    path = scope.get("raw_path", b"").decode("latin-1")[:AUDITED_CHARACTERS]
+                    said = {"who": who, "method": scope["method"], "path": path, "status": message["status"]}
+                    address = (scope.get("client") or ("",))[0]
+                    text = "%s %s by %s: %d"
+                    audit.info(text, scope["method"], path, who, message["status"], extra={**said, "address": address})
             await send(message)
 
         try:
@@ -182,15 +187,6 @@ async def _send_locked_page(send: Send) -> None:
     headers = [(b"content-type", b"text/html; charset=utf-8"), (b"content-security-policy", policy)]
     await send({"type": "http.response.start", "status": LOCKED.status, "headers": headers})
     await send({"type": "http.response.body", "body": page})
-
-
-def _log_change(scope: Scope, status: int) -> None:
-    """One line: who asked for what change, and how it was answered."""
-    who = getattr(scope.get("state", {}).get("grant"), "name", "nobody")
-    path = scope.get("raw_path", b"").decode("latin-1")[:AUDITED_CHARACTERS]
-    said = {"who": who, "method": scope["method"], "path": path, "status": status}
-    address = (scope.get("client") or ("",))[0]
-    audit.info("%s %s by %s: %d", scope["method"], path, who, status, extra={**said, "address": address})
 
 
 def _preflight(scope: Scope, methods: Methods, guard: Guard) -> list[tuple[bytes, bytes]]:
