@@ -174,6 +174,7 @@ def plan_here(devices: int) -> None:
     from app.db.state import open_state
     from app.influx_to_s3.job import NAME, build
     from app.object_store.local import LocalDirectory
+    from app.object_store.request_counts import RequestCounter
     from app.object_store.set_aside import SetAsideStore, folder_of
     from app.scale.shards import Shards
 
@@ -185,7 +186,8 @@ def plan_here(devices: int) -> None:
     with closing(open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)) as state:
         store, queue = LocalDirectory(settings.service.data_dir / "objects"), Discarding()
         aside = SetAsideStore(store, folder_of("telemetry"), 1 << 20)
-        shards = Shards(queue, queue, shards=settings.export.shards, patience_seconds=30)
+        requests = RequestCounter().add_elsewhere
+        shards = Shards(queue, queue, requests, shards=settings.export.shards, patience_seconds=30)
         export = build(settings, state.checkpoints, store, set_aside=aside, clock=state.clock, steps=shards)
         job = next(job for job in export.jobs if job.name == NAME)
         desk = RunDesk(state.clock, state.leases, state.runs, LeaseTerms("bench"), lambda *_: None)

@@ -85,10 +85,11 @@ class Sitting:
     def live(self, rounds: int) -> dict[str, Any]:
         """All rounds, then everything to its end; what was counted."""
         self.counts.update(dict.fromkeys(("kills", *ACTS, *FAULTS, "idle"), 0))
+        most = self.chance.choice((3, 12))  # in some sittings there is hardly any time between two faults
         self._start_all()
         self._recover()
         for _ in range(rounds):
-            for act in self.chance.choices(ACTS, WEIGHTS, k=self.chance.choice((1, 1, 2, 3))):
+            for act in self.chance.choices(ACTS, WEIGHTS, k=self.chance.randint(1, most)):
                 time.sleep(self.chance.uniform(0, 0.8))
                 self.counts[act] += 1
                 getattr(self, f"_{act}")()

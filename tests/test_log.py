@@ -293,6 +293,7 @@ def test_of_one_kind_only_so_many_lines_are_written_and_the_others_are_counted()
     assert limits.rest() == []
 
 
+@pytest.mark.slow
 def test_kinds_without_number_are_bounded_together_and_in_memory() -> None:
     limits = LogLimits()
     assert len(written(limits, (recorded(f"made up {number}", 0.0) for number in range(5000)))) == 150

@@ -291,7 +291,7 @@ def build(
     counter = RequestCounter()
     store = open_store(settings, counter)
     costs = RequestCosts(counter, state.requests, prices_for(settings), state.clock, settings.request_costs.max_monthly)
-    workers = workers_of(settings, state)
+    workers = workers_of(settings, state, counter)
     steps = workers.steps if workers and is_worker else in_this_process
     parts = ServiceParts(settings, state, store, state.clock, warehouse, counter, costs, steps)
     pipelines = wiring(parts)
@@ -322,7 +322,7 @@ def build(
     return service
 
 
-def workers_of(settings: Settings, state: State) -> "Workers | None":
+def workers_of(settings: Settings, state: State, counter: RequestCounter) -> "Workers | None":
     """Other processes that run jobs; None where this one does. Raises BadSettings when the queue is not installed."""
     if settings.lease.engine == "embedded":
         return None
@@ -331,7 +331,7 @@ def workers_of(settings: Settings, state: State) -> "Workers | None":
     except ModuleNotFoundError as error:
         missing = f"SCALE_ENGINE={settings.lease.engine!r}: the package {error.name} is not installed"
         raise BadSettings([f"{missing}; install headwater with its extra: pip install 'headwater[scale]'"]) from error
-    return Workers(settings, state)
+    return Workers(settings, state, counter.add_elsewhere)
 
 
 def open_store(settings: Settings, counter: RequestCounter) -> "ObjectStore":

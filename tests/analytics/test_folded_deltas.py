@@ -21,6 +21,8 @@ from exports import exported, stored
 from lake import BUILT_IN, PREFIX, Lake, bucket_lake, local_lake
 from seaweed import Seaweed
 
+pytestmark = pytest.mark.slow
+
 SPAN = Window(NOON - 3 * HOUR, NOON)
 FIRST = Window(NOON - 3 * HOUR, NOON - 2 * HOUR)
 

@@ -387,6 +387,7 @@ def test_what_cannot_be_read_is_named_each_with_its_reason(lake: Lake, tmp_path:
         assert str(tmp_path) not in found[key]
 
 
+@pytest.mark.slow
 def test_an_object_that_needs_more_memory_than_there_is_is_named_and_tried_again(lake: Lake, tmp_path: Path) -> None:
     lake.put("good.parquet", plain(frame()))
     text = pa.array(["x" * (48 << 20)] * 4)

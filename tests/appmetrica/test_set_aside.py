@@ -154,6 +154,7 @@ def test_columns_are_read_by_name(world: World, columns: Callable[[Sequence[str]
     assert {"city", "event_name"} <= set(header)
 
 
+@pytest.mark.slow
 def test_a_backfill_stores_an_object_that_was_deleted(world: World) -> None:
     made, _, pull = world
     pull.to_the_end()
@@ -207,6 +208,7 @@ def test_an_hour_that_fails_for_a_day_is_set_aside_and_a_backfill_lands_it(world
     assert len(made.rows("events_part")) == 25 * (ROWS + 1)
 
 
+@pytest.mark.slow
 def test_a_file_that_never_comes_is_told_after_a_day_and_holds_up_no_other_hour(world: World) -> None:
     made, simulator, pull = world
     bad = FIRST + 10 * HOUR
@@ -241,6 +243,7 @@ def test_a_request_of_a_clock_that_was_ahead_is_made_again_and_narrowed_after_a_
     assert failure.hint == "no action needed: it is asked for hour by hour from now on"
 
 
+@pytest.mark.slow
 def test_a_service_that_is_away_for_days_sets_nothing_aside(world: World) -> None:
     made, simulator, pull = world
     pull.exports.zone()

@@ -24,6 +24,8 @@ from app.db.postgres import PostgresDatabase
 from app.db.state import State, open_state
 from postgres import PostgresServer
 
+pytestmark = pytest.mark.slow
+
 START = datetime(2026, 2, 7, tzinfo=UTC)
 HOLDER = """
 import sys

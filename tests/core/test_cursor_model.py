@@ -130,6 +130,7 @@ def passes_a_window(rules: Rules) -> tuple[bool, int]:
     return False, len(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.slow  # it looks at the rule alone and not at the product, so that no change of that can break it
 @pytest.mark.parametrize("goes_on", ["first start", "stamp"])
 def test_a_lost_cursor_passes_no_window_whose_rows_are_not_there(goes_on: str) -> None:

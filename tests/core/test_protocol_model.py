@@ -541,6 +541,7 @@ RIGHT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rules", "broken"), RIGHT, ids=lambda each: name_of(each) if isinstance(each, Rules) else "")
 def test_no_interleaving_of_two_passes_breaks_anything(rules: Rules, broken: str) -> None:
     explored = Exploration(rules).run()
@@ -565,6 +566,7 @@ WRONG = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rules", "breaks"), WRONG, ids=lambda each: name_of(each) if isinstance(each, Rules) else "")
 def test_a_rule_that_is_left_out_breaks_what_it_is_there_for(rules: Rules, breaks: str) -> None:
     assert Exploration(rules).run(until=breaks).broken >= set(breaks)

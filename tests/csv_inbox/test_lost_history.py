@@ -44,6 +44,7 @@ def check(here: World, master: bytes = MERGED) -> None:
     assert {(here.config.archive_dir / name).read_text() for name in here.archived} == {OLD, NEW}
 
 
+@pytest.mark.slow
 def test_history_metadata_and_index_may_be_gone_when_a_merge_is_completed(memory_path: Path) -> None:
     number = 0
     for here in begun(memory_path):
@@ -56,6 +57,7 @@ def test_history_metadata_and_index_may_be_gone_when_a_merge_is_completed(memory
     assert number > 5
 
 
+@pytest.mark.slow
 def test_without_its_journal_a_merge_is_completed_or_done_again(memory_path: Path) -> None:
     for here in begun(memory_path):
         InboxPaths(here.config).journal.unlink()
@@ -63,6 +65,7 @@ def test_without_its_journal_a_merge_is_completed_or_done_again(memory_path: Pat
         check(here)
 
 
+@pytest.mark.slow
 def test_a_journal_that_is_set_back_changes_nothing_and_each_end_is_told(
     memory_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -82,6 +85,7 @@ def test_a_journal_that_is_set_back_changes_nothing_and_each_end_is_told(
         assert (here.master, here.archived, here.loads) == (after, archived, history)
 
 
+@pytest.mark.slow
 def test_a_merge_whose_new_master_is_gone_is_done_again_while_the_file_is_in_the_inbox(memory_path: Path) -> None:
     outcomes = []
     for here in begun(memory_path):

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "src"
 APP = SOURCES / "app"
@@ -37,6 +39,7 @@ def test_core_imports_the_standard_library_and_itself_only() -> None:
     assert not outside
 
 
+@pytest.mark.slow
 def test_all_of_app_can_be_imported_where_there_are_no_simulators() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORT_ALL_OF_APP], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -237,6 +237,7 @@ def test_of_two_files_of_a_name_the_oldest_is_updated_and_the_other_trashed(
     assert "more than once" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

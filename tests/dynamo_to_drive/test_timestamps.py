@@ -71,6 +71,7 @@ def endings(offset: str, *, is_given: bool) -> st.SearchStrategy[str]:
 written = instants.flatmap(lambda at: st.tuples(st.just(at), texts(at)))
 
 
+@pytest.mark.slow
 @settings(max_examples=500 * EFFORT, deadline=None)
 @given(written)
 def test_every_writing_is_read_as_its_instant_and_is_found_in_its_hour(found: tuple[datetime, str]) -> None:
@@ -86,6 +87,7 @@ def test_every_writing_is_read_as_its_instant_and_is_found_in_its_hour(found: tu
         assert not Hour(times, other).has_all([text])
 
 
+@pytest.mark.slow
 @settings(max_examples=150 * EFFORT, deadline=None)
 @given(st.lists(written, min_size=2, max_size=6))
 def test_texts_of_any_writings_sort_by_their_instants(found: list[tuple[datetime, str]]) -> None:

@@ -115,6 +115,7 @@ def test_items_of_all_writings_in_one_partition_are_in_the_file_of_their_hour_in
     assert ship.run().ledger.fields == {ALL: Tally(counted=72, read=72, already_there=72)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "zone"),
     [
@@ -145,6 +146,7 @@ def test_a_producer_that_changes_its_writing_is_noticed_by_a_process_that_goes_o
     assert len(rows(ship)["12"]) == 43
 
 
+@pytest.mark.slow
 def test_an_hour_whose_items_all_have_an_offset_is_found_also_when_it_is_the_first_of_a_backfill(
     ship: Shipping,
 ) -> None:
@@ -156,6 +158,7 @@ def test_an_hour_whose_items_all_have_an_offset_is_found_also_when_it_is_the_fir
     assert {hour: len(each) for hour, each in rows(ship).items()} == {"12": 6, "13": 6, "14": 6, "02": 1, "03": 1}
 
 
+@pytest.mark.slow
 def test_an_hour_that_has_another_offset_among_its_own_is_found_where_later_hours_show_it(ship: Shipping) -> None:
     put(ship, *(iso(START + minute * MINUTE, form="%Y-%m-%dT%H:%M:%SZ") for minute in range(0, 40 * 60, 10)))
     put(ship, *(iso(START + minute * MINUTE, BERLIN) for minute in range(20 * 60 + 5, 30 * 60, 10)))
@@ -211,6 +214,7 @@ def test_items_that_cannot_be_read_are_set_aside_once_with_their_text_and_the_ot
     assert fault_of(again.ledger) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -251,6 +255,7 @@ def test_a_table_in_which_nothing_can_be_read_is_a_failure_and_the_cursor_stays(
     assert ship.checkpoints.cursors(job.NAME)[TABLE] == START - 2 * HOUR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("unit", "looks", "digits"), [("s", "ms", 1000), ("ms", "s", 1), ("ms", "us", 1_000_000)])
 @pytest.mark.parametrize("letter", ["N", "S"])
 def test_a_wrong_unit_is_named_by_the_run_and_by_check(

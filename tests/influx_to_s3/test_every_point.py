@@ -23,6 +23,8 @@ from exports import content, objects, rows_of
 from influxdb1 import InfluxDB1
 from simulators.line_protocol import parse_lines
 
+pytestmark = pytest.mark.slow
+
 MEASUREMENT = "device_telemetry"
 DAY_NS = 86_400 * 10**9
 START = NOON - 2 * timedelta(days=1)

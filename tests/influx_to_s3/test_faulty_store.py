@@ -162,6 +162,7 @@ def test_a_missing_bucket_and_a_wrong_key_are_one_clear_line(seaweed: Seaweed, b
                 assert words in run.hint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 1 + 3 * EFFORT))])
 def test_two_processes_that_know_nothing_of_each_other_lose_and_double_nothing(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)  # noqa: S311 - an order of events is no secret

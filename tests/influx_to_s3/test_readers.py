@@ -398,6 +398,7 @@ def check_readers(influxdb1: InfluxDB1, given_points: list[Point]) -> None:
             assert reader.devices(SPAN.start) == sorted(name for name, cells in by_device.items() if name and cells)
 
 
+@pytest.mark.slow
 @given(points())
 @settings(max_examples=5, deadline=None)
 def test_every_reader_gives_what_was_written(influxdb1: InfluxDB1, given_points: list[Point]) -> None:

@@ -135,6 +135,7 @@ def test_the_dashboard_signs_in_with_a_cookie_that_scripts_and_other_sites_canno
     assert ("dwh-read", "POST", "/ops/session", 403) in found
 
 
+@pytest.mark.slow
 def test_ten_wrong_keys_a_minute_then_429_while_right_keys_go_on(daemons: Daemons) -> None:
     daemon = daemons.start(API_KEYS=entry("root", "admin"))
     answers = [daemon.get("/ops/jobs", {"X-API-Key": f"guess-{n}"}) for n in range(12)]

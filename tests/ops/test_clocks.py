@@ -84,6 +84,7 @@ def test_what_lies_ahead_of_now_is_shown_and_makes_nothing_unready(daemons: Daem
     assert runs_of(daemon, "quick")[0] < datetime.now(UTC) + timedelta(minutes=1)
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_said_in_the_log_in_ready_and_by_check(
     daemons: Daemons, shell: Shell, tmp_path: Path
 ) -> None:

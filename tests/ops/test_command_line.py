@@ -27,6 +27,8 @@ from daemon_jobs import quick_jobs
 from given_settings import loaded
 from shell import Shell
 
+pytestmark = pytest.mark.slow
+
 
 def test_wrong_settings_end_with_78_and_one_line_each(shell: Shell) -> None:
     done = shell.run("", "serve", PORT="eighty", EXPORT_WINDOW_SECONDS="7")

@@ -65,6 +65,7 @@ def test_with_no_configuration_the_service_is_ready_small_and_has_its_pages(daem
     assert not [name for name in ("numpy", "pyarrow", "duckdb", "pandas") if f"/{name}" in loaded]
 
 
+@pytest.mark.slow
 def test_a_misspelt_variable_is_in_the_log_of_the_start_wherever_it_stands(daemons: Daemons, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("INFLUX_URL=http://canary\n")
     daemon = daemons.start(S3_BUKET="canary")
@@ -74,6 +75,7 @@ def test_a_misspelt_variable_is_in_the_log_of_the_start_wherever_it_stands(daemo
     assert "canary" not in daemon.log
 
 
+@pytest.mark.slow
 def test_with_postgresql_away_the_process_is_healthy_and_not_ready(daemons: Daemons) -> None:
     daemon = daemons.start("quick_jobs", CHECKPOINT_DATABASE_URL=f"postgresql://u:canary@127.0.0.1:{free_port()}/d")
     daemon.until(lambda: daemon.get("/ready").json["checks"]["s3_accessible"])
@@ -146,6 +148,7 @@ def test_a_signal_before_the_server_listens_ends_the_process(daemons: Daemons) -
     assert "Traceback" not in daemon.log
 
 
+@pytest.mark.slow
 def test_health_answers_quickly_while_a_job_computes(daemons: Daemons, tmp_path: Path) -> None:
     daemon = daemons.start("busy_job")
     daemon.until(lambda: trace(tmp_path))
@@ -158,6 +161,7 @@ def test_health_answers_quickly_while_a_job_computes(daemons: Daemons, tmp_path:
     assert statistics.median(times) < 0.2
 
 
+@pytest.mark.slow
 def test_jobs_are_run_paused_resumed_and_filled_over_http(daemons: Daemons) -> None:
     daemon = daemons.start("quick_jobs")
     daemon.until(lambda: daemon.job("failing")["last_run"] and daemon.job("failing")["state"] == "waiting")
@@ -178,6 +182,7 @@ def test_jobs_are_run_paused_resumed_and_filled_over_http(daemons: Daemons) -> N
     daemon.until(lambda: daemon.job("quick")["state"] in ("running", "waiting"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [
@@ -257,6 +262,7 @@ def test_an_unforeseen_failure_is_recorded_without_markup_or_trace_in_the_answer
     assert "Traceback" in shared.log
 
 
+@pytest.mark.slow
 def test_without_keys_a_page_of_another_site_can_neither_read_nor_act(shared: Daemon) -> None:
     assert shared.post("/ops/jobs/quick/run", headers={"Sec-Fetch-Site": "cross-site"}).status == 403
     assert shared.get("/ops/jobs", {"Host": "rebound.example"}).status == 403
@@ -264,6 +270,7 @@ def test_without_keys_a_page_of_another_site_can_neither_read_nor_act(shared: Da
     assert shared.get("/ops/jobs", {"Host": f"localhost:{shared.port}"}).status == 200
 
 
+@pytest.mark.slow
 def test_a_body_over_the_limit_is_refused_whatever_its_length_says(shared: Daemon) -> None:
     reply = shared.post("/ops/session", {"key": "x" * 3000})
     assert reply.status == 413

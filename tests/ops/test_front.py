@@ -124,6 +124,7 @@ REFUSED_EARLY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED_EARLY.values(), ids=REFUSED_EARLY)
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_refusal_before_the_end_of_a_body_arrives_as_an_answer(
@@ -258,6 +259,7 @@ def test_a_body_that_brings_next_to_nothing_is_cut_off(daemon: Daemon) -> None:
         assert answered
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_few_descriptors_and_many_idle_connections_leave_health_and_the_log_alone(tmp_path: Path) -> None:
     """Own start: with 256 descriptors, and with connections that are renewed as soon as they are closed."""

@@ -22,6 +22,8 @@ from daemon_jobs import shelf
 from given_settings import loaded
 from shell import Shell
 
+pytestmark = pytest.mark.slow
+
 SPAN_HOURS = 24
 
 

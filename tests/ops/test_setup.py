@@ -3,11 +3,15 @@
 import subprocess
 import sys
 
+import pytest
+
 from app.cli import SETUPS
 from app.config.environment import load_settings, read_dotenv
 from app.ops.setup import PIPELINES, merged, quoted
 from shell import Shell
 from simulators.influx import InfluxSimulator
+
+pytestmark = pytest.mark.slow
 
 
 def answered(shell: Shell, *words: str, answers: str) -> "subprocess.CompletedProcess[str]":

@@ -1,5 +1,6 @@
 """Plans: what is sent of them, what is done here, and that all that they counted is in the ledger whoever reports."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -49,6 +50,7 @@ class Workers:
     failing: bool = False
     late: Sequence[StepReport] = ()
     sent: dict[str, SyncPlan] = field(default_factory=dict)
+    requests: Counter[str] = field(default_factory=Counter)  # those of their steps
 
     def send_step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> bool:
         if step in self.waiting:
@@ -66,7 +68,11 @@ class Workers:
         report = landed(self.sent[step])
         if self.failing:
             report = self.sent[step].left() + Report(failures=(Failure(step, "no answer", "look"),))
-        return StepReport("run-1", step, report)
+        return StepReport("run-1", step, report, {"put": 2})
+
+
+def shared(workers: Workers, *, shards: int, patience_seconds: float) -> Shards:
+    return Shards(workers, workers, workers.requests.update, shards=shards, patience_seconds=patience_seconds)
 
 
 def here(_: Context, part: SyncPlan) -> Report:
@@ -83,12 +89,13 @@ def test_a_plan_comes_back_as_it_was_sent() -> None:
 def test_every_device_is_sent_once_and_always_in_the_same_shard() -> None:
     names = [f"D{number}" for number in range(50)]
     workers = Workers()
-    report = Shards(workers, workers, shards=4, patience_seconds=5)(context(), plan(*names), here)
+    report = shared(workers, shards=4, patience_seconds=5)(context(), plan(*names), here)
     assert sorted(name for part in workers.sent.values() for name in part.cursors) == sorted(names)
     assert set(workers.sent) <= {f"influx_to_s3/{number}" for number in range(4)}
     assert (report.ledger.total.counted, report.ledger.total.new) == (450, 450)
+    assert workers.requests == {"put": 2 * len(workers.sent)}
     again = Workers()
-    Shards(again, again, shards=4, patience_seconds=5)(context(), plan("D7"), here)
+    shared(again, shards=4, patience_seconds=5)(context(), plan("D7"), here)
     ((step, _),) = again.sent.items()
     assert "D7" in workers.sent[step].cursors
 
@@ -96,23 +103,23 @@ def test_every_device_is_sent_once_and_always_in_the_same_shard() -> None:
 @pytest.mark.parametrize("name", ["", "nul\x00", "\ud800"])
 def test_what_no_database_can_hold_is_done_here(name: str) -> None:
     workers = Workers()
-    report = Shards(workers, workers, shards=4, patience_seconds=5)(context(), plan(name, "D1"), here)
+    report = shared(workers, shards=4, patience_seconds=5)(context(), plan(name, "D1"), here)
     assert [list(part.cursors) for part in workers.sent.values()] == [["D1"]]
     assert report.ledger.total.new == 18
 
 
 def test_a_dry_run_sends_nothing() -> None:
     workers = Workers()
-    assert Shards(workers, workers, shards=4, patience_seconds=5)(context(dry_run=True), plan("D1"), here).rows == 9
+    assert shared(workers, shards=4, patience_seconds=5)(context(dry_run=True), plan("D1"), here).rows == 9
     assert not workers.sent
 
 
 def test_what_a_dead_worker_had_waits_and_the_next_plan_is_due_at_once() -> None:
     workers = Workers()
-    Shards(workers, workers, shards=2, patience_seconds=5)(context(), plan("D1", "D2", "D3"), here)
+    shared(workers, shards=2, patience_seconds=5)(context(), plan("D1", "D2", "D3"), here)
     lost = next(iter(workers.sent))
     dying = Workers(lost=(lost,))
-    report = Shards(dying, dying, shards=2, patience_seconds=0.1)(context(), plan("D1", "D2", "D3"), here)
+    report = shared(dying, shards=2, patience_seconds=0.1)(context(), plan("D1", "D2", "D3"), here)
     assert report.more
     assert report.ledger.closes
     assert report.ledger.total.waiting == 9 * len(workers.sent[lost].cursors)
@@ -121,21 +128,21 @@ def test_what_a_dead_worker_had_waits_and_the_next_plan_is_due_at_once() -> None
 
 def test_a_shard_whose_last_step_waits_still_is_not_sent_again() -> None:
     workers = Workers(waiting=("influx_to_s3/0",))
-    report = Shards(workers, workers, shards=1, patience_seconds=5)(context(), plan("D1"), here)
+    report = shared(workers, shards=1, patience_seconds=5)(context(), plan("D1"), here)
     assert (report.more, report.ledger.total.waiting, report.ledger.closes) == (True, 9, True)
 
 
 def test_what_an_earlier_plan_did_not_wait_for_is_in_the_ledger_of_the_next() -> None:
     late = StepReport("run-0", "influx_to_s3/0", landed(plan("D9")))
     workers = Workers(late=(late,))
-    report = Shards(workers, workers, shards=1, patience_seconds=5)(context(), plan("D1"), here)
+    report = shared(workers, shards=1, patience_seconds=5)(context(), plan("D1"), here)
     assert (report.rows, report.ledger.total.new, report.ledger.closes) == (18, 18, True)
 
 
 def test_a_plan_fails_when_all_its_shards_do() -> None:
     workers = Workers(failing=True)
     with pytest.raises(Transient, match="no answer"):
-        Shards(workers, workers, shards=2, patience_seconds=5)(context(), plan("D1", "D2", "D3"), here)
+        shared(workers, shards=2, patience_seconds=5)(context(), plan("D1", "D2", "D3"), here)
 
 
 def test_in_one_process_a_shard_that_is_somebody_elses_waits(exporter: Exporter) -> None:

@@ -155,7 +155,7 @@ class Run:
     """One execution of a job, as it is recorded. `error` and `hint` are empty unless something failed.
 
     `started_by` is "schedule", "command line" or who asked for it, "" in records of earlier versions. `requests`: what
-    this process sent for it to systems that charge for requests, by kind.
+    was sent for it to systems that charge for requests, by kind.
     """
 
     run_id: str

@@ -4,8 +4,8 @@ Invariant: a report is taken by one plan only, so that no row is counted twice.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
 from app.core.ledger import from_json, to_json
@@ -21,11 +21,12 @@ NUMBERS = (
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What came of one step. `plan_id`: the run that planned it, which may be over."""
+    """What came of one step. `plan_id`: the run that planned it, which may be over. `requests`: see `Run`."""
 
     plan_id: str
     step: str
     report: Report
+    requests: Mapping[str, float] = field(default_factory=dict)
 
 
 class SqlWorkers:
@@ -65,6 +66,7 @@ class SqlWorkers:
         document = {name: getattr(report, name) for name in NUMBERS} | {
             "failures": [asdict(each) for each in report.failures],
             "ledger": to_json(report.ledger) if report.ledger else {},
+            "requests": dict(done.requests),
         }
         with self._queries.database.transaction() as session:
             session.run(
@@ -80,13 +82,15 @@ class SqlWorkers:
         """All reports that no plan has taken."""
         with self._queries.database.transaction() as session:
             rows = session.rows(self._queries["take_step_reports"], pipeline=pipeline)
-        return [StepReport(row["plan_id"], row["step"], _report(json.loads(row["report"]))) for row in rows]
+        return [_step_report(row["plan_id"], row["step"], json.loads(row["report"])) for row in rows]
 
 
-def _report(document: dict[str, object]) -> Report:
+def _step_report(plan_id: str, step: str, document: dict[str, object]) -> StepReport:
     failures, ledger = document.pop("failures"), document.pop("ledger")
-    return Report(
+    requests = document.pop("requests", {})  # earlier versions did not keep them
+    report = Report(
         failures=tuple(Failure(**each) for each in failures),  # type: ignore[attr-defined]
         ledger=from_json(ledger),  # type: ignore[arg-type]
         **document,  # type: ignore[arg-type]
     )
+    return StepReport(plan_id, step, report, requests)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Counts of the requests that an outside system charges for, as this process sends them."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from threading import Lock
 from typing import Any
 
@@ -42,6 +43,12 @@ class RequestCounter:
             self._counts[kind] += number
             if run_id:
                 self._of_runs[run_id][kind] += number
+
+    def add_elsewhere(self, counts: Mapping[str, float]) -> None:
+        """What another process sent, and charges itself, for the run that goes on here."""
+        with self._lock:
+            for kind, number in counts.items():
+                self._of_runs[current_run.get()][kind] += number
 
     def count_sent(self, event_name: str, **_: Any) -> None:
         """An S3 request on its way, as the SDK's event `before-send.s3.<Operation>`; changes nothing about it."""

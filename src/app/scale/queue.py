@@ -141,14 +141,16 @@ class Queue:
 
 
 class Workers:
-    """See `Elsewhere`. `steps` shares a plan out among them: see `Pass`."""
+    """See `Elsewhere`. `steps` shares a plan out among them: see `Pass`. `requested`: see `Shards`."""
 
-    def __init__(self, settings: Settings, state: State) -> None:
+    def __init__(self, settings: Settings, state: State, requested: Callable[[Mapping[str, float]], None]) -> None:
         self.queue = Queue(state.database, settings.checkpoint.url.get_secret_value())
         self._state = state
         self._ttl_seconds = settings.lease.ttl_seconds
         self._shards = settings.export.shards
-        self.steps = Shards(self.queue, state.workers, shards=self._shards, patience_seconds=self._ttl_seconds)
+        self.steps = Shards(
+            self.queue, state.workers, requested, shards=self._shards, patience_seconds=self._ttl_seconds
+        )
 
     def send(self, job: str, by: str) -> None:
         """See `Elsewhere.send`."""

@@ -5,7 +5,7 @@ its steps no longer than a lease lives, so that a worker that died delays nobody
 by the next plan.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import chain
 from time import monotonic
@@ -92,11 +92,22 @@ class Reports(Protocol):
 
 
 class Shards:
-    """See `Pass.steps`. `patience_seconds`: how long a plan waits for its steps, which is as long as a lease lives."""
+    """See `Pass.steps`. `patience_seconds`: how long a plan waits for its steps, which is as long as a lease lives.
+    `requested` hears of the requests that steps sent.
+    """
 
-    def __init__(self, queue: Sender, reports: Reports, *, shards: int, patience_seconds: float) -> None:
+    def __init__(
+        self,
+        queue: Sender,
+        reports: Reports,
+        requested: Callable[[Mapping[str, float]], None],
+        *,
+        shards: int,
+        patience_seconds: float,
+    ) -> None:
         self._queue = queue
         self._reports = reports
+        self._requested = requested
         self._shards = shards
         self._patience_seconds = patience_seconds
 
@@ -129,6 +140,7 @@ class Shards:
         while True:
             for done in self._reports.take_reports(pipeline):
                 total += done.report
+                self._requested(done.requests)
                 part = out.pop(done.step, None) if done.plan_id == context.run_id else None
                 if part is not None:
                     context.progress.advance(done=len(part.cursors))

@@ -134,9 +134,8 @@ class Worker:
                 run = execute(job, self._steps_desk, self._stop, Unwatched())
         self._service.costs.save()
         with _told(f"what came of {step} cannot be kept: its plan counts it as waiting"):
-            self._service.state.workers.save_report(
-                part.pipeline, StepReport(plan_id, step, _of_step(step, run, part.left))
-            )
+            done = StepReport(plan_id, step, _of_step(step, run, part.left), run.requests if run else {})
+            self._service.state.workers.save_report(part.pipeline, done)
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[bool]:
