@@ -252,6 +252,20 @@ def test_a_log_file_that_cannot_be_written_is_a_fault_of_the_settings(tmp_path: 
         configure("INFO", "auto", tmp_path / "file" / "app.log", stream=io.StringIO())
 
 
+def test_a_full_disk_costs_the_lines_of_the_log_file_and_is_told_once(
+    out: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure("INFO", "json", Path("/dev/full"), stream=out)
+    for text in ("one", "two"):
+        log.info(text)
+    release()
+    assert [line["message"] for line in lines(out)] == ["one", "two"]
+    assert (
+        capsys.readouterr().err
+        == "/dev/full cannot be written: No space left on device; its lines are lost until it can be\n"
+    )
+
+
 def test_configuring_twice_writes_once_and_leaves_other_handlers_alone(out: io.StringIO) -> None:
     other = logging.NullHandler()
     logging.getLogger().addHandler(other)

@@ -19,6 +19,7 @@ from app.core.pipeline import Commit
 from app.core.runs import Outcome, Run
 from app.db.database import sql_directory
 from app.db.migrations import Migrated, StateFile
+from app.db.postgres import PostgresDatabase
 from app.db.sqlite import FileConnection, SqliteDatabase
 from app.db.state import FILE, State, open_state
 from postgres import PostgresServer
@@ -359,6 +360,53 @@ def test_a_postgres_state_that_lacks_a_table_says_which(postgres_server: Postgre
         with state.database._database.transaction() as session:  # noqa: SLF001 - below what refuses the state
             session.script("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
         commit(state)
+
+
+def test_tables_of_another_program_in_postgres_are_named_and_left_alone(
+    postgres_server: PostgresServer, tmp_path: Path
+) -> None:
+    url = postgres_server.new_database()
+    with closing(PostgresDatabase(url, variables="X")) as plain:
+        with plain.transaction() as session:  # as the Data Export Service has it
+            session.script("CREATE TABLE export_checkpoints (id SERIAL, device_id TEXT, last_exported_at TIMESTAMPTZ)")
+            session.script("INSERT INTO export_checkpoints (device_id) VALUES ('D1')")
+        with closing(open_state(url, tmp_path)) as state:
+            with pytest.raises(Permanent, match="another program created the table export_checkpoints") as refused:
+                state.ping()
+            assert "CHECKPOINT_DB_NAME" in refused.value.hint
+        with plain.transaction() as session:
+            assert session.rows("SELECT device_id FROM export_checkpoints") == [{"device_id": "D1"}]
+            session.script(
+                "CREATE SCHEMA ours; ALTER ROLE CURRENT_USER IN DATABASE "
+                + url.rpartition("/")[2]
+                + " SET search_path TO ours"
+            )
+    with closing(open_state(url, tmp_path)) as state:
+        commit(state)
+
+
+def test_a_file_of_another_program_is_moved_aside(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / FILE)) as other:
+        other.executescript("CREATE TABLE runs (note TEXT); INSERT INTO runs VALUES ('mine')")
+    works(tmp_path)
+    with closing(sqlite3.connect(tmp_path / moved(tmp_path)[0])) as other:
+        assert other.execute("SELECT note FROM runs").fetchall() == [("mine",)]
+
+
+def test_a_database_of_a_stricter_isolation_is_migrated_by_many_at_once(
+    postgres_server: PostgresServer, tmp_path: Path
+) -> None:
+    url = postgres_server.new_database()
+    postgres_server.run_sql(
+        f"ALTER DATABASE {url.rpartition('/')[2]} SET default_transaction_isolation = 'serializable'"
+    )
+
+    def use(_: int) -> None:
+        with closing(open_state(url, tmp_path)) as state:
+            state.ping()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(8)))
 
 
 def test_commits_of_the_state_are_flushed_to_the_disk(tmp_path: Path) -> None:

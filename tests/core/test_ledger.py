@@ -39,6 +39,13 @@ def test_ledgers_add_up_by_field_reason_and_partition() -> None:
     assert list(both.partitions) == ["D1"], "a partition whose rows all landed is not worth naming"
 
 
+def test_what_waits_in_one_run_and_lands_in_the_next_is_counted_once_in_the_sum_of_both() -> None:
+    first = Ledger("values", {"a": Tally(counted=5, new=3, waiting=2)}).of_partition("D1")
+    second = Ledger("values", {"a": Tally(counted=2, new=2)})
+    assert (first.settled() + second).total == Tally(counted=5, new=5)
+    assert first.settled().closes
+
+
 def test_a_ledger_survives_its_json() -> None:
     with_fields = Ledger("values", {"a": Tally(counted=1, waiting=1)}, (SetAside("x", 1, 0, "s"),)).of_partition("D1")
     without = ledger_of(Tally(counted=6, read=6, new=6), unit="items")

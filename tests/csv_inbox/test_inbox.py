@@ -54,6 +54,19 @@ def test_what_cannot_be_merged_is_set_aside_once_with_its_reason(
     assert len(re.findall(rf"ERROR - '{name}'", log)) == 1
 
 
+@pytest.mark.parametrize("log_file", ["/dev/full", "folder", "file/x.log"])
+def test_a_log_file_that_cannot_be_written_is_told_once_and_stops_no_merge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], log_file: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    here = world(tmp_path, log_file=log_file)
+    assert here.take("a.csv", "k,a\n1,x\n").failures == ()
+    assert here.master == b"k,a\n1,x\n"
+    told = capsys.readouterr().err
+    assert told.count("cannot be written") == told.count("\n") == 1
+
+
 def test_what_a_run_set_aside_is_found_as_long_as_it_lies_there(tmp_path: Path) -> None:
     here = world(tmp_path)
     for name in ("a.csv", "b.csv"):

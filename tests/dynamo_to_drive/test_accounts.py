@@ -71,9 +71,10 @@ def test_rows_that_were_added_twice_are_counted_and_the_later_one_is_kept() -> N
     [
         ({"held": 5, "only_held": 2}, Tally(3, 3, already_there=3)),
         ({"only_held": 2, "landed": Tally(new=1, already_there=3, corrected=1)}, Tally(3, 3, 1, 1, 1)),
+        ({"only_held": 9, "landed": Tally(new=11, corrected=1)}, Tally(3, 3, 2, 0, 1)),
         ({"only_held": 2, "waiting": 5}, Tally(3, 3, waiting=3)),
     ],
-    ids=["nothing was written", "written", "a dry run"],
+    ids=["nothing was written", "written", "over a file that a person put out of order", "a dry run"],
 )
 def test_the_ledger_of_an_hour_closes_whatever_was_done_with_it(told: dict[str, object], expected: Tally) -> None:
     accounts = Accounts(AT)

@@ -87,6 +87,44 @@ def test_rows_whose_timestamp_somebody_cut_or_wrote_anew_are_named_and_not_kept(
         assert ship.text(HOUR_12) == before
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("Z,", ".000Z,", "are in the table with their timestamp in another form, such as '2026-02-07T12:00:00.000Z'"),
+        (
+            "T12:00:00Z,15.000",
+            " 12:00:00,15",
+            "1 rows of the file are in the table with their timestamp in another form",
+        ),
+        ("datetime_utc", "time", "3 rows of the file have no timestamp, such as ''"),
+        (",", ";", "3 rows of the file have no timestamp, such as ''"),
+    ],
+)
+def test_a_file_that_a_spreadsheet_saved_in_its_own_way_doubles_no_row(
+    ship: Shipping, old: str, new: str, why: str
+) -> None:
+    ship.put_rows(START, 3)
+    ship.run()
+    before = ship.text(HOUR_12)
+    (file,) = ship.drive.named(HOUR_12)
+    ship.drive.state.files.change(file.file_id, content=before.replace(old, new).encode())
+    ship.restart()
+    assert said(ship.run(), why)
+    assert ship.text(HOUR_12) == before
+
+
+def test_a_row_of_the_file_with_another_value_stays_beside_that_of_the_table(ship: Shipping) -> None:
+    ship.put_rows(START, 3)
+    ship.run()
+    (file,) = ship.drive.named(HOUR_12)
+    edited = ship.text(HOUR_12) + "2026-02-07T12:00:02.000Z,99\r\n"
+    ship.drive.state.files.change(file.file_id, content=edited.encode())
+    ship.restart()
+    ship.run()
+    assert "12:00:02.000Z,99" in ship.text(HOUR_12)
+    assert rows_of(ship) == 4
+
+
 def test_credentials_that_are_renewed_where_they_lie_are_read_by_the_next_run(
     ship: Shipping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,16 @@ def test_points_of_a_clock_that_was_never_set_are_set_aside_with_their_day(expor
     exporter.check(since_ns=ns(NOON))
 
 
+def test_an_export_that_begins_before_2000_exports_old_points_and_sets_none_of_them_aside(exporter: Exporter) -> None:
+    exporter.environ = {"EXPORT_START": "1999-12-30T00:00:00Z", "EXPORT_WINDOW_SECONDS": "86400"}
+    exporter.write(datetime(1999, 12, 31, 12, tzinfo=UTC))
+    exporter.write(datetime(2000, 1, 5, 12, tzinfo=UTC))
+    exporter.now = datetime(2000, 1, 20, tzinfo=UTC)
+    total = exporter.well().report.ledger.total  # which passes the year 2000
+    assert (total.new, total.set_aside) == (6, 0)
+    assert exporter.well().report.ledger.total.set_aside == 0
+
+
 def test_a_device_that_failed_before_is_said_again_while_it_waits_and_delays_nobody(exporter: Exporter) -> None:
     exporter.keep()
     for device in ("D1", "D2"):

@@ -144,6 +144,21 @@ def test_a_span_a_zone_and_a_job_that_there_are_not_are_refused_with_what_to_sen
         assert hint in refused.json["error"]["hint"], path
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/ops/runs?before=0001-01-01T00:00:00%2B14:00",
+        "/ops/runs?from=9999-12-31T23:59:59-14:00",
+        "/ops/gaps?job=quick&to=0001-01-01T00:00:00%2B14:00",
+        "/ops/map?job=quick&tz=Asia/Tokyo&from=9999-12-31T00:00:00Z&to=9999-12-31T12:00:00Z",
+        "/ops/map?job=quick&tz=America/Lima&from=0001-01-01T00:00:00Z&to=0001-01-01T12:00:00Z",
+        "/ops/map/windows?job=quick&partition=p&from=9999-12-31T00:00:00Z&to=9999-12-31T12:00:00Z",
+    ],
+)
+def test_instants_at_either_end_of_time_are_refused(daemon: Daemon, address: str) -> None:
+    assert daemon.get(address).status == 422
+
+
 def test_guides_are_served_by_name_and_nothing_else_is(daemon: Daemon) -> None:
     assert daemon.get("/guides/influx_to_s3").text.startswith("# ")
     links = re.findall(r"href=\"(guides/\w+)\"", daemon.get("/").text)

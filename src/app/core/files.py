@@ -6,7 +6,11 @@ repeated, since the kernel may have dropped the dirty pages with the first repor
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from logging import LogRecord
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from tempfile import SpooledTemporaryFile, TemporaryFile
 from typing import BinaryIO, cast
@@ -17,6 +21,36 @@ NAME_BYTES = 255
 """What a name in a directory can have on every common file system."""
 EXTENSION_BYTES = 16
 CONTINUATION = range(0x80, 0xC0)
+
+
+class LogFile(RotatingFileHandler):
+    """A log that cannot be written, on a full disk for example, costs its lines and stops nothing; stderr says so once,
+    until a line could be written again.
+    """
+
+    _is_told = False
+
+    def emit(self, record: LogRecord) -> None:
+        """Write the record."""
+        self._has_failed = False
+        super().emit(record)
+        self._is_told = self._has_failed
+
+    def handleError(self, record: LogRecord) -> None:  # noqa: N802 - the library's word
+        """The standard answer is a traceback for each record."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._has_failed = True
+        if not self._is_told:
+            told = f"{self.baseFilename} cannot be written: {error.strerror}; its lines are lost until it can be"
+            print(told, file=sys.stderr)  # noqa: T201 - the log is what fails
+
+    def close(self) -> None:
+        """What could not be written goes."""
+        with suppress(OSError):
+            super().close()
 
 
 def bounded_name(name: str, suffix: str = "", limit_bytes: int = NAME_BYTES) -> str:

@@ -8,7 +8,7 @@ between them leaves a gap.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,14 @@ class Ledger:
     def newly_set_aside(self) -> Sequence[SetAside]:
         """The reasons that this run set something aside for that was not set aside before."""
         return [one for one in self.set_aside if one.new]
+
+    def settled(self) -> "Ledger":
+        """The same without what waits, which the next run counts again."""
+        fields, partitions = (
+            {name: replace(one, counted=one.counted - one.waiting, waiting=0) for name, one in tallies.items()}
+            for tallies in (self.fields, self.partitions)
+        )
+        return replace(self, fields=fields, partitions=partitions)
 
     def of_partition(self, partition: str) -> "Ledger":
         """The same, with its total named as that of `partition` where a person would want to see it."""

@@ -8,13 +8,13 @@ with one file keeps no other waiting.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from logging.handlers import RotatingFileHandler
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Transient
+from app.core.files import LogFile
 from app.core.ledger import KeptFile, SetAside, Tally, ledger_of
 from app.core.runs import Context, Exits, Failure, Job, Report, ReportSum, Run
 from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Stuck, Unmergeable, Unsteady, load_config
@@ -173,12 +173,11 @@ class _ServiceLog(logging.Handler):
 
 @contextmanager
 def _logged(config: InboxConfig) -> Iterator[None]:
-    """Records go to the inbox's own file until the end of the block. Raises OSError when it cannot be opened."""
+    """Records go to the inbox's own file until the end of the block."""
     log = logging.getLogger("app.csv_inbox")
-    config.log_file.parent.mkdir(parents=True, exist_ok=True)
-    file = RotatingFileHandler(
-        config.log_file, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8", delay=True
-    )
+    with suppress(OSError):  # the first record says what is wrong with the path
+        config.log_file.parent.mkdir(parents=True, exist_ok=True)
+    file = LogFile(config.log_file, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8", delay=True)
     lines = logging.Formatter(LINE, TIME)
     lines.converter = time.gmtime  # names in the archive are UTC as well
     file.setFormatter(lines)

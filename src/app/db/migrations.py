@@ -277,7 +277,8 @@ class StateFile:
         before, after = schema_after(done), schema_after(wanted)
         if missing := before - actual:
             raise self._damaged(f"{_named(missing)} missing, though its migration was applied")
-        if extra := (after - before) & actual:
+        made = {each[:2] for each in after} - {each[:2] for each in before}
+        if extra := {each for each in actual if each in after - before or each[:2] in made}:
             raise self._damaged(f"{_named(extra)} there already, though no applied migration makes it")
 
     def move_aside(self, error: Damaged, look: Callable[[], None]) -> None:
@@ -354,6 +355,10 @@ def _named(schema: Schema) -> str:
 # Invariant: nothing is made, changed or removed here but the record of migrations, and that only where all tables
 # and columns are there.
 
+OTHER_PROGRAM_HINT = (
+    "set CHECKPOINT_DB_NAME or CHECKPOINT_DATABASE_URL to an empty database, or give Headwater a schema of its own: "
+    "ALTER ROLE ... SET search_path TO ..."
+)
 POSTGRES_COLUMNS = """
 SELECT c.relname AS name, a.attname AS col
 FROM pg_class AS c INNER JOIN pg_attribute AS a ON a.attrelid = c.oid
@@ -385,6 +390,11 @@ class StateTables:
                 table, col = min(missing, key=str)
                 raise Damaged(
                     f"{self._database.place}: table {table} ({col}) is missing, though its migration was applied"
+                )
+            others = {name for name, _ in there} & {name for kind, name, _ in schema_after(model) if kind == "table"}
+            if missing and others:
+                raise Permanent(
+                    f"{self._database.place}: another program created the table {min(others)}", OTHER_PROGRAM_HINT
                 )
             if not done and not missing:
                 if not session.rows(TABLE_EXISTS["postgres"]):

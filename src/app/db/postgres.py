@@ -39,9 +39,10 @@ CONNECTION = {
 # Whatever the URL, the environment, the role or the database says: this is the encoding of the bytes that we send.
 ENCODING = {"client_encoding": "UTF8"}
 # Set by a statement and not by `options`, which connection poolers refuse. Those that change how values look are set
-# against defaults of the role or the database: with `extra_float_digits` below 1 floats come back rounded, and psycopg
-# reads only ISO dates. The last one frees the locks of a process that was paused in mid-transaction, before those who
-# wait to take over its lease give up.
+# against defaults of the role or the database: with `extra_float_digits` below 1 floats come back rounded, psycopg
+# reads only ISO dates, and in a stricter isolation who waited for a lock does not see what was done under it. The last
+# one frees the locks of a process that was paused in mid-transaction, before those who wait to take over its lease give
+# up.
 SESSION = """
 SELECT
     current_setting('server_encoding') AS encoding,
@@ -51,6 +52,7 @@ SELECT
     set_config('TimeZone', 'UTC', false),
     set_config('statement_timeout', '30s', false),
     set_config('lock_timeout', '15s', false),
+    set_config('default_transaction_isolation', 'read committed', false),
     set_config('idle_in_transaction_session_timeout', '10s', false)
 """
 # What must be left alone (quoted text, comments, casts), a parameter, or a percent sign, which psycopg wants doubled.

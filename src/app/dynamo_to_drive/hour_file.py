@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from decimal import Decimal, InvalidOperation
 from hashlib import blake2b, md5
 from itertools import groupby, islice, pairwise
 from operator import itemgetter
@@ -138,6 +139,17 @@ def _filled(row: Mapping[str, str]) -> Mapping[str, str]:
     return {name: text for name, text in row.items() if text}
 
 
+def _is_rewritten(row: Row, other: Row) -> bool:
+    """True when the rows differ only in how the timestamp and numbers are written, as a spreadsheet saves them."""
+    return all(map(_is_alike, row[1:], other[1:]))
+
+
+def _is_alike(text: str, other: str) -> bool:
+    with suppress(InvalidOperation):
+        return text == other or Decimal(text) == Decimal(other)
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class _Segment:
     """Rows of one page, sorted, as they will stand in the file, between two offsets of the spool. `held`: of a file."""
@@ -160,6 +172,7 @@ class HourWriter:
         self._segments: list[_Segment] = []
         self._columns: Columns = (shape.timestamp,)
         self._repeated = 0
+        self.rewritten: list[str] = []  # timestamps of rows of a file that are there in the table's own writing
 
     def close(self) -> None:
         """Drop the spool."""
@@ -211,7 +224,7 @@ class HourWriter:
             return self._finished(whole, 0, ())
         _write(whole, [columns], escape=escape)
         if all(segment.columns == columns for segment in segments) and all(
-            earlier.last < later.first for earlier, later in pairwise(segments)
+            earlier.last[:-1] < later.first[:-1] for earlier, later in pairwise(segments)
         ):  # behind each other they are the file already
             self._spool.seek(0)
             copyfileobj(self._spool, whole, COPY_BYTES)
@@ -240,16 +253,23 @@ class HourWriter:
     def _merged(self, columns: Columns) -> Iterator[tuple[Order, Row]]:
         """All rows in order; of rows with one key the one that was added last, but for several that a file holds."""
         streams = [self._read(number, segment, columns) for number, segment in enumerate(self._segments)]
-        for order, group in groupby(heapq.merge(*streams, key=lambda each: each[:2]), key=itemgetter(0)):
-            rows = [(self._segments[number].held, row) for _, number, row in group]
-            kept = [row for place, (is_held, row) in enumerate(rows) if is_held and (True, row) not in rows[:place]]
-            new = [row for is_held, row in rows if not is_held][-1:]
-            if len(kept) > 1:
-                new = [*kept, *(row for row in new if row not in kept)]
-            chosen = new or kept
-            self._repeated += len(rows) - len(chosen)
-            for row in chosen:
-                yield order, row
+        for _, near in groupby(heapq.merge(*streams, key=lambda each: each[:2]), key=lambda each: each[0][:-1]):
+            found: list[tuple[Order, bool, Row]] = []  # of one instant and key
+            for order, group in groupby(near, key=itemgetter(0)):
+                rows = [(self._segments[number].held, row) for _, number, row in group]
+                kept = [row for place, (is_held, row) in enumerate(rows) if is_held and (True, row) not in rows[:place]]
+                new = [row for is_held, row in rows if not is_held][-1:]
+                if len(kept) > 1:
+                    new = [*kept, *(row for row in new if row not in kept)]
+                chosen = new or kept
+                self._repeated += len(rows) - len(chosen)
+                found += [(order, not new, row) for row in chosen]
+            tables = [row for _, is_held, row in found if not is_held]
+            for order, is_held, row in found:
+                if is_held and any(_is_rewritten(row, other) for other in tables):
+                    self.rewritten.append(order[-1])
+                else:
+                    yield order, row
 
     def _read(self, number: int, segment: _Segment, columns: Columns) -> Iterator[tuple[Order, int, Row]]:
         source = [segment.columns.index(name) if name in segment.columns else -1 for name in columns]
@@ -379,11 +399,12 @@ class _Hour:
         landed = self.landed or Tally(already_there=self.held)
         if self.waiting is not None:
             return Tally(self.counted, self.read, waiting=self.waiting - self.only_held)
-        there = landed.already_there - self.only_held
+        # rows of a file that was put out of order were taken for new ones
+        there, ahead = max(landed.already_there - self.only_held, 0), max(self.only_held - landed.already_there, 0)
         if self.landed is None and not is_whole:
             there = min(there, self.counted)
             return Tally(self.counted, self.read, already_there=there, waiting=self.counted - there)
-        return Tally(self.counted, self.read, landed.new, there, landed.corrected)
+        return Tally(self.counted, self.read, landed.new - ahead, there, landed.corrected)
 
 
 @dataclass(slots=True)

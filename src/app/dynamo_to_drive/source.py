@@ -471,6 +471,8 @@ class DynamoSource:
             writer.add_rows(self._kept(batch, held), held=True)
             writer.add_rows(read_file(lines_in(batch.file), escaped=self._table.target.escape))
             united = replace(writer.finish(), window=batch.window)
+        if writer.rewritten:
+            self._left_out(batch, writer.rewritten, "are in the table with their timestamp in another form")
         if batch.window is not None:
             self._accounts.note(batch.window, only_held=united.rows - batch.rows)
         return united
@@ -481,17 +483,18 @@ class DynamoSource:
         """
         unread: list[str] = []
         for row in chain.from_iterable(held):
-            text = row.get(
-                self._accounts.attribute
-            )  # None: the file was written when another attribute was the timestamp
-            if text is not None and self._table.target.times.read(text).at is None:
+            text = row.get(self._accounts.attribute, "")
+            if self._table.target.times.read(text).at is None:
                 unread.append(text)
             elif not self._is_misplaced(batch, row):
                 yield row
         if unread:
-            told = f"{batch.window}: {len(unread)} rows of the file have no timestamp, such as {unread[0][:80]!r}"
-            log.warning("%s: they are left out; edited files have earlier revisions", told)
-            self._accounts.removed.append(told)
+            self._left_out(batch, unread, "have no timestamp")
+
+    def _left_out(self, batch: HourFile, texts: Sequence[str], why: str) -> None:
+        told = f"{batch.window}: {len(texts)} rows of the file {why}, such as {texts[0][:80]!r}"
+        log.warning("%s: they are left out; edited files have earlier revisions", told)
+        self._accounts.removed.append(told)
 
     def _is_misplaced(self, batch: HourFile, row: Mapping[str, str]) -> bool:
         """True for a row whose offset an earlier version took for nothing. Only where the table still has it, and this

@@ -99,7 +99,9 @@ class Export:
         report = sync_all(opened.pipeline, context, self._pass(opened))
         absent = absent_devices(opened.source, self._settings, opened.tree.first_start_at)
         failures = tuple(Failure(device, *why) for device, why in absent.items())
-        outside = self._aside.account_outside(opened.pipeline, opened.source, context, opened.now)
+        outside = self._aside.account_outside(
+            opened.pipeline, opened.source, context, now=opened.now, first_start_at=opened.tree.first_start_at
+        )
         return report + Report(failures=failures) + outside
 
     def reconcile(self, context: Context) -> Report:

@@ -194,7 +194,13 @@ class Aside:
         )
 
     def account_outside(
-        self, pipeline: ExportPipeline, source: InfluxSource, context: Context, now: datetime
+        self,
+        pipeline: ExportPipeline,
+        source: InfluxSource,
+        context: Context,
+        *,
+        now: datetime,
+        first_start_at: datetime,
     ) -> Report:
         """Points that no window of a run holds. The future waits for its windows; what is from before CLOCKS_SET_AT is
         kept as line protocol, by day.
@@ -202,10 +208,9 @@ class Aside:
         newest = next(pipeline.grid.windows(now, now + datetime.resolution)).end
         future = totals(source.again(lambda: list(source.reader.outside(Window(newest, NEWEST_AT)))))
         report = Report(ledger=counted(pipeline.unit, future.values(), "waiting"))
-        unset = Window(OLDEST_AT, CLOCKS_SET_AT)
-        cursors = [at for name, at in pipeline.checkpoints.cursors(pipeline.name).items() if name]
-        if cursors and min(cursors) < CLOCKS_SET_AT:
+        if first_start_at < CLOCKS_SET_AT:
             return report  # an export that begins that early exports these points
+        unset = Window(OLDEST_AT, CLOCKS_SET_AT)
         old = totals(source.again(lambda: list(source.reader.outside(unset))))
         for (device, _), count in old.items():
             report += self._keep_unset(pipeline, source, context, device, count)

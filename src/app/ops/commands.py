@@ -377,9 +377,9 @@ def _to_the_end(
         run = _waited_for(job, desk, stop, tally, dry_run=dry_run)
         if run is None:
             return None, total
-        total += replace(run.report, more=False)
         if dry_run or not run.report.more or run.outcome is not Outcome.OK:
-            return run, total
+            return run, total + replace(run.report, more=False)
+        total += replace(run.report, more=False, ledger=run.report.ledger.settled())
 
 
 def _waited_for(job: Job, desk: RunDesk, stop: Stop, tally: ProgressTally, *, dry_run: bool = False) -> Run | None:

@@ -15,13 +15,13 @@ from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import TextIOWrapper
-from logging.handlers import RotatingFileHandler
 from math import isfinite
 from pathlib import Path
 from typing import ParamSpec, TextIO, TypeVar
 from urllib.parse import quote
 
 from app.core.errors import AppError, BadSettings
+from app.core.files import LogFile
 from app.core.ledger import TALLY_NAMES
 from app.core.runs import Outcome, Run
 
@@ -337,7 +337,7 @@ class _Limited(logging.Handler):
         super().close()
 
 
-class _OwnersFile(RotatingFileHandler):
+class _OwnersFile(LogFile):
     """Also a file that an earlier version left open to others, and each one that follows."""
 
     def _open(self) -> TextIOWrapper:

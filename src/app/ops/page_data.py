@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import MAXYEAR, MINYEAR, UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse
-from pydantic import AwareDatetime
+from pydantic import AfterValidator, AwareDatetime
 
 from app.core.ledger import KeptFile
 from app.core.pipeline import MISSING
@@ -50,6 +50,17 @@ NO_LOG = "no line of this run is in the log file: it was rotated away, another p
 
 Zone = Annotated[str, Query(max_length=64, description="An IANA time zone, in which days begin.")]
 JobName = Annotated[str, Query(max_length=100, examples=["influx_to_s3", "csv_inbox"])]
+
+
+def _in_utc(at: datetime) -> datetime:
+    try:
+        return at.astimezone(UTC)
+    except OverflowError:  # an offset at either end of time
+        raise ValueError("the instant is out of range") from None
+
+
+Instant = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+"""An instant of a request, in UTC."""
 
 
 def build(ops: Operations) -> APIRouter:
@@ -134,8 +145,8 @@ def _map(router: APIRouter, ops: Operations) -> None:
         find: Annotated[str, Query(max_length=100, description="Only names that hold this.")] = "",
         first: Annotated[str, Query(max_length=300, description="Open a group: its first name.")] = "",
         last: Annotated[str, Query(max_length=300, description="Open a group: its last name.")] = "",
-        start: Annotated[AwareDatetime | None, Query(alias="from", description="Open a cell: its start.")] = None,
-        end: Annotated[AwareDatetime | None, Query(alias="to", description="Open a cell: its end.")] = None,
+        start: Annotated[Instant | None, Query(alias="from", description="Open a cell: its start.")] = None,
+        end: Annotated[Instant | None, Query(alias="to", description="Open a cell: its end.")] = None,
         offset: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
         limit: Annotated[int, Query(ge=1, le=ROWS_A_PAGE)] = ROWS_A_PAGE,
     ) -> dict[str, Any]:
@@ -167,8 +178,8 @@ def _map_windows(router: APIRouter, ops: Operations) -> None:
     def windows(
         job: JobName,
         partition: Annotated[str, Query(max_length=300)],
-        start: Annotated[AwareDatetime, Query(alias="from")],
-        end: Annotated[AwareDatetime, Query(alias="to")],
+        start: Annotated[Instant, Query(alias="from")],
+        end: Annotated[Instant, Query(alias="to")],
     ) -> dict[str, Any]:
         window = bounded(start, end, "query", WINDOW_DAYS)
         cells = ops.maps.partition(job, partition, window)
@@ -198,10 +209,12 @@ def bounded(start: datetime, end: datetime, where: str, days: int | None = None,
     `days`, with a `hint` of its own.
     """
     try:
-        window = Window(start.astimezone(UTC), end.astimezone(UTC))
-    except (ValueError, OverflowError):
+        window = Window(start, end)
+    except ValueError:
         earlier = "give the earlier instant as 'from'"
         raise Refused(422, "'from' must be earlier than 'to'", earlier, f"{where}.from") from None
+    if start.year == MINYEAR or end.year == MAXYEAR:  # a day of some zone may begin before, or end after them
+        raise Refused(422, "the span is out of range", "give instants of this century", f"{where}.from")
     if days is not None and window.seconds > days * 86_400:
         raise Refused(422, f"more than {days} days", hint or f"ask for {days} days or less", f"{where}.to")
     return window

@@ -5,12 +5,12 @@ work, reads whole windows or writes needs `ops:run`.
 """
 
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from app.core.errors import Rejected
 from app.core.runs import Outcome
@@ -29,7 +29,7 @@ from app.ops.json_views import (
     whole_second,
 )
 from app.ops.metrics import exposition, series_of
-from app.ops.page_data import bounded, recent_span
+from app.ops.page_data import Instant, bounded, recent_span
 from app.ops.scheduler import Scheduler
 from app.ops.service import Operations
 from app.ops.verification import Result, shown
@@ -63,8 +63,8 @@ class Span(BaseModel):
     """`[from, to)`; both with an offset from UTC."""
 
     model_config = ConfigDict(extra="forbid")
-    from_at: AwareDatetime = Field(alias="from")
-    to_at: AwareDatetime = Field(alias="to")
+    from_at: Instant = Field(alias="from")
+    to_at: Instant = Field(alias="to")
 
 
 class Part(Span):
@@ -195,11 +195,11 @@ def _reading(router: APIRouter, ops: Operations) -> None:
     def runs(
         job: str | None = None,
         outcome: Outcome | None = None,
-        start: Annotated[AwareDatetime | None, Query(alias="from")] = None,
-        end: Annotated[AwareDatetime | None, Query(alias="to")] = None,
+        start: Annotated[Instant | None, Query(alias="from")] = None,
+        end: Annotated[Instant | None, Query(alias="to")] = None,
         *,
         news: Annotated[bool, Query(description="Only runs that found something, or did not end well.")] = False,
-        before: Annotated[AwareDatetime | None, Query(description="The next page: runs that began earlier.")] = None,
+        before: Annotated[Instant | None, Query(description="The next page: runs that began earlier.")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50,
     ) -> dict[str, Any]:
         since, until = recent_span(ops.clock(), start, end)
@@ -261,7 +261,7 @@ def _looking_at_both_ends(router: APIRouter, ops: Operations) -> None:
     def gaps(
         job: Annotated[str, Query(max_length=100, examples=JOB_NAMES)],
         hours: Annotated[int, Query(ge=1, le=MOST_HOURS)] = 24,
-        to: AwareDatetime | None = None,
+        to: Instant | None = None,
         offset: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
         limit: Annotated[int, Query(ge=1, le=MOST_LINES)] = 50,
     ) -> dict[str, Any]:
@@ -300,8 +300,7 @@ def _looking_at_both_ends(router: APIRouter, ops: Operations) -> None:
 
 def _back(end: datetime, hours: int) -> Window:
     try:
-        at = end.astimezone(UTC)
-        return Window(at - timedelta(hours=hours), at)
+        return Window(end - timedelta(hours=hours), end)
     except OverflowError:
         raise Refused(422, "to is out of range", "give an instant of this century", "query.to") from None
 
