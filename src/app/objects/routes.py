@@ -6,16 +6,17 @@ and keep nobody else waiting.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
 from app.core.errors import Conflict, Permanent, Rejected
 from app.object_store.port import (
@@ -61,7 +62,6 @@ from app.objects.streams import (
     media_type,
     opened,
 )
-from app.ops.json_views import whole_second
 from app.web.api import Streamed, refuse_unknown_parameters
 from app.web.auth import OPEN, needs
 from app.web.body_bridge import GONE, taken_in
@@ -120,7 +120,9 @@ class ObjectRoutes:
 
 def build(serving: ObjectRoutes) -> APIRouter:
     """All routes."""
-    router = APIRouter(prefix="/s3", tags=["s3"], dependencies=[Depends(refuse_unknown_parameters), Depends(_refusals)])
+    router = APIRouter(
+        prefix="/s3", tags=["s3"], dependencies=[Depends(refuse_unknown_parameters)], route_class=ObjectRoute
+    )
     _looking(router, serving)
     _linking(router, serving)
     _upload_links(router, serving)
@@ -130,19 +132,27 @@ def build(serving: ObjectRoutes) -> APIRouter:
     return router
 
 
-async def _refusals(request: Request) -> AsyncIterator[None]:
-    """What stores refuse, as a dependency of all routes: here it is a parameter that is wrong, or a condition."""
-    try:
-        yield
-    except Refused:
-        raise
-    except Rejected as error:
-        fault = "key" if isinstance(error, BadKey) else ""
-        raise Refused(422, error.message, error.hint, fault) from error
-    except Conflict as error:
-        asked = CONDITIONS & set(request.headers)
-        hint = "look at the object, then send it again"
-        raise Refused(412 if asked else 409, f"changed in the meantime: {error.message}", hint) from error
+class ObjectRoute(APIRoute):
+    """What stores refuse is a parameter that is wrong here, or a condition that does not hold."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See `fastapi.routing.APIRoute`."""
+        answer = super().get_route_handler()
+
+        async def answered(request: Request) -> Response:
+            try:
+                return await answer(request)
+            except Refused:
+                raise
+            except Rejected as error:
+                fault = "key" if isinstance(error, BadKey) else ""
+                raise Refused(422, error.message, error.hint, fault) from error
+            except Conflict as error:
+                asked = CONDITIONS & set(request.headers)
+                hint = "look at the object, then send it again"
+                raise Refused(412 if asked else 409, f"changed in the meantime: {error.message}", hint) from error
+
+        return answered
 
 
 def _reach(request: Request, serving: ObjectRoutes) -> Reach:
@@ -248,7 +258,7 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
         now = serving.clock()
         made = await serving.ask(serving.links.make, held, now, expires)
         url = str(request.base_url).rstrip("/") + made if made.startswith("/") else made
-        until = whole_second(now + timedelta(seconds=expires))
+        until = instant(now + timedelta(seconds=expires))
         return JSONResponse({"key": held.key, "url": url, "expires_at": until})
 
     async def shared(
@@ -297,7 +307,7 @@ def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
             "content_type": media,
             "min_bytes": min_bytes,
             "max_bytes": largest,
-            "expires_at": whole_second(now + timedelta(seconds=expires)),
+            "expires_at": instant(now + timedelta(seconds=expires)),
         }
         return JSONResponse(answer)
 
@@ -429,10 +439,15 @@ def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
 # What /s3 answers, as JSON and as headers.
 
 
+def instant(at: datetime) -> str:
+    """Whole seconds with Z, as S3's own listings are shown."""
+    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def page_json(question: PageRequest, page: Page) -> Mapping[str, Any]:
     """A page of a listing."""
     objects = [
-        {"Key": info.key, "LastModified": whole_second(info.modified_at), "Size": info.size_bytes, "ETag": info.etag}
+        {"Key": info.key, "LastModified": instant(info.modified_at), "Size": info.size_bytes, "ETag": info.etag}
         for info in page.objects
     ]
     answer: dict[str, Any] = {"prefix": question.prefix, "objects": objects, "count": len(objects)}
@@ -452,7 +467,7 @@ def info_json(key: str, held: ObjectInfo | None) -> Mapping[str, Any]:
         "exists": True,
         "size": held.size_bytes,
         "etag": held.etag,
-        "last_modified": whole_second(held.modified_at),
+        "last_modified": instant(held.modified_at),
         "content_type": held.content_type,
         "metadata": {name: value for name, value in held.metadata.items() if name != MARK},
         **{name.replace("-", "_"): held.headers[name] for name in CONTENT_HEADERS if name in held.headers},
