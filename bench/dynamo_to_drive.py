@@ -76,14 +76,16 @@ def ordinary(url: str) -> Reading:
 
 def ours(url: str) -> Reading:
     """The product's source: the whole file of the hour with its digest."""
+    from app.config.settings import DynamoSettings
     from app.core.pipeline import UNCOUNTED
     from app.core.runs import Stop
     from app.core.windows import Window
-    from app.dynamo_to_drive.access_path import Target
     from app.dynamo_to_drive.hour_file import Accounts
     from app.dynamo_to_drive.source import DynamoSource, DynamoTable
 
-    table = DynamoTable(Target("bench", "datetime_utc", (), 0, "s", "us-east-1", url, "b", "b"))
+    given = {"DYNAMODB_TABLE_NAME": "bench", "DYNAMODB_TIMESTAMP_UNIT": "s", "DYNAMODB_ENDPOINT_URL": url}
+    keys = {"AWS_ACCESS_KEY_ID": "b", "AWS_SECRET_ACCESS_KEY": "b"}
+    table = DynamoTable(DynamoSettings.model_validate({**given, **keys}))
     table.plan()
 
     def read() -> int:

@@ -21,8 +21,9 @@ from app.dwh.tables import TABLES
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore, Put
+from app.product_events.hours import PullContext
 from app.product_events.http_client import Upstream
-from app.product_events.pull import PullContext, PullPipeline
+from app.product_events.pull import PullPipeline
 from simulators.amplitude import AmplitudeSimulator
 from simulators.appmetrica import AppMetricaSimulator
 
@@ -100,7 +101,7 @@ class Landed:
             settings, self.state.checkpoints, self.state.pulls, self.store, self.warehouse, clock=self.clock
         )
         assert made.service is not None
-        self.asked.append(made.service.service.upstream)
+        self.asked.append(made.service.upstream)
         return Pull(self, made)
 
     @property

@@ -1,5 +1,6 @@
 """Exports that are no zip as it should be: each is one of our errors, and says whether fetching it again can help."""
 
+import gzip
 import io
 import struct
 import zipfile
@@ -7,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from app.amplitude.archives import opened
+from app.amplitude.archives import joined, joined_lines, opened, read_errors
 from app.core.errors import AppError, Permanent, Transient
 from app.core.windows import Window
 
@@ -34,10 +35,10 @@ def with_field(body: bytes, at: int, value: int) -> bytes:
 
 
 def read(body: bytes) -> bytes:
-    with opened(io.BytesIO(body), SPAN) as archive:
-        members = [member for found in archive.hours().values() for member in found]
-        with archive.open(members[0]) as stream:
-            return stream.read()
+    with opened(io.BytesIO(body)) as archive, read_errors():
+        members = [member for found in archive.hours(SPAN).values() for member in found]
+        (text,) = (stream.read() for stream in archive.streams(members))
+        return text
 
 
 def test_a_whole_export_is_read() -> None:
@@ -64,9 +65,19 @@ def test_what_is_wrong_with_an_export_is_one_of_our_errors(body: bytes, kind: ty
 
 
 def test_an_error_of_whoever_reads_is_not_taken_for_one_of_the_zip() -> None:
-    with (
-        pytest.raises(RuntimeError, match="of the reader"),
-        opened(io.BytesIO(export()), SPAN) as archive,
-        archive.open(archive.hours()[HOUR_AT][0]),
-    ):
-        raise RuntimeError("of the reader")
+    def reading() -> None:
+        with opened(io.BytesIO(export())) as archive:
+            for _ in archive.streams(archive.hours(SPAN)[HOUR_AT]):
+                raise RuntimeError("of the reader")
+
+    with pytest.raises(RuntimeError, match="of the reader"):
+        reading()
+
+
+def test_a_checksum_of_the_zip_is_compared_also_where_members_are_joined() -> None:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        archive.writestr(NAME, gzip.compress(b"{}"))
+    damaged = with_field(held.getvalue(), 14, 0)
+    with opened(io.BytesIO(damaged)) as found, pytest.raises(Transient, match="Bad CRC-32"):
+        list(joined_lines(joined(), found.streams([NAME])))

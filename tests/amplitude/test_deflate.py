@@ -62,7 +62,9 @@ def test_what_is_joined_inflates_to_what_was_in_the_members(
     stream = WAYS[way]()
     out, wanted = b"", b""
     for members in contents:
-        packed = b"".join(member(content, chance) for content in members) + bytes(chance.choice((0, 9)))
+        packed = b"".join(member(content, chance) for content in members) + bytes(
+            chance.choice((0, 9)) if members else 0
+        )
         out += b"".join(stream.add(Choppy(packed, step)))
         wanted += b"".join(members)
         if chance.random() < 0.5:

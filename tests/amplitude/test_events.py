@@ -1,8 +1,14 @@
 """Lines of an export as rows of the seven tables."""
 
+import gzip
+import io
 import json
 import random
-from typing import Any
+import zlib
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -13,14 +19,20 @@ from app.amplitude.events import (
     NO_UUID,
     NOT_JSON,
     NOT_TEXT,
-    HourStats,
+    HourLines,
     LargeLine,
     blocks,
     lines_in,
     reader,
 )
+from app.amplitude.hours import hour_key, set_aside_name
+from app.core.runs import Stop
+from app.core.windows import EPOCH, HOUR_SECONDS, window_at
 from app.dwh.tables import TABLES
 from app.product_events.mapping import mapping
+
+if TYPE_CHECKING:
+    from app.product_events.hours import PullContext
 
 ID = "0b1c6a6e-7c1d-4f2a-9d57-2f6f0a9a1b11"
 SAMPLE: dict[str, Any] = {
@@ -68,9 +80,30 @@ SAMPLE: dict[str, Any] = {
 }
 
 
-def tables(*lines: Any, careful: bool = False, seen: HourStats | None = None) -> dict[str, list[dict[str, Any]]]:
-    texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
-    made = reader().tables(b"\n".join(texts) + b"\n", seen or HourStats(), careful=careful)
+class Refused(list[tuple[str, bytes, int, str]]):
+    """Lines that are not events: the reason, the bytes, the place and what is wrong."""
+
+    def __call__(self, reason: str, line: bytes, number: int, detail: str) -> None:
+        self.append((reason, line, number, detail))
+
+
+class Choppy(io.BytesIO):
+    """Gives so many bytes at a time."""
+
+    def __init__(self, data: bytes, step: int) -> None:
+        super().__init__(data)
+        self._step = step
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(min(self._step, size or 0))
+
+
+def text_of(*lines: Any) -> bytes:
+    return b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
+
+
+def tables(*lines: Any, careful: bool = False, refused: Refused | None = None) -> dict[str, list[dict[str, Any]]]:
+    made = reader().tables(text_of(*lines), Refused() if refused is None else refused, careful=careful)
     return {name: [dict(zip(rows.names, row, strict=True)) for row in rows.rows] for name, rows in made.items()}
 
 
@@ -152,6 +185,12 @@ def test_instants_come_in_several_forms(text: str) -> None:
     assert tables({**SAMPLE, "event_time": text})["events_part"][0]["event_time"] == "2022-01-01T03:04:05.000000Z"
 
 
+def test_an_event_with_nothing_but_its_uuid_is_a_row_in_the_table_of_events_by_which_it_is_counted() -> None:
+    made = tables({"uuid": ID})
+    assert [row["uuid"] for row in made.pop("events_part")] == [ID]
+    assert set(made) == {"tmp_user_properties"}
+
+
 NASTY = [
     b'{"uuid":"%s","event_type":"a\\u0000b","city":"x\\ud800y","event_properties":{"k\\u0000":"\\udc00"}}',
     b'{"uuid":"%s","event_id":123456789012345678901234567890,"amplitude_id":1e400,"event_properties":{"n":1e400}}',
@@ -164,9 +203,9 @@ NASTY = [
 
 @pytest.mark.parametrize("line", NASTY)
 def test_what_no_database_stores_is_mended_and_the_event_kept(line: bytes) -> None:
-    seen = HourStats()
-    made = tables(line.replace(b"%s", ID.encode()), SAMPLE, seen=seen)
-    assert (seen.rows, seen.fault_rows) == (2, 0)
+    refused = Refused()
+    made = tables(line.replace(b"%s", ID.encode()), SAMPLE, refused=refused)
+    assert (len(made["events_part"]), refused) == (2, [])
     text = json.dumps(made)
     assert "\\u0000" not in text
     assert "\\ud800" not in text
@@ -179,19 +218,19 @@ def test_what_no_database_stores_is_mended_and_the_event_kept(line: bytes) -> No
     "line", [b"[]", b"{", b'"text"', b'{"uuid":null}', b'{"uuid":"7"}', b"{}", b"9" * 5000, b"[" * 9000]
 )
 def test_a_line_that_is_no_event_is_counted_and_no_other_is_lost(line: bytes) -> None:
-    seen = HourStats()
-    made = tables(SAMPLE, line, {**SAMPLE, "uuid": ID.replace("0", "1")}, seen=seen)
-    assert len(made["events_part"]) == 2
-    assert (seen.rows, seen.fault_rows) == (2, 1)
+    refused = Refused()
+    made = tables(SAMPLE, line, {**SAMPLE, "uuid": ID.replace("0", "1")}, refused=refused)
+    assert (len(made["events_part"]), len(refused)) == (2, 1)
 
 
-def test_the_digest_does_not_depend_on_the_order_and_tells_events_apart() -> None:
+def test_the_digest_does_not_depend_on_the_order_and_tells_events_apart(tmp_path: Path) -> None:
     events = [{**SAMPLE, "uuid": f"{number:08x}{ID[8:]}"} for number in range(50)]
+    pull = cast("PullContext", SimpleNamespace(key=hour_key, place=set_aside_name, spool=tmp_path))
 
     def digest(found: list[dict[str, Any]]) -> str:
-        seen = HourStats()
-        tables(*found, seen=seen)
-        return seen.digest
+        body = io.BytesIO(gzip.compress(text_of(*found)))
+        with closing(HourLines(pull, "web", window_at(EPOCH, HOUR_SECONDS), body, Stop())) as hour:
+            return hour.digest
 
     assert digest(events) == digest(events[::-1])
     assert len({digest(events), digest(events[1:]), digest([*events, events[0]])}) == 3
@@ -200,15 +239,17 @@ def test_the_digest_does_not_depend_on_the_order_and_tells_events_apart() -> Non
 def test_lines_are_found_whatever_the_pieces_are() -> None:
     text = b"".join(b'{"n":%d}\n' % number for number in range(200_000)) + b'{"n":-1}'
     for size in (1 << 10, 99_991, len(text)):
-        pieces = [text[at : at + size] for at in range(0, len(text), size)]
-        found = [block for block in blocks(pieces) if isinstance(block, bytes)]
+        found = [block for block in blocks(Choppy(text, size)) if isinstance(block, bytes)]
         assert b"".join(found) == text
         assert all(block.endswith(b"\n") for block in found[:-1])
-        assert size == len(text) or max(map(len, found)) < BLOCK_BYTES + size + 100
+        assert max(map(len, found)) < BLOCK_BYTES + 100
 
 
 def test_a_line_without_an_end_does_not_fill_memory() -> None:
-    (found,) = blocks(b"x" * (1 << 20) for _ in range(100))
+    packer = zlib.compressobj(1, wbits=31)
+    body = b"".join(packer.compress(b"x" * (1 << 20)) for _ in range(100)) + packer.flush()
+    with gzip.open(io.BytesIO(body)) as text:
+        (found,) = blocks(cast("IO[bytes]", text))
     assert isinstance(found, LargeLine)
     assert (len(found.head), found.size_bytes) == (KEPT_LINE_BYTES, 100 << 20)
 
@@ -218,7 +259,7 @@ def test_a_line_without_an_end_does_not_fill_memory() -> None:
 def test_a_line_is_too_large_by_its_length_alone_and_its_neighbours_stay(more: int, size: int) -> None:
     line = b"x" * (MAX_LINE_BYTES - 1 + more) + b"\n"
     text = b"before\n" * 3 + line + b"after\n" * 3 + b"last"
-    found = list(blocks(text[at : at + size] for at in range(0, len(text), size)))
+    found = list(blocks(Choppy(text, size)))
     assert [block.size_bytes for block in found if isinstance(block, LargeLine)] == [MAX_LINE_BYTES] * more
     assert b"".join(block.head + b"\n" if isinstance(block, LargeLine) else block for block in found) == text
     assert sum(map(lines_in, found)) == 8
@@ -239,30 +280,27 @@ def test_a_line_is_too_large_by_its_length_alone_and_its_neighbours_stay(more: i
     ],
 )
 def test_a_refused_line_keeps_its_bytes_its_reason_and_its_place(line: bytes, reason: str) -> None:
-    told: list[tuple[str, bytes, str]] = []
-    given = line.replace(b"%s", ID.encode())
-    seen = HourStats(lambda *refused: told.append(refused))
+    refused, given = Refused(), line.replace(b"%s", ID.encode())
     other = {**SAMPLE, "uuid": ID.replace("0", "1")}
-    made = tables(SAMPLE, given, other, seen=seen)
+    made = tables(SAMPLE, given, other, refused=refused)
     assert [row["uuid"] for row in made["events_part"]] == [ID, ID.replace("0", "1")]
-    assert [(found, kept) for found, kept, _ in told] == [(reason, given)]
-    assert told[0][2].startswith("line 2: ")
-    assert "rich" not in told[0][2]
+    ((*told, detail),) = refused
+    assert told == [reason, given, 2]
+    assert "rich" not in detail
 
 
 def test_an_event_that_is_broken_over_two_lines_is_two_lines_that_are_not_events() -> None:
-    told: list[bytes] = []
-    seen = HourStats(lambda _reason, line, _place: told.append(line))
-    tables(SAMPLE, b'{"uuid":"%s",\n"city":"x"}' % ID.encode(), seen=seen)
-    assert (seen.rows, seen.lines) == (1, 3)
-    assert told == [b'{"uuid":"%s",' % ID.encode(), b'"city":"x"}']
+    refused = Refused()
+    made = tables(SAMPLE, b'{"uuid":"%s",\n"city":"x"}' % ID.encode(), refused=refused)
+    assert len(made["events_part"]) == 1
+    assert [line for _, line, _, _ in refused] == [b'{"uuid":"%s",' % ID.encode(), b'"city":"x"}']
 
 
 @pytest.mark.parametrize("member", [b'"cohort_day":1e400', b'"source":123456789012345678901234567890', b'"Gender":NaN'])
 def test_a_number_that_no_column_holds_does_not_cost_its_event(member: bytes) -> None:
-    seen = HourStats()
-    made = tables(b'{"uuid":"%s","user_properties":{"EHR_ID":7,%s}}' % (ID.encode(), member), SAMPLE, seen=seen)
-    assert (seen.rows, seen.fault_rows) == (2, 0)
+    refused = Refused()
+    made = tables(b'{"uuid":"%s","user_properties":{"EHR_ID":7,%s}}' % (ID.encode(), member), SAMPLE, refused=refused)
+    assert (len(made["events_part"]), refused) == (2, [])
     assert [row["ehr_id"] for row in made["permanent_user_properties"]] == [7, 42]
 
 
@@ -273,9 +311,10 @@ def test_a_changed_byte_costs_its_line_at_most_and_each_line_is_counted_once() -
     for _ in range(400):
         at, byte = chance.randrange(len(text)), chance.choice(b'\xfc"\n,\0\r{9\\')
         changed = text[:at] + bytes([byte]) * chance.choice((1, 30)) + text[at + chance.randrange(2) :]
-        seen, counted = HourStats(), 0
-        for block in blocks([changed]):
+        refused, counted, rows = Refused(), 0, 0
+        for block in blocks(io.BytesIO(changed)):
             counted += lines_in(block)
-            reader().tables(block, seen)
-        assert seen.lines == counted
-        assert seen.rows >= len(lines) - 2
+            made = reader().tables(block, refused)
+            rows += len(made["events_part"].rows) if made else 0
+        assert rows + len(refused) == counted
+        assert rows >= len(lines) - 2

@@ -159,7 +159,7 @@ def test_what_passes_is_waited_for(world: World, fault: AppMetricaFault, answere
     made.clock.now += timedelta(minutes=20)
     simulator.state.questions = answered
     pull = made.appmetrica(simulator)
-    pull.exports.zone()
+    assert pull.exports.zone
     simulator.add_fault(AppMetricaFault(), times=answered)
     simulator.add_fault(fault, times=2)
     assert not pull.to_the_end().failures

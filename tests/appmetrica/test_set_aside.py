@@ -246,7 +246,7 @@ def test_a_request_of_a_clock_that_was_ahead_is_made_again_and_narrowed_after_a_
 @pytest.mark.slow
 def test_a_service_that_is_away_for_days_sets_nothing_aside(world: World) -> None:
     made, simulator, pull = world
-    pull.exports.zone()
+    assert pull.exports.zone
     for _ in range(4):
         simulator.add_fault(AppMetricaFault(503, b"away"), times=20)
         assert pull.run().failures
@@ -299,7 +299,7 @@ def test_no_hour_counts_as_landed_while_its_bad_rows_cannot_be_kept(world: World
 def pull_columns(simulator: AppMetricaSimulator, pull: Pull) -> Sequence[str]:
     from app.appmetrica.client import resources
 
-    assert simulator.state.application_id == pull.exports.service.application_id
+    assert simulator.state.application_id == pull.exports.application_id
     return resources()["events"].columns
 
 

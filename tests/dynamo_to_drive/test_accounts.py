@@ -1,14 +1,16 @@
 """What becomes of the items of an hour: told row by row against the file that was there, and added up to a ledger."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from app.core.ledger import Tally
 from app.core.windows import Window
 from app.dynamo_to_drive.hour_file import (
+    COPY_BYTES,
     NAMED_ATTRIBUTES,
     Accounts,
     FileShape,
@@ -19,6 +21,8 @@ from app.dynamo_to_drive.hour_file import (
 )
 from app.dynamo_to_drive.rows import Item, Value
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, UNREADABLE, Times
+from app.object_store.local import LocalDirectory
+from app.object_store.set_aside import MAX_BYTES, SetAsideStore, folder_of
 from shipping import START
 
 AT = "datetime_utc"
@@ -133,3 +137,36 @@ def test_what_was_read_for_an_hour_that_failed_waits_but_for_what_its_file_has_a
     assert failed == Tally(counted=5, read=6, already_there=2, waiting=3)
     accounts.note(HOUR, held=9, only_held=3)
     assert accounts.closed("p", None, is_whole=False).total == Tally(counted=5, read=6, already_there=5)
+
+
+def test_a_row_of_a_file_that_the_table_has_in_another_form_is_left_out_and_named() -> None:
+    with closing(HourWriter(FileShape(AT, ("id",), Times()))) as writer:
+        saved = {"a": "1.50", "b": "high", "c": "2"}
+        writer.add_rows(
+            [{AT: "2026-02-07 12:00:01", "id": each, "temp": temp} for each, temp in saved.items()], held=True
+        )
+        writer.add_rows([row(1, "1.5", id=each) for each in saved])
+        with closing(writer.finish()) as hour:
+            rows = list(read_file(lines_in(hour.file), escaped=False))
+    assert [each["temp"] for each in rows] == ["1.5", "high", "1.5", "2", "1.5"]
+    assert writer.rewritten == [at]
+
+
+def test_a_row_larger_than_a_block_ends_where_its_page_ends() -> None:
+    large = "x" * (COPY_BYTES + 1)
+    with closing(HourWriter(FileShape(AT, ("id",), Times()))) as writer:
+        writer.add_rows([row(2, large)])
+        writer.add_rows([row(1, "1"), row(3, "3")])
+        with closing(writer.finish()) as hour:
+            rows = [each["temp"] for each in read_file(lines_in(hour.file), escaped=False)]
+    assert rows == ["1", large, "3"]
+
+
+def test_the_text_of_what_was_set_aside_is_bounded_and_all_of_it_is_counted(tmp_path: Path) -> None:
+    accounts, store = Accounts(AT), LocalDirectory(tmp_path)
+    for number in range(5):
+        accounts.unplaced(item(id=f"{number}" * (MAX_BYTES // 3)), UNREADABLE)
+    ledger = accounts.closed("table", SetAsideStore(store, folder_of("dynamo_to_drive"), 2 * MAX_BYTES))
+    assert [(one.number, one.new) for one in ledger.set_aside] == [(5, 5)]
+    (kept,) = store.list("")
+    assert MAX_BYTES <= kept.size_bytes < MAX_BYTES * 4 // 3 + 1000

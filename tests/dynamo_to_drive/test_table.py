@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import Any
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from pydantic import SecretStr
 
+from app.config.settings import DynamoSettings
 from app.core.errors import Permanent, Transient
 from app.core.pipeline import UNCOUNTED
 from app.core.runs import Stop
 from app.core.windows import Window
-from app.dynamo_to_drive.access_path import Plan, Target, plan_of
+from app.dynamo_to_drive.access_path import Plan, plan_of
 from app.dynamo_to_drive.hour_file import Accounts
 from app.dynamo_to_drive.rows import items_of
 from app.dynamo_to_drive.source import DynamoSource, DynamoTable
@@ -53,15 +54,26 @@ def make_table(port: int, name: str, key: tuple[str, ...], types: str, **more: A
     return client
 
 
-def at(port: int, wanted: Target, unit: str) -> Target:
-    url = f"http://127.0.0.1:{port}"
-    return replace(wanted, unit=unit, endpoint_url=url, access_key_id="a", secret_access_key="b")
+def described(table: str, timestamp: str, values: tuple[str, ...], scan_max_bytes: int) -> DynamoSettings:
+    return DynamoSettings.model_validate(
+        {
+            "DYNAMODB_TABLE_NAME": table,
+            "DYNAMODB_TIMESTAMP_ATTRIBUTE": timestamp,
+            "DYNAMODB_PARTITION_VALUES": ",".join(values),
+            "DYNAMODB_SCAN_MAX_BYTES": str(scan_max_bytes),
+        }
+    )
 
 
-def text_of(port: int, wanted: Target, unit: str = "s") -> str:
+def at(port: int, wanted: DynamoSettings, unit: str) -> DynamoSettings:
+    keys = {"access_key_id": SecretStr("a"), "secret_access_key": SecretStr("b")}
+    return wanted.model_copy(update={"timestamp_unit": unit, "endpoint_url": f"http://127.0.0.1:{port}", **keys})
+
+
+def text_of(port: int, wanted: DynamoSettings, unit: str = "s") -> str:
     table = DynamoTable(at(port, wanted, unit))
     try:
-        source = DynamoSource(table, "p", Stop(), accounts=Accounts(wanted.timestamp), now=HOUR.end)
+        source = DynamoSource(table, "p", Stop(), accounts=Accounts(wanted.timestamp_attribute), now=HOUR.end)
         hour = source.read("p", HOUR, UNCOUNTED, None)
         with hour.file:
             return hour.file.read().decode()
@@ -77,7 +89,7 @@ def test_a_query_of_the_key_reads_every_page_of_the_hour_and_no_more(port: int) 
             row = {"static_partition": {"S": "data"}, "datetime_utc": {"S": at}, "note": {"S": "x" * 300_000}}
             client.put_item(TableName="paged", Item=row)
     client.close()
-    lines = text_of(port, Target("paged", "datetime_utc", (), 0)).splitlines()
+    lines = text_of(port, described("paged", "datetime_utc", (), 0)).splitlines()
     assert [line[:20] for line in lines[1:]] == [f"2026-02-07T12:00:0{number}Z" for number in range(5)]
 
 
@@ -87,7 +99,7 @@ def test_every_read_unit_that_the_table_reports_is_counted(port: int) -> None:
         item = {"device": {"S": "d1"}, "at": {"S": f"2026-02-07T12:00:0{second}Z"}, "note": {"S": "x" * 300_000}}
         client.put_item(TableName="charged", Item=item)
     spent = list[float]()
-    target = at(port, Target("charged", "at", ("d1",), 0), "s")
+    target = at(port, described("charged", "at", ("d1",), 0), "s")
     with closing(DynamoTable(target, spent.append)) as table:
         page = partial(client.query, TableName="charged", ReturnConsumedCapacity="TOTAL")
         asked = {"KeyConditionExpression": "device = :d", "ExpressionAttributeValues": {":d": {"S": "d1"}}}
@@ -104,7 +116,7 @@ def test_a_numeric_sort_key_includes_the_start_and_not_the_end_of_the_hour(port:
     for at in (first - 1, first, first + 3_599_999, first + 3_600_000):
         client.put_item(TableName="numbers", Item={"device": {"S": "d1"}, "at": {"N": str(at)}})
     client.close()
-    text = text_of(port, Target("numbers", "at", ("d1",), 0), "ms")
+    text = text_of(port, described("numbers", "at", ("d1",), 0), "ms")
     assert text == f"at\r\n{first}\r\n{first + 3_599_999}\r\n"
 
 
@@ -119,7 +131,7 @@ def test_an_index_with_everything_is_queried_for_each_partition_value(port: int)
         at = {"S": "2026-02-07 12:00:00.5+00:00"}
         client.put_item(TableName="indexed", Item={"id": {"S": str(number)}, "d": {"S": device}, "at": at})
     client.close()
-    text = text_of(port, Target("indexed", "at", ("a", "b"), 0))
+    text = text_of(port, described("indexed", "at", ("a", "b"), 0))
     assert text == "at,d,id\r\n2026-02-07 12:00:00.5+00:00,b,0\r\n2026-02-07 12:00:00.5+00:00,a,1\r\n"
 
 
@@ -129,7 +141,7 @@ def test_a_scan_finds_text_and_numbers_in_order(port: int) -> None:
         at = {"S": f"2026-02-07T12:00:{39 - number:02d}Z"}
         client.put_item(TableName="scanned", Item={"id": {"S": str(number)}, "at": at})
     client.close()
-    lines = text_of(port, Target("scanned", "at", (), 1 << 30)).splitlines()
+    lines = text_of(port, described("scanned", "at", (), 1 << 30)).splitlines()
     assert lines[0] == "at,id"
     assert lines[1:] == sorted(lines[1:])
     assert len(lines) == 41
@@ -142,12 +154,12 @@ def test_a_table_above_the_limit_is_not_scanned() -> None:
         "TableSizeBytes": 2,
     }
     with pytest.raises(Permanent, match="can only be scanned"):
-        plan_of(table, Target("t", "at", (), 1))
+        plan_of(table, described("t", "at", (), 1))
 
 
 def test_a_missing_table_is_one_clear_line(port: int) -> None:
     with pytest.raises(Permanent) as refused:
-        text_of(port, Target("missing", "at", (), 0))
+        text_of(port, described("missing", "at", (), 0))
     assert "DYNAMODB_TABLE_NAME" in refused.value.hint
 
 
@@ -160,10 +172,10 @@ def test_throttling_and_lost_answers_are_waited_for_and_an_outage_is_transient(p
     with FaultProxy("127.0.0.1", port) as proxy:
         proxy.add(answer(400, slow))
         proxy.add(lose_answer())
-        assert len(text_of(proxy.port, Target("faulty", "datetime_utc", (), 0)).splitlines()) == 2
+        assert len(text_of(proxy.port, described("faulty", "datetime_utc", (), 0)).splitlines()) == 2
         proxy.add(answer(500), times=50)
         with pytest.raises(Transient):
-            text_of(proxy.port, Target("faulty", "datetime_utc", (), 0))
+            text_of(proxy.port, described("faulty", "datetime_utc", (), 0))
 
 
 @pytest.mark.parametrize("body", [b"{}", b"<html>a proxy</html>", b'{"Items":5,"Count":0}'])
@@ -171,7 +183,7 @@ def test_an_answer_of_something_else_is_not_an_empty_hour(port: int, body: bytes
     with FaultProxy("127.0.0.1", port) as proxy:
         proxy.add(answer(200, body), times=5)
         with pytest.raises(Transient) as refused:
-            text_of(proxy.port, Target("any", "at", (), 0))
+            text_of(proxy.port, described("any", "at", (), 0))
     assert "DYNAMODB_ENDPOINT_URL" in refused.value.hint
 
 
@@ -181,7 +193,7 @@ def test_an_empty_key_to_go_on_from_ends_a_listing_and_an_empty_page_with_a_key_
         return json.dumps({"Items": items, "Count": len(at), "ScannedCount": 1, "LastEvaluatedKey": last}).encode()
 
     with FaultProxy("127.0.0.1", port) as proxy:
-        table = DynamoTable(at(proxy.port, Target("any", "at", (), 0), "s"))
+        table = DynamoTable(at(proxy.port, described("any", "at", (), 0), "s"))
         for body in (page({"id": {"S": "0"}}), page({"id": {"S": "1"}}, "1"), page({}, "2")):
             proxy.add(answer(200, body))
         found = [items_of(taken) for taken in table.pages("scan", {"TableName": "any"}, Stop())]
@@ -237,6 +249,6 @@ def test_only_an_active_complete_index_on_the_timestamp_serves(index: dict[str, 
         "AttributeDefinitions": [{"AttributeName": name, "AttributeType": "S"} for name in ("id", "d", "at")],
         "GlobalSecondaryIndexes": [{**one, **index}],
     }
-    plan: Plan = plan_of(table, Target("t", "at", ("x",), 1))
+    plan: Plan = plan_of(table, described("t", "at", ("x",), 1))
     assert plan.scans is scans
     assert plan.consistent is scans

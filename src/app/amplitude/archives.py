@@ -1,16 +1,17 @@
 """What an export is, and how gzip members are joined to one zip with an entry per week."""
 
 import ctypes
+import gzip
+import io
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
-from typing import Any, BinaryIO, TypeAlias, TypeVar, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
 from app.core.errors import Permanent, Transient
 from app.core.windows import HOUR_SECONDS, Window, windows_between
@@ -21,84 +22,66 @@ from app.core.windows import HOUR_SECONDS, Window, windows_between
 # member is ever used as a path; whatever is wrong with the file is one of our errors.
 
 NAME = re.compile(r"_(\d{4})-(\d\d)-(\d\d)_(\d{1,2})#(\d+)\.json\.gz$")
-T = TypeVar("T")
 AGAIN = "no action needed: the export is fetched again"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Member:
-    """One gzip file of the hour that starts at `hour_at`."""
-
-    hour_at: datetime
-    part: int
-    name: str
-
-
 class Archive:
-    """An export that lies in a file. Use it inside `opened`."""
+    """A zip that lies in a file. Use it inside `opened`."""
 
-    def __init__(self, archive: zipfile.ZipFile, span: Window) -> None:
+    def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
-        self.span = span
 
-    def hours(self) -> Mapping[datetime, Sequence[Member]]:
-        """Every hour of the span, oldest first, with its members in order. Permanent for a name of another form."""
-        found: dict[datetime, list[Member]] = {
-            hour.start: [] for hour in windows_between(self.span.start, self.span.end, HOUR_SECONDS)
+    def hours(self, span: Window) -> Mapping[datetime, Sequence[str]]:
+        """Every hour of the span, oldest first, with the names of its members in order. Permanent for another name."""
+        found: dict[datetime, list[str]] = {
+            hour.start: [] for hour in windows_between(span.start, span.end, HOUR_SECONDS)
         }
-        for member in sorted(_member(info.filename) for info in self._archive.infolist() if not info.is_dir()):
-            if member.hour_at not in found:
+        for hour_at, _, name in sorted(
+            _placed(info.filename) for info in self._archive.infolist() if not info.is_dir()
+        ):
+            if hour_at not in found:
                 raise Permanent(
-                    f"the export of {self.span} holds {member.name!r}, which is from another time",
+                    f"the export of {span} holds {name!r}, which is from another time",
                     "check AMPLITUDE_BASE_URL: the answer does not match the request",
                 )
-            found[member.hour_at].append(member)
+            found[hour_at].append(name)
         return found
 
-    @contextmanager
-    def open(self, member: Member) -> Iterator[BinaryIO]:
-        """The member's bytes, which are gzip; its checksum is compared at the end."""
-        with read_errors(), readable(lambda: self._archive.open(member.name)) as stream:
-            yield cast("BinaryIO", stream)
-
-    def streams(self, members: Iterable[Member]) -> Iterator[BinaryIO]:
-        """Each member's bytes in turn; a stream is good until the next one is asked for."""
-        for member in members:
-            with self.open(member) as stream:
-                yield stream
+    def streams(self, names: Iterable[str] | None = None) -> Iterator[BinaryIO]:
+        """The bytes of each of these members in turn, or of all; a stream is good until the next one is asked for. Read
+        it within `read_errors`: its checksum is compared at its end.
+        """
+        for name in self._archive.namelist() if names is None else names:
+            with read_errors(), self._archive.open(name) as stream:
+                yield cast("BinaryIO", stream)
 
 
 @contextmanager
-def opened(file: BinaryIO, span: Window) -> Iterator[Archive]:
-    """The export in `file`. Raises Transient when it is not a complete zip."""
+def opened(file: BinaryIO) -> Iterator[Archive]:
+    """The zip in `file`. Raises Transient when it is not complete."""
     with read_errors():
-        archive = readable(lambda: zipfile.ZipFile(file))
+        archive = zipfile.ZipFile(file)
     with archive:
-        yield Archive(archive, span)
+        yield Archive(archive)
 
 
 @contextmanager
 def read_errors() -> Iterator[None]:
-    """What reading a broken zip raises, as ours."""
+    """What reading raises as ours: Transient for a broken zip, Permanent for a kind of zip that zipfile lacks."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise Transient(f"the export is not a complete zip: {error or type(error).__name__}", AGAIN) from error
-
-
-def readable(opening: Callable[[], T]) -> T:
-    """What opening a zip or an entry of one gives. Raises Permanent for a kind of zip that zipfile lacks."""
-    try:
-        return opening()
     except RuntimeError as error:  # zipfile: of encryption, and of versions and methods of packing
         raise Permanent(f"the export is a zip in a format that cannot be read: {error}", "please report it") from error
 
 
-def _member(name: str) -> Member:
+def _placed(name: str) -> tuple[datetime, int, str]:
+    """The hour and the part that a member's name tells, and the name."""
     found = NAME.search(name)
     try:
         year, month, day, hour, part = map(int, found.groups() if found else ())
-        return Member(datetime(year, month, day, hour, tzinfo=UTC), part, name)
+        return datetime(year, month, day, hour, tzinfo=UTC), part, name
     except ValueError as error:
         raise Permanent(
             f"a member of the export is named {name[:120]!r}, which names no hour",
@@ -349,8 +332,11 @@ class _Compressed:
         self.last = b""
 
     def add(self, stream: BinaryIO) -> Iterator[bytes]:
-        for piece in inflated(stream):
-            yield self._taken(piece)
+        whole_pieces = io.BufferedReader(cast("io.RawIOBase", stream))  # gzip asks for exact sizes
+        with read_errors(), gzip.open(whole_pieces) as whole:
+            while piece := whole.read(PIECE_BYTES):
+                check_ratio(stream.tell(), self.size_bytes + len(piece))
+                yield self._taken(piece)
 
     def newline(self) -> bytes:
         return self._taken(b"\n")
@@ -377,36 +363,11 @@ def joined() -> Joined:
 def joined_lines(joining: Joined, streams: Iterable[BinaryIO]) -> Iterator[bytes]:
     """The joined gzip streams, every event on a line of its own, to the end of the deflate stream."""
     for stream in streams:
-        yield from filter(None, joining.add(stream))
+        with read_errors():
+            yield from filter(None, joining.add(stream))
         if joining.last not in (b"", b"\n"):
             yield joining.newline()
     yield joining.finish()
-
-
-def inflated(stream: BinaryIO) -> Iterator[bytes]:
-    """What the members of a gzip stream hold, in pieces. Raises Transient when it is cut, Permanent for a bomb."""
-    packed, size_bytes = 0, 0
-    inflater: zlib._Decompress | None = None
-    while block := stream.read(PIECE_BYTES):
-        packed += len(block)
-        while block:
-            if inflater is None:
-                block = block.lstrip(b"\0")
-                inflater = zlib.decompressobj(GZIP_BITS) if block else None
-                continue
-            try:
-                piece = inflater.decompress(block, PIECE_BYTES)
-            except zlib.error as error:
-                raise Transient(f"a member of the archive is broken: {error}", CUT) from error
-            block = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
-            size_bytes += len(piece)
-            check_ratio(packed, size_bytes)
-            if piece:
-                yield piece
-            if inflater.eof:
-                inflater = None
-    if inflater is not None:
-        raise Transient("a member of the archive is cut short", CUT)
 
 
 # A zip with one NDJSON entry per ISO week, written front to back while its events still arrive.

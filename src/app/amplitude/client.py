@@ -10,7 +10,6 @@ import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -23,8 +22,8 @@ from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, window_at
+from app.product_events.hours import HOUR
 from app.product_events.http_client import ServiceAnswer, Upstream, receiving
-from app.product_events.pull import HOUR
 
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
 CODES_OF_SIZE = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
@@ -80,23 +79,24 @@ class Project:
     spool: Path
     turn: threading.Lock = field(default_factory=threading.Lock)
 
-    def fetch_all(self, span: Window, pauses: Pauses, *, ahead: bool = False) -> Iterator[FetchedArchive]:
-        """The archives of whole hours, oldest first, in pieces of at most a day. `ahead`: the next one is fetched while
-        one is used. Raises Transient and Permanent.
-        """
-        pieces = self._pieces(span, pauses, past_faults=False)
-        return _ahead(pieces) if ahead else pieces
+    def fetch(
+        self, span: Window, pauses: Pauses, policy: RetryPolicy = POLICY, *, past_faults: bool = False
+    ) -> Iterator[FetchedArchive]:
+        """The archives of whole hours, oldest first, in pieces of at most a day. Raises Transient and Permanent.
 
-    def fetch_each(self, span: Window, pauses: Pauses, policy: RetryPolicy = POLICY) -> Iterator[FetchedArchive]:
-        """As `fetch_all`, past hours that cannot be had: what fails is halved down to the hour, which comes with its
-        fault. Raises only what is not the fault of an hour: a pair of keys that does not serve, too many requests.
+        `past_faults`: what fails is halved down to the hour, which comes with its fault. Then only that is raised which
+        is not the fault of an hour: a pair of keys that does not serve, too many requests.
         """
-        return self._pieces(span, pauses, policy, past_faults=True)
+        at = span.start
+        while at < span.end:
+            day = Window(at, min(floor_to(at, DAY_SECONDS) + timedelta(days=1), span.end))
+            yield from self._halved(day, pauses, policy, past_faults=past_faults)
+            at = day.end
 
     def answers(self, hour: Window, pauses: Pauses) -> bool:
         """Whether the service gives this hour: then what it does not give is not because all of it is away."""
         try:
-            (fetched,) = self.fetch_each(hour, pauses, SHORT_POLICY)
+            (fetched,) = self.fetch(hour, pauses, SHORT_POLICY, past_faults=True)
         except (Transient, Permanent):
             return False
         fetched.close()
@@ -106,20 +106,11 @@ class Project:
         """One hour of yesterday, fetched and thrown away, for `check`. Raises Transient or Permanent."""
         hour = window_at(clock() - timedelta(days=1), HOUR_SECONDS)
         with closing(self.upstream):
-            for fetched in self.fetch_each(hour, Stop(), SHORT_POLICY):
+            for fetched in self.fetch(hour, Stop(), SHORT_POLICY, past_faults=True):
                 fetched.close()
                 if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
                     raise fetched.fault
         return "may export events"
-
-    def _pieces(
-        self, span: Window, pauses: Pauses, policy: RetryPolicy = POLICY, *, past_faults: bool
-    ) -> Iterator[FetchedArchive]:
-        at = span.start
-        while at < span.end:
-            day = Window(at, min(floor_to(at, DAY_SECONDS) + timedelta(days=1), span.end))
-            yield from self._halved(day, pauses, policy, past_faults=past_faults)
-            at = day.end
 
     def _halved(
         self, span: Window, pauses: Pauses, policy: RetryPolicy, *, past_faults: bool
@@ -172,23 +163,6 @@ def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Proj
     token = base64.b64encode(f"{client_id}:{secret_key}".encode()).decode()
     headers = {"Authorization": f"Basic {token}"}
     return Project(Upstream("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers), spool)
-
-
-def _ahead(pieces: Iterator[FetchedArchive]) -> Iterator[FetchedArchive]:
-    """One piece in advance, fetched by a thread of its own."""
-
-    def close_unused(done: Future[FetchedArchive | None]) -> None:
-        if not done.exception() and (fetched := done.result()) is not None:
-            fetched.close()
-
-    with ThreadPoolExecutor(1, thread_name_prefix="amplitude-ahead") as pool:
-        upcoming = pool.submit(next, pieces, None)
-        try:
-            while (fetched := upcoming.result()) is not None:
-                upcoming = pool.submit(next, pieces, None)
-                yield fetched
-        finally:
-            upcoming.add_done_callback(close_unused)
 
 
 def _refusal(span: Window, answer: ServiceAnswer) -> Exception:

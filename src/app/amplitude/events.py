@@ -4,25 +4,24 @@ Invariants: a line is either an event or is refused with one of a few reasons; a
 memory is bounded by a block and MAX_LINE_BYTES. An event is identified by its uuid; `digest` does not depend on order.
 """
 
+import gzip
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import msgspec
 
-from app.amplitude.archives import inflated
-from app.core.errors import Permanent, Rejected, Transient
+from app.core.errors import Rejected
 from app.core.runs import Stop
 from app.core.verify import NOTHING, Content
 from app.core.windows import Window
-from app.product_events.hours import REFUSED, BrokenHour
-from app.product_events.mapping import RULES, ProductMapping, Tables, cleaned, mapping, storable_json
+from app.product_events.hours import REFUSED, PullContext
+from app.product_events.mapping import RULES, ProductMapping, Tables, cleaned, mapping, storable_json, uuids_in
 from app.product_events.pull import RefusedLines
 
 SERVICE = "amplitude"
@@ -42,49 +41,8 @@ NO_UUID = "no valid uuid"
 LARGE_LINE = "line above 16 MiB"
 
 
-@dataclass(slots=True)
-class HourStats:
-    """What an hour came to: `rows` events, `fault_rows` lines that are none, and what tells its events from others'.
-
-    `refuse` is given the reason, the bytes and the place of each line that is not an event.
-    """
-
-    refuse: Callable[[str, bytes, str], None] = lambda _reason, _line, _what: None
-    rows: int = 0
-    faults: list[str] = field(default_factory=list)
-    fault_rows: int = 0
-    uuid_sum: int = 0
-
-    @property
-    def lines(self) -> int:
-        """All lines so far."""
-        return self.rows + self.fault_rows
-
-    @property
-    def digest(self) -> str:
-        """The same for the same events in any order. Hex."""
-        return hashlib.sha256(f"{self.rows}:{self.uuid_sum}".encode()).hexdigest()
-
-    def took(self, uuids: Iterable[str]) -> None:
-        """Count events."""
-        numbers = [int(each.replace("-", ""), 16) for each in uuids]
-        self.rows += len(numbers)
-        self.uuid_sum = (self.uuid_sum + sum(numbers)) % MODULUS
-
-    def add(self, other: "HourStats") -> None:
-        """Count what was seen elsewhere."""
-        self.rows += other.rows
-        self.fault_rows += other.fault_rows
-        self.faults = (self.faults + other.faults)[:SHOWN_FAULTS]
-        self.uuid_sum = (self.uuid_sum + other.uuid_sum) % MODULUS
-
-    def refused(self, reason: str, line: bytes, number: int, detail: str) -> None:
-        """Count the line of that number, which is not an event. `detail` says what is wrong, without values."""
-        what = f"line {number}: {detail}"
-        self.fault_rows += 1
-        self.refuse(reason, line, what)
-        if len(self.faults) < SHOWN_FAULTS:
-            self.faults.append(what)
+Refuse = Callable[[str, bytes, int, str], None]
+"""Takes a line that is not an event: the reason, its bytes, which line of its block, and what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +72,14 @@ class EventReader:
         self._event = msgspec.json.Decoder(event)
         self._inside = {head: _Inside(paths) for head, paths in self._nested.items() if paths}
 
-    def tables(self, block: Block, seen: HourStats, *, careful: bool = False) -> Tables:
+    def tables(self, block: Block, refuse: Refuse, *, careful: bool = False) -> Tables:
         """Rows by table of whole lines. `careful`: each line is taken apart and put together of what can be stored."""
         if isinstance(block, LargeLine):
-            seen.refused(LARGE_LINE, block.head, seen.lines + 1, f"{block.size_bytes} bytes")
+            refuse(LARGE_LINE, block.head, 1, f"{block.size_bytes} bytes")
             return {}
         columns = None if careful or SUSPICIOUS.search(block) else self.decoded(block)
         if columns is None:
-            columns = self._columns_of(self._by_line(block, seen, careful=careful))
-        seen.took(columns["uuid"])
+            columns = self._columns_of(self._by_line(block, refuse, careful=careful))
         return self._mapping.tables(columns, len(columns["uuid"]))
 
     def decoded(self, block: bytes) -> dict[str, Sequence[Any]] | None:
@@ -136,20 +93,20 @@ class EventReader:
         # The decoder takes an object that goes on in the next line, which makes one event of two lines.
         return None if None in columns["uuid"] or len(events) != lines_in(block) else columns
 
-    def _by_line(self, block: bytes, seen: HourStats, *, careful: bool) -> Sequence[Any]:
+    def _by_line(self, block: bytes, refuse: Refuse, *, careful: bool) -> Sequence[Any]:
         events = []
-        for number, line in enumerate(filter(None, map(bytes.strip, block.split(b"\n"))), seen.lines + 1):
+        for number, line in enumerate(filter(None, map(bytes.strip, block.split(b"\n"))), 1):
             try:
                 line.decode()
                 event = self._one(line, careful=careful or SUSPICIOUS.search(line) is not None)
             except UnicodeDecodeError as error:
                 detail = f"invalid UTF-8 byte 0x{line[error.start]:02X} at byte {error.start + 1}"
-                seen.refused(NOT_TEXT, line, number, detail)
+                refuse(NOT_TEXT, line, number, detail)
             except UNREADABLE as error:
-                seen.refused(NOT_JSON, line, number, f"not a JSON object ({type(error).__name__})")
+                refuse(NOT_JSON, line, number, f"not a JSON object ({type(error).__name__})")
             else:
                 if self._columns_of([event])["uuid"] == [None]:
-                    seen.refused(NO_UUID, line, number, "no valid uuid")
+                    refuse(NO_UUID, line, number, "no valid uuid")
                 else:
                     events.append(event)
         return events
@@ -238,140 +195,87 @@ def lines_in(block: Block) -> int:
     return 1 if isinstance(block, LargeLine) else sum(1 for line in block.split(b"\n") if line and not line.isspace())
 
 
-def blocks(pieces: Iterable[bytes]) -> Iterator[Block]:
-    """The pieces as blocks of whole lines. A line above MAX_LINE_BYTES comes by itself, in its place."""
-    ready, ready_bytes = list[bytes](), 0
-    tail = _Tail()
-    for piece in pieces:
-        first, last = piece.find(b"\n") + 1, piece.rfind(b"\n") + 1
-        if not first:
-            tail.add(piece)
+def blocks(text: IO[bytes]) -> Iterator[Block]:
+    """The rest of a stream as blocks of whole lines. A line above MAX_LINE_BYTES comes by itself, in its place."""
+    while block := text.read(BLOCK_BYTES):
+        end = block.rfind(b"\n") + 1
+        line = block[end:] + text.readline(MAX_LINE_BYTES) if end < len(block) else b""
+        if len(line) <= MAX_LINE_BYTES:
+            yield block[:end] + line
             continue
-        if ready and (ready_bytes + tail.size_bytes + last >= BLOCK_BYTES):
-            yield b"".join(ready)
-            ready, ready_bytes = [], 0
-        line = tail.ended(piece[:first])
-        if isinstance(line, LargeLine):
-            if ready:
-                yield b"".join(ready)
-            yield line
-            ready, ready_bytes, line = [], 0, b""
-        ready += [line, piece[first:last]]
-        ready_bytes += len(line) + last - first
-        tail.add(piece[last:])
-    rest = tail.ended(b"")
-    if isinstance(rest, LargeLine):
-        if ready_bytes:
-            yield b"".join(ready)
-        yield rest
-    elif ready_bytes or rest:
-        yield b"".join((*ready, rest))
+        if end:
+            yield block[:end]
+        yield _large_line(line, text)
 
 
-class _Tail:
-    """A line whose end was not seen yet; of one that is too large only the beginning is held."""
-
-    def __init__(self) -> None:
-        self._held = list[bytes]()
-        self._hash = hashlib.sha256()
-        self.size_bytes = 0
-
-    def add(self, piece: bytes) -> None:
-        """Append a piece without a line end."""
-        if self.size_bytes < KEPT_LINE_BYTES:
-            self._held.append(piece[: KEPT_LINE_BYTES - self.size_bytes])
-        self._hash.update(piece)
-        self.size_bytes += len(piece)
-
-    def ended(self, piece: bytes) -> Block:
-        """The line with its last piece, which may have a line end. The next line begins."""
-        if self.size_bytes + len(piece) <= MAX_LINE_BYTES:
-            line: Block = b"".join((*self._held, piece))
-        else:
-            self.add(piece.rstrip(b"\n"))
-            line = LargeLine(b"".join(self._held), self.size_bytes, self._hash.hexdigest())
-        self._held, self._hash, self.size_bytes = [], hashlib.sha256(), 0
-        return line
-
-
-@contextmanager
-def read_or_broken() -> Iterator[None]:
-    """What goes wrong while an hour is read is a BrokenHour, to tell it from faults of the store and the warehouse."""
-    try:
-        yield
-    except (Transient, Permanent) as error:
-        raise BrokenHour(error) from error
+def _large_line(line: bytes, text: IO[bytes]) -> LargeLine:
+    """A line that begins so; the rest of it is read, and only the beginning held."""
+    head, digest, size_bytes = bytearray(), hashlib.sha256(), 0
+    while True:
+        piece = line.rstrip(b"\n")
+        head += piece[: KEPT_LINE_BYTES - len(head)]
+        digest.update(piece)
+        size_bytes += len(piece)
+        if line.endswith(b"\n") or not (line := text.readline(BLOCK_BYTES)):
+            return LargeLine(bytes(head), size_bytes, digest.hexdigest())
 
 
 class HourLines:
     """`app.product_events.hours.PulledHour`: the lines of an hour in a gzip file; None = it has none.
 
     The file holds every line as it came, also those that are not events. Each pass counts all of them again, as
-    `counted`, and adds those again to `refused_lines` that are not events, below `place`; a sample names `key`.
+    `counted`, and adds those again to `refused_lines` that are not events: `refused` of them, `faults` says what is
+    wrong with some.
     """
 
     is_loaded = True
 
-    def __init__(
-        self,
-        window: Window,
-        body: BinaryIO | None,
-        stop: Stop,
-        refused_lines: RefusedLines,
-        *,
-        place: tuple[str, ...] = (),
-        key: str = "",
-    ) -> None:
-        self.window, self.body, self.refused_lines = window, body, refused_lines
-        self._stop, self._place, self._key = stop, place, key
-        self._seen, self._is_read = HourStats(), False
-        self.counted = 0
+    def __init__(self, pull: PullContext, source: str, window: Window, body: BinaryIO | None, stop: Stop) -> None:
+        self.window, self.body, self._stop = window, body, stop
+        self._key, self._place = pull.key(source, window), pull.place(source, window)
+        self.refused_lines = RefusedLines(pull.spool)
+        self._restart()
+        self._is_read = False
 
-    @property
-    def rows(self) -> int:
-        """How many events there are."""
-        return self._seen.rows
-
-    @property
-    def refused(self) -> int:
-        """How many lines are none."""
-        return self._seen.fault_rows
-
-    @property
-    def faults(self) -> str:
-        """What is wrong with some of those that are none."""
-        return "; ".join(self._seen.faults)
+    def _restart(self) -> None:
+        self.refused_lines.close()
+        self._is_read = True
+        self.counted = self.rows = self.refused = self._before = self._uuid_sum = 0
+        self.faults = ""
 
     @property
     def digest(self) -> str:
-        """See `HourStats.digest`; "" for an hour without lines."""
+        """The same for the same events in any order; "" for an hour without lines. Hex."""
+        if self.body is None:
+            return ""
         if not self._is_read:
             for _ in self.tables():
                 pass
-        return self._seen.digest if self.body is not None else ""
+        return hashlib.sha256(f"{self.rows}:{self._uuid_sum}".encode()).hexdigest()
 
     def tables(self, *, careful: bool = False) -> Iterator[Tables]:
         """See `PulledHour.tables`."""
-        seen = self._again()
+        self._restart()
         for block in self._blocks():
-            yield reader().tables(block, seen, careful=careful)
+            self._before = self.rows + self.refused
+            found = reader().tables(block, self._refuse, careful=careful)
+            self._took(found)
+            yield found
 
     def load_each(self, load: Callable[[Tables], None]) -> None:
         """See `PulledHour.load_each`."""
-        seen = self._again()
+        self._restart()
         for block in self._blocks():
-            if not isinstance(block, bytes):
-                reader().tables(block, seen)
-                continue
-            for line in filter(bytes.strip, block.split(b"\n")):
-                found = reader().tables(line, alone := HourStats(seen.refuse), careful=True)
+            for line in filter(bytes.strip, block.split(b"\n")) if isinstance(block, bytes) else (block,):
+                self._before = self.rows + self.refused
+                found = reader().tables(line, self._refuse, careful=True)
                 try:
                     if found:
                         load(found)
                 except Rejected as error:
-                    seen.refused(REFUSED, line, seen.lines + 1, f"refused by the warehouse: {error.message}")
+                    self._refuse(REFUSED, cast("bytes", line), 1, f"refused by the warehouse: {error.message}")
                 else:
-                    seen.add(alone)
+                    self._took(found)
 
     def content(self) -> Content:
         """See `PulledHour.content`."""
@@ -383,29 +287,30 @@ class HourLines:
         if self.body is not None:
             self.body.close()
 
-    def _again(self) -> HourStats:
-        def refuse(reason: str, line: bytes, what: str) -> None:
-            self.refused_lines.add(self._place, reason, line, f"{self._key} {what}")
+    def _refuse(self, reason: str, line: bytes, number: int, detail: str) -> None:
+        """Count a line that is not an event. `detail` says what is wrong, without values."""
+        what = f"line {self._before + number}: {detail}"
+        self.refused += 1
+        self.refused_lines.add(self._place, reason, line, f"{self._key} {what}")
+        if self.refused <= SHOWN_FAULTS:
+            self.faults = f"{self.faults}; {what}".removeprefix("; ")
 
-        self.refused_lines.close()
-        self.counted, self._is_read = 0, True
-        self._seen = HourStats(refuse)
-        return self._seen
+    def _took(self, found: Tables) -> None:
+        uuids = uuids_in(found)
+        self.rows += len(uuids)
+        self._uuid_sum = (self._uuid_sum + sum(int(each.replace("-", ""), 16) for each in uuids)) % MODULUS
 
     def _blocks(self) -> Iterator[Block]:
         """The lines, counted as they come."""
         if self.body is None:
             return
         self.body.seek(0)
-        found = blocks(inflated(self.body))
-        while True:
-            self._stop.check()
-            with read_or_broken():
-                block = next(found, None)
-            if block is None:
-                return
-            self.counted += lines_in(block)
-            yield block
+        # What is broken is found where members are joined, or is that of a damaged object.
+        with gzip.open(self.body) as text:
+            for block in blocks(cast("IO[bytes]", text)):
+                self._stop.check()
+                self.counted += lines_in(block)
+                yield block
 
 
 def content_of_block(block: Block) -> Content:

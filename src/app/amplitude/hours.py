@@ -16,18 +16,17 @@ from functools import partial
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, BinaryIO
 
-from app.amplitude.archives import WEEK, Archive, Member, joined, joined_lines, monday, name_of, opened, weeks
+from app.amplitude.archives import WEEK, joined, joined_lines, monday, name_of, opened, weeks
 from app.amplitude.client import FetchedArchive, HourTooLarge, Project
-from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
+from app.core.errors import AppError, Permanent, Transient
 from app.core.files import temporary_file
-from app.core.ledger import Tally, ledger_of
+from app.core.ledger import Tally
 from app.core.pipeline import Record
-from app.core.runs import Failure, Report, Stop
+from app.core.runs import Report, Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
 from app.object_store.set_aside import ZIP
-from app.product_events.hours import BrokenHour, HourLanding, Mode, store_rows, was_had
+from app.product_events.hours import HOUR, BrokenHour, Mode, PartitionRun, PullContext, store_rows, was_had
 from app.product_events.mapping import Loaded
-from app.product_events.pull import HOUR, PartitionRun, PullContext, RefusedLines
 
 if TYPE_CHECKING:
     from app.amplitude.events import HourLines
@@ -53,30 +52,29 @@ def set_aside_name(source: str, window: Window) -> tuple[str, ...]:
     return source, f"{window.start:%Y-%m-%d}", f"{window.start:%H}"
 
 
-def opened_hour(pull: PullContext, stop: Stop, window: Window, file: BinaryIO) -> "HourLines":
-    """The hour in the file of its object."""
+def hour_lines(pull: PullContext, source: str, window: Window, file: BinaryIO | None, stop: Stop) -> "HourLines":
+    """The hour in the gzip file of its lines; None = it has none."""
     from app.amplitude.events import HourLines  # the decoder, which an idle daemon does not load
 
-    return HourLines(window, file, stop, RefusedLines(pull.spool))
+    return HourLines(pull, source, window, file, stop)
 
 
 def gathered(
-    pull: PullContext, source: str, window: Window, *, archive: Archive | None, members: Sequence[Member], stop: Stop
+    pull: PullContext, source: str, window: Window, members: Iterable[BinaryIO] | None, stop: Stop
 ) -> "HourLines":
     """An hour of an archive: its members as one gzip file, the same bytes for the same members. Raises BrokenHour."""
-    from app.amplitude.events import HourLines, read_or_broken
-
     with ExitStack() as undo:
-        file = undo.enter_context(temporary_file(pull.spool)) if archive and members else None
-        if archive and file:
-            with read_or_broken():
-                joining = joined()
-                file.write(GZIP_HEAD)
-                file.writelines(joined_lines(joining, archive.streams(members)))
-                file.write(joining.crc.to_bytes(4, "little") + (joining.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
+        file = undo.enter_context(temporary_file(pull.spool)) if members else None
+        if file and members:
+            joining = joined()
+            file.write(GZIP_HEAD)
+            try:
+                file.writelines(joined_lines(joining, members))
+            except (Transient, Permanent) as error:
+                raise BrokenHour(error) from error
+            file.write(joining.crc.to_bytes(4, "little") + (joining.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
         undo.pop_all()
-    refused, place = RefusedLines(pull.spool), set_aside_name(source, window)
-    return HourLines(window, file, stop, refused, place=place, key=hour_key(source, window))
+    return hour_lines(pull, source, window, file, stop)
 
 
 def settled_at(now: datetime) -> datetime:
@@ -89,42 +87,31 @@ class SourceRun:
 
     def __init__(self, run: PartitionRun, project: Project) -> None:
         self.run, self.project = run, project
-        self.landing = HourLanding(
-            run,
-            partial(hour_key, run.name),
-            partial(set_aside_name, run.name),
-            partial(opened_hour, run.pull, run.context.stop),
-        )
 
     def pull_due(self) -> Report:
         """Pull what is due, look once more at what is old enough, re-create weeks. `more`: more is due."""
-        pull, context = self.run.pull, self.run.context
+        run, pull = self.run, self.run.pull
         now, due = pull.clock(), pull.due_at
         # From the Monday of the week in which the lookback begins, so that every object of a week is a whole one.
-        oldest = next(weeks_between(now - timedelta(days=pull.lookback_days), now + WEEK)).start
-        start = self.run.cursor_at or self.run.begin(oldest)
+        start = run.begun_at(next(weeks_between(now - timedelta(days=pull.lookback_days), now + WEEK)).start)
         end = min(due, start + STEP_HOURS * HOUR)
-        report = self.landing.bring_back()
-        waiting = self.landing.waiting()
+        report = run.bring_back()
+        waiting = run.waiting_hours()
         report += self._pull(Window(start, end), Mode.LIVE) if start < end else Report()
         for hour in waiting:
             report += self._pull(hour, Mode.ONCE_MORE)
         report += self._look_again(now)
-        report += refresh_weeks(self.run, Window(min(start, now - timedelta(days=AGAIN_DAYS)), now))
-        return report + self.landing.noted() + Report(more=start < end < due and not context.dry_run)
+        report += refresh_weeks(run, Window(min(start, now - timedelta(days=AGAIN_DAYS)), now))
+        return report + Report(more=start < end < due and not run.context.dry_run)
 
     def pull_again(self, hours: Window) -> Report:
         """Pull hours again, whatever is recorded."""
         return self._pull(hours, Mode.AGAIN) + refresh_weeks(self.run, hours)
 
-    def close(self) -> None:
-        """Free what is held. Idempotent."""
-        self.landing.close()
-
     def mend(self, hour: "HourLines", record: Record | None, over: str | None) -> Report:
-        """Land an hour again, see `HourLanding.land`. The cursor does not move."""
+        """Land an hour again, see `PartitionRun.land`. The cursor does not move."""
         final = self._is_final(hour.window)
-        report, loaded = self.landing.land(hour, record, Mode.AGAIN, final=final, over=over)
+        report, loaded = self.run.land(hour, record, Mode.AGAIN, final=final, over=over)
         report += self._accounted(hour, loaded)
         return replace(report, windows=1) + refresh_weeks(self.run, hour.window)
 
@@ -141,8 +128,8 @@ class SourceRun:
         """Fetch the hours of `span` and land each."""
         known = self.run.records(span)
         self.run.context.progress.advance(total=(span.end - span.start) // HOUR)
-        report = self._land_each(self.project.fetch_each(span, self.run.context.stop), known, mode)
-        return report + self.landing.settle()
+        report = self._land_each(self.project.fetch(span, self.run.context.stop, past_faults=True), known, mode)
+        return report + self.run.settle()
 
     def _land_each(self, pieces: Iterable[FetchedArchive], known: Mapping[datetime, Record], mode: Mode) -> Report:
         report = Report()
@@ -155,40 +142,33 @@ class SourceRun:
         """Land the hours of an archive. One that cannot be opened comes again hour by hour, so that only those hours
         that cannot be read are lacking.
         """
-        stop, span, report = self.run.context.stop, fetched.span, Report()
+        run, stop, span, report = self.run, self.run.context.stop, fetched.span, Report()
         record, file = known.get(span.start), fetched.file
         if fetched.fault is not None:
             return self._not_had(span, record, fetched.fault, mode)
         with ExitStack() as held:
             try:
-                archive = held.enter_context(opened(file, span)) if file else None
-                members = archive.hours() if archive else {}
+                archive = held.enter_context(opened(file)) if file else None
+                members = archive.hours(span) if archive else {}
             except (Transient, Permanent) as error:
                 if span.end - span.start <= HOUR:
                     return self._not_had(span, record, error, mode, evidence=file)
                 hours = windows_between(span.start, span.end, HOUR_SECONDS)
-                alone = (self.project.fetch_each(hour, stop) for hour in hours)
+                alone = (self.project.fetch(hour, stop, past_faults=True) for hour in hours)
                 return self._land_each(chain.from_iterable(alone), known, mode)
             for window in windows_between(span.start, span.end, HOUR_SECONDS):
                 stop.check()
+                record, names = known.get(window.start), members.get(window.start)
                 try:
-                    report += self._hour(window, known.get(window.start), archive, members.get(window.start, ()), mode)
+                    streams = archive.streams(names) if archive and names else None
+                    hour = gathered(run.pull, run.name, window, streams, stop)
+                    with run.until_settled(hour):
+                        landed, loaded = run.take(hour, record, mode, final=self._is_final(window))
+                        report += landed + self._accounted(hour, loaded)
                 except BrokenHour as error:
-                    record, evidence = known.get(window.start), file if span == window else None
+                    evidence = file if span == window else None
                     report += self._not_had(window, record, error.fault, mode, came=True, evidence=evidence)
         return report
-
-    def _hour(
-        self, window: Window, record: Record | None, archive: Archive | None, members: Sequence[Member], mode: Mode
-    ) -> Report:
-        pull, name, stop = self.run.pull, self.run.name, self.run.context.stop
-        hour = gathered(pull, name, window, archive=archive, members=members, stop=stop)
-        try:
-            report, loaded = self.landing.take(hour, record, mode, final=self._is_final(window))
-            return report + self._accounted(hour, loaded)
-        finally:
-            if not self.landing.holds(hour):
-                hour.close()
 
     def _accounted(self, hour: "HourLines", loaded: Loaded) -> Report:
         """Lines are counted as they are read, events where the warehouse took them, what is set aside where it lies."""
@@ -197,10 +177,8 @@ class SourceRun:
         if hour.refused:
             where = "lines are not events; they are in the object and in _set_aside, not in the warehouse"
             log.warning("%s %s: %d %s: %s", self.run.name, hour.window, hour.refused, where, hour.faults)
-        counted = hour.counted
-        tally = Tally(counted=counted, read=counted, new=loaded.new, already_there=loaded.given - loaded.new)
-        entries = hour.refused_lines.keep(self.run.pull.set_aside)
-        return Report(ledger=ledger_of(tally, *entries, unit=UNIT).of_partition(self.run.name))
+        tally = Tally(hour.counted, hour.counted, loaded.new, loaded.given - loaded.new)
+        return self.run.ledger(tally, *hour.refused_lines.keep(self.run.pull.set_aside))
 
     def _not_had(
         self,
@@ -220,7 +198,7 @@ class SourceRun:
         if not came and not is_too_large and not self._service_answers(window):
             raise fault
         number = 0 if was_had(record) else 1
-        return self.landing.not_had(
+        return self.run.not_had(
             window,
             record,
             fault,
@@ -261,13 +239,7 @@ def refresh_weeks(run: PartitionRun, span: Window) -> Report:
         hours = hours_of_week(run.pull, run.name, window)
         held = run.records(window, WEEKS).get(window.start)
         if hours and (held is None or held.digest != _digest(hours)):
-            try:
-                report += Report(bytes=_store_week(run, window, hours))
-            except LeaseLost:
-                raise
-            except (Transient, Permanent, Rejected) as error:
-                failure = Failure(f"{run.name}:weeks {window}", error.message, error.hint)
-                report += Report(failures=(failure,))
+            report += run.alone(f":weeks {window}", partial(_store_week, run, window, hours))
     return report
 
 
@@ -286,8 +258,8 @@ def _by_day(records: Iterable[Record]) -> Sequence[Sequence[Record]]:
     return [list(day) for _, day in groupby(records, lambda record: record.window.start.date())]
 
 
-def mend_week(run: PartitionRun, window: Window, version: str) -> int:
-    """Re-create the object of a week in place of that version; the bytes that were stored."""
+def mend_week(run: PartitionRun, window: Window, version: str) -> Report:
+    """Re-create the object of a week in place of that version."""
     hours = hours_of_week(run.pull, run.name, window)
     if not hours:
         span = f"--from {window.start:%Y-%m-%d} --to {window.end:%Y-%m-%d}"
@@ -295,8 +267,11 @@ def mend_week(run: PartitionRun, window: Window, version: str) -> int:
     return _store_week(run, window, hours, version)
 
 
-def _store_week(run: PartitionRun, window: Window, hours: Sequence[Record], over: str | None = None) -> int:
+def _store_week(run: PartitionRun, window: Window, hours: Sequence[Record], over: str | None = None) -> Report:
     key, rows, digest = week_key(run.name, window), sum(hour.rows for hour in hours), _digest(hours)
+    min_at, max_at = hours[0].window.start, hours[-1].window.end
+    closed = all(hour.closed for hour in hours) and max_at == window.end
+    wanted = Record(window, 0, key, "", digest, rows, 0, len(hours), min_at, max_at, closed)
     with temporary_file(run.pull.spool) as file:
         file.writelines(weeks(_streams(run, hours), [window.start.date()]))
         if file.tell() > MAX_BYTES:
@@ -304,22 +279,9 @@ def _store_week(run: PartitionRun, window: Window, hours: Sequence[Record], over
                 f"{key}: {file.tell()} bytes are more than the 5 GiB that one upload may have",
                 "take the objects of its hours, which hold all of it; nothing is missing there",
             )
-        stored = store_rows(
-            run.pull.store,
-            file,
-            pipeline=WEEKS,
-            key=key,
-            window=window,
-            rows=rows,
-            digest=digest,
-            closed=all(hour.closed for hour in hours) and hours[-1].window.end == window.end,
-            content_type="application/zip",
-            over=over,
-        )
-    min_at, max_at = hours[0].window.start, hours[-1].window.end
-    record = replace(stored, digest=digest, rows=rows, source_cells=len(hours), min_at=min_at, max_at=max_at)
-    run.commit(record, pipeline=WEEKS)
-    return record.size_bytes
+        stored = store_rows(run.pull.store, file, wanted, pipeline=WEEKS, content_type="application/zip", over=over)
+    run.commit(replace(wanted, version=stored.version, size_bytes=stored.size_bytes), pipeline=WEEKS)
+    return Report(bytes=stored.size_bytes)
 
 
 def _streams(run: PartitionRun, hours: Sequence[Record]) -> Iterator[tuple[datetime, BinaryIO]]:

@@ -1,6 +1,5 @@
 """The pipeline put together: one job that pulls every configured source; both ends of it compared; its gap map."""
 
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from functools import lru_cache, partial
 from shutil import copyfileobj
 from typing import TYPE_CHECKING, cast
 
-from app.amplitude.archives import opened, read_errors, readable
+from app.amplitude.archives import opened, read_errors
 from app.amplitude.client import Project, project
 from app.amplitude.hours import (
     DUE_AFTER,
@@ -18,9 +17,10 @@ from app.amplitude.hours import (
     SourceRun,
     gathered,
     hour_key,
+    hour_lines,
     hours_of_week,
     mend_week,
-    opened_hour,
+    set_aside_name,
     week_key,
     weeks_between,
 )
@@ -34,14 +34,12 @@ from app.core.verify import NOTHING, Cell, Content, Slot
 from app.core.windows import Window
 from app.object_store.port import ObjectInfo, ObjectStore
 from app.ops.connection_checks import System
-from app.product_events.hours import Opened, PulledHour, heard, was_had
+from app.product_events.hours import PartitionRun, PullContext, PulledHour, spool_of, was_had
 from app.product_events.mapping import Events
-from app.product_events.pull import PartitionRun, PullContext, PullPipeline, pull_context, spool_of
-from app.product_events.verify import GivenHours, PullChart, PullEnds, pull_cells
+from app.product_events.pull import PullPipeline, heard
+from app.product_events.verify import Given, PullChart, PullEnds, pull_cells
 
 if TYPE_CHECKING:
-    from pydantic import SecretStr
-
     from app.amplitude.events import HourLines
 
 PIECE_BYTES = 1 << 18
@@ -54,7 +52,7 @@ def build(
 ) -> PullPipeline[Mapping[str, Project]]:
     """The pipeline as it is configured; its job is `off` while no source has its keys."""
     given, spool = settings.amplitude, spool_of(settings)
-    pairs: Mapping[str, tuple[SecretStr | None, SecretStr | None]] = {
+    pairs = {
         "web": (given.web_client_id, given.web_secret_key),
         "mobile": (given.mobile_client_id, given.mobile_secret_key),
     }
@@ -63,23 +61,24 @@ def build(
         for source, (client_id, secret_key) in pairs.items()
         if client_id is not None and secret_key is not None
     }
-    pull = pull_context(
-        settings,
-        given.interval_seconds,
-        given.lookback_days,
+    pull = PullContext(
         name=NAME,
         unit=UNIT,
+        settings=settings,
+        interval_seconds=given.interval_seconds,
+        lookback_days=given.lookback_days,
         due_after=DUE_AFTER,
         largest_bytes=KEPT_LINE_BYTES,
+        key=hour_key,
+        place=set_aside_name,
+        opened=hour_lines,
         checkpoints=checkpoints,
         store=store,
         warehouse=warehouse,
         clock=clock,
     )
-
     return PullPipeline(
         pull=pull,
-        interval_seconds=given.interval_seconds,
         off="" if known else OFF,
         runs=lambda context: [SourceRun(PartitionRun(pull, context, source), of) for source, of in known.items()],
         verification=lambda stop: AmplitudeEnds(pull, known, stop),
@@ -111,7 +110,7 @@ class AmplitudeEnds(PullEnds):
     def __init__(self, pull: PullContext, projects: Mapping[str, Project], stop: Stop) -> None:
         self.projects = projects
         names = (each for source in projects for each in (source, source + WEEKS))
-        super().__init__(pull, names, stop, hour_key)
+        super().__init__(pull, names, stop)
 
     def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
         """See `Ends.slots`: hours that can be asked for, and weeks that lie in the span whole."""
@@ -147,29 +146,25 @@ class AmplitudeEnds(PullEnds):
             return super().heal(context, slot)
         run = PartitionRun(self.pull, context, slot.partition.removesuffix(WEEKS))
         week = self.pull.store.head(week_key(run.name, slot.window))
-        return Report(bytes=mend_week(run, slot.window, week.etag if week else ""), windows=1)
-
-    def opened(self, _partition: str) -> Opened:
-        """See `PullEnds.opened`."""
-        return partial(opened_hour, self.pull, self.stop)
+        return mend_week(run, slot.window, week.etag if week else "") + Report(windows=1)
 
     def mend(self, run: PartitionRun, hour: PulledHour, record: Record | None, over: str | None) -> Report:
         """See `PullEnds.mend`."""
         return SourceRun(run, self.projects[run.name]).mend(cast("HourLines", hour), record, over)
 
-    def ask(self, partition: str, span: Window, versions: Mapping[str, str]) -> GivenHours:
+    def ask(self, partition: str, span: Window) -> tuple[Window, Given]:
         """See `PullEnds.ask`."""
-        fetched = next(self.projects[partition].fetch_all(span, self.stop))
+        fetched = next(self.projects[partition].fetch(span, self.stop))
         self.held.callback(fetched.close)
-        archive = self.held.enter_context(opened(fetched.file, fetched.span)) if fetched.file else None
-        members = archive.hours() if archive else {}
+        archive = self.held.enter_context(opened(fetched.file)) if fetched.file else None
+        members = archive.hours(fetched.span) if archive else {}
 
         def hour(window: Window) -> PulledHour:
-            parts = members.get(window.start, ())
-            given = gathered(self.pull, partition, window, archive=archive, members=parts, stop=self.stop)
-            return self.held.enter_context(closing(given))
+            names = members.get(window.start)
+            streams = archive.streams(names) if archive and names else None
+            return self.held.enter_context(closing(gathered(self.pull, partition, window, streams, self.stop)))
 
-        return GivenHours(partition, fetched.span, lru_cache(hour), versions)
+        return fetched.span, lru_cache(hour)
 
     def _content_of_week(self, info: ObjectInfo) -> Content:
         from app.amplitude.events import blocks, content_of_block  # the decoder, which an idle daemon does not load
@@ -181,13 +176,11 @@ class AmplitudeEnds(PullEnds):
                     raise Transient(f"{info.key} went away while it was read", "verify again")
                 copyfileobj(stream, file, PIECE_BYTES)
             try:
-                with read_errors(), readable(lambda: zipfile.ZipFile(file)) as archive:
-                    for name in archive.namelist():
-                        with readable(lambda name=name: archive.open(name)) as entry:  # type: ignore[misc]  # bound now
-                            pieces = iter(lambda entry=entry: entry.read(PIECE_BYTES), b"")  # type: ignore[misc]  # bound now
-                            for block in blocks(pieces):
-                                self.stop.check()
-                                total += content_of_block(block)
+                with opened(file) as archive, read_errors():
+                    for entry in archive.streams():
+                        for block in blocks(entry):
+                            self.stop.check()
+                            total += content_of_block(block)
             except Transient as error:
                 hint = "heal the window: the object is written again from those of its hours"
                 raise Permanent(f"{info.key} is damaged: {error.message}", hint) from error
@@ -214,4 +207,4 @@ class AmplitudeChart:
 
     @property
     def _hours(self) -> PullChart:
-        return PullChart(self.pull, hour_key)
+        return PullChart(self.pull)

@@ -6,9 +6,11 @@ takes a part for the whole.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from datetime import UTC, date, datetime, time, timedelta
+from itertools import chain
 from typing import Annotated, BinaryIO, Literal
 
 from fastapi import APIRouter, Depends, Query, Response
@@ -71,16 +73,9 @@ def build(projects: Mapping[str, Project]) -> APIRouter:
             pieces = week_zip(project, first, last, stop)
             head = await run_in_threadpool(next, pieces, b"")
             headers = {"Content-Disposition": f'attachment; filename="{name_of(first)}.zip"'}
-            return Streamed(_body(head, pieces), held.pop_all(), headers=headers, media_type="application/zip")
+            return Streamed(chain((head,), pieces), held.pop_all(), headers=headers, media_type="application/zip")
 
     return router
-
-
-async def _body(head: bytes, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
-    piece = head
-    while piece:
-        yield piece
-        piece = await run_in_threadpool(next, pieces, b"")
 
 
 def _days(start: str, end: str) -> tuple[date, date]:
@@ -109,7 +104,25 @@ def week_zip(project: Project, first: date, last: date, stop: Stop) -> Iterator[
     start = datetime.combine(first, time(), UTC)
     days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
     span = Window(start, start + timedelta(days=len(days)))
-    return _joined(weeks(_streams(project.fetch_all(span, stop, ahead=len(days) > 1)), days))
+    fetched = project.fetch(span, stop)
+    return _joined(weeks(_streams(_ahead(fetched) if len(days) > 1 else fetched), days))
+
+
+def _ahead(pieces: Iterator[FetchedArchive]) -> Iterator[FetchedArchive]:
+    """One piece in advance, fetched by a thread of its own."""
+
+    def close_unused(done: Future[FetchedArchive | None]) -> None:
+        if not done.exception() and (fetched := done.result()) is not None:
+            fetched.close()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="amplitude-ahead") as pool:
+        upcoming = pool.submit(next, pieces, None)
+        try:
+            while (fetched := upcoming.result()) is not None:
+                upcoming = pool.submit(next, pieces, None)
+                yield fetched
+        finally:
+            upcoming.add_done_callback(close_unused)
 
 
 def _joined(pieces: Iterator[bytes], size_bytes: int = 1 << 16) -> Iterator[bytes]:
@@ -130,7 +143,7 @@ def _streams(fetched: Iterator[FetchedArchive]) -> Iterator[tuple[datetime, Bina
         with closing(each):
             if each.file is None:
                 continue
-            with opened(each.file, each.span) as archive:
-                for hour_at, members in archive.hours().items():
+            with opened(each.file) as archive:
+                for hour_at, members in archive.hours(each.span).items():
                     for stream in archive.streams(members):
                         yield hour_at, stream

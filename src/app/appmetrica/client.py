@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from app.appmetrica.rows import NEEDED
+from app.config.settings import AppMetricaSettings
 from app.core.errors import Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.windows import Window
@@ -69,57 +70,6 @@ log = logging.getLogger(__name__)
 
 class MoreParts(Exception):
     """The file is too large for so many parts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Service:
-    """AppMetrica for one application. `count_call` raises Transient when the day's calls are used."""
-
-    upstream: Upstream
-    application_id: int
-    spool: Path
-    count_call: Callable[[], None]
-    turn: threading.Lock = field(default_factory=threading.Lock)
-
-    def ask(self, path: str, *, fresh: bool) -> NotReady | BinaryIO:
-        """The file of a request, as gzip, or that it is not there yet. Whoever takes the file closes it.
-
-        `fresh`: not one that was made before; that puts the request at the end of the queue, so it is said only once.
-        Raises MoreParts, Refused, Transient and Permanent.
-        """
-        headers = {"Accept-Encoding": "gzip", **({"Cache-Control": "no-cache"} if fresh else {})}
-        with self.turn:
-            self.count_call()
-            with self.upstream.get(path, headers) as answer:
-                if answer.status == HTTPStatus.OK:
-                    return self._received(answer)
-                return _said(answer)
-
-    def applications(self) -> Mapping[int, Mapping[str, Any]]:
-        """The applications that the token may see, by id. Raises Transient and Permanent."""
-        with self.turn:
-            self.count_call()
-            with self.upstream.get(APPLICATIONS, {"Accept-Encoding": "identity"}) as answer:
-                if answer.status != HTTPStatus.OK:
-                    raise _error(answer, answer.text())
-                return _listed(answer)
-
-    def application(self) -> Mapping[str, Any]:
-        """This application, as the token sees it. Raises Permanent when it does not."""
-        found = self.applications().get(self.application_id)
-        if found is None:
-            hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
-            raise Permanent(f"the token does not see application {self.application_id}", hint)
-        return found
-
-    def _received(self, answer: ServiceAnswer) -> BinaryIO:
-        with receiving(self.spool, "a file of many rows") as file:
-            packed = answer.header("content-encoding").lower() == "gzip"
-            measured = bool(answer.header("content-length") or answer.header("transfer-encoding"))
-            pieces = answer.raw()
-            file.writelines(_checked(pieces, empty=measured) if packed else _packed(pieces))
-            file.seek(0)
-        return file
 
 
 def _said(answer: ServiceAnswer) -> NotReady:
@@ -290,43 +240,99 @@ class TooManyParts(Permanent):
     """The file is too large for as many parts as we ask for."""
 
 
-@dataclass(frozen=True, slots=True)
 class Exports:
-    """The exports of one application. One call waits up to `timeout_seconds`, with pauses from `interval_seconds` on.
+    """The exports of one application, as `given` says. `left_out` are columns that the service did not know.
 
-    `zone`: the application's time zone. `left_out` are columns that the service did not know.
+    A call waits up to `poll_timeout_seconds`, with pauses from `poll_interval_seconds` on.
     """
 
-    service: Service
-    pulls: SqlPulls
-    clock: Callable[[], datetime]
-    interval_seconds: float
-    timeout_seconds: float
-    daily_calls: int
-    zone: Callable[[], ZoneInfo]
-    left_out: set[str] = field(default_factory=set)
+    def __init__(
+        self,
+        given: AppMetricaSettings,
+        token: str,
+        application_id: int,
+        *,
+        spool: Path,
+        pulls: SqlPulls,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self.given, self.application_id, self.pulls, self.clock = given, application_id, pulls, clock
+        headers = {"Authorization": f"OAuth {token}"}
+        self.upstream = Upstream("AppMetrica", given.base_url, "APPMETRICA_BASE_URL", headers)
+        self.left_out = set[str]()
+        self._spool = spool
+        self._turn = threading.Lock()
 
     @property
     def calls_today(self) -> int:
         """How many calls this day has had."""
         return self.pulls.calls(SERVICE, self.clock())
 
+    @cached_property
+    def zone(self) -> ZoneInfo:
+        """The application's time zone: the one that is set, else what the service says, asked once."""
+        name = self.given.timezone or str(self.application().get("time_zone_name") or "UTC")
+        try:
+            return ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError) as error:
+            raise Permanent(f"unknown time zone {name[:60]!r}", "set APPMETRICA_TIMEZONE") from error
+
+    @contextmanager
+    def _answer(self, path: str, headers: Mapping[str, str]) -> Iterator[ServiceAnswer]:
+        """One call, counted, while nobody else makes one. Raises Transient when the day's calls are used."""
+        with self._turn:
+            self.pulls.count_call(SERVICE, self.given.daily_calls, self.clock())
+            with self.upstream.get(path, headers) as answer:
+                yield answer
+
+    def ask(self, path: str, *, fresh: bool) -> NotReady | BinaryIO:
+        """The file of a request, as gzip, or that it is not there yet. Whoever takes the file closes it.
+
+        `fresh`: not one that was made before; that puts the request at the end of the queue, so it is said only once.
+        Raises MoreParts, RequestRefused, Transient and Permanent.
+        """
+        headers = {"Accept-Encoding": "gzip", **({"Cache-Control": "no-cache"} if fresh else {})}
+        with self._answer(path, headers) as answer:
+            if answer.status != HTTPStatus.OK:
+                return _said(answer)
+            with receiving(self._spool, "a file of many rows") as file:
+                packed = answer.header("content-encoding").lower() == "gzip"
+                measured = bool(answer.header("content-length") or answer.header("transfer-encoding"))
+                pieces = answer.raw()
+                file.writelines(_checked(pieces, empty=measured) if packed else _packed(pieces))
+                file.seek(0)
+            return file
+
+    def applications(self) -> Mapping[int, Mapping[str, Any]]:
+        """The applications that the token may see, by id. Raises Transient and Permanent."""
+        with self._answer(APPLICATIONS, {"Accept-Encoding": "identity"}) as answer:
+            if answer.status != HTTPStatus.OK:
+                raise _error(answer, answer.text())
+            return _listed(answer)
+
+    def application(self) -> Mapping[str, Any]:
+        """This application, as the token sees it. Raises Permanent when it does not."""
+        found = self.applications().get(self.application_id)
+        if found is None:
+            hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
+            raise Permanent(f"the token does not see application {self.application_id}", hint)
+        return found
+
     def ping(self) -> str:
         """Whether the token sees the application, for `check`. Raises Transient or Permanent."""
-        with closing(self.service.upstream):
-            self.service.application()
-        calls = f"{self.calls_today} of {self.daily_calls} calls of today are used"
-        return f"may read application {self.service.application_id}; {calls}"
+        with closing(self.upstream):
+            self.application()
+        calls = f"{self.calls_today} of {self.given.daily_calls} calls of today are used"
+        return f"may read application {self.application_id}; {calls}"
 
     def request_received(self, resource: Resource, span: Window) -> LogsRequest:
         """All rows that were received in whole hours, without the columns that the service did not know.
 
         Perhaps more: where clocks go back, two hours have one name.
         """
-        zone = self.zone()
-        since, until = (at.astimezone(zone) for at in (span.start, span.end - SECOND))
+        since, until = (at.astimezone(self.zone) for at in (span.start, span.end - SECOND))
         return logs_request(
-            self.service.application_id,
+            self.application_id,
             resource.name,
             since=since.strftime(LOCAL),
             until=until.strftime(LOCAL),
@@ -384,12 +390,11 @@ class ExportInProgress:
 
     def step(self, pauses: Pauses) -> NotReady | None:
         """Ask for what is missing; None when all parts are in `files`. Raises as `Service.ask`, but no MoreParts."""
-        service = self.exports.service
         while len(self.files) < self.export.parts_count:
             path = self.request.part(len(self.files), self.export.parts_count)
             fresh = self.fresh and self.export.asked_at is None
             try:
-                answer = retry(partial(service.ask, path, fresh=fresh), POLICY, pauses)
+                answer = retry(partial(self.exports.ask, path, fresh=fresh), POLICY, pauses)
             except MoreParts:
                 self._double()
                 continue
@@ -402,8 +407,9 @@ class ExportInProgress:
 
     def wait(self, pauses: Pauses) -> NotReady | None:
         """Step until all is there or the time is over; then what the service said last."""
-        waited_seconds, interval_seconds = 0.0, self.exports.interval_seconds
-        while (answer := self.step(pauses)) is not None and waited_seconds < self.exports.timeout_seconds:
+        given, waited_seconds = self.exports.given, 0.0
+        interval_seconds = given.poll_interval_seconds
+        while (answer := self.step(pauses)) is not None and waited_seconds < given.poll_timeout_seconds:
             pause_seconds = max(interval_seconds, answer.at_least_seconds)
             pauses.pause(pause_seconds)
             waited_seconds += pause_seconds

@@ -20,16 +20,32 @@ from app.appmetrica.client import (
     TooManyParts,
     request_of,
 )
-from app.appmetrica.rows import BadRow, CsvRows, SortedRows, by_hour, check_columns, hour_of, opened_hour
-from app.core.errors import LeaseLost, Permanent, Rejected, Transient
-from app.core.ledger import Tally, ledger_of
+from app.appmetrica.rows import (
+    BadRow,
+    CsvRows,
+    ReceiptHourFile,
+    SortedRows,
+    check_columns,
+    hour_of,
+    read_hour,
+)
+from app.core.errors import Permanent, Transient
+from app.core.ledger import Tally
 from app.core.pipeline import Record
-from app.core.runs import Failure, Report
+from app.core.runs import Report, Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to
 from app.db.state import PendingExport
-from app.product_events.hours import SET_ASIDE_AFTER, HourLanding, Mode, record_of_nothing, was_had
+from app.product_events.hours import (
+    HOUR,
+    SET_ASIDE_AFTER,
+    Mode,
+    PartitionRun,
+    PullContext,
+    record_of_nothing,
+    was_had,
+)
 from app.product_events.mapping import Loaded
-from app.product_events.pull import HOUR, PartitionRun, RefusedLines
+from app.product_events.pull import RefusedLines
 
 # The hours of a resource in one run: requested together, landed one by one, in order.
 #
@@ -54,33 +70,29 @@ log = logging.getLogger(__name__)
 class ResourceRun:
     """One resource in one run. Its methods raise what the ports and the service raise; what was committed stays."""
 
-    def __init__(self, run: PartitionRun, exports: Exports, resource: Resource, recount_days: int = 0) -> None:
-        self.run, self.exports, self.resource, self.recount_days = run, exports, resource, recount_days
-        self.application_id = loaded_for(exports, resource)
-        self.landing = HourLanding(
-            run,
-            partial(hour_key, run.name),
-            lambda window: set_aside_name(run.name, window.start),
-            partial(opened_hour, self.application_id),
-        )
-
-    def close(self) -> None:
-        """Free what is held. Idempotent."""
-        self.landing.close()
+    def __init__(self, run: PartitionRun, exports: Exports, resource: Resource) -> None:
+        self.run, self.exports, self.resource = run, exports, resource
+        self.application_id = loaded_for(run.name)
 
     def pull_due(self) -> Report:
         """Go on with the request that is under way, or make the next one, and land its hours."""
-        pull, context = self.run.pull, self.run.context
-        oldest = floor_to(pull.clock() - timedelta(days=pull.lookback_days), HOUR_SECONDS)
-        due, cursor = pull.due_at, self.run.cursor_at or self.run.begin(oldest)
-        report = self.landing.bring_back() if self.application_id is not None else Report()
-        waiting = self.landing.waiting()
+        run, pull = self.run, self.run.pull
+        due = pull.due_at
+        cursor = run.begun_at(floor_to(pull.clock() - timedelta(days=pull.lookback_days), HOUR_SECONDS))
+        report = run.bring_back() if self.application_id is not None else Report()
+        waiting = run.waiting_hours()
         if cursor < due:
             export = self._under_way(cursor) or self._next(cursor, due)
             report += self._land(export, cursor)
             if report.more or _span(export).end < due:
-                return report + Report(more=not context.dry_run)
-        return report + self._retry(waiting) + recount(self) + self.landing.noted()
+                return report + Report(more=not run.context.dry_run)
+        for hour in waiting:
+            # Once more; an hour that fails again holds up nothing.
+            pulled = run.alone(f" {hour}", partial(self.pull_late, hour))
+            report += replace(pulled, more=False)
+            if pulled.more:
+                break  # the service takes its time
+        return report + recount(self)
 
     def _next(self, cursor: datetime, due: datetime) -> PendingExport:
         pull = self.run.pull
@@ -101,21 +113,6 @@ class ResourceRun:
             day = Window(at, min(at + STEP, hours.end))
             report += self._land(self._kept(":backfill", day), None)
             at = day.end
-        return report
-
-    def _retry(self, waiting: Sequence[Window]) -> Report:
-        """Once more, hours that the destination refused; one that fails again holds up nothing."""
-        report = Report()
-        for hour in waiting:
-            try:
-                pulled = self.pull_late(hour)
-            except LeaseLost:
-                raise
-            except (Transient, Permanent, Rejected) as error:
-                pulled = Report(failures=(Failure(f"{self.run.name} {hour}", error.message, error.hint),))
-            report += replace(pulled, more=False)
-            if pulled.more:
-                break  # the service takes its time
         return report
 
     def _under_way(self, cursor: datetime) -> PendingExport | None:
@@ -179,8 +176,8 @@ class ResourceRun:
             return self._not_given(export, cursor, late)
         if not answer.heard and waited_for >= KEPT_FOR:
             self._done(export)  # its time begins when it is in the queue
-        failures = (Failure(name, late.message, late.hint),) if waited_for >= KEPT_FOR else ()
-        return Report(more=not context.dry_run, notes=(f"{name}: {said}",), failures=failures)
+        failed = self.run.failed("", late) if waited_for >= KEPT_FOR else Report()
+        return Report(more=not context.dry_run, notes=(f"{name}: {said}",)) + failed
 
     def _not_given(self, export: PendingExport, cursor: datetime, error: Transient | Permanent) -> Report:
         """A request that the service did not answer. Raises `error` while it may pass, or the service is away.
@@ -192,16 +189,14 @@ class ResourceRun:
         is_lasting = run.pull.clock() - export.created_at >= SET_ASIDE_AFTER
         if run.context.dry_run or not (is_large or is_lasting or (is_refused and is_long)):
             raise error
-        self.exports.service.applications()  # raises when the service does not answer at all
+        self.exports.applications()  # raises when the service does not answer at all
         if is_long:
             run.commit(cursor_at=span.end, pipeline=NARROWED)
             hint = "no action needed: it is asked for hour by hour from now on"
-            report = Report(failures=(Failure(run.name, error.message, hint),))
+            report = run.failed("", Transient(error.message, hint))
         else:
             hour = Window(cursor, span.end)
-            report = self.landing.not_had(
-                hour, None, error, Mode.LIVE, number=1, counted=1, is_too_large=is_large, at_once=True
-            )
+            report = run.not_had(hour, None, error, Mode.LIVE, number=1, counted=1, is_too_large=is_large, at_once=True)
         self._done(export)
         return report
 
@@ -213,9 +208,9 @@ class ResourceRun:
         with closing(RefusedLines(spool)) as refused, closing(RefusedLines(spool)) as unloaded:
 
             def refuse(into: RefusedLines, hour_at: datetime | None, row: BadRow) -> None:
-                into.add(set_aside_name(run.name, hour_at), row.reason, row.raw, f"{run.name} {span} {row.detail}")
+                into.add(place_of(run.name, hour_at), row.reason, row.raw, f"{run.name} {span} {row.detail}")
 
-            sorted_rows = by_hour(
+            sorted_rows = SortedRows(
                 under_way.files,
                 request.columns,
                 self.resource.received,
@@ -224,7 +219,7 @@ class ResourceRun:
                 application_id=self.application_id,
                 refuse=partial(refuse, refused),
             )
-            with sorted_rows as reading:
+            with closing(sorted_rows) as reading:
                 self._warn(reading, span)
                 entries = [] if run.context.dry_run else refused.keep(run.pull.set_aside)
                 if refused.not_kept:
@@ -242,19 +237,14 @@ class ResourceRun:
                         hour.stands_for = record.digest
                     is_live = cursor is not None and hour.window.start >= cursor
                     mode = Mode.LIVE if is_live else Mode.AGAIN if again else Mode.ONCE_MORE
-                    done, given = self.landing.take(hour, record, mode, final=was_had(record))
+                    done, given = run.take(hour, record, mode, final=was_had(record))
                     report, loaded = report + done, loaded + given
-                report += self.landing.settle()
+                report += run.settle()
                 entries += [] if run.context.dry_run else unloaded.keep(run.pull.set_aside)
         if run.context.dry_run:
             return report
-        tally = Tally(
-            counted=reading.records - reading.left_out,
-            read=reading.records,
-            new=loaded.new,
-            already_there=loaded.given - loaded.new,
-        )
-        return report + Report(ledger=ledger_of(tally, *entries, unit=UNIT).of_partition(run.name))
+        counted, there = reading.records - reading.left_out, loaded.given - loaded.new
+        return report + run.ledger(Tally(counted, reading.records, loaded.new, there), *entries)
 
     def _warn(self, reading: SortedRows, span: Window) -> None:
         name = self.run.name
@@ -264,14 +254,15 @@ class ResourceRun:
             log.warning("%s %s: the file lacks the columns %s", name, span, ", ".join(sorted(reading.lacking)))
 
 
-def loaded_for(exports: Exports, resource: Resource) -> int | None:
+def loaded_for(partition: str) -> int | None:
     """The application whose events go into the warehouse as well; None for other rows."""
-    return exports.service.application_id if resource.name == EVENTS else None
+    application_id, _, resource = partition.partition(":")
+    return int(application_id) if resource == EVENTS else None
 
 
 def partition_of(exports: Exports, resource: Resource) -> str:
     """`{application}:{resource}`: another application has a cursor of its own."""
-    return f"{exports.service.application_id}:{resource.name}"
+    return f"{exports.application_id}:{resource.name}"
 
 
 def hour_key(partition: str, window: Window) -> str:
@@ -280,12 +271,22 @@ def hour_key(partition: str, window: Window) -> str:
     return f"{NAME}/{resource}/date={window.start:%Y-%m-%d}/{application_id}_{window.start:%H%M%S}.csv.gz"
 
 
-def set_aside_name(partition: str, hour_at: datetime | None) -> tuple[str, ...]:
+def set_aside_name(partition: str, window: Window) -> tuple[str, ...]:
     """What is set aside of an hour lies below `{resource}/date={date}/{application}_{HHMMSS}`."""
+    return place_of(partition, window.start)
+
+
+def place_of(partition: str, hour_at: datetime | None) -> tuple[str, ...]:
+    """The same for a row, which may tell of no hour."""
     application_id, _, resource = partition.partition(":")
     if hour_at is None:
         return resource, f"{application_id}_of_no_hour"
     return resource, f"date={hour_at:%Y-%m-%d}", f"{application_id}_{hour_at:%H%M%S}"
+
+
+def opened_hour(_pull: PullContext, partition: str, window: Window, file: BinaryIO, _stop: Stop) -> ReceiptHourFile:
+    """The hour in the file of its object. Raises ValueError for one without a header."""
+    return read_hour(loaded_for(partition), window, file)
 
 
 def _span(export: PendingExport) -> Window:
@@ -311,34 +312,25 @@ DAY = timedelta(days=1)
 def recount(resource: ResourceRun) -> Report:
     """Count the days that were not counted today, oldest first, for as long as one run may wait for a file."""
     run, exports, report = resource.run, resource.exports, Report()
-    began_at = run.pull.clock()
+    began_at, given = run.pull.clock(), exports.given
     for day in () if run.context.dry_run else _days(resource, began_at):
-        if (run.pull.clock() - began_at).total_seconds() > exports.timeout_seconds:
+        if (run.pull.clock() - began_at).total_seconds() > given.poll_timeout_seconds:
             break
-        if exports.calls_today >= BUDGET * exports.daily_calls:
+        if exports.calls_today >= BUDGET * given.daily_calls:
             log.info("%s: half of the day's calls are used, so days are not counted again", run.name)
             break
-        try:
-            done, counted = _count_day(resource, day)
-        except LeaseLost:
-            raise
-        except (
-            Transient,
-            Permanent,
-            Rejected,
-        ) as error:  # tomorrow again: a day that cannot be had must not hold up the others
-            done, counted = True, Report(failures=(Failure(f"{run.name} {day}", error.message, error.hint),))
-        report += counted
-        if not done:
+        # What fails is tried again tomorrow: a day that cannot be had must not hold up the others.
+        counted = run.alone(f" {day}", partial(_count_day, resource, day))
+        report += replace(counted, more=False)
+        if counted.more:
             break
-        record = record_of_nothing(day, "", closed=True, digest=f"{began_at:%Y-%m-%d}")
-        run.commit(record, pipeline=RECOUNTED)
+        run.commit(record_of_nothing(day, "", closed=True, digest=f"{began_at:%Y-%m-%d}"), pipeline=RECOUNTED)
     return report
 
 
 def _days(resource: ResourceRun, now: datetime) -> Iterator[Window]:
     """Days of receipt that were pulled and not counted today; of the first and the last one what was pulled."""
-    run, count, today = resource.run, resource.recount_days, floor_to(now, DAY_SECONDS)
+    run, count, today = resource.run, resource.exports.given.recount_days, floor_to(now, DAY_SECONDS)
     first, last = run.pull.checkpoints.starts(NAME).get(run.name), run.cursor_at
     if not (count and first and last):
         return
@@ -351,26 +343,25 @@ def _days(resource: ResourceRun, now: datetime) -> Iterator[Window]:
             yield Window(start, end)
 
 
-def _count_day(resource: ResourceRun, day: Window) -> tuple[bool, Report]:
-    """Count a day and pull what is missing; False when the service is still making a file."""
+def _count_day(resource: ResourceRun, day: Window) -> Report:
+    """Count a day and pull what is missing. `more`: the service is still making a file."""
     run, exports, received = resource.run, resource.exports, resource.resource.received
     keys: LogsRequest = exports.request_received(replace(resource.resource, columns=(received,)), day)
     with exports.resumed(exports.keep(f"{run.name}:recount", keys)) as under_way:
         if under_way.wait(run.context.stop) is not None:
-            return False, Report()
+            return Report(more=True)
         missing = _missing(_counts(under_way.files, received), run.records(day), day)
         report = Report()
         for span in _spans(sorted(missing)):
             rows = sum(number for at, number in missing.items() if span.start <= at < span.end)
             log.info("%s %s: the service has %d rows that were not there before", run.name, span, rows)
             pulled = resource.pull_late(span)
-            # The service still makes the file; until then these rows wait.
-            if pulled.more:
-                waiting = ledger_of(Tally(counted=rows, waiting=rows), unit=UNIT).of_partition(run.name)
-                return False, report + replace(pulled, more=False, ledger=waiting)
+            if pulled.more:  # until the file is there these rows wait
+                waiting = run.ledger(Tally(counted=rows, waiting=rows)).ledger
+                return report + replace(pulled, ledger=waiting)
             report += pulled
         under_way.finish()
-        return True, report
+        return report
 
 
 def _missing(counts: Mapping[datetime, int], known: Mapping[datetime, Record], day: Window) -> Mapping[datetime, int]:

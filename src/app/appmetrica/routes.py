@@ -5,7 +5,7 @@ either side; while a caller waits, no thread does.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -101,7 +101,7 @@ def build(exports: Exports | None) -> APIRouter:
     )
     def ask(wanted: ExportRequest) -> dict[str, Any]:
         known = _configured(exports)
-        request = _request(known.service.application_id, wanted)
+        request = _request(known.application_id, wanted)
         export = known.keep(OWNER, request)
         return {"export_id": export.export_id, "resource": request.resource, "fields": request.columns}
 
@@ -128,8 +128,8 @@ def build(exports: Exports | None) -> APIRouter:
         if places.locked():
             raise Refused(BUSY)
         async with places:
-            interval = known.interval_seconds if poll_interval is None else poll_interval
-            timeout = known.timeout_seconds if poll_timeout is None else poll_timeout
+            interval = known.given.poll_interval_seconds if poll_interval is None else poll_interval
+            timeout = known.given.poll_timeout_seconds if poll_timeout is None else poll_timeout
             return await _fetched(known, export, interval_seconds=interval, timeout_seconds=timeout)
 
     return router
@@ -147,10 +147,10 @@ def _ping(exports: Exports | None) -> dict[str, Any]:
         return {"status": "unconfigured", "message": UNCONFIGURED.hint}
     said = {"status": "ok"}
     try:
-        exports.service.application()
+        exports.application()
     except AppError as error:
         said = {"status": "error", "message": error.message, "hint": error.hint}
-    return {**said, "calls_today": exports.calls_today, "calls_a_day": exports.daily_calls}
+    return {**said, "calls_today": exports.calls_today, "calls_a_day": exports.given.daily_calls}
 
 
 def _request(application_id: int, wanted: ExportRequest) -> LogsRequest:
@@ -212,8 +212,6 @@ async def _fetched(
         held.close()
 
 
-async def _body(under_way: ExportInProgress) -> AsyncIterator[bytes]:
-    pieces: Iterator[bytes] = merged(under_way.files)
-    while piece := await run_in_threadpool(next, pieces, b""):
-        yield piece
-    await run_in_threadpool(under_way.finish)
+def _body(under_way: ExportInProgress) -> Iterator[bytes]:
+    yield from merged(under_way.files)
+    under_way.finish()

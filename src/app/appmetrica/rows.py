@@ -14,7 +14,7 @@ import io
 import sqlite3
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -252,7 +252,7 @@ class ReceiptHourFile:
         return what.tables({path: columns[path] for path in what.words}, len(rows))
 
 
-def opened_hour(application_id: int | None, window: Window, file: BinaryIO) -> ReceiptHourFile:
+def read_hour(application_id: int | None, window: Window, file: BinaryIO) -> ReceiptHourFile:
     """The hour in the file of its object, whose rows were not counted. Raises ValueError for one without a header."""
     csv.field_size_limit(KEPT_ROW_BYTES)
     with gzip.open(file, "rt", encoding="utf-8", newline="") as text:
@@ -262,56 +262,81 @@ def opened_hour(application_id: int | None, window: Window, file: BinaryIO) -> R
     return ReceiptHourFile(window, header, file, application_id, rows=1)
 
 
-@dataclass(slots=True)
-class SortedRows:
-    """Rows of a file by the hour of their receipt. `records`: all that were counted as they came; `left_out`: those of
-    hours beside the span, which belong to another question; `lacking`: columns that were asked for and are not there.
-    """
-
-    hours: Sequence[ReceiptHourFile]
-    records: int = 0
-    left_out: int = 0
-    lacking: Collection[str] = ()
-
-
 Refuse = Callable[[datetime | None, BadRow], None]
 """Where rows go that cannot be taken, with the hour that each tells of, None when it tells of none."""
 
 
-@contextmanager
-def by_hour(
-    files: Sequence[BinaryIO],
-    columns: Sequence[str],
-    received: str,
-    span: Window,
-    spool: Path,
-    *,
-    application_id: int | None = None,
-    refuse: Refuse = lambda _hour_at, _row: None,
-) -> Iterator[SortedRows]:
-    """The rows of all parts, each in the file of its hour, one for each hour of the span; what cannot be read or is of
-    no hour is refused.
+class SortedRows:
+    """The rows of all parts of a file, each in the file of the hour of its receipt, one for each hour of the span; what
+    cannot be read or is of no hour is refused. Close it when the hours are done with.
 
-    Rows of hours just beside the span are left out: where clocks are put back, two hours have one name, and the service
-    gives both. `application_id`: see `ReceiptHourFile`. Raises Permanent when a part lacks a column that is needed.
+    `records`: all that were counted as they came; `left_out`: those of hours just beside the span, since where clocks
+    are put back, two hours have one name, and the service gives both; `lacking`: columns that were asked for and are
+    not there. `application_id`: see `ReceiptHourFile`. Raises Permanent when a part lacks a column that is needed.
     """
-    needed = {received, *(() if application_id is None else NEEDED)}
-    headers = [CsvRows(file).header for file in files]
-    names = [*columns, *dict.fromkeys(name for header in headers for name in header if name not in columns)]
-    windows = windows_between(span.start, span.end, HOUR_SECONDS)
-    hours = {window.start: ReceiptHourFile(window, names, temporary_file(spool), application_id) for window in windows}
-    try:
-        reading = SortedRows(list(hours.values()))
-        for file, header in zip(files, headers, strict=True):
-            reading.lacking = {*reading.lacking, *(set(columns) - set(header) if header else ())}
-            check_columns(header, needed)
-            _sort(CsvRows(file), names, received=received, span=span, hours=hours, reading=reading, refuse=refuse)
-        for hour in hours.values():
+
+    def __init__(
+        self,
+        files: Sequence[BinaryIO],
+        columns: Sequence[str],
+        received: str,
+        span: Window,
+        spool: Path,
+        *,
+        application_id: int | None = None,
+        refuse: Refuse = lambda _hour_at, _row: None,
+    ) -> None:
+        self.records = self.left_out = 0
+        self.lacking = set[str]()
+        self._received, self._span, self._refuse = received, span, refuse
+        needed = {received, *(() if application_id is None else NEEDED)}
+        headers = [CsvRows(file).header for file in files]
+        self._names = [*columns, *dict.fromkeys(name for each in headers for name in each if name not in columns)]
+        self._by_start = {
+            window.start: ReceiptHourFile(window, self._names, temporary_file(spool), application_id)
+            for window in windows_between(span.start, span.end, HOUR_SECONDS)
+        }
+        self.hours = list(self._by_start.values())
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for file, header in zip(files, headers, strict=True):
+                self.lacking |= set(columns) - set(header) if header else set()
+                check_columns(header, needed)
+                self._sort(CsvRows(file))
+            undo.pop_all()
+        for hour in self.hours:
             hour.close_text()
-        yield reading
-    finally:
-        for hour in hours.values():
+
+    def close(self) -> None:
+        """Free the files of the hours. Idempotent."""
+        for hour in self.hours:
             hour.close()
+
+    def _sort(self, part: CsvRows) -> None:
+        """Each row of a part into the file of its hour, or refused."""
+        as_given = list(part.header) == self._names
+        known = {name: at for at, name in reversed(list(enumerate(part.header)))}
+        places = [known.get(name) for name in self._names]
+        received, hours, span = self._received, self._by_start, self._span
+        for found in part:
+            self.records += 1
+            cells = found.cells if isinstance(found, BadRow) else found
+            at = hour_of(cells[known[received]]) if cells else None
+            if at is not None and at not in hours and span.start - BESIDE <= at < span.end + BESIDE:
+                self.left_out += 1
+            elif not isinstance(found, BadRow) and at is not None and at in hours:
+                hours[at].add(found if as_given else [found[place] if place is not None else "" for place in places])
+            else:
+                detail = f"row {part.number}: {received} is outside the requested hours"
+                reason = NO_RECEIPT if at is None else ANOTHER_TIME
+                bad = found if isinstance(found, BadRow) else BadRow(reason, part.raw, detail, cells)
+                # A gap has to show somewhere: a row that tells of no hour of the span shows in its last one.
+                gap = hours[at] if at is not None and at in hours else self.hours[-1]
+                gap.refused += 1
+                # By some hour that it tells of, whatever happened then, a row that comes again is known.
+                named = zip(part.header, cells, strict=False)
+                told = (hour_of(cell) for name, cell in named if name.endswith("_timestamp"))
+                self._refuse(at if at is not None else next(filter(None, told), None), bad)
 
 
 def check_columns(header: Row, needed: Collection[str]) -> None:
@@ -322,42 +347,6 @@ def check_columns(header: Row, needed: Collection[str]) -> None:
             f"AppMetrica's file lacks {', '.join(lacking)}, without which its rows cannot be told apart",
             "check whether the service still has these columns; the pull continues once they are back",
         )
-
-
-def _sort(
-    part: CsvRows,
-    names: Sequence[str],
-    *,
-    received: str,
-    span: Window,
-    hours: Mapping[datetime, ReceiptHourFile],
-    reading: SortedRows,
-    refuse: Refuse,
-) -> None:
-    """Each row of a part into the file of its hour, or refused."""
-    as_given = list(part.header) == list(names)
-    known = {name: at for at, name in reversed(list(enumerate(part.header)))}
-    places = [known.get(name) for name in names]
-    for found in part:
-        reading.records += 1
-        cells = found.cells if isinstance(found, BadRow) else found
-        at = hour_of(cells[known[received]]) if cells else None
-        if at is not None and at not in hours and span.start - BESIDE <= at < span.end + BESIDE:
-            reading.left_out += 1
-        elif not isinstance(found, BadRow) and at is not None and at in hours:
-            hours[at].add(found if as_given else [found[place] if place is not None else "" for place in places])
-        else:
-            detail = f"row {part.number}: {received} is outside the requested hours"
-            reason = NO_RECEIPT if at is None else ANOTHER_TIME
-            bad = found if isinstance(found, BadRow) else BadRow(reason, part.raw, detail, cells)
-            # A gap has to show somewhere: a row that tells of no hour of the span shows in its last one.
-            gap = hours[at] if at is not None and at in hours else reading.hours[-1]
-            gap.refused += 1
-            # By some hour that it tells of, whatever happened then, a row that comes again is known.
-            told = (
-                hour_of(cell) for name, cell in zip(part.header, cells, strict=False) if name.endswith("_timestamp")
-            )
-            refuse(at if at is not None else next(filter(None, told), None), bad)
 
 
 def hour_of(text: str) -> datetime | None:

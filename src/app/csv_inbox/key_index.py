@@ -289,12 +289,6 @@ class IndexWriter:
         self._rows += int(np.count_nonzero(entries > LENGTH))
         self._file.write(data)
 
-    def restart(self) -> None:
-        """Forget all records."""
-        self._file.seek(HEAD_BYTES)
-        self._file.truncate()
-        self._crc = self._records = self._rows = 0
-
     def seal(self, master: os.stat_result, config: InboxConfig) -> None:
         """From now on it is the index of this master, which is complete. A name too long for the head gets none."""
         head = _made_for(master, config) | {"records": self._records, "rows": self._rows, "crc32": self._crc}

@@ -88,17 +88,6 @@ class Output:
             self._removed.write(removed())
             self.ranges.frombytes(np.stack((first, last - first), axis=1).astype(np.int64).tobytes())
 
-    def restart(self) -> None:
-        """Forget everything that was written."""
-        for file in (self.file, self._removed):
-            if file is not None:
-                file.seek(0)
-                file.truncate()
-        if self.indexing is not None:
-            self.indexing.restart()
-        self.kept_bytes = 0
-        self.ranges = array("q")
-
     def finish(self) -> None:
         """Make the undo file durable: the ranges follow the removed bytes."""
         if self._removed is not None:
@@ -121,13 +110,9 @@ class MatchCounts:
         self.padding = dialect.delimiter.encode() * len(incoming.union.added)
         self.spool = spool
         self.offsets: Offsets = np.frombuffer(incoming.offsets, np.int64)
-        self.restart()
-
-    def restart(self) -> None:
-        """Count from the beginning."""
         self.doubtful: list[int] = list(self.union.doubtful)
         self.kept = self.taken = self.unchanged = 0
-        self._matched: Truths = np.zeros(self.incoming.rows, np.bool_)
+        self._matched: Truths = np.zeros(incoming.rows, np.bool_)
 
     @property
     def matched(self) -> int:
@@ -221,14 +206,15 @@ def merge(
     *,
     out: Path,
     removed: Path | None,
-    index: Path,
+    index: Path | None,
     new_index: Path | None,
     beat: Beat,
 ) -> Merged:
     """Write the result to `out` and, durably, what it takes to come back to `removed` (None: that is not kept).
 
     `index` is that of the master, if there is one; `new_index` is None where none is wanted. `beat` is told of bytes
-    and may stop it. Raises Permanent, OSError, and Transient when the master changed meanwhile.
+    and may stop it. Raises Permanent, OSError, Transient when the master changed meanwhile, and IndexMismatch for an
+    index that is another's: then nothing of what was written holds.
     """
     before = None
     with ExitStack() as files:
@@ -243,7 +229,7 @@ def merge(
                 output.write(counts.union.header(counts.dialect))
             else:
                 old = files.enter_context(master.open("rb", buffering=0))
-                fitting = key_index.fitting(files, index, os.fstat(old.fileno()), config)
+                fitting = key_index.fitting(files, index, os.fstat(old.fileno()), config) if index else None
                 before = _keep_rows(old, counts, output, fitting, config.merged_file.name)
         except Malformed as error:
             raise _unreadable(config.merged_file, error) from error
@@ -285,14 +271,10 @@ def _keep_rows(
     """Write what stays of the master, along its index where that fits."""
     before = os.fstat(master.fileno())
     header = read_header(master.read, counts.dialect)
-    indexed = (
-        index is not None
-        and not counts.padding
-        and bool(header.eol)
-        and _no_column_is_obsolete(master, header, counts)
-        and _IndexedMerge(master, header, counts, out).run(index)
-    )
-    if not indexed:
+    fits = index is not None and not counts.padding and bool(header.eol)
+    if index is not None and fits and _no_column_is_obsolete(master, header, counts):
+        _IndexedMerge(master, header, counts, out).run(index)
+    else:
         _full_scan(master, header, counts, out)
     # A program that takes no lock may have written in place: what was read is then no version of it.
     if identity_of(os.fstat(master.fileno())) != identity_of(before):
@@ -447,7 +429,7 @@ def _add_entries(indexing: IndexWriter, block: RecordBlock, gone: Offsets, hashe
 
 
 class _IndexedMerge:
-    """Where the pass is: all of the master before `_at` is done. Its private methods raise IndexMismatch."""
+    """Where the pass is: all of the master before `_at` is done."""
 
     def __init__(self, master: IO[bytes], header: Header, counts: MatchCounts, out: Output) -> None:
         self._at = 0
@@ -459,23 +441,16 @@ class _IndexedMerge:
         self._header_bytes = header.size_bytes
         self._held = memoryview(bytearray(CHUNK_BYTES))
 
-    def run(self, index: KeyIndex) -> bool:
+    def run(self, index: KeyIndex) -> None:
         """Write the header and every row that stays: all records that the index has, and nothing of the master may be
-        left then. False when the index does not fit; then nothing was written.
+        left then. Raises IndexMismatch, as all that it calls does.
         """
-        try:
-            self._chunk(self._header_bytes, NONE, NONE.view(np.uint64))
-            for entries in index.pieces():
-                self._piece(entries)
-            fits = self._at == self._size
-        except IndexMismatch:
-            fits = False
-        if fits:
-            self._counts.kept = index.rows - self._counts.taken
-        else:
-            self._out.restart()
-            self._counts.restart()
-        return fits
+        self._chunk(self._header_bytes, NONE, NONE.view(np.uint64))
+        for entries in index.pieces():
+            self._piece(entries)
+        if self._at != self._size:
+            raise IndexMismatch
+        self._counts.kept = index.rows - self._counts.taken
 
     def _piece(self, entries: Hashes) -> None:
         ends = np.cumsum(key_index.lengths_in(entries))

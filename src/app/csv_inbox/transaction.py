@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -48,6 +49,7 @@ from app.csv_inbox.discovery import (
     unchanged,
 )
 from app.csv_inbox.incoming import Incoming, read_header, read_incoming
+from app.csv_inbox.key_index import IndexMismatch
 from app.csv_inbox.merge import Merged, master_header, merge
 from app.csv_inbox.quarantine import (
     MERGED,
@@ -393,18 +395,23 @@ def _read_and_merge(
         unended_bytes=incoming.unended_bytes,
     )
     size = incoming.offsets[-1] + (master.stat().st_size if header else 0)
-    merged = merge(
+    work = partial(
+        merge,
         master if header else None,
         incoming,
         config,
         load,
         out=temporary("master"),
         removed=temporary("removed") if config.undo_keep and not inbox.context.dry_run else None,
-        index=index,
         new_index=temporary("index") if size >= config.index_from_mb * MEBIBYTE else None,
         beat=beat,
     )
-    return incoming, merged
+    try:
+        return incoming, work(index=index)
+    except IndexMismatch:
+        for what in ("master", "removed", "index"):
+            temporary(what).unlink(missing_ok=True)
+        return incoming, work(index=None)
 
 
 def _prepare(

@@ -4,47 +4,17 @@ Invariant: a plan never leaves rows out. An index serves only when it is active,
 scan is the last way, is said, and has a limit. The facts are those of contracts/dynamodb.md, sections 2 to 5.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from app.config.settings import DynamoSettings
 from app.core.errors import Permanent
-from app.dynamo_to_drive.timestamps import AUTO, Times
 
 STATIC = "static_partition"
 STATIC_VALUES = ("data",)
 UNIT_BYTES = 4096
 SEGMENTS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Which table, where, and what of it. Without keys the SDK's own chain is asked: environment, profile, role.
-
-    `unit`: that of numeric timestamps; `escape`: cells are guarded against formulas.
-    """
-
-    table: str
-    timestamp: str
-    partition_values: Sequence[str]
-    scan_max_bytes: int
-    unit: str = AUTO
-    region: str = "us-east-1"
-    endpoint_url: str = ""
-    access_key_id: str = ""
-    secret_access_key: str = field(default="", repr=False)
-    session_token: str = field(default="", repr=False)
-    escape: bool = False
-
-    @property
-    def where(self) -> str:
-        """The service, for messages."""
-        return self.endpoint_url or f"DynamoDB in {self.region}"
-
-    @property
-    def times(self) -> Times:
-        """What reads its timestamps."""
-        return Times(self.unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +50,20 @@ class Plan:
         return -(-self.size_bytes // UNIT_BYTES)
 
 
-def plan_of(table: Mapping[str, Any], wanted: Target) -> Plan:
+def plan_of(table: Mapping[str, Any], wanted: DynamoSettings) -> Plan:
     """The cheapest way that reads everything. Raises Permanent when only a scan is left and it is above the limit."""
     types = {each["AttributeName"]: each["AttributeType"] for each in table["AttributeDefinitions"]}
     key = tuple(each["AttributeName"] for each in table["KeySchema"])
     size_bytes = int(table.get("TableSizeBytes") or 0)
-    for index, hash_name, consistent in _ways(table, wanted.timestamp):
+    for index, hash_name, consistent in _ways(table, wanted.timestamp_attribute):
         values = tuple(wanted.partition_values) or (STATIC_VALUES if hash_name == STATIC else ())
-        if values and types[wanted.timestamp] in "SN":
+        if values and types[wanted.timestamp_attribute] in "SN":
             return Plan(
                 key=key,
                 hash_name=hash_name,
                 hash_type=types[hash_name],
                 hash_values=tuple(dict.fromkeys(values)),
-                timestamp_type=types[wanted.timestamp],
+                timestamp_type=types[wanted.timestamp_attribute],
                 index=index,
                 consistent=consistent,
                 left_out=hash_name if len(values) == 1 else "",
@@ -101,17 +71,19 @@ def plan_of(table: Mapping[str, Any], wanted: Target) -> Plan:
             )
     if size_bytes > wanted.scan_max_bytes:
         raise Permanent(
-            f"table {wanted.table} can only be scanned, and its {size_bytes} bytes are above {wanted.scan_max_bytes}",
+            f"table {wanted.table_name} can only be scanned, and its {size_bytes} bytes are above "
+            f"{wanted.scan_max_bytes}",
             advice(table, wanted) + ", or raise DYNAMODB_SCAN_MAX_BYTES and pay for a whole scan per hour and run",
         )
     return Plan(key=key, size_bytes=size_bytes)
 
 
-def advice(table: Mapping[str, Any], wanted: Target) -> str:
+def advice(table: Mapping[str, Any], wanted: DynamoSettings) -> str:
     """What would let this table be queried instead of scanned."""
-    for _, hash_name, _ in _ways(table, wanted.timestamp):
+    timestamp = wanted.timestamp_attribute
+    for _, hash_name, _ in _ways(table, timestamp):
         return f"set DYNAMODB_PARTITION_VALUES to the values of {hash_name!r}"
-    return f"add an index with sort key {wanted.timestamp!r} and projection ALL, or set DYNAMODB_TIMESTAMP_ATTRIBUTE"
+    return f"add an index with sort key {timestamp!r} and projection ALL, or set DYNAMODB_TIMESTAMP_ATTRIBUTE"
 
 
 def _ways(table: Mapping[str, Any], timestamp: str) -> Iterator[tuple[str, str, bool]]:

@@ -434,7 +434,6 @@ class Accounts:
         self._hours: dict[Window, _Hour] = {}
         self._reasons: dict[str, _Reason] = {}
         self._known: set[bytes] = set()
-        self._unplaced = 0
         self._lock = threading.Lock()
 
     def placed(self, at: datetime, text: str) -> None:
@@ -462,7 +461,6 @@ class Accounts:
             if known in self._known:
                 return
             self._known.add(known)
-            self._unplaced += 1
             if len(self.attributes) < NAMED_ATTRIBUTES:
                 self.attributes |= item.keys()
             self.text = self.text or timed(item, self.attribute) or ""
@@ -479,21 +477,18 @@ class Accounts:
     @property
     def set_aside(self) -> int:
         """How many items have no hour."""
-        with self._lock:
-            return self._unplaced
+        return len(self._known)
 
     @property
     def sample(self) -> str:
         """One timestamp that cannot be read, else one item without any."""
-        with self._lock:
-            found = sorted(self._reasons.items(), key=lambda each: each[0] == NO_ATTRIBUTE)
+        found = sorted(self._reasons.items(), key=lambda each: each[0] == NO_ATTRIBUTE)
         return found[0][1].sample if found else ""
 
     @property
     def all_lack_the_attribute(self) -> bool:
         """True when this is what is wrong with every item that was set aside."""
-        with self._lock:
-            return set(self._reasons) == {NO_ATTRIBUTE}
+        return set(self._reasons) == {NO_ATTRIBUTE}
 
     def closed(self, partition: str, store: SetAsideStore | None, *, is_whole: bool = True) -> Ledger:
         """The ledger, after the texts of what was set aside are kept in `store`; None = they are not. See
@@ -501,7 +496,7 @@ class Accounts:
         """
         entries = [self._entry(reason, partition, store) for reason in sorted(self._reasons)]
         total = sum(
-            (hour.tally(is_whole=is_whole) for hour in self._hours.values()), Tally(self._unplaced, self._unplaced)
+            (hour.tally(is_whole=is_whole) for hour in self._hours.values()), Tally(self.set_aside, self.set_aside)
         )
         return ledger_of(total, *entries, unit=UNIT).of_partition(partition)
 

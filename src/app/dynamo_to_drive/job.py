@@ -42,7 +42,6 @@ from app.core.windows import (
     window_at,
     windows_between,
 )
-from app.dynamo_to_drive.access_path import Target
 from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_in, read_file
 from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FileIds, FolderSink, HourSink
@@ -83,25 +82,6 @@ def given_of(settings: Settings) -> Given | None:
         return None
     text = drive.credentials_json.get_secret_value() if drive.credentials_json else ""
     return Given(drive.credentials_file, text, settings.service.data_dir / TOKEN_FILE)
-
-
-def _target(settings: Settings) -> Target:
-    dynamo = settings.dynamo
-    secrets = (dynamo.access_key_id, dynamo.secret_access_key, dynamo.session_token)
-    access_key_id, secret_access_key, session_token = (each.get_secret_value() if each else "" for each in secrets)
-    return Target(
-        table=dynamo.table_name,
-        timestamp=dynamo.timestamp_attribute,
-        partition_values=dynamo.partition_values,
-        scan_max_bytes=dynamo.scan_max_bytes,
-        unit=dynamo.timestamp_unit,
-        region=dynamo.region,
-        endpoint_url=dynamo.endpoint_url,
-        access_key_id=access_key_id,
-        secret_access_key=secret_access_key,
-        session_token=session_token,
-        escape=settings.drive.escape_formulas,
-    )
 
 
 def _looking(stop: Stop) -> Context:
@@ -326,7 +306,7 @@ def build(
     given = given_of(settings)
     return HourFileExport(
         settings=settings,
-        table=DynamoTable(_target(settings), spend),
+        table=DynamoTable(settings.dynamo, spend, escape=settings.drive.escape_formulas),
         drive=DriveService(given, settings.drive.api_url, settings.drive.timeout_seconds) if given else None,
         directory=settings.service.data_dir / "drive",
         folder=DriveFolder(folder_of(settings), settings.drive.shared_drive_id),

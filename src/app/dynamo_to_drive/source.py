@@ -13,13 +13,14 @@ from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
+from app.config.settings import DynamoSettings
 from app.core.errors import AppError, Permanent, Transient
 from app.core.ledger import sampled
 from app.core.network import CA_HINT, SharedClient, is_untrusted
 from app.core.pipeline import UNCOUNTED, Count, Shrink
 from app.core.runs import Stop
 from app.core.windows import EPOCH, HOUR_SECONDS, Window, floor_to, window_at
-from app.dynamo_to_drive.access_path import SEGMENTS, Plan, Target, advice, plan_of
+from app.dynamo_to_drive.access_path import SEGMENTS, Plan, advice, plan_of
 from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourFile, HourWriter, lines_in, read_file
 from app.dynamo_to_drive.rows import Item, Pages, Taken, cell, items_of, take_items, timed
 from app.dynamo_to_drive.timestamps import (
@@ -129,15 +130,19 @@ class DynamoTable:
     """The table behind a client that is made on first use, and what was found out about it. Safe from any thread.
 
     `traits`: what was seen of writings that do not begin as their hour in UTC does. `spend` is told the read units
-    of each answer.
+    of each answer. `escape`: cells are guarded against formulas.
     """
 
-    def __init__(self, target: Target, spend: Callable[[float], None] = lambda _: None) -> None:
-        self.target = target
+    def __init__(
+        self, given: DynamoSettings, spend: Callable[[float], None] = lambda _: None, *, escape: bool = False
+    ) -> None:
+        self.given, self.escape = given, escape
+        self.times = Times(given.timestamp_unit)
+        self.where = given.endpoint_url or f"DynamoDB in {given.region}"  # the service, for messages
         self._spend = spend
         self.traits: frozenset[Trait] = frozenset()
         self._lock = threading.Lock()
-        self._client = SharedClient(lambda: _make_client(target))
+        self._client = SharedClient(lambda: _make_client(given))
         self._told: Plan | None = None
         self._looked = set[datetime]()
         self._first_at: datetime | None = None
@@ -146,19 +151,19 @@ class DynamoTable:
         """How it is read now: an index may have come or gone, and another table may have the name. Raises Permanent for
         a table that cannot be read.
         """
-        described = member(self.call("describe_table", TableName=self.target.table), "Table", self.target.where)
-        plan = plan_of(described, self.target)
+        described = member(self.call("describe_table", TableName=self.given.table_name), "Table", self.where)
+        plan = plan_of(described, self.given)
         if plan.way == self._told:
             return plan
         self._told = plan.way
         if plan.scans:
             log.warning(
                 "table %s is SCANNED: each hour and run reads all %d bytes, about %d read units; to query instead, %s",
-                *(self.target.table, plan.size_bytes, plan.scan_units, advice(described, self.target)),
+                *(self.given.table_name, plan.size_bytes, plan.scan_units, advice(described, self.given)),
             )
         else:
             where, number = f"index {plan.index}" if plan.index else "its key", len(plan.hash_values)
-            log.info("table %s is queried on %s, %d partition values", self.target.table, where, number)
+            log.info("table %s is queried on %s, %d partition values", self.given.table_name, where, number)
         return plan
 
     def close(self) -> None:
@@ -171,7 +176,7 @@ class DynamoTable:
             found = frozenset(traits) - self.traits
             self.traits |= found
         for trait in found:
-            log.info("table %s: timestamps have %s", self.target.table, trait.value)
+            log.info("table %s: timestamps have %s", self.given.table_name, trait.value)
 
     def looks_around(self, hour: Window) -> bool:
         """True the first time: then the hour is asked for every writing, also for those that were never seen."""
@@ -193,7 +198,7 @@ class DynamoTable:
         """The last items of a partition value, or the first, up to one that is readable, or so many."""
         for limit in (1, LOOKED_ITEMS):
             answer = self.call("query", **self._asked(plan, value), Limit=limit, ScanIndexForward=is_first)
-            items = items_of(member(answer, "Items", self.target.where))
+            items = items_of(member(answer, "Items", self.where))
             first = next((number for number, item in enumerate(items, 1) if is_readable(item)), 0)
             if first or not items:
                 return items[:first]
@@ -201,7 +206,7 @@ class DynamoTable:
 
     def some(self) -> Sequence[Item]:
         """Some items of the whole table, whatever their keys. None of a table that is empty."""
-        for taken in self.pages("scan", {"TableName": self.target.table, "Limit": LOOKED_ITEMS}, Stop()):
+        for taken in self.pages("scan", {"TableName": self.given.table_name, "Limit": LOOKED_ITEMS}, Stop()):
             if items := items_of(taken):
                 return items
         return ()
@@ -211,7 +216,7 @@ class DynamoTable:
         it knows.
         """
         for segment in range(SEGMENTS):
-            whole = {"TableName": self.target.table, "ConsistentRead": True}
+            whole = {"TableName": self.given.table_name, "ConsistentRead": True}
             yield {**whole, "Segment": segment, "TotalSegments": SEGMENTS}
 
     def queries(
@@ -219,7 +224,9 @@ class DynamoTable:
     ) -> Iterator[Mapping[str, Any]]:
         """The requests whose pages together have the hour. `newest`: the largest number, of a numeric sort key."""
         is_number = plan.timestamp_type == "N"
-        ranges = list(number_ranges(hour, self.target.unit, newest) if is_number else text_ranges(hour, traits))
+        ranges = list(
+            number_ranges(hour, self.given.timestamp_unit, newest) if is_number else text_ranges(hour, traits)
+        )
         for value in plan.hash_values:
             for each in ranges:
                 yield self._asked(plan, value, each)
@@ -227,10 +234,10 @@ class DynamoTable:
     def _asked(self, plan: Plan, value: str, between: KeyRange | None = None) -> dict[str, Any]:
         names, values = {"#p": plan.hash_name}, {":hash": {plan.hash_type: value}}
         if between is not None:
-            names["#t"] = self.target.timestamp
+            names["#t"] = self.given.timestamp_attribute
             values |= {f":{name}": {plan.timestamp_type: text} for name, text in between._asdict().items()}
         return {
-            "TableName": self.target.table,
+            "TableName": self.given.table_name,
             **({"IndexName": plan.index} if plan.index else {}),
             "KeyConditionExpression": "#p = :hash AND #t BETWEEN :low AND :high" if between else "#p = :hash",
             "ExpressionAttributeNames": names,
@@ -243,7 +250,7 @@ class DynamoTable:
         while True:
             stop.check()
             page = self.call(method, **asked)
-            yield member(page, "Items", self.target.where)
+            yield member(page, "Items", self.where)
             if not page.get("LastEvaluatedKey"):
                 return
             asked = {**asked, "ExclusiveStartKey": page["LastEvaluatedKey"]}
@@ -252,7 +259,7 @@ class DynamoTable:
         """One request. Raises Transient or Permanent."""
         if method != "describe_table":
             asked["ReturnConsumedCapacity"] = "TOTAL"
-        with translated(self.target.table, self.target.where):
+        with translated(self.given.table_name, self.where):
             answer = getattr(self._client(), method)(**asked)
         self._spend((answer.get("ConsumedCapacity") or {}).get("CapacityUnits", 0.0))
         return answer
@@ -365,7 +372,7 @@ class DynamoSource:
         hour, wanted, items = self._filled(plan, window, self._table.scans())
         if items and items == wanted.unreadable:
             hour.close()
-            raise unreadable(self._accounts, self._table.target.times)
+            raise unreadable(self._accounts, self._table.times)
         return hour
 
     def _read_query(self, plan: Plan, window: Window) -> HourFile:
@@ -385,7 +392,7 @@ class DynamoSource:
         self._table.note(wanted.traits)
         if items == wanted.unreadable and not newest.is_readable:
             hour.close()
-            raise unreadable(self._accounts, self._table.target.times)
+            raise unreadable(self._accounts, self._table.times)
         return hour
 
     def look(self, plan: Plan, *, firsts: bool = True) -> Newest:
@@ -394,7 +401,7 @@ class DynamoSource:
 
         Raises Permanent for partition values that nothing has, in a table that has items.
         """
-        is_text, times = plan.timestamp_type == "S", self._table.target.times
+        is_text, times = plan.timestamp_type == "S", self._table.times
 
         def is_readable(item: Item) -> bool:
             return is_found(times, timed(item, self._accounts.attribute) or "", is_text=is_text)
@@ -425,7 +432,7 @@ class DynamoSource:
         try:
             items = self._table.some()
         except Permanent as error:  # a key that may only query is enough for all else
-            log.info("cannot tell whether table %s is empty: %s", self._table.target.table, error)
+            log.info("cannot tell whether table %s is empty: %s", self._table.given.table_name, error)
             return
         if not items:
             return
@@ -445,7 +452,7 @@ class DynamoSource:
         The file of the hour, what was wanted, and how many items all pages had.
         """
         method, turn = "scan" if plan.scans else "query", threading.Lock()
-        wanted = WantedItems(Hour(self._table.target.times, window), self._accounts)
+        wanted = WantedItems(Hour(self._table.times, window), self._accounts)
         pages = Pages(self._accounts.attribute, plan.left_out, wanted)
         with closing(HourWriter(self._shape())) as writer:
 
@@ -469,7 +476,7 @@ class DynamoSource:
         del shrink
         with closing(HourWriter(self._shape())) as writer:
             writer.add_rows(self._kept(batch, held), held=True)
-            writer.add_rows(read_file(lines_in(batch.file), escaped=self._table.target.escape))
+            writer.add_rows(read_file(lines_in(batch.file), escaped=self._table.escape))
             united = replace(writer.finish(), window=batch.window)
         if writer.rewritten:
             self._left_out(batch, writer.rewritten, "are in the table with their timestamp in another form")
@@ -484,7 +491,7 @@ class DynamoSource:
         unread: list[str] = []
         for row in chain.from_iterable(held):
             text = row.get(self._accounts.attribute, "")
-            if self._table.target.times.read(text).at is None:
+            if self._table.times.read(text).at is None:
                 unread.append(text)
             elif not self._is_misplaced(batch, row):
                 yield row
@@ -503,13 +510,13 @@ class DynamoSource:
         text = row.get(self._accounts.attribute, "")
         if self._span is None or text not in batch.elsewhere:
             return False
-        at = self._table.target.times.read(text).at
+        at = self._table.times.read(text).at
         return at is not None and self._span.start <= at < self._span.end
 
     def _shape(self) -> FileShape:
-        plan, target = self._planned(), self._table.target
-        key = tuple(name for name in plan.key if name not in (target.timestamp, plan.left_out))
-        return FileShape(target.timestamp, key, target.times, target.escape)
+        plan, table, timestamp = self._planned(), self._table, self._accounts.attribute
+        key = tuple(name for name in plan.key if name not in (timestamp, plan.left_out))
+        return FileShape(timestamp, key, table.times, table.escape)
 
 
 def _together(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
@@ -540,8 +547,8 @@ def unreadable(accounts: Accounts, times: Times) -> Permanent:
 
 def ping(table: DynamoTable, now: datetime) -> str:
     """How the table is read, for `check`. Raises Transient or Permanent."""
-    plan, times = table.plan(), table.target.times
-    accounts = Accounts(table.target.timestamp, now)
+    plan, times = table.plan(), table.times
+    accounts = Accounts(table.given.timestamp_attribute, now)
     if plan.scans:
         wanted, items = WantedItems(Hour(times, SOME_HOUR), accounts), table.some()
         for item in items:
@@ -566,16 +573,13 @@ def _models() -> Any:
     return create_loader()
 
 
-def _make_client(target: Target) -> Any:
+def _make_client(given: DynamoSettings) -> Any:
     import boto3
     from botocore.config import Config
     from botocore.session import get_session
 
-    keys = {
-        "aws_access_key_id": target.access_key_id or None,
-        "aws_secret_access_key": target.secret_access_key or None,
-        "aws_session_token": target.session_token or None,
-    }
+    secrets = (given.access_key_id, given.secret_access_key, given.session_token)  # without: the SDK's own chain
+    key_id, secret, token = (each.get_secret_value() or None if each else None for each in secrets)
     config = Config(
         retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
         connect_timeout=CONNECT_SECONDS,
@@ -584,8 +588,8 @@ def _make_client(target: Target) -> Any:
     )
     session = get_session()
     session.register_component("data_loader", _models())
-    client = boto3.session.Session(**keys, botocore_session=session).client(
-        "dynamodb", region_name=target.region, endpoint_url=target.endpoint_url or None, config=config
+    client = boto3.session.Session(key_id, secret, token, botocore_session=session).client(
+        "dynamodb", region_name=given.region, endpoint_url=given.endpoint_url or None, config=config
     )
     for name in ("Query", "Scan"):
         client.meta.events.register(f"before-parse.dynamodb.{name}", take_items)

@@ -15,30 +15,32 @@ import csv
 import gzip
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import cached_property
+from pathlib import Path
 from shutil import copyfileobj
 from typing import BinaryIO, Protocol
 
+from app.config.settings import Settings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
 from app.core.files import temporary_file
-from app.core.ledger import Ledger, SetAside, Tally, ledger_of
-from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS, Held, Record
-from app.core.runs import Failure, Report
+from app.core.ledger import SetAside, Tally, ledger_of
+from app.core.pipeline import QUIET_AFTER, Checkpoints, Commit, Held, Record
+from app.core.runs import Context, Failure, Report, Stop
 from app.core.verify import Content
-from app.core.windows import Window
+from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.object_store.deltas import held_of
 from app.object_store.port import ObjectStore, Put
-from app.object_store.set_aside import LINES
-from app.product_events.mapping import Events, Loaded, Tables, events_in, load_in_turns, lost
-from app.product_events.pull import PartitionRun, PullContext
+from app.object_store.set_aside import LINES, SetAsideStore, folder_of
+from app.product_events.mapping import Events, Loaded, Tables, load_in_turns, lost, uuids_in
 
+HOUR = timedelta(hours=1)
 ABOVE_LIMIT, KEEPS_FAILING = "hour above the service's limit", "hour that keeps failing"
 REFUSED = "refused by the warehouse"
-ANOTHER_PROJECT = "check that it is the right project, in the right region, and that events reach it"
 NOT_HAD = "not had"
 """The version in the record of a window that could not be had; `closed` says that it was set aside."""
 GZIP = "application/gzip"
@@ -101,9 +103,6 @@ class PulledHour(Protocol):
         """Free its files. Idempotent."""
 
 
-Opened = Callable[[Window, BinaryIO], PulledHour]
-
-
 class BrokenHour(AppError):
     """What was given of an hour cannot be read, as `fault` says. Its rows were not loaded."""
 
@@ -119,66 +118,85 @@ class DamagedObject(Permanent):
 BROKEN = (BrokenHour, EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError)
 
 
-@contextmanager
-def object_hour(
-    pull: PullContext, window: Window, opened: Opened, *, key: str, etag: str | None = None
-) -> Iterator[PulledHour | None]:
-    """The hour that an object holds, which is downloaded whole; None when it is gone. What is broken while it is used
-    is a DamagedObject. Raises Conflict when it is another version.
+def spool_of(settings: Settings) -> Path:
+    """The folder of temporary files."""
+    return settings.service.data_dir / "spool"
+
+
+@dataclass(frozen=True)
+class PullContext:
+    """One pull, how its hours are named and read, and where they land. `unit`: what its ledger counts.
+
+    An hour is due `due_after` its end. `key` is the object of an hour of a partition, `place` the name below which it
+    is set aside, `opened` the hour in the file of an object. A line of up to `largest_bytes` is set aside whole,
+    whatever the limit for many small ones.
     """
-    with temporary_file(pull.spool) as file:
-        with pull.store.open(key, etag) as stream:
-            if stream is not None:
-                copyfileobj(stream, file, 1 << 18)
-        file.seek(0)
-        hour = None
-        try:
-            hour = opened(window, file) if stream is not None else None
-            yield hour
-        except BROKEN as error:
-            what = error.message if isinstance(error, BrokenHour) else error
-            hint = "heal the window: the object is written again from what the service gives"
-            raise DamagedObject(f"{key} is damaged: {what}", hint) from error
-        finally:
-            if hour is not None:
-                hour.close()
+
+    name: str
+    unit: str
+    settings: Settings
+    interval_seconds: int
+    lookback_days: int
+    due_after: timedelta
+    largest_bytes: int
+    key: Callable[[str, Window], str]
+    place: Callable[[str, Window], tuple[str, ...]]
+    opened: Callable[["PullContext", str, Window, BinaryIO, Stop], PulledHour]
+    checkpoints: Checkpoints
+    store: ObjectStore
+    warehouse: Events
+    clock: Callable[[], datetime]
+
+    @property
+    def due_at(self) -> datetime:
+        """Hours that end until then can be asked for."""
+        return floor_to(self.clock() - self.due_after, HOUR_SECONDS)
+
+    @property
+    def overdue_seconds(self) -> float:
+        """How long an hour is due when the job itself is reported as stale."""
+        alert = self.settings.alert
+        return self.interval_seconds + dict(alert.grace_by_job).get(self.name, alert.grace_seconds)
+
+    @property
+    def spool(self) -> Path:
+        """See `spool_of`."""
+        return spool_of(self.settings)
+
+    @cached_property
+    def set_aside(self) -> SetAsideStore:
+        """Where what cannot land is kept."""
+        limit_bytes = max(self.settings.set_aside.max_bytes, self.largest_bytes)
+        return SetAsideStore(self.store, folder_of(self.name), limit_bytes)
+
+    @contextmanager
+    def object_hour(
+        self, partition: str, window: Window, stop: Stop, etag: str | None = None
+    ) -> Iterator[PulledHour | None]:
+        """The hour that an object holds, which is downloaded whole; None when it is gone. What is broken while it is
+        used is a DamagedObject. Raises Conflict when it is another version.
+        """
+        key, hour = self.key(partition, window), None
+        with temporary_file(self.spool) as file:
+            with self.store.open(key, etag) as stream:
+                if stream is not None:
+                    copyfileobj(stream, file, 1 << 18)
+            file.seek(0)
+            try:
+                hour = self.opened(self, partition, window, file, stop) if stream is not None else None
+                yield hour
+            except BROKEN as error:
+                what = error.message if isinstance(error, BrokenHour) else error
+                hint = "heal the window: the object is written again from what the service gives"
+                raise DamagedObject(f"{key} is damaged: {what}", hint) from error
+            finally:
+                if hour is not None:
+                    hour.close()
 
 
 def was_had(record: Record | None) -> bool:
     """False for a window that has no record, or one that says that it could not be had."""
     return record is not None and record.version != NOT_HAD
-
-
-def silence(pull: PullContext, partition: str) -> str:
-    """What is odd about a source that answers and gives no rows; "" when it gives some, or is not known for long.
-
-    Both services answer for another project, or another application, as for one in which nothing happens.
-    """
-    first_at = pull.checkpoints.starts(pull.name).get(partition)
-    cursor_at = pull.checkpoints.cursors(pull.name).get(partition)
-    if first_at is None or cursor_at is None:
-        return ""
-    if any(
-        record.rows for record in pull.checkpoints.records(pull.name, partition, cursor_at - QUIET_AFTER, cursor_at)
-    ):
-        return ""  # as most runs find: the rest need not be read
-    records = pull.checkpoints.records(pull.name, partition, first_at, cursor_at)
-    filled = [record.window.end for record in records if record.rows]
-    if not filled and cursor_at - first_at >= NEVER_AFTER:
-        return f"{partition} has given no row since {first_at:%Y-%m-%d}: {ANOTHER_PROJECT}"
-    if len(filled) >= USUAL_HOURS and cursor_at - filled[-1] >= QUIET_AFTER:
-        return f"{partition} has given no row since {filled[-1]:%Y-%m-%d %H:%M}Z: {ANOTHER_PROJECT}"
-    return ""
-
-
-def heard(pull: PullContext, ping: Callable[[], str], start: str) -> Callable[[], str]:
-    """`ping`, and what is odd about those of its partitions whose names have this `start`."""
-
-    def check() -> str:
-        names = sorted(name for name in pull.checkpoints.cursors(pull.name) if name.startswith(start))
-        return "; ".join([ping(), *filter(None, (silence(pull, name) for name in names))])
-
-    return check
 
 
 def record_of_nothing(
@@ -191,25 +209,20 @@ def record_of_nothing(
 def store_rows(
     store: ObjectStore,
     file: BinaryIO,
+    wanted: Record,
     *,
     pipeline: str,
-    key: str,
-    window: Window,
-    rows: int,
-    digest: str,
-    closed: bool = False,
-    refused: int = 0,
     content_type: str = GZIP,
     over: str | None = None,
 ) -> Record:
     """Store `file` from its beginning as the object of a window; the record of what is there then.
 
-    `digest` tells these rows from others. `over`: the version to replace, whatever it holds ("" = nothing is there);
-    None = an object with these rows, or with more, stays. `source_cells` of the record counts the `refused` rows too,
-    so what it has more than `rows` are those that were set aside. Raises Conflict when somebody else writes the same
-    object at this moment: read the service again, then repeat.
+    The digest of `wanted` tells its rows from others; its `source_cells` counts those that were refused as well.
+    `over`: the version to replace, whatever it holds ("" = nothing is there); None = an object with these rows, or with
+    more, stays. Raises Conflict when somebody else writes the same object at this moment: read the service again, then
+    repeat.
     """
-    held = None
+    key, rows, digest, held = wanted.key, wanted.rows, wanted.digest, None
     if over is None and (there := store.head(key)) is not None:
         held, over = held_of(there), there.etag
         # Services forget, and give fewer rows of an old hour: what was stored then is worth more.
@@ -220,21 +233,16 @@ def store_rows(
     if held is None:
         size_bytes = file.seek(0, 2)
         file.seek(0)
-        metadata = {"pipeline": pipeline, "window": str(window), "rows": str(rows), "digest": digest}
+        metadata = {"pipeline": pipeline, "window": str(wanted.window), "rows": str(rows), "digest": digest}
         held = Held(store.put(key, file, Put(content_type, metadata, over or "")), digest, rows, size_bytes=size_bytes)
-    there_rows = rows if held.rows is None else held.rows
-    return Record(
-        window=window,
-        part=0,
-        key=key,
+    there_rows, refused = rows if held.rows is None else held.rows, wanted.source_cells - rows
+    return replace(
+        wanted,
         version=held.version,
         digest=held.digest,
         rows=there_rows,
         size_bytes=held.size_bytes,
         source_cells=there_rows + refused,
-        min_at=window.start,
-        max_at=window.end,
-        closed=closed,
     )
 
 
@@ -253,7 +261,7 @@ def load(warehouse: Events, hour: PulledHour, *, past: bool) -> Loaded:
     def load_one(tables: Tables) -> None:
         nonlocal loaded
         try:
-            loaded += Loaded(events_in(tables), warehouse.load([tables], past=past))
+            loaded += Loaded(len(uuids_in(tables)), warehouse.load([tables], past=past))
         except Permanent as error:
             faults.append(error)
             if not loaded.given and len(faults) >= REFUSED_ROWS:
@@ -268,18 +276,60 @@ def load(warehouse: Events, hour: PulledHour, *, past: bool) -> Loaded:
 
 
 @dataclass(slots=True)
-class HourLanding:
-    """The hours of one partition in one run. `key`: the object of an hour; `place`: where it is set aside; `opened`:
-    the hour in the file of an object. Close it when the run is over.
-    """
+class PartitionRun:
+    """One partition in one run: what is recorded of it, and how its hours land. Close it when the run is over."""
 
-    run: PartitionRun
-    key: Callable[[Window], str]
-    place: Callable[[Window], tuple[str, ...]]
-    opened: Opened
+    pull: PullContext
+    context: Context
+    name: str
     _works: bool = False
     _failed_in_a_row: int = 0
     _held: list[tuple[PulledHour, Record | None, Mode, AppError]] = field(default_factory=list)
+
+    @property
+    def waiting(self) -> str:
+        """The pipeline whose records are hours that wait to be tried again: `min_at` is when they failed first."""
+        return f"{self.pull.name}_waiting"
+
+    @property
+    def cursor_at(self) -> datetime | None:
+        """Up to where hours were pulled; None before the first run."""
+        return self.pull.checkpoints.cursors(self.pull.name).get(self.name)
+
+    def begun_at(self, start: datetime) -> datetime:
+        """The cursor; in the first run `start`, which is recorded as the cursor."""
+        cursor_at = self.cursor_at
+        if cursor_at is None:
+            self.commit(cursor_at=start)
+        return cursor_at or start
+
+    def records(self, span: Window, pipeline: str = "") -> Mapping[datetime, Record]:
+        """By start of window, oldest first; of the pull or of another pipeline."""
+        found = self.pull.checkpoints.records(pipeline or self.pull.name, self.name, span.start, span.end)
+        return {record.window.start: record for record in found}
+
+    def commit(self, *records: Record, cursor_at: datetime | None = None, pipeline: str = "") -> None:
+        """Record windows, and move the cursor when `cursor_at` is given."""
+        if not self.context.dry_run:
+            commit = Commit(records, cursor_at)
+            self.pull.checkpoints.commit(pipeline or self.pull.name, self.name, commit, self.context.lease)
+
+    def ledger(self, tally: Tally, *entries: SetAside) -> Report:
+        """The report of rows, without anything else that was done."""
+        return Report(ledger=ledger_of(tally, *entries, unit=self.pull.unit).of_partition(self.name))
+
+    def failed(self, what: object, error: AppError) -> Report:
+        """`error` as the failure of an hour or another part of the partition."""
+        return Report(failures=(Failure(f"{self.name}{what}", error.message, error.hint),))
+
+    def alone(self, what: object, work: Callable[[], Report]) -> Report:
+        """What `work` did; its error is a failure of this part alone, and others go on. A lost lease is not."""
+        try:
+            return work()
+        except LeaseLost:
+            raise
+        except (Transient, Permanent, Rejected) as error:
+            return self.failed(what, error)
 
     def take(self, hour: PulledHour, record: Record | None, mode: Mode, *, final: bool) -> tuple[Report, Loaded]:
         """`land`; an hour that the destination refuses is held until it takes another one, and closed then.
@@ -300,9 +350,14 @@ class HourLanding:
         self._failed_in_a_row = 0
         return report, loaded
 
-    def holds(self, hour: PulledHour) -> bool:
-        """Whether the hour is still needed."""
-        return any(hour is held for held, *_ in self._held)
+    @contextmanager
+    def until_settled(self, hour: PulledHour) -> Iterator[None]:
+        """Close the hour after the block, or later where it is held until its destination takes another one."""
+        try:
+            yield
+        finally:
+            if not any(hour is held for held, *_ in self._held):
+                hour.close()
 
     def settle(self) -> Report:
         """What becomes of hours that the destination refused. Where it took no other, the first error is raised, unless
@@ -318,8 +373,7 @@ class HourLanding:
                 if self._works:
                     report += self.not_had(hour.window, record, error, mode, number=hour.rows, body=hour.body)
                 else:
-                    failure = Failure(f"{self.run.name} {hour.window}", error.message, error.hint)
-                    report += Report(failures=(failure,), ledger=self._ledger(Tally(waiting=hour.rows)))
+                    report += self.failed(f" {hour.window}", error) + self.ledger(Tally(waiting=hour.rows))
         return report
 
     def close(self) -> None:
@@ -334,17 +388,17 @@ class HourLanding:
 
         `over`: see `store_rows`. Raises what store and warehouse raise.
         """
-        run, had, held = self.run, record if was_had(record) else None, Report()
+        had, held, is_dry = record if was_had(record) else None, Report(), self.context.dry_run
         if had is not None and mode is not Mode.AGAIN and had.digest == hour.digest and had.rows >= hour.rows:
             source_cells = max(had.source_cells, hour.rows + hour.refused)
             landed, loaded = replace(had, source_cells=source_cells), Loaded(hour.rows)
-        elif run.context.dry_run:
+        elif is_dry:
             size_bytes = hour.body.seek(0, 2) if hour.digest and hour.body else 0
             return Report(rows=hour.rows, bytes=size_bytes, windows=1), Loaded()
         else:
             loaded = Loaded()
             if hour.body is not None and hour.is_loaded:
-                loaded = load(run.pull.warehouse, hour, past=mode is not Mode.LIVE)
+                loaded = load(self.pull.warehouse, hour, past=mode is not Mode.LIVE)
             landed = self._stored(hour, had, over)
             if not hour.is_loaded:
                 loaded = _told_by_object(hour, landed, had)
@@ -354,11 +408,11 @@ class HourLanding:
                 held = self.settle()  # before the cursor moves past them
         landed = replace(landed, closed=final or (had is not None and had.closed))
         changed = had is None or landed.version != had.version
-        run.context.progress.advance(done=1, rows=loaded.new)
-        if not run.context.dry_run and (mode is Mode.LIVE or landed != record):
-            run.commit(landed, cursor_at=self._cursor(hour.window, mode))
+        self.context.progress.advance(done=1, rows=loaded.new)
+        if mode is Mode.LIVE or landed != record:
+            self.commit(landed, cursor_at=self._cursor(hour.window, mode))
         if record is not None and had is None:
-            run.commit(replace(record, closed=True), pipeline=run.waiting)
+            self.commit(replace(record, closed=True), pipeline=self.waiting)
         report = Report(
             rows=loaded.new,
             bytes=landed.size_bytes if changed else 0,
@@ -386,47 +440,47 @@ class HourLanding:
         The ledger accounts for the `number` of its rows, of which `counted` are counted by nobody else. `body`: what
         came of it. An hour that landed before stays as it is, and after some days it is not looked at once more.
         """
-        run, now = self.run, self.run.pull.clock()
-        run.context.progress.advance(done=1)
-        failed = Report(failures=(Failure(f"{run.name} {window}", fault.message, fault.hint),))
-        if run.context.dry_run:
+        now = self.pull.clock()
+        self.context.progress.advance(done=1)
+        failed = self.failed(f" {window}", fault)
+        if self.context.dry_run:
             return failed
-        waits = Report(ledger=self._ledger(Tally(counted=counted, waiting=number)))
+        waits = self.ledger(Tally(counted=counted, waiting=number))
         if record is not None and was_had(record):
             if record.closed or now - window.end < GIVEN_UP_AFTER:
                 return failed + waits
             log.warning("%s: the service does not give this hour again; it stays as it is", record.key)
-            run.commit(replace(record, closed=True))
+            self.commit(replace(record, closed=True))
             return waits
-        noted = run.records(window, run.waiting).get(window.start)
+        noted = self.records(window, self.waiting).get(window.start)
         since = noted.min_at if noted and noted.min_at else now
         since = min(since, now)  # it was noted later than now while the clock was ahead
         gives_up = at_once or is_too_large or now - since >= SET_ASIDE_AFTER
-        ledger = waits.ledger
         if gives_up:
-            log.warning("%s %s is set aside: %s", run.name, window, fault)
+            log.warning("%s %s is set aside: %s", self.name, window, fault)
             if body is not None:
                 body.seek(0)
-            kept = run.pull.set_aside.keep(
-                self.place(window),
+            kept = self.pull.set_aside.keep(
+                self.pull.place(self.name, window),
                 body or str(fault).encode(),
                 content_type=content_type if body else LINES,
                 reason=ABOVE_LIMIT if is_too_large else KEEPS_FAILING,
                 number=number,
-                sample=f"{run.name} {window}: {fault.message}",
+                sample=f"{self.name} {window}: {fault.message}",
             )
-            ledger = self._ledger(Tally(counted=counted), kept.entry)
-        waiting = record_of_nothing(window, self.key(window), closed=gives_up, version=NOT_HAD, min_at=since)
-        run.commit(waiting, pipeline=run.waiting)
-        run.commit(replace(waiting, min_at=None), cursor_at=self._cursor(window, mode))
-        return (failed if mode is Mode.AGAIN or not gives_up else Report()) + Report(ledger=ledger)
+            waits = self.ledger(Tally(counted=counted), kept.entry)
+        key = self.pull.key(self.name, window)
+        waiting = record_of_nothing(window, key, closed=gives_up, version=NOT_HAD, min_at=since)
+        self.commit(waiting, pipeline=self.waiting)
+        self.commit(replace(waiting, min_at=None), cursor_at=self._cursor(window, mode))
+        return failed + waits if mode is Mode.AGAIN or not gives_up else waits
 
-    def waiting(self) -> Sequence[Window]:
+    def waiting_hours(self) -> Sequence[Window]:
         """Hours that earlier runs could not have, to be tried again."""
-        run, found = self.run, []
-        for record in run.records(EVER, run.waiting).values():
-            if not record.closed and any(map(was_had, run.records(record.window).values())):
-                run.commit(replace(record, closed=True), pipeline=run.waiting)  # a kill came between its two records
+        found = []
+        for record in self.records(EVER, self.waiting).values():
+            if not record.closed and any(map(was_had, self.records(record.window).values())):
+                self.commit(replace(record, closed=True), pipeline=self.waiting)  # a kill came between its two records
             elif not record.closed:
                 found.append(record.window)
         return found
@@ -437,88 +491,68 @@ class HourLanding:
 
         Oldest first, so that a run that ends before its time leaves the newest lacking, by which the next one knows.
         """
-        run, found, total, gone = self.run, list[tuple[Record, bool | None]](), Report(), list[Record]()
+        found, total, gone = list[tuple[Record, bool | None]](), Report(), list[Record]()
         for record in self._newest_first():
             if record.rows and was_had(record):
                 found.append((record, is_there := self._is_known(record)))
                 if is_there:  # perhaps only its first events are
                     break
-        if run.context.dry_run or all(is_there is not False for _, is_there in found):
+        if self.context.dry_run or all(is_there is not False for _, is_there in found):
             return Report()
         since = f"{found[-1][0].window.start:%Y-%m-%dT%H:%MZ}"
-        log.warning("%s: the warehouse lacks events of hours since %s: they are loaded again", run.name, since)
+        log.warning("%s: the warehouse lacks events of hours since %s: they are loaded again", self.name, since)
         for record, _ in reversed(found):
-            run.context.stop.check()
+            self.context.stop.check()
             try:
-                with object_hour(run.pull, record.window, self.opened, key=record.key) as hour:
-                    loaded = load(run.pull.warehouse, hour, past=False) if hour else None
+                with self.pull.object_hour(self.name, record.window, self.context.stop) as hour:
+                    loaded = load(self.pull.warehouse, hour, past=False) if hour else None
             except DamagedObject as error:
-                log.warning("%s: %s", run.name, error)
+                log.warning("%s: %s", self.name, error)
                 loaded = None
             if loaded is None:
                 gone.append(record)
             else:
-                there = Tally(
-                    counted=record.rows, read=record.rows, new=loaded.new, already_there=loaded.given - loaded.new
-                )
-                total += Report(rows=loaded.new, ledger=self._ledger(there))
-        note = f"{run.name}: {total.rows} events of hours since {since} were not in the warehouse: loaded from objects"
+                there = Tally(record.rows, record.rows, loaded.new, loaded.given - loaded.new)
+                total += Report(rows=loaded.new) + self.ledger(there)
+        note = f"{self.name}: {total.rows} events of hours since {since} were not in the warehouse: loaded from objects"
         if gone:
             what = f"{len(gone)} hours since {gone[0].window.start:%Y-%m-%dT%H:%MZ} are in no object to load them from"
             span = f"--from {gone[0].window.start:%Y-%m-%dT%H} --to {gone[-1].window.end:%Y-%m-%dT%H}"
-            total += Report(failures=(Failure(run.name, what, f"python -m app backfill {run.pull.name} {span}"),))
+            total += self.failed("", Permanent(what, f"python -m app backfill {self.pull.name} {span}"))
         return total + Report(notes=(note,))
 
     def _newest_first(self) -> Iterator[Record]:
         """All records, of which those of the last days are mostly enough."""
-        recent_at = self.run.pull.clock() - QUIET_AFTER
+        recent_at = self.pull.clock() - QUIET_AFTER
         for span in (Window(recent_at, EVER.end), Window(EVER.start, recent_at)):
-            yield from reversed(list(self.run.records(span).values()))
-
-    def noted(self) -> Report:
-        """A note of the run about a source that gives nothing: no failure, since there may be nothing."""
-        said = silence(self.run.pull, self.run.name)
-        if said:
-            log.warning("%s: %s", self.run.pull.name, said)
-        return Report(notes=(f"warning: {said}",) if said else ())
+            yield from reversed(list(self.records(span).values()))
 
     def _is_known(self, record: Record) -> bool | None:
         """Whether the warehouse has some of the first events of an object; None for one that cannot be read."""
         try:
-            with object_hour(self.run.pull, record.window, self.opened, key=record.key) as hour:
+            with self.pull.object_hour(self.name, record.window, self.context.stop) as hour:
                 tables = next(hour.tables(), None) if hour else None
         except DamagedObject:
             return None
-        return None if tables is None else lost(self.run.pull.warehouse.known, tables) < events_in(tables)
+        return None if tables is None else lost(self.pull.warehouse.known, tables) < len(uuids_in(tables))
 
     def _cursor(self, window: Window, mode: Mode) -> datetime | None:
         """Up to where the partition is finished with this hour; None while an earlier one is held."""
         is_behind = any(hour.window.start < window.start for hour, *_ in self._held)
         return window.end if mode is Mode.LIVE and not is_behind else None
 
-    def _ledger(self, tally: Tally, *entries: SetAside) -> Ledger:
-        return ledger_of(tally, *entries, unit=self.run.pull.unit).of_partition(self.run.name)
-
     def _stored(self, hour: PulledHour, had: Record | None, over: str | None) -> Record:
         """Store the object of an hour, if there is something to store; what is there then."""
-        key, body = self.key(hour.window), hour.body
+        key, body = self.pull.key(self.name, hour.window), hour.body
         if body is None and had is not None and had.rows:
             log.warning("%s: the service has no rows of this hour any more; those that were loaded stay", key)
             return had
+        wanted = record_of_nothing(hour.window, key, closed=False, digest=hour.digest)
+        wanted = replace(wanted, rows=hour.rows, source_cells=hour.rows + hour.refused)
         if body is None:
-            empty = record_of_nothing(hour.window, key, closed=False, digest=hour.digest)
-            return replace(empty, source_cells=hour.refused)
-        return store_rows(
-            self.run.pull.store,
-            body,
-            pipeline=self.run.pull.name,
-            key=key,
-            window=hour.window,
-            rows=hour.rows,
-            digest=hour.digest,
-            refused=hour.refused,
-            over=over,
-        )
+            return wanted
+        wanted = replace(wanted, min_at=hour.window.start, max_at=hour.window.end)
+        return store_rows(self.pull.store, body, wanted, pipeline=self.pull.name, over=over)
 
 
 def _told_by_object(hour: PulledHour, landed: Record, had: Record | None) -> Loaded:

@@ -32,15 +32,42 @@ NO_RECORD = frozenset({"", "n/a", "no ehr", "no_ehr"})
 MAPPED_V4 = "::ffff:"
 
 
-def _each(turn: Callable[[Any], Any]) -> Rule:
-    """A rule that looks at one value at a time; nothing stays nothing."""
-    return lambda column: [None if value is None else turn(value) for value in column]
+def _rule(turn: Callable[[Any], Any], is_fine: Callable[[Column], bool] = lambda _: False) -> Rule:
+    """A rule that looks at one value at a time; nothing stays nothing. A column that `is_fine` stays as it is."""
+    return lambda column: column if is_fine(column) else [None if value is None else turn(value) for value in column]
 
 
-def _unless(kinds: set[type], turn: Callable[[Any], Any]) -> Rule:
-    """As `_each`, for a column that may hold other values than of these kinds, which are fine as they are."""
-    each = _each(turn)
-    return lambda column: column if set(map(type, column)) <= kinds else each(column)
+def _only(*kinds: type) -> Callable[[Column], bool]:
+    allowed = {NONE, *kinds}
+    return lambda column: set(map(type, column)) <= allowed
+
+
+def _are_texts(column: Column) -> bool:
+    if not set(map(type, column)) <= {str, NONE} or "" in column:
+        return False
+    return not UNSTORABLE.search("".join(filter(None, column)))
+
+
+def _are_keys(column: Column) -> bool:
+    return _are_texts(column) and max(map(len, filter(None, column)), default=0) <= KEY_CHARACTERS
+
+
+def _are_uuids(column: Column) -> bool:
+    """Nearly always all are fine, which takes one search over each and one over all."""
+    if set(map(type, column)) != {str} or not all(map(UUID.fullmatch, column)):
+        return False
+    joined = "".join(column)
+    return joined == joined.lower()
+
+
+def _whole(bits: int) -> Rule:
+    def are_fine(column: Column) -> bool:
+        if not set(map(type, column)) <= {int, NONE}:
+            return False
+        numbers = [value for value in column if value is not None]
+        return not numbers or (min(numbers) >= -(1 << bits) and max(numbers) < 1 << bits)
+
+    return _rule(whole(bits), are_fine)
 
 
 def plain(text: str) -> str:
@@ -53,40 +80,6 @@ def text(value: Any) -> str | None:
     if isinstance(value, bool):
         return str(value).lower()
     return plain(str(value)) or None
-
-
-def _texts(column: Column) -> Column:
-    kinds = set(map(type, column))
-    if kinds <= {str, NONE} and "" not in column and not UNSTORABLE.search("".join(filter(None, column))):
-        return column
-    return [None if value is None else text(value) for value in column]
-
-
-def _keys(column: Column) -> Column:
-    texts = _texts(column)
-    longest = max(map(len, filter(None, texts)), default=0)
-    return texts if longest <= KEY_CHARACTERS else [key(value) for value in texts]
-
-
-def _uuids(column: Column) -> Column:
-    """Nearly always all are fine, which takes one search over each and one over all."""
-    if set(map(type, column)) == {str} and all(map(UUID.fullmatch, column)):
-        joined = "".join(column)
-        return column if joined == joined.lower() else [value.lower() for value in column]
-    return [None if value is None else uuid(value) for value in column]
-
-
-def _whole(bits: int) -> Rule:
-    each = _each(whole(bits))
-
-    def turn(column: Column) -> Column:
-        if not set(map(type, column)) <= {int, NONE}:
-            return each(column)
-        numbers = [value for value in column if value is not None]
-        fine = not numbers or (min(numbers) >= -(1 << bits) and max(numbers) < 1 << bits)
-        return column if fine else each(column)
-
-    return turn
 
 
 def _instants(column: Column) -> Column:
@@ -244,22 +237,22 @@ def _refuse(constant: str) -> None:
 
 
 RULES: Mapping[str, Rule] = {
-    "text": _texts,
-    "key": _keys,
-    "uuid": _uuids,
+    "text": _rule(text, _are_texts),
+    "key": _rule(key, _are_keys),
+    "uuid": _rule(uuid, _are_uuids),
     "bigint": _whole(63),
     "integer": _whole(31),
-    "float": _unless({float, NONE}, number),
-    "bool": _unless({bool, NONE}, truth),
-    "flag": _each(truth),
+    "float": _rule(number, _only(float)),
+    "bool": _rule(truth, _only(bool)),
+    "flag": _rule(truth),
     "instant": _instants,
-    "epoch": _each(epoch),
-    "lower": _each(lambda value: (text(value) or "").lower() or None),
-    "record": _each(record),
-    "via_app": _each(via_app),
+    "epoch": _rule(epoch),
+    "lower": _rule(lambda value: (text(value) or "").lower() or None),
+    "record": _rule(record),
+    "via_app": _rule(via_app),
     "json": _json_values,
-    "jsontext": _each(json_text),
-    "ipv4": _each(lambda value: (text(value) or "").removeprefix(MAPPED_V4) or None),
+    "jsontext": _rule(json_text),
+    "ipv4": _rule(lambda value: (text(value) or "").removeprefix(MAPPED_V4) or None),
 }
 
 
@@ -269,6 +262,7 @@ RULES: Mapping[str, Rule] = {
 # table's key; nothing of a service or of a table is known here but what the file says.
 
 FILE = Path(__file__).with_name("product_mapping.toml")
+EVENTS_TABLE = "events_part"
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +309,9 @@ class ProductMapping:
         turned = {place: RULES[place.word](_taken(place, events, count)) for place in self._all}
         found = {}
         for table, places in self.places.items():
-            rows = _rows([turned[place] for place in places.values()], alone="uuid" not in places)
+            # An event without anything besides its uuid has a row in one table, by which it is counted.
+            alone = table == EVENTS_TABLE or "uuid" not in places
+            rows = _rows([turned[place] for place in places.values()], alone=alone)
             if rows:
                 found[table] = Rows(tuple(places), rows)
         return found
@@ -363,10 +359,6 @@ def _place(text: str) -> ValuePlace:
 # Invariant: an event's rows go to all tables in one transaction.
 
 LOAD_EVENTS = 50_000
-EVENTS_TABLE = "events_part"
-
-
-KnownEvents = Callable[[Collection[str]], int]
 
 
 class Events(Protocol):
@@ -383,14 +375,16 @@ class Events(Protocol):
         """How many of these events are there; each counts once. A few thousand at a time at most."""
 
 
-def lost(known: KnownEvents, tables: Tables) -> int:
+def uuids_in(chunk: Tables) -> Sequence[str]:
+    """Those of the events of a chunk, one each."""
+    rows = chunk.get(EVENTS_TABLE)
+    return [row[0] for row in rows.rows] if rows else []  # the key comes first
+
+
+def lost(known: Callable[[Collection[str]], int], chunk: Tables) -> int:
     """How many events of a chunk the warehouse does not hold."""
-    rows = tables.get(EVENTS_TABLE)
-    if not rows:
-        return 0
-    place = rows.names.index("uuid")
-    uuids = {str(row[place]) for row in rows.rows}
-    return len(uuids) - known(uuids)
+    uuids = set(uuids_in(chunk))
+    return len(uuids) - known(uuids) if uuids else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,12 +412,6 @@ def _one_turn(first: Tables, others: Iterator[Tables], given: list[int]) -> Iter
     """The chunks of one transaction; `given` gets the number of events of each."""
     chunk: Tables | None = first
     while chunk is not None:
-        given.append(events_in(chunk))
+        given.append(len(uuids_in(chunk)))
         yield chunk
         chunk = next(others, None) if sum(given) < LOAD_EVENTS else None
-
-
-def events_in(chunk: Tables) -> int:
-    """How many events a chunk holds."""
-    rows = chunk.get(EVENTS_TABLE)
-    return len(rows.rows) if rows else 0

@@ -1,157 +1,33 @@
-"""A pull and its partitions: where hours land, which are due, how their rows are stored, and what is recorded of them.
+"""A pull put together: its partitions run by run, the hours of a span filled again, and lines that are set aside.
 
 Invariants: nothing is connected before the first run; a partition that fails is noted beside its cursor and the others
-go on; the cursor moves with the record of an hour, in one transaction; a dry run records nothing.
+go on.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, Generic, Protocol, TypeVar
 
-from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.files import temporary_file
 from app.core.ledger import SetAside
-from app.core.pipeline import Checkpoints, Commit, Record
+from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS
 from app.core.runs import Context, Failure, Job, Report, ReportSum
 from app.core.verify import Chart, Verification
 from app.core.windows import HOUR_SECONDS, Window, floor_to
-from app.object_store.port import ObjectStore
-from app.object_store.set_aside import LINES, SetAsideStore, folder_of
+from app.object_store.set_aside import LINES, SetAsideStore
 from app.ops.connection_checks import System
-from app.product_events.mapping import Events
+from app.product_events.hours import HOUR, PartitionRun, PullContext
 
-HOUR = timedelta(hours=1)
 LARGE_BYTES = 1 << 20
+ANOTHER_PROJECT = "check that it is the right project, in the right region, and that events reach it"
 log = logging.getLogger(__name__)
 
 S = TypeVar("S")
-
-
-def spool_of(settings: Settings) -> Path:
-    """The folder of temporary files."""
-    return settings.service.data_dir / "spool"
-
-
-@dataclass(frozen=True, slots=True)
-class PullContext:
-    """One pull, and where its hours land. An hour is due `due_after` its end, and overdue `overdue_after` that.
-
-    `unit`: what its ledger counts.
-    """
-
-    name: str
-    unit: str
-    due_after: timedelta
-    overdue_after: timedelta
-    lookback_days: int
-    checkpoints: Checkpoints
-    store: ObjectStore
-    warehouse: Events
-    spool: Path
-    clock: Callable[[], datetime]
-    set_aside: SetAsideStore
-
-    @property
-    def due_at(self) -> datetime:
-        """Hours that end until then can be asked for."""
-        return floor_to(self.clock() - self.due_after, HOUR_SECONDS)
-
-
-def pull_context(
-    settings: Settings,
-    interval_seconds: float,
-    lookback_days: int,
-    *,
-    name: str,
-    unit: str,
-    due_after: timedelta,
-    largest_bytes: int,
-    checkpoints: Checkpoints,
-    store: ObjectStore,
-    warehouse: Events,
-    clock: Callable[[], datetime],
-) -> PullContext:
-    """A pull as it is configured. A line of up to `largest_bytes` is set aside whole, whatever the limit for many
-    small ones; an hour is overdue when the job itself is reported as stale.
-    """
-    grace_seconds = dict(settings.alert.grace_by_job).get(name, settings.alert.grace_seconds)
-    return PullContext(
-        name=name,
-        unit=unit,
-        due_after=due_after,
-        overdue_after=timedelta(seconds=interval_seconds + grace_seconds),
-        lookback_days=lookback_days,
-        checkpoints=checkpoints,
-        store=store,
-        warehouse=warehouse,
-        spool=spool_of(settings),
-        clock=clock,
-        set_aside=SetAsideStore(store, folder_of(name), max(settings.set_aside.max_bytes, largest_bytes)),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class PartitionRun:
-    """What one run knows and records of one partition."""
-
-    pull: PullContext
-    context: Context
-    name: str
-
-    @property
-    def waiting(self) -> str:
-        """The pipeline whose records are hours that wait to be tried again: `min_at` is when they failed first."""
-        return f"{self.pull.name}_waiting"
-
-    @property
-    def cursor_at(self) -> datetime | None:
-        """Up to where hours were pulled; None before the first run."""
-        return self.pull.checkpoints.cursors(self.pull.name).get(self.name)
-
-    def begin(self, start: datetime) -> datetime:
-        """Where the first run starts, which is recorded as the cursor."""
-        self.commit(cursor_at=start)
-        return start
-
-    def records(self, span: Window, pipeline: str = "") -> Mapping[datetime, Record]:
-        """By start of window, oldest first; of the pull or of another pipeline."""
-        found = self.pull.checkpoints.records(pipeline or self.pull.name, self.name, span.start, span.end)
-        return {record.window.start: record for record in found}
-
-    def commit(self, *records: Record, cursor_at: datetime | None = None, pipeline: str = "") -> None:
-        """Record windows, and move the cursor when `cursor_at` is given."""
-        if not self.context.dry_run:
-            commit = Commit(records, cursor_at)
-            self.pull.checkpoints.commit(pipeline or self.pull.name, self.name, commit, self.context.lease)
-
-    def fill(self, span: Window, pull_again: Callable[[Window], Report]) -> Report:
-        """Pull the hours of `span` up to the cursor again. The cursor does not move. Raises Rejected for no hour."""
-        name, due_at = self.pull.name, self.pull.due_at
-        # A cursor that a clock ahead of time has moved must not have hours asked for that are not complete yet.
-        cursor = min(self.cursor_at or due_at, due_at)
-        whole = floor_to(span.end, HOUR_SECONDS)
-        start = floor_to(span.start, HOUR_SECONDS)
-        end = min(whole if whole == span.end else whole + HOUR, cursor)
-        if start >= end:
-            raise Rejected(
-                f"nothing was filled: the job has pulled {self.name} up to {cursor:%Y-%m-%dT%H:%MZ}, not {span} yet",
-                f"give an earlier span, or run the job, which pulls later hours by itself: python -m app run {name}",
-            )
-        report = pull_again(Window(start, end))
-        if report.more:
-            return report
-        total, hours, unit = report.ledger.total, (end - start) // HOUR, self.pull.unit
-        note = (
-            f"{self.name}: {hours} hours asked for again: {total.new} {unit} are new, {total.already_there} were there"
-        )
-        left = f"; the job itself pulls those from {cursor:%Y-%m-%dT%H:%MZ} on" if end < span.end else ""
-        return report + Report(notes=(note + left,))
 
 
 class PartitionPull(Protocol):
@@ -165,9 +41,6 @@ class PartitionPull(Protocol):
     def pull_again(self, hours: Window) -> Report:
         """Pull hours again, whatever is recorded. The cursor does not move."""
 
-    def close(self) -> None:
-        """Free what it holds. Idempotent."""
-
 
 @dataclass(frozen=True, slots=True)
 class PullPipeline(Generic[S]):
@@ -176,7 +49,6 @@ class PullPipeline(Generic[S]):
     """
 
     pull: PullContext
-    interval_seconds: int
     off: str
     runs: Callable[[Context], Sequence[PartitionPull]]
     verification: Verification
@@ -191,16 +63,20 @@ class PullPipeline(Generic[S]):
 
     @property
     def job(self) -> Job:
-        """Pulls what is due of every partition."""
+        """Pulls what is due of every partition, and notes a source that gives nothing: it may have nothing."""
 
-        def work(context: Context) -> Report:
-            return self._each(context, lambda one: one.pull_due())
+        def due(one: PartitionPull) -> Report:
+            report = one.pull_due()
+            said = "" if report.more else silence(self.pull, one.run.name)
+            if said:
+                log.warning("%s: %s", self.name, said)
+            return report + Report(notes=(f"warning: {said}",) if said else ())
 
-        return Job(self.name, self.interval_seconds, work, self.off)
+        return Job(self.name, self.pull.interval_seconds, lambda context: self._each(context, due), self.off)
 
     def backfill(self, context: Context, span: Window) -> Report:
         """Pull the hours of `span` again, in every partition."""
-        return self._each(context, lambda one: one.run.fill(span, one.pull_again))
+        return self._each(context, lambda one: _filled(one, span))
 
     def _each(self, context: Context, work: Callable[[PartitionPull], Report]) -> Report:
         """`work` for each partition. Raises LeaseLost, Stopped, and what a store that cannot be used raises."""
@@ -212,7 +88,7 @@ class PullPipeline(Generic[S]):
         for one in self.runs(context):
             partition = one.run.name
             try:
-                with closing(one):
+                with closing(one.run):
                     total(work(one))
             # Another process goes on with all partitions; anything else is the fault of one of them.
             except LeaseLost:
@@ -222,6 +98,60 @@ class PullPipeline(Generic[S]):
                     pull.checkpoints.fail(pull.name, partition, str(error), context.lease)
                 total(Report(failures=(Failure(partition, error.message, error.hint),)))
         return total.total
+
+
+def _filled(one: PartitionPull, span: Window) -> Report:
+    """Pull the hours of `span` up to the cursor again. The cursor does not move. Raises Rejected for no hour."""
+    run, due_at = one.run, one.run.pull.due_at
+    # A cursor that a clock ahead of time has moved must not have hours asked for that are not complete yet.
+    cursor = min(run.cursor_at or due_at, due_at)
+    start, whole = floor_to(span.start, HOUR_SECONDS), floor_to(span.end, HOUR_SECONDS)
+    end = min(whole if whole == span.end else whole + HOUR, cursor)
+    if start >= end:
+        raise Rejected(
+            f"nothing was filled: the job has pulled {run.name} up to {cursor:%Y-%m-%dT%H:%MZ}, not {span} yet",
+            f"give an earlier span, or run the job, which pulls later hours by itself: "
+            f"python -m app run {run.pull.name}",
+        )
+    report = one.pull_again(Window(start, end))
+    if report.more:
+        return report
+    total, hours, unit = report.ledger.total, (end - start) // HOUR, run.pull.unit
+    note = f"{run.name}: {hours} hours asked for again: {total.new} {unit} are new, {total.already_there} were there"
+    left = f"; the job itself pulls those from {cursor:%Y-%m-%dT%H:%MZ} on" if end < span.end else ""
+    return report + Report(notes=(note + left,))
+
+
+def silence(pull: PullContext, partition: str) -> str:
+    """What is odd about a source that answers and gives no rows; "" when it gives some, or is not known for long.
+
+    Both services answer for another project, or another application, as for one in which nothing happens.
+    """
+    first_at = pull.checkpoints.starts(pull.name).get(partition)
+    cursor_at = pull.checkpoints.cursors(pull.name).get(partition)
+    if first_at is None or cursor_at is None:
+        return ""
+    if any(
+        record.rows for record in pull.checkpoints.records(pull.name, partition, cursor_at - QUIET_AFTER, cursor_at)
+    ):
+        return ""  # as most runs find: the rest need not be read
+    records = pull.checkpoints.records(pull.name, partition, first_at, cursor_at)
+    filled = [record.window.end for record in records if record.rows]
+    if not filled and cursor_at - first_at >= NEVER_AFTER:
+        return f"{partition} has given no row since {first_at:%Y-%m-%d}: {ANOTHER_PROJECT}"
+    if len(filled) >= USUAL_HOURS and cursor_at - filled[-1] >= QUIET_AFTER:
+        return f"{partition} has given no row since {filled[-1]:%Y-%m-%d %H:%M}Z: {ANOTHER_PROJECT}"
+    return ""
+
+
+def heard(pull: PullContext, ping: Callable[[], str], start: str) -> Callable[[], str]:
+    """`ping`, and what is odd about those of its partitions whose names have this `start`."""
+
+    def check() -> str:
+        names = sorted(name for name in pull.checkpoints.cursors(pull.name) if name.startswith(start))
+        return "; ".join([ping(), *filter(None, (silence(pull, name) for name in names))])
+
+    return check
 
 
 @dataclass(slots=True)

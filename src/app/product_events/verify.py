@@ -14,52 +14,34 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 
-from app.core.errors import AppError, Conflict, Permanent, Transient
+from app.core.errors import Conflict, Permanent, Transient
 from app.core.pipeline import Record
 from app.core.repair import GONE_HINT
 from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Cell, CellState, Content, Found, Moment, Slot, cells_of
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
 from app.object_store.port import ObjectInfo
-from app.product_events.hours import DamagedObject, Opened, PulledHour, object_hour
+from app.product_events.hours import DamagedObject, PartitionRun, PullContext, PulledHour
 from app.product_events.mapping import lost
-from app.product_events.pull import PartitionRun, PullContext
 
-
-@dataclass(frozen=True, slots=True)
-class GivenHours:
-    """What the service gives for a span of a partition, or the `fault` of all of it. `versions`: those of its objects
-    from before the service was asked.
-    """
-
-    partition: str
-    span: Window
-    hour: Callable[[Window], PulledHour]
-    versions: Mapping[str, str]
-    fault: AppError | None = None
-
-    def has(self, slot: Slot) -> bool:
-        """Whether this hour is among them."""
-        return self.partition == slot.partition and self.span.start <= slot.window.start < self.span.end
+Given = Callable[[Window], PulledHour]
+"""The hours that a service gave. Raises what keeps it from giving one."""
 
 
 class PullEnds(ABC):
-    """`app.core.verify.Ends` over a pull; its windows are hours. `key`: the object of an hour of a partition."""
+    """`app.core.verify.Ends` over a pull; its windows are hours."""
 
-    def __init__(self, pull: PullContext, names: Iterable[str], stop: Stop, key: Callable[[str, Window], str]) -> None:
-        self.pull, self.names, self.stop, self.key = pull, sorted(names), stop, key
+    def __init__(self, pull: PullContext, names: Iterable[str], stop: Stop) -> None:
+        self.pull, self.names, self.stop = pull, sorted(names), stop
         self.held = ExitStack()
         self._until = pull.due_at
-        self._given: GivenHours | None = None
+        self._asked: Slot | None = None
+        self._versions: Mapping[str, str] = {}
         self._contents: dict[Slot, Content] = {}
 
     @abstractmethod
-    def ask(self, partition: str, span: Window, versions: Mapping[str, str]) -> GivenHours:
+    def ask(self, partition: str, span: Window) -> tuple[Window, Given]:
         """What the service gives for a span, or for the beginning of it. Its files are closed with `held`."""
-
-    @abstractmethod
-    def opened(self, _partition: str) -> Opened:
-        """How the object of an hour is read."""
 
     @abstractmethod
     def mend(self, run: PartitionRun, hour: PulledHour, record: Record | None, over: str | None) -> Report:
@@ -82,7 +64,7 @@ class PullEnds(ABC):
     def let_go(self) -> None:
         """Free what is at hand of the service's answers."""
         self.held.close()
-        self._given = None
+        self._asked = None
 
     def source(self, slot: Slot) -> Content:
         """See `Ends.source`. A second look sees the same answer."""
@@ -92,17 +74,17 @@ class PullEnds(ABC):
 
     def destination(self, slot: Slot) -> Content:
         """See `Ends.destination`. Raises Permanent for an object that is damaged, or whose events are not loaded."""
-        info = self.pull.store.head(self.key(slot.partition, slot.window))
+        info = self.pull.store.head(self.pull.key(slot.partition, slot.window))
         return self._content(slot, info) if info else NOTHING
 
     def heal(self, context: Context, slot: Slot) -> Report:
         """See `Ends.heal`. Raises Conflict when the object was stored again since the service was asked, and Permanent
         when it is damaged or foreign and the service has no rows to put in its place.
         """
-        hour, given, key = self._hour(slot), self.source(slot), self.key(slot.partition, slot.window)
+        hour, given, key = self._hour(slot), self.source(slot), self.pull.key(slot.partition, slot.window)
         info = self.pull.store.head(key)
         version = info.etag if info else ""
-        if self._given and version != self._given.versions.get(key, ""):
+        if version != self._versions.get(key, ""):
             raise Conflict(f"{key} was changed by another writer meanwhile", "verify the window again")
         run = PartitionRun(self.pull, context, slot.partition)
         record = run.records(slot.window).get(slot.window.start)
@@ -120,22 +102,23 @@ class PullEnds(ABC):
 
     def _hour(self, slot: Slot) -> PulledHour:
         """An hour as the service gives it; it is asked for together with what is left of its day and of the span."""
-        if self._given is None or not self._given.has(slot):
+        partition, window, asked = slot.partition, slot.window, self._asked
+        if not asked or asked.partition != partition or not asked.window.start <= window.start < asked.window.end:
             self.let_go()
-            midnight = floor_to(slot.window.start, DAY_SECONDS) + timedelta(days=1)
-            span = Window(slot.window.start, max(slot.window.end, min(midnight, self._until)))
+            midnight = floor_to(window.start, DAY_SECONDS) + timedelta(days=1)
+            span = Window(window.start, max(window.end, min(midnight, self._until)))
             hours = windows_between(span.start, span.end, HOUR_SECONDS)
-            folders = {folder_of(self.key(slot.partition, hour)) for hour in hours}
-            versions = {info.key: info.etag for folder in folders for info in self.pull.store.list(folder)}
-            self._given = self.ask(slot.partition, span, versions)
-        if self._given.fault is not None:
-            raise self._given.fault
-        return self._given.hour(slot.window)
+            folders = {folder_of(self.pull.key(partition, hour)) for hour in hours}
+            # From before the service is asked: what somebody stores meanwhile is never written over.
+            self._versions = {info.key: info.etag for folder in folders for info in self.pull.store.list(folder)}
+            span, self._given = self.ask(partition, span)
+            self._asked = Slot(partition, span)
+        return self._given(window)
 
     def _content(self, slot: Slot, info: ObjectInfo, *, load: bool = True) -> Content:
         """What an object holds. Raises Permanent for events that the warehouse lacks, unless it is only compared."""
-        opened, lacking = self.opened(slot.partition), 0
-        with object_hour(self.pull, slot.window, opened, key=info.key, etag=info.etag) as hour:
+        lacking = 0
+        with self.pull.object_hour(slot.partition, slot.window, self.stop, info.etag) as hour:
             if hour is None:
                 raise Transient(f"{info.key} went away while it was read", "verify again")
             content = hour.content()
@@ -154,10 +137,9 @@ def folder_of(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PullChart:
-    """`app.core.verify.Chart` over a pull: a line of hours for each partition, whose objects `key` names."""
+    """`app.core.verify.Chart` over a pull: a line of hours for each partition."""
 
     pull: PullContext
-    key: Callable[[str, Window], str]
 
     def partitions(self) -> Sequence[str]:
         """See `Chart.partitions`."""
@@ -166,7 +148,8 @@ class PullChart:
     def cells(self, partition: str, span: Window) -> Sequence[Cell]:
         """See `Chart.cells`: one listing per day."""
         hours = windows_between(span.start, min(span.end, self.pull.clock()), HOUR_SECONDS)
-        return pull_cells(self.pull, partition, hours, key=partial(self.key, partition), folder=folder_of, by_line=True)
+        key = partial(self.pull.key, partition)
+        return pull_cells(self.pull, partition, hours, key=key, folder=folder_of, by_line=True)
 
 
 def pull_cells(
@@ -184,7 +167,7 @@ def pull_cells(
     One listing per folder. `by_line`: `source_cells` of the records counts the lines, of which `rows` landed.
     """
     cursor_at = pull.checkpoints.cursors(pull.name).get(partition)
-    at = Moment(pull.clock(), pull.due_after.total_seconds(), cursor_at, pull.overdue_after.total_seconds())
+    at = Moment(pull.clock(), pull.due_after.total_seconds(), cursor_at, pull.overdue_seconds)
     begun = [window for window in windows if window.start < at.now]
     if not begun:
         return ()

@@ -1,0 +1,252 @@
+"""What both pulls share around their hours: partitions one by one, spans filled again, silence, lines set aside."""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from app.config.environment import load_settings
+from app.core.errors import AppError, LeaseLost, Permanent, Rejected
+from app.core.ledger import Tally
+from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS, Commit
+from app.core.runs import Context, Report, Stop, Unwatched
+from app.core.windows import Window
+from app.object_store.local import LocalDirectory
+from app.object_store.set_aside import SetAsideStore, folder_of
+from app.product_events.hours import HOUR, PartitionRun, PullContext, record_of_nothing
+from app.product_events.pull import LARGE_BYTES, PullPipeline, RefusedLines, heard, silence
+from memory import MemoryCheckpoints, MemoryLeases
+
+NOW = datetime(2026, 2, 11, 6, 30, tzinfo=UTC)
+DUE = datetime(2026, 2, 11, 4, 0, tzinfo=UTC)
+
+
+@dataclass
+class Partition:
+    """A partition that does what it is told, and notes which hours were asked for again."""
+
+    run: PartitionRun
+    due: Report = field(default_factory=Report)
+    fault: AppError | None = None
+    again: list[Window] = field(default_factory=list)
+    filled: Report = field(default_factory=Report)
+
+    def pull_due(self) -> Report:
+        if self.fault:
+            raise self.fault
+        return self.due
+
+    def pull_again(self, hours: Window) -> Report:
+        self.again.append(hours)
+        return self.filled
+
+
+class Probed:
+    """A store that does not say that it honours conditions, until it was tried."""
+
+    conditional = False
+    probed = 0
+
+    def probe(self) -> None:
+        self.probed += 1
+        self.conditional = True
+
+
+@dataclass
+class Made:
+    """A pull of these partitions over checkpoints in memory."""
+
+    folder: Path
+    leases: MemoryLeases = field(default_factory=MemoryLeases)
+    partitions: list[Partition] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.checkpoints, self.store = MemoryCheckpoints(self.leases), Probed()
+        self.pull = PullContext(
+            name="amplitude",
+            unit="lines",
+            settings=load_settings({"DATA_DIR": str(self.folder)}, None),
+            interval_seconds=3600,
+            lookback_days=1,
+            due_after=timedelta(hours=2, minutes=30),
+            largest_bytes=1,
+            key=lambda partition, window: f"{partition}/{window}",
+            place=lambda partition, window: (partition, str(window)),
+            opened=cast("Any", None),
+            checkpoints=self.checkpoints,
+            store=cast("Any", self.store),
+            warehouse=cast("Any", None),
+            clock=lambda: NOW,
+        )
+        self.pipeline: PullPipeline[None] = PullPipeline(
+            pull=self.pull,
+            off="",
+            runs=lambda _: self.partitions,
+            verification=cast("Any", None),
+            chart=cast("Any", None),
+            service=None,
+        )
+
+    def context(self, *, dry_run: bool = False) -> Context:
+        lease = self.leases.acquire("amplitude", "test", 3600)
+        assert lease is not None
+        return Context("run", lease, Stop(), Unwatched(), dry_run)
+
+    def add(self, name: str = "web", *, dry_run: bool = False) -> Partition:
+        self.partitions.append(Partition(PartitionRun(self.pull, self.context(dry_run=dry_run), name)))
+        return self.partitions[-1]
+
+    def record(self, start: datetime, hours: int, *, rows: int = 0, cursor_at: datetime | None = None) -> None:
+        """Hours from `start` on, each with so many rows."""
+        windows = [Window(start + number * HOUR, start + (number + 1) * HOUR) for number in range(hours)]
+        records = tuple(replace(record_of_nothing(each, "k", closed=True), rows=rows) for each in windows)
+        self.checkpoints.commit("amplitude", "web", Commit(records, cursor_at), self.context().lease)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    return Made(tmp_path)
+
+
+def test_a_run_does_what_is_due_of_each_partition_and_tries_the_store_once(made: Made) -> None:
+    made.add("mobile").due, made.add("web").due = Report(rows=2), Report(rows=3, more=True)
+    report = made.pipeline.job.work(made.context())
+    assert (report.rows, report.more, report.failures) == (5, True, ())
+    made.pipeline.job.work(made.context())
+    assert made.store.probed == 1
+    assert (made.folder / "spool").is_dir()
+
+
+def test_a_partition_that_fails_is_noted_and_the_others_go_on(made: Made) -> None:
+    made.add("mobile").fault, made.add("web").due = Permanent("no", "do this"), Report(rows=3)
+    report = made.pipeline.job.work(made.context(dry_run=True))
+    assert (report.rows, made.checkpoints.errors) == (3, {})
+    report = made.pipeline.job.work(made.context())
+    assert [(each.partition, each.message, each.hint) for each in report.failures] == [("mobile", "no", "do this")]
+    assert made.checkpoints.errors == {("amplitude", "mobile"): "no (do this)"}
+
+
+def test_a_lost_lease_ends_the_run(made: Made) -> None:
+    made.add("mobile").fault = LeaseLost("gone")
+    made.add("web").due = Report(rows=3)
+    told = made.context()
+    with pytest.raises(LeaseLost):
+        made.pipeline.job.work(told)
+    assert told.done.total.rows == 0
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "first", "last"),
+    [
+        (timedelta(hours=1, minutes=20), timedelta(hours=3), 1, 3),
+        (timedelta(hours=1), timedelta(hours=2, minutes=1), 1, 3),
+        (timedelta(hours=2), timedelta(hours=9), 2, 4),
+    ],
+)
+def test_whole_hours_up_to_the_cursor_are_pulled_again(
+    made: Made, start: timedelta, end: timedelta, first: int, last: int
+) -> None:
+    one, midnight = made.add(), DUE - 4 * HOUR
+    made.record(midnight, 4, cursor_at=DUE)
+    one.filled = one.run.ledger(Tally(counted=7, new=2, already_there=5))
+    report = made.pipeline.backfill(made.context(), Window(midnight + start, midnight + end))
+    assert one.again == [Window(midnight + first * HOUR, midnight + last * HOUR)]
+    left = "; the job itself pulls those from 2026-02-11T04:00Z on" if end > timedelta(hours=4) else ""
+    told = f"web: {last - first} hours asked for again: 2 lines are new, 5 were there{left}"
+    assert list(report.notes) == [told]
+
+
+def test_a_span_up_to_the_cursor_leaves_nothing_to_the_job(made: Made) -> None:
+    made.add()
+    made.record(DUE - HOUR, 1, cursor_at=DUE)
+    report = made.pipeline.backfill(made.context(), Window(DUE - HOUR, DUE))
+    assert list(report.notes) == ["web: 1 hours asked for again: 0 lines are new, 0 were there"]
+
+
+@pytest.mark.parametrize("cursor_at", [None, DUE - HOUR, DUE + 9 * HOUR])
+def test_a_fill_of_nothing_is_an_error_and_no_hour_is_asked_for_before_it_is_due(
+    made: Made, cursor_at: datetime | None
+) -> None:
+    one, until = made.add(), min(cursor_at or DUE, DUE)
+    if cursor_at:
+        made.record(DUE - 2 * HOUR, 1, cursor_at=cursor_at)
+    report = made.pipeline.backfill(made.context(), Window(until, until + HOUR))
+    assert [each.message[:19] for each in report.failures] == ["nothing was filled:"]
+    assert one.again == []
+    made.pipeline.backfill(made.context(), Window(until - HOUR, until + HOUR))
+    assert one.again == [Window(until - HOUR, until)]
+
+
+def test_a_fill_that_waits_for_a_file_says_nothing_yet(made: Made) -> None:
+    made.add().filled = Report(rows=4, more=True)
+    report = made.pipeline.backfill(made.context(), Window(DUE - HOUR, DUE))
+    assert (report.rows, report.more, list(report.notes)) == (4, True, [])
+
+
+def test_a_source_that_never_gave_a_row_is_told_after_a_day(made: Made) -> None:
+    first = DUE - NEVER_AFTER
+    made.record(first, 1, cursor_at=first)
+    assert silence(made.pull, "web") == ""
+    made.record(first, 1, cursor_at=DUE - HOUR)
+    assert silence(made.pull, "web") == ""
+    made.record(first, 1, cursor_at=DUE)
+    assert silence(made.pull, "web").startswith("web has given no row since 2026-02-10: check that")
+    assert silence(made.pull, "other") == ""
+    made.add().due = Report(rows=0)
+    assert [note[:17] for note in made.pipeline.job.work(made.context()).notes] == ["warning: web has "]
+    made.partitions[0].due = Report(more=True)
+    assert list(made.pipeline.job.work(made.context()).notes) == []
+
+
+def test_a_source_that_gave_rows_in_most_hours_is_told_after_three_days(made: Made) -> None:
+    first = DUE - QUIET_AFTER - USUAL_HOURS * HOUR
+    made.record(first, 1, rows=1, cursor_at=first)
+    made.record(first, USUAL_HOURS, rows=1, cursor_at=DUE - HOUR)
+    assert silence(made.pull, "web") == ""
+    made.record(first, USUAL_HOURS, rows=1, cursor_at=DUE)
+    assert silence(made.pull, "web").startswith("web has given no row since 2026-02-08 04:00Z: check that")
+    assert heard(made.pull, lambda: "may export", "web")() == f"may export; {silence(made.pull, 'web')}"
+    assert heard(made.pull, lambda: "may export", "mobile")() == "may export"
+    made.record(DUE - HOUR, 1, rows=1, cursor_at=DUE)
+    assert silence(made.pull, "web") == ""
+
+
+def test_a_source_that_gave_rows_in_few_hours_is_not_told(made: Made) -> None:
+    first = DUE - 9 * QUIET_AFTER
+    made.record(first, 1, rows=1, cursor_at=first)
+    made.record(first, USUAL_HOURS - 1, rows=1, cursor_at=DUE)
+    assert silence(made.pull, "web") == ""
+
+
+def test_refused_lines_are_kept_by_window_and_reason_and_large_ones_alone(tmp_path: Path) -> None:
+    store = LocalDirectory(tmp_path / "objects")
+    lines, large = RefusedLines(tmp_path), b"x" * (LARGE_BYTES + 1)
+    for line in (b"one\r\n", b"two", large):
+        lines.add(("web", "h"), "not JSON", line, "sample")
+    entries = lines.keep(SetAsideStore(store, folder_of("amplitude"), 1 << 22))
+    assert [(each.reason, each.number, each.new) for each in entries] == [("not JSON", 2, 2), ("not JSON", 1, 1)]
+    assert lines.not_kept == 0
+    kept = {info.key: info.size_bytes for info in store.list("")}
+    digest = hashlib.sha256(large).hexdigest()[:16]
+    assert kept == {
+        "amplitude/_set_aside/web/h.not-json.txt": len(b"one\ntwo\n"),
+        f"amplitude/_set_aside/web/h/{digest}.not-json.txt": len(large) + 1,
+    }
+    lines.close()
+    assert lines.keep(SetAsideStore(store, folder_of("amplitude"))) == []
+
+
+def test_refused_lines_that_cannot_be_kept_are_counted(tmp_path: Path) -> None:
+    class Full(LocalDirectory):
+        def put(self, *_: Any) -> str:
+            raise Rejected("the disk is full")
+
+    lines = RefusedLines(tmp_path)
+    lines.add(("web", "h"), "not JSON", b"one", "sample")
+    lines.add(("web", "h"), "not JSON", b"two", "sample")
+    lines.keep(SetAsideStore(Full(tmp_path / "objects"), folder_of("amplitude")))
+    assert lines.not_kept == 2
+    lines.close()
