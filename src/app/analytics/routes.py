@@ -155,6 +155,8 @@ def _asset(name: str) -> str:
 def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -> None:
     answer, extra = _answering(analytics, report), {**READ, "parameters": _parameters(report)}
     paths = [f"/analytics/{report.path}", *([f"/{report.path}"] if report.path in ALIASES else [])]
+    if report.path == report.name.replace("_", "-") and report.name not in analytics.reports:
+        paths.append(f"/analytics/{report.name}")  # as its file is called
     for path in paths:
         router.add_api_route(
             path,

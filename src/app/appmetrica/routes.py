@@ -38,6 +38,7 @@ from app.web.errors import Answers, Refusal, Refused, faults
 OWNER = "routes"
 AT_ONCE = 8
 MAX_COLUMNS = 200
+YEARS = range(2000, 2100)
 UNCONFIGURED = Refusal(
     409, "AppMetrica is not configured", "set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID, then start again"
 )
@@ -174,10 +175,14 @@ def _request(application_id: int, wanted: ExportRequest) -> LogsRequest:
 def _instant(text: str, rest: str, name: str) -> str:
     full = text + rest if len(text) == len("YYYY-MM-DD") else text
     try:
-        return datetime.strptime(full, LOCAL).strftime(LOCAL)  # noqa: DTZ007 - of the application's own clock
+        at = datetime.strptime(full, LOCAL)  # noqa: DTZ007 - of the application's own clock
     except ValueError:
         hint = "write it as YYYY-MM-DD or YYYY-MM-DD hh:mm:ss"
         raise Refused(422, f"{name} {text!r} is not a timestamp", hint, f"body.{name}") from None
+    if at.year not in YEARS:  # far ones overflow in another time zone, and early ones are not written with four digits
+        hint = f"give one from {YEARS.start} to {YEARS.stop - 1}"
+        raise Refused(422, f"{name} {text!r} is out of range", hint, f"body.{name}")
+    return at.strftime(LOCAL)
 
 
 async def _fetched(
