@@ -370,10 +370,13 @@ def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "A
     """/analytics over the objects."""
     from app.analytics import service
     from app.lake import job as lake_job
+
+    table = lake_job.table_for_reports(settings, store, now)
+    if not settings.s3.bucket:
+        return service.build(settings, store, state.summaries, lambda: ("", "", ""), now, table=table)
     from app.object_store.s3_client import key_source
 
-    keys, table = key_source(s3_target(settings)), lake_job.table_for_reports(settings, store, now)
-    return service.build(settings, store, state.summaries, keys, now, table=table)
+    return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now, table=table)
 
 
 def sweeps(parts: ServiceParts) -> Sequence[Job]:
