@@ -7,11 +7,14 @@ from functools import lru_cache
 from itertools import compress
 from operator import attrgetter
 from types import GenericAlias
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from app.core.errors import Transient
+
+if TYPE_CHECKING:
+    from app.dynamo_to_drive.source import WantedItems
 
 # DynamoDB's attribute values: from the body of an answer to the text of a cell, without a number ever being a float.
 #
@@ -138,19 +141,6 @@ Columns = tuple[str, ...]
 Read = Callable[[Taken], list[Row]]
 
 
-class RowFilter(Protocol):
-    """Which items make rows."""
-
-    def has_all(self, texts: Sequence[str]) -> bool:
-        """True when each of these timestamps is certainly wanted. False says nothing."""
-
-    def has(self, text: str) -> bool | None:
-        """Whether a timestamp is wanted; None when it cannot be read."""
-
-    def takes(self, item: Item) -> bool:
-        """Whether an item is wanted. One whose timestamp cannot be read is accounted for in this call."""
-
-
 class Pages:
     """Reads the pages of one hour. Not safe from several threads.
 
@@ -158,7 +148,7 @@ class Pages:
     dropped, and so are columns that only such rows have. `items` counts those of all pages, `rows` those wanted.
     """
 
-    def __init__(self, timestamp: str, left_out: str, wanted: RowFilter | None = None) -> None:
+    def __init__(self, timestamp: str, left_out: str, wanted: "WantedItems | None" = None) -> None:
         self.columns: Columns = (timestamp,)
         self.items = 0
         self.rows = 0

@@ -276,7 +276,7 @@ class Newest(NamedTuple):
 
 
 class WantedItems:
-    """`rows.RowFilter`: the items of one hour. Not safe from several threads.
+    """Which items are of one hour. Not safe from several threads.
 
     `elsewhere`: timestamps of other hours that begin as this one does, and have another offset.
     """
@@ -289,16 +289,16 @@ class WantedItems:
         self._accounts = accounts
 
     def has_all(self, texts: Sequence[str]) -> bool:
-        """See `RowFilter`."""
+        """True when each of these timestamps is certainly wanted. False says nothing."""
         return self._hour.has_all(texts)
 
     def has(self, text: str) -> bool | None:
-        """See `RowFilter`."""
+        """Whether a timestamp is wanted; None when it cannot be read."""
         is_inside, reading = self._placed(text)
         return is_inside if reading.at is not None else None
 
     def takes(self, item: Item) -> bool:
-        """See `RowFilter`; the accounts are told of an item without an hour."""
+        """Whether an item is wanted. The accounts are told of one whose timestamp cannot be read."""
         text = timed(item, self._accounts.attribute)
         is_inside, reading = (False, TimestampReading(None)) if text is None else self._placed(text)
         if reading.at is None:

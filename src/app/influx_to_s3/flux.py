@@ -333,7 +333,7 @@ class FluxReader:
         devices = _texts(block, self._device_tag) if is_named else repeat("")
         numbers = _column(block, "_value").to_pylist()
         for device, start_at, field, values in zip(devices, starts, _texts(block, "_field"), numbers, strict=False):
-            yield Counted(device or "", start_at, field, values)
+            yield Counted(device or "", start_at, field or "", values)
 
 
 def _starts(block: Block, every_seconds: int) -> Iterator[datetime]:
