@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.analytics.engine import Engine, EngineLimits
 from app.analytics.reports import merged
 from app.analytics.summaries import Summaries
+from app.core.errors import Transient
 from app.db.object_summaries import DayPack, DaySummary, Facts, unpacked, version_of
 from app.db.state import State
 from lake import BUILT_IN, PREFIX, Lake, exported, local_lake, same, scanned
@@ -161,6 +163,40 @@ def test_packs_that_another_process_breaks_up_or_forgets_are_noticed(lake: Lake,
     lake.facts.forget((), [pack.pair for pack in lake.facts.packs()])
     assert_right(lake, tmp_path, other)
     assert_right(lake, tmp_path, lake.summaries)
+
+
+class Failing:
+    """What it stands for; the first call of `method` fails."""
+
+    def __init__(self, inner: Any, method: str) -> None:
+        self._inner, self._method = inner, method
+
+    def __getattr__(self, name: str) -> Any:
+        if name != self._method:
+            return getattr(self._inner, name)
+        self._method = ""
+        raise Transient("away")
+
+
+def test_a_start_that_fails_half_way_counts_nothing_twice(lake: Lake, tmp_path: Path) -> None:
+    facts: Any = Failing(lake.facts, "packs")
+    again = Summaries(lake.store, facts, lake.engine, PREFIX, lambda: lake.now)
+    with pytest.raises(Transient, match="away"):
+        again.refresh()
+    assert_right(lake, tmp_path, again)
+
+
+def test_objects_of_a_broken_pack_that_cannot_be_read_at_once_are_read_later(lake: Lake, tmp_path: Path) -> None:
+    for method in ("forget", "open"):
+        store: Any = Failing(lake.store, method)
+        facts: Any = Failing(lake.facts, method)
+        again = Summaries(store, facts, lake.engine, PREFIX, lambda: lake.now)
+        lake.delete(key_of("D0" if method == "open" else "D1", START))
+        with pytest.raises(Transient, match="away"):
+            again.refresh()
+        assert again.view is None
+        assert_right(lake, tmp_path, again)
+        assert_right(lake, tmp_path, unable(lake))
 
 
 def test_only_versions_that_are_current_and_of_one_part_are_packed(new_state: Callable[[str], State]) -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import compress
@@ -35,7 +35,7 @@ from app.object_store.port import ObjectInfo, ObjectStore
 # object is that of its own days.
 
 PAIRS = 500
-ROUNDS = 4
+ROUNDS = 3
 KEPT = timedelta(hours=1)
 LOOKED = timedelta(hours=2)  # the export writes some versions that are replaced before a listing shows them
 ASKED = 16_384  # objects whose properties are remembered
@@ -70,8 +70,7 @@ class _State:
     to date yet; `leaving`, `leaving_packs`: what is to be forgotten, and when; `looked_at`: when all that is known was
     last compared with `current`; `sweeps`: None until what is known was loaded.
 
-    `is_torn`: a pack was broken up, so that its versions have to be met once more by a listing; `is_stale`: what is
-    known is not what is held here, which has to be loaded anew.
+    `is_stale`: what is known is not what is held here, which has to be loaded anew.
     """
 
     current: Versions = field(default_factory=Versions)
@@ -86,7 +85,6 @@ class _State:
     rows: int = 0
     size_bytes: int = 0
     moved: bool = True
-    is_torn: bool = False
     is_stale: bool = False
     number: int = 0
     sweeps: int | None = None
@@ -144,34 +142,30 @@ class Summaries:
                 if self._state.sweeps is None:
                     self._load(as_of)
                 unread = self._list(as_of)
-                if self._state.is_torn:
-                    continue
                 self._add_up()
-                if self._state.is_stale or not self._all_kept():
-                    held = self._state
-                    self._state = _State(number=held.number, changes=held.changes, leaving=held.leaving)
-                    continue
-                view = self._publish(as_of, unread)
-                self._pack(as_of)
-                return view
+                if not self._state.is_stale and self._all_kept():
+                    view = self._publish(as_of, unread)
+                    self._pack(as_of)
+                    return view
+                self._state.sweeps = None
             raise Transient("another process keeps removing the summaries", "look for a second Headwater on this state")
 
     def _load(self, as_of: datetime) -> None:
         """Take all that is known for current: the listing that follows drops what is not."""
-        state = self._state
-        sweeps = self._facts.sweeps()
+        held, sweeps = self._state, self._facts.sweeps()
+        state = self._state = _State(number=held.number, changes=held.changes, leaving=held.leaving)
         self._schemas = self._facts.schemas()
         state.touched |= self._facts.all_pairs()
         for version, known in self._facts.every():
             self._take(version, known)
-        packed: list[Version] = []
+        packed: list[bytes] = []
         for pack in self._facts.packs():
             is_twice = state.current.among(pack.versions)
             if any(is_twice):
                 for version, known in self._facts.known(list(compress(pack.versions, is_twice))).items():
                     self._count(known, -1)
                     state.faults.pop(version, None)
-            packed += [version for version, twice in zip(pack.versions, is_twice, strict=True) if not twice]
+            packed.append(b"".join(one for one, twice in zip(pack.versions, is_twice, strict=True) if not twice))
             self._count_pack(pack, 1)
             state.days[pack.pair] = pack.part
             state.changes[pack.part.day] += 1
@@ -183,7 +177,6 @@ class Summaries:
         version of it known, is not even read.
         """
         state = self._state
-        state.is_torn = False
         unread: list[tuple[str, str]] = []
         seen: dict[bytes, bytes] = {}
         others: list[bytes] = []
@@ -198,7 +191,7 @@ class Summaries:
         is_same = not others and not state.moved and seen and seen.keys() == state.batches.keys()
         state.batches = seen
         if not is_same:
-            self._drop(state.current.beyond(b"".join([*seen.values(), *others])), as_of)
+            self._drop(state.current.beyond(b"".join([*seen.values(), *others])), as_of, unread)
         return unread
 
     def _look(self, infos: Sequence[ObjectInfo], unread: list[tuple[str, str]]) -> tuple[bytes, bool]:
@@ -285,9 +278,9 @@ class Summaries:
         self._state.rows += sign * pack.part.rows
         self._state.size_bytes += sign * sum(pack.sizes)
 
-    def _drop(self, versions: Sequence[Version], as_of: datetime) -> None:
-        """Count out what is no longer current. Of a pack that has other versions too only they can tell the sum now, so
-        that it is broken up, and they are met again as unknown ones.
+    def _drop(self, versions: Sequence[Version], as_of: datetime, unread: list[tuple[str, str]]) -> None:
+        """Count out what is no longer current. A pack that has other versions too cannot tell their sum, so that it is
+        broken up, and they are learnt again.
         """
         if not versions:
             return
@@ -295,37 +288,44 @@ class Summaries:
         gone = set(versions)
         known = self._facts.known(versions)
         pairs = self._facts.pairs(known)
-        state.touched |= pairs
+        some = self._facts.packs(pairs if len(known) == len(gone) else None)
+        packs = [pack for pack in some if not gone.isdisjoint(pack.versions)]
+        if packs:
+            self._schemas = self._facts.schemas()
+        # Nothing is asked from here on until all is counted out, so that no failure leaves half of it.
+        state.touched |= pairs | {pack.pair for pack in packs}
         state.current.drop(versions)
         state.moved = True
-        broken: list[DayPack] = []
-        for pack in self._facts.packs(pairs if len(known) == len(gone) else None):
-            if gone.isdisjoint(pack.versions):
-                continue
-            self._count_pack(pack, -1)
-            state.touched.add(pack.pair)
-            if gone.issuperset(pack.versions):
-                state.leaving_packs.append((as_of + KEPT, pack.pair))
-            else:
-                broken.append(pack)
-            known = {version: one for version, one in known.items() if version not in pack.versions}
-            gone.difference_update(pack.versions)
+        packed = {version for pack in packs for version in pack.versions}
         for version, one in known.items():
-            state.faults.pop(version, None)
-            self._count(one, -1)
+            if version not in packed:
+                state.faults.pop(version, None)
+                self._count(one, -1)
+        for pack in packs:
+            self._count_pack(pack, -1)
         state.leaving += [(as_of + KEPT, version) for version in versions]
-        state.is_stale |= bool(gone - known.keys())  # another process has forgotten them
+        state.is_stale |= bool(gone - known.keys() - packed)  # another process has forgotten them
+        broken = [pack for pack in packs if not gone.issuperset(pack.versions)]
+        state.leaving_packs += [(as_of + KEPT, pack.pair) for pack in packs if gone.issuperset(pack.versions)]
         if broken:
-            self._break_up(broken)
+            self._break_up(broken, gone, as_of, unread)
 
-    def _break_up(self, packs: Sequence[DayPack]) -> None:
+    def _break_up(
+        self, packs: Sequence[DayPack], gone: Collection[Version], as_of: datetime, unread: list[tuple[str, str]]
+    ) -> None:
         state = self._state
-        state.is_torn = True
-        versions = [version for pack in packs for version in pack.versions]
-        state.current.drop(versions)
-        again = in_order(b"".join(versions))
+        left = {
+            version: ObjectInfo(key, size_bytes, etag, as_of)
+            for pack in packs
+            for version, key, size_bytes, etag in zip(pack.versions, pack.keys, pack.sizes, pack.etags, strict=True)
+            if version not in gone
+        }
+        again = in_order(b"".join(left))
+        state.current.drop(list(left))
+        # Their batches are looked at next time, whether they can be read now or not.
         state.batches = {digest: held for digest, held in state.batches.items() if not is_among(held, again).any()}
         self._swept(self._facts.forget((), [pack.pair for pack in packs]))
+        self._learn(left, unread)
 
     def _add_up(self) -> None:
         state = self._state
