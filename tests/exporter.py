@@ -163,14 +163,14 @@ class Exporter:
         def write(context: Context) -> Report:
             ends = self.export().verification(context.stop)
             assert isinstance(ends, ExportEnds)
-            source, checkpoints = ends.pipeline.source, ends.pipeline.checkpoints
-            keys.append(ends.sink.key(device, window, part))
+            source, checkpoints = ends.opened.pipeline.source, ends.opened.pipeline.checkpoints
+            keys.append(ends.opened.sink.key(device, window, part))
             with (
                 closing(source.read(device, late, NOTHING, None)) as batch,
-                closing(ends.sink.encode(device, window, batch)) as encoded,
+                closing(ends.opened.sink.encode(device, window, batch)) as encoded,
             ):
                 metadata = {name: text for name, text in encoded.metadata.items() if name not in ("write", "cursor")}
-                version = ends.sink.put(keys[0], replace(encoded, metadata=metadata), None)
+                version = ends.opened.sink.put(keys[0], replace(encoded, metadata=metadata), None)
                 [base, *_] = checkpoints.records(NAME, device, window.start, window.end)
                 counted = replace(base, source_cells=source.counts(device, [window])[device, window.start].cells)
                 delta = replace(

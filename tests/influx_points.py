@@ -13,7 +13,7 @@ from app.core.windows import EPOCH
 from app.db.checkpoints import Layout
 from app.influx_to_s3.layout import Column, Columns, LayoutFile, Tree, first_tree
 from app.influx_to_s3.reader import Points, Reader
-from app.influx_to_s3.row_batch import RowBatch, RowSpool
+from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.rows import Disagreement, canonical, ordered
 from app.influx_to_s3.source import InfluxSource
 
@@ -120,10 +120,10 @@ def rows(*instants: int, **columns: Sequence[Any]) -> pa.Table:
 
 
 def spooled(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0, columns: Columns = COLUMNS) -> RowBatch:
-    spool = RowSpool("D1", folder, memory_rows, columns)
+    batch = RowBatch("D1", folder, memory_rows, columns)
     for table in tables:
-        spool.append(table)
-    return spool.finish({}, {})
+        batch.append(table)
+    return batch.finish({}, {})
 
 
 def listed(batch: RowBatch) -> list[dict[str, Any]]:

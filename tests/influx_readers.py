@@ -11,7 +11,7 @@ import pyarrow as pa
 from app.core.windows import Window
 from app.influx_to_s3.flux import FluxReader
 from app.influx_to_s3.influxql import InfluxQlReader
-from app.influx_to_s3.reader import Connection, Points, Reader, Server
+from app.influx_to_s3.reader import Connection, Points, Reader
 from exporter import NOON, ns
 from simulators.influx import InfluxSimulator
 
@@ -33,7 +33,7 @@ def flux(
 ) -> FluxReader:
     given = {"url": influx.url, "token": influx.token, "timeout_seconds": 10.0, **server}
     return FluxReader(
-        Connection(Server(**given)),
+        Connection(**given),
         org=org or influx.org,
         bucket=bucket or influx.bucket,
         measurement=measurement,
@@ -46,7 +46,7 @@ def influxql(
 ) -> InfluxQlReader:
     given = {"url": influx.url, "token": influx.token, "timeout_seconds": 10.0, **server}
     return InfluxQlReader(
-        Connection(Server(**given)),
+        Connection(**given),
         database=database or influx.bucket,
         retention_policy="",
         measurement=measurement,
@@ -58,7 +58,7 @@ def influxql_without_credentials(
     url: str, database: str, *, policy: str = "", measurement: str = M, tag: str = "device_id"
 ) -> InfluxQlReader:
     return InfluxQlReader(
-        Connection(Server(url)), database=database, retention_policy=policy, measurement=measurement, device_tag=tag
+        Connection(url), database=database, retention_policy=policy, measurement=measurement, device_tag=tag
     )
 
 

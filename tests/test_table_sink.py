@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from app.core.errors import Conflict, Permanent, Rejected
 from app.core.windows import Window
 from app.db.checkpoints import Layout
-from app.influx_to_s3.row_batch import RowBatch, RowSpool
+from app.influx_to_s3.row_batch import RowBatch
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore, Put
 from app.object_store.s3 import S3Store
@@ -70,7 +70,7 @@ def make(store: ObjectStore, tmp_path: Path) -> Callable[..., TableSink]:
 def batch(folder: Path, fields: Mapping[str, Sequence[Any]], step_ns: int = 10**9) -> RowBatch:
     """Rows of D1 in WINDOW, one a second."""
     number = len(next(iter(fields.values())))
-    spool = RowSpool("D1", folder, 10**6, columns_of())
+    spool = RowBatch("D1", folder, 10**6, columns_of())
     times = pa.array([ns(NOON) + n * step_ns + 7 for n in range(number)]).cast(pa.timestamp("ns", "UTC"))
     spool.append(pa.table({"timestamp": times, **fields}))
     return spool.finish({}, {})
@@ -230,7 +230,7 @@ def test_rows_before_1970_and_with_nanoseconds_come_back_from_objects_of_either_
     instants = [each for each in instants if kind == "parquet" or abs(each) < 2**62]
     sink = make(format=kind, timestamp_unit=unit)
     key = sink.key("D1", WINDOW, 0)
-    spool = RowSpool("D1", tmp_path / "rows", 10**6, columns_of())
+    spool = RowBatch("D1", tmp_path / "rows", 10**6, columns_of())
     spool.append(at(*instants))
     rows = spool.finish({}, {})
     assert rows.has_nanos == any(each % 1000 for each in instants)
@@ -265,7 +265,7 @@ def test_only_the_version_that_was_asked_for_is_read(make: Callable[..., TableSi
 def test_no_rows_are_an_object_with_columns_only(make: Callable[..., TableSink], tmp_path: Path, kind: str) -> None:
     sink = make(format=kind)
     key = sink.key("D1", WINDOW, 0)
-    version = put(sink, key, RowSpool("D1", tmp_path / "rows", 0, columns_of()).finish({}, {}))
+    version = put(sink, key, RowBatch("D1", tmp_path / "rows", 0, columns_of()).finish({}, {}))
     assert sum(table.num_rows for table in sink.read(key, version)) == 0
     assert rows_of(sink.store, key) == []
 

@@ -306,10 +306,6 @@ class Process:
                     found.setdefault(window.start, {})[int(key.removeprefix(base))] = (key, version)
         return found
 
-    def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
-        there = self.objects(partition, [window]).get(window.start, {})
-        return sorted((part, key) for part, (key, _) in there.items() if part)
-
     def noted(self, encoded: Bytes, folded: int) -> Bytes:
         return replace(encoded, folded=folded)
 

@@ -195,9 +195,6 @@ class Pass(Process):
         sums = dict(self.ask("sums"))
         return {WINDOW.start: sums} if sums else {}
 
-    def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
-        return [(1, DELTA)] if self.ask("found") else []
-
     def delete(self, key: str) -> None:
         self.ask("delete")
 
@@ -285,9 +282,7 @@ Outcome = tuple[str, Model, Any, str]
 
 def outcomes(rules: Rules, world: Model, who: Who, log: Log, request: Request) -> Iterator[Outcome]:
     name, there = request[0], world.object
-    if name == "found":
-        yield name, world, world.delta is not None, ""
-    elif name == "read":
+    if name == "read":
         yield name, world, read(rules, world, who, log), ""
     elif name in ("counts", "records", "objects", "sums"):
         yield name, world, answer(rules, world, name), ""

@@ -2,13 +2,14 @@
 
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from app.influx_to_s3.layout import Columns
-from app.influx_to_s3.row_batch import enrich, output_schema
+from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.rows import canonical
 from influx_points import columns_of, points
 
@@ -36,7 +37,10 @@ def canonical_rows(instants: list[datetime], **fields: list[Any]) -> pa.Table:
 
 
 def enriched(table: pa.Table, columns: Columns | None = None) -> pa.Table:
-    return enrich(table, "D1", output_schema(table.schema, columns or columns_of()))
+    batch = RowBatch("D1", Path(), 10**6, columns or columns_of())
+    batch.append(table)
+    batch.finish({}, {})
+    return pa.concat_tables([batch.output_schema.empty_table(), *batch.output()])
 
 
 def test_the_documented_columns_come_first_and_further_fields_by_name() -> None:

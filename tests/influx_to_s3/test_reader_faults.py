@@ -7,16 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 import urllib3
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.windows import Window
-from app.influx_to_s3.reader import Connection, QueryTooLarge, Reader, Server, refusal
+from app.influx_to_s3.reader import Connection, QueryTooLarge, Reader, refusal
 from exporter import NOON
 from influx_readers import HOUR, LINES, Make, counted, flux, influxql, influxql_without_credentials, rows
 from influxdb1 import InfluxDB1
@@ -104,7 +104,7 @@ def test_other_refusals_are_for_a_person(influx: InfluxSimulator, reader: Reader
 
 
 PAGE = "<!DOCTYPE html>\n<html><head><title>Sign\nin</title></head><body>" + "x" * 5000
-TOKEN, LOGIN = Server("", token="t"), Server("", username="u", password="p")
+TOKEN, LOGIN = {"token": "t"}, {"username": "u", "password": "p"}
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,13 @@ TOKEN, LOGIN = Server("", token="t"), Server("", username="u", password="p")
         (f"404 - {PAGE}", TOKEN, "set INFLUXDB_URL to an InfluxDB", "an HTML page, Sign in"),
     ],
 )
-def test_the_hint_follows_from_what_the_server_says(answer: str, server: Server, hint: str, message: str) -> None:
+def test_the_hint_follows_from_what_the_server_says(
+    answer: str, server: dict[str, Any], hint: str, message: str
+) -> None:
     status, version, body = answer.split(" ", 2)
     head = f"X-Influxdb-Version: {version}\r\nContent-Length: {len(body)}\r\nConnection: close"
     with answering(f"HTTP/1.1 {status} No\r\n{head}\r\n\r\n{body}".encode()) as url:
-        connection = Connection(replace(server, url=url))
+        connection = Connection(url, **server)
         with pytest.raises(AppError) as caught, connection.ask("/api/v2/query", b"{}", {}, "INFLUXDB_BUCKET"):
             pass
     assert caught.value.hint.startswith(hint)

@@ -18,7 +18,7 @@ from app.core.ledger import Tally
 from app.core.pipeline import Sums
 from app.influx_to_s3.layout import EVER, INTEGER, MEASURED, Column
 from app.influx_to_s3.reader import Points
-from app.influx_to_s3.row_batch import BLOCK_ROWS, RowSpool
+from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch
 from app.influx_to_s3.rows import Disagreement, canonical, of_object, ordered
 from app.object_store.table_sink import CSV_ROWS, LOST_TAGS
 from influx_points import (
@@ -182,9 +182,8 @@ def test_a_merged_batch_accounts_for_every_value_and_is_not_built_upon(tmp_path:
     columns = columns_of()
     blocks = versions("1", "2", "3", voltage=[1.5, 2.5, 1.5], power=[None, 7.0, None])
     table, others, twice = in_order(blocks, columns)
-    spool = RowSpool("D1", tmp_path, 0, columns)
-    spool.append(table)
-    spool.note({"voltage": Sums(3), "power": Sums(1)}, twice, others)
+    spool = RowBatch("D1", tmp_path, 0, columns)
+    spool.append(table, {"voltage": Sums(3), "power": Sums(1)}, twice, others)
     with closing(spool.finish({}, {"voltage": 3, "power": 1})) as batch:
         assert batch.accounts == {
             "voltage": Tally(counted=3, read=3, new=1, already_there=1, set_aside=1),
@@ -195,17 +194,15 @@ def test_a_merged_batch_accounts_for_every_value_and_is_not_built_upon(tmp_path:
 
 
 def test_a_row_that_no_longer_reaches_the_spool_leaves_a_gap(tmp_path: Path) -> None:
-    spool = RowSpool("D1", tmp_path, 0, COLUMNS)
-    spool.append(rows(0, 1, voltage=[1.5, 2.5]))
-    spool.note({"voltage": Sums(3)})
+    spool = RowBatch("D1", tmp_path, 0, COLUMNS)
+    spool.append(rows(0, 1, voltage=[1.5, 2.5]), {"voltage": Sums(3)})
     with closing(spool.finish({}, {"voltage": 3})) as batch:
         assert batch.accounts["voltage"].gap == 1
 
 
 def test_rows_that_come_between_counting_and_reading_are_counted_by_the_reading(tmp_path: Path) -> None:
-    spool = RowSpool("D1", tmp_path, 0, COLUMNS)
-    spool.append(rows(0, 1, voltage=[1.5, 2.5]))
-    spool.note({"voltage": Sums(2)})
+    spool = RowBatch("D1", tmp_path, 0, COLUMNS)
+    spool.append(rows(0, 1, voltage=[1.5, 2.5]), {"voltage": Sums(2)})
     with closing(spool.finish({}, {"voltage": 1})) as batch:
         assert batch.accounts == {"voltage": Tally(counted=2, read=2, new=2)}
 
@@ -315,10 +312,18 @@ def test_a_column_without_any_value_does_not_count(tmp_path: Path) -> None:
 def test_no_rows_make_a_batch_too(tmp_path: Path) -> None:
     batch = spooled([], tmp_path)
     assert (batch.rows, batch.min_at, batch.max_at, batch.reusable, list(batch.output())) == (0, None, None, False, [])
+    assert batch.has_all_tags
+    assert len(batch.identities) == 0
+
+
+def test_values_are_accounted_for_by_the_names_that_fields_have_at_the_source(tmp_path: Path) -> None:
+    columns = columns_of()
+    with closing(spooled([canonical(points(0, hour=[7]), columns)], tmp_path, columns=columns)) as batch:
+        assert batch.accounts == {"hour": Tally(new=1)}
 
 
 def test_rows_that_are_not_later_are_refused(tmp_path: Path) -> None:
-    spool = RowSpool("D1", tmp_path, 0, COLUMNS)
+    spool = RowBatch("D1", tmp_path, 0, COLUMNS)
     spool.append(rows(5, a=[1]))
     with pytest.raises(ValueError, match="out of order"):
         spool.append(rows(5, a=[1]))
@@ -344,7 +349,7 @@ def test_spilling_changes_neither_rows_nor_digest_and_leaves_no_file(tmp_path: P
     assert spilled.digest == in_memory.digest
     assert listed(spilled) == listed(in_memory)
     assert listed(spilled) == listed(in_memory)  # and once more: a batch can be read again
-    assert spilled.blocks == ()
+    assert spilled.blocks == []
     assert list((tmp_path / "b").iterdir()) == []
     spilled.close()
     spilled.close()

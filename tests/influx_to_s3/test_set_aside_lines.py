@@ -4,6 +4,7 @@ import re
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from app.core.windows import Window
 from app.influx_to_s3.influxql import InfluxQlReader
 from app.influx_to_s3.reader import Points
+from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.rows import Disagreement
 from app.influx_to_s3.set_aside import (
     NO_DEVICE_TAG,
@@ -24,7 +26,7 @@ from app.influx_to_s3.set_aside import (
     lines_of,
 )
 from app.object_store.set_aside import SetAsideStore
-from influx_points import NOON_NS, TIMES, points
+from influx_points import NOON_NS, TIMES, columns_of, points
 from influx_readers import HOUR, influxql_without_credentials
 from influxdb1 import InfluxDB1
 from memory_objects import MemoryObjects
@@ -214,15 +216,17 @@ def test_points_without_the_device_tag_are_kept_without_it() -> None:
 
 def test_values_that_disagree_are_kept_with_the_tags_of_their_point() -> None:
     store = MemoryObjects()
-    values = [
+    batch = RowBatch("D1", Path(), 0, columns_of())
+    batch.disagreements = [
         Disagreement({"schema_version": "2", "phase": "L1"}, "voltage", 3.5, NOON_NS),
         Disagreement({"schema_version": "3", "phase": "L1"}, "note", "a\nb", NOON_NS + 1),
     ]
-    [told] = aside_in(store).keep_values(OTHER_VALUE, "D1", HOUR, values)
+    [told] = aside_in(store).keep_values("D1", HOUR, batch)
     assert (told.reason, told.number, told.new) == (OTHER_VALUE, 2, 2)
-    [again] = aside_in(store).keep_values(OTHER_VALUE, "D1", HOUR, values)
+    [again] = aside_in(store).keep_values("D1", HOUR, batch)
     assert (again.number, again.new) == (2, 0)
-    assert aside_in(store).keep_values(OTHER_VALUE, "D1", HOUR, []) == ()
+    batch.disagreements = []
+    assert aside_in(store).keep_values("D1", HOUR, batch) == ()
 
 
 def test_a_name_with_a_lone_surrogate_is_kept_and_does_not_end_the_run() -> None:

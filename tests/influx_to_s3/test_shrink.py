@@ -11,7 +11,7 @@ from app.core.pipeline import UNLIMITED
 from app.core.runs import Outcome
 from app.core.windows import Window
 from app.influx_to_s3.influxql import InfluxQlReader
-from app.influx_to_s3.reader import Retention, Server, ServerAnswer
+from app.influx_to_s3.reader import Retention, ServerAnswer
 from exporter import EPOCH, HOUR, MINUTE, NOON, Exporter, ns
 from exports import exported
 from influx_points import source_of
@@ -149,7 +149,7 @@ class Recorded:
     """A connection to InfluxDB 2 that speaks InfluxQL: its answers, as they were recorded."""
 
     def __init__(self, points: str) -> None:
-        self.server = Server("http://recorded")
+        self.url = "http://recorded"
         self._answers = [points, POLICIES]
 
     @contextmanager

@@ -59,7 +59,7 @@ def test_a_union_is_that_of_dictionaries_and_tells_what_is_new_and_what_was_corr
     influx = source(folder)
     batch = spooled([table for table in tabled(new, new_sizes) if table.num_rows], folder)
     read = sum(value is not None for value in new.values())
-    batch = replace(batch, accounts={"v": Tally(counted=read, read=read, new=read)})
+    batch.accounts = {"v": Tally(counted=read, read=read, new=read)}
     union = influx.union(batch, [tabled(held, held_sizes)])
     assert {row["timestamp"]: row.get("v") for row in listed(union)} == {**held, **new}
     assert (union.rows, union.new_rows) == (len({*held, *new}), len({*new} - {*held}))
@@ -140,7 +140,7 @@ def test_rows_of_one_instant_that_stand_in_two_blocks_are_united_like_others(tmp
     held = phases(0, number + 5, columns, value=2.0, names="23")[0]
     cut = [held.slice(0, 4001), held.slice(4001, 9000), held.slice(13_001)]
     read = Tally(counted=3 * number, read=3 * number, new=3 * number)
-    batch = replace(batch, accounts={"voltage": read})
+    batch.accounts = {"voltage": read}
     with closing(batch), closing(influx.union(batch, [cut])) as union:
         assert union.accounts == {"voltage": replace(read, new=number, corrected=2 * number)}
         assert union.new_rows == number

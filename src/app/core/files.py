@@ -74,8 +74,11 @@ def bounded_name(name: str, suffix: str = "", limit_bytes: int = NAME_BYTES) -> 
 def temporary_file(folder: Path | None = None, memory_bytes: int = 0) -> BinaryIO:
     """A file without a name, so that a killed process leaves nothing behind; the caller closes it.
 
-    The first `memory_bytes` stay in memory; `folder` None = the system's own for temporary files.
+    The first `memory_bytes` stay in memory; `folder`, which is made where it is missing, None = the system's own for
+    temporary files.
     """
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     if memory_bytes:
         return cast("BinaryIO", SpooledTemporaryFile(memory_bytes, dir=str(folder) if folder else None))
     return cast("BinaryIO", TemporaryFile(dir=folder))

@@ -234,20 +234,15 @@ class BatchedCheckpoints:
         live_since: datetime | None,
         partitions: Sequence[str] | None = None,
     ) -> None:
+        # The same in a pass as ever.
+        self.cursors, self.starts, self.live_records = checkpoints.cursors, checkpoints.starts, checkpoints.live_records
+        self.mark, self.note_undeleted = checkpoints.mark, checkpoints.note_undeleted
         self._checkpoints = checkpoints
         self._live_since = live_since
         self._live = checkpoints.live_records(pipeline, live_since, partitions) if live_since else {}
         self._waiting: list[tuple[str, Commit]] = []
         self._flush_at = 0.0
-        self._lock = threading.Lock()
-
-    def cursors(self, pipeline: str) -> Mapping[str, datetime]:
-        """See `Checkpoints.cursors`."""
-        return self._checkpoints.cursors(pipeline)
-
-    def starts(self, pipeline: str) -> Mapping[str, datetime]:
-        """See `Checkpoints.starts`."""
-        return self._checkpoints.starts(pipeline)
+        self._lock = threading.RLock()
 
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         """See `Checkpoints.records`. Those of live windows are as they were when the pass began."""
@@ -255,56 +250,39 @@ class BatchedCheckpoints:
             return self._checkpoints.records(pipeline, partition, since, until)
         return [record for record in self._live.get(partition, ()) if since <= record.window.start < until]
 
-    def live_records(
-        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
-    ) -> Mapping[str, Sequence[Record]]:
-        """See `Checkpoints.live_records`."""
-        return self._checkpoints.live_records(pipeline, since, partitions)
-
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """See `Checkpoints.commit`. Deltas are deleted after their commit, which is made at once therefore."""
-        self.commit_all(pipeline, [(partition, commit)], lease)
-
-    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
-        """See `Checkpoints.commit_all`."""
         with self._lock:
             if not self._waiting:
                 self._flush_at = time.monotonic() + COMMIT_SECONDS
-            self._waiting += commits
-            is_urgent = any(commit.folded for _, commit in commits)
-            if is_urgent or len(self._waiting) >= COMMITS or time.monotonic() >= self._flush_at:
-                self._flush(pipeline, lease)
+            self._waiting.append((partition, commit))
+            if commit.folded or len(self._waiting) >= COMMITS or time.monotonic() >= self._flush_at:
+                self.flush(pipeline, lease)
+
+    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
+        """See `Checkpoints.commit_all`."""
+        for partition, commit in commits:
+            self.commit(pipeline, partition, commit, lease)
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
         """See `Checkpoints.fail`. A commit clears the error, so those that wait are made first."""
         self.flush(pipeline, lease)
         self._checkpoints.fail(pipeline, partition, message, lease)
 
-    def mark(self, pipeline: str, partition: str, troubles: Sequence[tuple[Record, str]]) -> None:
-        """See `Checkpoints.mark`."""
-        self._checkpoints.mark(pipeline, partition, troubles)
-
-    def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
-        """See `Checkpoints.note_undeleted`."""
-        self._checkpoints.note_undeleted(pipeline, key, error)
-
     def flush(self, pipeline: str, lease: Lease) -> None:
         """Make the commits that wait."""
         with self._lock:
-            self._flush(pipeline, lease)
-
-    def _flush(self, pipeline: str, lease: Lease) -> None:
-        if not self._waiting:
-            return
-        try:
-            self._checkpoints.commit_all(pipeline, self._waiting, lease)
-        except Rejected:
-            for partition, commit in self._waiting:
-                try:
-                    self._checkpoints.commit(pipeline, partition, commit, lease)
-                except Rejected as error:
-                    log.warning("partition %r cannot have a checkpoint: %s", partition, error)
-        self._waiting = []
+            if not self._waiting:
+                return
+            try:
+                self._checkpoints.commit_all(pipeline, self._waiting, lease)
+            except Rejected:
+                for partition, commit in self._waiting:
+                    try:
+                        self._checkpoints.commit(pipeline, partition, commit, lease)
+                    except Rejected as error:
+                        log.warning("partition %r cannot have a checkpoint: %s", partition, error)
+            self._waiting = []
 
 
 def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:

@@ -328,9 +328,6 @@ class Deltas(Protocol[E]):
     def objects(self, partition: str, windows: Sequence[Window]) -> Mapping[datetime, Objects]:
         """By window start, every object that is there, deltas or not, from a listing for each day made in this call."""
 
-    def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
-        """Part and key of each that is there, in order of parts."""
-
     def noted(self, encoded: E, folded: int) -> E:
         """`encoded` with the note, beside its bytes, that the rows of all deltas up to part `folded` are in it."""
 

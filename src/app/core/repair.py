@@ -6,9 +6,8 @@ All of it is the one protocol of `sync`, with the destination asked what it hold
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from enum import Enum
 from itertools import islice
 from typing import TypeVar
 
@@ -130,61 +129,6 @@ Asked = Callable[[str, Sequence[Window], Collection[str]], Mapping[datetime, Map
 """Of a partition, adjacent windows and fields that are numbers: the source's sums by window start and field."""
 
 
-class WindowVerdict(Enum):
-    """EMPTY: neither end has anything. AS_CONFIRMED: both are as recorded. DIFFERS: to be settled.
-
-    TROUBLE: the object is gone or another program's.
-    """
-
-    EMPTY = "empty"
-    AS_CONFIRMED = "as confirmed"
-    DIFFERS = "differs"
-    TROUBLE = "trouble"
-
-
-@dataclass(frozen=True, slots=True)
-class WindowEnds:
-    """What is known of one window: records, listed objects, sums of the source, and trouble (`Record.trouble`)."""
-
-    records: Sequence[Record]
-    objects: Objects
-    sums: Mapping[str, Sums]
-    trouble: str = ""
-
-    @property
-    def record(self) -> Record | None:
-        """That of the object itself."""
-        return next((record for record in self.records if not record.part), None)
-
-    @property
-    def is_as_recorded(self) -> bool:
-        """True when the destination holds the version that was confirmed, closed, and no delta."""
-        record = self.record
-        if record is None or not (record.closed and record.source_digest):
-            return False
-        return len(self.records) == 1 and {part: version for part, (_, version) in self.objects.items()} == {
-            0: record.version
-        }
-
-    @property
-    def count(self) -> Count:
-        """The sums as a count."""
-        fields = {name: each.values for name, each in self.sums.items()}
-        return Count(sum(fields.values()), max(fields.values(), default=0), fields)
-
-
-def verdict_of(ends: WindowEnds) -> WindowVerdict:
-    """What is to be done about a window, from what was listed and answered."""
-    record = ends.record
-    if ends.trouble and record is not None and record.closed:
-        return WindowVerdict.TROUBLE
-    if record is None and not ends.objects and not ends.sums:
-        return WindowVerdict.EMPTY
-    if record is None or not ends.is_as_recorded or not same_sums(ends.sums, record.sums):
-        return WindowVerdict.DIFFERS
-    return WindowVerdict.AS_CONFIRMED
-
-
 def same_sums(asked: Mapping[str, Sums], known: Mapping[str, Sums]) -> bool:
     """True when these may be the sums of the same values. Values that were exchanged have the same sums."""
     return asked.keys() == known.keys() and all(_same(each, known[name]) for name, each in asked.items())
@@ -273,60 +217,82 @@ def reconcile(
         troubles = look(pipeline, partition, records, listed, dry_run=context.dry_run)
         for window in step:
             context.stop.check()
-            ends = WindowEnds(
-                [record for record in records if record.window.start == window.start],
-                listed.get(window.start, {}),
-                sums.get(window.start, {}),
-                troubles.get(window.start, ""),
-            )
-            reads = by_content is not None and by_content.start <= window.start < by_content.end
             with failed.one():
-                done(_window(pipeline, context, partition, window, now, ends=ends, reads=reads, heals=heals))
+                report = _reconciled(
+                    pipeline,
+                    context,
+                    partition,
+                    window,
+                    now,
+                    records=[record for record in records if record.window.start == window.start],
+                    objects=_unfolded(pipeline, context, listed.get(window.start, {})),
+                    sums=sums.get(window.start, {}),
+                    trouble=troubles.get(window.start, ""),
+                    reads=by_content is not None and by_content.start <= window.start < by_content.end,
+                    heals=heals,
+                )
+                done(report)
             failed.check_outage()
             context.progress.advance(done=1)
     done(_failures(partition, failed))
     return done.total
 
 
-def _window(
+def _reconciled(
     pipeline: Pipeline[B, E],
     context: Context,
     partition: str,
     window: Window,
     now: datetime,
     *,
-    ends: WindowEnds,
+    records: Sequence[Record],
+    objects: Objects,
+    sums: Mapping[str, Sums],
+    trouble: str,
     reads: bool,
     heals: bool,
 ) -> Report:
-    """Whatever has to be done about one window; one that cannot be mended is a failure of its own."""
-    verdict = verdict_of(_without_folded(pipeline, context, ends))
-    log.debug("%s %s: %d values counted, %s", partition, window, ends.count.cells, verdict.value)
-    if verdict is WindowVerdict.EMPTY:
+    """Whatever has to be done about one window; one that cannot be mended is a failure of its own.
+
+    `records`, `objects`: those of the window; `sums`: of the source; `trouble`: see `Record.trouble`.
+    """
+    record = next((each for each in records if not each.part), None)
+    fields = {name: each.values for name, each in sums.items()}
+    count = Count(sum(fields.values()), max(fields.values(), default=0), fields)
+    # The destination holds the version that was confirmed, closed, and no delta: then it was asked already.
+    versions = {part: version for part, (_, version) in objects.items()}
+    is_as_recorded = (
+        record is not None
+        and record.closed
+        and bool(record.source_digest)
+        and len(records) == 1
+        and versions == {0: record.version}
+    )
+    is_in_trouble = bool(trouble) and record is not None and record.closed
+    is_confirmed = record is not None and is_as_recorded and same_sums(sums, record.sums)
+    said = "in trouble" if is_in_trouble else "as confirmed" if is_confirmed else "differs"
+    log.debug("%s %s: %d values counted, %s", partition, window, count.cells, said)
+    if record is None and not objects and not sums:
         return Report()
-    record = ends.record
     has_more = record is not None and record.digest != record.source_digest
-    if verdict is WindowVerdict.AS_CONFIRMED and not reads and not (has_more and pipeline.shrink):
-        return Report(ledger=counted(pipeline.unit, [ends.count], "already_there"))
-    left = counted(pipeline.unit, [ends.count], "waiting")
-    if verdict is WindowVerdict.TROUBLE and not heals:
+    if is_confirmed and not reads and not (has_more and pipeline.shrink):
+        return Report(ledger=counted(pipeline.unit, [count], "already_there"))
+    left = counted(pipeline.unit, [count], "waiting")
+    if is_in_trouble and not heals:
         return Report(ledger=left)
     try:
-        if verdict is WindowVerdict.TROUBLE:
+        if is_in_trouble:
             return heal_window(pipeline, context, partition, window, now)
-        # Where the listing shows the recorded version and nothing else, the destination was asked already.
-        task = Task(partition, window, ends.count, record, final=True, asks=not ends.is_as_recorded)
-        return settle(pipeline, context, task)
+        return settle(pipeline, context, Task(partition, window, count, record, final=True, asks=not is_as_recorded))
     except (Permanent, Rejected) as error:
         return Report(failures=(Failure(partition, error.message, error.hint),), ledger=left)
 
 
-def _without_folded(pipeline: Pipeline[B, E], context: Context, ends: WindowEnds) -> WindowEnds:
+def _unfolded(pipeline: Pipeline[B, E], context: Context, objects: Objects) -> Objects:
     """Without deltas whose rows the object holds: those that could not be deleted, which is tried again."""
-    parts = [part for part in ends.objects if part]
-    held = pipeline.sink.head(ends.objects[0][0]) if parts and 0 in ends.objects else None
+    parts = [part for part in objects if part]
+    held = pipeline.sink.head(objects[0][0]) if parts and 0 in objects else None
     folded = [part for part in parts if held is not None and part <= held.folded]
     if folded and not context.dry_run:
-        delete_deltas(pipeline, [ends.objects[part][0] for part in folded])
-    objects = {part: found for part, found in ends.objects.items() if part not in folded}
-    return WindowEnds(ends.records, objects, ends.sums, ends.trouble)
+        delete_deltas(pipeline, [objects[part][0] for part in folded])
+    return {part: found for part, found in objects.items() if part not in folded}

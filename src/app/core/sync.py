@@ -21,7 +21,7 @@ from itertools import islice, takewhile
 from typing import Any, Generic, TypeVar
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
-from app.core.ledger import Ledger, Tally
+from app.core.ledger import Ledger, SetAside, Tally
 from app.core.pipeline import (
     NOTHING,
     UNCOUNTED,
@@ -30,6 +30,7 @@ from app.core.pipeline import (
     Count,
     Encoded,
     Held,
+    Objects,
     Pipeline,
     Position,
     Record,
@@ -47,22 +48,32 @@ CONFLICTS = 8
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """The object after a window was settled, and how many bytes had to be stored for it (0 = it was right already).
+@dataclass(slots=True)
+class _Settled(Generic[B]):
+    """A window while it is settled: the rows that its object has to hold, and then what came of writing them.
 
-    `deltas`: keys of those whose rows the object holds now. `new_rows`: rows that it did not hold before, and
-    `corrected_rows` those that it held with other values. `shrink`: rows that the source lacks.
+    `source_digest` and `sums` are those of what the source answered. `deltas`: keys whose rows are among these, or were
+    already in the object; `folded` the highest of their parts. `is_united`: the accounts tell what is new beside the
+    object. `is_confirmed`: the record knows the answer already. `shrink`: rows that the source lacks.
+
+    `record`: of the object as it is now. `stored_bytes`: what had to be stored for it (0 = it was right already).
+    `new_rows`: rows that it did not hold before, and `corrected_rows` those that it held with other values.
     """
 
-    record: Record | None
-    stored_bytes: int = 0
-    ledger: Ledger = field(default_factory=Ledger)
+    batch: B
+    source_digest: str
+    sums: Mapping[str, Sums]
     deltas: Sequence[str] = ()
+    folded: int = 0
+    is_united: bool = False
+    is_confirmed: bool = False
+    shrink: Shrink | None = None
+    record: Record | None = None
+    stored_bytes: int = 0
     new_rows: int = 0
     corrected_rows: int = 0
-    shrink: Shrink | None = None
     summaries: Sequence[Any] = ()
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 def sync_partition(
@@ -267,24 +278,33 @@ def delete_deltas(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
             pipeline.checkpoints.note_undeleted(pipeline.name, key, "")
 
 
-def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
+def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Settled[B]:
     """Version, source, compare-and-swap; after a conflict all three again. Raises Transient when it never settles."""
     key = pipeline.sink.key(task.partition, task.window, 0)
     held = pipeline.sink.head(key) if pipeline.asks_sink or task.asks else task.record.held if task.record else None
     for _ in range(CONFLICTS):
         context.stop.check()
         try:
-            with _reading(pipeline, task, held) as found:
-                written = _put(pipeline, context, task, held, found)
+            with _reading(pipeline, task, held) as one:
+                _put(pipeline, context, task, held, one)
                 log.debug(
                     "%s: %d values counted, %d rows read, %s",
                     key,
                     task.count.cells,
-                    found.batch.rows,
-                    f"{written.stored_bytes} bytes written" if written.stored_bytes else "nothing to write",
+                    one.batch.rows,
+                    f"{one.stored_bytes} bytes written" if one.stored_bytes else "nothing to write",
                 )
-                ledger = _account(pipeline, context, task, found, written)
-                return replace(written, ledger=ledger, shrink=found.shrink)
+                before, fields = task.record.fields if task.record else {}, {}
+                for name, tally in one.batch.accounts.items():
+                    # What an unchanged object, or its record, holds is not new.
+                    known = 0 if one.is_united else min(before.get(name, 0), tally.new)
+                    there = known if one.stored_bytes else tally.new
+                    fields[name] = replace(tally, new=tally.new - there, already_there=tally.already_there + there)
+                aside: Sequence[SetAside] = ()
+                if pipeline.set_aside and not context.dry_run:
+                    aside = pipeline.set_aside(task.partition, task.window, one.batch)
+                one.ledger = Ledger(pipeline.unit, fields, aside)
+                return one
         except Conflict:
             held = pipeline.sink.head(key)
             task = replace(task, ahead=None, asks=True)  # those rows are older than the version that is there now
@@ -294,60 +314,34 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Found(Generic[B]):
-    """The rows that the window's object has to hold. `source_digest` and `sums` are those of what the source answered.
-
-    `deltas`: keys whose rows are among these, or were already in the object; `folded` the highest of their parts.
-    `is_united`: the accounts tell what is new beside the object. `is_confirmed`: the record knows the answer already.
-    """
-
-    batch: B
-    source_digest: str
-    sums: Mapping[str, Sums]
-    deltas: Sequence[str] = ()
-    folded: int = 0
-    is_united: bool = False
-    is_confirmed: bool = False
-    shrink: Shrink | None = None
-
-
-def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | None, found: _Found[B]) -> _Written:
+def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | None, one: _Settled[B]) -> None:
     """Encode and swap, unless the object holds these rows and nothing has to be closed."""
-    batch, key = found.batch, pipeline.sink.key(task.partition, task.window, 0)
+    batch, key = one.batch, pipeline.sink.key(task.partition, task.window, 0)
     same = batch.rows == 0 if held is None else batch.digest == held.digest
     closes = task.final and held is not None and not pipeline.by_digest and not (task.record and task.record.closed)
     already_folded = held.folded if held is not None else 0
-    folded = max(found.folded, already_folded)  # also of a delta that may not be deleted, and is skipped for good
+    folded = max(one.folded, already_folded)  # also of a delta that may not be deleted, and is skipped for good
     folds = folded > already_folded
-    if held is not None and task.record is not None and found.is_confirmed and not folds:
-        sums = found.sums if task.final else {}
-        record = replace(task.record, source_cells=task.count.cells, sums=sums, folded=folded)
-        return _Written(record, deltas=found.deltas)
+    if held is not None and task.record is not None and one.is_confirmed and not folds:
+        sums = one.sums if task.final else {}
+        one.record = replace(task.record, source_cells=task.count.cells, sums=sums, folded=folded)
+        return
     if same and not closes and not folds and (held is None or not task.always_writes):
-        if held is None:
-            return _Written(None)
-        pipeline.keep(task, held.version, batch)
-        return _Written(_record(task, key, held, found), deltas=found.deltas)
-    encoded = pipeline.sink.encode(task.partition, task.window, batch)
-    with closing(encoded):
-        if pipeline.deltas and folded:
-            encoded = pipeline.deltas.noted(encoded, folded)
+        if held is not None:
+            pipeline.keep(task, held.version, batch)
+            one.record = _record(task, key, held, one)
+        return
+    with closing(pipeline.sink.encode(task.partition, task.window, batch)) as plain:
+        encoded = pipeline.deltas.noted(plain, folded) if pipeline.deltas and folded else plain
         version, is_ours = "", False
         if not context.dry_run:
             version, is_ours = _swap(pipeline, task, held, batch, encoded, folded=folded)
             pipeline.keep(task, version, batch)
-        summed = is_ours and (task.final or pipeline.summarises_open)
-        stored = Held(version, size_bytes=encoded.size_bytes, folded=folded)
-        new_rows = batch.new_rows if found.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
-        return _Written(
-            _record(task, key, stored, found),
-            encoded.size_bytes,
-            deltas=found.deltas,
-            new_rows=new_rows,
-            corrected_rows=batch.corrected_rows,
-            summaries=pipeline.summarise(encoded, key, version) if summed and pipeline.summarise else (),
-        )
+        one.record = _record(task, key, Held(version, size_bytes=encoded.size_bytes, folded=folded), one)
+        one.stored_bytes, one.corrected_rows = encoded.size_bytes, batch.corrected_rows
+        one.new_rows = batch.new_rows if one.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
+        if pipeline.summarise and is_ours and (task.final or pipeline.summarises_open):
+            one.summaries = pipeline.summarise(encoded, key, version)
 
 
 def _swap(
@@ -372,23 +366,8 @@ def _swap(
         return there.version, is_ours
 
 
-def _account(pipeline: Pipeline[B, E], context: Context, task: Task, found: _Found[B], written: _Written) -> Ledger:
-    """What became of the values of the window. What an unchanged object, or its record, holds is not new."""
-    before = task.record.fields if task.record else {}
-    fields = {}
-    for name, tally in found.batch.accounts.items():
-        held = min(before.get(name, 0), tally.new) if written.stored_bytes else tally.new
-        if found.is_united:
-            held = 0 if written.stored_bytes else tally.new
-        moved = replace(tally, new=tally.new - held, already_there=tally.already_there + held) if held else tally
-        fields[name] = moved
-    if pipeline.set_aside is None or context.dry_run:
-        return Ledger(pipeline.unit, fields)
-    return Ledger(pipeline.unit, fields, pipeline.set_aside(task.partition, task.window, found.batch))
-
-
-def _record(task: Task, key: str, held: Held, found: _Found[B]) -> Record:
-    batch = found.batch
+def _record(task: Task, key: str, held: Held, one: _Settled[B]) -> Record:
+    batch = one.batch
     return Record(
         window=task.window,
         part=0,
@@ -402,14 +381,14 @@ def _record(task: Task, key: str, held: Held, found: _Found[B]) -> Record:
         max_at=batch.max_at,
         closed=False,
         fields={name: tally.new + tally.already_there + tally.corrected for name, tally in batch.accounts.items()},
-        source_digest=found.source_digest,
-        sums=found.sums if task.final else {},  # only past windows are compared by them
+        source_digest=one.source_digest,
+        sums=one.sums if task.final else {},  # only past windows are compared by them
         folded=held.folded,
     )
 
 
 @contextmanager
-def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterator[_Found[B]]:
+def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterator[_Settled[B]]:
     """The window's rows, closed at the end unless they were kept; rows that only the sink still has are put back in."""
     kept = pipeline.take(task, held.version if held else "")
     try:
@@ -433,7 +412,7 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
         shrink = pipeline.shrink() if rows and pipeline.shrink else None
         if rows:
             batch = _united(pipeline, task, batch, rows, shrink)
-        yield _Found(
+        yield _Settled(
             batch,
             digest,
             sums,
@@ -500,10 +479,13 @@ def _deltas(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> tuple[Se
     keys: list[str] = []
     unfolded: list[str] = []
     highest = folded
-    for part, key in pipeline.deltas.found(task.partition, task.window) if pipeline.deltas and task.asks else ():
-        there = pipeline.sink.head(key)
+    objects: Objects = {}
+    if pipeline.deltas and task.asks:
+        objects = pipeline.deltas.objects(task.partition, [task.window]).get(task.window.start, {})
+    for part, (key, _) in sorted(objects.items()):
+        there = pipeline.sink.head(key) if part else None
         is_own = there is not None and bool(there.digest)
-        if is_own or task.mends:
+        if part and (is_own or task.mends):
             keys.append(key)
             highest = max(highest, part)
             if is_own and part > folded and not (task.replaces and _is_damaged(pipeline, key)):

@@ -164,7 +164,17 @@ def heal(
         if verdict.sign is Sign.EQUAL:
             told(verdict)
             continue
-        mended, after = _mend(ends, context, verdict)
+        mended, after = Report(), verdict
+        try:
+            mended = ends.heal(context, verdict.slot)
+        except (Stopped, LeaseLost):
+            raise
+        except AppError as error:
+            after = replace(verdict, error=error.message, hint=error.hint)
+        else:
+            after = compare(ends, verdict.slot)
+            if after.sign is Sign.EQUAL:
+                after = replace(after, sign=verdict.sign, healed=True)
         told(after)
         report += mended
         context.done(mended)
@@ -184,19 +194,6 @@ def why(verdict: Verdict) -> tuple[str, str]:
         counts += f" ({source.set_aside} values set aside are not compared)"
     hint = "rows that the source no longer returns are kept on purpose; else run verify with --heal"
     return f"{words.get(verdict.sign, 'differs')}: {counts}", hint
-
-
-def _mend(ends: Ends, context: Context, verdict: Verdict) -> tuple[Report, Verdict]:
-    try:
-        report = ends.heal(context, verdict.slot)
-    except (Stopped, LeaseLost):
-        raise
-    except AppError as error:
-        return Report(), replace(verdict, error=error.message, hint=error.hint)
-    after = compare(ends, verdict.slot)
-    if after.sign is not Sign.EQUAL:
-        return report, after
-    return report, replace(after, sign=verdict.sign, healed=True)
 
 
 class CellState(Enum):

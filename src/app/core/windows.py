@@ -64,12 +64,10 @@ def window_at(instant: datetime, seconds: int) -> Window:
 
 def windows_between(start: datetime, end: datetime, seconds: int) -> Iterator[Window]:
     """Every window that overlaps `[start, end)`, oldest first; nothing when start is not before end."""
-    if start >= end:
-        return
-    window = window_at(start, seconds)
-    while window.start < end:
-        yield window
-        window = Window(window.end, window.end + timedelta(seconds=seconds))
+    at, length = floor_to(start, seconds) if start < end else end, timedelta(seconds=seconds)
+    while at < end:
+        yield Window(at, at + length)
+        at += length
 
 
 def age_of(window: Window, now: datetime, grace_seconds: float) -> Age:

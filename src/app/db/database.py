@@ -8,7 +8,7 @@ what every database can hold; no exception of a driver leaves this surface, only
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -179,26 +179,24 @@ def _sections(path: Path) -> Iterator[tuple[str, str, str]]:
         yield head["name"], variant, sql
 
 
-class NamedQueries:
-    """The named queries of a folder on one database. Each call is one transaction; raises what `Session` raises."""
+class NamedQueries(dict[str, str]):
+    """The named queries of a folder on one database: SQL by name, for callers that hold a session. Each call is one
+    transaction; raises what `Session` raises.
+    """
 
     def __init__(self, database: Database, folder: Path) -> None:
+        super().__init__(load_queries(folder, database.dialect))
         self.database = database
-        self._texts = load_queries(folder, database.dialect)
-
-    def __getitem__(self, query: str) -> str:
-        """The SQL of a query, for callers that hold a session."""
-        return self._texts[query]
 
     def rows(self, query: str, /, **params: Any) -> list[Row]:
         """What the query finds."""
         with self.database.transaction(read_only=True) as session:
-            return session.rows(self._texts[query], **params)
+            return session.rows(self[query], **params)
 
     def run(self, query: str, /, **params: Any) -> int:
         """The number of rows that the statement changed."""
         with self.database.transaction() as session:
-            return session.run(self._texts[query], **params)
+            return session.run(self[query], **params)
 
 
 # A bounded pool of connections that threads borrow one at a time.
@@ -244,14 +242,24 @@ class Connections(Generic[C]):
                 f"{self._place}: all {self._limit} connections were busy for {timeout_seconds:g} s",
                 "look for slow statements or a slow disk; it is retried",
             )
-        with ExitStack() as stack:
-            stack.callback(self._places.release)
+        try:
             connection = self._idle_one() or self._connect()
-            with ExitStack() as undo:
-                undo.callback(lambda: self._back(connection, is_in_order=self._rolled_back(connection)))
+            is_in_order = False
+            try:
                 yield connection
-                undo.pop_all()
-            self._back(connection, is_in_order=True)
+                is_in_order = True
+            finally:
+                is_in_order = is_in_order or self._rolled_back(connection)
+                with self._lock:
+                    self._idle.append(connection)
+                    if is_in_order and not self._closed:
+                        gone = []
+                    else:
+                        gone, self._idle = self._idle, []
+                for each in gone:
+                    self._disconnect(each)
+        finally:
+            self._places.release()
 
     def _idle_one(self) -> C | None:
         while True:
@@ -264,15 +272,6 @@ class Connections(Generic[C]):
             if self._alive(connection):
                 return connection
             self._disconnect(connection)
-
-    def _back(self, connection: C, *, is_in_order: bool) -> None:
-        with self._lock:
-            self._idle.append(connection)
-            gone = []
-            if self._closed or not is_in_order:
-                gone, self._idle = self._idle, []
-        for each in gone:
-            self._disconnect(each)
 
     def close(self) -> None:
         """Close the idle ones; borrowed ones are closed when they come back."""

@@ -8,18 +8,16 @@ transaction; a connection whose file was replaced is not used again; its files a
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.db.database import INSTANT_SUFFIX, Connections, Damaged, Dialect, Row, bound
-
-T = TypeVar("T")
 
 BUSY_SECONDS = 10.0
 STREAMED_ROWS = 1000
@@ -62,9 +60,10 @@ class SqliteSession:
 
     def rows(self, sql: str, **params: Any) -> list[Row]:
         """See `Session.rows`."""
-        cursor = self._execute(sql, params)
+        with _translated(self._path):
+            cursor = self._connection.execute(sql, bound(params, as_text=True))
+            found = cursor.fetchall()
         names = [column[0] for column in cursor.description or ()]
-        found = _translated(self._path, cursor.fetchall)
         try:
             return [{name: _read(name, value) for name, value in zip(names, row, strict=True)} for row in found]
         except ValueError as error:
@@ -72,16 +71,18 @@ class SqliteSession:
 
     def run(self, sql: str, **params: Any) -> int:
         """See `Session.run`."""
-        return self._execute(sql, params).rowcount
+        with _translated(self._path):
+            return self._connection.execute(sql, bound(params, as_text=True)).rowcount
 
     def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
         """See `Session.run_many`."""
-        prepared = [bound(params, as_text=True) for params in many]
-        return _translated(self._path, lambda: self._connection.executemany(sql, prepared)).rowcount
+        with _translated(self._path):
+            return self._connection.executemany(sql, [bound(params, as_text=True) for params in many]).rowcount
 
     def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
         """See `Session.run_rows`."""
-        return _translated(self._path, lambda: self._connection.executemany(sql, rows)).rowcount
+        with _translated(self._path):
+            return self._connection.executemany(sql, rows).rowcount
 
     def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
         """See `Session.append`."""
@@ -92,15 +93,15 @@ class SqliteSession:
     def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
         """See `Session.append_new`."""
         rows = chain.from_iterable(zip(*block, strict=True) for block in blocks)
-        self._execute("SAVEPOINT appending", {})
+        self.run("SAVEPOINT appending")
         count = None
         try:
             count = self.append(table, columns, rows)
         except AppError as error:
             if getattr(error.__cause__, "sqlite_errorcode", None) not in TAKEN:
                 raise
-            self._execute("ROLLBACK TO appending", {})
-        self._execute("RELEASE appending", {})
+            self.run("ROLLBACK TO appending")
+        self.run("RELEASE appending")
         return count
 
     def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
@@ -109,9 +110,10 @@ class SqliteSession:
 
     def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
         """See `Session.blocks`."""
-        cursor = self._execute(sql, params)
-        while rows := _translated(self._path, lambda: cursor.fetchmany(STREAMED_ROWS)):
-            yield rows
+        with _translated(self._path):
+            cursor = self._connection.execute(sql, bound(params, as_text=True))
+            while rows := cursor.fetchmany(STREAMED_ROWS):
+                yield rows
 
     def script(self, sql: str) -> None:
         """See `Session.script`. Not `executescript`, which commits what is open before it starts."""
@@ -120,7 +122,7 @@ class SqliteSession:
             statement += line
             if sqlite3.complete_statement(statement):
                 if statement.strip(" \n;"):
-                    self._execute(statement, {})
+                    self.run(statement)
                 statement = ""
 
     def check(self) -> None:
@@ -128,10 +130,6 @@ class SqliteSession:
         for row in self.rows("PRAGMA integrity_check(1)"):
             if (said := next(iter(row.values()))) != "ok":
                 raise Damaged(f"SQLite at {self._path}: {said}")
-
-    def _execute(self, sql: str, params: Mapping[str, Any]) -> sqlite3.Cursor:
-        prepared = bound(params, as_text=True)
-        return _translated(self._path, lambda: self._connection.execute(sql, prepared))
 
 
 class SqliteDatabase:
@@ -153,9 +151,11 @@ class SqliteDatabase:
         """See `Database.transaction`."""
         with self._connections.lent(self._busy_seconds) as connection:
             # IMMEDIATE: a lock that is asked for only at the first write cannot be waited for once the snapshot is old.
-            _translated(self.path, lambda: connection.execute("BEGIN" if read_only else "BEGIN IMMEDIATE"))
+            with _translated(self.path):
+                connection.execute("BEGIN" if read_only else "BEGIN IMMEDIATE")
             yield SqliteSession(connection, self.path)
-            _translated(self.path, lambda: connection.execute("COMMIT"))
+            with _translated(self.path):
+                connection.execute("COMMIT")
 
     def close(self) -> None:
         """See `Database.close`."""
@@ -165,14 +165,15 @@ class SqliteDatabase:
         if self._read_only:
             if not self.path.exists():
                 raise Permanent(f"{self.place}: there is no such file", "correct the path in the URL")
-            return _translated(self.path, lambda: _connected(self.path, self._busy_seconds, "?mode=ro"))
+            with _translated(self.path):
+                return _connected(self.path, self._busy_seconds, "?mode=ro")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Permanent(f"{self.place}: {error}", LASTING[sqlite3.SQLITE_CANTOPEN]) from error
-        with folder_lock(self.path.parent):
+        with folder_lock(self.path.parent), _translated(self.path):
             _refuse_lone_wal(self.path)
-            return _translated(self.path, lambda: _opened(self.path, self._busy_seconds))
+            return _opened(self.path, self._busy_seconds)
 
     def _is_current(self, connection: FileConnection) -> bool:
         """False when the file or its log was moved, deleted or replaced since: what is committed to it would be seen by
@@ -294,10 +295,11 @@ def _read(name: str, value: Any) -> Any:
     return datetime.fromisoformat(value) if name.endswith(INSTANT_SUFFIX) else value
 
 
-def _translated(path: Path, action: Callable[[], T]) -> T:
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
     """The one place where SQLite's errors become ours."""
     try:
-        return action()
+        yield
     except (sqlite3.Error, OverflowError) as error:
         raise _error(path, error) from error
 

@@ -26,6 +26,7 @@ BLOCK_BYTES = 1 << 20
 QUOTE = 0x22
 HEAD_ROW = re.compile(rb"\n(?=#|\r?\n)")
 BLANK_ROW = re.compile(rb"\n(?=\r?\n)")
+BLANK_ROWS = re.compile(rb"\r?\n[\r\n]*")
 TYPES = {
     "long": pa.int64(),
     "unsignedLong": pa.uint64(),
@@ -59,10 +60,34 @@ def read_blocks(
     Raises Transient when the body ends inside a header or a quoted value and for in-band errors that may pass,
     QueryTooLarge where a smaller question would do, Permanent for answers that are not annotated CSV.
     """
-    parser = _Parser(block_bytes, known)
-    for piece in _whole_rows(chunks, block_bytes):
-        yield from parser.feed(piece)
-    yield from parser.finish()
+    schemas: dict[bytes, _Schema] = {}
+    schema: _Schema | None = None
+    head = b""
+    waiting_bytes = 0
+    for rows in _whole_rows(chunks, block_bytes):
+        if schema and not (head or waiting_bytes or schema.is_error or b"#" in rows or BLANK_ROWS.match(rows)):
+            yield schema.block(rows)
+            continue
+        position = 0
+        while position < len(rows):
+            if head or rows.startswith(b"#", position):
+                end = _line_end(rows, position)
+                head += rows[position:end]
+                if not rows.startswith(b"#", position):  # the header row, which ends the annotations
+                    schema = schemas.get(head) or schemas.setdefault(head, _Schema(head, known))
+                    head = b""
+            else:
+                end = _next_head(rows, position)
+                waiting_bytes += _put_off(schema, rows[position:end])
+                if blank := BLANK_ROWS.match(rows, end):
+                    end = blank.end()
+            position = end
+        if waiting_bytes >= block_bytes:
+            yield from _waiting_in(schemas.values())
+            waiting_bytes = 0
+    yield from _waiting_in(schemas.values())
+    if head or (schema and schema.is_error):
+        raise Transient("InfluxDB's answer ends inside a header", "no action needed: the window is read again")
 
 
 def error_of(message: str) -> AppError:
@@ -84,6 +109,7 @@ class _Schema:
         rows = list(csv.reader(io.StringIO(head.decode("utf-8", "replace"), newline="")))
         annotations, header = {row[0]: row for row in rows[:-1]}, rows[-1]
         self.is_error = header[1:] == ["error", "reference"]
+        self.waiting: list[bytes] = []
         types = annotations.get("#datatype", [])
         if len(types) != len(header):
             raise Permanent(
@@ -138,72 +164,26 @@ class _Schema:
         return Block(self.names, self.grouped, columns)
 
 
-class _Parser:
-    """Takes whole rows, keeps the schema in force, and gives blocks of about `block_bytes`."""
+def _put_off(schema: _Schema | None, rows: bytes) -> int:
+    """Keep data rows until a block is full; how many bytes. Raises for those of an error table, or without a header."""
+    if not rows:
+        return 0
+    if schema is None:
+        raise Permanent(
+            f"the answer is not annotated CSV: {rows[:200]!r}",
+            "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
+        )
+    if schema.is_error:
+        raise error_of(rows.decode("utf-8", "replace").strip(" ,\r\n"))
+    schema.waiting.append(rows)
+    return len(rows)
 
-    def __init__(self, block_bytes: int, known: frozenset[str]) -> None:
-        self._block_bytes = block_bytes
-        self._known = known
-        self._schema: _Schema | None = None
-        self._schemas: dict[bytes, _Schema] = {}
-        self._head = b""
-        self._pending: dict[bytes, tuple[_Schema, list[bytes]]] = {}
-        self._pending_bytes = 0
-        self._current = b""
 
-    def feed(self, rows: bytes) -> Iterator[Block]:
-        """Whole rows, annotations and blank lines, in any mixture."""
-        plain = b"#" not in rows and not rows.startswith((b"\r\n", b"\n"))
-        if self._schema and not self._schema.is_error and plain and not self._head and not self._pending:
-            yield self._schema.block(rows)
-            return
-        position = 0
-        while position < len(rows):
-            is_in_head = self._head or rows.startswith(b"#", position)
-            position = self._line(rows, position) if is_in_head else self._rows(rows, position)
-        if self._pending_bytes >= self._block_bytes:
-            yield from self._flush()
-
-    def finish(self) -> Iterator[Block]:
-        """What is left. Raises when the body ended in an error table or inside a header."""
-        yield from self._flush()
-        if self._head or (self._schema and self._schema.is_error):
-            raise Transient("InfluxDB's answer ends inside a header", "no action needed: the window is read again")
-
-    def _line(self, rows: bytes, position: int) -> int:
-        """One annotation row, or the header row that ends them."""
-        end = rows.find(b"\n", position) + 1
-        while not _closed(rows, position, end):
-            end = rows.find(b"\n", end) + 1
-        line = rows[position:end]
-        self._head += line
-        if not line.startswith(b"#"):
-            met = self._schemas.get(self._head)
-            self._schema = met or self._schemas.setdefault(self._head, _Schema(self._head, self._known))
-            self._current, self._head = self._head, b""
-        return end
-
-    def _rows(self, rows: bytes, position: int) -> int:
-        """Data rows up to the next blank line or annotation; then the blank lines."""
-        end = _next_head(rows, position)
-        if end > position:
-            if self._schema is None:
-                raise Permanent(
-                    f"the answer is not annotated CSV: {rows[position : position + 200]!r}",
-                    "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
-                )
-            if self._schema.is_error:
-                raise error_of(rows[position:end].decode("utf-8", "replace").strip(" ,\r\n"))
-            self._pending.setdefault(self._current, (self._schema, []))[1].append(rows[position:end])
-            self._pending_bytes += end - position
-        while end < len(rows) and rows[end] in b"\r\n":
-            end += 1
-        return end
-
-    def _flush(self) -> Iterator[Block]:
-        pending, self._pending, self._pending_bytes = self._pending, {}, 0
-        for schema, parts in pending.values():
-            yield schema.block(b"".join(parts))
+def _waiting_in(schemas: Iterable[_Schema]) -> Iterator[Block]:
+    for schema in schemas:
+        if rows := b"".join(schema.waiting):
+            schema.waiting.clear()
+            yield schema.block(rows)
 
 
 def _whole_rows(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
@@ -238,6 +218,14 @@ def _closed(block: bytes, start: int, end: int) -> bool:
     return not np.count_nonzero(np.frombuffer(block, np.uint8, end - start, start) == QUOTE) & 1
 
 
+def _line_end(rows: bytes, position: int) -> int:
+    """The offset just past the row that begins there."""
+    end = rows.find(b"\n", position) + 1
+    while not _closed(rows, position, end):
+        end = rows.find(b"\n", end) + 1
+    return end
+
+
 def _last_row_end(block: bytes) -> int:
     """The offset just past the last newline outside quotes, 0 when there is none."""
     end = len(block)
@@ -249,7 +237,7 @@ def _last_row_end(block: bytes) -> int:
 
 def _next_head(rows: bytes, position: int) -> int:
     """The offset of the next blank or annotation line outside quotes, else the length."""
-    if rows.startswith((b"\r\n", b"\n"), position):
+    if BLANK_ROWS.match(rows, position):
         return position
     # Most blocks hold no annotation: one look for its mark is much cheaper than a look at the start of every row.
     pattern = BLANK_ROW if rows.find(b"#", position) < 0 else HEAD_ROW

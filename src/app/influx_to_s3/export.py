@@ -6,7 +6,7 @@ the cursor, so they never work on one window at once. Nothing is connected befor
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from uuid import uuid4
 
@@ -16,7 +16,6 @@ from app.core.pipeline import Grid, KnownRows, Pipeline, Shrink
 from app.core.repair import HEAL_HINT, fill, reconcile, said_of
 from app.core.retry import Pace, RetryPolicy
 from app.core.runs import Context, Done, Failure, Report, Stop
-from app.core.verify import Cell
 from app.core.windows import EPOCH, Window, floor_to
 from app.db.checkpoints import Layout, SqlCheckpoints
 from app.db.object_summaries import Facts
@@ -24,12 +23,12 @@ from app.influx_to_s3.flux import FluxReader
 from app.influx_to_s3.influxql import InfluxQlReader
 from app.influx_to_s3.job import NAME, ObjectSums
 from app.influx_to_s3.layout import DEVICE, TAGS, Columns, LayoutFile, Tree, as_on
-from app.influx_to_s3.reader import Connection, Reader, Server
+from app.influx_to_s3.reader import Connection, Reader
 from app.influx_to_s3.rewrite import devices_in, lost_cursor, rewrite, tree_of_data
 from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.set_aside import OTHER_VALUE, Aside, absent_devices, refuse_wrong_settings
-from app.influx_to_s3.source import InfluxSource
-from app.influx_to_s3.verify import ExportEnds, cells_in
+from app.influx_to_s3.set_aside import Aside, absent_devices, refuse_wrong_settings
+from app.influx_to_s3.source import InfluxSource, OpenedExport
+from app.influx_to_s3.verify import ExportEnds
 from app.object_store.deltas import is_nameable
 from app.object_store.port import ObjectStore
 from app.object_store.set_aside import SetAsideStore
@@ -45,20 +44,10 @@ LOOK_KEY = "headwater-readiness"
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedExport:
-    """The pipeline of one run, whose pauses end with that run. `now`: no window that starts later may be written."""
-
-    tree: Tree
-    now: datetime
-    columns: Columns
-    source: InfluxSource
-    sink: TableSink
-    pipeline: Pipeline[RowBatch, EncodedFile]
-
-
 class Export:
-    """See `job.build`. For one process: what it remembers from run to run may be lost at any time."""
+    """See `job.build`. For one process: what it remembers from run to run may be lost at any time. `reader` asks the
+    source.
+    """
 
     def __init__(
         self,
@@ -72,7 +61,7 @@ class Export:
         steps: Callable[[Context, SyncPlan, Step], Report],
         sums: ObjectSums | None,
     ) -> None:
-        self._reader = reader_of(settings)
+        self.reader = reader_of(settings)
         self._settings = settings
         self._checkpoints = checkpoints
         self._store = store
@@ -97,12 +86,10 @@ class Export:
         """Bring every device up to date, and account for points that no window of this run holds."""
         opened = self._open(context.stop, dry_run=context.dry_run)
         report = sync_all(opened.pipeline, context, self._pass(opened))
-        absent = absent_devices(opened.source, self._settings, opened.tree.first_start_at)
-        failures = tuple(Failure(device, *why) for device, why in absent.items())
-        outside = self._aside.account_outside(
-            opened.pipeline, opened.source, context, now=opened.now, first_start_at=opened.tree.first_start_at
-        )
-        return report + Report(failures=failures) + outside
+        if self._settings.export.device_ids:
+            absent = absent_devices(opened, self._settings)
+            report += Report(failures=tuple(Failure(device, *why) for device, why in absent.items()))
+        return report + self._aside.account_outside(opened, context)
 
     def reconcile(self, context: Context) -> Report:
         """Compare the last days' windows of every device with both ends, and bring what differs."""
@@ -161,34 +148,15 @@ class Export:
         opened = self._open(context.stop, dry_run=context.dry_run, change=change)
 
         def one(device: str, done: Done) -> None:
-            rewrite(
-                opened.pipeline,
-                opened.source,
-                opened.sink,
-                opened.columns,
-                context,
-                device=device,
-                span=span,
-                now=opened.now,
-                done=done,
-            )
+            rewrite(opened, context, device, span, done)
 
         devices = devices_in(opened.sink)
         context.progress.advance(total=len(devices))
         return self._isolated(opened, context, devices, one)
 
-    def ping(self) -> str:
-        """See `Reader.ping`."""
-        return self._reader.ping()
-
     def ends(self, stop: Stop) -> ExportEnds:
         """Both ends as they are now; a look must not depend on a run going on, and changes nothing."""
-        now = self._open(stop, dry_run=True)
-        return ExportEnds(now.pipeline, now.source, now.sink, now.columns, self._clock)
-
-    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
-        """See `app.core.verify.Chart.cells`: one listing per day."""
-        return cells_in(self.ends(Stop()), self._checkpoints, self._settings.export.grace_seconds, partition, span)
+        return ExportEnds(self._open(stop, dry_run=True), self._clock)
 
     def _open(
         self,
@@ -199,30 +167,22 @@ class Export:
         share: float | None = None,
         cursors: Mapping[str, datetime] | None = None,
     ) -> OpenedExport:
-        """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on.
-
-        `change(tree, now)` is made to the layout before anything is read or written. `share`: of one core of the
+        """`change(tree, now)` is made to the layout before anything is read or written. `share`: of one core of the
         source, to be taken by questions at most. `cursors`: those that matter, where they are known.
         """
-        if not self._store.conditional:
-            self._store.probe()
-        settings, export, sums = self._settings, self._settings.export, self._sums
-        types = dict(export.column_types)
-        tree, now = self._layout_file.begin(self._clock(), wanted=self._wanted, types=types, dry_run=dry_run)
+        settings, export = self._settings, self._settings.export
         known = self._checkpoints.cursors(NAME) if cursors is None else cursors
-        tree = self._with_earlier_start(tree, is_new=not any(known) and not dry_run)
-        if change is not None:
-            tree = change(tree, now) if dry_run else self._layout_file.change(lambda tree: change(tree, now))
+        tree, now = self._tree(is_new=not any(known), dry_run=dry_run, change=change)
         columns = Columns(
             tree,
             device_tag=settings.influx.device_tag,
             ignored=settings.influx.ignored_tags,
-            types=types,
+            types=dict(export.column_types),
             file=None if dry_run else self._layout_file,
         )
         spool = settings.service.data_dir / SPOOL
         source = InfluxSource(
-            self._reader,
+            self.reader,
             columns,
             devices=export.device_ids,
             batch_rows=export.batch_size,
@@ -242,8 +202,48 @@ class Export:
             run=uuid4().hex,
             cursors={name: at for name, at in known.items() if name},
             storage_class=settings.s3.storage_class if settings.s3.bucket else "",
-            summed=sums.take if sums else None,
+            summed=self._sums.take if self._sums else None,
         )
+        return OpenedExport(tree, now, columns, source, sink, self._pipeline(tree, now, source, sink))
+
+    def _tree(
+        self, *, is_new: bool, dry_run: bool, change: Callable[[Tree, datetime], Tree] | None
+    ) -> tuple[Tree, datetime]:
+        """The layout in force, and up to when this run may write windows.
+
+        A store that was not reached yet is probed first: conditions must be known to hold before they are relied on.
+        EXPORT_START may be set earlier until the first device was found; later it has no effect and is warned of.
+        """
+        if not self._store.conditional:
+            self._store.probe()
+        export = self._settings.export
+        tree, now = self._layout_file.begin(
+            self._clock(), wanted=self._wanted, types=dict(export.column_types), dry_run=dry_run
+        )
+        start_at = export.start
+        if start_at is not None and start_at < tree.first_start_at:
+            if is_new and not dry_run:
+                first_start_at = floor_to(start_at, tree.layout_at(start_at).window_seconds)
+                tree = self._layout_file.change(
+                    lambda each: replace(each, first_start_at=min(each.first_start_at, first_start_at))
+                )
+            elif not self._is_warned:
+                self._is_warned = True
+                log.warning(
+                    "EXPORT_START=%s is earlier than the first start of this installation, %s, which stands: "
+                    "run `python -m app backfill %s --from ... --to ...` for what is before it",
+                    f"{start_at:%Y-%m-%dT%H:%M:%SZ}",
+                    f"{tree.first_start_at:%Y-%m-%dT%H:%M:%SZ}",
+                    NAME,
+                )
+        if change is not None:
+            tree = change(tree, now) if dry_run else self._layout_file.change(lambda tree: change(tree, now))
+        return tree, now
+
+    def _pipeline(
+        self, tree: Tree, now: datetime, source: InfluxSource, sink: TableSink
+    ) -> Pipeline[RowBatch, EncodedFile]:
+        export, sums = self._settings.export, self._sums
         spaced, window_seconds = self._rewrite_seconds, tree.layout_at(now).window_seconds
         pipeline = Pipeline(
             name=NAME,
@@ -257,27 +257,25 @@ class Export:
             identities=self._identities,
             large_points=export.batch_size,
             lost_cursor=self._lost_cursors(tree, now),
-            set_aside=lambda device, window, batch: self._aside.keep_values(
-                OTHER_VALUE, device, window, batch.disagreements
-            ),
+            set_aside=self._aside.keep_values,
             refused=lambda context, at, live: self._aside.sync_refused(pipeline, source, context, at, live),
             rewrite_seconds=(lambda devices: spaced(devices, window_seconds)) if spaced else None,
             summarise=_summaries,
             # Where nobody ever asked for reports, only past windows are summed: an open object is replaced each minute.
             summarises_open=sums is not None and sums.stored.is_asked(),
         )
-        return OpenedExport(tree, now, columns, source, sink, pipeline)
+        return pipeline
 
     def _pass(self, opened: OpenedExport) -> Pass:
         def probe() -> None:
-            self._reader.ping()
+            self.reader.ping()
             self._store.head(LOOK_KEY)
 
         return Pass(
             now=opened.now,
             first_at=opened.tree.first_start_at,
             probe=probe,
-            nothing_found=lambda: refuse_wrong_settings(opened.source, self._settings, opened.tree.first_start_at),
+            nothing_found=lambda: refuse_wrong_settings(opened, self._settings),
             backoff=self._backoff,
             settling=self._settling,
             latency_seconds=opened.source.latency_seconds,
@@ -338,27 +336,6 @@ class Export:
         unit = export.timestamp_unit or (tree.layouts[-1].timestamp_unit if tree else "us")
         return Layout(EPOCH, export.window_seconds, export.format, export.date_format, unit)
 
-    def _with_earlier_start(self, tree: Tree, *, is_new: bool) -> Tree:
-        """EXPORT_START may be set earlier until the first device was found; later it has no effect and is warned of."""
-        start_at = self._settings.export.start
-        if start_at is None or start_at >= tree.first_start_at:
-            return tree
-        if is_new:
-            first_start_at = floor_to(start_at, tree.layout_at(start_at).window_seconds)
-            return self._layout_file.change(
-                lambda each: replace(each, first_start_at=min(each.first_start_at, first_start_at))
-            )
-        if not self._is_warned:
-            self._is_warned = True
-            log.warning(
-                "EXPORT_START=%s is earlier than the first start of this installation, %s, which stands: "
-                "run `python -m app backfill %s --from ... --to ...` for what is before it",
-                f"{start_at:%Y-%m-%dT%H:%M:%SZ}",
-                f"{tree.first_start_at:%Y-%m-%dT%H:%M:%SZ}",
-                NAME,
-            )
-        return tree
-
     def _lost_cursors(self, tree: Tree, now: datetime) -> Callable[[str], datetime | None]:
         """Asks the destination about each device without a cursor; in a new tree, where all have none, only once."""
         start = f"{prefix}/" if (prefix := self._settings.s3.prefix) else ""
@@ -386,14 +363,12 @@ def reader_of(settings: Settings) -> Reader:
     influx = settings.influx
     by_influxql = influx.api == "influxql"
     connection = Connection(
-        Server(
-            url=influx.url,
-            token=influx.token.get_secret_value(),
-            username=influx.username if by_influxql else "",
-            password=influx.password.get_secret_value() if by_influxql else "",
-            timeout_seconds=influx.timeout_seconds,
-            connections=2 * settings.export.concurrency + 2,  # a backfill may run beside the job
-        )
+        influx.url,
+        influx.token.get_secret_value(),
+        username=influx.username if by_influxql else "",
+        password=influx.password.get_secret_value() if by_influxql else "",
+        timeout_seconds=influx.timeout_seconds,
+        connections=2 * settings.export.concurrency + 2,  # a backfill may run beside the job
     )
     if by_influxql:
         return InfluxQlReader(

@@ -7,9 +7,10 @@ question crosses the bound of a shard group, behind which the server would leave
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from itertools import repeat
 from typing import Any
 from urllib.parse import urlencode
 
@@ -41,6 +42,7 @@ ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t
 KEYWORD = re.compile(
     "and|or|not|exists|if|then|else|in|empty|return|import|package|option|builtin|test|testcase"  # those of its scanner
 )
+DROPPED = 'drop(columns: ["_start", "_stop", "_measurement"])'
 SCHEMA = 'import "influxdata/influxdb/schema"\n'
 # Flux keeps times as nanoseconds in 64 bits; what lies beyond would wrap around.
 FIRST_TIME, LAST_TIME = "1677-09-21T00:12:43.145224194Z", "2262-04-11T23:47:16.854775806Z"
@@ -105,17 +107,15 @@ class FluxReader:
         def ask(spans: Sequence[Window]) -> Iterator[Counted | None]:
             for one in spans:
                 query = (
-                    f"{self._from(one)} |> filter(fn: (r) => {self._where(device)})"
+                    f"{self._from(one, device)}"
                     f' |> aggregateWindow(every: {every_seconds}s, fn: count, createEmpty: false, timeSrc: "_start")'
                     f' |> group(columns: [{literal(self._device_tag)}, "_field", "_time"]) |> sum()'
                 )
                 for block in self._ask(query):
-                    for start_at, found in zip(_starts(block, every_seconds), self._sums(block), strict=True):
-                        device_id, field, values = found
-                        yield Counted(device_id, start_at, field, values)
+                    yield from self._counted(block, _starts(block, every_seconds))
                 yield None
 
-        yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
+        return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
     def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterator[Summed]:
         """See `Reader`. Four aggregates in one query, each pushed down; Flux adds up numbers only."""
@@ -127,7 +127,7 @@ class FluxReader:
             over_series = "sum" if name == "count" else name
             named = f'if column == "_value" then {literal(self._token + name)} else column'
             return (
-                f"{self._from(one)} |> filter(fn: (r) => {self._where(device)}{fields})"
+                f"{self._from(one, device, fields)}"
                 f' |> aggregateWindow(every: {every_seconds}s, fn: {name}, createEmpty: false, timeSrc: "_start")'
                 f' |> group(columns: [{tag}, "_field", "_time"]) |> {over_series}()'
                 f' |> keep(columns: ["_field", "_time", "_value"]) |> rename(fn: (column) => {named})'
@@ -141,41 +141,33 @@ class FluxReader:
                     yield from self._summed(block, every_seconds)
                 yield None
 
-        yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
+        return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
     def rows(self, device: str, span: Window) -> Iterator[Points]:
         """See `Reader`. The group key keeps the tags through the pivot, so each series is a table of its own."""
         token = self._token
         keep_key = f'if column == "_field" or column == "_value" then column else {literal(token)} + column'
-        for one in one_type_spans(span, self._shard):
-            query = (
-                f"{self._from(one)} |> filter(fn: (r) => {self._where(device)})"
-                ' |> drop(columns: ["_start", "_stop", "_measurement"])'
-                f" |> rename(fn: (column) => {keep_key})"
-                f' |> pivot(rowKey: [{literal(token + "_time")}], columnKey: ["_field"], valueColumn: "_value")'
-                f" |> rename(fn: (column) => {literal(token)} + column)"
-            )
-            for block in self._ask(query, known=self._device_columns):
-                yield self._points(block)
+        return self._series(
+            device,
+            span,
+            DROPPED,
+            f"rename(fn: (column) => {keep_key})",
+            f'pivot(rowKey: [{literal(token + "_time")}], columnKey: ["_field"], valueColumn: "_value")',
+            f"rename(fn: (column) => {literal(token)} + column)",
+        )
 
     def empty_texts(self, device: str, span: Window, field: str) -> Iterator[Points]:
         """See `Reader`. Without a pivot no value is null, so an empty cell of a text is an empty text."""
         token = literal(self._token)
         named = f'if column == "_value" then {token} + column else {literal(self._token * 2)} + column'
-        for one in one_type_spans(span, self._shard):
-            query = (
-                f"{self._from(one)} |> filter(fn: (r) => {self._where(device)} and r._field == {literal(field)})"
-                ' |> drop(columns: ["_start", "_stop", "_measurement", "_field"])'
-                f" |> rename(fn: (column) => {named})"
-            )
-            for block in self._ask(query, known=self._device_columns):
-                points = self._points(block)
-                values = dict(points.fields)["_value"]
-                empty = pc.is_null(values)
-                if values.type == pa.string() and pc.any(empty).as_py():
-                    tags = {name: column.filter(empty) for name, column in points.tags.items()}
-                    texts = values.filter(empty).fill_null("")
-                    yield Points(points.times.filter(empty), tags, [(field, texts)])
+        steps = ('drop(columns: ["_start", "_stop", "_measurement", "_field"])', f"rename(fn: (column) => {named})")
+        for points in self._series(device, span, *steps, also=f" and r._field == {literal(field)}"):
+            values = dict(points.fields)["_value"]
+            empty = pc.is_null(values)
+            if values.type == pa.string() and pc.any(empty).as_py():
+                tags = {name: column.filter(empty) for name, column in points.tags.items()}
+                texts = values.filter(empty).fill_null("")
+                yield Points(points.times.filter(empty), tags, [(field, texts)])
 
     def cells(self, device: str, span: Window) -> Iterator[RawCells]:
         """See `Reader`. Without a pivot each table is one series of one field, and an empty cell is an empty text."""
@@ -184,33 +176,23 @@ class FluxReader:
             f'if column == "_value" or column == "_field" then {token} + column'
             f" else {literal(self._token * 2)} + column"
         )
-        for one in one_type_spans(span, self._shard):
-            query = (
-                f"{self._from(one)} |> filter(fn: (r) => {self._where(device)})"
-                f' |> drop(columns: ["_start", "_stop", "_measurement"]) |> rename(fn: (column) => {named})'
-            )
-            for block in self._ask(query, known=self._device_columns):
-                points = self._points(block)
-                # `_field` is part of the group key: a server that renames nothing has it among the tags
-                columns = {
-                    **dict(points.fields),
-                    "_field": dict(points.fields).get("_field", points.tags.get("_field")),
-                }
-                values = columns["_value"]
-                values = values.fill_null("") if values.type == pa.string() else values
-                tags = {name: texts for name, texts in points.tags.items() if name != "_field"}
-                yield RawCells(points.times, tags, columns["_field"], values)
+        for points in self._series(device, span, DROPPED, f"rename(fn: (column) => {named})"):
+            # `_field` is part of the group key: a server that renames nothing has it among the tags
+            columns = {"_field": points.tags.get("_field"), **dict(points.fields)}
+            values = columns["_value"]
+            values = values.fill_null("") if values.type == pa.string() else values
+            tags = {name: texts for name, texts in points.tags.items() if name != "_field"}
+            yield RawCells(points.times, tags, columns["_field"], values)
 
     def outside(self, span: Window) -> Iterator[Counted]:
         """See `Reader`."""
         if time_literal(span.start) == time_literal(span.end):
             return  # beyond what InfluxDB can hold
         query = (
-            f"{self._from(span)} |> filter(fn: (r) => {self._where(None)})"
-            f' |> count() |> group(columns: [{literal(self._device_tag)}, "_field"]) |> sum()'
+            f'{self._from(span, None)} |> count() |> group(columns: [{literal(self._device_tag)}, "_field"]) |> sum()'
         )
         for block in self._ask(query):
-            yield from (Counted(device, span.start, field, values) for device, field, values in self._sums(block))
+            yield from self._counted(block, repeat(span.start))
 
     def retention(self) -> Retention:
         """See `Reader`."""
@@ -222,12 +204,10 @@ class FluxReader:
 
     def _oldest_at(self) -> datetime | None:
         """The first point of each series is pushed down to the storage engine."""
-        query = (
-            f"from(bucket: {literal(self._bucket)}) |> range(start: {FIRST_TIME}, stop: {LAST_TIME})"
-            f' |> filter(fn: (r) => {self._where(None)}) |> first() |> keep(columns: ["_time"])'
-        )
         try:
-            times = [at for block in self._ask(query) for at in _column(block, "_time").cast(pa.int64()).to_pylist()]
+            times = [
+                at for block in self._ask(self._first()) for at in _column(block, "_time").cast(pa.int64()).to_pylist()
+            ]
         except Permanent:
             return None  # too many series, say
         return EPOCH + timedelta(microseconds=-(-min(times) // 1000)) if times else None
@@ -248,15 +228,15 @@ class FluxReader:
         query = f"from(bucket: {literal(self._bucket)}) |> range(start: -1m) |> limit(n: 1)"
         for _ in self._ask(query):
             pass
-        return f"may read bucket {self._bucket} at {self._connection.server.url} by Flux"
+        return f"may read bucket {self._bucket} at {self._connection.url} by Flux"
 
     def _has_points(self) -> bool:
         """The schema also knows what was deleted; a first point is one that is there."""
-        query = (
-            f"from(bucket: {literal(self._bucket)}) |> range(start: {FIRST_TIME}, stop: {LAST_TIME})"
-            f' |> filter(fn: (r) => {self._where(None)}) |> first() |> keep(columns: ["_time"]) |> limit(n: 1)'
-        )
-        return any(len(column) for block in self._ask(query) for column in block.columns)
+        blocks = self._ask(f"{self._first()} |> limit(n: 1)")
+        return any(len(column) for block in blocks for column in block.columns)
+
+    def _first(self) -> str:
+        return f'{self._from(Window(FIRST_INSTANT, LAST_INSTANT), None)} |> first() |> keep(columns: ["_time"])'
 
     def _schema(self, function: str, since: datetime, most: int = 0, **arguments: str) -> Sequence[str]:
         """Sorted names from the index of the bucket, at most `most` of them unless that is 0."""
@@ -270,10 +250,11 @@ class FluxReader:
         blocks = (block for block in self._ask(query) if "_value" in block.names)
         return sorted({text for block in blocks for text in _column(block, "_value").to_pylist() if text})
 
-    def _from(self, span: Window) -> str:
+    def _from(self, span: Window, device: str | None, also: str = "") -> str:
         return (
             f"from(bucket: {literal(self._bucket)})"
             f" |> range(start: {time_literal(span.start)}, stop: {time_literal(span.end)})"
+            f" |> filter(fn: (r) => {self._where(device)}{also})"
         )
 
     def _where(self, device: str | None) -> str:
@@ -315,25 +296,30 @@ class FluxReader:
         with self._connection.ask(self._path, question, HEADERS, self._variables) as answer:
             yield from read_blocks(_body(answer), known=known)
 
-    def _points(self, block: Block) -> Points:
-        """The block's columns by what they are. A server that renames nothing has the group key to tell tags by."""
+    def _series(self, device: str, span: Window, *steps: str, also: str = "") -> Iterator[Points]:
+        """What these steps make of the points of a device, by what the columns are. A server that renames nothing has
+        the group key to tell tags by.
+        """
         token = self._token
-        if any(name.startswith(token) for name in block.names):
-            names = [name.removeprefix(token).removeprefix(token) for name in block.names]
-            keyed = [name.startswith(token * 2) for name in block.names]
-            time_at = _place(block, f"{token * 2}_time")
-        else:
-            names, keyed, time_at = list(block.names), list(block.grouped), _place(block, "_time")
-        columns = [
-            (name, is_tag, column)
-            for at, (name, is_tag, column) in enumerate(zip(names, keyed, block.columns, strict=True))
-            if at != time_at
-        ]
-        return Points(
-            block.columns[time_at],
-            {name: column for name, is_tag, column in columns if is_tag},
-            [(name, column) for name, is_tag, column in columns if not is_tag],
-        )
+        for one in one_type_spans(span, self._shard):
+            query = " |> ".join((self._from(one, device, also), *steps))
+            for block in self._ask(query, known=self._device_columns):
+                if any(name.startswith(token) for name in block.names):
+                    names = [name.removeprefix(token).removeprefix(token) for name in block.names]
+                    keyed = [name.startswith(token * 2) for name in block.names]
+                    time_at = _place(block, f"{token * 2}_time")
+                else:
+                    names, keyed, time_at = list(block.names), list(block.grouped), _place(block, "_time")
+                columns = [
+                    (name, is_tag, column)
+                    for at, (name, is_tag, column) in enumerate(zip(names, keyed, block.columns, strict=True))
+                    if at != time_at
+                ]
+                yield Points(
+                    block.columns[time_at],
+                    {name: column for name, is_tag, column in columns if is_tag},
+                    [(name, column) for name, is_tag, column in columns if not is_tag],
+                )
 
     def _summed(self, block: Block, every_seconds: int) -> Iterator[Summed]:
         name = next((each for each in AGGREGATES if self._token + each in block.names), AGGREGATES[0])
@@ -341,13 +327,13 @@ class FluxReader:
         for start_at, field, value in zip(_starts(block, every_seconds), fields, values, strict=True):
             yield Summed(start_at, field, PARTS[name](value))
 
-    def _sums(self, block: Block) -> Iterator[tuple[str, str, int]]:
-        """Device, field and number of values; points without the device tag come in tables without that column."""
-        fields = _column(block, "_field").to_pylist()
+    def _counted(self, block: Block, starts: Iterable[datetime]) -> Iterator[Counted]:
+        """Points without the device tag come in tables without that column."""
+        fields, numbers = (_column(block, name).to_pylist() for name in ("_field", "_value"))
         is_named = self._device_tag in block.names
-        devices = _column(block, self._device_tag).to_pylist() if is_named else [""] * len(fields)
-        for device, field, values in zip(devices, fields, _column(block, "_value").to_pylist(), strict=True):
-            yield device or "", field, values
+        devices = _column(block, self._device_tag).to_pylist() if is_named else repeat("")
+        for device, start_at, field, values in zip(devices, starts, fields, numbers, strict=False):
+            yield Counted(device or "", start_at, field, values)
 
 
 def _starts(block: Block, every_seconds: int) -> Iterator[datetime]:

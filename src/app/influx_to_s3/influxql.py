@@ -246,7 +246,7 @@ class InfluxQlReader:
     def ping(self) -> str:
         """See `Reader`. Unlike SHOW MEASUREMENTS, this tells a database that does not exist from an empty one."""
         self._fields()
-        return f"may read database {self._database} at {self._connection.server.url} by InfluxQL"
+        return f"may read database {self._database} at {self._connection.url} by InfluxQL"
 
     def _has_points(self, policy: str) -> bool:
         try:
@@ -299,7 +299,10 @@ class InfluxQlReader:
         for series in self._ask(f"SHOW FIELD KEYS {self._from()}"):
             for name, kind in series["values"]:
                 kinds.setdefault(name, set()).add(kind)
-        columns = [(name, kind) for name in sorted(kinds) for kind in sorted(_castable(kinds[name]))]
+        for some in kinds.values():
+            if len(some & set(NUMERIC)) > 1:
+                some.add("float")  # it tells apart what several types of whole numbers read
+        columns = [(name, kind) for name in sorted(kinds) for kind in sorted(kinds[name])]
         return [SelectedField(name, kind, f"c{number}") for number, (name, kind) in enumerate(columns)]
 
     def _counted(self, series: Mapping[str, Any], start_at: datetime | None) -> Iterator[Counted]:
@@ -359,7 +362,7 @@ class InfluxQlReader:
             raise Transient("InfluxDB's answer ends inside a document", "no action needed: it is read again") from error
         if not isinstance(document, dict) or not {"results", "error"} & document.keys():
             raise Permanent(
-                f"{self._connection.server.url} answers with something else than InfluxQL's results: {line[:100]!r}",
+                f"{self._connection.url} answers with something else than InfluxQL's results: {line[:100]!r}",
                 "check that INFLUXDB_URL is an InfluxDB server",
             )
         return document
@@ -368,7 +371,7 @@ class InfluxQlReader:
         """A statement error, which comes with status 200."""
         if any(word in message for word in PASSING):
             return Transient(f"InfluxDB reports: {message}", "no action needed: it is retried")
-        return refusal(self._connection.server.url, OK, message, where=self._variables)
+        return refusal(self._connection.url, OK, message, where=self._variables)
 
 
 def summed(series: Mapping[str, Any]) -> Iterator[Summed]:
@@ -491,11 +494,6 @@ def _read_as(kinds: set[str], value: Any) -> Any:
         return value
     is_float = len(kinds & set(NUMERIC)) == 1 or value == int(Decimal(repr(float(value))))
     return float(value) if is_float else value
-
-
-def _castable(kinds: set[str]) -> set[str]:
-    """The casts that together read a field exactly; `float` tells apart what several whole-number types read."""
-    return kinds | {"float"} if len(kinds & set(NUMERIC)) > 1 else kinds
 
 
 def _nanoseconds(instant: datetime) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from app.core.network import SharedClient
 from app.core.partitions import Step, SyncPlan, in_this_process
-from app.core.runs import Context, Job, Report
+from app.core.runs import Context, Job, Report, Stop
 from app.core.verify import Cell, Chart, Verification
 from app.core.windows import Window
 from app.db.checkpoints import SqlCheckpoints
@@ -67,7 +67,7 @@ class ExportChart:
 
     def cells(self, partition: str, span: Window) -> Sequence[Cell]:
         """See `Chart.cells`."""
-        return self.export().cells(partition, span)
+        return self.export().ends(Stop()).cells(self.checkpoints, partition, span)
 
 
 def build(
@@ -105,7 +105,7 @@ def build(
     def check() -> str:
         from app.influx_to_s3.diagnosis import checked  # the client that finds out what a token may do is heavy
 
-        return checked(export().ping, settings.influx)
+        return checked(export().reader.ping, settings.influx)
 
     export = SharedClient(make)
     off = "" if settings.influx.url else OFF

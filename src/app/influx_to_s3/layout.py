@@ -95,7 +95,7 @@ def with_layout(tree: Tree, wanted: Layout, today: date) -> Tree:
     """`wanted` from the day after the later of today and the sealed day on, unless it is what stands last already."""
     if replace(tree.layouts[-1], effective_at=EPOCH) == replace(wanted, effective_at=EPOCH):
         return tree
-    effective_at = _midnight(_next_free(tree, today))
+    effective_at = _midnight(max(tree.sealed_day, today) + timedelta(days=1))
     earlier = tuple(each for each in tree.layouts if each.effective_at < effective_at)
     if replace(earlier[-1], effective_at=EPOCH) == replace(wanted, effective_at=EPOCH):
         return replace(tree, layouts=earlier)  # a change that was still to come is taken back
@@ -104,7 +104,7 @@ def with_layout(tree: Tree, wanted: Layout, today: date) -> Tree:
 
 def with_types(tree: Tree, wanted: Mapping[str, str], today: date) -> Tree:
     """The columns named in `wanted` have these types from the day after the later of today and the sealed day on."""
-    day = _next_free(tree, today)
+    day = max(tree.sealed_day, today) + timedelta(days=1)
 
     def retyped(column: Column) -> Column:
         kind = wanted.get(column.name)
@@ -140,10 +140,6 @@ def as_on(tree: Tree, today: date, *, first: date, end: date) -> Tree:
         return replace(column, types=tuple(types))
 
     return replace(tree, layouts=tuple(layouts), columns=tuple(map(retyped, tree.columns)))
-
-
-def _next_free(tree: Tree, today: date) -> date:
-    return max(tree.sealed_day, today) + timedelta(days=1)
 
 
 def _midnight(day: date) -> datetime:

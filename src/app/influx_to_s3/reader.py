@@ -10,7 +10,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from sys import intern
@@ -229,18 +229,6 @@ OK = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """Where to ask. `url` without credentials; `token` wins over `username` and `password`; all empty = none sent."""
-
-    url: str
-    token: str = field(default="", repr=False)
-    username: str = ""
-    password: str = field(default="", repr=False)
-    timeout_seconds: float = 120.0
-    connections: int = 8
-
-
-@dataclass(frozen=True, slots=True)
 class ServerAnswer:
     """A body in pieces of at most CHUNK_BYTES. `framed`: HTTP itself tells its end, by chunks or by a length.
 
@@ -254,19 +242,32 @@ class ServerAnswer:
 
 
 class Connection:
-    """Asks one server. Connects with the first question."""
+    """Asks one server, with the first question. `url` without credentials; `token` wins over `username` and `password`;
+    all empty = none sent.
+    """
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    def __init__(
+        self,
+        url: str,
+        token: str = "",
+        *,
+        username: str = "",
+        password: str = "",
+        timeout_seconds: float = 120.0,
+        connections: int = 8,
+    ) -> None:
+        self.url = url
+        self._timeout_seconds, self._connections = timeout_seconds, connections
+        self._variables = "INFLUXDB_TOKEN" if token else "INFLUXDB_USERNAME and INFLUXDB_PASSWORD" if username else ""
         # Answers are compressed on their way through the internet; in a plain network that would only cost both ends
         # CPU time.
-        encoding = "gzip" if server.url.lower().startswith("https://") else "identity"
+        encoding = "gzip" if url.lower().startswith("https://") else "identity"
         self._headers: dict[str, str] = urllib3.make_headers(accept_encoding=encoding)
-        if server.token:
-            self._headers["Authorization"] = f"Token {server.token}"
-        elif server.username:
+        if token:
+            self._headers["Authorization"] = f"Token {token}"
+        elif username:
             # In UTF-8, as Go's servers read it; urllib3 would encode latin-1 and fail beyond it.
-            credentials = base64.b64encode(f"{server.username}:{server.password}".encode()).decode()
+            credentials = base64.b64encode(f"{username}:{password}".encode()).decode()
             self._headers["Authorization"] = f"Basic {credentials}"
 
     @contextmanager
@@ -281,12 +282,12 @@ class Connection:
         with self._translated():
             response = self._pool.request(
                 "GET" if body is None else "POST",
-                self.server.url.rstrip("/") + path,
+                self.url.rstrip("/") + path,
                 body=body,
                 headers={**self._headers, **headers},
                 preload_content=False,
                 retries=False,
-                timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=self.server.timeout_seconds),
+                timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=self._timeout_seconds),
             )
         with closing(response):
             if response.status != OK:
@@ -308,7 +309,7 @@ class Connection:
         with self._translated():
             body = response.read(REFUSAL_BYTES, decode_content=True).decode("utf-8", "replace")
         return refusal(
-            self.server.url,
+            self.url,
             response.status,
             _message(body),
             where=where,
@@ -323,14 +324,13 @@ class Connection:
             return f"set INFLUXDB_API=influxql: InfluxDB {version or '1'} answers no Flux here"
         if HTML.match(body):
             return "set INFLUXDB_URL to an InfluxDB: a web page answers there, perhaps a proxy's or a login"
-        if response.status == UNAUTHORIZED and (self.server.token or self.server.username):
-            pair = "INFLUXDB_TOKEN" if self.server.token else "INFLUXDB_USERNAME and INFLUXDB_PASSWORD"
-            return f"set {pair} to credentials that this server knows"
+        if response.status == UNAUTHORIZED and self._variables:
+            return f"set {self._variables} to credentials that this server knows"
         return ""
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        url = self.server.url
+        url = self.url
         try:
             yield
         except urllib3.exceptions.LocationParseError as error:
@@ -340,7 +340,7 @@ class Connection:
             raise Permanent(f"InfluxDB at {url}: no secure connection: {str(error)[:200]}", hint) from error
         except urllib3.exceptions.ReadTimeoutError as error:
             raise Transient(
-                f"InfluxDB at {url} did not answer within {self.server.timeout_seconds:g} s",
+                f"InfluxDB at {url} did not answer within {self._timeout_seconds:g} s",
                 "raise INFLUXDB_TIMEOUT_SECONDS if it stays; it is retried",
             ) from error
         except urllib3.exceptions.HTTPError as error:
@@ -351,11 +351,11 @@ class Connection:
 
     @cached_property
     def _pool(self) -> Any:
-        if proxy := proxy_for(self.server.url):
+        if proxy := proxy_for(self.url):
             login = urlsplit(proxy).netloc.rpartition("@")[0]
             headers = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else None
-            return urllib3.ProxyManager(proxy, maxsize=self.server.connections, proxy_headers=headers)
-        return urllib3.PoolManager(maxsize=self.server.connections)
+            return urllib3.ProxyManager(proxy, maxsize=self._connections, proxy_headers=headers)
+        return urllib3.PoolManager(maxsize=self._connections)
 
 
 def _message(body: str) -> str:

@@ -8,7 +8,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from heapq import nlargest
@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.core.pipeline import ALL_TAGS, Commit, Held, Pipeline, Record
+from app.core.pipeline import ALL_TAGS, Commit, Held, Record
 from app.core.runs import Context, Done, Report
 from app.core.sync import delete_deltas
 from app.core.windows import DAY_SECONDS, EPOCH, Age, Window, age_of, floor_to, windows_between
@@ -45,10 +45,10 @@ from app.influx_to_s3.layout import (
 )
 from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.rows import in_order, of_object, ordered
-from app.influx_to_s3.source import InfluxSource
+from app.influx_to_s3.source import OpenedExport
 from app.object_store.deltas import noted_window
 from app.object_store.port import ObjectInfo, ObjectStore
-from app.object_store.table_sink import EncodedFile, TableSink
+from app.object_store.table_sink import TableSink
 
 KEY = re.compile(r"device_id=(?P<device>[^/]+)/date=(?P<date>.+)/export_(?P<time>\d{6})\.(?P<format>parquet|csv)")
 DATE_FORMATS = ("%Y/%m/%d", "%Y-%m-%d", "%Y%m%d", "%Y/%j", "%Y-%j")
@@ -111,14 +111,7 @@ def tree_of_data(
 def _look(store: ObjectStore, prefix: str, date_format: str) -> Seen:
     seen = Seen()
     chance = Random(0)  # noqa: S311 - the same sample each time, no secret
-    start = f"{prefix}/" if prefix else ""
-    formats = dict.fromkeys((date_format, *DATE_FORMATS))
-    for info in store.list(f"{start}device_id="):
-        named = KEY.fullmatch(info.key.removeprefix(start))
-        found = named and _stamp_in(named["date"], named["time"], formats)
-        if not named or not found:
-            continue
-        instant, written_as = found
+    for instant, written_as, device, info in _exported(store, prefix, (date_format, *DATE_FORMATS)):
         day = instant.date()
         seen.days.setdefault(day, info)
         seen.date_formats.setdefault(day, written_as)
@@ -130,8 +123,8 @@ def _look(store: ObjectStore, prefix: str, date_format: str) -> Seen:
             seen.some.append(info)
         elif place < SAMPLES:
             seen.some[place] = info
-        if named["device"] not in seen.newest or seen.newest[named["device"]][0] < instant:
-            seen.newest[named["device"]] = instant, info
+        if device not in seen.newest or seen.newest[device][0] < instant:
+            seen.newest[device] = instant, info
     return seen
 
 
@@ -141,17 +134,9 @@ def lost_cursor(store: ObjectStore, prefix: str, device: str, tree: Tree, now: d
     The smaller of the cursor that the writer of its newest object knew to be committed, and of the start of that
     object's window. Objects of older versions carry no such stamp; of those without one, at most SAMPLES are asked.
     """
-    start = f"{prefix}/" if prefix else ""
-    formats = dict.fromkeys((*(each.date_format for each in tree.layouts), *DATE_FORMATS))
-
-    def named() -> Iterator[tuple[datetime, str]]:
-        for info in store.list(f"{start}device_id={device}/"):
-            found = KEY.fullmatch(info.key.removeprefix(start))
-            instant = found and _stamp_in(found["date"], found["time"], formats)
-            if instant and instant[0] <= now:
-                yield instant[0], info.key
-
-    for at, key in nlargest(SAMPLES, named()):
+    formats = (*(each.date_format for each in tree.layouts), *DATE_FORMATS)
+    objects = _exported(store, prefix, formats, device)
+    for at, key in nlargest(SAMPLES, ((at, info.key) for at, _, _, info in objects if at <= now)):
         info = store.head(key)
         if info is not None and (stamp := info.metadata.get("cursor")):
             window = next(tree.windows(at, at + datetime.resolution))
@@ -159,15 +144,22 @@ def lost_cursor(store: ObjectStore, prefix: str, device: str, tree: Tree, now: d
     return None
 
 
-def _stamp_in(day: str, time: str, formats: Iterable[str]) -> tuple[datetime, str] | None:
-    for written_as in formats:
-        try:
-            at = datetime.strptime(f"{day} {time}", f"{written_as} %H%M%S").replace(tzinfo=UTC)
-        except ValueError:
+def _exported(
+    store: ObjectStore, prefix: str, date_formats: Iterable[str], device: str = ""
+) -> Iterator[tuple[datetime, str, str, ObjectInfo]]:
+    """Every object of a tree, or of one device: the instant of its name, how its date is written, and its device."""
+    start = f"{prefix}/" if prefix else ""
+    formats = dict.fromkeys(date_formats)
+    for info in store.list(f"{start}device_id={device}{'/' if device else ''}"):
+        named = KEY.fullmatch(info.key.removeprefix(start))
+        if named is None:
             continue
-        if at.strftime(written_as) == day:
-            return at, written_as
-    return None
+        for written_as in formats:
+            with suppress(ValueError):
+                at = datetime.strptime(f"{named['date']} {named['time']}", f"{written_as} %H%M%S").replace(tzinfo=UTC)
+                if at.strftime(written_as) == named["date"]:
+                    yield at, written_as, named["device"], info
+                    break
 
 
 def _layouts(store: ObjectStore, seen: Seen) -> tuple[Layout, ...]:
@@ -245,38 +237,31 @@ def devices_in(sink: TableSink) -> Sequence[str]:
     return sorted({named["device"] for named in found if named})
 
 
-def rewrite(
-    pipeline: Pipeline[RowBatch, EncodedFile],
-    source: InfluxSource,
-    sink: TableSink,
-    columns: Columns,
-    context: Context,
-    *,
-    device: str,
-    span: Window,
-    now: datetime,
-    done: Done,
-) -> None:
+def rewrite(opened: OpenedExport, context: Context, device: str, span: Window, done: Done) -> None:
     """Re-encode the objects of one device whose windows start in `span` and are due."""
+    pipeline, sink, columns = opened.pipeline, opened.sink, opened.columns
     for day in windows_between(span.start, span.end, DAY_SECONDS):
         found = pipeline.checkpoints.records(pipeline.name, device, day.start, day.end)
         records = {record.window.start: record for record in found if not record.part}
-        windows: dict[Window, dict[int, str]] = {}
-        for named_at, info in sink.listed(device, day):
-            window = next(pipeline.grid.windows(named_at, named_at + datetime.resolution))
-            windows.setdefault(window, {})[round((named_at - window.start).total_seconds())] = info.key
-        for window, keys in sorted(windows.items()):
+        windows = list(pipeline.grid.windows(day.start, day.end))
+        objects = sink.objects(device, windows)
+        for window in windows:
             context.stop.check()
-            if span.start <= window.start < span.end and age_of(window, now, pipeline.grid.grace_seconds) is Age.DUE:
-                held = {part: there for part in sorted(keys) if (there := _own(sink, keys[part]))}
-                record = records.get(window.start)
-                with closing(_rows(source, sink, columns, device=device, keys=keys, held=held)) as batch:
-                    done(
-                        _replace(
-                            pipeline, sink, context, window=window, keys=keys, held=held, batch=batch, record=record
-                        )
-                    )
-                context.progress.advance(done=1)
+            keys = {part: key for part, (key, _) in sorted(objects.get(window.start, {}).items())}
+            is_due = age_of(window, opened.now, pipeline.grid.grace_seconds) is Age.DUE
+            if not (keys and is_due and span.start <= window.start < span.end):
+                continue
+            held = {part: there for part, key in keys.items() if (there := _own(sink, key))}
+            if held and (0 in held or 0 not in keys):
+                folded = held[0].folded if 0 in held else 0
+                parts = [part for part in held if not part or part > folded]
+                tables = [_rows(sink, columns, keys[part], held[part].version) for part in parts]
+                with closing(opened.source.spooled(device, in_order(tables, columns))) as batch:
+                    # What lost tags once has lost them still.
+                    batch.has_all_tags = all(held[part].tags == ALL_TAGS for part in parts)
+                    record = records.get(window.start)
+                    done(_replace(opened, context, window, keys=keys, held=held, batch=batch, record=record))
+            context.progress.advance(done=1)
 
 
 def _own(sink: TableSink, key: str) -> Held | None:
@@ -294,51 +279,29 @@ def _unit(sink: TableSink, key: str) -> str:
     return info.metadata.get("timestamp-unit", "ns") if info else ""
 
 
-def _unfolded(held: Mapping[int, Held]) -> Sequence[int]:
-    """The parts whose rows are not in the window's object, that object first."""
-    folded = held[0].folded if 0 in held else 0
-    return [part for part in held if not part or part > folded]
-
-
-def _rows(
-    source: InfluxSource,
-    sink: TableSink,
-    columns: Columns,
-    *,
-    device: str,
-    keys: Mapping[int, str],
-    held: Mapping[int, Held],
-) -> RowBatch:
-    """The rows of a window's object and of its deltas. What lost tags once has lost them still."""
-
-    def rows(part: int) -> Iterator[pa.Table]:
-        tables = (of_object(table, columns) for table in sink.read(keys[part], held[part].version) if table.num_rows)
-        return (ordered([table], columns)[0] for table in tables)
-
-    parts = _unfolded(held)
-    batch = source.spooled(device, in_order([rows(part) for part in parts], columns))
-    return replace(batch, has_all_tags=all(held[part].tags == ALL_TAGS for part in parts))
+def _rows(sink: TableSink, columns: Columns, key: str, version: str) -> Iterator[pa.Table]:
+    for table in sink.read(key, version):
+        if table.num_rows:
+            yield ordered([of_object(table, columns)], columns)[0]
 
 
 def _replace(
-    pipeline: Pipeline[RowBatch, EncodedFile],
-    sink: TableSink,
+    opened: OpenedExport,
     context: Context,
-    *,
     window: Window,
+    *,
     keys: Mapping[int, str],
     held: Mapping[int, Held],
     batch: RowBatch,
     record: Record | None,
 ) -> Report:
     """Put the re-encoded object, unless it is so already; its record follows, and the deltas go."""
-    if not held or (0 in keys and 0 not in held):
-        return Report()
+    pipeline, sink = opened.pipeline, opened.sink
     base, key = held.get(0), keys.get(0) or sink.key(batch.device, window, 0)
     is_done = (
         base is not None
         and base.digest == batch.digest
-        and len(_unfolded(held)) == 1
+        and max(held) <= base.folded
         and (key.endswith(".csv") or _unit(sink, key) == sink.layout_at(window.start).timestamp_unit)
     )
     report = Report() if is_done else Report(rows=batch.rows, windows=1)

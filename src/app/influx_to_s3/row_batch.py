@@ -12,10 +12,8 @@ null).
 """
 
 import hashlib
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,120 +21,136 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from app.core.files import temporary_file
 from app.core.ledger import Tally
 from app.core.pipeline import Sums
 from app.influx_to_s3.layout import COMPUTED, DEVICE, MEASURED, TAGS, TIMESTAMP, Columns
 from app.influx_to_s3.rows import Disagreement, identities_of, instant_of, instants_of
 
 HOUR_NS = 3_600_000_000_000
-DAY_NS = 24 * HOUR_NS
 THURSDAY, FRIDAY = 3, 4
-
-
-def output_schema(rows: pa.Schema, columns: Columns) -> pa.Schema:
-    """The columns of an object whose canonical rows have the schema `rows`.
-
-    device_id has dictionary type, as pandas takes the `device_id=` in paths: it merges the two only then.
-    """
-    others = [column for column in rows if column.name not in (TIMESTAMP, *TAGS, *MEASURED)]
-    return pa.schema(
-        [
-            (TIMESTAMP, pa.timestamp("ns", "UTC")),
-            (DEVICE, pa.dictionary(pa.int32(), pa.string())),
-            *((name, pa.string()) for name in TAGS),
-            *((name, pa.float64()) for name in MEASURED),
-            *zip(COMPUTED, (pa.int32(), pa.int32(), pa.bool_(), pa.float64()), strict=True),
-            *(
-                pa.field(each.name, each.type, metadata=columns.describe(each.name))
-                for each in sorted(others, key=lambda each: (each.name not in columns.tags, each.name))
-            ),
-        ]
-    )
-
-
-def enrich(table: pa.Table, device: str, schema: pa.Schema) -> pa.Table:
-    """Canonical rows with the computed columns, as `schema` from `output_schema`."""
-    columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
-    columns[DEVICE] = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), table.num_rows), [device])
-    for name in MEASURED:
-        columns.setdefault(name, pa.nulls(table.num_rows, pa.float64()))
-    columns |= computed_from(pa.table(columns))
-    return pa.table([columns[name] for name in schema.names], schema=schema)
+BLOCK_ROWS = 16_384
+MEMORY_BYTES = 32 << 20
+NANOS_PER_MICROSECOND = 1000
+NO_SUMS: Mapping[str, Sums] = {}
+NONE: Mapping[str, int] = {}
 
 
 def computed_from(rows: pa.Table) -> dict[str, Any]:
     """The computed columns of rows that have the documented ones, as numbers or as text.
 
-    power_factor is power / (voltage * current) clipped to [0, 1]; null where an input is null or the quotient is not a
-    number.
+    hour 0-23 and day_of_week (Monday = 0) are of the UTC instant. power_factor is power / (voltage * current) clipped
+    to [0, 1]; null where an input is null or the quotient is not a number.
     """
+    hours = instants_of(rows) // HOUR_NS
+    day = ((hours // 24 + THURSDAY) % 7).astype(np.int32)  # 1970-01-01 was a Thursday
     volts, amperes, watts = (rows.column(name).cast(pa.float64()).to_numpy() for name in MEASURED[:3])
     with np.errstate(all="ignore"):
         apparent = volts * amperes
         factor = np.clip(watts / apparent, 0.0, 1.0)
     unknown = ~np.isfinite(factor) | (apparent == 0.0)
-    return {**_calendar(rows), "power_factor": pa.array(factor, mask=unknown)}
-
-
-def _calendar(table: pa.Table) -> dict[str, Any]:
-    """hour 0-23 and day_of_week (Monday = 0) of the UTC instant; 1970-01-01 was a Thursday."""
-    instants = instants_of(table)
-    if len(instants) and instants[0] // HOUR_NS == instants[-1] // HOUR_NS:  # rows are in order: all of one hour
-        return _of_one_hour(int(instants[0]), len(instants))
-    hour = (instants // HOUR_NS % 24).astype(np.int32)
-    day = ((instants // DAY_NS + THURSDAY) % 7).astype(np.int32)
-    return {"hour": pa.array(hour), "day_of_week": pa.array(day), "is_weekend": pa.array(day > FRIDAY)}
-
-
-def _of_one_hour(instant: int, rows: int) -> dict[str, Any]:
-    """What `_calendar` gives for `rows` instants of the hour that holds `instant`."""
-    hour, day = instant // HOUR_NS % 24, (instant // DAY_NS + THURSDAY) % 7
     return {
-        "hour": pa.repeat(pa.scalar(hour, pa.int32()), rows),
-        "day_of_week": pa.repeat(pa.scalar(day, pa.int32()), rows),
-        "is_weekend": pa.repeat(pa.scalar(day > FRIDAY), rows),
+        "hour": pa.array((hours % 24).astype(np.int32)),
+        "day_of_week": pa.array(day),
+        "is_weekend": pa.array(day > FRIDAY),
+        "power_factor": pa.array(factor, mask=unknown),
     }
 
 
-BLOCK_ROWS = 16_384
-MEMORY_BYTES = 32 << 20
-NANOS_PER_MICROSECOND = 1000
-NONE: Mapping[str, int] = {}
-
-
-@dataclass(slots=True)
 class RowBatch:
-    """A finished batch (see `app.core.pipeline.Batch`). `cells`: the source's counts by bucket, taken before.
+    """See `app.core.pipeline.Batch`. Rows are collected by `append`; all else is there after `finish`.
 
-    `accounts`: by field, what was counted, read, and (as `new`) what the rows hold, (as `already_there`) what points
-    that differ in ignored tags only have twice, and (as `set_aside`) what disagrees between these.
+    `cells`: the source's counts by bucket, taken before. `sums`: by field, of what was read. `accounts`: by field, what
+    was counted, read, and (as `new`) what the rows hold, (as `already_there`) what points that differ in ignored tags
+    only have twice, and (as `set_aside`) what disagrees between these, which is `disagreements`.
 
     `has_all_tags`: false when some rows were read back from an object of an older version, which dropped their further
-    tags.
+    tags. `has_nanos`: whether an instant has digits below the microsecond. `schema`: that of the canonical rows.
     """
 
-    device: str
-    rows: int
-    digest: str
-    first_ns: int | None
-    last_ns: int | None
-    schema: pa.Schema
-    columns: Columns
-    has_nanos: bool
-    blocks: Sequence[pa.Table]
-    spooled: BinaryIO | None = None
-    cells: Mapping[datetime, int] = field(default_factory=dict)
-    accounts: Mapping[str, Tally] = field(default_factory=dict)
-    sums: Mapping[str, Sums] = field(default_factory=dict)
-    disagreements: Sequence[Disagreement] = ()
-    has_all_tags: bool = True
-    united_new_rows: int | None = None
-    corrected_rows: int = 0
+    def __init__(self, device: str, directory: Path, memory_rows: int, columns: Columns) -> None:
+        self.device, self.columns = device, columns
+        self.rows = self.new_rows = self.corrected_rows = 0
+        self.digest = ""
+        self.min_at: datetime | None = None
+        self.max_at: datetime | None = None
+        self.schema = pa.schema([])
+        self.has_nanos, self.has_all_tags = False, True
+        self.cells: Mapping[datetime, int] = {}
+        self.accounts: Mapping[str, Tally] = {}
+        self.sums: dict[str, Sums] = {}
+        self.disagreements: list[Disagreement] = []
+        self._directory, self._memory_rows = directory, max(memory_rows, BLOCK_ROWS)
+        self._waiting: list[pa.Table] = []
+        self._waiting_rows = 0
+        self.blocks: list[pa.Table] = []
+        self._memory_bytes = 0
+        self._file: BinaryIO | None = None
+        self._types: dict[str, Any] = {}
+        self._landed: Counter[str] = Counter()
+        self._twice: Counter[str] = Counter()
+        self._digest = hashlib.sha256()
+        self._last_ns: int | None = None
 
-    @property
-    def new_rows(self) -> int:
-        """See `Batch.new_rows`."""
-        return self.rows if self.united_new_rows is None else self.united_new_rows
+    def append(
+        self,
+        table: pa.Table,
+        read: Mapping[str, Sums] = NO_SUMS,
+        twice: Mapping[str, int] = NONE,
+        others: Sequence[Disagreement] = (),
+    ) -> None:
+        """Add rows in canonical order that are later than all rows before. ValueError when they are not later.
+
+        By field: what was `read` for them, and how many of these values stand in no row of their own.
+        """
+        for name, sums in read.items():
+            self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        self._twice.update(twice)
+        self.disagreements += others
+        if table.num_rows == 0:
+            return
+        instants = instants_of(table)
+        if self._last_ns is not None and int(instants[0]) <= self._last_ns:
+            raise ValueError(f"rows of {self.device} are out of order: {instants[0]} after {self._last_ns}")
+        self._last_ns = int(instants[-1])
+        self.min_at, self.max_at = self.min_at or instant_of(int(instants[0])), instant_of(self._last_ns)
+        self.rows += table.num_rows
+        self.has_nanos = self.has_nanos or bool((instants % NANOS_PER_MICROSECOND).any())
+        self._waiting.append(table)
+        self._waiting_rows += table.num_rows
+        if self._waiting_rows >= BLOCK_ROWS:
+            self._cut(whole_blocks_only=True)
+
+    def finish(self, cells: Mapping[datetime, int], counted: Mapping[str, int]) -> "RowBatch":
+        """No more rows come. `counted`: by field, at the source before; rows that came between the count and the
+        reading were counted by the reading.
+        """
+        self._cut(whole_blocks_only=False)
+        others = sorted(name for name in self._types if name not in (TIMESTAMP, *TAGS))
+        self.schema = pa.schema(
+            [
+                (TIMESTAMP, pa.timestamp("ns", "UTC")),
+                *((tag, pa.string()) for tag in TAGS),
+                *((name, self._types[name]) for name in others),
+            ]
+        )
+        self.digest, self.new_rows, self.cells = self._digest.hexdigest(), self.rows, cells
+        aside = Counter(each.field for each in self.disagreements)
+        landed: Counter[str] = Counter()
+        for name, number in self._landed.items():
+            landed[self.columns.sources.get(name) or name] += number
+        read = {name: sums.values for name, sums in self.sums.items()}
+        self.accounts = {
+            name: Tally(
+                counted=max(counted.get(name, 0), read.get(name, 0)),
+                read=read.get(name, 0),
+                new=landed[name],
+                already_there=self._twice[name],
+                set_aside=aside[name],
+            )
+            for name in counted.keys() | read.keys() | landed.keys()
+        }
+        return self
 
     @property
     def identities(self) -> Any:
@@ -149,37 +163,50 @@ class RowBatch:
         return len(identities) <= self.rows and bool(np.isin(identities, self.identities).all())
 
     @property
-    def min_at(self) -> datetime | None:
-        """Oldest event time, to the microsecond below."""
-        return instant_of(self.first_ns)
-
-    @property
-    def max_at(self) -> datetime | None:
-        """Newest event time, to the microsecond below."""
-        return instant_of(self.last_ns)
-
-    @property
     def reusable(self) -> bool:
         """Large windows are spooled; reading only their tail is what saves the source work.
 
         Where points were merged, the values that stand in no row of their own cannot be told by their time any more.
         """
         merged = self.disagreements or any(each.already_there for each in self.accounts.values())
-        return self.spooled is not None and not merged
+        return self._file is not None and not merged
 
     @property
     def output_schema(self) -> pa.Schema:
-        """The documented columns, then this batch's further tags and fields. Timestamps are in nanoseconds."""
-        return output_schema(self.schema, self.columns)
+        """The documented columns, then this batch's further tags and fields. Timestamps are in nanoseconds.
+
+        device_id has dictionary type, as pandas takes the `device_id=` in paths: it merges the two only then.
+        """
+        others = [column for column in self.schema if column.name not in (TIMESTAMP, *TAGS, *MEASURED)]
+        return pa.schema(
+            [
+                (TIMESTAMP, pa.timestamp("ns", "UTC")),
+                (DEVICE, pa.dictionary(pa.int32(), pa.string())),
+                *((name, pa.string()) for name in TAGS),
+                *((name, pa.float64()) for name in MEASURED),
+                *zip(COMPUTED, (pa.int32(), pa.int32(), pa.bool_(), pa.float64()), strict=True),
+                *(
+                    pa.field(each.name, each.type, metadata=self.columns.describe(each.name))
+                    for each in sorted(others, key=lambda each: (each.name not in self.columns.tags, each.name))
+                ),
+            ]
+        )
 
     def output(self) -> Iterator[pa.Table]:
-        """The rows as they are written to an object."""
+        """The rows as they are written to an object, with the computed columns."""
         schema = self.output_schema
-        return (enrich(table, self.device, schema) for table in self.tables())
+        for table in self.tables():
+            columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
+            places = pa.repeat(pa.scalar(0, pa.int32()), table.num_rows)
+            columns[DEVICE] = pa.DictionaryArray.from_arrays(places, [self.device])
+            for name in MEASURED:
+                columns.setdefault(name, pa.nulls(table.num_rows, pa.float64()))
+            columns |= computed_from(pa.table(columns))
+            yield pa.table([columns[name] for name in schema.names], schema=schema)
 
     def tables(self) -> Iterator[pa.Table]:
         """The rows in order, block by block, all with `schema`."""
-        for block in self._spooled_blocks() if self.spooled else self.blocks:
+        for block in _blocks_in(self._file) if self._file else self.blocks:
             if len(block.schema) == len(self.schema) and block.select(self.schema.names).schema == self.schema:
                 yield block.select(self.schema.names)
                 continue
@@ -191,124 +218,9 @@ class RowBatch:
             }
             yield pa.table(aligned, schema=self.schema)
 
-    def _spooled_blocks(self) -> Iterator[pa.Table]:
-        if self.spooled is None:
-            return
-        self.spooled.seek(0)
-        source = pa.PythonFile(self.spooled, mode="r")
-        while source.tell() < source.size():
-            with pa.ipc.open_stream(source) as reader:
-                yield reader.read_all()
-
     def close(self) -> None:
-        """Remove the spool. Idempotent."""
-        self.blocks = ()
-        if self.spooled is not None:
-            self.spooled.close()
-
-
-class RowSpool:
-    """Collects ordered rows into blocks of BLOCK_ROWS, digests them, and keeps them in memory or in a file."""
-
-    def __init__(self, device: str, directory: Path, memory_rows: int, columns: Columns) -> None:
-        self.device = device
-        self.columns = columns
-        self._directory = directory
-        self._memory_rows = max(memory_rows, BLOCK_ROWS)
-        self._waiting: list[pa.Table] = []
-        self._waiting_rows = 0
-        self._blocks: list[pa.Table] = []
-        self._memory_bytes = 0
-        self._file: BinaryIO | None = None
-        self._types: dict[str, Any] = {}
-        self._landed: Counter[str] = Counter()
-        self._read: dict[str, Sums] = {}
-        self._twice: Counter[str] = Counter()
-        self._disagreements: list[Disagreement] = []
-        self._digest = hashlib.sha256()
-        self._rows = 0
-        self._has_nanos = False
-        self._first_ns: int | None = None
-        self._last_ns: int | None = None
-
-    def append(self, table: pa.Table) -> None:
-        """Add rows in canonical order that are later than all rows before. ValueError when they are not later."""
-        if table.num_rows == 0:
-            return
-        instants = instants_of(table)
-        if self._last_ns is not None and int(instants[0]) <= self._last_ns:
-            raise ValueError(f"rows of {self.device} are out of order: {instants[0]} after {self._last_ns}")
-        self._first_ns = int(instants[0]) if self._first_ns is None else self._first_ns
-        self._last_ns = int(instants[-1])
-        self._rows += table.num_rows
-        self._has_nanos = self._has_nanos or bool((instants % NANOS_PER_MICROSECOND).any())
-        self._waiting.append(table)
-        self._waiting_rows += table.num_rows
-        if self._waiting_rows >= BLOCK_ROWS:
-            self._cut(whole_blocks_only=True)
-
-    def note(
-        self, read: Mapping[str, Sums], twice: Mapping[str, int] = NONE, others: Sequence[Disagreement] = ()
-    ) -> None:
-        """By field: values that were read for the rows, and how many of them stand in no row of their own."""
-        for name, sums in read.items():
-            self._read[name] = self._read[name] + sums if name in self._read else sums
-        self._twice.update(twice)
-        self._disagreements += others
-
-    @property
-    def values(self) -> Mapping[str, int]:
-        """By field, how many values were read."""
-        return {name: sums.values for name, sums in self._read.items()}
-
-    def finish(self, cells: Mapping[datetime, int], counted: Mapping[str, int]) -> RowBatch:
-        """All that was appended, as a batch that owns the spool file. `counted`: by field, at the source before."""
-        self._cut(whole_blocks_only=False)
-        others = sorted(name for name in self._types if name not in (TIMESTAMP, *TAGS))
-        schema = pa.schema(
-            [
-                (TIMESTAMP, pa.timestamp("ns", "UTC")),
-                *((tag, pa.string()) for tag in TAGS),
-                *((name, self._types[name]) for name in others),
-            ]
-        )
-        return RowBatch(
-            device=self.device,
-            rows=self._rows,
-            digest=self._digest.hexdigest(),
-            first_ns=self._first_ns,
-            last_ns=self._last_ns,
-            schema=schema,
-            columns=self.columns,
-            has_nanos=self._has_nanos,
-            blocks=tuple(self._blocks),
-            spooled=self._file,
-            cells=cells,
-            accounts=self._accounts(counted),
-            sums=self._read,
-            disagreements=tuple(self._disagreements),
-        )
-
-    def _accounts(self, counted: Mapping[str, int]) -> Mapping[str, Tally]:
-        """Rows that came between the count and the reading were counted by the reading."""
-        aside = Counter(each.field for each in self._disagreements)
-        landed: Counter[str] = Counter()
-        for name, number in self._landed.items():
-            landed[self.columns.sources.get(name) or name] += number
-        read = self.values
-        return {
-            name: Tally(
-                counted=max(counted.get(name, 0), read.get(name, 0)),
-                read=read.get(name, 0),
-                new=landed[name],
-                already_there=self._twice[name],
-                set_aside=aside[name],
-            )
-            for name in counted.keys() | read.keys() | landed.keys()
-        }
-
-    def abandon(self) -> None:
-        """Remove what was spooled so far, after an error."""
+        """Remove what was spooled. Idempotent."""
+        self.blocks = []
         if self._file is not None:
             self._file.close()
 
@@ -323,37 +235,36 @@ class RowSpool:
         self._waiting, self._waiting_rows = ([rest], rest.num_rows) if rest.num_rows else ([], 0)
 
     def _add(self, block: pa.Table) -> None:
-        # Without the columns that hold nothing.
-        block = block.select([c.name for c in block.schema if block.column(c.name).null_count < block.num_rows])
-        for column in block.schema:
-            self._types[column.name] = column.type
-            if column.name != TIMESTAMP and column.name not in self.columns.tags:
-                self._landed[column.name] += block.num_rows - block.column(column.name).null_count
-        _digest_block(self._digest, block)
-        self._blocks.append(block)
+        """Digest and keep a block, without the columns that hold nothing; names, types and values are digested."""
+        names = [name for name in block.column_names if block.column(name).null_count < block.num_rows]
+        block = block.select(names)
+        for name in sorted(names):
+            column = block.column(name)
+            self._types[name] = column.type
+            if name != TIMESTAMP and name not in self.columns.tags:
+                self._landed[name] += len(column) - column.null_count
+            array = column.chunk(0)  # the only one of a block
+            self._digest.update(f"{name}\0{array.type}\0{len(array)}\0{array.null_count}\0".encode())
+            for part in _value_bytes(array):
+                self._digest.update(part)
+        self.blocks.append(block)
         self._memory_bytes += block.nbytes
-        if self._file or self._rows > self._memory_rows or self._memory_bytes > MEMORY_BYTES:
-            self._spill()
-
-    def _spill(self) -> None:
-        if self._file is None:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=self._directory, prefix="rows-")  # noqa: SIM115 - the batch closes it
-        for block in self._blocks:
-            with pa.ipc.new_stream(self._file, block.schema) as writer:
-                writer.write_table(block)
-        self._blocks.clear()
-        self._memory_bytes = 0
+        if self._file is None and (self.rows > self._memory_rows or self._memory_bytes > MEMORY_BYTES):
+            self._file = temporary_file(self._directory)
+        if self._file is not None:
+            for each in self.blocks:
+                with pa.ipc.new_stream(self._file, each.schema) as writer:
+                    writer.write_table(each)
+            self.blocks.clear()
+            self._memory_bytes = 0
 
 
-def _digest_block(digest: Any, block: pa.Table) -> None:
-    """Feed names, types and values of a block; columns without any value do not count."""
-    for name in sorted(block.column_names):
-        column = block.column(name).combine_chunks()
-        array = column.chunk(0) if hasattr(column, "chunk") else column
-        digest.update(f"{name}\0{array.type}\0{len(array)}\0{array.null_count}\0".encode())
-        for part in _value_bytes(array):
-            digest.update(part)
+def _blocks_in(file: BinaryIO) -> Iterator[pa.Table]:
+    file.seek(0)
+    source = pa.PythonFile(file, mode="r")
+    while source.tell() < source.size():
+        with pa.ipc.open_stream(source) as reader:
+            yield reader.read_all()
 
 
 def _value_bytes(array: Any) -> Iterator[Any]:

@@ -28,8 +28,7 @@ from app.core.sync import counted
 from app.core.windows import DAY_SECONDS, Age, Window, age_of, floor_to
 from app.influx_to_s3.reader import Counted, Points, totals
 from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.rows import Disagreement
-from app.influx_to_s3.source import InfluxSource
+from app.influx_to_s3.source import InfluxSource, OpenedExport
 from app.object_store.set_aside import LINES, Kept, SetAsideStore
 from app.object_store.table_sink import EncodedFile
 
@@ -97,19 +96,18 @@ class Aside:
         self._device_tag = device_tag
         self._known: dict[tuple[str, datetime], int] = {}
 
-    def keep_values(
-        self, reason: str, device: str, window: Window, values: Sequence[Disagreement]
-    ) -> Sequence[SetAside]:
-        """Keep values of one window, each as a point of its own."""
-        if not values:
+    def keep_values(self, device: str, window: Window, batch: RowBatch) -> Sequence[SetAside]:
+        """Keep the values that disagree with others of the batch of one window, each as a point of its own."""
+        if not batch.disagreements:
             return ()
         own = self._own(device)
         lines = [
-            line(self._measurement, {**own, **each.tags}, {each.field: each.value}, each.instant_ns) for each in values
+            line(self._measurement, {**own, **each.tags}, {each.field: each.value}, each.instant_ns)
+            for each in batch.disagreements
         ]
         content = "".join(f"{each}\n" for each in lines).encode("utf-8", "surrogatepass")
         kept = self._store.keep(
-            _name(device, window), content, content_type=LINES, reason=reason, number=len(values), sample=lines[0]
+            _name(device, window), content, content_type=LINES, reason=OTHER_VALUE, number=len(lines), sample=lines[0]
         )
         return (kept.entry,)
 
@@ -160,76 +158,51 @@ class Aside:
         due = [window for window in windows if age_of(window, at.now, grid.grace_seconds) is Age.DUE]
         counts = {start: count for (_, start), count in source.counts(device, due).items()} if due else {}
         report = Report(more=len(windows) == grid.count_windows)
+        reason, sample = (REFUSED_ID, f"device id {device[:80]!r}") if device else (NO_DEVICE_TAG, "")
         for window in windows:
             context.stop.check()
             count = counts.get(window.start) if window in due else live.get(window.start)
-            if count is not None:
-                report += self._refuse(pipeline, source, context, device=device, window=window, count=count)
+            if count is None:
+                continue
+            if self._known.get((device, window.start)) == count.cells or context.dry_run:
+                report += _accounted(pipeline, count.fields, SetAside(reason, count.cells, 0, sample))
+                continue
+            # A device that cannot have objects is news once, and not with each of its points.
+            is_known = bool(device) and self.knows(device)
+            kept, read = self.keep_points(reason, device, window, _points(source, device, window, count))
+            if kept.key:
+                self._known[device, window.start] = count.cells
+            log.debug("%r %s: %d values set aside: %s", device, window, kept.number, reason)
+            new = 0 if is_known else kept.new
+            report += _accounted(pipeline, read, SetAside(reason, kept.number, new, sample or kept.entry.sample))
         if due and not context.dry_run:
             pipeline.checkpoints.commit(pipeline.name, device, Commit(cursor_at=due[-1].end), context.lease)
         return report
 
-    def _refuse(
-        self,
-        pipeline: ExportPipeline,
-        source: InfluxSource,
-        context: Context,
-        *,
-        device: str,
-        window: Window,
-        count: Count,
-    ) -> Report:
-        reason = REFUSED_ID if device else NO_DEVICE_TAG
-        sample = f"device id {device[:80]!r}" if device else ""
-        if self._known.get((device, window.start)) == count.cells or context.dry_run:
-            return _accounted(pipeline, count.fields, SetAside(reason, count.cells, 0, sample))
-        is_known = bool(device) and self.knows(device)
-        kept, read = self.keep_points(reason, device, window, _points(source, device, window, count))
-        if kept.key:
-            self._known[device, window.start] = count.cells
-        log.debug("%r %s: %d values set aside: %s", device, window, kept.number, reason)
-        # A device that cannot have objects is news once, and not with each of its points.
-        return _accounted(
-            pipeline, read, SetAside(reason, kept.number, 0 if is_known else kept.new, sample or kept.entry.sample)
-        )
-
-    def account_outside(
-        self,
-        pipeline: ExportPipeline,
-        source: InfluxSource,
-        context: Context,
-        *,
-        now: datetime,
-        first_start_at: datetime,
-    ) -> Report:
+    def account_outside(self, opened: OpenedExport, context: Context) -> Report:
         """Points that no window of a run holds. The future waits for its windows; what is from before CLOCKS_SET_AT is
         kept as line protocol, by day.
         """
-        newest = next(pipeline.grid.windows(now, now + datetime.resolution)).end
+        pipeline, source = opened.pipeline, opened.source
+        newest = next(pipeline.grid.windows(opened.now, opened.now + datetime.resolution)).end
         future = totals(source.again(lambda: list(source.reader.outside(Window(newest, NEWEST_AT)))))
         report = Report(ledger=counted(pipeline.unit, future.values(), "waiting"))
-        if first_start_at < CLOCKS_SET_AT:
+        if opened.tree.first_start_at < CLOCKS_SET_AT:
             return report  # an export that begins that early exports these points
         unset = Window(OLDEST_AT, CLOCKS_SET_AT)
         old = totals(source.again(lambda: list(source.reader.outside(unset))))
-        for (device, _), count in old.items():
-            report += self._keep_unset(pipeline, source, context, device, count)
+        for (device, start), count in old.items():
+            new, sample, left = 0, "", count.cells
+            if self._known.get((device, start)) != count.cells and not context.dry_run:
+                for day in islice(_days(source, device, unset), DAYS):
+                    context.stop.check()
+                    kept, read = self.keep_points(CLOCK_NOT_SET, device, day, source.reader.rows(device, day))
+                    new, sample, left = new + kept.new, sample or kept.entry.sample, left - sum(read.values())
+                new += max(left, 0)
+                self._known[device, start] = count.cells
+                log.debug("%r: %d values set aside: %s", device, count.cells, CLOCK_NOT_SET)
+            report += _accounted(pipeline, count.fields, SetAside(CLOCK_NOT_SET, count.cells, new, sample))
         return report
-
-    def _keep_unset(
-        self, pipeline: ExportPipeline, source: InfluxSource, context: Context, device: str, count: Count
-    ) -> Report:
-        slot = (device, OLDEST_AT)
-        if self._known.get(slot) == count.cells or context.dry_run:
-            return _accounted(pipeline, count.fields, SetAside(CLOCK_NOT_SET, count.cells, 0))
-        new, sample, left = 0, "", count.cells
-        for day in islice(_days(source, device, Window(OLDEST_AT, CLOCKS_SET_AT)), DAYS):
-            context.stop.check()
-            kept, read = self.keep_points(CLOCK_NOT_SET, device, day, source.reader.rows(device, day))
-            new, sample, left = new + kept.new, sample or kept.entry.sample, left - sum(read.values())
-        self._known[slot] = count.cells
-        log.debug("%r: %d values set aside: %s", device, count.cells, CLOCK_NOT_SET)
-        return _accounted(pipeline, count.fields, SetAside(CLOCK_NOT_SET, count.cells, new + max(left, 0), sample))
 
     def _own(self, device: str) -> Mapping[str, str]:
         return {self._device_tag: device} if device else {}
@@ -243,28 +216,25 @@ def _name(device: str, window: Window) -> tuple[str, ...]:
     return _owner(device), f"{window.start:%Y-%m-%d}", f"{window.start:%H%M%S}"
 
 
-def absent_devices(
-    source: "InfluxSource", settings: Settings, first_start_at: datetime
-) -> Mapping[str, tuple[str, str]]:
+def absent_devices(opened: OpenedExport, settings: Settings) -> Mapping[str, tuple[str, str]]:
     """Configured devices without any point, each with message and hint."""
-    absent = source.absent(first_start_at) if settings.export.device_ids else ()
-    if not absent:
-        return {}
-    influx, inventory = settings.influx, source.again(source.reader.inventory)
-    if not inventory.has_points:
+    source = opened.source
+    absent = source.absent(opened.tree.first_start_at)
+    influx, inventory = settings.influx, source.again(source.reader.inventory) if absent else None
+    if inventory is None or not inventory.has_points:
         return {}
     there = _named(inventory.devices) or "none"
     message = f"no point of {influx.measurement!r} has this value of the tag {influx.device_tag!r}"
     return dict.fromkeys(absent, (message, f"correct DEVICE_IDS; devices are: {there}"))
 
 
-def refuse_wrong_settings(source: InfluxSource, settings: Settings, first_start_at: datetime) -> None:
+def refuse_wrong_settings(opened: OpenedExport, settings: Settings) -> None:
     """To be asked when nothing was found. Raises Permanent, with what there is, when a setting names something that
     does not exist while others do; an empty source, or one without points in the span asked, is not a fault.
     """
     measurement, tag = settings.influx.measurement, settings.influx.device_tag
     wanted = settings.export.device_ids
-    there = source.again(source.reader.inventory)
+    there = opened.source.again(opened.source.reader.inventory)
     if there.measurements and measurement not in there.measurements:
         known = _named(there.measurements)
         raise Permanent(f"measurement {measurement!r} does not exist", f"set INFLUXDB_MEASUREMENT to one of: {known}")
@@ -278,7 +248,7 @@ def refuse_wrong_settings(source: InfluxSource, settings: Settings, first_start_
             f"no point of measurement {measurement!r} has the tag {tag!r}",
             f"set INFLUXDB_DEVICE_TAG to the tag that names the device; tags are: {_named(there.tags) or 'none'}",
         )
-    if there.devices and wanted and not source.partitions(first_start_at):
+    if there.devices and wanted and not opened.source.partitions(opened.tree.first_start_at):
         raise Permanent(
             f"none of the devices in DEVICE_IDS ({_named(wanted)}) has a point in {measurement!r}",
             f"correct DEVICE_IDS, or set it to *; devices are: {_named(there.devices)}",

@@ -7,10 +7,10 @@ Invariant: a batch holds at least as many values of each field as the source cou
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import chain, groupby
 from pathlib import Path
@@ -22,12 +22,12 @@ import pyarrow as pa
 
 from app.core.errors import Permanent, Transient
 from app.core.ledger import Tally
-from app.core.pipeline import NOTHING, Count, Shrink, Sums, covered_since
+from app.core.pipeline import NOTHING, Count, Pipeline, Shrink, Sums, covered_since
 from app.core.retry import Pace, Pauses, RetryPolicy, retry
 from app.core.windows import EPOCH, Window, windows_between
-from app.influx_to_s3.layout import Columns
+from app.influx_to_s3.layout import Columns, Tree
 from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed, totals
-from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, RowSpool
+from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch
 from app.influx_to_s3.rows import (
     Comparison,
     canonical,
@@ -41,7 +41,7 @@ from app.influx_to_s3.rows import (
     united,
     whole_instants,
 )
-from app.object_store.table_sink import lost_tags_in
+from app.object_store.table_sink import EncodedFile, TableSink, lost_tags_in
 
 BUCKETS = 30
 OVERFLOW = 4
@@ -143,14 +143,14 @@ class InfluxSource:
     def read(self, partition: str, window: Window, count: Count, kept: RowBatch | None) -> RowBatch:
         """The whole window; small ones in one query, large ones slice by slice."""
         cells: Mapping[datetime, int] = {}
-        with self._spool(partition) as spool:
+        with self._batch(partition) as batch:
             if count.points <= self._batch_rows:
-                self._read_whole(spool, window, count)
+                self._read_span(batch, window, count)
             else:
-                cells = self._read_large(spool, window, kept)
+                cells = self._read_large(batch, window, kept)
                 # What is counted anew for its slices may be less by then.
-                check_values(partition, window, spool.values, count.fields)
-            return spool.finish(cells, count.fields)
+                check_values(partition, window, batch.sums, count.fields)
+            return batch.finish(cells, count.fields)
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[RowBatch]:
         """Adjacent small windows in one query of a batch at most; what is cut out is held beside the answer."""
@@ -164,9 +164,10 @@ class InfluxSource:
                 if blocks is None:
                     yield self.read(partition, window, count, None)
                     continue
-                with self._spool(partition) as spool:
-                    self._take(spool, window, count, [within(block, window) for block in blocks])
-                    yield spool.finish({}, count.fields)
+                with self._batch(partition) as batch:
+                    own = [within(block, window) for block in blocks]
+                    check_values(partition, window, self._append(batch, window, own, count), count.fields)
+                    yield batch.finish({}, count.fields)
 
     def union(self, batch: RowBatch, held: Sequence[Iterable[pa.Table]], shrink: Shrink | None = None) -> RowBatch:
         """See `app.core.pipeline.Source.union`; each of `held` is the rows of one object, in order."""
@@ -184,121 +185,104 @@ class InfluxSource:
             there = tally.already_there + comparison.same[name]
             return replace(tally, new=comparison.new[name], already_there=there, corrected=comparison.corrected[name])
 
-        return replace(
-            whole,
-            accounts={name: account(name, tally) for name, tally in batch.accounts.items()},
-            sums=batch.sums,
-            disagreements=batch.disagreements,
-            has_all_tags=batch.has_all_tags and (not comparison.lost_tags or whole.rows == batch.rows),
-            united_new_rows=comparison.new_rows,
-            corrected_rows=comparison.changed_rows,
-        )
+        whole.accounts = {name: account(name, tally) for name, tally in batch.accounts.items()}
+        whole.sums, whole.disagreements = batch.sums, batch.disagreements
+        whole.has_all_tags = batch.has_all_tags and (not comparison.lost_tags or whole.rows == batch.rows)
+        whole.new_rows, whole.corrected_rows = comparison.new_rows, comparison.changed_rows
+        return whole
 
     @contextmanager
-    def _spool(self, device: str) -> Iterator[RowSpool]:
-        """What is not finished inside the block is removed."""
-        spool = RowSpool(device, self._spool_directory, self._batch_rows, self._columns)
+    def _batch(self, device: str) -> Iterator[RowBatch]:
+        """A batch to be filled; it is closed when the block raises."""
+        batch = RowBatch(device, self._spool_directory, self._batch_rows, self._columns)
         with ExitStack() as undo:
-            undo.callback(spool.abandon)
-            yield spool
+            undo.callback(batch.close)
+            yield batch
             undo.pop_all()
 
     def spooled(self, device: str, tables: Iterable[pa.Table]) -> RowBatch:
         """A batch of rows that stand in canonical order already."""
-        with self._spool(device) as spool:
+        with self._batch(device) as batch:
             for table in whole_instants(tables):
-                spool.append(table)
-            return spool.finish({}, {})
+                batch.append(table)
+            return batch.finish({}, {})
 
-    def _read_large(self, spool: RowSpool, window: Window, kept: RowBatch | None) -> Mapping[datetime, int]:
+    def _read_large(self, batch: RowBatch, window: Window, kept: RowBatch | None) -> Mapping[datetime, int]:
         """Slices planned from fine counts, on top of what is kept before the first bucket that changed."""
         every_seconds = bucket_seconds(window)
-        counted = totals(self.again(lambda: list(self.reader.counts(spool.device, window, every_seconds))))
+        counted = totals(self.again(lambda: list(self.reader.counts(batch.device, window, every_seconds))))
         counts = {start: count for (_, start), count in counted.items()}
         cells = {start: count.cells for start, count in counts.items()}
         start = first_change(kept.cells, cells, window, every_seconds) if kept else window.start
         if kept is not None:
             for table in whole_instants(kept.tables()):
                 earlier = before(table, nanoseconds_of(start))
-                spool.append(earlier)
                 fields = ((name, self._columns.sources.get(name)) for name in earlier.column_names)
-                spool.note(sums_of((field, earlier.column(name)) for name, field in fields if field))
+                batch.append(earlier, sums_of((field, earlier.column(name)) for name, field in fields if field))
         if start < window.end:
             for part, count in slices(Window(start, window.end), every_seconds, counts, self._batch_rows):
-                self._read_whole(spool, part, count)
+                self._read_span(batch, part, count)
         return cells
 
-    def _read_whole(self, spool: RowSpool, span: Window, count: Count) -> None:
+    def _read_span(self, batch: RowBatch, span: Window, count: Count) -> None:
         """Append a span, which must hold at least what was counted; halved while the server finds it too large."""
-        try:
-            blocks = self._collect(spool.device, span)
-        except QueryTooLarge:
-            read: Counter[str] = Counter()
-            self._read_halves(spool, span, count, read)
-            check_values(spool.device, span, read, count.fields)
-        else:
-            self._take(spool, span, count, blocks)
-
-    def _read_halves(self, spool: RowSpool, span: Window, count: Count, read: Counter[str]) -> None:
-        """Append both halves of a span; what was counted for all of it cannot be checked for each."""
-        if span.end - span.start < SHORTEST:
-            raise QueryTooLarge(f"{spool.device} has too many rows in {span}", "lower EXPORT_BATCH_SIZE")
-        middle = span.start + (span.end - span.start) / 2
-        for half in (Window(span.start, middle), Window(middle, span.end)):
+        waiting, read = deque([span]), dict[str, Sums]()
+        while waiting:
+            part = waiting.popleft()
             try:
-                blocks = self._collect(spool.device, half)
-            except QueryTooLarge:
-                self._read_halves(spool, half, count, read)
+                blocks = self._collect(batch.device, part)
+            except QueryTooLarge as error:
+                if part.end - part.start < SHORTEST:
+                    hint = "lower EXPORT_BATCH_SIZE"
+                    raise QueryTooLarge(f"{batch.device} has too many rows in {part}", hint) from error
+                middle = part.start + (part.end - part.start) / 2
+                waiting.extendleft([Window(middle, part.end), Window(part.start, middle)])
                 continue
-            numbers = {field for block in blocks for field, values in block.fields if values.type != pa.string()}
-            blocks = [*blocks, *self._empty_texts(spool.device, half, count.fields.keys() - numbers)]
-            for block in blocks:
-                read.update(block.numbers)
-            self._append(spool, blocks)
+            for field, sums in self._append(batch, part, blocks, count, is_whole=part == span).items():
+                read[field] = read[field] + sums if field in read else sums
+        check_values(batch.device, span, read, count.fields)
 
-    def _take(self, spool: RowSpool, span: Window, count: Count, blocks: Sequence[Points]) -> None:
-        """Append what was read of a span. Raises Transient when it is less than was counted."""
-        read = sum((block.numbers for block in blocks), Counter[str]())
-        short = [field for field, values in count.fields.items() if read[field] < values]
-        if short:
-            empty = self._empty_texts(spool.device, span, short)
-            blocks = [*blocks, *empty]
-            check_values(spool.device, span, sum((block.numbers for block in empty), read), count.fields)
-        self._append(spool, blocks)
-
-    def _empty_texts(self, device: str, span: Window, fields: Iterable[str]) -> Sequence[Points]:
-        """Points whose text is empty, which Flux's answer shows as absent."""
-        reader = self.reader
-        asked = [self.again(lambda name=name: list(reader.empty_texts(device, span, name))) for name in sorted(fields)]  # type: ignore[misc]
-        return [block for blocks in asked for block in blocks]
-
-    def _append(self, spool: RowSpool, blocks: Sequence[Points]) -> None:
-        tables = [canonical(block, self._columns) for block in blocks if len(block.times)]
-        if not tables:
-            return
-        table, others, twice = ordered(tables, self._columns)
-        spool.append(table)
-        spool.note(sums_of(field for block in blocks for field in block.fields), twice, others)
+    def _append(
+        self, batch: RowBatch, span: Window, blocks: Sequence[Points], count: Count, *, is_whole: bool = True
+    ) -> Mapping[str, Sums]:
+        """Append what was read of a span, and texts that are empty, which Flux's answer shows as absent; the sums of
+        both. What was counted for more than the span cannot tell which texts it lacks: each is asked for then.
+        """
+        read = sums_of(field for block in blocks for field in block.fields)
+        if is_whole:
+            lacking = {name for name, values in count.fields.items() if name not in read or read[name].values < values}
+        else:
+            others = {name for block in blocks for name, values in block.fields if values.type != pa.string()}
+            lacking = count.fields.keys() - others
+        for name in sorted(lacking):
+            texts = self.again(lambda name=name: list(self.reader.empty_texts(batch.device, span, name)))  # type: ignore[misc]
+            blocks = [*blocks, *texts]
+        if lacking:
+            read = sums_of(field for block in blocks for field in block.fields)
+        if tables := [canonical(block, self._columns) for block in blocks if len(block.times)]:
+            table, disagreements, twice = ordered(tables, self._columns)
+            batch.append(table, read, twice, disagreements)
+        return read
 
     def _collect(self, device: str, span: Window) -> Sequence[Points]:
         """One answer, held in memory, within a limit that counts taken too early cannot break."""
-        return self.again(lambda: self._collect_once(device, span))
-
-    def _collect_once(self, device: str, span: Window) -> Sequence[Points]:
-        blocks: list[Points] = []
-        size_bytes = rows = 0
         limit = max(self._batch_rows, BLOCK_ROWS) * OVERFLOW
-        for block in self.reader.rows(device, span):
-            blocks.append(block)
-            rows += len(block.times)
-            size_bytes += sum(
-                values.nbytes for values in (block.times, *block.tags.values(), *dict(block.fields).values())
-            )
-            if rows > limit or (size_bytes > MAX_SLICE_BYTES and rows > 1):
-                raise QueryTooLarge(
-                    f"{device} has too many rows in {span}", "no action needed; a shorter range is read"
+
+        def collect() -> Sequence[Points]:
+            blocks: list[Points] = []
+            size_bytes = rows = 0
+            for block in self.reader.rows(device, span):
+                blocks.append(block)
+                rows += len(block.times)
+                size_bytes += sum(
+                    values.nbytes for values in (block.times, *block.tags.values(), *dict(block.fields).values())
                 )
-        return blocks
+                if rows > limit or (size_bytes > MAX_SLICE_BYTES and rows > 1):
+                    hint = "no action needed; a shorter range is read"
+                    raise QueryTooLarge(f"{device} has too many rows in {span}", hint)
+            return blocks
+
+        return self.again(collect)
 
     def again(self, action: Callable[[], T]) -> T:
         """`action`, which asks a question, retried while it fails for a cause that may pass."""
@@ -329,12 +313,25 @@ class InfluxSource:
         return sum(seconds) / len(seconds) if seconds else None
 
 
-def check_values(device: str, span: Window, read: Mapping[str, int], counted: Mapping[str, int]) -> None:
+@dataclass(frozen=True, slots=True)
+class OpenedExport:
+    """The pipeline of one run, whose pauses end with that run. `now`: no window that starts later may be written."""
+
+    tree: Tree
+    now: datetime
+    columns: Columns
+    source: InfluxSource
+    sink: TableSink
+    pipeline: Pipeline[RowBatch, EncodedFile]
+
+
+def check_values(device: str, span: Window, read: Mapping[str, Sums], counted: Mapping[str, int]) -> None:
     """Raises Transient when fewer values of a field came than were counted before."""
     for field, values in counted.items():
-        if read.get(field, 0) < values:
+        found = read[field].values if field in read else 0
+        if found < values:
             raise Transient(
-                f"InfluxDB sent {read.get(field, 0)} values of {field} of {device} {span} but had counted {values}",
+                f"InfluxDB sent {found} values of {field} of {device} {span} but had counted {values}",
                 "no action needed; it is retried. If it stays, points were deleted meanwhile, or answers are cut",
             )
 

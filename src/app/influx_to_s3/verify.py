@@ -7,7 +7,7 @@ memory does not grow with a window; what is set aside by the rule for ignored ta
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from app.core.errors import Permanent
-from app.core.pipeline import Pipeline, Record
+from app.core.pipeline import Record
 from app.core.repair import heal_window, look
 from app.core.runs import Context, Report
 from app.core.verify import NOTHING, Cell, Content, Found, Moment, Slot, cells_of, content_from
@@ -23,15 +23,14 @@ from app.core.windows import DAY_SECONDS, Window, floor_to
 from app.db.checkpoints import SqlCheckpoints
 from app.influx_to_s3.layout import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, UNKNOWN, Columns
 from app.influx_to_s3.reader import QueryTooLarge, RawCells
-from app.influx_to_s3.row_batch import RowBatch, computed_from
+from app.influx_to_s3.row_batch import computed_from
 from app.influx_to_s3.rows import constant
-from app.influx_to_s3.source import InfluxSource
+from app.influx_to_s3.source import OpenedExport
 from app.object_store.deltas import is_nameable
 from app.object_store.port import ObjectInfo
 from app.object_store.row_digest import cell_lanes, mixed, row_lanes, seed_of, summed, value_bits
-from app.object_store.table_sink import EncodedFile, TableSink, by_window, lost_tags_in
+from app.object_store.table_sink import by_window, lost_tags_in
 
-ExportPipeline = Pipeline[RowBatch, EncodedFile]
 Listing = Sequence[tuple[datetime, ObjectInfo]]
 NOT_LISTED: tuple[tuple[str, str], Listing] = (("", ""), ())
 CELLS = 1 << 19  # of one slice, which are 40 bytes each
@@ -44,10 +43,7 @@ AT, OWNER = "\0at", "\0device"
 class ExportEnds:
     """`app.core.verify.Ends` over the export. Holds the listing of one partition and day."""
 
-    pipeline: ExportPipeline
-    influx: InfluxSource
-    sink: TableSink
-    columns: Columns
+    opened: OpenedExport
     clock: Callable[[], datetime]
     listed: tuple[tuple[str, str], Listing] = NOT_LISTED
     looked_at: Slot | None = None
@@ -56,15 +52,15 @@ class ExportEnds:
 
     def partitions(self, span: Window) -> Sequence[str]:
         """See `Ends.partitions`. Devices that cannot have objects are set aside and not compared."""
-        known = self.pipeline.checkpoints.cursors(self.pipeline.name)
-        return sorted(filter(is_nameable, {*known, *self.pipeline.source.partitions(span.start)}))
+        known = self.opened.pipeline.checkpoints.cursors(self.opened.pipeline.name)
+        return sorted(filter(is_nameable, {*known, *self.opened.source.partitions(span.start)}))
 
     def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
         """See `Ends.slots`: of every device that has a checkpoint or has points since the start of the span."""
         now = self.clock()
         devices = [partition] if partition is not None else self.partitions(span)
         for device in devices:
-            for window in self.pipeline.grid.windows(span.start, min(span.end, now)):
+            for window in self.opened.pipeline.grid.windows(span.start, min(span.end, now)):
                 if window.end <= now:
                     yield Slot(device, window)
 
@@ -79,7 +75,8 @@ class ExportEnds:
 
     def _raw(self, device: str, span: Window) -> Content:
         """What the source has in a span, which is halved while it holds too much."""
-        influx, ignored, as_text = self.influx, self.columns.ignored, self._as_text(span)
+        influx, ignored = self.opened.source, self.opened.columns.ignored
+        as_text = self._as_text(span)
 
         def read() -> Content:
             blocks = influx.reader.cells(device, span)
@@ -99,25 +96,38 @@ class ExportEnds:
         """See `Ends.destination`: the object and deltas of older versions, none of which need a record."""
         total = NOTHING
         for info in named_in(slot.window, self._listing(slot)):
-            for table in self.sink.read(info.key, info.etag):
-                total += object_content(table, self.columns, as_text=self._as_text(slot.window))
+            for table in self.opened.sink.read(info.key, info.etag):
+                total += object_content(table, self.opened.columns, as_text=self._as_text(slot.window))
         return total
 
     def heal(self, context: Context, slot: Slot) -> Report:
         """See `Ends.heal`."""
         self.listed = NOT_LISTED
-        return heal_window(self.pipeline, context, slot.partition, slot.window, self.clock())
+        return heal_window(self.opened.pipeline, context, slot.partition, slot.window, self.clock())
+
+    def cells(self, checkpoints: SqlCheckpoints, partition: str, span: Window) -> Sequence[Cell]:
+        """See `Chart.cells`: one listing per day."""
+        now, name = self.clock(), self.opened.pipeline.name
+        windows = list(self.opened.pipeline.grid.windows(span.start, min(span.end, now)))
+        if not windows:
+            return ()
+        retired = checkpoints.retired(name, partition, Window(windows[0].start, now))
+        cursor_at = checkpoints.cursors(name).get(partition)
+        moment = Moment(now, self.opened.pipeline.grid.grace_seconds, cursor_at, retired=retired)
+        listed, records = looked(self.opened, partition, windows)
+        found = (Found(window.start, info.key, info.etag) for window in windows for info in named_in(window, listed))
+        return cells_of(windows, records, found, moment)
 
     def _as_text(self, window: Window) -> bool:
-        return self.sink.layout_at(window.start).format == "csv"
+        return self.opened.sink.layout_at(window.start).format == "csv"
 
     def _listing(self, slot: Slot) -> Listing:
         """The day's listing, cached; a second look at the same window lists again."""
         day = (slot.partition, f"{slot.window.start:%Y%m%d}")
         if self.listed[0] != day or self.looked_at == slot:
             start = floor_to(slot.window.start, DAY_SECONDS)
-            windows = list(self.pipeline.grid.windows(start, start + timedelta(days=1)))
-            listed, _ = looked(self.pipeline, self.sink, slot.partition, windows)
+            windows = list(self.opened.pipeline.grid.windows(start, start + timedelta(days=1)))
+            listed, _ = looked(self.opened, slot.partition, windows)
             self.listed = (day, listed)
         self.looked_at = slot
         return self.listed[1]
@@ -131,7 +141,7 @@ def raw_content(
     Of values that only ignored tags tell apart, that of the first set of tags in byte order counts; other values are
     set aside, and the same value is there once.
     """
-    found, number, series = _Collected(), 0, dict[bytes, int]()
+    found, number, numbered = list[Sequence[Any]](), 0, dict[bytes, int]()
     for block in blocks:
         number += len(block.times)
         if number > most_cells:
@@ -142,41 +152,33 @@ def raw_content(
             tags = {**block.tags, **{name: _or_unknown(block.tags.get(name), len(block.times)) for name in TAGS}}
             own = [(name, texts) for name, texts in tags.items() if name not in ignored]
             rows = row_lanes([(AT, block.times), (OWNER, constant(device, len(block.times))), *own])
-            found.add(block, rows, _numbered(tags, series), as_text=as_text)
+            found += _cells(block, rows, _numbered(tags, numbered), as_text=as_text)
     if not number:
         return NOTHING
-    ranks = np.empty(len(series), np.int64)
-    ranks[[series[key] for key in sorted(series)]] = np.arange(len(series))
-    return found.content(ranks)
+    ranks = np.empty(len(numbered), np.int64)  # the place of each series in byte order
+    ranks[[numbered[key] for key in sorted(numbered)]] = np.arange(len(numbered))
+    identities, keys, *lanes, series = (np.concatenate(each) for each in zip(*found, strict=True))
+    order = np.lexsort((ranks[series], keys))
+    first = np.concatenate(([True], np.diff(keys[order]) != 0))
+    lanes = [each[order] for each in lanes]
+    stands = [each[first] for each in lanes]
+    groups = np.cumsum(first) - 1
+    others = np.any([each != stood[groups] for each, stood in zip(lanes, stands, strict=True)], axis=0)
+    return replace(summed(stands, len(np.unique(identities))), set_aside=int(others.sum()))
 
 
-@dataclass(slots=True)
-class _Collected:
-    """Values of one span as arrays: hash of the row, of row and field, two of the cell, and number of the series."""
-
-    parts: list[Sequence[Any]] = field(default_factory=list)
-
-    def add(self, block: RawCells, rows: Sequence[Any], series: Any, *, as_text: bool) -> None:
-        """The cells of a block, field by field."""
-        fields = block.fields.combine_chunks() if isinstance(block.fields, pa.ChunkedArray) else block.fields
-        encoded = fields.dictionary_encode()
-        places = encoded.indices.to_numpy()
-        for at, name in enumerate(encoded.dictionary.to_pylist()):
-            here = places == at
-            own = [each[here] for each in rows]
-            lanes = cell_lanes(own, name, block.values.filter(pa.array(here)), as_text=as_text)
-            self.parts.append((own[0], mixed(own[0] ^ seed_of(b"key", name)), *lanes, series[here]))
-
-    def content(self, ranks: Any) -> Content:
-        """Their content. `ranks`: the place of each series in byte order."""
-        rows, keys, *lanes, series = (np.concatenate(each) for each in zip(*self.parts, strict=True))
-        order = np.lexsort((ranks[series], keys))
-        first = np.concatenate(([True], np.diff(keys[order]) != 0))
-        lanes = [each[order] for each in lanes]
-        stands = [each[first] for each in lanes]
-        groups = np.cumsum(first) - 1
-        others = np.any([each != stood[groups] for each, stood in zip(lanes, stands, strict=True)], axis=0)
-        return replace(summed(stands, len(np.unique(rows))), set_aside=int(others.sum()))
+def _cells(block: RawCells, rows: Sequence[Any], series: Any, *, as_text: bool) -> Iterator[Sequence[Any]]:
+    """The cells of a block, field by field, as arrays: hash of the row, of row and field, two of the cell, and number
+    of the series.
+    """
+    fields = block.fields.combine_chunks() if isinstance(block.fields, pa.ChunkedArray) else block.fields
+    encoded = fields.dictionary_encode()
+    places = encoded.indices.to_numpy()
+    for at, name in enumerate(encoded.dictionary.to_pylist()):
+        here = places == at
+        own = [each[here] for each in rows]
+        lanes = cell_lanes(own, name, block.values.filter(pa.array(here)), as_text=as_text)
+        yield own[0], mixed(own[0] ^ seed_of(b"key", name)), *lanes, series[here]
 
 
 def _numbered(tags: "dict[str, Any]", series: dict[bytes, int]) -> Any:
@@ -238,29 +240,12 @@ def _or_unknown(texts: pa.Array | pa.ChunkedArray | None, rows: int) -> Any:
     return constant(UNKNOWN, rows) if texts is None else texts.fill_null(UNKNOWN)
 
 
-def cells_in(
-    ends: ExportEnds, checkpoints: SqlCheckpoints, grace_seconds: float, partition: str, span: Window
-) -> Sequence[Cell]:
-    """See `Chart.cells`: one listing per day."""
-    now = ends.clock()
-    windows = list(ends.pipeline.grid.windows(span.start, min(span.end, now)))
-    if not windows:
-        return ()
-    name = ends.pipeline.name
-    retired = checkpoints.retired(name, partition, Window(windows[0].start, now))
-    moment = Moment(now, grace_seconds, checkpoints.cursors(name).get(partition), retired=retired)
-    listed, records = looked(ends.pipeline, ends.sink, partition, windows)
-    found = (Found(window.start, info.key, info.etag) for window in windows for info in named_in(window, listed))
-    return cells_of(windows, records, found, moment)
-
-
-def looked(
-    pipeline: ExportPipeline, sink: TableSink, partition: str, windows: Sequence[Window]
-) -> tuple[Listing, Sequence[Record]]:
+def looked(opened: OpenedExport, partition: str, windows: Sequence[Window]) -> tuple[Listing, Sequence[Record]]:
     """A listing of each day of these windows, and their records, in which is noted what is gone."""
+    pipeline = opened.pipeline
     records = pipeline.checkpoints.records(pipeline.name, partition, windows[0].start, windows[-1].end)
     days = {window.start.date(): window for window in windows}.values()
-    listed = tuple(each for day in days for each in sink.unfolded(partition, day))
+    listed = tuple(each for day in days for each in opened.sink.unfolded(partition, day))
     look(pipeline, partition, records, by_window(listed, windows))
     return listed, records
 

@@ -19,14 +19,14 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from shutil import copyfileobj
-from typing import BinaryIO, cast
+from typing import BinaryIO
 from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
@@ -36,7 +36,6 @@ from app.object_store.port import (
     CONTROL,
     MAX_KEY_BYTES,
     BadKey,
-    CountedBody,
     Limited,
     ListingBatch,
     ObjectInfo,
@@ -49,7 +48,6 @@ from app.object_store.port import (
     check_characters,
     check_key,
     in_batches,
-    is_new_form,
     page_of,
 )
 
@@ -101,46 +99,21 @@ class LocalDirectory:
         if path is None:
             return None
 
-        def look() -> tuple[ObjectInfo | None, bool]:
-            found = _stat(path)
-            return (None, True) if found is None else self._notes.read(key, path, _info(key, found))
-
         with _translated(key):
-            info, certain = look()
-            if certain:
-                return info
-            with self._locked():  # a writer may stand between the note and the rename: look when there is none
-                return look()[0]
+            # Again where a writer may stand between the note and the rename: then there is none.
+            for turn in (nullcontext(), self._locked()):
+                with turn:
+                    found = _stat(path)
+                    if found is None:
+                        return None
+                    info, certain = self._notes.read(key, path, _info(key, found))
+                if certain:
+                    break
+            return info
 
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
-        """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
-        path = self._path(check_key(key))
-        chunks = iter(partial(body.read, CHUNK_BYTES), b"")
-        with _translated(key), self._spooled(chunks, put) as sealed, self._locked():
-            spooled, etag, noted = sealed
-            self._check_name(key)
-            held = _stat(path)
-            found = "" if held is None else _etag(held)
-            if put.expected not in (None, found):
-                raise Conflict(f"{key}: expected {put.expected or 'no object'}, found {found or 'none'}", AGAIN_HINT)
-            if held is not None and spooled.lstat().st_mtime_ns <= held.st_mtime_ns:
-                # Made newer than what it replaces, also when the clock was set back: the inode may have belonged to an
-                # earlier version, so the time alone tells them apart. Inode, time and size outlive the rename.
-                with spooled.open("rb+") as file:
-                    etag, noted = self._seal(file, held.st_mtime_ns + 1, put)
-            try:
-                _make_folder(path.parent)
-                if not noted:
-                    self._notes.write(key, etag, put)
-                if path.is_dir():
-                    path.rmdir()  # an empty one was left by a killed writer; any other is another key's folder
-                replace_durably(spooled, path)
-            except OSError:
-                self._prune(path.parent)
-                raise
-            # Only now it is certain what the file system made of the name.
-            self._check_name(key, written=path)
-            return etag
+        """As `write`."""
+        return self.write(key, body, put).etag
 
     @contextmanager
     def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
@@ -217,10 +190,34 @@ class LocalDirectory:
         return self.head(key)
 
     def write(self, key: str, body: Readable, put: Put) -> Stored:
-        """As `put`, which reads its body from front to back."""
-        counted = CountedBody(body)
-        etag = self.put(key, cast("BinaryIO", counted), put)
-        return Stored(etag, counted.size_bytes)
+        """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
+        path = self._path(check_key(key))
+        chunks = iter(partial(body.read, CHUNK_BYTES), b"")
+        with _translated(key), self._spooled(chunks, put) as sealed, self._locked():
+            spooled, etag, noted = sealed
+            self._check_name(key)
+            held, made = _stat(path), spooled.lstat()
+            found = "" if held is None else _etag(held)
+            if put.expected not in (None, found):
+                raise Conflict(f"{key}: expected {put.expected or 'no object'}, found {found or 'none'}", AGAIN_HINT)
+            if held is not None and made.st_mtime_ns <= held.st_mtime_ns:
+                # Made newer than what it replaces, also when the clock was set back: the inode may have belonged to an
+                # earlier version, so the time alone tells them apart. Inode, time and size outlive the rename.
+                with spooled.open("rb+") as file:
+                    etag, noted = self._seal(file, held.st_mtime_ns + 1, put)
+            try:
+                _make_folder(path.parent)
+                if not noted:
+                    self._notes.write(key, etag, put)
+                if path.is_dir():
+                    path.rmdir()  # an empty one was left by a killed writer; any other is another key's folder
+                replace_durably(spooled, path)
+            except OSError:
+                self._prune(path.parent)
+                raise
+            # Only now it is certain what the file system made of the name.
+            self._check_name(key, written=path)
+            return Stored(etag, made.st_size)
 
     def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
         """The object is written again as a whole: its readers keep what they have."""
@@ -249,8 +246,11 @@ class LocalDirectory:
         """Where the object is, if there is one; None where the file system has it under another name. Of keys that no
         new object may have only those that a listing holds, where each comes before all others that begin with it.
         """
-        if not is_new_form(key) and next((info.key for info in self.list(key)), None) != key:
+        try:
             check_key(key)
+        except BadKey:
+            if next((info.key for info in self.list(key)), None) != key:
+                raise
         path = self._path(key)
         with _translated(key):
             return path if self._names.same(key) else None
@@ -323,7 +323,17 @@ class LocalDirectory:
                 os.close(descriptor)
 
     def _walk(self, base: str, prefix: str) -> Iterator[ObjectInfo]:
-        for key in self._names_in(base):
+        """All below the folder `base`. Its folders have a slash at the end, which is what sorts them right: `a-b` comes
+        before all of `a/`. Text sorts by code point, and so does UTF-8.
+        """
+        names = []
+        with _translated(base), suppress(*ABSENT), os.scandir(f"{self._root}/{base}") as entries:
+            for entry in entries:  # nothing of a folder that was removed since its parent was read
+                if entry.is_dir(follow_symlinks=False):
+                    names.append(f"{base}{entry.name}/")
+                elif entry.is_file(follow_symlinks=False):
+                    names.append(base + entry.name)
+        for key in sorted(name for name in names if _is_key(name.removesuffix("/"))):
             if key.endswith("/"):
                 if key.startswith(prefix) or prefix.startswith(key):
                     yield from self._walk(key, prefix)
@@ -332,23 +342,6 @@ class LocalDirectory:
                     found = _stat(f"{self._root}/{key}")
                 if found is not None:
                     yield _info(key, found)
-
-    def _names_in(self, base: str) -> Sequence[str]:
-        """Files and folders directly below `base`, folders with a slash at the end, which is what sorts them right:
-        `a-b` comes before all of `a/`. Text sorts by code point, and so does UTF-8.
-        """
-        names = []
-        with _translated(base):
-            try:
-                with os.scandir(f"{self._root}/{base}") as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            names.append(f"{base}{entry.name}/")
-                        elif entry.is_file(follow_symlinks=False):
-                            names.append(base + entry.name)
-            except ABSENT:
-                return ()  # removed since its parent was read
-        return sorted(name for name in names if _is_key(name.removesuffix("/")))
 
     def _prune(self, folder: Path) -> None:
         while folder != self._root:

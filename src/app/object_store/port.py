@@ -261,20 +261,6 @@ class Transfers(Protocol):
 # What back ends share: bodies that are put together, and pages of a store that lists its keys in order.
 
 
-class CountedBody:
-    """A body whose bytes are counted."""
-
-    def __init__(self, body: Readable) -> None:
-        self._body = body
-        self.size_bytes = 0
-
-    def read(self, count: int, /) -> bytes:
-        """See Readable."""
-        data = self._body.read(count)
-        self.size_bytes += len(data)
-        return data
-
-
 class Limited:
     """The next `count` bytes of a stream, as a body."""
 

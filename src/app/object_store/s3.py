@@ -45,9 +45,9 @@ from app.object_store.s3_client import (
     batches,
     client_error,
     code_of,
+    following,
     info_of,
     infos_of,
-    listed,
     make_client,
     status_of,
     take_entries,
@@ -86,10 +86,12 @@ class S3Store:
     """Objects of one bucket. `probe_key` names the object that `probe` writes and removes; each process has its own.
 
     Before `probe` has run, a condition is both sent and checked by a HEAD; where `probe` saw it ignored, only checked.
+    `translated(what)`: exceptions of the SDK in a block become ours.
     """
 
     def __init__(self, target: S3Target, probe_key: str) -> None:
         self.target = target
+        self.translated = partial(translated, target=target)
         self.probe_key = check_key(probe_key)
         self._honours: bool | None = None
         self._bucket_seen = False
@@ -198,7 +200,11 @@ class S3Store:
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """ListObjectsV2, in the order of the store: S3's is UTF-8; SeaweedFS sorts a slash before all else."""
         check_unicode(prefix)
-        return listed(self.page, prefix)
+        query: ListQuery | None = {"Prefix": prefix}
+        while query is not None:
+            page = self.page(query)
+            yield from infos_of(page, prefix)
+            query = following(page, query)
 
     def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:
         """A page is a batch; the folders of a large listing are asked for side by side."""
@@ -239,12 +245,6 @@ class S3Store:
         found = "" if held is None else held.etag
         if found != expected:
             raise Conflict(f"{key}: expected {expected or 'no object'}, found {found or 'none'}", AGAIN_HINT)
-
-    @contextmanager
-    def translated(self, what: str, *, replaces: bool = False) -> Iterator[None]:
-        """See `translated` below."""
-        with translated(what, self.target, replaces=replaces):
-            yield
 
     def _make(self) -> Any:
         client = make_client(self.target)

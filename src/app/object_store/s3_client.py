@@ -259,7 +259,7 @@ PARTS = 4096
 Fields = Sequence[str]
 """Key, time of change, ETag and size of an entry, in text."""
 
-ListQuery = Mapping[str, str]
+ListQuery = Mapping[str, Any]
 Ask = Callable[[ListQuery], Mapping[str, Any]]
 """One ListObjectsV2 as the SDK answers it, its exceptions translated."""
 
@@ -324,26 +324,19 @@ def take_entries(response_dict: dict[str, Any], customized_response_dict: dict[s
     response_dict["body"] = head + tail
 
 
-def infos_of(page: Mapping[str, Any]) -> Sequence[ObjectInfo]:
-    """The objects of a page, whether its entries were put aside or the SDK read them."""
+def infos_of(page: Mapping[str, Any], prefix: str = "") -> Sequence[ObjectInfo]:
+    """The objects of a page, whether its entries were put aside or the SDK read them. SeaweedFS takes `a//` for `a/`:
+    those without the prefix are left out.
+    """
     taken = page.get(TAKEN)
     with _readable():
         read = [info_of(entry["Key"], entry["Size"], entry) for entry in page.get("Contents", ())]
-    return [*taken.infos(), *read] if taken else read
+    return [info for info in (*(taken.infos() if taken else ()), *read) if info.key.startswith(prefix)]
 
 
 def info_of(key: str, size_bytes: int, found: Mapping[str, Any]) -> ObjectInfo:
     """An entry of a listing or the head of an object, as the SDK reads it."""
     return ObjectInfo(key, size_bytes, found["ETag"], found["LastModified"].astimezone(UTC))
-
-
-def listed(ask: Ask, prefix: str) -> Iterator[ObjectInfo]:
-    """Every object below `prefix`, page after page."""
-    query: ListQuery | None = {"Prefix": prefix}
-    while query is not None:
-        page = ask(query)
-        yield from _below(prefix, infos_of(page))
-        query = following(page, query)
 
 
 def batches(ask: Ask, prefix: str, pages: int) -> Iterator[ListingBatch]:
@@ -407,12 +400,7 @@ def _batch(prefix: str, page: Mapping[str, Any]) -> ListingBatch:
     """Without a digest where the SDK read entries."""
     taken = page.get(TAKEN)
     digest = b"" if taken is None or page.get("Contents") else taken.digest
-    return ListingBatch(digest, lambda: _below(prefix, infos_of(page)))
-
-
-def _below(prefix: str, infos: Sequence[ObjectInfo]) -> Sequence[ObjectInfo]:
-    """SeaweedFS takes `a//` for `a/`."""
-    return [info for info in infos if info.key.startswith(prefix)]
+    return ListingBatch(digest, lambda: infos_of(page, prefix))
 
 
 def _unquoted(key: str) -> str:

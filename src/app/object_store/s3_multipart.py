@@ -39,7 +39,7 @@ from app.object_store.port import (
     check_key,
 )
 from app.object_store.s3 import OTHER_ETAG, S3Store, check_headers, check_unicode, condition_of, described
-from app.object_store.s3_client import AGAIN_HINT, STYLE_HINT, client_error, code_of, infos_of, status_of
+from app.object_store.s3_client import AGAIN_HINT, client_error, code_of, following, infos_of, status_of
 
 MIB = 1 << 20
 MOST_PARTS = 10_000
@@ -101,34 +101,23 @@ class S3Transfers:
     def page(self, question: PageRequest) -> Page:
         """ListObjectsV2. The continuation is the store's own token."""
         check_unicode(question.prefix)
-        what = f"listing of {question.prefix!r}"
-        with self._store.translated(what):
-            found = self._listed(question)
-            objects = infos_of(found)
-            prefixes = [entry["Prefix"] for entry in found.get("CommonPrefixes", ())]
-            more = found["NextContinuationToken"] if found["IsTruncated"] else ""
-        if more and more == question.continuation:
-            raise Transient(f"{what}: the store gives the same page again", STYLE_HINT)
-        # SeaweedFS takes `a//` for `a/`
-        return Page(
-            [info for info in objects if info.key.startswith(question.prefix)],
-            [prefix for prefix in prefixes if prefix.startswith(question.prefix)],
-            more,
-        )
-
-    def _listed(self, question: PageRequest) -> Any:
-        more = {"Delimiter": question.delimiter, "ContinuationToken": question.continuation}
+        given = {"Delimiter": question.delimiter, "ContinuationToken": question.continuation}
+        query: dict[str, Any] = {name: value for name, value in given.items() if value}
+        query |= {"Prefix": question.prefix, "MaxKeys": question.limit}
         try:
-            return self._store.client().list_objects_v2(
-                Bucket=self._store.target.bucket,
-                Prefix=question.prefix,
-                MaxKeys=question.limit,
-                **{name: value for name, value in more.items() if value},
-            )
-        except client_error() as error:
-            if not question.continuation or status_of(error) != HTTPStatus.BAD_REQUEST:
+            found = self._store.page(query)
+        except Permanent as error:
+            refused = error.__cause__
+            is_answer = question.continuation and isinstance(refused, client_error())
+            if not is_answer or status_of(refused) != HTTPStatus.BAD_REQUEST:
                 raise
-            raise Rejected(f"invalid continuation: {code_of(error)}", "begin the listing again without it") from error
+            hint = "begin the listing again without it"
+            raise Rejected(f"invalid continuation: {code_of(refused)}", hint) from error
+        prefixes = [entry["Prefix"] for entry in found.get("CommonPrefixes", ())]
+        # SeaweedFS takes `a//` for `a/`
+        prefixes = [prefix for prefix in prefixes if prefix.startswith(question.prefix)]
+        more = following(found, query)
+        return Page(infos_of(found, question.prefix), prefixes, more["ContinuationToken"] if more else "")
 
     def link(self, key: str, seconds: int, disposition: str) -> str:
         """A presigned GetObject. It ends with temporary credentials, if those are what it was made with."""

@@ -153,11 +153,6 @@ class TableSink:
         days = {window.start.date(): window for window in windows}.values()
         return by_window((each for day in days for each in self.listed(partition, day)), windows)
 
-    def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
-        """See `app.core.pipeline.Deltas`."""
-        there = self.objects(partition, [window]).get(window.start, {})
-        return sorted((part, key) for part, (key, _) in there.items() if part)
-
     def noted(self, encoded: EncodedFile, folded: int) -> EncodedFile:
         """See `app.core.pipeline.Deltas`."""
         return replace(encoded, metadata={**encoded.metadata, "folded": str(folded)})
@@ -181,7 +176,7 @@ class TableSink:
 
         Timestamps are in nanoseconds, whatever unit the object has. See LOST_TAGS and CSV_ROWS.
         """
-        with closing(self._temporary()) as file:
+        with closing(temporary_file(self.spool_directory, MEMORY_BYTES)) as file:
             with self.store.open(key, version) as body:
                 if body is None:
                     raise Conflict(f"{key} is gone", "no action needed; the window is re-read")
@@ -211,7 +206,7 @@ class TableSink:
             "write": f"{self.run}:{next(self.writes)}",
             **({"cursor": f"{self.cursors[partition]:%Y-%m-%dT%H:%M:%SZ}"} if partition in self.cursors else {}),
         }
-        file = self._temporary()
+        file = temporary_file(self.spool_directory, MEMORY_BYTES)
         with ExitStack() as undo:
             undo.callback(file.close)
             sums: TableSummary | None = None
@@ -243,10 +238,6 @@ class TableSink:
         encoded.file.seek(0)
         headers = {STORAGE_CLASS: self.storage_class} if closing and self.storage_class else {}
         return self.store.put(key, encoded.file, Put(encoded.content_type, encoded.metadata, expected or "", headers))
-
-    def _temporary(self) -> BinaryIO:
-        self.spool_directory.mkdir(parents=True, exist_ok=True)
-        return temporary_file(self.spool_directory, MEMORY_BYTES)
 
 
 def by_window(listed: Iterable[tuple[datetime, ObjectInfo]], windows: Sequence[Window]) -> Mapping[datetime, Objects]:
