@@ -1,15 +1,17 @@
 """How large the state becomes: a year of hourly windows of 1,000 devices, with the retention of the defaults.
 
-    uv run python bench/bookkeeping.py [--devices 1000] [--days 365] [--record-days 14]
+    uv run python bench/bookkeeping.py [--devices 1000] [--days 365] [--record-days 14] [--asked]
 
 Each simulated day commits what a day of closing commits, 24 records a device with the sums of eight fields and what
-/analytics sums of each object; then what the reconcile forgets is forgotten, where nobody ever asked for
-reports. Runs, request counts and totals are beside them. The size is that of the SQLite file after a checkpoint;
-`--record-days 0` shows what it would be without retention. The goal is in proportion to the devices.
+/analytics sums of each object; then what the reconcile forgets is forgotten, and with `--asked`, where somebody asked
+for reports, what /analytics packs is packed. Runs, request counts and totals are beside them. The size is that of the
+SQLite file after a checkpoint; `--record-days 0` shows what it would be without retention. The goal is in proportion to
+the devices.
 """
 
 import argparse
 import json
+import random
 import sqlite3
 import sys
 import tempfile
@@ -48,7 +50,7 @@ def record_of(device: int, at: datetime) -> Any:
         version=f'"{digest[:32]}"',
         digest=digest,
         rows=3600,
-        size_bytes=150_000 + device,
+        size_bytes=150_000 + int(digest[:3], 16),
         source_cells=3600 * len(FIELDS),
         min_at=at,
         max_at=at + HOUR - timedelta(seconds=1),
@@ -65,10 +67,10 @@ def facts_of(record: Any) -> Any:
 
     device, first_us = record.key.split("=")[1].split("/")[0], int(record.window.start.timestamp()) * 1_000_000
     last_us, total = first_us + 3_599_000_000, record.sums["voltage"].total
-    latest = (last_us, 230.125, 1.5, 345.1875, 41.5, 88.25, 0.975, "pump", "Plant-A", 0)
-    part = DaySummary(
-        json.dumps(device), first_us // 86_400_000_000, 3600, first_us, last_us, total, 3600, 41.5, total, 3600, latest
-    )
+    draw = random.Random(record.digest)
+    latest = (last_us, *(round(draw.uniform(0, 400), 2) for _ in range(6)), "pump", "Plant-A", 0)
+    sums = (total, 3600, round(draw.uniform(20, 90), 1), 3600 * draw.uniform(20, 90), 3600)
+    part = DaySummary(json.dumps(device), first_us // 86_400_000_000, 3600, first_us, last_us, *sums, latest)
     return Facts(record.key, record.version, record.size_bytes, 3600, dict.fromkeys(FIELDS, "DOUBLE"), "", (part,))
 
 
@@ -97,6 +99,8 @@ def beside(state: Any, start: datetime) -> None:
 
 def simulated(folder: Path, given: argparse.Namespace) -> Mapping[str, int]:
     """Bytes by table and index after that many days."""
+    from app.analytics.reports import merged
+    from app.analytics.summaries import LOOSE_DAYS
     from app.db.state import open_state
 
     start = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - given.days * DAY
@@ -107,6 +111,8 @@ def simulated(folder: Path, given: argparse.Namespace) -> Mapping[str, int]:
         lease: Lease = found
         with closing(sqlite3.connect(folder / "state.db")) as fast:
             fast.execute("PRAGMA journal_size_limit = 67108864")
+        if given.asked:
+            state.summaries.note_asked()
         names = [f"D{device:06d}" for device in range(given.devices)]
         began = time.monotonic()
         for number in range(given.days):
@@ -117,6 +123,9 @@ def simulated(folder: Path, given: argparse.Namespace) -> Mapping[str, int]:
                 state.checkpoints.retire(JOB, name, before, day + DAY, lease)
             if given.record_days:
                 state.summaries.forget_unasked((before - datetime(1970, 1, 1, tzinfo=UTC)).days)
+            loose = (day - datetime(1970, 1, 1, tzinfo=UTC)).days + 1 - LOOSE_DAYS
+            while given.asked and state.summaries.pack(loose, lambda versions: [True] * len(versions), merged):
+                pass
             if number % 30 == 29:
                 sys.stderr.write(f"day {number + 1}, {time.monotonic() - began:.0f} s\n")
         beside(state, start)
@@ -131,12 +140,14 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=1000)
     parser.add_argument("--days", type=int, default=365)
     parser.add_argument("--record-days", type=int, default=14)
+    parser.add_argument("--asked", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="headwater-bench-") as name:
         folder = Path(name)
         by_name = simulated(folder, given)
         size = (folder / "state.db").stat().st_size
-    print(f"{given.devices:,} devices, {given.days} days, records for {given.record_days} days\n")
+    asked = ", reports asked for" if given.asked else ""
+    print(f"{given.devices:,} devices, {given.days} days, records for {given.record_days} days{asked}\n")
     print("| table or index | MB |\n|---|---|")
     for each, size_bytes in sorted(by_name.items(), key=lambda item: -item[1])[:10]:
         print(f"| {each} | {size_bytes / MB:.1f} |")

@@ -83,10 +83,16 @@ class Asked:
 
 
 @contextmanager
-def reports(tree: Tree, keys: tuple[str, str, str] = ("", "", ""), *, with_table: bool = True) -> Iterator[Asked]:
+def reports(
+    tree: Tree,
+    keys: tuple[str, str, str] = ("", "", ""),
+    *,
+    with_table: bool = True,
+    reader: type[TableReader] = TableReader,
+) -> Iterator[Asked]:
     (tree.folder / "state").mkdir(exist_ok=True)
     state = open_state("", tree.folder / "state")
-    table = TableReader(tree.settings, tree.store, lambda: datetime.now(UTC)) if with_table else None
+    table = reader(tree.settings, tree.store, lambda: datetime.now(UTC)) if with_table else None
     analytics = service.build(tree.settings, tree.store, state.summaries, lambda: keys, lambda: tree.now, table=table)
     with closing(state):
         analytics.workplace.enter()

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from app.core.runs import Context, Lease, Report, Stop, Unwatched
 from app.lake.job import MAX_BYTES, LakeDay, catalog_of
+from app.lake.reader import TableReader
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore, Put
 from given_settings import loaded
@@ -70,6 +71,10 @@ class Tree:
         report = (job or LakeDay(self.settings, self.store, max_bytes=self.max_bytes)).run(context)
         assert report.ledger.closes
         return report
+
+    def reader(self) -> TableReader:
+        """What reports read the table through."""
+        return TableReader(self.settings, self.store, lambda: self.now)
 
     @contextmanager
     def table(self) -> Iterator[Any]:

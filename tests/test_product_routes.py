@@ -205,6 +205,8 @@ def test_what_the_service_refuses_is_said_in_its_words(product: Product) -> None
         ({**WANTED, "resource": "secrets"}, "body.resource"),
         ({**WANTED, "date_since": "2026-02-30"}, "body.date_since"),
         ({**WANTED, "date_since": "2026-02-03"}, "body.date_since"),
+        ({**WANTED, "date_since": "0001-01-01"}, "body.date_since"),
+        ({**WANTED, "date_until": "9999-12-31"}, "body.date_until"),
         ({**WANTED, "fields": ["a&b=c"]}, "body.fields"),
         ({**WANTED, "more": 1}, "body.more"),
     ],

@@ -122,7 +122,7 @@ class Desk:
         chosen = selection(table, given)
         with closing(AnswerPage(self.warehouse, chosen)) as page:
             page.produce()
-            page.begin(whole=True)
+            page.wait(whole=True)
             return Got(b"".join(page.pieces()), page.last)
 
 

@@ -14,6 +14,12 @@ FROM analytics_objects AS o
 LEFT JOIN analytics_schemas AS s ON s.schema_id = o.schema_id
 WHERE o.object_id IN (SELECT value FROM json_each(:ids));
 
+-- name: all_facts
+-- What is known of all versions that are not packed.
+SELECT o.object_id, o.object_key, o.size_bytes, o.row_count, o.fault, s.columns
+FROM analytics_objects AS o
+LEFT JOIN analytics_schemas AS s ON s.schema_id = o.schema_id;
+
 -- name: pairs_of_objects (postgres)
 -- Device and day of each part of these versions.
 SELECT DISTINCT device, day FROM analytics_parts
@@ -43,6 +49,54 @@ SELECT
 FROM json_each(:pairs) AS pair
 INNER JOIN analytics_parts AS p
     ON p.device = json_extract(pair.value, '$[0]') AND p.day = json_extract(pair.value, '$[1]');
+
+-- name: all_packs
+-- What is packed.
+SELECT device, day, etags, packed FROM analytics_days;
+
+-- name: packs_of_pairs (postgres)
+-- What is packed of these days of these devices; :pairs is a JSON array of [device, day].
+SELECT d.device, d.day, d.etags, d.packed
+FROM json_array_elements(CAST(:pairs AS json)) AS pair
+INNER JOIN analytics_days AS d ON d.device = pair ->> 0 AND d.day = CAST(pair ->> 1 AS integer);
+
+-- name: packs_of_pairs (sqlite)
+-- What is packed of these days of these devices; :pairs is a JSON array of [device, day].
+SELECT d.device, d.day, d.etags, d.packed
+FROM json_each(:pairs) AS pair
+INNER JOIN analytics_days AS d
+    ON d.device = json_extract(pair.value, '$[0]') AND d.day = json_extract(pair.value, '$[1]');
+
+-- name: packs_of_span
+-- What is packed of this device (any, when null) in this span of days (open, when null).
+SELECT device, day, etags, packed
+FROM analytics_days
+WHERE
+    (CAST(:device AS TEXT) IS NULL OR device = :device)
+    AND (CAST(:first_day AS INTEGER) IS NULL OR day >= :first_day)
+    AND (CAST(:last_day AS INTEGER) IS NULL OR day <= :last_day);
+
+-- name: packable
+-- Versions without a fault that have one part, of a day before :before_day, with that part; some of them, by device and day.
+SELECT
+    p.object_id, p.device, p.day, p.row_count, p.min_us, p.max_us, p.voltage_sum, p.voltage_count,
+    p.temperature_max, p.soc_sum, p.soc_count, p.latest, o.object_key, o.etag, o.size_bytes, o.schema_id
+FROM analytics_parts AS p
+INNER JOIN analytics_objects AS o ON o.object_id = p.object_id AND o.fault = ''
+WHERE
+    p.day > :no_day AND p.day < :before_day
+    AND NOT EXISTS (SELECT 1 FROM analytics_parts AS other WHERE other.object_id = p.object_id AND other.place <> p.place)
+ORDER BY p.device, p.day
+LIMIT :at_once;
+
+-- name: save_pack
+-- Insert or replace what is packed of one day of one device.
+INSERT INTO analytics_days (device, day, etags, packed) VALUES (:device, :day, :etags, :packed)
+ON CONFLICT (device, day) DO UPDATE SET etags = excluded.etags, packed = excluded.packed;
+
+-- name: forget_pack
+-- Remove what is packed of one day of one device.
+DELETE FROM analytics_days WHERE device = :device AND day = :day;
 
 -- name: keys
 -- Versions that can be read and have rows of this device (any, when null) in this span of days (open, when null).
@@ -98,12 +152,8 @@ DELETE FROM analytics_objects WHERE object_id IN (SELECT json_array_elements_tex
 DELETE FROM analytics_objects WHERE object_id IN (SELECT value FROM json_each(:ids));
 
 -- name: object_ids
--- Every version that is known.
+-- Every version that is known and not packed.
 SELECT object_id FROM analytics_objects;
-
--- name: count_objects
--- How many versions are known.
-SELECT count(*) AS objects FROM analytics_objects;
 
 -- name: is_asked
 -- Whether anybody ever asked.
@@ -126,6 +176,6 @@ DELETE FROM analytics_parts WHERE day < :day;
 SELECT coalesce(max(sweeps), 0) AS sweeps FROM analytics_sweeps;
 
 -- name: count_sweep
--- Tell other processes that versions are being removed.
-INSERT INTO analytics_sweeps (only_row, sweeps) VALUES (1, 1)
-ON CONFLICT (only_row) DO UPDATE SET sweeps = analytics_sweeps.sweeps + 1;
+-- Tell other processes that versions are being removed (:removed is 1, or 0 when they are packed), one process at a time.
+INSERT INTO analytics_sweeps (only_row, sweeps) VALUES (1, :removed)
+ON CONFLICT (only_row) DO UPDATE SET sweeps = analytics_sweeps.sweeps + excluded.sweeps;

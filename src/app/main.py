@@ -24,14 +24,14 @@ from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
 from app.ops.alerts import Alerts, rules_of
-from app.ops.connection_checks import System, destinations, probed, reached, remembered, stores_tried, webhook
+from app.ops.connection_checks import System, destinations, probed, remembered, stores_tried, webhook
 from app.ops.health import ProbeAnswer, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import log_run
 from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported
 from app.ops.request_costs import RequestCosts, prices_for
 from app.ops.scheduler import Scheduler
-from app.ops.service import Background, BuiltService, Operations, Pipelines, WindowedPipeline, announce, steps_of
+from app.ops.service import BuiltService, Operations, Pipelines, WindowedPipeline, announce, steps_of
 from app.web.app import Api, Front
 from app.web.auth import Guard, KeyRates, Keyring
 from app.web.limits import BodyLimits
@@ -59,56 +59,38 @@ STREAM_PREFIXES = ("/dwh/",)
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Inside:
-    """What the HTTP side is built on."""
-
-    settings: Settings
-    state: State
-    warehouse: Warehouse
-    store: "ObjectStore"
-    analytics: "Analytics"
-    pipelines: Pipelines
-    scheduler: Scheduler
-    alerts: Alerts
-    readiness: Readiness
-    costs: RequestCosts
-    clock: Callable[[], datetime]
-    own_server: bool
-
-
-def front(service: Inside) -> Front:
+def front(service: BuiltService, parts: "ServiceParts", analytics: "Analytics", *, own_server: bool) -> Front:
     """The ASGI application; it starts and ends the work of `service`."""
-    readiness = service.readiness
-    access, limits = service.settings.access, service.settings.limits
-    steps = steps_of(service.settings.service.shutdown_grace_seconds)
-    probes = Probes(service.settings.service.version, service.scheduler, readiness, service.clock)
+    settings, readiness = service.settings, service.readiness
+    access, limits = settings.access, settings.limits
+    steps = steps_of(settings.service.shutdown_grace_seconds)
+    probes = Probes(settings.service.version, service.scheduler, readiness, now)
     guard = Guard(
-        Keyring(access.api_keys, service.clock),
-        service.clock,
+        Keyring(access.api_keys, now),
+        now,
         service.state.sessions,
         KeyRates(limits.key_requests_per_second),
         anonymous=access.allow_anonymous,
-        locked=locked(service.settings, own_server=service.own_server),
+        locked=locked(settings, own_server=own_server),
         origins=frozenset(access.cors_origins),
     )
 
     def opened() -> None:
         readiness.start()
-        service.analytics.start()
+        analytics.start()
         service.alerts.start()
         service.scheduler.start()
 
     def closed() -> None:
         readiness.close()
-        service.analytics.close(steps.refresh)
+        analytics.close(steps.refresh)
         service.alerts.close()
         # Our own server has waited for the jobs before it closes this.
-        stuck = service.scheduler.close(steps.stuck if service.own_server else steps.jobs + steps.stuck)
+        stuck = service.scheduler.close(steps.stuck if own_server else steps.jobs + steps.stuck)
         if stuck:
             log.warning("left behind in mid-run, the next start goes on from their checkpoints: %s", ", ".join(stuck))
         service.state.close()
-        service.warehouse.close()
+        parts.warehouse.close()
 
     def bare_ready() -> ProbeAnswer:
         """Without names of systems and what is wrong with them."""
@@ -120,31 +102,32 @@ def front(service: Inside) -> Front:
         guard,
         BodyLimits(limits.max_body_bytes, limits.max_upload_bytes, UPLOAD_PREFIXES, STREAM_PREFIXES),
         opened=opened,
-        api=lambda: api(service, probes, guard),
+        api=lambda: api(service, parts, analytics, probes, guard),
         close=closed,
     )
 
 
-def api(service: Inside, probes: Probes, guard: Guard) -> Api:
+def api(service: BuiltService, parts: "ServiceParts", analytics: "Analytics", probes: Probes, guard: Guard) -> Api:
     """The FastAPI application, whose import takes longer than everything else at the start."""
     from app.analytics import routes as report_routes
+    from app.dwh import routes as warehouse_routes
     from app.ops import page_data, pages, routes
     from app.ops.delivery_map import DeliveryMaps
     from app.ops.verification import Proofs
     from app.web.api import build_api, route_scopes
 
-    pipelines, scheduler = service.pipelines, service.scheduler
-    maps = DeliveryMaps(pipelines.charts, service.state.pages, service.clock)
+    pipelines, scheduler, settings = service.pipelines, service.scheduler, service.settings
+    maps = DeliveryMaps(pipelines.charts, service.state.pages, now)
     proofs = Proofs(
         pipelines.verifications,
         scheduler.stop,
-        service.clock,
+        now,
         # Who has just verified a job should not see a map that was drawn before.
         looked=maps.forget,
         healed=lambda job, slot: maps.healed(job, slot.partition, slot.window),
     )
     ops = Operations(
-        settings=service.settings,
+        settings=settings,
         state=service.state,
         pipelines=pipelines,
         scheduler=scheduler,
@@ -154,50 +137,39 @@ def api(service: Inside, probes: Probes, guard: Guard) -> Api:
         guard=guard,
         maps=maps,
         proofs=proofs,
-        clock=service.clock,
+        clock=now,
     )
-    about = service.settings.service
+    about = settings.service
     routers = [
         pages.build(guard, lambda: routes.overview(ops)),
         page_data.build(ops),
         routes.build(ops),
-        warehouse_routes(service),
-        object_routes(service),
-        report_routes.build(service.analytics),
-        *(make() for make in service.pipelines.routers),
+        warehouse_routes.build(parts.warehouse, settings.dwh, settings.limits, now),
+        object_routes(parts),
+        report_routes.build(analytics),
+        *pipelines.routers(),
     ]
     built = build_api(about.title, about.version, about.description, routers)
-    quick = report_routes.Quick(built, service.analytics)
+    quick = report_routes.Quick(built, analytics)
     return Api(built, dict.fromkeys(quick.paths, quick), route_scopes(built))
 
 
-def warehouse_routes(service: Inside) -> "APIRouter":
-    """/dwh."""
-    from app.dwh import routes
-    from app.dwh.request_parsing import BatchLimits
-
-    limits, dwh = service.settings.limits, service.settings.dwh
-    batch = BatchLimits(dwh.max_rows_per_insert, dwh.max_write_batch_bytes)
-    body_bytes, stream_bytes = limits.max_body_bytes, limits.max_upload_bytes
-    return routes.build(routes.WarehouseRoutes(service.warehouse, batch, body_bytes, stream_bytes, service.clock))
-
-
-def object_routes(service: Inside) -> "APIRouter":
+def object_routes(parts: "ServiceParts") -> "APIRouter":
     """/s3."""
     from app.object_store.local import LocalDirectory
     from app.objects import routes
     from app.objects.requests import SignedLinks, StoreLinks
 
-    store, settings = service.store, service.settings
+    store, settings = parts.store, parts.settings
     largest = settings.limits.max_upload_bytes
     if isinstance(store, LocalDirectory):
         links = SignedLinks(settings.service.data_dir)
-        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, service.clock, largest))
+        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, now, largest))
     from app.object_store.s3_multipart import S3Transfers
 
     remote = S3Transfers(cast("S3Store", store))
     presigned = StoreLinks(remote.link, remote.form)
-    return routes.build(routes.ObjectRoutes(store, remote, reach(settings), presigned, service.clock, largest))
+    return routes.build(routes.ObjectRoutes(store, remote, reach(settings), presigned, now, largest))
 
 
 def reach(settings: Settings) -> "Reach":
@@ -210,8 +182,6 @@ def reach(settings: Settings) -> "Reach":
     return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports, table=table)
 
 
-# The composition root: settings in, the whole service out. Everything is wired here, by hand.
-#
 # Invariant: building connects to nothing and imports no SDK, so a service whose outside systems are away still
 # starts and says so.
 
@@ -296,10 +266,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         },
         listed=(influx_job.NAME,),
         calls={appmetrica.name: lambda: calls_of(parts, appmetrica.name)} if appmetrica.service else {},
-        routers=(
-            lambda: amplitude_routes(amplitude.service),
-            lambda: appmetrica_routes(appmetrica.service),
-        ),
+        routers=lambda: pull_routes(amplitude.service, appmetrica.service),
     )
 
 
@@ -326,55 +293,33 @@ def build(
     costs = RequestCosts(counter, state.requests, prices_for(settings), state.clock, settings.request_costs.max_monthly)
     workers = workers_of(settings, state, counter)
     steps = workers.steps if workers and is_worker else in_this_process
-    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs, steps))
-    stop = Stop()
-    desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run, counter.take_run)
-    alerts = Alerts(
-        rules_of(settings),
-        pipelines.jobs,
-        state.runs,
-        told=state.alerts,
-        clocks=state.clocks,
-        clock=now,
-        paused=state.pauses.paused,
-        troubles=state.checkpoints.troubles,
-    )
+    parts = ServiceParts(settings, state, store, state.clock, warehouse, counter, costs, steps)
+    pipelines = wiring(parts)
+    alerts = Alerts(rules_of(settings), pipelines.jobs, state, now)
 
     def ended(run: Run, cause: BaseException | None) -> None:
         log_run(run, cause)
         alerts.ended(run)
         costs.save()
 
-    desk = replace(desk, ended=ended)
+    stop = Stop()
+    desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), ended, counter.take_run)
     scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses, elsewhere=workers)
     stores = {
         "checkpoint_store_connected": remembered(state),
         "s3_accessible": probed(store),
-        "dwh_connected": reached(warehouse.ping),
+        "dwh_connected": warehouse.ping,
     }
-    analytics = open_analytics(settings, state, store)
-    ops = Inside(
-        settings,
-        state,
-        warehouse,
-        store,
-        analytics,
-        pipelines,
-        scheduler,
-        alerts,
-        Readiness(stores),
-        costs,
-        now,
-        own_server,
-    )
     systems = [
         *stores_tried(settings, state, warehouse.database, store, pipelines.listed),
         *pipelines.systems,
         *webhook(settings),
         System("request_costs", "requests a month", "MAX_MONTHLY_REQUEST_COST", lambda: costs.estimate().text()),
     ]
-    background = Background(ops.readiness, alerts, costs.save)
-    return BuiltService(settings, state, pipelines, systems, desk, stop, scheduler, background, front(ops))
+    readiness = Readiness(stores)
+    service = BuiltService(settings, state, pipelines, systems, desk, stop, scheduler, alerts, readiness, costs)
+    service.app = front(service, parts, open_analytics(settings, state, store), own_server=own_server)
+    return service
 
 
 def workers_of(settings: Settings, state: State, counter: RequestCounter) -> "Workers | None":
@@ -481,18 +426,12 @@ def terms(settings: Settings) -> LeaseTerms:
     return LeaseTerms(owner, settings.lease.ttl_seconds, settings.lease.heartbeat_seconds)
 
 
-def amplitude_routes(projects: Mapping[str, "Project"]) -> "APIRouter":
-    """/amplitude."""
-    from app.amplitude import routes
+def pull_routes(projects: Mapping[str, "Project"], exports: "Exports | None") -> "Sequence[APIRouter]":
+    """/amplitude and /appmetrica."""
+    from app.amplitude import routes as amplitude_routes
+    from app.appmetrica import routes as appmetrica_routes
 
-    return routes.build(projects)
-
-
-def appmetrica_routes(exports: "Exports | None") -> "APIRouter":
-    """/appmetrica."""
-    from app.appmetrica import routes
-
-    return routes.build(exports)
+    return amplitude_routes.build(projects), appmetrica_routes.build(exports)
 
 
 # `uvicorn app.main:app`: the service for an ASGI server of somebody else's.

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ START = datetime(2026, 2, 1, tzinfo=UTC)
 @pytest.fixture
 def lake(new_state: Callable[[str], State], tmp_path: Path) -> Iterator[Lake]:
     with closing(local_lake(tmp_path / "lake", new_state("sqlite").summaries)) as made:
+        made.now = START + timedelta(days=1)  # nothing is packed yet
         yield made
 
 

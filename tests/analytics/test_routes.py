@@ -126,6 +126,7 @@ def test_a_file_in_the_folder_is_a_report_with_typed_parameters(served: Daemon) 
     assert reply.json["data"][0]["nested"] == {"a": None}
     assert reply.json["data"][0]["asked"].endswith("Z")
     assert served.get("/analytics/my-own?least=1000").json["count"] == 0
+    assert served.get("/analytics/my_own?least=1000").json["count"] == 0
     for wrong in ("least=many", "on=2026-02-31", "other=1", "least=1&least=2", "format=doc", "scan=true"):
         refused = served.get(f"/analytics/my-own?{wrong}")
         assert refused.status == 422, wrong

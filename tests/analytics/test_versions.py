@@ -2,8 +2,8 @@
 
 import random
 
-import app.analytics.summaries as module
-from app.analytics.summaries import SIZE, Versions
+import app.analytics.version_set as module
+from app.analytics.version_set import SIZE, Versions
 
 
 def version(draw: random.Random) -> bytes:

@@ -93,8 +93,23 @@ def test_a_record_keeps_what_the_values_of_the_source_came_to(store: Store) -> N
         'a,b="\ud800"': Sums(1, 5.0, 5, 5.0, 5.0),
         "huge": Sums(2, math.inf, 1.5e308, 1.5e308, math.inf),
     }
-    store.commit(Commit([replace(record(1), sums=sums), record(2)]), store.lease())
-    assert [found.sums for found in store.records()] == [sums, {}]
+    fields = {name: each.values for name, each in sums.items()}
+    written = [replace(record(1), sums=sums), record(2), replace(record(3), sums=sums, fields=fields)]
+    store.commit(Commit(written), store.lease())
+    assert [(found.sums, found.fields) for found in store.records()] == [(sums, {}), ({}, {}), (sums, fields)]
+
+
+def test_a_record_of_the_version_before_keeps_its_values_too(state: State) -> None:
+    store = Store(state.checkpoints, state.leases)
+    store.commit(Commit([record(1)]), store.lease())
+    texts = {"fields": '{"voltage":3,"note":7}', "sums": '{"voltage":[3,9.5,1.0,5.0,9.5],"note":[7]}'}
+    with state.database.transaction() as session:
+        session.run("UPDATE export_windows SET source_fields = :fields, source_sums = :sums", **texts)
+    (found,) = store.records()
+    assert (found.fields, found.sums) == (
+        {"voltage": 3, "note": 7},
+        {"voltage": Sums(3, 9.5, 1.0, 5.0, 9.5), "note": Sums(7)},
+    )
 
 
 def test_a_mark_says_what_a_listing_showed_of_that_very_version(store: Store) -> None:

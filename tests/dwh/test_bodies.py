@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.dwh.request_parsing import BatchDealer, BatchLimits, Form, Options, Received, receive
+from app.dwh.request_parsing import BatchLimits, Form, Options, Received, receive
 from app.dwh.tables import EVENTS, LOCATIONS, TECHNICAL, Table
 from app.web.errors import Refusal, Refused
 from warehouse import LIMITS, ndjson, rows_of, uuid_of
@@ -263,12 +263,13 @@ def test_gzip_that_is_damaged_cut_or_a_bomb_is_refused() -> None:
 
 def dealt(limits: BatchLimits, sizes: Sequence[int], group: int) -> tuple[int, list[int]]:
     """The number of batches, and the batch of each row, when rows come in groups."""
-    batches, numbers = BatchDealer(limits), []
-    for start in range(0, len(sizes), group):
-        first = batches.count
-        for step, count in enumerate(batches.deal(sizes[start : start + group])):
-            numbers += [first + step] * count
-    return batches.count, numbers
+    numbers: list[int] = []
+    with closing(Received(limits)) as received:
+        for start in range(0, len(sizes), group):
+            first = received.batches
+            for step, count in enumerate(received.deal(sizes[start : start + group])):
+                numbers += [first + step] * count
+        return received.batches, numbers
 
 
 @settings(max_examples=200, deadline=None)

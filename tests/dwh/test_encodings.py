@@ -45,14 +45,14 @@ def test_text_is_stored_as_text_or_refused(postgres_server: PostgresServer, enco
         assert desk.get(LOCATIONS)[0]["city"] == CITY
         assert stored(url) == [(CITY,)]
         if encoding == "UTF8":
-            assert "may read, write" in of_database(warehouse.database)()
+            assert "may read, write" in of_database(warehouse.database)
             return
         with pytest.raises(Rejected) as refused:
             desk.post(LOCATIONS, [{"uuid": uuid_of(2), "city": "Рига"}])
         assert "ENCODING 'UTF8'" in refused.value.hint
         assert stored(url) == [(CITY,)]
         with pytest.raises(Permanent, match=encoding):
-            of_database(warehouse.database)()
+            of_database(warehouse.database)
 
 
 def test_an_encoding_of_the_url_does_not_count(postgres_server: PostgresServer, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_an_encoding_of_the_url_does_not_count(postgres_server: PostgresServer, 
 def test_a_database_that_knows_no_characters_is_refused(postgres_server: PostgresServer, tmp_path: Path) -> None:
     url = made(postgres_server, "SQL_ASCII")
     with closing(open_warehouse(url, tmp_path)) as warehouse:
-        for use in (warehouse.ping, of_database(warehouse.database)):
+        for use in (warehouse.ping, lambda: of_database(warehouse.database)):
             with pytest.raises(Permanent, match="SQL_ASCII"):
                 use()
     with closing(open_state(url, tmp_path)) as state, pytest.raises(Permanent, match="SQL_ASCII"):

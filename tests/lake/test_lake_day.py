@@ -1,7 +1,10 @@
 """The lake day: the table has the rows of the objects, whatever happens between."""
 
 import io
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -10,12 +13,14 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pytest
 
-from app.core.errors import Transient
+from app.core.closed_days import ReportSpan
+from app.core.errors import Permanent, Transient
 from app.core.runs import Report
 from app.lake.job import NAME
 from app.object_store.local import LocalDirectory
 from app.object_store.port import Put
 from app.object_store.s3 import S3Store
+from fake_clock import FakeClock
 from lake_tree import NOW, Tree, parquet, rows
 from postgres import PostgresServer
 from seaweed import Seaweed, target
@@ -145,6 +150,24 @@ def lose_a_file(tree: Tree) -> None:
     Path(tree.files()[0].removeprefix("file://")).unlink()
 
 
+def cut_a_file(tree: Tree) -> None:
+    path = Path(tree.files()[0].removeprefix("file://"))
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def lose_metadata(tree: Tree) -> None:
+    for path in (tree.folder / "objects" / "lake").rglob("*.metadata.json"):
+        path.unlink()
+
+
+def lose_the_newest_metadata(tree: Tree) -> None:
+    max((tree.folder / "objects" / "lake").rglob("*.metadata.json")).unlink()
+
+
+def restore_a_catalog_without_the_table(tree: Tree) -> None:
+    shutil.copy(tree.folder / "empty.db", tree.folder / "lake.db")
+
+
 def move_the_directory(tree: Tree) -> None:
     tree.folder = tree.folder.rename(tree.folder.with_name("moved"))
     vars(tree).update(vars(Tree(tree.folder)))
@@ -162,6 +185,10 @@ def lose_manifests(tree: Tree) -> None:
         (restore_old_catalog, "the catalog was behind the table"),
         (empty_the_lake, "1 states of the table cannot be read, since files of theirs are gone"),
         (lose_a_file, "1 files of the table are gone"),
+        (cut_a_file, "1 files of the table are gone or cut"),
+        (lose_metadata, "the table is made anew from the objects"),
+        (lose_the_newest_metadata, "1 states of the table cannot be read"),
+        (restore_a_catalog_without_the_table, "the catalog was behind the table"),
         (move_the_directory, "the table is made anew from the objects"),
         (lose_manifests, "2 states of the table cannot be read"),
     ],
@@ -169,6 +196,8 @@ def lose_manifests(tree: Tree) -> None:
 def test_what_was_lost_is_made_again_from_what_is_there_and_said(
     tree: Tree, harm: Callable[[Tree], None], said: str
 ) -> None:
+    tree.run(dry_run=True)
+    shutil.copy(tree.folder / "lake.db", tree.folder / "empty.db")
     tree.run()
     shutil.copy(tree.folder / "lake.db", tree.folder / "backup.db")
     tree.put("b", 9)
@@ -178,6 +207,65 @@ def test_what_was_lost_is_made_again_from_what_is_there_and_said(
     assert said in " ".join(report.notes)
     assert tree.in_table() == tree.in_objects()
     assert tree.run().notes == ()
+
+
+def test_a_damaged_file_of_the_table_costs_no_row_of_an_object_and_is_said(tree: Tree) -> None:
+    tree.run()
+    path = Path(tree.files()[0].removeprefix("file://"))
+    path.write_bytes(bytes(path.stat().st_size))
+    tree.put("b", 9)
+    assert tree.run().notes == ("1 files of the table cannot be read: their days are made anew from the objects",)
+    assert tree.in_table() == tree.in_objects()
+
+
+def test_the_table_of_another_tree_or_program_is_left_alone(tree: Tree) -> None:
+    other = Tree(tree.folder, S3_PREFIX="elsewhere")
+    other.store.put(
+        "elsewhere/device_id=x/date=2026/02/07/export_000000.parquet", io.BytesIO(parquet(rows("x", 0))), Put("x")
+    )
+    other.run()
+    with other.table() as table:
+        before = table.metadata_location
+    kept = (tree.folder / "lake.db").read_bytes()
+    for is_known in (True, False):  # the catalog points there, or knows nothing
+        if not is_known:
+            (tree.folder / "lake.db").unlink()
+        with pytest.raises(
+            Permanent, match="is the table of the objects below elsewhere, not of those below telemetry"
+        ):
+            tree.run()
+        assert tree.reader().day_counts() == {}
+    (tree.folder / "lake.db").write_bytes(kept)
+    with other.table() as table:
+        assert table.metadata_location == before
+        with table.update_spec() as spec:
+            spec.add_identity("device_id")
+    with pytest.raises(Permanent, match="is another program's table"):
+        other.run()
+
+
+def test_a_day_that_a_clock_closed_too_early_is_what_its_objects_become(tree: Tree) -> None:
+    clock = FakeClock(tree.folder.with_name("clock"))
+    clock.set(timedelta(days=200))
+    given = {"CATALOG": "iceberg", "DATA_DIR": str(tree.folder), "LOG_FILE": "off", **clock.environ}
+    today = datetime.now(UTC).date()
+    tree.put("a", 0, day=today)
+    command = [sys.executable, "-m", "app", "run", "lake_day"]
+    subprocess.run(command, env={**os.environ, **given}, check=True, capture_output=True)
+    assert sum(tree.in_table().values()) == 40
+    tree.put("a", 1, day=today)
+    tree.put("b", 1, rows("b", 1, count=5))
+    tree.now = datetime.now(UTC)
+    tree.run()
+    assert not tree.in_table() - tree.in_objects()
+    assert sum((tree.in_objects() - tree.in_table()).values()) == 4, "the day is open"
+    tree.now += timedelta(days=2)
+    tree.run()
+    assert tree.in_table() == tree.in_objects()
+    tree.now += timedelta(days=300)
+    found = tree.reader().rows_at(tree.now, ReportSpan())
+    assert found.state is not None
+    assert found.state.snapshot_id == snapshots(tree)[-1], "not that of the clock that was ahead"
 
 
 class Killed(BaseException):

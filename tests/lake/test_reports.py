@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from app.analytics.reports import BadParameter
-from app.core.closed_days import ReportSpan
+from app.core.closed_days import ReportSpan, TableRows
+from app.lake.reader import TableReader
 from app.object_store.port import Put
 from app.object_store.s3 import S3Store
 from lake_reports import REPORTS, SPANS, filled, odd, only_objects, reports
@@ -106,6 +107,25 @@ def test_as_of_answers_from_the_state_that_was_valid_then(tree: Tree) -> None:
     with reports(tree, with_table=False) as asked, pytest.raises(BadParameter, match="needs the table") as raised:
         asked.rows("overview", first_at)
     assert "CATALOG=iceberg" in raised.value.hint
+
+
+def test_a_state_that_expires_while_it_is_read_is_told_as_any_that_is_gone(tree: Tree) -> None:
+    tree.run()
+    first_at = datetime.now(UTC)
+    tree.put("a", 1, rows("a", 1, count=3, **odd(3)))
+    tree.run()
+
+    class Expiring(TableReader):
+        def rows_at(self, instant: datetime, span: ReportSpan) -> TableRows:
+            found = super().rows_at(instant, span)
+            tree.now = datetime.now(UTC) + timedelta(days=9)
+            tree.run()
+            return found
+
+    with reports(tree, reader=Expiring) as asked:
+        with pytest.raises(BadParameter, match="no state of the table of closed days is that old"):
+            asked.rows("overview", first_at)
+        assert asked.rows("overview", datetime.now(UTC))[0]["total_rows"] >= 43
 
 
 def test_the_same_in_a_bucket_where_other_programs_files_lie_too(tmp_path: Path, seaweed: Seaweed) -> None:

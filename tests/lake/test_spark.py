@@ -7,12 +7,13 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from app.core.errors import Permanent, Transient
 from daemon import Daemons
-from lake_reports import REPORTS, SPANS, filled, reports
-from lake_tree import Tree
+from lake_reports import REPORTS, SPANS, filled, odd, reports
+from lake_tree import Tree, rows
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,20 +23,32 @@ pytestmark = [
 
 def test_every_report_of_closed_days_is_equal_on_both_engines(tmp_path: Path, sail: str) -> None:
     tree = filled(Tree(tmp_path))
+    floats = pa.array([0.1, None, -0.0, 3.4e38], pa.float32())
+    odds = odd(
+        temperature=floats,
+        location=pa.array(["", "Süd", None, "a'b"]),
+        power=pa.array([2**63, 0, 1, None], pa.uint64()),
+    )
+    tree.put("o'b", 23, rows("o'b", 23, **odds))
     tree.run()
     spark = Tree(tmp_path, ANALYTICS_ENGINE="spark", SPARK_REMOTE=sail)
-    closed = [{**span, "to": "2026-02-08"} for span in SPANS]
+    spans = [*SPANS, {"device_id": "o'b"}, {"device_id": "nobody"}, {"from": "2026-02-07T09:00:00.000001Z"}]
+    closed = [{**span, "to": "2026-02-08"} for span in spans]
+    calls = [(path, {**span, **own}) for path, own in REPORTS.items() for span in closed]
+    calls += [("over-time", {"minutes": minutes, "to": "2026-02-08"}) for minutes in ("1", "1440", "527040")]
+    calls += [("rows", {"device_id": device}) for device in ("a", "o'b")]
     with reports(tree) as duckdb:
-        expected = {
-            f"{path} {span}": duckdb.rows(path, **{**span, **own}) for path, own in REPORTS.items() for span in closed
-        }
+        asked_for = {(path, name) for path, given in calls for name in given}
+        every = {(path, each.name) for path, report in duckdb.analytics.reports.items() for each in report.parameters}
+        assert asked_for == every, "each parameter of each built-in report"
+        as_of = datetime.now(UTC)
+        expected = [duckdb.rows(path, None if "to" in given else as_of, **given) for path, given in calls]
         assert duckdb.engine == "duckdb"
     with reports(spark) as asked:
-        for path, own in REPORTS.items():
-            for span in closed:
-                found = asked.rows(path, **{**span, **own})
-                assert (asked.engine, found) == ("spark", expected[f"{path} {span}"]), path
-        assert asked.rows("overview")[0]["total_rows"] == 80  # today is not in the table: DuckDB reads both
+        for (path, given), wanted in zip(calls, expected, strict=True):
+            found = asked.rows(path, None if "to" in given else as_of, **given)
+            assert (asked.engine, found) == ("spark", wanted), (path, given)
+        assert asked.rows("overview")[0]["total_rows"] == 84  # today is not in the table: DuckDB reads both
         assert asked.engine == "duckdb"
 
 

@@ -17,7 +17,6 @@ from app.object_store.port import ObjectInfo, Readable
 from app.objects.requests import (
     SECRET_BYTES,
     SECRET_NAME,
-    NotServed,
     Reach,
     SignedLinks,
     check_match,
@@ -28,6 +27,7 @@ from app.objects.requests import (
 )
 from app.objects.streams import Form, boundary_of, media_type
 from app.web.body_bridge import carried
+from app.web.errors import Refused
 from disk_effects import Disk
 
 AT = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -63,10 +63,10 @@ def test_what_is_no_range_means_the_whole_object(given: str) -> None:
 
 @pytest.mark.parametrize("given", ["bytes=10-", "bytes=10-20", "bytes=-0", f"bytes={'9' * 40}-"])
 def test_a_range_behind_the_end_is_416_with_the_size(given: str) -> None:
-    with pytest.raises(NotServed) as caught:
+    with pytest.raises(Refused) as caught:
         span_of({"range": given}, HELD)
-    assert (caught.value.status, caught.value.headers) == (416, {"Content-Range": "bytes */10"})
-    with pytest.raises(NotServed):
+    assert (caught.value.refusal.status, caught.value.refusal.headers) == (416, {"Content-Range": "bytes */10"})
+    with pytest.raises(Refused):
         span_of({"range": "bytes=-5"}, ObjectInfo("k", 0, '"e"', AT))
 
 
@@ -81,9 +81,9 @@ def test_conditions_name_versions() -> None:
     assert [unchanged(fields, HELD) for fields in ({}, {"if-none-match": '"x"'}, {"if-none-match": "e"})] == [False] * 3
     check_match({"if-match": '"a", "e"'}, HELD)
     for other in ('"x"', 'W/"e"', "e"):
-        with pytest.raises(NotServed) as caught:
+        with pytest.raises(Refused) as caught:
             check_match({"if-match": other}, HELD)
-        assert caught.value.status == 412
+        assert caught.value.refusal.status == 412
 
 
 def test_an_upload_with_conditions_replaces_the_version_that_meets_them() -> None:
@@ -99,9 +99,9 @@ def test_an_upload_with_conditions_replaces_the_version_that_meets_them() -> Non
         ({"if-match": "*"}, None),
         ({"if-match": '"e"', "if-none-match": "*"}, None),
     ):
-        with pytest.raises(NotServed) as caught:
+        with pytest.raises(Refused) as caught:
             expected_of(fields, held)
-        assert caught.value.status == 412
+        assert caught.value.refusal.status == 412
 
 
 BEFORE, THEN, AFTER = (f"Sat, 07 Feb 2026 {at} GMT" for at in ("11:59:59", "12:00:00", "12:00:01"))
@@ -117,32 +117,32 @@ def test_dates_are_conditions_in_whole_seconds_where_no_etag_is_named() -> None:
     for later in (THEN, AFTER):
         check_match({"if-unmodified-since": later}, held)
     check_match({"if-unmodified-since": BEFORE, "if-match": '"e"'}, held)
-    with pytest.raises(NotServed) as caught:
+    with pytest.raises(Refused) as caught:
         check_match({"if-unmodified-since": BEFORE}, held)
-    assert (caught.value.status, caught.value.fault) == (412, "If-Unmodified-Since")
+    assert (caught.value.refusal.status, caught.value.refusal.fault) == (412, "If-Unmodified-Since")
 
 
 def test_reach_is_allowed_prefixes_and_the_callers_own_and_exports_are_read_only() -> None:
     reach = Reach(("a/", "telemetry/"), "telemetry/", "a/b/")
     assert reach.writes("a/b/c") == "a/b/c"
     for key in ("a/c", "b/x", "a", "a/b"):
-        with pytest.raises(NotServed) as caught:
+        with pytest.raises(Refused) as caught:
             reach.reads(key)
-        assert caught.value.status == 403
+        assert caught.value.refusal.status == 403
     exports = Reach((), "telemetry/")
     assert exports.reads("telemetry/x") == "telemetry/x"
     assert exports.writes("telemetry") == "telemetry"
-    with pytest.raises(NotServed, match="read-only"):
+    with pytest.raises(Refused, match="read-only"):
         exports.writes("telemetry/x")
     assert Reach((), None).writes("telemetry/x")
     table = Reach((), None, table="lake/")
     assert table.reads("lake/telemetry/data/a.parquet")
     for change in (table.writes, table.deletes):
-        with pytest.raises(NotServed, match="read-only"):
+        with pytest.raises(Refused, match="read-only"):
             change("lake/telemetry/data/a.parquet")
-    with pytest.raises(NotServed):
+    with pytest.raises(Refused):
         Reach((), "").writes("any")
-    with pytest.raises(NotServed):
+    with pytest.raises(Refused):
         reach.lists("a/")
     assert reach.lists("a/b/") == "a/b/"
     assert [Reach(("a/",), "a/x/").sweeps(key) for key in ("a/1", "a/x/1", "b")] == [True, False, False]
@@ -154,9 +154,9 @@ ODD_KEYS = ["", "/a", "a/", "a//b", "a/../b", "./a", "..", "a\\b", "\\", "a\nb",
 
 @pytest.mark.parametrize("key", [*ODD_KEYS, ".headwater/x"])
 def test_keys_that_no_new_object_may_have_are_422(key: str) -> None:
-    with pytest.raises(NotServed) as caught:
+    with pytest.raises(Refused) as caught:
         Reach().writes(key)
-    assert (caught.value.status, caught.value.fault) == (422, "key")
+    assert (caught.value.refusal.status, caught.value.refusal.fault) == (422, "key")
 
 
 @pytest.mark.parametrize("key", ODD_KEYS)
@@ -169,9 +169,9 @@ def test_what_is_there_under_an_odd_key_is_for_the_store_to_find(key: str) -> No
 )
 def test_no_form_of_a_key_leads_to_the_services_own(key: str) -> None:
     for use in (Reach().reads, Reach().deletes):
-        with pytest.raises(NotServed) as caught:
+        with pytest.raises(Refused) as caught:
             use(key)
-        assert caught.value.status == 422
+        assert caught.value.refusal.status == 422
 
 
 @pytest.mark.parametrize(
@@ -189,18 +189,18 @@ def test_no_form_of_a_key_leads_to_the_services_own(key: str) -> None:
 def test_no_form_of_a_key_leads_into_the_exports(key: str) -> None:
     for reach in (Reach((), "telemetry/", "", "telemetry/"), Reach((), None, "", "telemetry/")):
         assert reach.reads(key) == key
-        with pytest.raises(NotServed) as caught:
+        with pytest.raises(Refused) as caught:
             reach.deletes(key)
-        assert caught.value.status == 403
+        assert caught.value.refusal.status == 403
     assert Reach((), None, "", "telemetry/").deletes("telemetry/x") == "telemetry/x"
 
 
 @pytest.mark.parametrize("key", ["team/../other/x", "team/..\\other", "team\\x", "/team/x"])
 def test_no_form_of_a_key_leads_out_of_a_prefix(key: str) -> None:
     for reach in (Reach(("team/",)), Reach(own="team/")):
-        with pytest.raises(NotServed) as caught:
+        with pytest.raises(Refused) as caught:
             reach.reads(key)
-        assert caught.value.status == 403
+        assert caught.value.refusal.status == 403
 
 
 def form_of(*parts: tuple[str, str | None, bytes], boundary: str = "b0und") -> bytes:
@@ -240,9 +240,9 @@ def test_the_file_of_a_form_comes_out_as_it_went_in(data: bytes, seed: int, nois
 def test_a_form_that_breaks_off_is_never_whole(cut: int, seed: int) -> None:
     body = form_of(("file", "n", b"0123456789" * 5))
     end = body.rindex(b"--b0und--") + len(b"--b0und--")
-    with pytest.raises(NotServed) as caught:
+    with pytest.raises(Refused) as caught:
         whole(Form(Pieces(body[: min(cut, end - 3)], seed), "b0und"))
-    assert caught.value.status in (400, 422)
+    assert caught.value.refusal.status in (400, 422)
 
 
 UNCHOSEN = ("file", "", b"")
@@ -263,9 +263,9 @@ UNCHOSEN = ("file", "", b"")
 )
 def test_a_form_without_exactly_one_file_is_refused(body: bytes) -> None:
     for size in (1, 7, 1000):
-        with pytest.raises(NotServed) as caught:
+        with pytest.raises(Refused) as caught:
             whole(Form(Pieces(body, size), "b0und"))
-        assert caught.value.status == (400 if body in (b"", b"nonsense") else 422)
+        assert caught.value.refusal.status == (400 if body in (b"", b"nonsense") else 422)
 
 
 @pytest.mark.parametrize("chosen", [("file", "empty.csv", b""), ("file", "", b"12"), ("file", None, b"12")])
@@ -279,7 +279,7 @@ def test_a_content_type_says_whether_it_is_a_form() -> None:
     assert boundary_of({"content-type": "text/csv"}) is None
     assert boundary_of({"content-type": 'Multipart/Form-Data; boundary="a b"'}) == "a b"
     for given_type in ("multipart/form-data", "multipart/mixed; boundary=x"):
-        with pytest.raises(NotServed):
+        with pytest.raises(Refused):
             boundary_of({"content-type": given_type})
 
 
@@ -318,13 +318,13 @@ def test_a_signed_link_holds_for_its_key_until_its_end_and_for_nothing_else(tmp_
         ("a b/ü+%.csv", AT, expires, "\ud800ü"),
     ]
     for key, now, until, signed in wrong:
-        with pytest.raises(NotServed):
+        with pytest.raises(Refused):
             links.check(key, now, until, signed)
     secret = tmp_path / "data" / "link.key"
     assert secret.stat().st_mode & 0o077 == 0
     assert len(list(secret.parent.iterdir())) == 1
     secret.unlink()
-    with pytest.raises(NotServed):
+    with pytest.raises(Refused):
         links.check("a b/ü+%.csv", AT, expires, signature)
 
 
@@ -361,13 +361,13 @@ def test_a_form_holds_for_its_fields_until_its_end_and_for_nothing_else(tmp_path
         ),
         *([(name, "\ud800ü" if name == field else value) for name, value in given] for field in fields),
     ):
-        with pytest.raises(NotServed) as caught:
+        with pytest.raises(Refused) as caught:
             links.check_form(wrong, AT)
-        assert caught.value.status == 403
-    with pytest.raises(NotServed, match="expired"):
+        assert caught.value.refusal.status == 403
+    with pytest.raises(Refused, match="expired"):
         links.check_form(given, end)
     expires = int(end.timestamp())
-    with pytest.raises(NotServed):  # what is signed of a form never opens a link
+    with pytest.raises(Refused):  # what is signed of a form never opens a link
         links.check("a b/ü.csv", AT, expires, fields["signature"])
 
 
@@ -380,7 +380,7 @@ def test_the_texts_before_the_file_of_a_form_are_its_fields() -> None:
     )
     assert form.fields == [("key", "ü"), ("b", "")]
     assert whole(form) == b"1"
-    with pytest.raises(NotServed, match="longer"):
+    with pytest.raises(Refused, match="longer"):
         Form(io.BytesIO(form_of(("key", None, bytes(70_000)), ("file", "n", b"1"))), "b0und")
 
 
@@ -405,7 +405,7 @@ def test_a_body_reaches_the_thread_whole_or_not_at_all() -> None:
 
     def refuse(feed: Readable) -> bytes:
         feed.read(10)
-        raise NotServed(422, "no", "no")
+        raise Refused(422, "no", "no")
 
     with ThreadPoolExecutor(1) as threads:
         for size in (1, 65_536, 1_000_000):
@@ -413,6 +413,6 @@ def test_a_body_reaches_the_thread_whole_or_not_at_all() -> None:
             assert asyncio.run(carried(blocks(sent, size), threads, take)) == sent
         with pytest.raises(ConnectionError):
             asyncio.run(carried(blocks(data, 65_536, breaks=True), threads, take))
-        with pytest.raises(NotServed):
+        with pytest.raises(Refused):
             asyncio.run(carried(blocks(data, 65_536), threads, refuse))
     assert len(seen) == 1

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,8 +19,9 @@ from app.core.errors import Permanent
 from app.core.pipeline import MISSING, Commit, Record
 from app.core.runs import Job, Outcome, Report, Run
 from app.core.windows import Window
-from app.db.state import State, open_state
-from app.ops.alerts import Alerts, Heartbeats, Rules, Told, is_stale, post
+from app.db.leases import SqlClocks
+from app.db.state import SqlAlerts, State, open_state
+from app.ops.alerts import Alerts, Heartbeats, Rules, is_stale, post
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
 
@@ -108,7 +110,7 @@ def until(holds: Callable[[], Any], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-class FollowedClock:
+class FollowedClock(SqlClocks):
     """The state's clock, which is the one that all follow, and the jobs whose records lie ahead of it."""
 
     def __init__(self, clock: list[datetime], ahead: dict[str, float]) -> None:
@@ -130,7 +132,7 @@ class Process:
         state: State,
         time: tuple[list[datetime], list[float]],
         ahead: dict[str, float],
-        told: Told | None = None,
+        told: SqlAlerts | None = None,
         **rules: Any,
     ) -> None:
         self.listener = listener
@@ -139,13 +141,9 @@ class Process:
         self.alerts = Alerts(
             Rules("water", f"{listener.url}/hook?token=s", **rules),
             jobs,
-            state.runs,
-            told=told or state.alerts,
-            clocks=FollowedClock(clock, ahead),
-            clock=lambda: clock[0],
-            paused=state.pauses.paused,
-            troubles=state.checkpoints.troubles,
-            elapsed_seconds=lambda: elapsed[0],
+            replace(state, alerts=told or state.alerts, clocks=FollowedClock(clock, ahead)),
+            lambda: clock[0],
+            lambda: elapsed[0],
         )
         self.alerts.start()
 
@@ -310,12 +308,17 @@ def test_a_recovery_is_told_once_whether_a_run_or_a_look_ends_it(processes: Proc
     assert sorted(processes.told) == sorted([*began, ("recovered", "export"), ("recovered", "inbox")])
 
 
-class Slow:
+class Slow(SqlAlerts):
     """What was told, for one who looks and then finds that another has ended all of it meanwhile."""
 
     def __init__(self, state: State) -> None:
-        self.begin, self.end = state.alerts.begin, state.alerts.end
         self._state = state
+
+    def begin(self, job: str, event: str, at: datetime) -> bool:
+        return self._state.alerts.begin(job, event, at)
+
+    def end(self, job: str, before: datetime, event: str | None = None) -> bool:
+        return self._state.alerts.end(job, before, event)
 
     def told(self) -> Mapping[tuple[str, str], datetime]:
         found = self._state.alerts.told()

@@ -62,9 +62,9 @@ def build(projects: Mapping[str, Project]) -> APIRouter:
         project = projects.get(source)
         if project is None:
             name = f"AMPLITUDE_{source.upper()}_CLIENT_ID"
-            raise Refused(Refusal(409, f"the source {source} is not configured", f"set {name} and its secret key"))
+            raise Refused(409, f"the source {source} is not configured", f"set {name} and its secret key")
         if places.locked():
-            raise Refused(BUSY)
+            raise Refused(*BUSY)
         await places.acquire()
         with ExitStack() as held:
             held.callback(places.release)
@@ -83,11 +83,11 @@ def _days(start: str, end: str) -> tuple[date, date]:
     first, last = _day(start, "start"), _day(end, "end")
     if first < FIRST_DAY or last > LAST_DAY:
         said, hint = f"no export from {start} to {end}", f"days go from {FIRST_DAY:%Y%m%d} to {LAST_DAY:%Y%m%d}"
-        raise Refused(Refusal(422, said, hint, "query.start" if first < FIRST_DAY else "query.end"))
+        raise Refused(422, said, hint, "query.start" if first < FIRST_DAY else "query.end")
     if first > last:
-        raise Refused(Refusal(422, f"start {start} is after end {end}", "give the older day as start", "query.start"))
+        raise Refused(422, f"start {start} is after end {end}", "give the older day as start", "query.start")
     if (last - first).days >= MAX_DAYS:
-        raise Refused(Refusal(422, f"more than {MAX_DAYS} days", "ask for fewer at once", "query.end"))
+        raise Refused(422, f"more than {MAX_DAYS} days", "ask for fewer at once", "query.end")
     return first, last
 
 
@@ -96,7 +96,7 @@ def _day(text: str, name: str) -> date:
         return datetime.strptime(text + "+0000", "%Y%m%d%z").date()
     except ValueError:
         hint = "write it as YYYYMMDD, such as 20240201"
-        raise Refused(Refusal(422, f"{name}={text} is not a valid day", hint, f"query.{name}")) from None
+        raise Refused(422, f"{name}={text} is not a valid day", hint, f"query.{name}") from None
 
 
 def week_zip(project: Project, first: date, last: date, stop: Stop) -> Iterator[bytes]:

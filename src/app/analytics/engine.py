@@ -282,7 +282,7 @@ def checked(parsed: Mapping[str, Any]) -> set[str]:
     if parsed["error"]:
         raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], "write one SELECT")
     if len(parsed["statements"]) != 1:
-        raise Rejected("there is more than one statement", "write one SELECT")
+        raise Rejected(f"there are {len(parsed['statements'])} statements", "write one SELECT")
     nodes = list(nodes_of(parsed["statements"]))
     own = {str(entry["key"]).lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
     for node in nodes:

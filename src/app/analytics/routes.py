@@ -26,7 +26,7 @@ from app.core.errors import AppError, Transient
 from app.ops.pages import SCRIPT, framed, serve
 from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
-from app.web.errors import Answers, Asgi, Receive, Refusal, Refused, Scope, Send, faults
+from app.web.errors import Answers, Asgi, Receive, Refused, Scope, Send, faults
 from app.web.text_values import instant
 
 READ = needs("analytics:read")
@@ -155,6 +155,8 @@ def _asset(name: str) -> str:
 def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -> None:
     answer, extra = _answering(analytics, report), {**READ, "parameters": _parameters(report)}
     paths = [f"/analytics/{report.path}", *([f"/{report.path}"] if report.path in ALIASES else [])]
+    if report.path == report.name.replace("_", "-") and report.name not in analytics.reports:
+        paths.append(f"/analytics/{report.name}")  # as its file is called
     for path in paths:
         router.add_api_route(
             path,
@@ -240,7 +242,7 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
             try:
                 found = await analytics.cache.answer(key, make, keep_seconds)
             except BadParameter as error:
-                raise Refused(Refusal(422, error.message, error.hint, "query")) from error
+                raise Refused(422, error.message, error.hint, "query") from error
         analytics.remember(request.scope, asked)
         tags = ",".join(request.headers.getlist("if-none-match"))
         status, headers = reply_of(asked, view, found, if_none_match=tags, began=began)
@@ -301,15 +303,15 @@ def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
     written = options.pop("format")
     if written not in MEDIA:
         allowed = f"formats: {', '.join(MEDIA)}"
-        raise Refused(Refusal(422, f"format={written[:80]!r} is not known", allowed, "query.format"))
+        raise Refused(422, f"format={written[:80]!r} is not known", allowed, "query.format")
     as_of = _instant(options.pop("as_of", None))
     for name, text in options.items():
         if text not in ("true", "false"):
-            raise Refused(Refusal(422, f"{name}={text[:80]!r} is neither", "send true or false", f"query.{name}"))
+            raise Refused(422, f"{name}={text[:80]!r} is neither", "send true or false", f"query.{name}")
     try:
         values = report.values(rest)
     except BadParameter as error:
-        raise Refused(Refusal(422, error.message, error.hint, "query")) from error
+        raise Refused(422, error.message, error.hint, "query") from error
     flags = {name: text == "true" for name, text in options.items()}
     return ReportRequest(report, values, written, **flags, as_of=as_of)
 
@@ -319,7 +321,7 @@ def _instant(text: str | None) -> datetime | None:
         return instant(text) if text else None
     except (ValueError, OverflowError):
         allowed = "send an instant such as 2026-02-07T12:00:00Z; UTC when it has no offset"
-        raise Refused(Refusal(422, f"as_of={str(text)[:80]!r} is not an instant", allowed, "query.as_of")) from None
+        raise Refused(422, f"as_of={str(text)[:80]!r} is not an instant", allowed, "query.as_of") from None
 
 
 async def _view(analytics: Analytics) -> View:
@@ -389,9 +391,9 @@ def _statement(analytics: Analytics) -> Callable[..., Any]:
         try:
             answer = await asyncio.to_thread(analytics.sandbox.run, request, shape)
         except BadParameter as error:
-            raise Refused(Refusal(422, error.message, error.hint, "body.sql")) from error
+            raise Refused(422, error.message, error.hint, "body.sql") from error
         except SqlBusy as error:
-            raise Refused(Refusal(429, error.message, error.hint, headers={"Retry-After": "5"})) from error
+            raise Refused(429, error.message, error.hint, headers={"Retry-After": "5"}) from error
         headers = {"X-Data-As-Of": text_of(view.as_of), "Content-Length": str(answer.size_bytes)}
         if form != "json":
             headers["Content-Disposition"] = f'attachment; filename="sql.{form}"'
@@ -406,7 +408,7 @@ def _naive(at: datetime | None) -> datetime | None:
         return at.astimezone(UTC).replace(tzinfo=None) if at and at.tzinfo else at
     except OverflowError:
         message = f"{at} is outside of the years 1 to 9999 in UTC"
-        raise Refused(Refusal(422, message, "send an instant within them", "body")) from None
+        raise Refused(422, message, "send an instant within them", "body") from None
 
 
 def _schema(analytics: Analytics, view: View) -> Mapping[str, Any]:

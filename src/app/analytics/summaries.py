@@ -2,30 +2,23 @@
 
 import json
 import logging
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from itertools import compress, islice
-from pathlib import Path
-from shutil import copyfileobj
-from tempfile import TemporaryDirectory
+from itertools import compress
 from threading import Lock
 from types import MappingProxyType
-from typing import Any, BinaryIO
-from uuid import uuid4
 
-from app.analytics.columns import File, file_column, file_of, format_of, lost_values, relation, schemas, suffix_of
-from app.analytics.engine import Engine, TooLarge, UnreadableObject, Wrong, literal, written
-from app.analytics.reports import LATEST, merged
-from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
+from app.analytics.engine import Engine
+from app.analytics.object_facts import OTHER, aggregated
+from app.analytics.reports import merged
+from app.analytics.version_set import Versions, beyond, in_order, is_among
+from app.core.errors import Permanent, Rejected, Transient
 from app.db.object_summaries import (
-    NO_DAY,
-    PART_FIELDS,
+    DayPack,
     DaySummary,
-    Facts,
     KnownObject,
     Pair,
     SqlSummaries,
@@ -36,283 +29,19 @@ from app.db.object_summaries import (
 from app.object_store.deltas import unfolded
 from app.object_store.port import ObjectInfo, ObjectStore
 
-# A set of versions in little memory: 16 bytes each, sorted, one after another.
-#
-# Invariants: a version is in the set or not, to the last bit; a reader in another thread sees the set before a
-# change or after it.
+# Invariants: a version is read once in its life, by whichever process meets it first, but for versions that are known
+# together, as one sum of a day that is over: when one of them comes or goes, the others are read once more. What is
+# answered is the state of one whole listing, never half of one; a listing that fails changes nothing. The cost of a new
+# object is that of its own days.
 
-SIZE = 16
-LOOSE = 16_384
-SHARE = 8
-
-
-class Versions:
-    """One thread changes it, any thread reads."""
-
-    def __init__(self) -> None:
-        # One attribute: a reader never meets the sorted ones of one state beside the loose ones of another.
-        self._held: tuple[bytes, set[Version]] = (b"", set())
-
-    def __len__(self) -> int:
-        packed, loose = self._held
-        return len(packed) // SIZE + len(loose)
-
-    def copy(self) -> "Versions":
-        """The set as it is now, which stays so. What is sorted is held once for both."""
-        packed, loose = self._held
-        made = Versions()
-        made._held = (packed, set(loose))
-        return made
-
-    def among(self, versions: Sequence[Version]) -> Sequence[bool]:
-        """For each of them whether it is in the set."""
-        packed, loose = self._held
-        found: list[bool] = _among(b"".join(versions), packed).tolist() if packed else [False] * len(versions)
-        return [one or version in loose for one, version in zip(found, versions, strict=True)] if loose else found
-
-    def add(self, version: Version) -> None:
-        """One that is not in the set."""
-        packed, loose = self._held
-        loose.add(version)
-        if len(loose) >= max(LOOSE, len(packed) // SIZE // SHARE):
-            self._held = (_sorted(packed + b"".join(loose)), set())
-
-    def beyond(self, packed: bytes) -> Sequence[Version]:
-        """All that are not in `packed`, versions one after another in any order."""
-        here = self._held[0] + b"".join(self._held[1])
-        if not here:
-            return []
-        gone: bytes = _array(here)[~_among(here, _sorted(packed))].tobytes()
-        return [gone[start : start + SIZE] for start in range(0, len(gone), SIZE)]
-
-    def drop(self, versions: Sequence[Version]) -> None:
-        """Take these out."""
-        packed, loose = self._held
-        is_gone = _among(packed, _sorted(b"".join(versions)))
-        self._held = (_array(packed)[~is_gone].tobytes(), loose.difference(versions))
-
-
-def _array(packed: bytes) -> Any:
-    import numpy as np
-
-    return np.frombuffer(packed, f"S{SIZE}")  # compared byte by byte; all have the same length
-
-
-def _sorted(packed: bytes) -> bytes:
-    import numpy as np
-
-    found: bytes = np.sort(_array(packed)).tobytes()
-    return found
-
-
-def _among(wanted: bytes, held: bytes) -> Any:
-    """A mask over `wanted`; `held` is sorted."""
-    import numpy as np
-
-    array, looked = _array(held), _array(wanted)
-    if not len(array):
-        return np.zeros(len(looked), bool)
-    places = np.searchsorted(array, looked)
-    places[places == len(array)] = 0
-    return array[places] == looked
-
-
-# Facts of many objects at once: each is fetched in the version that was listed, and DuckDB aggregates them together.
-#
-# Invariants: facts belong to the version that they were read from; memory and disk stay bounded however large an
-# object is; an object that cannot be read is a fact too, and hinders no other.
-
-AT_ONCE = 16  # as many connections as the store keeps
-GROUP_OBJECTS = 64
-GROUP_BYTES = 64 << 20
-PIECE_BYTES = 1 << 20
-ATTEMPTS = 3
-MAGIC = b"PAR1"
-OTHER = "is neither Parquet nor CSV, and is left out"
-NOTE_CHARACTERS = 300
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """What was found. `unread` could not be fetched or held in memory, which is not the object's fault: it is tried
-    again later.
-    """
-
-    read: Sequence[Facts]
-    unread: Sequence[Facts] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class FetchedObject:
-    """One object. Without a local copy, `refused` says why the store did not return it; without both, it is neither
-    Parquet nor CSV.
-    """
-
-    facts: Facts
-    file: Path | None = None
-    refused: AppError | None = None
-
-
-def aggregated(store: ObjectStore, engine: Engine, infos: Sequence[ObjectInfo]) -> Iterator[Group]:
-    """Facts of these objects, group by group, the next one fetched meanwhile. Objects that are gone are left out; those
-    that were replaced since have the version that is there now. Raises Transient when the store fails.
-    """
-    if not infos:
-        return
-    with (
-        TemporaryDirectory(dir=engine.folder, prefix="copies-") as folder,
-        ThreadPoolExecutor(AT_ONCE, thread_name_prefix="analytics-fetch") as pool,
-    ):
-        waiting: list[Any] | None = None
-        for group in _groups(infos):
-            ahead = [pool.submit(_fetch, store, Path(folder), info) for info in group]
-            if waiting is not None:
-                yield _facts(engine, waiting)
-            waiting = ahead
-        if waiting is not None:
-            yield _facts(engine, waiting)
-
-
-def _groups(infos: Sequence[ObjectInfo]) -> Iterator[Sequence[ObjectInfo]]:
-    group: list[ObjectInfo] = []
-    size_bytes = 0
-    for info in infos:
-        if group and (len(group) == GROUP_OBJECTS or size_bytes + info.size_bytes > GROUP_BYTES):
-            yield group
-            group, size_bytes = [], 0
-        group.append(info)
-        size_bytes += info.size_bytes
-    if group:
-        yield group
-
-
-def _fetch(store: ObjectStore, folder: Path, info: ObjectInfo) -> FetchedObject | None:
-    """A local copy of the version that was listed, or of the one that is there now; None for an object that is gone."""
-    wanted: ObjectInfo | None = info
-    for _ in range(ATTEMPTS):
-        if wanted is None:
-            return None
-        facts = Facts(wanted.key, wanted.etag, wanted.size_bytes)
-        try:
-            with store.open(wanted.key, wanted.etag) as body:
-                if body is None:
-                    return None
-                start = body.read(len(MAGIC))
-                if not format_of(wanted.key) and start != MAGIC:
-                    return FetchedObject(Facts(wanted.key, wanted.etag, size_bytes=0, fault=OTHER))
-                return FetchedObject(facts, _copy(body, start, folder / f"{uuid4().hex}{suffix_of(wanted.key)}"))
-        except Conflict:
-            wanted = store.head(wanted.key)
-        except (Permanent, Rejected) as error:
-            return FetchedObject(replace(facts, fault=error.message), refused=error)
-    raise Transient(f"{info.key} is replaced faster than it can be read", "no action needed, it is retried")
-
-
-def _copy(body: BinaryIO, start: bytes, file: Path) -> Path:
-    """What was read already and the rest, in a new file."""
-    with ExitStack() as undo:
-        undo.callback(file.unlink, missing_ok=True)
-        with written(), file.open("xb") as copy:
-            copy.write(start)
-            copyfileobj(body, copy, PIECE_BYTES)
-        undo.pop_all()
-    return file
-
-
-def _facts(engine: Engine, futures: Sequence[Any]) -> Group:
-    fetched: list[FetchedObject] = [one for future in futures if (one := future.result()) is not None]
-    refused = [one for one in fetched if one.refused]
-    if refused and len(refused) == len(fetched) and isinstance(refused[0].refused, Permanent):
-        raise refused[0].refused
-    copies = [one for one in fetched if one.file]
-    others = [one.facts for one in fetched if not one.refused and not one.file]
-    found = _read(engine, copies)
-    group = Group([*found.read, *others], [*found.unread, *(one.facts for one in refused)])
-    for one in copies:
-        Path(str(one.file)).unlink()
-    return group
-
-
-def _read(engine: Engine, copies: Sequence[FetchedObject]) -> Group:
-    """All in one query; one by one when that fails, to find which cannot be read. One that needs more memory than there
-    is now is tried again later, when no report runs.
-    """
-    if not copies:
-        return Group([])
-    try:
-        return Group(_together(engine, copies))
-    except (UnreadableObject, Wrong) as error:
-        if len(copies) == 1:
-            return Group([_faulty(copies[0], error)])
-    except TooLarge as error:
-        if len(copies) == 1:
-            return Group([], [_faulty(copies[0], error)])
-    groups = [_read(engine, [one]) for one in copies]
-    return Group(
-        [facts for group in groups for facts in group.read], [facts for group in groups for facts in group.unread]
-    )
-
-
-def _faulty(one: FetchedObject, error: AppError) -> Facts:
-    """With the object's key in place of the copy's name."""
-    return replace(one.facts, fault=error.message.replace(str(one.file), one.facts.key))
-
-
-def _together(engine: Engine, copies: Sequence[FetchedObject]) -> Sequence[Facts]:
-    columns = schemas(engine, [(str(one.file), one.facts.key) for one in copies])
-    files = [file_of(str(one.file), one.facts.key, json.dumps(columns[str(one.file)])) for one in copies]
-    usable = [file for file in files if not file.reading.problem]
-    parts: dict[str, list[DaySummary]] = {}
-    notes = {file.name: list(file.reading.notes) for file in usable}
-    if usable:
-        for name, device, day, *numbers, latest in engine.rows(_aggregates(engine.folder, usable)):
-            values = (json.dumps(device), NO_DAY if day is None else day, *numbers)
-            newest = latest and (latest["at"], *(latest[each] for each in LATEST[1:-1]), latest["nanos"])
-            part = DaySummary(**dict(zip(PART_FIELDS, values, strict=True)), latest=newest)
-            parts.setdefault(name, []).append(part)
-        if lost := lost_values(engine.folder, usable):
-            for name, column, count, example in engine.rows(lost):
-                notes[name].append(
-                    f"{count} values of {column} are not understood and count as null, such as {example!r}"
-                )
-    return [
-        Facts(
-            one.facts.key,
-            one.facts.etag,
-            one.facts.size_bytes,
-            rows=sum(part.rows for part in parts.get(file.name, ())),
-            columns=columns[file.name],
-            fault=file.reading.problem or "; ".join(notes[file.name])[:NOTE_CHARACTERS],
-            parts=sorted(parts.get(file.name, ()), key=lambda part: (part.device, part.day)),
-        )
-        for one, file in zip(copies, files, strict=True)
-    ]
-
-
-def _aggregates(folder: Path, files: Sequence[File]) -> str:
-    name = file_column(files)
-    instant = "'at': epoch_us(timestamp), 'nanos': coalesce(timestamp_nanos, 0)"
-    values = ", ".join(f'{literal(each)}: "{each}"' for each in LATEST[1:-1])
-    return f"""
-        SELECT
-            {name}, device_id, CAST(timestamp AS DATE) - DATE '1970-01-01' AS day, count(*),
-            epoch_us(min(timestamp)), epoch_us(max(timestamp)),
-            fsum(voltage), count(voltage), max(temperature), fsum(soc), count(soc),
-            max({{{instant}, {values}}}) FILTER (timestamp IS NOT NULL)
-        FROM {relation(folder, files, file_name=name)}
-        GROUP BY {name}, device_id, day
-    """  # noqa: S608 - names of columns, and files of our own
-
-
-# Invariants: a version is read once in its life, by whichever process meets it first; what is answered is the state
-# of one whole listing, never half of one; a listing that fails changes nothing. The cost of a new object is that of
-# its own days.
-
-SOME = 2000
 PAIRS = 500
+ROUNDS = 4
 KEPT = timedelta(hours=1)
 LOOKED = timedelta(hours=2)  # the export writes some versions that are replaced before a listing shows them
 ASKED = 16_384  # objects whose properties are remembered
+LOOSE_DAYS = 3  # most late rows come within them
+PACKING_SECONDS = 5.0  # of one refresh
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 log = logging.getLogger(__name__)
 
 
@@ -338,8 +67,11 @@ class View:
 class _State:
     """What the refreshing thread holds, at times half of a listing. `batches`: the versions of each batch of the last
     whole listing, by digest; `moved`: an object came or went since the last view; `touched`: pairs whose sum is not up
-    to date yet; `is_listed`: there was a whole listing, before whose end pairs are not asked for version by version;
-    `looked_at`: when all that is known was last compared with `current`.
+    to date yet; `leaving`, `leaving_packs`: what is to be forgotten, and when; `looked_at`: when all that is known was
+    last compared with `current`; `sweeps`: None until what is known was loaded.
+
+    `is_torn`: a pack was broken up, so that its versions have to be met once more by a listing; `is_stale`: what is
+    known is not what is held here, which has to be loaded anew.
     """
 
     current: Versions = field(default_factory=Versions)
@@ -349,14 +81,16 @@ class _State:
     faults: dict[Version, tuple[str, str]] = field(default_factory=dict)
     schemas: Counter[str] = field(default_factory=Counter)
     leaving: deque[tuple[datetime, Version]] = field(default_factory=deque)
+    leaving_packs: deque[tuple[datetime, Pair]] = field(default_factory=deque)
     changes: Counter[int] = field(default_factory=Counter)
     rows: int = 0
     size_bytes: int = 0
-    moved: bool = False
-    is_listed: bool = False
+    moved: bool = True
+    is_torn: bool = False
+    is_stale: bool = False
     number: int = 0
     sweeps: int | None = None
-    looked_at: datetime = datetime(1970, 1, 1, tzinfo=UTC)
+    looked_at: datetime = EPOCH
 
 
 class Summaries:
@@ -374,6 +108,8 @@ class Summaries:
         self._state = _State()
         self._view: View | None = None
         self._asked: dict[tuple[str, str, datetime], ObjectInfo] = {}
+        self._schemas: Mapping[str, str] = {}
+        self._packed_day = 0  # that on which there was nothing more to pack
 
     @property
     def view(self) -> View | None:
@@ -403,23 +139,55 @@ class Summaries:
         with self._lock:
             if self._view is None:
                 self._facts.note_asked()
-            for _ in range(2):
+            for _ in range(ROUNDS):
                 as_of = self._clock()
+                if self._state.sweeps is None:
+                    self._load(as_of)
                 unread = self._list(as_of)
+                if self._state.is_torn:
+                    continue
                 self._add_up()
-                if self._all_kept():
-                    return self._publish(as_of, unread)
+                if self._state.is_stale or not self._all_kept():
+                    held = self._state
+                    self._state = _State(number=held.number, changes=held.changes, leaving=held.leaving)
+                    continue
+                view = self._publish(as_of, unread)
+                self._pack(as_of)
+                return view
             raise Transient("another process keeps removing the summaries", "look for a second Headwater on this state")
+
+    def _load(self, as_of: datetime) -> None:
+        """Take all that is known for current: the listing that follows drops what is not."""
+        state = self._state
+        sweeps = self._facts.sweeps()
+        self._schemas = self._facts.schemas()
+        state.touched |= self._facts.all_pairs()
+        for version, known in self._facts.every():
+            self._take(version, known)
+        packed: list[Version] = []
+        for pack in self._facts.packs():
+            is_twice = state.current.among(pack.versions)
+            if any(is_twice):
+                for version, known in self._facts.known(list(compress(pack.versions, is_twice))).items():
+                    self._count(known, -1)
+                    state.faults.pop(version, None)
+            packed += [version for version, twice in zip(pack.versions, is_twice, strict=True) if not twice]
+            self._count_pack(pack, 1)
+            state.days[pack.pair] = pack.part
+            state.changes[pack.part.day] += 1
+        state.current.extend(b"".join(packed))
+        state.sweeps, state.looked_at = sweeps, as_of
 
     def _list(self, as_of: datetime) -> Sequence[tuple[str, str]]:
         """Bring `current` up to the store; what could not be fetched. A batch that the last listing had, with every
         version of it known, is not even read.
         """
         state = self._state
+        state.is_torn = False
         unread: list[tuple[str, str]] = []
         seen: dict[bytes, bytes] = {}
         others: list[bytes] = []
-        for batch in self._store.batches(self._folder, len(state.current) or self._facts.count()):
+        for batch in self._store.batches(self._folder, len(state.current)):
             packed = state.batches.get(batch.digest)
             if packed is None:
                 packed, is_known = self._look(batch.infos(), unread)
@@ -427,12 +195,10 @@ class Summaries:
                     others.append(packed)
                     continue
             seen[batch.digest] = packed
-        if others or state.moved or not seen or seen.keys() != state.batches.keys():
-            self._drop(state.current.beyond(b"".join([*seen.values(), *others])), as_of)
+        is_same = not others and not state.moved and seen and seen.keys() == state.batches.keys()
         state.batches = seen
-        if not state.is_listed:
-            state.touched |= self._facts.all_pairs()
-            state.is_listed = True
+        if not is_same:
+            self._drop(state.current.beyond(b"".join([*seen.values(), *others])), as_of)
         return unread
 
     def _look(self, infos: Sequence[ObjectInfo], unread: list[tuple[str, str]]) -> tuple[bytes, bool]:
@@ -477,12 +243,15 @@ class Summaries:
         """The versions that were taken: those given, or newer ones that had taken their place."""
         state = self._state
         known = self._facts.known(infos)
-        if state.is_listed:
-            state.touched |= self._facts.pairs(known)
+        state.touched |= self._facts.pairs(known)
         for version, one in known.items():
             self._take(version, one)
         taken = set(known)
-        for group in aggregated(self._store, self._engine, [infos[version] for version in infos.keys() - taken]):
+        left = [pair for _, pair in state.leaving_packs]
+        if left and any(not infos.keys().isdisjoint(pack.versions) for pack in self._facts.packs(left)):
+            state.is_stale = True  # they are back
+        wanted = [] if state.is_stale else [infos[version] for version in infos.keys() - taken]
+        for group in aggregated(self._store, self._engine, wanted):
             self._facts.save(group.read)
             for facts in group.read:
                 state.touched |= {(part.device, part.day) for part in facts.parts}
@@ -496,31 +265,67 @@ class Summaries:
         return taken
 
     def _take(self, version: Version, known: KnownObject) -> None:
+        self._count(known, 1)
+        if known.fault:
+            self._state.faults[version] = (known.key, known.fault)
+        self._state.current.add(version)
+
+    def _count(self, known: KnownObject, sign: int) -> None:
         state = self._state
         state.moved = True
-        state.rows += known.rows
-        state.size_bytes += known.size_bytes
-        state.schemas[known.columns] += 1
-        if known.fault:
-            state.faults[version] = (known.key, known.fault)
-        state.current.add(version)
+        state.rows += sign * known.rows
+        state.size_bytes += sign * known.size_bytes
+        state.schemas[known.columns] += sign
+
+    def _count_pack(self, pack: DayPack, sign: int) -> None:
+        for schema_id, count in Counter(pack.schemas).items():
+            if schema_id not in self._schemas:
+                self._schemas = self._facts.schemas()
+            self._state.schemas[self._schemas[schema_id]] += sign * count
+        self._state.rows += sign * pack.part.rows
+        self._state.size_bytes += sign * sum(pack.sizes)
 
     def _drop(self, versions: Sequence[Version], as_of: datetime) -> None:
-        """Count out what is no longer current."""
+        """Count out what is no longer current. Of a pack that has other versions too only they can tell the sum now, so
+        that it is broken up, and they are met again as unknown ones.
+        """
         if not versions:
             return
         state = self._state
+        gone = set(versions)
         known = self._facts.known(versions)
-        state.touched |= self._facts.pairs(versions)
-        state.moved = True
+        pairs = self._facts.pairs(known)
+        state.touched |= pairs
         state.current.drop(versions)
-        for version in versions:
+        state.moved = True
+        broken: list[DayPack] = []
+        for pack in self._facts.packs(pairs if len(known) == len(gone) else None):
+            if gone.isdisjoint(pack.versions):
+                continue
+            self._count_pack(pack, -1)
+            state.touched.add(pack.pair)
+            if gone.issuperset(pack.versions):
+                state.leaving_packs.append((as_of + KEPT, pack.pair))
+            else:
+                broken.append(pack)
+            known = {version: one for version, one in known.items() if version not in pack.versions}
+            gone.difference_update(pack.versions)
+        for version, one in known.items():
             state.faults.pop(version, None)
-            state.leaving.append((as_of + KEPT, version))
-            if version in known:
-                state.rows -= known[version].rows
-                state.size_bytes -= known[version].size_bytes
-                state.schemas[known[version].columns] -= 1
+            self._count(one, -1)
+        state.leaving += [(as_of + KEPT, version) for version in versions]
+        state.is_stale |= bool(gone - known.keys())  # another process has forgotten them
+        if broken:
+            self._break_up(broken)
+
+    def _break_up(self, packs: Sequence[DayPack]) -> None:
+        state = self._state
+        state.is_torn = True
+        versions = [version for pack in packs for version in pack.versions]
+        state.current.drop(versions)
+        again = in_order(b"".join(versions))
+        state.batches = {digest: held for digest, held in state.batches.items() if not is_among(held, again).any()}
+        self._swept(self._facts.forget((), [pack.pair for pack in packs]))
 
     def _add_up(self) -> None:
         state = self._state
@@ -530,7 +335,10 @@ class Summaries:
             pairs = touched[start : start + PAIRS]
             kept = self._facts.parts(pairs)
             is_current = state.current.among([version for version, _ in kept])
-            found = merged(part for _, part in compress(kept, is_current))
+            packs = [pack for pack in self._facts.packs(pairs) if all(state.current.among(pack.versions))]
+            packed = {version for pack in packs for version in pack.versions}
+            loose = (part for version, part in compress(kept, is_current) if version not in packed)
+            found = merged([*(pack.part for pack in packs), *loose])
             for pair in pairs:
                 state.days.pop(pair, None)
             state.days.update(found)
@@ -544,19 +352,12 @@ class Summaries:
         sweeps, now = self._facts.sweeps(), self._clock()
         if state.sweeps == sweeps and now < state.looked_at + LOOKED:
             return True
-        later, leaving = now + KEPT, {version for _, version in state.leaving}
-        kept = 0
-        versions = self._facts.versions()
-        while some := list(islice(versions, SOME)):
-            is_current = state.current.among(some)
-            kept += sum(is_current)
-            gone = (version for version, one in zip(some, is_current, strict=True) if not one)
-            state.leaving += [(later, version) for version in gone if version not in leaving]
+        known = b"".join(self._facts.versions())
+        leaving = {version for _, version in state.leaving}
+        gone = beyond(known, state.current.joined)
+        state.leaving += [(now + KEPT, version) for version in gone if version not in leaving]
         state.sweeps, state.looked_at = sweeps, now
-        if kept < len(state.current):
-            again = _State(number=state.number, changes=state.changes, leaving=state.leaving)
-            self._state = replace(again, sweeps=sweeps, looked_at=now, moved=True)
-        return kept == len(state.current)
+        return not state.current.beyond(known)
 
     def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]]) -> View:
         """Show what was found, in one step; where nothing has changed, all but the times is the last view's."""
@@ -581,12 +382,29 @@ class Summaries:
     def _forget(self, now: datetime) -> None:
         """Remove facts of versions that left a while ago: another process may still have been working with them."""
         state = self._state
-        due = []
+        due, packs = [], []
         while state.leaving and state.leaving[0][0] <= now:
             due.append(state.leaving.popleft()[1])
+        while state.leaving_packs and state.leaving_packs[0][0] <= now:
+            packs.append(state.leaving_packs.popleft()[1])
         gone = [version for version, one in zip(due, state.current.among(due), strict=True) if not one]
-        if gone and self._facts.forget(gone) == (state.sweeps or 0) + 1:
-            state.sweeps = (state.sweeps or 0) + 1  # else somebody else did so too, which is looked at next time
+        left = [pack.pair for pack in self._facts.packs(packs) if not any(state.current.among(pack.versions))]
+        if gone or left:
+            self._swept(self._facts.forget(gone, left))
+
+    def _swept(self, sweeps: int) -> None:
+        """After a removal of our own; when somebody else removed something too, that is looked at next time."""
+        state = self._state
+        if sweeps == (state.sweeps or 0) + 1:
+            state.sweeps = sweeps
+
+    def _pack(self, now: datetime) -> None:
+        """Once a day, and for a while with each refresh until there is nothing more to pack."""
+        day = (now - EPOCH).days
+        until = time.monotonic() + PACKING_SECONDS
+        while self._packed_day < day and time.monotonic() < until:
+            if not self._facts.pack(day - LOOSE_DAYS, self._state.current.among, merged):
+                self._packed_day = day
 
 
 def _columns(schemas: Counter[str]) -> Mapping[str, Mapping[str, int]]:

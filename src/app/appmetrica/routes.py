@@ -38,6 +38,7 @@ from app.web.errors import Answers, Refusal, Refused, faults
 OWNER = "routes"
 AT_ONCE = 8
 MAX_COLUMNS = 200
+YEARS = range(2000, 2100)
 UNCONFIGURED = Refusal(
     409, "AppMetrica is not configured", "set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID, then start again"
 )
@@ -120,12 +121,10 @@ def build(exports: Exports | None) -> APIRouter:
         export = await run_in_threadpool(known.pulls.find, SERVICE, export_id)
         if export is None or request_of(export).span is not None:  # a job's own
             raise Refused(
-                Refusal(
-                    404, f"no export has the number {export_id}", "take the id that POST /appmetrica/exports answered"
-                )
+                404, f"no export has the number {export_id}", "take the id that POST /appmetrica/exports answered"
             )
         if places.locked():
-            raise Refused(BUSY)
+            raise Refused(*BUSY)
         async with places:
             interval = known.given.poll_interval_seconds if poll_interval is None else poll_interval
             timeout = known.given.poll_timeout_seconds if poll_timeout is None else poll_timeout
@@ -136,7 +135,7 @@ def build(exports: Exports | None) -> APIRouter:
 
 def _configured(exports: Exports | None) -> Exports:
     if exports is None:
-        raise Refused(UNCONFIGURED)
+        raise Refused(*UNCONFIGURED)
     return exports
 
 
@@ -157,17 +156,17 @@ def _request(application_id: int, wanted: ExportRequest) -> LogsRequest:
     resource = resources().get(wanted.resource)
     if resource is None:
         known = ", ".join(resources())
-        raise Refused(Refusal(422, f"no resource {wanted.resource!r}", f"resources: {known}", "body.resource"))
+        raise Refused(422, f"no resource {wanted.resource!r}", f"resources: {known}", "body.resource")
     columns = list(dict.fromkeys(wanted.fields)) or list(resource.columns)
     for column in columns:
         if not COLUMN.fullmatch(column):
             raise Refused(
-                Refusal(422, f"{column[:60]!r} is not a column name", "use small letters, digits and _", "body.fields")
+                422, f"{column[:60]!r} is not a column name", "use small letters, digits and _", "body.fields"
             )
     since = _instant(wanted.date_since, " 00:00:00", "date_since")
     until = _instant(wanted.date_until, " 23:59:59", "date_until")
     if since > until:
-        raise Refused(Refusal(422, "date_since is after date_until", "give the older one first", "body.date_since"))
+        raise Refused(422, "date_since is after date_until", "give the older one first", "body.date_since")
     return logs_request(
         application_id, resource.name, since=since, until=until, columns=columns, by_receipt=wanted.by_receipt
     )
@@ -176,10 +175,14 @@ def _request(application_id: int, wanted: ExportRequest) -> LogsRequest:
 def _instant(text: str, rest: str, name: str) -> str:
     full = text + rest if len(text) == len("YYYY-MM-DD") else text
     try:
-        return datetime.strptime(full, LOCAL).strftime(LOCAL)  # noqa: DTZ007 - of the application's own clock
+        at = datetime.strptime(full, LOCAL)  # noqa: DTZ007 - of the application's own clock
     except ValueError:
         hint = "write it as YYYY-MM-DD or YYYY-MM-DD hh:mm:ss"
-        raise Refused(Refusal(422, f"{name} {text!r} is not a timestamp", hint, f"body.{name}")) from None
+        raise Refused(422, f"{name} {text!r} is not a timestamp", hint, f"body.{name}") from None
+    if at.year not in YEARS:  # far ones overflow in another time zone, and early ones are not written with four digits
+        hint = f"give one from {YEARS.start} to {YEARS.stop - 1}"
+        raise Refused(422, f"{name} {text!r} is out of range", hint, f"body.{name}")
+    return at.strftime(LOCAL)
 
 
 async def _fetched(

@@ -6,7 +6,6 @@ are found in one go; no fault shows a secret, nor user and password in a URL.
 
 import json
 import re
-from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import StringIO
@@ -17,9 +16,7 @@ from urllib.parse import unquote
 
 from dotenv.parser import parse_stream
 from pydantic import SecretStr, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
-from pydantic_settings import PydanticBaseSettingsSource
 
 from app.config.rules import MASK, VARIABLES, Variable, broken_rules, text_of
 from app.config.settings import Settings
@@ -31,44 +28,22 @@ QUOTED = re.compile(r"""(["'])(.*)\1(?:\s+#.*)?""", re.DOTALL)
 MAY_BE_BLANK = {"INFLUXDB_IGNORED_TAGS"}  # an empty text means none here, and not the default
 
 
-class TextSource(PydanticBaseSettingsSource):
-    """The texts of one place by name. Every group gets all of them and takes its own, in the order of its names.
-
-    The sources that come with pydantic-settings choose a name inside each place, so that the second name in the
-    environment would beat the first in `.env`, and a fault would name the first whichever was written.
-    """
-
-    def __init__(self, texts: Mapping[str, str]) -> None:
-        super().__init__(Settings)
-        self._texts = dict(texts)
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - the port's
-        """The same for every group. See the base class."""
-        return self._texts, field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        """The texts by group. See the base class."""
-        return dict.fromkeys(self.settings_cls.model_fields, self._texts)
-
-
 def load_settings(environ: Mapping[str, str], dotenv: Path | None) -> Settings:
     """The settings, checked. A `dotenv` that does not exist is none. Raises BadSettings with every fault."""
     in_file, faults = read_dotenv(dotenv)
-    places = (_unquoted(environ), in_file)
+    said = {**in_file, **_unquoted(environ)}
     errors: list[ErrorDetails] = []
     try:
-        settings = Settings(*map(TextSource, places))
+        settings = Settings(said)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
-    said, refused = ChainMap(*places), set[str]()
+    refused = set[str]()
     for variable, fault in _faults(errors, said):
         refused.update(variable.names)
         faults.append(fault)
     if errors:
         # What is left can be read, so that the rules are applied to it in the same go.
-        settings = Settings(
-            *(TextSource({name: text for name, text in place.items() if name not in refused}) for place in places)
-        )
+        settings = Settings({name: text for name, text in said.items() if name not in refused})
     faults += broken_rules(settings, said.keys(), refused)
     if faults:
         raise BadSettings(tuple(dict.fromkeys(faults)))

@@ -47,7 +47,8 @@ def env_example() -> str:
         for variable in variables:
             name = variable.names[0]
             if name not in seen:
-                lines.extend((*_comments(variable, said[variable.goes_to]), f"#{name}={_quoted(variable.default)}"))
+                default = f'"{variable.default}"' if " " in variable.default else variable.default
+                lines.extend((*_comments(variable, said[variable.goes_to]), f"#{name}={default}"))
             seen.add(name)
         lines.append("")
     return "\n".join(lines)
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str], root: Path) -> int:
             continue
         stale += 1
         if "--check" in arguments:
-            sys.stdout.writelines(_difference(path.name, there, text))
+            old, new = there.splitlines(keepends=True), text.splitlines(keepends=True)
+            sys.stdout.writelines(difflib.unified_diff(old, new, path.name, f"{path.name} (from settings.py)"))
         else:
             write_durably(path, [text.encode()])
     return 1 if stale and "--check" in arguments else 0
@@ -92,15 +94,9 @@ def _rows(variables: Iterable[Variable], said: Mapping[str, str]) -> Iterator[st
     for variable in variables:
         names = ", ".join(f"`{name}`" for name in variable.names)
         default = f"`{variable.default}`" if variable.default else variable.unset or "unset"
-        yield f"| {names} | {_cell(default)} | {_cell(_sentence(variable, said[variable.goes_to]))} |"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _sentence(variable: Variable, meaning: str) -> str:
-    return meaning if variable.allowed.obvious else f"{meaning} Allowed: {variable.allowed.words}."
+        allowed = "" if variable.allowed.obvious else f" Allowed: {variable.allowed.words}."
+        cells = (names, *(text.replace("|", "\\|") for text in (default, said[variable.goes_to] + allowed)))
+        yield f"| {' | '.join(cells)} |"
 
 
 def _comments(variable: Variable, meaning: str) -> Iterator[str]:
@@ -111,16 +107,6 @@ def _comments(variable: Variable, meaning: str) -> Iterator[str]:
         yield f"#   unset: {variable.unset}"
     if variable.names[1:]:
         yield f"#   also: {', '.join(variable.names[1:])}"
-
-
-def _quoted(text: str) -> str:
-    return f'"{text}"' if " " in text else text
-
-
-def _difference(name: str, there: str, wanted: str) -> Iterator[str]:
-    return difflib.unified_diff(
-        there.splitlines(keepends=True), wanted.splitlines(keepends=True), name, f"{name} (from settings.py)"
-    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from app.config import NEW_KEY
 from app.config.groups import SettingsGroup
-from app.config.settings import LeaseSettings, ServiceSettings, Settings
+from app.config.settings import Settings
 from app.config.value_types import Allowed, KeyEntry
 
 # The declared variables as a person meets them: in the reference, in a fault, in a warning; read from the models.
@@ -155,15 +155,20 @@ def broken_rules(settings: Settings, names: AbstractSet[str], refused: AbstractS
         yield f"S3_SSE={settings.s3.sse!r}: S3_SSE_KMS_KEY_ID needs aws:kms or aws:kms:dsse; set it, or remove the key"
     yield from _influx(settings.influx.api, names)
     yield from _drive(names)
-    if not refused & {"LEASE_TTL_SECONDS", "LEASE_HEARTBEAT_SECONDS"}:
-        yield from _lease(settings.lease)
-    if "SCALE_ENGINE" not in refused and settings.lease.engine != "embedded" and not on_postgres(settings):
+    lease, service = settings.lease, settings.service
+    most = lease.ttl_seconds / 2
+    if lease.heartbeat_seconds > most and not refused & {"LEASE_TTL_SECONDS", "LEASE_HEARTBEAT_SECONDS"}:
         yield (
-            f"SCALE_ENGINE='{settings.lease.engine}': needs checkpoints in PostgreSQL: set CHECKPOINT_DB_HOST, _NAME, "
+            f"LEASE_HEARTBEAT_SECONDS='{lease.heartbeat_seconds:g}': allowed: at most half of LEASE_TTL_SECONDS, "
+            f"here {most:g}"
+        )
+    if "SCALE_ENGINE" not in refused and lease.engine != "embedded" and not on_postgres(settings):
+        yield (
+            f"SCALE_ENGINE='{lease.engine}': needs checkpoints in PostgreSQL: set CHECKPOINT_DB_HOST, _NAME, "
             "_USER and _PASSWORD, or remove SCALE_ENGINE"
         )
-    if not refused & {"PORT", "HEALTH_PORT"}:
-        yield from _ports(settings.service)
+    if service.health_port == service.port and not refused & {"PORT", "HEALTH_PORT"}:
+        yield f"HEALTH_PORT='{service.port}': allowed: another port than PORT, which answers probes already"
     if settings.lake.catalog != "none":
         yield from _lake(settings.lake.prefix, settings.s3.prefix)
     if settings.analytics.engine == "spark" and "ANALYTICS_ENGINE" not in refused:
@@ -195,23 +200,9 @@ def _drive(names: AbstractSet[str]) -> Iterator[str]:
             yield _missing("GOOGLE_CREDENTIALS_FILE", given)
 
 
-def _lease(lease: LeaseSettings) -> Iterator[str]:
-    most = lease.ttl_seconds / 2
-    if lease.heartbeat_seconds > most:
-        yield (
-            f"LEASE_HEARTBEAT_SECONDS='{lease.heartbeat_seconds:g}': allowed: at most half of LEASE_TTL_SECONDS, "
-            f"here {most:g}"
-        )
-
-
 def on_postgres(settings: Settings) -> bool:
     """Whether the state is in PostgreSQL."""
     return settings.checkpoint.url.get_secret_value().startswith("postgres")
-
-
-def _ports(service: ServiceSettings) -> Iterator[str]:
-    if service.health_port == service.port:
-        yield f"HEALTH_PORT='{service.port}': allowed: another port than PORT, which answers probes already"
 
 
 def _spark(settings: Settings) -> Iterator[str]:

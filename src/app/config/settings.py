@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import SecretStr, ValidationInfo, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, InitSettingsSource, SettingsConfigDict
 
 from app.config import DOTENV
 from app.config.groups import SettingsGroup, variable
@@ -559,9 +559,15 @@ class Settings(BaseSettings):
     amplitude: AmplitudeSettings
     alert: AlertSettings
 
-    def __init__(self, *sources: PydanticBaseSettingsSource) -> None:
-        """What `sources` say, the first of which wins. Raises pydantic's ValidationError with every fault."""
-        super().__init__(_build_sources=(sources, {}))
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        """What the texts say by name. Every group gets all of them and takes its own, in the order of its names.
+
+        The sources that come with pydantic-settings choose a name inside each place, so that the second name in the
+        environment would beat the first in `.env`, and a fault would name the first whichever was written. Raises
+        pydantic's ValidationError with every fault.
+        """
+        given = InitSettingsSource(type(self), {group: dict(texts) for group in type(self).model_fields})
+        super().__init__(_build_sources=((given,), {}))
 
 
 if TYPE_CHECKING:

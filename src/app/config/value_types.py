@@ -332,15 +332,19 @@ class KeyEntry:
 
 def parse_keys(text: str) -> tuple[KeyEntry, ...]:
     """Every entry of `text`. Raises ValueError that says which entry is wrong and why, without quoting it."""
-    entries = [part.strip() for part in re.split(r"[,\n]", text)]
-    parsed = tuple(_numbered_entry(part, place) for place, part in enumerate(filter(None, entries), start=1))
+    parsed: list[KeyEntry] = []
+    for part in filter(None, (each.strip() for each in re.split(r"[,\n]", text))):
+        try:
+            parsed.append(_key_entry(part))
+        except ValueError as error:
+            raise ValueError(f"entry {len(parsed) + 1}: {error}") from None
     names = [entry.name for entry in parsed]
     for name in dict.fromkeys(names):
         if names.count(name) > KEYS_PER_NAME:
             raise ValueError(f"{name} has {names.count(name)} keys, at most {KEYS_PER_NAME} may live at once")
     if len({entry.digest for entry in parsed}) < len(parsed):
         raise ValueError("two entries have the same hash")
-    return parsed
+    return tuple(parsed)
 
 
 def parse_scopes(text: str) -> frozenset[str]:
@@ -351,13 +355,6 @@ def parse_scopes(text: str) -> frozenset[str]:
             raise ValueError(f"a scope is not one of {', '.join((*GROUPS, *SCOPES))}")
         opened |= GROUPS.get(word, {word})
     return frozenset(opened)
-
-
-def _numbered_entry(text: str, place: int) -> KeyEntry:
-    try:
-        return _key_entry(text)
-    except ValueError as error:
-        raise ValueError(f"entry {place}: {error}") from None
 
 
 def _key_entry(text: str) -> KeyEntry:

@@ -8,7 +8,7 @@ of a time that has not come.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from sys import intern
 from typing import Any
@@ -230,9 +230,29 @@ def _retired(rows: Sequence[Row]) -> dict[datetime, int]:
     }
 
 
+# A record of a window takes a kilobyte, and there are many: what the rest of it says is left out. Of `Sums` a list
+# holds the values in their order, without those that mean nothing for a field of texts, and without the sum of the
+# absolute values where it is that of the values; "=" are the numbers of values that the sums have.
+
+
+def _listed(sums: Sums) -> Sequence[Any]:
+    if sums.total is None:
+        return [sums.values]
+    values = [sums.values, sums.total, sums.least, sums.greatest]
+    return values if sums.magnitude == sums.total else [*values, sums.magnitude]
+
+
+def _sums(listed: Sequence[Any]) -> Sums:
+    return Sums(*(*listed, listed[1]) if len(listed) == 4 else listed)  # noqa: PLR2004 - see above
+
+
+def _values(sums: Mapping[str, Sums]) -> Mapping[str, int]:
+    return {name: each.values for name, each in sums.items()}
+
+
 def _columns(record: Record) -> dict[str, Any]:
-    # Of each field a list in `Sums`' own order, without the parts that mean nothing for values that are not numbers.
-    sums = {name: [each.values] if each.total is None else astuple(each) for name, each in record.sums.items()}
+    fields = "=" if record.fields == _values(record.sums) else json.dumps(record.fields, separators=(",", ":"))
+    sums = {name: _listed(each) for name, each in record.sums.items()}
     return {
         "starts_at": record.window.start,
         "ends_at": record.window.end,
@@ -248,12 +268,15 @@ def _columns(record: Record) -> dict[str, Any]:
         "status": "closed" if record.closed else "open",
         "source_digest": record.source_digest,
         "folded": record.folded,
-        "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
+        "fields": fields if record.fields else "",
         "sums": json.dumps(sums, separators=(",", ":")) if sums else "",
     }
 
 
 def _record(row: Row, now: datetime) -> Record:
+    sums = {intern(name): _sums(listed) for name, listed in json.loads(row["source_sums"] or "{}").items()}
+    known = row["source_fields"] or "{}"
+    fields = _values(sums) if known == "=" else {intern(name): n for name, n in json.loads(known).items()}
     return Record(
         window=Window(row["starts_at"], row["ends_at"]),
         part=row["part"],
@@ -266,9 +289,9 @@ def _record(row: Row, now: datetime) -> Record:
         min_at=row["min_at"],
         max_at=row["max_at"],
         closed=row["status"] == "closed" and max(row["ends_at"], row["updated_at"]) <= now + AHEAD,
-        fields={intern(name): n for name, n in json.loads(row["source_fields"] or "{}").items()},
+        fields=fields,
         source_digest=row["source_digest"],
-        sums={name: Sums(*some) for name, some in json.loads(row["source_sums"] or "{}").items()},
+        sums=sums,
         trouble=row["trouble"],
         folded=row["folded"],
         written_at=row["updated_at"],

@@ -128,6 +128,7 @@ class Database(Protocol):
 
     def transaction(self, *, read_only: bool = False) -> AbstractContextManager[Session]:
         """Commits when the block ends, rolls back when it raises. Do not nest. A lost connection is replaced next time.
+        All that a `read_only` one reads is of one instant.
 
         Transient out of the commit itself means that it may or may not have happened: repeat what is idempotent.
         """

@@ -3,18 +3,27 @@
 Invariants: facts belong to a version (key and ETag) and never change, so any process may write them and all may use
 them; which versions are current is not kept here, every process knows that from its own listing. Facts that are gone
 are noticed by the count of sweeps.
+
+Facts of days that are over are packed: of all versions of one device and day only their sum is kept, and what they are.
+A version may be known both ways, when its object was written once more as it was: the pack counts.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
+from functools import cached_property
 from hashlib import blake2b
+from itertools import compress, groupby, starmap
 from typing import Any
 
 from app.db.database import NamedQueries, Row, Session, storable
 
 NO_DAY = -(1 << 30)  # of rows without an instant
 SOME = 500
+PACKED_AT_ONCE = 5000  # versions, in a transaction of less than a second
+DIGEST = re.compile(r'"[0-9a-f]{32}"')  # as most stores make an ETag
 
 Version = bytes
 """One version of one object, see `version_of`."""
@@ -89,6 +98,57 @@ PART_FIELDS = tuple(each.name for each in fields(DaySummary))[:-1]
 """All but `latest`, in the order of the class and of the query."""
 
 
+@dataclass(frozen=True)
+class DayPack:
+    """Versions that have rows of one device and day alone, and the sum of all of them.
+
+    `keys`, `etags`, `sizes` (in bytes) and `schemas` (ids of their columns) are in one order.
+    """
+
+    part: DaySummary
+    keys: Sequence[str]
+    etags: Sequence[str]
+    sizes: Sequence[int]
+    schemas: Sequence[str]
+
+    @property
+    def pair(self) -> Pair:
+        """Of all of its rows."""
+        return self.part.device, self.part.day
+
+    @cached_property
+    def versions(self) -> Sequence[Version]:
+        """In the same order."""
+        return [version_of(key, etag) for key, etag in zip(self.keys, self.etags, strict=True)]
+
+    @property
+    def row(self) -> Row:
+        """As it is stored."""
+        digests = all(DIGEST.fullmatch(etag) for etag in self.etags)
+        device, day, *numbers = astuple(self.part)
+        etags = [] if digests else self.etags
+        text = json.dumps([numbers, self.keys, etags, self.sizes, self.schemas], separators=(",", ":"))
+        return {
+            "device": device,
+            "day": day,
+            "etags": bytes.fromhex("".join(etag[1:-1] for etag in self.etags)) if digests else b"",
+            "packed": zlib.compress(text.encode(), 9),
+        }
+
+
+def unpacked(device: str, day: int, digests: bytes, packed: bytes) -> DayPack:
+    """The pack of a stored row."""
+    (*numbers, latest), keys, etags, sizes, schemas = _loaded(zlib.decompress(packed))
+    found = digests.hex()
+    etags = etags or [f'"{found[start : start + 32]}"' for start in range(0, len(found), 32)]
+    part = DaySummary(*(device, day, *numbers, None if latest is None else tuple(latest)))
+    return DayPack(part, keys, etags, sizes, schemas)
+
+
+Merged = Callable[[Iterable[DaySummary]], Mapping[Pair, DaySummary]]
+"""Adds up parts, to one for each pair."""
+
+
 def version_of(key: str, etag: str) -> Version:
     """16 bytes that stand for one version of one object: small in memory, and no two versions share them."""
     return blake2b(f"{key}\n{etag}".encode(), digest_size=16).digest()
@@ -101,7 +161,7 @@ class SqlSummaries:
         self._queries = queries
 
     def known(self, versions: Collection[Version]) -> Mapping[Version, KnownObject]:
-        """Those of `versions` that are known."""
+        """Those of `versions` that are known and not packed."""
         found: dict[Version, KnownObject] = {}
         with self._queries.database.transaction(read_only=True) as session:
             for ids in _id_lists(versions):
@@ -137,8 +197,53 @@ class SqlSummaries:
         ]
         session.run_many(self._queries["save_object"], objects)
 
+    def every(self) -> Iterator[tuple[Version, KnownObject]]:
+        """All that are known and not packed."""
+        with self._queries.database.transaction(read_only=True) as session:
+            for version, key, size_bytes, rows, fault, columns in session.stream(self._queries["all_facts"]):
+                yield bytes.fromhex(version), KnownObject(key, size_bytes, rows, fault, columns or "{}")
+
+    def schemas(self) -> Mapping[str, str]:
+        """Columns with their types as JSON, by the id that packs have."""
+        return {row["schema_id"]: row["columns"] for row in self._queries.rows("schemas")}
+
+    def packs(self, pairs: Collection[Pair] | None = None) -> Iterator[DayPack]:
+        """Those of these pairs, or all. To know all facts ask for them last: what is packed meanwhile is seen twice."""
+        with self._queries.database.transaction(read_only=True) as session:
+            query, of = ("all_packs", {}) if pairs is None else ("packs_of_pairs", {"pairs": json.dumps(list(pairs))})
+            for row in session.stream(self._queries[query], **of):
+                yield unpacked(*row)
+
+    def pack(
+        self,
+        before_day: int,
+        is_current: Callable[[Sequence[Version]], Sequence[bool]],
+        merged: Merged,
+    ) -> int:
+        """Pack some versions that have rows of one pair alone, of a day before `before_day`, and no fault; how many.
+        `is_current` tells which may be packed, `merged` adds up parts.
+        """
+        with self._queries.database.transaction() as session:
+            session.run(self._queries["count_sweep"], removed=0)  # one process at a time
+            of = {"no_day": NO_DAY, "before_day": before_day, "at_once": PACKED_AT_ONCE}
+            found = {bytes.fromhex(row[0]): row for row in session.stream(self._queries["packable"], **of)}
+            rows = {version: found[version] for version in compress(found, is_current(list(found)))}
+            pairs = json.dumps([*{tuple(row[1:3]) for row in rows.values()}])
+            held = {}
+            for pack in starmap(unpacked, session.stream(self._queries["packs_of_pairs"], pairs=pairs)):
+                held[pack.pair] = pack
+                if not all(is_current(pack.versions)):  # it is about to go
+                    rows = {version: row for version, row in rows.items() if tuple(row[1:3]) != pack.pair}
+            made = [
+                _packed(held.get(pair), list(some), merged)
+                for pair, some in groupby(rows.values(), key=lambda row: tuple(row[1:3]))
+            ]
+            session.run_many(self._queries["save_pack"], [pack.row for pack in made])
+            self._remove(session, rows)
+        return len(rows)
+
     def pairs(self, versions: Collection[Version]) -> set[Pair]:
-        """Device and day of every part of these versions."""
+        """Device and day of every part of these versions, where they are not packed."""
         with self._queries.database.transaction(read_only=True) as session:
             return {
                 (row["device"], row["day"])
@@ -147,35 +252,39 @@ class SqlSummaries:
             }
 
     def all_pairs(self) -> set[Pair]:
-        """Device and day of every part of every version."""
+        """Device and day of every part that is not packed."""
         with self._queries.database.transaction(read_only=True) as session:
             return {(device, day) for device, day in session.stream(self._queries["all_pairs"])}
 
     def parts(self, pairs: Collection[Pair]) -> Sequence[tuple[Version, DaySummary]]:
-        """Version and part of all parts of these pairs; versions that are no longer current are among them."""
+        """Version and part of all parts of these pairs that are not packed, also of versions that are not current."""
         with self._queries.database.transaction(read_only=True) as session:
             rows = session.stream(self._queries["parts_of_pairs"], pairs=json.dumps(list(pairs)))
             return [(bytes.fromhex(row[0]), _part(row)) for row in rows]
 
     def keys(self, device: str | None, first_day: int | None, last_day: int | None) -> Sequence[VersionToRead]:
         """All that have rows of this device in these days, by key."""
+        of = {"device": device, "first_day": first_day, "last_day": last_day}
+        schemas = self.schemas()
         with self._queries.database.transaction(read_only=True) as session:
-            schemas = {row["schema_id"]: row["columns"] for row in session.rows(self._queries["schemas"])}
-            rows = session.stream(self._queries["keys"], device=device, first_day=first_day, last_day=last_day)
-            return [
-                VersionToRead(bytes.fromhex(version), key, etag, size_bytes, schemas.get(schema_id, "{}"))
-                for version, key, etag, size_bytes, schema_id in rows
-            ]
-
-    def count(self) -> int:
-        """How many versions are known."""
-        return int(self._queries.rows("count_objects")[0]["objects"])
+            found = {
+                version: VersionToRead(bytes.fromhex(version), key, etag, size_bytes, schemas.get(schema_id, "{}"))
+                for version, key, etag, size_bytes, schema_id in session.stream(self._queries["keys"], **of)
+            }
+            for pack in starmap(unpacked, session.stream(self._queries["packs_of_span"], **of)):
+                objects = zip(pack.versions, pack.keys, pack.etags, pack.sizes, pack.schemas, strict=True)
+                for packed, key, etag, size_bytes, schema_id in objects:
+                    columns = schemas.get(schema_id, "{}")
+                    found[packed.hex()] = VersionToRead(packed, key, etag, size_bytes, columns)
+        return sorted(found.values(), key=lambda each: each.key)
 
     def versions(self) -> Iterator[Version]:
-        """Every version that is known."""
+        """Every version that is known; one may come twice."""
         with self._queries.database.transaction(read_only=True) as session:
             for row in session.stream(self._queries["object_ids"]):
                 yield bytes.fromhex(row[0])
+        for pack in self.packs():
+            yield from pack.versions
 
     def is_asked(self) -> bool:
         """Whether anybody ever asked /analytics."""
@@ -189,7 +298,7 @@ class SqlSummaries:
         """Remove versions with rows of days before `day`, unless somebody ever asked. Idempotent."""
         if not self.is_asked():
             with self._queries.database.transaction() as session:
-                session.run(self._queries["count_sweep"])
+                session.run(self._queries["count_sweep"], removed=1)
                 session.run(self._queries["forget_old_objects"], day=day)
                 session.run(self._queries["forget_old_parts"], day=day)
 
@@ -197,14 +306,20 @@ class SqlSummaries:
         """How often versions were forgotten, by anybody."""
         return int(self._queries.rows("sweeps")[0]["sweeps"])
 
-    def forget(self, versions: Collection[Version]) -> int:
-        """Remove what is known of these versions; the number of sweeps then. Idempotent."""
+    def forget(self, versions: Collection[Version], packs: Collection[Pair] = ()) -> int:
+        """Remove what is known of these versions, where they are not packed, and these packs; how many sweeps then.
+        Idempotent.
+        """
         with self._queries.database.transaction() as session:
-            session.run(self._queries["count_sweep"])
-            for ids in _id_lists(versions):
-                session.run(self._queries["forget_objects"], ids=ids)
-                session.run(self._queries["forget_parts"], ids=ids)
+            session.run(self._queries["count_sweep"], removed=1)
+            self._remove(session, versions)
+            session.run_many(self._queries["forget_pack"], [{"device": device, "day": day} for device, day in packs])
             return int(session.rows(self._queries["sweeps"])[0]["sweeps"])
+
+    def _remove(self, session: Session, versions: Collection[Version]) -> None:
+        for ids in _id_lists(versions):
+            session.run(self._queries["forget_objects"], ids=ids)
+            session.run(self._queries["forget_parts"], ids=ids)
 
 
 def _id_lists(versions: Collection[Version]) -> Iterator[str]:
@@ -215,16 +330,29 @@ def _id_lists(versions: Collection[Version]) -> Iterator[str]:
 
 
 def _part(row: Sequence[Any]) -> DaySummary:
-    return DaySummary(*(*row[1:11], None if row[11] is None else _latest(row[11])))
+    return DaySummary(*(*row[1:11], None if row[11] is None else tuple(_loaded(row[11]))))
 
 
-def _latest(text: str) -> tuple[Any, ...]:
+def _packed(held: DayPack | None, rows: Sequence[Sequence[Any]], merged: Merged) -> DayPack:
+    """What is packed already and rows of `packable`, all of one pair."""
+    known = set(zip(held.keys, held.etags, strict=True)) if held else set()
+    objects = [*zip(held.keys, held.etags, held.sizes, held.schemas, strict=True)] if held else []
+    parts = [held.part] if held else []
+    for row in rows:
+        if (row[12], row[13]) not in known:
+            objects.append(tuple(row[12:]))
+            parts.append(_part(row))
+    (part,) = merged(parts).values()
+    return DayPack(part, *zip(*objects, strict=True))
+
+
+def _loaded(text: str | bytes) -> Any:
     import msgspec  # a year of objects has a million of these: json would take a third of the time of all else
 
     try:
-        return msgspec.json.decode(text, type=tuple[Any, ...])
+        return msgspec.json.decode(text)
     except msgspec.DecodeError:
-        return tuple(json.loads(text))  # NaN, as older versions wrote it
+        return json.loads(text)  # NaN, as older versions wrote it, and sums that are infinite
 
 
 def _part_rows(facts: Facts) -> Iterator[Row]:

@@ -189,6 +189,7 @@ class PostgresDatabase:
         """See `Database.transaction`."""
         with self._connections.lent() as connection:
             connection.read_only = read_only
+            connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ if read_only else None
             yield PostgresSession(connection, self._errors)
             with self._errors.translated():
                 connection.commit()

@@ -76,7 +76,7 @@ class SqlSessions:
 
 
 class SqlAlerts:
-    """See `app.ops.alerts.Told`. Raises what `Session` raises.
+    """What people were told of a job and is not over yet, shared by all processes. Raises what `Session` raises.
 
     Beginning and ending an alert is each one statement that only one caller gets a True for, so of several processes
     one sends it.
@@ -86,15 +86,15 @@ class SqlAlerts:
         self._queries = queries
 
     def told(self) -> Mapping[tuple[str, str], datetime]:
-        """See `Told.told`."""
+        """Job and event -> since when."""
         return {(row["job"], row["event"]): row["told_at"] for row in self._queries.rows("open_alerts")}
 
     def begin(self, job: str, event: str, at: datetime) -> bool:
-        """See `Told.begin`."""
+        """True for the one caller who is first and has to tell; False while it is told already."""
         return self._changed("begin_alert", job=job, event=event, at=at)
 
     def end(self, job: str, before: datetime, event: str | None = None) -> bool:
-        """See `Told.end`."""
+        """What was told of its runs before that instant is over, or only `event`. True for the one who ended it."""
         if event is None:
             return self._changed("end_alerts", job=job, before=before)
         return self._changed("end_alert", job=job, event=event, before=before)

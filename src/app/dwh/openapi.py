@@ -135,9 +135,10 @@ class RowsStored(BaseModel):
     errors: list[SkippedRow] = []
 
 
-def write_answers() -> Answers:
-    """What POST answers."""
-    return {200: {"description": "stored", "content": {"application/json": {}}, "model": RowsStored}, **WRITE_FAULTS}
+WRITE_ANSWERS: Answers = {
+    200: {"description": "stored", "content": {"application/json": {}}, "model": RowsStored},
+    **WRITE_FAULTS,
+}
 
 
 class RowsErased(BaseModel):
@@ -149,9 +150,7 @@ class RowsErased(BaseModel):
     dry_run: bool = False
 
 
-def erase_answers() -> Answers:
-    """What DELETE answers."""
-    return {200: {"description": "deleted", "model": RowsErased}, **READ_FAULTS}
+ERASE_ANSWERS: Answers = {200: {"description": "deleted", "model": RowsErased}, **READ_FAULTS}
 
 
 def read_answers(table: Table) -> Answers:

@@ -7,7 +7,7 @@ those of PostgREST, https://docs.postgrest.org/en/stable/references/api/tables_v
 import base64
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
@@ -15,7 +15,7 @@ from uuid import UUID
 
 from app.db.database import UNSTORABLE, Dialect, instant_text
 from app.dwh.tables import INTEGER_BITS, Table, TableColumn
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refused
 from app.web.text_values import instant
 
 Format = Literal["json", "csv", "ndjson", "parquet"]
@@ -135,7 +135,7 @@ def filter_of(column: TableColumn, given: str) -> Filter:
 
 def _wrong(name: str, what: str) -> Refused:
     hint = f"correct the filter; operators are {', '.join(OPERATORS)}, and not. before them"
-    return Refused(Refusal(400, f"{name} {what}", hint, name))
+    return Refused(400, f"{name} {what}", hint, name)
 
 
 def _items(column: TableColumn, text: str) -> Sequence[str]:
@@ -253,7 +253,11 @@ class Selection:
         JSON where it is made.
         """
         if self.is_made(dialect):
-            pairs = ", ".join(f"'{column.name}', {_in_json(column)}" for column in self.columns)
+            flag = "json(CASE {0} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END)"
+            values = {
+                column.name: (flag if column.kind == "bool" else "{0}").format(column.name) for column in self.columns
+            }
+            pairs = ", ".join(f"'{name}', {value}" for name, value in values.items())
             return self._sql(f"id, json_object({pairs}) AS line", dialect, self.limit + 1, self.offset)
         read = ", ".join(_read(column, dialect) for column in self._read_columns())
         return self._sql(read, dialect, self.limit + 1, self.offset)
@@ -356,12 +360,6 @@ def _read(column: TableColumn, dialect: Dialect) -> str:
     return f"{column.name}::text AS {column.name}" if column.kind in ("uuid", "json") else column.name
 
 
-def _in_json(column: TableColumn) -> str:
-    """What stands for the column in SQLite's `json_object`."""
-    flag = f"json(CASE {column.name} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END)"
-    return flag if column.kind == "bool" else column.name
-
-
 def selection(table: Table, given: Sequence[tuple[str, str]]) -> Selection:
     """What the query string asks for. Raises Refused: 400 for what is unknown, 422 for a value out of its range."""
     options = single(given, OPTIONS)
@@ -404,12 +402,12 @@ def erasure(table: Table, given: Sequence[tuple[str, str]]) -> Erasure:
     filters = filters_of(table, given, ("pk", *ERASURE_OPTIONS))
     if not filters:
         what = "a DELETE without a filter would delete every row"
-        raise Refused(Refusal(400, what, f"name the rows, such as ?{table.key.name}=eq.…"))
+        raise Refused(400, what, f"name the rows, such as ?{table.key.name}=eq.…")
     lists = [each for each in filters if each.operator in ("eq", "in") and not each.negated]
     named = [each for each in lists if each.column == table.key]
     if forget and (len(filters) > 1 or not named):
         what = f"forget takes one filter, {table.key.name}=eq.… or in.(…): only natural keys are remembered"
-        raise Refused(Refusal(422, what, "name the keys", "forget"))
+        raise Refused(422, what, "name the keys", "forget")
     return Erasure(table, filters, [str(value) for each in named for value in each.values], forget, dry_run)
 
 
@@ -417,7 +415,7 @@ def flag(options: Mapping[str, str], name: str) -> bool:
     """An option that is true or false, which it is when it is absent. Raises Refused."""
     value = YES_NO.get(options.get(name, "false").lower())
     if value is None:
-        raise Refused(Refusal(422, f"{name} is not true or false", "correct it", name))
+        raise Refused(422, f"{name} is not true or false", "correct it", name)
     return value
 
 
@@ -426,7 +424,7 @@ def single(given: Sequence[tuple[str, str]], names: Sequence[str]) -> Mapping[st
     options: dict[str, str] = {}
     for name, value in given:
         if name in options:
-            raise Refused(Refusal(422, f"{name} is given twice", "give each option once", name))
+            raise Refused(422, f"{name} is given twice", "give each option once", name)
         if name in names:
             options[name] = value
     return options
@@ -434,22 +432,19 @@ def single(given: Sequence[tuple[str, str]], names: Sequence[str]) -> Mapping[st
 
 def filters_of(table: Table, given: Sequence[tuple[str, str]], options: Sequence[str]) -> Sequence[Filter]:
     """The filters among the parameters: all but the options; `pk` is another name of `id`. Raises Refused."""
-    columns = {column.name: column for column in table.stored}
-
-    def made() -> Iterator[Filter]:
-        for name, text in given:
-            if name == "pk":
-                try:
-                    yield Filter(columns["id"], "eq", [_typed(columns["id"], text)])
-                except ValueError:
-                    raise _wrong("pk", f"must be {columns['id'].wanted}") from None
-            elif name not in options:
-                if name not in columns:
-                    what = f"unknown column or parameter {name[:80]}"
-                    raise Refused(Refusal(400, what, "see /docs for the columns of this table", name[:80]))
-                yield filter_of(columns[name], text)
-
-    return list(made())
+    columns, filters = {column.name: column for column in table.stored}, list[Filter]()
+    for name, text in given:
+        if name == "pk":
+            try:
+                filters.append(Filter(columns["id"], "eq", [_typed(columns["id"], text)]))
+            except ValueError:
+                raise _wrong("pk", f"must be {columns['id'].wanted}") from None
+        elif name not in options:
+            if name not in columns:
+                what = f"unknown column or parameter {name[:80]}"
+                raise Refused(400, what, "see /docs for the columns of this table", name[:80])
+            filters.append(filter_of(columns[name], text))
+    return filters
 
 
 def _columns(table: Table, select: str) -> Sequence[TableColumn]:
@@ -460,7 +455,7 @@ def _columns(table: Table, select: str) -> Sequence[TableColumn]:
     for name in names:
         if name not in columns or names.count(name) > 1:
             what = f"select names {name[:80]!r}, which is {'there twice' if name in columns else 'an unknown column'}"
-            raise Refused(Refusal(400, what, "name columns of this table, separated by commas, or *", "select"))
+            raise Refused(400, what, "name columns of this table, separated by commas, or *", "select")
     return [columns[name] for name in names]
 
 
@@ -470,24 +465,24 @@ def _after(options: Mapping[str, str], sort_by: TableColumn) -> Place | None:
     if after_id is None and name == "after_id":
         return None
     if options.get("offset", "0") != "0" or (name == "after" and after_id is not None):
-        raise Refused(Refusal(422, f"{name} works without offset, and alone", "leave one out", name))
+        raise Refused(422, f"{name} works without offset, and alone", "leave one out", name)
     if name == "after_id":
         if sort_by.name != "id":
             what = "after_id works with the order by id only"
-            raise Refused(Refusal(422, what, 'use after, as the link with rel="next" has it', name))
+            raise Refused(422, what, 'use after, as the link with rel="next" has it', name)
         return Place(after_id or 0)
     try:
         return _place(options["after"], sort_by)
     except (ValueError, TypeError, OverflowError, RecursionError):
         what = "after is not the place of a row in this order"
-        raise Refused(Refusal(422, what, 'take it from the link with rel="next"', "after")) from None
+        raise Refused(422, what, 'take it from the link with rel="next"', "after") from None
 
 
 def _one_of(options: Mapping[str, str], name: str, allowed: Sequence[str]) -> str:
     """The first one is the default."""
     value = options.get(name, allowed[0])
     if value not in allowed:
-        raise Refused(Refusal(400, f"{name} is not one of {', '.join(allowed)}", "use one of these", name))
+        raise Refused(400, f"{name} is not one of {', '.join(allowed)}", "use one of these", name)
     return value
 
 
@@ -496,5 +491,5 @@ def _whole(options: Mapping[str, str], name: str, bounds: tuple[int, int]) -> in
         return None
     value = _digits(options[name])
     if value is None or not bounds[0] <= value <= bounds[1]:
-        raise Refused(Refusal(422, f"{name} is not a whole number from {bounds[0]} to {bounds[1]}", "correct it", name))
+        raise Refused(422, f"{name} is not a whole number from {bounds[0]} to {bounds[1]}", "correct it", name)
     return value

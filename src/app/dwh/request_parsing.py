@@ -88,19 +88,19 @@ class BodyBytes(io.RawIOBase):
             if not self._packed:
                 if self._inflater.eof:
                     return b""
-                raise Refused(CUT_OFF)
+                raise Refused(*CUT_OFF)
             if self._inflater.eof:
                 self._inflater = zlib.decompressobj(wbits=31)
             try:
                 piece = self._inflater.decompress(self._packed, count)
             except zlib.error:
-                raise Refused(NOT_GZIP) from None
+                raise Refused(*NOT_GZIP) from None
             self._packed = self._inflater.unconsumed_tail or self._inflater.unused_data
         self._made_bytes += len(piece)
         if self._limit_bytes is not None and self._made_bytes > self._limit_bytes:
             raise too_large(self._limit_bytes, "send less at once")
         if self._made_bytes > max(RATIO_FREE_BYTES, MAX_RATIO * self._taken_bytes):
-            raise Refused(TOO_DENSE)
+            raise Refused(*TOO_DENSE)
         return piece
 
 
@@ -149,8 +149,8 @@ def _misshapen(held: bytes) -> Refused:
     try:
         msgspec.json.decode(held, type=dict[str, msgspec.Raw] | list[msgspec.Raw])
     except UNREADABLE:
-        return Refused(Refusal(400, "the body is not JSON", "check its syntax, also that it is complete"))
-    return Refused(Refusal(422, ENVELOPE, SHAPE_HINT, "data"))
+        return Refused(400, "the body is not JSON", "check its syntax, also that it is complete")
+    return Refused(422, ENVELOPE, SHAPE_HINT, "data")
 
 
 def _last(held: bytes, end: int) -> int:
@@ -192,14 +192,12 @@ def grouped(rows: Iterable[bytes]) -> Groups:
 
 def too_large(limit_bytes: int, hint: str) -> Refused:
     """The answer to a body over its limit."""
-    return Refused(Refusal(413, f"the body is larger than {limit_bytes} bytes", hint))
+    return Refused(413, f"the body is larger than {limit_bytes} bytes", hint)
 
 
 def row_too_large(row_bytes: int) -> Refused:
     """The answer to a row without an end."""
-    return Refused(
-        Refusal(413, f"a row is larger than {row_bytes} bytes", "look for a missing newline or closing quote")
-    )
+    return Refused(413, f"a row is larger than {row_bytes} bytes", "look for a missing newline or closing quote")
 
 
 # CSV as rows of JSON, so that its values are checked by the same compiled decoder as all others.
@@ -237,7 +235,7 @@ class CsvBody:
         except csv.Error as error:
             where = f"row {count}" if self._heads else "header"
             hint = "quote cells as RFC 4180 says"
-            raise Refused(Refusal(400, f"the body is not CSV: {where}: {error}", hint)) from None
+            raise Refused(400, f"the body is not CSV: {where}: {error}", hint) from None
 
     def _lines(self, stream: BinaryIO) -> Iterator[str]:
         """A byte that is not UTF-8 becomes half of a surrogate pair, which refuses its cell and not the body."""
@@ -254,7 +252,7 @@ class CsvBody:
         unknown = [cell[:80] for cell in cells if cell not in columns]
         if unknown or len(set(cells)) < len(cells) or self._table.key.name not in cells:
             what = f"unknown column {unknown[0]!r}" if unknown else f"a column twice, or no {self._table.key.name}"
-            raise Refused(Refusal(422, f"the header cannot be used: {what}", SHAPE_HINT, "header"))
+            raise Refused(422, f"the header cannot be used: {what}", SHAPE_HINT, "header")
         self._heads = [msgspec.json.encode(cell) + b":" for cell in cells]
         self._cells = [_cell(columns[cell]) for cell in cells]
         self._names = cells
@@ -349,20 +347,15 @@ def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str], prefer
     """Raises Refused. Of what is preferred, what is not known is ignored, as RFC 7240 has it."""
     chosen = dict(given)
     for name in chosen.keys() - {"on_error", "dry_run"}:
-        raise Refused(Refusal(400, f"unknown parameter {name[:80]}", "use on_error and dry_run", name[:80]))
+        raise Refused(400, f"unknown parameter {name[:80]}", "use on_error and dry_run", name[:80])
     on_error = chosen.get("on_error", "stop")
     if len(chosen) < len(given) or on_error not in ("stop", "skip"):
-        raise Refused(Refusal(422, "on_error is not stop or skip, or given twice", "correct it", "on_error"))
+        raise Refused(422, "on_error is not stop or skip, or given twice", "correct it", "on_error")
     dry_run = flag(chosen, "dry_run")
     key = headers.get("idempotency-key")
     if key is not None and not KEY.fullmatch(key):
         raise Refused(
-            Refusal(
-                422,
-                "Idempotency-Key is not 1 to 255 characters of ASCII without blanks",
-                "use a UUID",
-                "Idempotency-Key",
-            )
+            422, "Idempotency-Key is not 1 to 255 characters of ASCII without blanks", "use a UUID", "Idempotency-Key"
         )
     resolution = next((each for each in RESOLUTIONS if f"resolution={each}" in preferred), None)
     return Options(_form(headers), _packed(headers), on_error == "skip", dry_run, key or "", resolution)
@@ -374,9 +367,7 @@ def _form(headers: Mapping[str, str]) -> Form:
     form = FORMS.get(given.get_content_type())
     if form is None or given.get_content_charset("utf-8") not in ("utf-8", "utf8"):
         raise Refused(
-            Refusal(
-                415, "this media type is not read", "send application/json, application/x-ndjson or text/csv in UTF-8"
-            )
+            415, "this media type is not read", "send application/json, application/x-ndjson or text/csv in UTF-8"
         )
     return form
 
@@ -384,7 +375,7 @@ def _form(headers: Mapping[str, str]) -> Form:
 def _packed(headers: Mapping[str, str]) -> bool:
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", ""):
-        raise Refused(Refusal(415, "this content encoding is not read", "send gzip, or nothing"))
+        raise Refused(415, "this content encoding is not read", "send gzip, or nothing")
     return "gzip" in encoding
 
 
@@ -408,35 +399,13 @@ class BatchLimits:
     size_bytes: int
 
 
-class BatchDealer:
-    """Deals rows out to batches: first by number, then by size; a larger single row goes alone."""
-
-    def __init__(self, limits: BatchLimits) -> None:
-        self._limits = limits
-        self.count = 0
-        self._chunk_rows = self._size_bytes = 0
-
-    def deal(self, sizes: Sequence[int]) -> Sequence[int]:
-        """How many of the next rows go to each batch: to the current one first, then to new ones."""
-        ends = [0]
-        for position, size_bytes in enumerate(sizes):
-            full = self._chunk_rows == self._limits.rows
-            if full:
-                self._chunk_rows = 0
-            if full or not self.count or self._size_bytes + size_bytes + 1 > self._limits.size_bytes:
-                self.count += 1
-                ends.append(position)
-                self._size_bytes = 1
-            self._chunk_rows += 1
-            self._size_bytes += size_bytes + 1
-        ends.append(len(sizes))
-        return [end - start for start, end in pairwise(ends)]
-
-
 @dataclass(slots=True)
 class Received:
-    """What a body came to. `digest` is of its bytes, hex; `size_bytes` of its good rows. The caller closes it."""
+    """What a body came to, as it comes. `digest` is of its bytes, hex; `size_bytes` of its good rows. The caller closes
+    it.
+    """
 
+    limits: BatchLimits
     rows: int = 0
     batches: int = 0
     faults: list[RowFault] = field(default_factory=list)
@@ -445,6 +414,8 @@ class Received:
     size_bytes: int = 0
     held: list[Frame] = field(default_factory=list)
     spool: BinaryIO = field(default_factory=partial(temporary_file, memory_bytes=SPOOL_BYTES))
+    _batch_rows: int = 0
+    _batch_bytes: int = 0
 
     def read(self) -> Iterator[Iterator[Values]]:
         """The batches, each as an iterator of its rows; read one to its end before the next."""
@@ -455,18 +426,36 @@ class Received:
         """All rows, some at a time, by column."""
         return (columns for _, columns in self._frames())
 
-    def add(self, checked: Checked, batches: BatchDealer) -> None:
+    def add(self, checked: Checked) -> None:
         """The next rows, dealt out to batches, and what is wrong with others."""
         self.fault_count += len(checked.faults)
         self.faults += checked.faults[: MAX_FAULTS - len(self.faults)]
-        start, first = 0, batches.count
-        for number, length in enumerate(batches.deal(checked.sizes), first):
+        start, first = 0, self.batches
+        for number, length in enumerate(self.deal(checked.sizes), first):
             end = start + length
             if length:
                 whole = length == len(checked.sizes)
                 part = checked.columns if whole else [column[start:end] for column in checked.columns]
                 self._put((number, part), sum(checked.sizes[start:end]))
             start = end
+
+    def deal(self, sizes: Sequence[int]) -> Sequence[int]:
+        """How many of the next rows go to each batch: to the current one first, then to new ones, each until it is full
+        by number or by size; a larger single row goes alone.
+        """
+        ends = [0]
+        for position, size_bytes in enumerate(sizes):
+            full = self._batch_rows == self.limits.rows
+            if full:
+                self._batch_rows = 0
+            if full or not self.batches or self._batch_bytes + size_bytes + 1 > self.limits.size_bytes:
+                self.batches += 1
+                ends.append(position)
+                self._batch_bytes = 1
+            self._batch_rows += 1
+            self._batch_bytes += size_bytes + 1
+        ends.append(len(sizes))
+        return [end - start for start, end in pairwise(ends)]
 
     def _put(self, frame: Frame, size_bytes: int) -> None:
         self.rows += len(frame[1][0])
@@ -504,17 +493,17 @@ def receive(
     else:
         groups = (json_rows if chosen.form == "json" else ndjson_rows)(stream, body_bytes)
     rows = reader(table.name, merging=chosen.resolution == MERGE)
-    batches, seen_rows = BatchDealer(limits), 0
+    seen_rows = 0
     with ExitStack() as failing:
-        received = failing.enter_context(closing(Received()))
+        received = failing.enter_context(closing(Received(limits)))
         for group in groups:
             checked = rows.read(group, seen_rows)
             seen_rows += len(group)
             if checked.faults and not chosen.skip:
                 raise checked.faults[0].refusal()
-            received.add(checked, batches)
+            received.add(checked)
         if not seen_rows:
-            raise Refused(EMPTY)
-        received.batches, received.digest = batches.count, raw.digest.hexdigest()
+            raise Refused(*EMPTY)
+        received.digest = raw.digest.hexdigest()
         failing.pop_all()
     return received

@@ -3,10 +3,9 @@
 import codecs
 import csv
 import io
-import json
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -34,8 +33,7 @@ def answer_to_post(done: Inserted, faults: Sequence[RowFault] | None, fault_coun
     if done.dry_run:
         yield b',"dry_run":true'
     if faults is not None:
-        listed = [{"index": each.index, "field": each.field, "message": each.message} for each in faults]
-        yield f',"errors":{json.dumps(listed)},"error_count":{fault_count}'.encode()
+        yield b',"errors":%b,"error_count":%d' % (msgspec.json.encode(faults), fault_count)
     yield b"}"
 
 
@@ -53,29 +51,27 @@ MEDIA: dict[Format, str] = {
 Block = Sequence[Sequence[Any]]
 
 
-def _flags(columns: Sequence[TableColumn]) -> Sequence[int]:
-    return [place for place, column in enumerate(columns) if column.kind == "bool"]
-
-
-def _turned(block: Block, places: Sequence[int], turn: Callable[[Any], Any]) -> Block:
-    """The block with the values at `places` turned; most tables have none."""
-    if not places:
+def _turned(block: Block, turns: Mapping[int, Callable[[Any], Any]]) -> Block:
+    """The block with the values of some columns turned; most tables have none of these."""
+    if not turns:
         return block
     rows = [list(row) for row in block]
     for row in rows:
-        for place in places:
+        for place, turn in turns.items():
             row[place] = None if row[place] is None else turn(row[place])
     return rows
 
 
+def _turns(columns: Sequence[TableColumn], **by_kind: Callable[[Any], Any]) -> Mapping[int, Callable[[Any], Any]]:
+    return {place: by_kind[column.kind] for place, column in enumerate(columns) if column.kind in by_kind}
+
+
 def _encoder(columns: Sequence[TableColumn]) -> Callable[[Block], bytes]:
     """Rows as lines of JSON, encoded in compiled code from a row type that holds what the database gave."""
-    names = [column.name for column in columns]
-    row: Any = msgspec.defstruct("StoredRow", [(name, Any) for name in names], gc=False)
+    row: Any = msgspec.defstruct("StoredRow", [(column.name, Any) for column in columns], gc=False)
     encode = msgspec.json.Encoder().encode_lines
-    flags = _flags(columns)
-    as_json = [place for place, column in enumerate(columns) if column.kind == "json"]
-    return lambda block: encode([row(*values) for values in _turned(_turned(block, flags, bool), as_json, msgspec.Raw)])
+    turns = _turns(columns, bool=bool, json=msgspec.Raw)
+    return lambda block: encode([row(*values) for values in _turned(block, turns)])
 
 
 def _made(block: Block) -> bytes:
@@ -122,15 +118,14 @@ class _Csv(Lines):
 
     def __init__(self, columns: Sequence[TableColumn], file: Any, *, bom: bool, formula_safe: bool) -> None:
         super().__init__(file, self._cells)
-        self._flags = _flags(columns)
-        texts = [place for place, column in enumerate(columns) if column.kind in ("text", "json")]
-        self._texts = texts if formula_safe else ()
+        safe = {"text": _without_formula, "json": _without_formula} if formula_safe else {}
+        self._turns = _turns(columns, bool=lambda value: str(bool(value)).lower(), **safe)
         if bom:
             file.write(codecs.BOM_UTF8)
-        self.write([[column.name for column in columns]])
+        file.write((",".join(column.name for column in columns) + "\n").encode())
 
     def _cells(self, block: Block) -> bytes:
-        cells = _turned(_turned(block, self._flags, _flag), self._texts, _without_formula)
+        cells = _turned(block, self._turns)
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(cells)
         return (_with_quoted_returns(cells) if "\r" in text.getvalue() else text.getvalue()).encode()
@@ -148,10 +143,6 @@ def _with_quoted_returns(block: Block) -> str:
 
 def _without_formula(text: str) -> str:
     return f"'{text}" if text.startswith(tuple(FORMULA)) else text
-
-
-def _flag(value: Any) -> Any:
-    return value if isinstance(value, str) else str(bool(value)).lower()
 
 
 class _Parquet(Lines):
@@ -326,7 +317,7 @@ class ByteSpool:
             self._shown = True
             self._changed.notify_all()
 
-    def wait(self, *, whole: bool) -> int | None:
+    def wait(self, *, whole: bool = False) -> int | None:
         """Until the reader may begin, or all is there; the size in the latter case. Raises what the writer raised."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or (self._shown and not whole))
@@ -364,34 +355,36 @@ class ByteSpool:
 HEAD_BYTES, PIECE_BYTES = 1 << 18, 1 << 19
 
 
-class AnswerPage:
-    """One answer: `produce` in one thread, the rest in another. The reader closes it."""
+class AnswerPage(ByteSpool):
+    """One answer: `produce` in one thread, the rest in another. The reader closes it, and reading from the database
+    ends with the next block.
+    """
 
     def __init__(self, warehouse: Warehouse, selection: Selection, *, count: bool = False, gzip: bool = False) -> None:
+        super().__init__()
         self._warehouse = warehouse
         self._selection = selection
         self._count = count
-        self._spool = ByteSpool()
-        self._gzip = GzipWriter(self._spool) if gzip and selection.format != "parquet" else None
+        self._gzip = GzipWriter(self) if gzip and selection.format != "parquet" else None
         # For callers that have begun: the last row when more follow it, and how many rows meet the filters, if asked.
         self.last: Place | None = None
         self.total: int | None = None
 
     def produce(self) -> None:
-        """Read the rows to their end, or until nobody wants them. `begin` and `pieces` raise what goes wrong."""
-        with suppress(Abandoned), self._spool.written() as spool:
-            self._fill(spool)
+        """Read the rows to their end, or until nobody wants them. `wait` and `pieces` raise what goes wrong."""
+        with suppress(Abandoned), self.written():
+            self._fill()
 
     def look(self) -> None:
         """Find out what the headers say, without any rows. Raises what the database raises."""
         with self._warehouse.selected(self._selection, count=self._count) as found:
             self.last, self.total = found.last(), found.total
 
-    def _fill(self, spool: ByteSpool) -> None:
+    def _fill(self) -> None:
         """Write the rows; `last` is known when the reader may begin."""
         chosen, dialect = self._selection, self._warehouse.database.dialect
         made = chosen.is_made(dialect)
-        out = writer(chosen, self._gzip or spool, made=made)
+        out = writer(chosen, self._gzip or self, made=made)
         width = len(chosen.columns)
         left, last_row, shown = chosen.limit, None, False
         with self._warehouse.selected(chosen, count=self._count) as found:
@@ -402,9 +395,9 @@ class AnswerPage:
                     out.write([row[:width] for row in asked] if not made and len(last_row) > width else asked)
                 if len(asked) < len(block) and not shown and last_row:
                     self.last = chosen.place_of(last_row, dialect)
-                if not shown and spool.size_bytes >= HEAD_BYTES:
+                if not shown and self.size_bytes >= HEAD_BYTES:
                     self.last, shown = found.last(), True
-                    spool.show()
+                    self.show()
         out.close()
         if self._gzip:
             self._gzip.close()
@@ -414,15 +407,7 @@ class AnswerPage:
         """Whether the bytes are those of gzip; for callers that have begun."""
         return self._gzip is not None and self._gzip.started
 
-    def begin(self, *, whole: bool = False) -> int | None:
-        """Wait for the first bytes, or for all; the size when all are there. Raises what the database raised."""
-        return self._spool.wait(whole=whole)
-
     def pieces(self) -> Iterator[bytes]:
         """The bytes. Raises what the database raised in the middle of it."""
-        while piece := self._spool.read(PIECE_BYTES):
+        while piece := self.read(PIECE_BYTES):
             yield piece
-
-    def close(self) -> None:
-        """Nobody reads it any more: reading from the database ends with the next block. Idempotent."""
-        self._spool.close()

@@ -8,15 +8,15 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from app.config.settings import DwhSettings, LimitSettings
 from app.dwh import openapi
 from app.dwh.query import Selection, erasure, selection
 from app.dwh.request_parsing import BatchLimits, Received, options, receive
@@ -38,33 +38,38 @@ OTHERS = ["OPTIONS", "PATCH", "PUT", "TRACE"]
 GZIPPED_IDS = 1000  # an answer to POST with fewer is small
 
 
-@dataclass(frozen=True, slots=True)
-class WarehouseRoutes:
-    """What the routes act on, and the places that they share. No JSON body and no row is larger than `body_bytes`, no
-    streamed body than `stream_bytes`.
-    """
-
-    warehouse: Warehouse
-    batch: BatchLimits
-    body_bytes: int
-    stream_bytes: int
-    clock: Callable[[], datetime]
-    writers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITERS))
-    threads: Executor = field(default_factory=lambda: ThreadPoolExecutor(WRITERS, "dwh-write"))
-
-
-def build(serving: WarehouseRoutes) -> APIRouter:
+def build(warehouse: Warehouse, dwh: DwhSettings, limits: LimitSettings, clock: Callable[[], datetime]) -> APIRouter:
     """The routes of all tables."""
     router = APIRouter(prefix="/dwh", tags=["dwh"])
-    readers = asyncio.Semaphore(READERS[serving.warehouse.database.dialect])
+    readers, writers = asyncio.Semaphore(READERS[warehouse.database.dialect]), asyncio.Semaphore(WRITERS)
+    threads = ThreadPoolExecutor(WRITERS, "dwh-write")
     for table in TABLES:
-        add = partial(router.add_api_route, f"/{table.path}")
-        may_read, read = needs("dwh:read"), _reading(serving, table, readers)
+        TableRoutes(table, warehouse, dwh, limits, clock, readers, writers, threads).add_to(router)
+    return router
+
+
+@dataclass(frozen=True, slots=True)
+class TableRoutes:
+    """The routes of one table, and the places that all tables share."""
+
+    table: Table
+    warehouse: Warehouse
+    dwh: DwhSettings
+    limits: LimitSettings
+    clock: Callable[[], datetime]
+    readers: asyncio.Semaphore
+    writers: asyncio.Semaphore
+    threads: Executor
+
+    def add_to(self, router: APIRouter) -> None:
+        """GET, HEAD, POST and DELETE."""
+        table, add = self.table, partial(router.add_api_route, f"/{self.table.path}")
+        may_read = needs("dwh:read")
         # First, since the first route of a path answers for its other methods, and knows only its own.
         add(_other, methods=OTHERS, include_in_schema=False, openapi_extra=may_read)
-        add(read, methods=["HEAD"], include_in_schema=False, openapi_extra=may_read)
+        add(self._read, methods=["HEAD"], include_in_schema=False, openapi_extra=may_read)
         add(
-            read,
+            self._read,
             methods=["GET"],
             name=f"read_{table.name}",
             summary=f"Rows of {table.name}, newest first",
@@ -73,58 +78,92 @@ def build(serving: WarehouseRoutes) -> APIRouter:
             response_class=Response,
         )
         add(
-            _writing(serving, table),
+            self._write,
             methods=["POST"],
             name=f"write_{table.name}",
             summary=f"Store rows in {table.name}, each once",
             openapi_extra={**needs("dwh:write"), **openapi.writing(table)},
-            responses=openapi.write_answers(),
+            responses=openapi.WRITE_ANSWERS,
             response_class=Response,
         )
         add(
-            _erasing(serving, table),
+            self._erase,
             methods=["DELETE"],
             name=f"erase_{table.name}",
             summary=f"Delete rows of {table.name} for good",
             openapi_extra={**needs("dwh:delete"), **openapi.erasing(table)},
-            responses=openapi.erase_answers(),
+            responses=openapi.ERASE_ANSWERS,
         )
-    return router
 
-
-async def _other() -> Response:
-    methods = "GET, HEAD, POST, DELETE"
-    raise Refused(Refusal(405, f"this path takes {methods}", "see /docs", headers={"Allow": methods}))
-
-
-def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore) -> Callable[[Request], Any]:
-    async def read(request: Request) -> Response:
-        chosen = selection(table, request.query_params.multi_items())
+    async def _read(self, request: Request) -> Response:
+        chosen = selection(self.table, request.query_params.multi_items())
         count = "count=exact" in _preferred(request)
         with ExitStack() as stack:
             gzip = accepts_gzip(request.headers.get("accept-encoding", ""))
-            page = AnswerPage(serving.warehouse, chosen, count=count, gzip=gzip)
+            page = AnswerPage(self.warehouse, chosen, count=count, gzip=gzip)
             stack.callback(page.close)
-            await acquired(readers, BUSY)
+            await acquired(self.readers, BUSY)
             if request.method == "HEAD":
                 with ExitStack() as place:
-                    place.callback(readers.release)
+                    place.callback(self.readers.release)
                     await run_in_threadpool(page.look)
                 head = Response(headers=_headers(chosen, request.url.path, page), media_type=MEDIA[chosen.format])
                 del head.headers["content-length"]  # of the rows that GET would send, which nobody has read
                 return head
             producing = asyncio.ensure_future(run_in_threadpool(page.produce))
             # The place is that of the reading from the database, however slowly the client takes the answer.
-            producing.add_done_callback(lambda _: readers.release())
+            producing.add_done_callback(lambda _: self.readers.release())
             # In HTTP/1.0 the end of a connection is the end of an answer: it could not be told from a cut.
             whole = request.scope["http_version"] == "1.0"
-            size_bytes = await run_in_threadpool(partial(page.begin, whole=whole))
+            size_bytes = await run_in_threadpool(page.wait, whole=whole)
             headers = _headers(chosen, request.url.path, page)
             if size_bytes is not None:
                 headers["Content-Length"] = str(size_bytes)
             return Streamed(page.pieces(), stack.pop_all(), headers=headers, media_type=MEDIA[chosen.format])
 
-    return read
+    async def _write(self, request: Request) -> Response:
+        chosen = options(request.query_params.multi_items(), request.headers, _preferred(request))
+        caller = request.scope["state"]["grant"].name
+        batch = BatchLimits(self.dwh.max_rows_per_insert, self.dwh.max_write_batch_bytes)
+        sizes = {"body_bytes": self.limits.max_body_bytes, "stream_bytes": self.limits.max_upload_bytes}
+
+        def store(body: Readable) -> tuple[Inserted, Received]:
+            with closing(receive(body, self.table, chosen, batch, **sizes)) as received:
+                done = self.warehouse.insert(
+                    self.table,
+                    received,
+                    at=self.clock(),
+                    caller=caller,
+                    key=chosen.key,
+                    dry_run=chosen.dry_run,
+                    resolution=chosen.resolution,
+                )
+                return done, received
+
+        stored = await taken_in(request, self.writers, BUSY, self.threads, store)
+        if stored is None:
+            return GONE
+        done, received = stored
+        content = answer_to_post(done, received.faults if chosen.skip else None, received.fault_count)
+        headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
+        if len(done.ids) > GZIPPED_IDS and accepts_gzip(request.headers.get("accept-encoding", "")):
+            content, headers["Content-Encoding"] = gzipped(content), "gzip"
+        if chosen.resolution:
+            headers["Preference-Applied"] = f"resolution={chosen.resolution}"
+        return StreamingResponse(content, headers=headers, media_type="application/json")
+
+    async def _erase(self, request: Request) -> Response:
+        chosen = erasure(self.table, request.query_params.multi_items())
+        await acquired(self.writers, BUSY)
+        with ExitStack() as place:
+            place.callback(self.writers.release)
+            done = await run_in_threadpool(self.warehouse.erase, chosen, at=self.clock())
+        return JSONResponse(asdict(done) | ({"dry_run": True} if chosen.dry_run else {}))
+
+
+async def _other() -> Response:
+    methods = "GET, HEAD, POST, DELETE"
+    raise Refused(405, f"this path takes {methods}", "see /docs", headers={"Allow": methods})
 
 
 def _preferred(request: Request) -> Sequence[str]:
@@ -147,49 +186,3 @@ def _headers(chosen: Selection, path: str, page: AnswerPage) -> dict[str, str]:
     if chosen.format != "json":
         headers["Content-Disposition"] = f'attachment; filename="{chosen.table.name}.{chosen.format}"'
     return headers
-
-
-def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]:
-    async def write(request: Request) -> Response:
-        chosen = options(request.query_params.multi_items(), request.headers, _preferred(request))
-        caller = request.scope["state"]["grant"].name
-
-        def store(body: Readable) -> tuple[Inserted, Received]:
-            limits = {"body_bytes": serving.body_bytes, "stream_bytes": serving.stream_bytes}
-            with closing(receive(body, table, chosen, serving.batch, **limits)) as received:
-                done = serving.warehouse.insert(
-                    table,
-                    received,
-                    at=serving.clock(),
-                    caller=caller,
-                    key=chosen.key,
-                    dry_run=chosen.dry_run,
-                    resolution=chosen.resolution,
-                )
-                return done, received
-
-        stored = await taken_in(request, serving.writers, BUSY, serving.threads, store)
-        if stored is None:
-            return GONE
-        done, received = stored
-        content = answer_to_post(done, received.faults if chosen.skip else None, received.fault_count)
-        headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
-        if len(done.ids) > GZIPPED_IDS and accepts_gzip(request.headers.get("accept-encoding", "")):
-            content, headers["Content-Encoding"] = gzipped(content), "gzip"
-        if chosen.resolution:
-            headers["Preference-Applied"] = f"resolution={chosen.resolution}"
-        return StreamingResponse(content, headers=headers, media_type="application/json")
-
-    return write
-
-
-def _erasing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]:
-    async def erase(request: Request) -> Response:
-        chosen = erasure(table, request.query_params.multi_items())
-        await acquired(serving.writers, BUSY)
-        with ExitStack() as place:
-            place.callback(serving.writers.release)
-            done = await run_in_threadpool(serving.warehouse.erase, chosen, at=serving.clock())
-        return JSONResponse(asdict(done) | ({"dry_run": True} if chosen.dry_run else {}))
-
-    return erase

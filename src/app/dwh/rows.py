@@ -17,7 +17,7 @@ from msgspec.structs import astuple
 
 from app.db.database import instant_text
 from app.dwh.tables import BY_NAME, INTEGER_BITS, KEY_CHARACTERS, Table, TableColumn
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refused
 
 # What is wrong with a row, as the caller is told.
 #
@@ -39,7 +39,7 @@ class RowFault:
         """The answer when one bad row refuses the whole request."""
         where = f"row {self.index}, field {self.field}" if self.field else f"row {self.index}"
         fault = f"data.{self.index}.{self.field}" if self.field else f"data.{self.index}"
-        return Refused(Refusal(422, f"{where}: {self.message}", ROW_HINT, fault))
+        return Refused(422, f"{where}: {self.message}", ROW_HINT, fault)
 
 
 # Text that a JSON decoder refuses as a whole, cut into its parts, so that the one value to blame can be named.
@@ -164,32 +164,16 @@ def repeated_key(text: bytes) -> str | None:
     return None
 
 
-def holds_nul(value: str, column: TableColumn) -> bool:
-    """True when the text of a value holds a NUL, which no database stores; in JSON it is escaped."""
-    return bool(NUL_IN_JSON.search(value)) if column.kind == "json" else "\x00" in value
-
-
-def check_depth(raw: Any, value: Any) -> None:
-    """Raise Suspicious for JSON that nests deeper than databases and readers can be trusted with."""
-    text = bytes(raw)
-    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
-        raise Suspicious
-
-
 def check_numbers(text: bytes) -> None:
     """Raise Suspicious for a number that is not 0 and yet nearer to it than a double can be, or of very many digits.
 
     PostgreSQL writes such a number out: nine characters such as 1e-16000 come back as sixteen thousand.
     """
     if SMALL_OR_LONG.search(text):
-        numbers = (token for token in TOKENS.findall(text) if not token.startswith(b'"'))
-        if any(len(number) > NUMBER_CHARACTERS or _vanishes(number) for number in numbers):
-            raise Suspicious
-
-
-def _vanishes(number: bytes) -> bool:
-    mantissa = number.lower().partition(b"e")[0]
-    return float(number) == 0 and mantissa.strip(b"-0.") != b""
+        for number in (token for token in TOKENS.findall(text) if not token.startswith(b'"')):
+            vanishes = float(number) == 0 and number.lower().partition(b"e")[0].strip(b"-0.")
+            if len(number) > NUMBER_CHARACTERS or vanishes:
+                raise Suspicious
 
 
 def depth(value: Any) -> int:
@@ -241,8 +225,8 @@ def _filled(values: Values, *, default: bool | None) -> Values:
     return [default if value is None or value is UNSET else value for value in values]
 
 
-def check_uuids(values: Sequence[str]) -> None:
-    """Raise Suspicious unless all of these, each of 36 characters, are UUIDs."""
+def _uuids(values: Values) -> Values:
+    """All together, which costs less than a pattern for each. All have 36 characters."""
     text = "".join(values)
     if any(text[place::UUID_CHARACTERS].count("-") < len(values) for place in HYPHENS):
         raise Suspicious
@@ -252,12 +236,6 @@ def check_uuids(values: Sequence[str]) -> None:
         raise Suspicious from None
     if len(made) < UUID_BYTES * len(values):
         raise Suspicious
-
-
-def _uuids(values: Values) -> Values:
-    """All together, which costs less than a pattern for each."""
-    check_uuids(values)
-    text = "".join(values)
     return values if text == text.lower() else [value.lower() for value in values]
 
 
@@ -309,19 +287,15 @@ def _json(raw: Raw) -> str | None:
     value = msgspec.json.decode(raw)
     if value is None:
         return None
-    check_depth(raw, value)
     text = bytes(raw)
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
+        raise Suspicious  # nests deeper than databases and readers can be trusted with
     check_numbers(text)
     if SURROGATE.search(text):
         msgspec.json.encode(value)  # raises for half of a pair
     if BLANK.search(text):
         text = BETWEEN.sub(rb"\1", text)
     return text.decode()
-
-
-def decoded_again(json_texts: Sequence[str]) -> Sequence[str]:
-    """JSON as a decoder leaves it, which keeps one of two equal keys."""
-    return [msgspec.json.encode(msgspec.json.decode(text)).decode() for text in json_texts]
 
 
 # Rows out of JSON, checked in compiled code: a typed decoder per table, made from its declaration.
@@ -379,7 +353,9 @@ class RowReader:
         keys = len(slices) * len(columns) - sum(column.count(UNSET) for column in columns)
         turned = [turn(column) for turn, column in zip(self._turns, columns, strict=True)]
         json_texts = [value for position in self._json for value in turned[position] if value]
-        check_keys(b",".join(slices), keys, decoded_again(json_texts))
+        # a decoder keeps one of two equal keys
+        again = [msgspec.json.encode(msgspec.json.decode(text)).decode() for text in json_texts]
+        check_keys(b",".join(slices), keys, again)
         return turned
 
     def _one_by_one(self, slices: Sequence[Slice], first: int) -> Checked:
@@ -411,7 +387,8 @@ class RowReader:
                 (turned,) = turn(value)
             except (*UNREADABLE, Suspicious, OverflowError):
                 return self._wrong(row, index, column.name)
-            if isinstance(turned, str) and holds_nul(turned, column):
+            # no database stores a NUL; in JSON it is escaped
+            if isinstance(turned, str) and (NUL_IN_JSON.search(turned) if column.kind == "json" else "\x00" in turned):
                 return self._wrong(row, index, column.name)
         repeated = repeated_key(bytes(row))
         return None if repeated is None else RowFault(index, repeated[:FIELD_CHARACTERS], "is given twice")

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app.db.database import Dialect
-
 Kind = Literal["uuid", "text", "integer", "bigint", "float", "bool", "json", "instant"]
 
 KEY_CHARACTERS = 512  # an index entry of PostgreSQL holds 2704 bytes
@@ -164,61 +162,17 @@ TABLES = (EVENTS, DEVICES, PERMANENT, TECHNICAL, EVENT_PROPERTIES, USER_PROPERTI
 BY_NAME = {table.name: table for table in TABLES}
 
 
-# The DDL that follows from the declaration of a table, for both databases.
-#
-# Invariants: the first migration in `sql/dwh/migrations` is this very text, which a test checks; every name in it comes
-# from the declaration, never from a caller.
-
-TYPES: dict[Dialect, dict[Kind, str]] = {
-    "postgres": {
-        "uuid": "uuid",
-        "text": "text",
-        "integer": "integer",
-        "bigint": "bigint",
-        "float": "double precision",
-        "bool": "boolean",
-        "json": "jsonb",
-        "instant": "timestamptz",
-    },
-    "sqlite": {
-        "uuid": "TEXT",
-        "text": "TEXT",
-        "integer": "INTEGER",
-        "bigint": "INTEGER",
-        "float": "REAL",
-        "bool": "INTEGER",
-        "json": "TEXT",
-        "instant": "TEXT",
-    },
-}
-IDENTITY: dict[Dialect, str] = {
-    "postgres": "id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY",
-    "sqlite": "id INTEGER PRIMARY KEY AUTOINCREMENT",
+# How the columns are declared in PostgreSQL; the first migrations in `sql/dwh/migrations` say the same, which a test
+# checks.
+POSTGRES_TYPES: dict[Kind, str] = {
+    "uuid": "uuid",
+    "text": "text",
+    "integer": "integer",
+    "bigint": "bigint",
+    "float": "double precision",
+    "bool": "boolean",
+    "json": "jsonb",
+    "instant": "timestamptz",
 }
 # In SQLite the text has the width of every instant that we write, so that its order is the order in time.
 SQLITE_NOW = "strftime('%Y-%m-%dT%H:%M:%f000Z', 'now')"
-CREATED: dict[Dialect, str] = {
-    "postgres": "created_at timestamptz NOT NULL DEFAULT now()",
-    "sqlite": f"created_at TEXT NOT NULL DEFAULT ({SQLITE_NOW})",
-}
-
-
-def migration(dialect: Dialect) -> str:
-    """The text of the first migration."""
-    return "\n".join(create(table, dialect) for table in TABLES)
-
-
-def create(table: Table, dialect: Dialect) -> str:
-    """CREATE TABLE."""
-    lines = [IDENTITY[dialect], *(_column(column, dialect) for column in table.columns), CREATED[dialect]]
-    body = ",\n    ".join(lines)
-    return f"CREATE TABLE {table.name} (\n    {body}\n){' STRICT' if dialect == 'sqlite' else ''};\n"
-
-
-def _column(column: TableColumn, dialect: Dialect) -> str:
-    words = [column.name, TYPES[dialect][column.kind]]
-    if column.required:
-        words.append("NOT NULL UNIQUE")
-    if column.default is not None:
-        words.append(f"NOT NULL DEFAULT {str(column.default).upper()}")
-    return " ".join(words)

@@ -16,9 +16,9 @@ from app.core.errors import Permanent, Rejected, Transient
 from app.db.database import Dialect, NamedQueries, Session, sql_directory
 from app.db.migrations import Migrated, open_database
 from app.dwh.query import Erasure, Place, Selection, conditions_of
-from app.dwh.tables import BY_NAME, EVENTS, SQLITE_NOW, TABLES, TYPES, Table
+from app.dwh.tables import BY_NAME, EVENTS, POSTGRES_TYPES, SQLITE_NOW, TABLES, Table
 from app.product_events.mapping import Rows, Tables
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refused
 
 if TYPE_CHECKING:
     from app.dwh.request_parsing import Received
@@ -43,19 +43,14 @@ Columns = Sequence[Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Inserted:
-    """`ids` of rows that were really inserted. In a dry run the ids are left out, their number is `count`."""
+    """`ids` of rows that were really inserted; in a dry run they are left out, and only their number is told."""
 
     ids: "array[int]"
     rows: int
     batches: int
-    count: int = -1
+    inserted_rows: int
     dry_run: bool = False
     replayed: bool = False
-
-    @property
-    def inserted_rows(self) -> int:
-        """How many rows were inserted, or would be."""
-        return self.count if self.count >= 0 else len(self.ids)
 
 
 def _on_conflict(table: Table, *, past: bool = False) -> str:
@@ -147,7 +142,7 @@ def _create_stage(session: Session, table: Table) -> None:
     """Made once per connection; it is empty whenever a transaction begins to use it. The server numbers the rows as
     they come, which costs less than to send their numbers.
     """
-    columns = ", ".join(f"{each.name} {TYPES['postgres'][each.kind]}" for each in table.columns)
+    columns = ", ".join(f"{each.name} {POSTGRES_TYPES[each.kind]}" for each in table.columns)
     ordinal = "n bigint GENERATED ALWAYS AS IDENTITY"
     session.run(f"CREATE TEMP TABLE IF NOT EXISTS {_stage(table)} ({ordinal}, {columns}) ON COMMIT DELETE ROWS")
 
@@ -197,7 +192,7 @@ def _given(session: Session, table: Table, before: int, written: int, *, own: st
 def _known(session: Session, table: Table, batches: "Received") -> bool:
     """Whether some of the first rows are there already, as they all are when a request is repeated."""
     keys = next(batches.blocks())[0]
-    probed = f"{table.key.name} = ANY(:keys::{TYPES['postgres'][table.key.kind]}[])"
+    probed = f"{table.key.name} = ANY(:keys::{POSTGRES_TYPES[table.key.kind]}[])"
     (row,) = session.rows(
         f"SELECT EXISTS (SELECT FROM {table.name} WHERE {probed}) AS known",  # noqa: S608
         keys=list(keys[:: len(keys) // PROBED_KEYS + 1]),
@@ -411,9 +406,10 @@ class Warehouse:
         # SQLite has one writer; threads that wait here do so in turn, where its own lock would be a matter of luck.
         self._turn = threading.Lock()
 
-    def ping(self) -> None:
-        """One round trip. Raises Transient or Permanent when the warehouse cannot be used."""
+    def ping(self) -> str:
+        """One round trip, of which nothing is to be said. Raises Transient or Permanent when it cannot be made."""
         self.database.ping()
+        return ""
 
     def close(self) -> None:
         """Close all connections. Idempotent."""
@@ -446,14 +442,15 @@ class Warehouse:
                 if answered := self._answered(session, name, fingerprint, at):
                     return answered
             insert = in_sqlite if self._lite else in_postgres
-            done = Inserted(insert(session, table, batches, self._deleted), batches.rows, batches.batches)
+            ids = insert(session, table, batches, self._deleted)
+            done = Inserted(ids, batches.rows, batches.batches, len(ids))
             if dry_run:
                 raise _Undo
             if name:
                 answer = json.dumps({"ids": done.ids.tolist(), "rows": done.rows, "batches": done.batches})
                 session.run(self._queries["answer_request"], **name, answer=answer)
             return done
-        return replace(done, ids=array("q"), count=done.inserted_rows, dry_run=True)
+        return replace(done, ids=array("q"), dry_run=True)
 
     def _answered(self, session: Session, name: Mapping[str, str], fingerprint: str, at: datetime) -> Inserted | None:
         """The stored answer of an earlier request with the same Idempotency-Key; None for the first one."""
@@ -463,9 +460,10 @@ class Warehouse:
         (held,) = session.rows(self._queries["request"], **name)
         if held["fingerprint"] != fingerprint:
             what = "this Idempotency-Key was used for another request"
-            raise Refused(Refusal(409, what, "use a new key", "Idempotency-Key"))
+            raise Refused(409, what, "use a new key", "Idempotency-Key")
         answer = json.loads(held["answer"])
-        return Inserted(array("q", answer["ids"]), answer["rows"], answer["batches"], replayed=True)
+        ids = array("q", answer["ids"])
+        return Inserted(ids, answer["rows"], answer["batches"], len(ids), replayed=True)
 
     def load(self, chunks: Iterable[Tables], *, past: bool = False) -> int:
         """Rows of several tables in one transaction, all or nothing; how many events are new. Idempotent.

@@ -117,7 +117,8 @@ class Export:
 
         report = self._isolated(opened, context, sorted(cursors), one)
         if export.record_days and not context.dry_run:
-            self._retire(context, cursors, opened.now)
+            failed = {each.partition for each in report.failures}
+            self._retire(context, {device: cursors[device] for device in cursors.keys() - failed}, opened.now)
         troubles = self._checkpoints.troubles().get(NAME, {})
         return report + Report(notes=[f"{said}: {HEAL_HINT}" for said in said_of(troubles)])
 

@@ -329,11 +329,11 @@ class FluxReader:
 
     def _counted(self, block: Block, starts: Iterable[datetime]) -> Iterator[Counted]:
         """Points without the device tag come in tables without that column."""
-        fields, numbers = (_column(block, name).to_pylist() for name in ("_field", "_value"))
         is_named = self._device_tag in block.names
-        devices = _column(block, self._device_tag).to_pylist() if is_named else repeat("")
-        for device, start_at, field, values in zip(devices, starts, fields, numbers, strict=False):
-            yield Counted(device or "", start_at, field, values)
+        devices = _texts(block, self._device_tag) if is_named else repeat("")
+        numbers = _column(block, "_value").to_pylist()
+        for device, start_at, field, values in zip(devices, starts, _texts(block, "_field"), numbers, strict=False):
+            yield Counted(device or "", start_at, field or "", values)
 
 
 def _starts(block: Block, every_seconds: int) -> Iterator[datetime]:
@@ -341,8 +341,15 @@ def _starts(block: Block, every_seconds: int) -> Iterator[datetime]:
 
     Times are taken as numbers: Arrow loads a database of time zones to make datetimes of them.
     """
-    for nanoseconds in _column(block, "_time").cast(pa.int64()).to_pylist():
-        yield floor_to(EPOCH + timedelta(microseconds=nanoseconds // 1000), every_seconds)
+    instants = _column(block, "_time").cast(pa.int64()).to_pylist()
+    starts = {each: floor_to(EPOCH + timedelta(microseconds=each // 1000), every_seconds) for each in set(instants)}
+    return map(starts.__getitem__, instants)
+
+
+def _texts(block: Block, name: str) -> list[str | None]:
+    """Through numpy: Arrow itself takes a microsecond for each value of a dictionary, and counts have ten a device."""
+    found: list[str | None] = _column(block, name).cast(pa.string()).to_numpy().tolist()
+    return found
 
 
 def _column(block: Block, name: str) -> pa.ChunkedArray:

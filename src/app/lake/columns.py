@@ -8,6 +8,8 @@ error of its object.
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
+
 from app.core.errors import Rejected
 
 TIMESTAMP, NANOS, DEVICE = "timestamp", "timestamp_nanos", "device_id"
@@ -27,53 +29,25 @@ FIRST: Mapping[str, str] = {
     NANOS: "int",
 }
 """The columns of a new table -> their types. Further ones come after them."""
+ARROW = {
+    "boolean": pa.bool_(),
+    "int": pa.int32(),
+    "long": pa.int64(),
+    "float": pa.float32(),
+    "double": pa.float64(),
+    "string": pa.string(),
+    "date": pa.date32(),
+    "timestamp": pa.timestamp("us"),
+    "timestamptz": pa.timestamp("us", "UTC"),
+    "binary": pa.binary(),
+    "decimal(20, 0)": pa.decimal128(20, 0),
+}
+"""Iceberg's types that columns may have -> the Arrow types in which the files of the table hold them."""
 WIDER = {"int": ("long",), "float": ("double",)}
-
-
-def iceberg_type(kind: str) -> Any:
-    """pyiceberg's type of a name."""
-    from pyiceberg import types
-
-    named = {
-        "boolean": types.BooleanType(),
-        "int": types.IntegerType(),
-        "long": types.LongType(),
-        "float": types.FloatType(),
-        "double": types.DoubleType(),
-        "string": types.StringType(),
-        "date": types.DateType(),
-        "timestamp": types.TimestampType(),
-        "timestamptz": types.TimestamptzType(),
-        "binary": types.BinaryType(),
-        "decimal(20, 0)": types.DecimalType(20, 0),
-    }
-    return named[kind]
-
-
-def arrow_type(kind: str) -> Any:
-    """The Arrow type in which the files of the table hold it."""
-    import pyarrow as pa
-
-    named = {
-        "boolean": pa.bool_(),
-        "int": pa.int32(),
-        "long": pa.int64(),
-        "float": pa.float32(),
-        "double": pa.float64(),
-        "string": pa.string(),
-        "date": pa.date32(),
-        "timestamp": pa.timestamp("us"),
-        "timestamptz": pa.timestamp("us", "UTC"),
-        "binary": pa.binary(),
-        "decimal(20, 0)": pa.decimal128(20, 0),
-    }
-    return named[kind]
 
 
 def kind_of(arrow: Any) -> str:
     """The type in which the table holds values of an Arrow type; "" where it cannot."""
-    import pyarrow as pa
-
     checks = pa.types
     if checks.is_dictionary(arrow):
         return kind_of(arrow.value_type)
@@ -110,11 +84,9 @@ class LakeColumns:
 
     def schema(self) -> Any:
         """As Arrow has it."""
-        import pyarrow as pa
-
         return pa.schema(
             [
-                pa.field(name, arrow_type(kind), metadata={"PARQUET:field_id": str(self.ids[name])})
+                pa.field(name, ARROW[kind], metadata={"PARQUET:field_id": str(self.ids[name])})
                 for name, kind in self.kinds.items()
             ]
         )

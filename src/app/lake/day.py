@@ -56,13 +56,14 @@ class NewFile:
 
 @dataclass(slots=True)
 class Compacted:
-    """What was written of a slice. `kept_rows`: those of objects that are gone. `aside`: key and reason of each object
-    that was set aside.
+    """What was written of a slice. `kept_rows`: those of objects that are gone; `damaged`: files of the table where
+    they cannot be looked for. `aside`: key and reason of each object that was set aside.
     """
 
     files: list[NewFile] = field(default_factory=list)
     rows: int = 0
     kept_rows: int = 0
+    damaged: int = 0
     aside: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -104,7 +105,7 @@ class Compaction:
     ) -> None:
         covered: dict[str, set[int]] = {}
         seconds = self.layout.window_seconds(rewrite.day)
-        old = _Old(self._old_rows(rewrite.replaced), covered, seconds)
+        old = _Old(self._old_rows(rewrite.replaced, done), covered, seconds)
         member = rewrite.members[0]
         for of, info, body in self._fetched(rewrite.members, pool):
             stop.check()
@@ -165,16 +166,20 @@ class Compaction:
         """A file without a name, of which a killed process leaves nothing."""
         return tempfile.TemporaryFile(dir=self.spool)
 
-    def _old_rows(self, files: Sequence[LakeFile]) -> Iterator[pa.Table]:
-        """The rows of files that are replaced, as far as they are still there."""
+    def _old_rows(self, files: Sequence[LakeFile], done: Compacted) -> Iterator[pa.Table]:
+        """The rows of files that are replaced, as far as they are still there and can be read."""
         for held in sorted(files, key=lambda file: file.key):
             if held.missing:
                 continue
             with self.store.open(held.key) as body:
                 if body is None:
                     continue
-                with self._copied(body) as copy, pq.ParquetFile(copy) as file:
-                    yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(GROUP_ROWS))
+                with self._copied(body) as copy:
+                    try:
+                        with pq.ParquetFile(copy) as file:
+                            yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(GROUP_ROWS))
+                    except (pa.ArrowException, OSError):
+                        done.damaged += 1
 
     def _put(self, file: BinaryIO, rewrite: Rewrite, aside: int, number: int) -> NewFile:
         key = f"{self.folder}/data/{file_name(rewrite, aside, number, self.nonce)}"

@@ -7,7 +7,7 @@ leaves files that nothing names, which a later run removes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from importlib.util import find_spec
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from app.object_store.port import ObjectStore
 
 if TYPE_CHECKING:
     from app.lake.day import Compacted, NewFile
-    from app.lake.plan import DeviceDay, LakeFile, Rewrite, TreeLayout
+    from app.lake.plan import LakeFile, Rewrite, TreeLayout
     from app.lake.table import Catalog, LakeTable
 
 NAME = "lake_day"
@@ -71,7 +71,7 @@ def catalog_of(settings: Settings, store: ObjectStore) -> "Catalog":
     """Where the table is."""
     from app.lake.table import Catalog
 
-    return Catalog(catalog_uri(settings), store, location_base(settings), settings.lake.prefix)
+    return Catalog(catalog_uri(settings), store, location_base(settings), settings.lake.prefix, settings.s3.prefix)
 
 
 @dataclass(slots=True)
@@ -123,7 +123,7 @@ class LakeDay:
         raise Transient("other processes changed the table each time", "no action needed; it is retried")
 
     def _once(self, context: Context, table: "LakeTable") -> Report:
-        from app.lake.plan import plan, read_layout
+        from app.lake.plan import closed_days, plan, read_layout
 
         settings, lake = self.settings, self.settings.lake
         table.load(context.now_at, repair=not context.dry_run)
@@ -131,12 +131,12 @@ class LakeDay:
         prefix, export = settings.s3.prefix, settings.export
         layout = read_layout(self.store, prefix, export.date_format, export.window_seconds)
         wait = timedelta(seconds=export.grace_seconds, hours=lake.wait_hours)
-        days = self._days(layout, (context.now_at - wait).date())
+        days = list(closed_days(self.store.list(f"{prefix}/"), prefix, layout, (context.now_at - wait).date()))
         made = plan(days, files, self.max_bytes)
         account = Account(sum(one.objects + one.csv for one in days), sum(one.csv for one in days))
         account.kept, account.aside = made.kept - made.kept_aside, made.kept_aside
         missing = sum(file.missing for file in files)
-        notes = [*table.notes, *([f"{missing} files of the table are gone from the store"] if missing else [])]
+        notes = [*table.notes, *([f"{missing} files of the table are gone or cut"] if missing else [])]
         if context.dry_run:
             account.waiting = sum(rewrite.objects for rewrite in made.rewrites)
             return self._report(account, Report(notes=(*notes, f"would write {len(made.rewrites)} slices")))
@@ -145,12 +145,6 @@ class LakeDay:
         removed = table.expire(context.clock(), timedelta(days=lake.snapshot_days))
         notes += [f"{removed} old files removed"] if removed else []
         return self._report(account, replace(report, notes=(*notes, *report.notes)))
-
-    def _days(self, layout: "TreeLayout", before: date) -> Sequence["DeviceDay"]:
-        from app.lake.plan import closed_days
-
-        prefix = self.settings.s3.prefix
-        return list(closed_days(self.store.list(f"{prefix}/"), prefix, layout, before))
 
     def _write(
         self,
@@ -171,7 +165,7 @@ class LakeDay:
         new: list[NewFile] = []
         replaced: list[LakeFile] = []
         failures: list[Failure] = []
-        done_until, rows, kept_rows, moved = monotonic() + self.run_seconds, 0, 0, 0
+        done_until, rows, kept_rows, moved, damaged = monotonic() + self.run_seconds, 0, 0, 0, 0
         for number, rewrite in enumerate(rewrites):
             if new and monotonic() > done_until:
                 account.waiting += sum(one.objects for one in rewrites[number:])
@@ -189,12 +183,17 @@ class LakeDay:
             account.landed(rewrite, done)
             new += done.files
             replaced += rewrite.replaced
-            rows, kept_rows = rows + done.rows, kept_rows + done.kept_rows
+            rows, kept_rows, damaged = rows + done.rows, kept_rows + done.kept_rows, damaged + done.damaged
             context.progress.advance(done=1, rows=done.rows)
         if new:
             context.stop.check()
             table.commit(columns, new, replaced)
         notes = [f"{moved} slices changed while they were read: the next run takes them"] if moved else []
+        notes += (
+            [f"{damaged} files of the table cannot be read: their days are made anew from the objects"]
+            if damaged
+            else []
+        )
         notes += [f"{kept_rows} rows stay whose objects are gone"] if kept_rows else []
         return Report(
             rows=rows,

@@ -44,7 +44,7 @@ class DeviceDay:
 
 @dataclass(frozen=True, slots=True)
 class LakeFile:
-    """A file of the table. `entry` is pyiceberg's. `missing`: it is not in the store any more."""
+    """A file of the table. `entry` is pyiceberg's. `missing`: it is not in the store any more, or not all of it."""
 
     key: str
     day: date

@@ -30,14 +30,14 @@ from pyiceberg.serializers import FromInputFile
 from pyiceberg.table import Table
 from pyiceberg.transforms import DayTransform
 from pyiceberg.typedef import Record
-from pyiceberg.types import NestedField
+from pyiceberg.types import IcebergType, NestedField
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.core.closed_days import TableState
-from app.core.errors import Conflict, Transient
+from app.core.errors import Conflict, Permanent, Transient
 from app.core.windows import EPOCH
-from app.lake.columns import FIRST, TIMESTAMP, LakeColumns, iceberg_type
+from app.lake.columns import FIRST, TIMESTAMP, LakeColumns
 from app.lake.day import NewFile
 from app.lake.plan import LakeFile
 from app.object_store.port import ObjectInfo, ObjectStore, Put
@@ -47,7 +47,7 @@ METADATA = re.compile(r"(\d+)-[0-9a-f-]+\.metadata\.json")
 STORE, BASE = "headwater.store", "headwater.base"
 ORPHAN_AGE = timedelta(days=1)
 COMMIT_AGE = timedelta(minutes=10)
-MAPPING = "schema.name-mapping.default"
+MAPPING, TREE = "schema.name-mapping.default", "headwater.tree"
 PROPERTIES = {
     "format-version": "2",
     "commit.retry.num-retries": "0",  # a commit that was refused is planned anew, from the objects
@@ -70,22 +70,14 @@ class StoreFileIO(FileIO):
 
     def delete(self, location: str | InputFile | OutputFile) -> None:
         """See FileIO."""
-        _at(location if isinstance(location, str) else location.location, self.properties).delete()
+        store, key = _at(location if isinstance(location, str) else location.location, self.properties)
+        store.delete(key)
 
 
-@dataclass(frozen=True, slots=True)
-class _StoredObject:
-    store: ObjectStore
-    key: str
-
-    def delete(self) -> None:
-        self.store.delete(self.key)
-
-
-def _at(location: str, properties: Mapping[str, Any]) -> _StoredObject:
+def _at(location: str, properties: Mapping[str, Any]) -> tuple[ObjectStore, str]:
     if not location.startswith(properties[BASE]):
         raise FileNotFoundError(f"{location} was written before the store was moved")
-    return _StoredObject(properties[STORE], location.removeprefix(properties[BASE]))
+    return properties[STORE], location.removeprefix(properties[BASE])
 
 
 class StoreInput(InputFile):
@@ -93,21 +85,21 @@ class StoreInput(InputFile):
 
     def __init__(self, location: str, properties: Mapping[str, Any]) -> None:
         super().__init__(location)
-        self._object = _at(location, properties)
+        self._store, self._key = _at(location, properties)
 
     def __len__(self) -> int:
-        info = self._object.store.head(self._object.key)
+        info = self._store.head(self._key)
         if info is None:
             raise FileNotFoundError(self.location)
         return info.size_bytes
 
     def exists(self) -> bool:
         """See InputFile."""
-        return self._object.store.head(self._object.key) is not None
+        return self._store.head(self._key) is not None
 
     def open(self, seekable: bool = True) -> Any:  # noqa: ARG002, FBT001, FBT002 - as pyiceberg has it
         """See InputFile."""
-        with self._object.store.open(self._object.key) as body:
+        with self._store.open(self._key) as body:
             if body is None:
                 raise FileNotFoundError(self.location)
             return io.BytesIO(body.read())
@@ -133,18 +125,18 @@ class StoreOutput(OutputFile):
 
     def create(self, overwrite: bool = False) -> Any:  # noqa: ARG002, FBT001, FBT002 - as pyiceberg has it
         """See OutputFile."""
-        return _Stored(_at(self.location, self._properties))
+        return _Stored(*_at(self.location, self._properties))
 
 
 class _Stored(io.BytesIO):
-    def __init__(self, target: _StoredObject) -> None:
+    def __init__(self, store: ObjectStore, key: str) -> None:
         super().__init__()
-        self._target = target
+        self._store, self._key = store, key
 
     def close(self) -> None:
         if not self.closed:
             self.seek(0)
-            self._target.store.put(self._target.key, self, Put("application/octet-stream"))
+            self._store.put(self._key, self, Put("application/octet-stream"))
         super().close()
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -155,12 +147,15 @@ class _Stored(io.BytesIO):
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """Where the table is: `uri` is SQLAlchemy's, `base` what a key follows in a location, such as `s3://bucket/`."""
+    """Where the table is: `uri` is SQLAlchemy's, `base` what a key follows in a location, such as `s3://bucket/`; and
+    `tree`, the prefix of the objects that it is made from.
+    """
 
     uri: str
     store: ObjectStore
     base: str
     prefix: str
+    tree: str
 
     @property
     def folder(self) -> str:
@@ -244,7 +239,13 @@ class LakeTable:
             reverse=True,
         )
         for place, key in enumerate(known):
-            if self._read(f"{self._where.base}{key}"):
+            try:
+                is_read = self._read(f"{self._where.base}{key}")
+            except Permanent:
+                if repair:
+                    raise
+                return  # whoever only reads does without
+            if is_read:
                 if repair:
                     self._settle(held, key, known[:place])
                 return
@@ -261,6 +262,7 @@ class LakeTable:
         files = StoreFileIO(self._catalog.properties)
         try:
             metadata = FromInputFile.table_metadata(files.new_input(location))
+            self._check_ours(metadata, location)
             _at(metadata.location, self._catalog.properties)  # where it writes
             table = Table(self._name, metadata, location, files, self._catalog)
             self._entries = [task.file for task in table.scan().plan_files()]
@@ -269,6 +271,18 @@ class LakeTable:
             return False
         self._table = table
         return True
+
+    def _check_ours(self, metadata: Any, location: str) -> None:
+        """Raises Permanent for a table of another program, or of another tree: neither is written over or removed."""
+        spec = metadata.spec()
+        tree = metadata.properties.get(TREE, self._where.tree)  # earlier versions did not say it
+        if [(each.name, str(each.transform)) for each in spec.fields] != [("day", "day")]:
+            raise Permanent(f"{location} is another program's table", "set S3_LAKE_PREFIX to a prefix of its own")
+        if tree != self._where.tree:
+            raise Permanent(
+                f"{location} is the table of the objects below {tree}, not of those below {self._where.tree}",
+                "set S3_LAKE_PREFIX to a prefix of its own, or delete what lies below this one",
+            )
 
     def _settle(self, held: str, key: str, unreadable: Sequence[str]) -> None:
         """Set the catalog to the metadata file `key`, "" for none, and remove those that are of no use."""
@@ -304,7 +318,8 @@ class LakeTable:
     def _file(self, entry: DataFile) -> LakeFile:
         key = entry.file_path.removeprefix(self._where.base)
         day = EPOCH.date() + timedelta(days=entry.partition[0])
-        return LakeFile(key, day, entry, missing=key not in self.stored)
+        held = self.stored.get(key)
+        return LakeFile(key, day, entry, missing=held is None or held.size_bytes != entry.file_size_in_bytes)
 
     def valid_at(self, instant: datetime | None) -> tuple[TableState, list[LakeFile]] | None:
         """The snapshot that was the newest at `instant` (None: now), and its files; None where there was none."""
@@ -316,7 +331,8 @@ class LakeTable:
         valid = [each for each in table.snapshots() if _taken_at(each) <= instant]
         if not valid:
             return None
-        found = max(valid, key=lambda each: each.timestamp_ms)
+        # Not the latest instant: that of a clock that was ahead is not believed once another snapshot came after it.
+        found = max(valid, key=lambda each: each.sequence_number or 0)
         files = [self._file(task.file) for task in table.scan(snapshot_id=found.snapshot_id).plan_files()]
         return self._state(found), files
 
@@ -349,13 +365,13 @@ class LakeTable:
 
     def _created(self) -> Table:
         fields = [
-            NestedField(number, name, iceberg_type(kind), required=False)
+            NestedField(number, name, IcebergType.model_validate(kind), required=False)
             for number, (name, kind) in enumerate(FIRST.items(), 1)
         ]
         schema = Schema(*fields)
         source = schema.find_field(TIMESTAMP).field_id
         spec = PartitionSpec(PartitionField(source, 1000, DayTransform(), "day"))
-        properties = {**PROPERTIES, MAPPING: schema.name_mapping.model_dump_json()}
+        properties = {**PROPERTIES, TREE: self._where.tree, MAPPING: schema.name_mapping.model_dump_json()}
         location = f"{self._where.base}{self._where.folder}"
         return self._catalog.create_table(self._name, schema, location, spec, properties=properties)
 
@@ -368,9 +384,9 @@ class LakeTable:
             for name in sorted(columns.ids, key=lambda name: columns.ids[name]):
                 kind = columns.kinds[name]
                 if name not in held:
-                    update.add_column(name, iceberg_type(kind))
+                    update.add_column(name, IcebergType.model_validate(kind))
                 elif held[name] != kind:
-                    update.update_column(name, field_type=iceberg_type(kind))
+                    update.update_column(name, field_type=IcebergType.model_validate(kind))
         given = {each.name: each.field_id for each in transaction.table_metadata.schema().fields}
         if given != columns.ids:
             raise Conflict("another process added columns", "no action needed; it is retried")

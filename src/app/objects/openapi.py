@@ -130,46 +130,35 @@ def answers(model: type[BaseModel], codes: Sequence[int] = ()) -> Answers:
     return {200: {"description": "done", "model": model}, **_faults(codes)}
 
 
-def download() -> Answers:
-    """The answers of a download."""
-    content = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
-    return {
-        200: {"description": "the object", "content": content},
-        206: {"description": "the range that was asked for", "content": content},
-        304: {"description": "the caller has this version"},
-        **_faults((404, 409, 412, 416)),
-    }
-
-
 def _faults(codes: Sequence[int]) -> Answers:
     return faults({code: FAULTS[code] for code in (*ALWAYS, *codes)})
 
 
-def form_upload() -> Mapping[str, Any]:
-    """The body of the form of an upload link."""
-    texts = {name: {"type": "string"} for name in ("key", "Content-Type", "policy", "signature")}
-    properties = {**texts, "file": {"type": "string", "format": "binary"}}
-    schema = {"type": "object", "required": [*properties], "properties": properties}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
-
-
-def form_answers() -> Answers:
-    """The answers to the form of an upload link."""
-    return {204: {"description": "stored"}, **_faults((404, *BODY))}
+BINARY = {"type": "string", "format": "binary"}
+DOWNLOAD: Answers = {
+    200: {"description": "the object", "content": {"*/*": {"schema": BINARY}}},
+    206: {"description": "the range that was asked for", "content": {"*/*": {"schema": BINARY}}},
+    304: {"description": "the caller has this version"},
+    **_faults((404, 409, 412, 416)),
+}
+FORM_TEXTS = {name: {"type": "string"} for name in ("key", "Content-Type", "policy", "signature")}
+FORM_FIELDS = {**FORM_TEXTS, "file": BINARY}
+FORM_SCHEMA = {"type": "object", "required": [*FORM_FIELDS], "properties": FORM_FIELDS}
+FORM_UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM_SCHEMA}}}}
+FORM_ANSWERS: Answers = {204: {"description": "stored"}, **_faults((404, *BODY))}
 
 
 def upload(*, kept: bool = True) -> Mapping[str, Any]:
     """The body of an upload, its conditions and checksums, and what is `kept` with the object."""
     told = {**(KEPT if kept else {}), **CHECKED}
-    binary = {"type": "string", "format": "binary"}
-    form = {"type": "object", "required": ["file"], "properties": {"file": binary}}
+    form = {"type": "object", "required": ["file"], "properties": {"file": BINARY}}
     return {
         "requestBody": {
             "required": True,
             "description": "One file in a form, or the bare bytes. Nothing of it is kept in memory or on disk.",
             "content": {
                 "multipart/form-data": {"schema": form},
-                "application/octet-stream": {"schema": binary},
+                "application/octet-stream": {"schema": BINARY},
             },
         },
         "parameters": [
@@ -179,19 +168,17 @@ def upload(*, kept: bool = True) -> Mapping[str, Any]:
     }
 
 
-def reading() -> Mapping[str, Any]:
-    """The header fields of a download."""
-    described = {
-        "Range": "bytes=0-99, bytes=100- or bytes=-100",
-        "If-None-Match": "ETags that the caller has: 304",
-        "If-Modified-Since": "the date of the version that the caller has: 304",
-        "If-Unmodified-Since": "the date of the version that is wanted: otherwise 412",
-        "If-Match": "the ETag that is wanted: otherwise 412",
-        "If-Range": "the ETag to which the range belongs: otherwise the whole object",
-    }
-    return {"parameters": [_field(name, description) for name, description in described.items()]}
-
-
 def _field(name: str, description: str, **keywords: str) -> Mapping[str, Any]:
     schema = {"type": "string", **keywords}
     return {"name": name, "in": "header", "required": False, "description": description, "schema": schema}
+
+
+CONDITIONS = {
+    "Range": "bytes=0-99, bytes=100- or bytes=-100",
+    "If-None-Match": "ETags that the caller has: 304",
+    "If-Modified-Since": "the date of the version that the caller has: 304",
+    "If-Unmodified-Since": "the date of the version that is wanted: otherwise 412",
+    "If-Match": "the ETag that is wanted: otherwise 412",
+    "If-Range": "the ETag to which the range belongs: otherwise the whole object",
+}
+READING = {"parameters": [_field(name, description) for name, description in CONDITIONS.items()]}

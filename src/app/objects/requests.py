@@ -19,7 +19,7 @@ from email.utils import format_datetime
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlencode
 
-from app.core.errors import Permanent, Rejected
+from app.core.errors import Permanent
 from app.core.files import sync_directory, sync_file
 from app.object_store.port import (
     CONTENT_HEADERS,
@@ -35,6 +35,7 @@ from app.object_store.port import (
     is_new_form,
     taken_for,
 )
+from app.web.errors import Refused
 
 RANGE = re.compile(r"bytes=\s*([0-9]{0,1000})\s*-\s*([0-9]{0,1000})\s*", re.IGNORECASE)
 TAG = re.compile(r'(?:W/)?"[^"]*"')
@@ -46,21 +47,9 @@ POLICY = "POST\n"  # begins what is signed of a form, as an instant does of a li
 LINK_HINT = "ask the sender for a new one"
 
 
-class NotServed(Rejected):
-    """A request that cannot be served: `status` is the HTTP status, `fault` the field or parameter, "" for none."""
-
-    def __init__(
-        self, status: int, message: str, hint: str, *, fault: str = "", headers: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(message, hint)
-        self.status = status
-        self.fault = fault
-        self.headers = headers or {}
-
-
-def missing(key: str) -> NotServed:
+def missing(key: str) -> Refused:
     """There is no such object."""
-    return NotServed(404, f"there is no object {key!r}", "list what there is: GET /s3/objects?prefix=", fault="key")
+    return Refused(404, f"there is no object {key!r}", "list what there is: GET /s3/objects?prefix=", fault="key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +62,7 @@ class ByteSpan:
 
 
 def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
-    """What to send. Raises NotServed with 416 for a range that begins after the end."""
+    """What to send. Raises Refused with 416 for a range that begins after the end."""
     size_bytes = held.size_bytes
     match = RANGE.fullmatch(fields.get("range", ""))
     whole = ByteSpan(0, size_bytes, part=False)
@@ -87,7 +76,7 @@ def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
     else:
         first, last = max(size_bytes - int(match[2]), 0), size_bytes - 1
     if first > last:
-        raise NotServed(
+        raise Refused(
             416,
             f"the object has {size_bytes} bytes, and none of them are in that range",
             "ask for a range that begins before the end",
@@ -109,29 +98,29 @@ def unchanged(fields: Mapping[str, str], held: ObjectInfo) -> bool:
 
 
 def check_match(fields: Mapping[str, str], held: ObjectInfo) -> None:
-    """Raises NotServed with 412 when the caller wants another version than this."""
+    """Raises Refused with 412 when the caller wants another version than this."""
     given = fields.get("if-match")
     if given is not None:
         if not _named(given, held.etag, weak=False):
-            raise NotServed(412, f"the object has the ETag {held.etag}", CHANGED_HINT, fault="If-Match")
+            raise Refused(412, f"the object has the ETag {held.etag}", CHANGED_HINT, fault="If-Match")
         return
     since = date_of(fields.get("if-unmodified-since", ""))
     if since is not None and held.modified_at.replace(microsecond=0) > since:
         changed = format_datetime(held.modified_at, usegmt=True)
-        raise NotServed(412, f"the object was changed on {changed}", CHANGED_HINT, fault="If-Unmodified-Since")
+        raise Refused(412, f"the object was changed on {changed}", CHANGED_HINT, fault="If-Unmodified-Since")
 
 
 def check_unmatched(fields: Mapping[str, str], held: ObjectInfo) -> None:
-    """Raises NotServed with 412 when the caller wants no change of this version."""
+    """Raises Refused with 412 when the caller wants no change of this version."""
     if _named(fields.get("if-none-match", ""), held.etag, weak=True):
-        raise NotServed(412, f"the object has the ETag {held.etag}", CHANGED_HINT, fault="If-None-Match")
+        raise Refused(412, f"the object has the ETag {held.etag}", CHANGED_HINT, fault="If-None-Match")
 
 
 def expected_of(fields: Mapping[str, str], held: ObjectInfo | None) -> str:
-    """`Put.expected` of an upload with conditions, when `held` is what is there now. Raises NotServed with 412."""
+    """`Put.expected` of an upload with conditions, when `held` is what is there now. Raises Refused with 412."""
     if held is None:
         if "if-match" in fields:
-            raise NotServed(412, "there is no object", CHANGED_HINT, fault="If-Match")
+            raise Refused(412, "there is no object", CHANGED_HINT, fault="If-Match")
         return ""
     check_match(fields, held)
     check_unmatched(fields, held)
@@ -162,26 +151,26 @@ class Reach:
     table: str | None = None
 
     def reads(self, key: str) -> str:
-        """`key`, of whatever form: the store looks whether it has exactly that one. Raises NotServed."""
+        """`key`, of whatever form: the store looks whether it has exactly that one. Raises Refused."""
         for form in {key, taken_for(key)}:
             if form.split("/", 1)[0].startswith(HIDDEN_SEGMENT):
                 hint = "choose another first segment"
-                raise NotServed(422, f"keys below {HIDDEN_SEGMENT} are the service's own", hint, fault="key")
+                raise Refused(422, f"keys below {HIDDEN_SEGMENT} are the service's own", hint, fault="key")
             self._within(form, "key")
         return key
 
     def writes(self, key: str) -> str:
-        """`key`, which a new object may have. Raises NotServed."""
+        """`key`, which a new object may have. Raises Refused."""
         try:
             check_key(key)
         except BadKey as error:
-            raise NotServed(422, error.message, error.hint, fault="key") from error
+            raise Refused(422, error.message, error.hint, fault="key") from error
         return self._changes(key)
 
     def deletes(self, key: str) -> str:
-        """`key`, of whatever form. Raises NotServed."""
+        """`key`, of whatever form. Raises Refused."""
         if not is_new_form(key) and self.exports is not None and _is_below(self.exports, key):
-            raise NotServed(
+            raise Refused(
                 403,
                 f"{key!r} can be taken for a key of the export, and is only read here",
                 "delete it with the store's own tools",
@@ -193,9 +182,9 @@ class Reach:
         self.reads(key)
         if self.table is not None and _is_below(self.table, key):
             message = f"{self.table} is where the table of closed days lies, and read-only here"
-            raise NotServed(403, message, "choose another key", fault="key")
+            raise Refused(403, message, "choose another key", fault="key")
         if self.read_only is not None and _is_below(self.read_only, key):
-            raise NotServed(
+            raise Refused(
                 403,
                 f"{self.read_only or 'the whole bucket'} is where the export writes, and read-only here",
                 "choose another key, or set S3_ROUTES_WRITE_EXPORTS=true",
@@ -204,9 +193,9 @@ class Reach:
         return key
 
     def lists(self, prefix: str) -> str:
-        """`prefix`. Raises NotServed."""
+        """`prefix`. Raises Refused."""
         if not CONTROL.isdisjoint(prefix) or len(prefix.encode("utf-8", "surrogatepass")) > MAX_KEY_BYTES:
-            raise NotServed(422, "no key begins like this prefix", "leave out control characters", fault="prefix")
+            raise Refused(422, "no key begins like this prefix", "leave out control characters", fault="prefix")
         self._within(prefix, "prefix")
         return prefix
 
@@ -218,10 +207,10 @@ class Reach:
 
     def _within(self, text: str, fault: str) -> None:
         if not text.startswith(self.own):
-            raise NotServed(403, f"your key reaches only {self.own}", f"begin with {self.own}", fault=fault)
+            raise Refused(403, f"your key reaches only {self.own}", f"begin with {self.own}", fault=fault)
         if self.allowed and not text.startswith(self.allowed):
             places = ", ".join(self.allowed)
-            raise NotServed(403, f"/s3 is confined to {places}", f"begin with one of {places}", fault=fault)
+            raise Refused(403, f"/s3 is confined to {places}", f"begin with one of {places}", fault=fault)
 
 
 def _is_below(prefix: str, key: str) -> bool:
@@ -266,9 +255,9 @@ class SignedLinks:
         return "/s3/shared?" + urlencode({"key": held.key, "expires": expires, "signature": signature})
 
     def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
-        """Raises NotServed unless this service made the link and it has not expired: both look the same."""
+        """Raises Refused unless this service made the link and it has not expired: both look the same."""
         if not self._is_ours(f"{expires}\n{key}", signature) or now.timestamp() >= expires:
-            raise NotServed(403, "the link has expired or was changed", LINK_HINT, fault="signature")
+            raise Refused(403, "the link has expired or was changed", LINK_HINT, fault="signature")
 
     def form(
         self, key: str, content_type: str, sizes: range, now: datetime, seconds: int
@@ -282,21 +271,21 @@ class SignedLinks:
         return "/s3/shared", fields
 
     def check_form(self, fields: Iterable[tuple[str, str]], now: datetime) -> tuple[str, str, range]:
-        """Key, type and sizes of a form. Raises NotServed unless its fields are exactly those that were made; as on S3,
+        """Key, type and sizes of a form. Raises Refused unless its fields are exactly those that were made; as on S3,
         their names are compared without case.
         """
         given = dict(joined(fields))
         text = given.pop("policy", "")
         if not self._is_ours(POLICY + text, given.pop("signature", "")):
-            raise NotServed(403, "the policy of the form was changed or is missing", LINK_HINT, fault="policy")
+            raise Refused(403, "the policy of the form was changed or is missing", LINK_HINT, fault="policy")
         policy = json.loads(base64.b64decode(text))
         if now >= datetime.fromisoformat(policy["expiration"]):
-            raise NotServed(403, "the upload link has expired", LINK_HINT, fault="policy")
+            raise Refused(403, "the upload link has expired", LINK_HINT, fault="policy")
         key, content_type, (_, first, last) = policy["conditions"]
         wanted = {"key": key["key"], "content-type": content_type["Content-Type"]}
         for name in {*given, *wanted}:
             if given.get(name) != wanted.get(name):
-                raise NotServed(403, f"the policy does not allow this {name}", "send the fields unchanged", fault=name)
+                raise Refused(403, f"the policy does not allow this {name}", "send the fields unchanged", fault=name)
         return key["key"], content_type["Content-Type"], range(first, last + 1)
 
     def _is_ours(self, text: str, signature: str) -> bool:
@@ -354,13 +343,13 @@ def joined(pairs: Iterable[tuple[str, str]]) -> Mapping[str, str]:
 def stored_fields(fields: Mapping[str, str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
     """The headers and the metadata of the object that a request sends; a header without a value is in it as "".
 
-    Raises NotServed for what some store would refuse or change.
+    Raises Refused for what some store would refuse or change.
     """
     for name in fields:
         if name.startswith(SERVER_SIDE):
-            raise NotServed(422, f"{name} is the service's setting", "set S3_SSE or S3_STORAGE_CLASS", fault=name)
+            raise Refused(422, f"{name} is the service's setting", "set S3_SSE or S3_STORAGE_CLASS", fault=name)
         if name.startswith(NOT_KEPT):
-            raise NotServed(422, f"{name} would have no effect here", "leave it out", fault=name)
+            raise Refused(422, f"{name} would have no effect here", "leave it out", fault=name)
     headers = {name: _header(name, fields[name].strip()) for name in (*CONTENT_HEADERS, TAGS) if name in fields}
     metadata = {
         name.removeprefix(META): _checked_text(name, value.strip())
@@ -368,34 +357,34 @@ def stored_fields(fields: Mapping[str, str]) -> tuple[Mapping[str, str], Mapping
         if name.startswith(META)
     }
     if MARK in metadata:
-        raise NotServed(422, f"the metadata {MARK} is the service's own", "choose another name", fault=META + MARK)
+        raise Refused(422, f"the metadata {MARK} is the service's own", "choose another name", fault=META + MARK)
     if "" in metadata.values() or "" in metadata:
-        raise NotServed(422, "metadata without a name or a value, which some stores forget", "leave it out", fault=META)
+        raise Refused(422, "metadata without a name or a value, which some stores forget", "leave it out", fault=META)
     if sum(len(name) + len(value) for name, value in metadata.items()) > MAX_METADATA:
-        raise NotServed(422, f"the metadata is longer than {MAX_METADATA} bytes", "shorten it", fault=META)
+        raise Refused(422, f"the metadata is longer than {MAX_METADATA} bytes", "shorten it", fault=META)
     return headers, metadata
 
 
 def _checked_text(name: str, text: str) -> str:
     if not (text.isascii() and text.isprintable()):
-        raise NotServed(422, f"{name} is not printable ASCII", "encode other text, as in a URL", fault=name)
+        raise Refused(422, f"{name} is not printable ASCII", "encode other text, as in a URL", fault=name)
     return text
 
 
 def _header(name: str, text: str) -> str:
     if len(_checked_text(name, text)) > MAX_HEADER:
-        raise NotServed(422, f"{name} is longer than {MAX_HEADER} bytes", "shorten it", fault=name)
+        raise Refused(422, f"{name} is longer than {MAX_HEADER} bytes", "shorten it", fault=name)
     if name == TAGS:
         return _tags(text)
     if name == "content-encoding":
         codings = [coding.strip().lower() for coding in text.split(",")]
         if "aws-chunked" in codings:
-            raise NotServed(422, "a body in signed chunks cannot be read", "send the plain bytes", fault=name)
+            raise Refused(422, "a body in signed chunks cannot be read", "send the plain bytes", fault=name)
         return "" if codings == ["identity"] else text
     if name == "expires" and text:
         at = date_of(text)
         if at is None:
-            raise NotServed(422, "expires is not a date", "send it as Thu, 01 Jan 2032 00:00:00 GMT", fault=name)
+            raise Refused(422, "expires is not a date", "send it as Thu, 01 Jan 2032 00:00:00 GMT", fault=name)
         return format_datetime(at, usegmt=True)
     return text
 
@@ -416,7 +405,7 @@ def _tags(text: str) -> str:
         hint = (
             "send at most 10 as name=value&name=value, percent-encoded, of letters, digits, spaces and + - = . _ : / @"
         )
-        raise NotServed(422, f"{TAGS} holds what cannot be tags", hint, fault=TAGS)
+        raise Refused(422, f"{TAGS} holds what cannot be tags", hint, fault=TAGS)
     return urlencode(pairs, quote_via=quote)
 
 

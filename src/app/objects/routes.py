@@ -6,9 +6,9 @@ and keep nobody else waiting.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
 from app.core.errors import Conflict, Permanent, Rejected
 from app.object_store.port import (
@@ -37,7 +38,6 @@ from app.objects import openapi
 from app.objects.requests import (
     LINK_HINT,
     ByteSpan,
-    NotServed,
     Reach,
     SignedLinks,
     StoreLinks,
@@ -105,13 +105,13 @@ class ObjectRoutes:
 
     @property
     def own_links(self) -> SignedLinks:
-        """The links that lead here. Raises NotServed when they lead to the store itself."""
+        """The links that lead here. Raises Refused when they lead to the store itself."""
         if isinstance(self.links, SignedLinks):
             return self.links
-        raise NotServed(404, "links of this store do not lead here", LINK_HINT)
+        raise Refused(404, "links of this store do not lead here", LINK_HINT)
 
     async def held(self, key: str, *, tags: bool = False) -> ObjectInfo:
-        """What is at `key`, with its `tags` if they are needed. Raises NotServed with 404."""
+        """What is at `key`, with its `tags` if they are needed. Raises Refused with 404."""
         found = await self.ask(self.transfers.properties if tags else self.store.head, key)
         if found is None:
             raise missing(key)
@@ -120,9 +120,10 @@ class ObjectRoutes:
 
 def build(serving: ObjectRoutes) -> APIRouter:
     """All routes."""
-    router = APIRouter(prefix="/s3", tags=["s3"], dependencies=[Depends(refuse_unknown_parameters)])
+    router = APIRouter(
+        prefix="/s3", tags=["s3"], dependencies=[Depends(refuse_unknown_parameters)], route_class=ObjectRoute
+    )
     _looking(router, serving)
-    _downloading(router, serving)
     _linking(router, serving)
     _upload_links(router, serving)
     _uploading(router, serving)
@@ -131,20 +132,27 @@ def build(serving: ObjectRoutes) -> APIRouter:
     return router
 
 
-@asynccontextmanager
-async def _served(request: Request) -> AsyncIterator[None]:
-    """Every refusal in the one shape."""
-    try:
-        yield
-    except NotServed as error:
-        raise Refused(Refusal(error.status, error.message, error.hint, error.fault, error.headers)) from error
-    except Rejected as error:
-        fault = "key" if isinstance(error, BadKey) else ""
-        raise Refused(Refusal(422, error.message, error.hint, fault)) from error
-    except Conflict as error:
-        asked = CONDITIONS & set(request.headers)
-        hint = "look at the object, then send it again"
-        raise Refused(Refusal(412 if asked else 409, f"changed in the meantime: {error.message}", hint)) from error
+class ObjectRoute(APIRoute):
+    """What stores refuse is a parameter that is wrong here, or a condition that does not hold."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See `fastapi.routing.APIRoute`."""
+        answer = super().get_route_handler()
+
+        async def answered(request: Request) -> Response:
+            try:
+                return await answer(request)
+            except Refused:
+                raise
+            except Rejected as error:
+                fault = "key" if isinstance(error, BadKey) else ""
+                raise Refused(422, error.message, error.hint, fault) from error
+            except Conflict as error:
+                asked = CONDITIONS & set(request.headers)
+                hint = "look at the object, then send it again"
+                raise Refused(412 if asked else 409, f"changed in the meantime: {error.message}", hint) from error
+
+        return answered
 
 
 def _reach(request: Request, serving: ObjectRoutes) -> Reach:
@@ -165,9 +173,8 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
         continuation: Annotated[str, Query(max_length=4096)] = "",
     ) -> Response:
-        async with _served(request):
-            question = PageRequest(_reach(request, serving).lists(prefix), delimiter, limit, continuation)
-            return JSONResponse(page_json(question, await serving.ask(serving.transfers.page, question)))
+        question = PageRequest(_reach(request, serving).lists(prefix), delimiter, limit, continuation)
+        return JSONResponse(page_json(question, await serving.ask(serving.transfers.page, question)))
 
     @router.get(
         "/object-info",
@@ -176,21 +183,12 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         responses=openapi.answers(openapi.ObjectProperties),
     )
     async def object_info(request: Request, key: Key) -> Response:
-        async with _served(request):
-            known = _reach(request, serving).reads(key)
-            try:
-                found = await serving.ask(serving.transfers.properties, known)
-            except Permanent:  # an S3 key that may not read tags still sees the rest
-                found = await serving.ask(serving.store.head, known)
-            return JSONResponse(info_json(known, found))
-
-
-def _downloading(router: APIRouter, serving: ObjectRoutes) -> None:
-    async def download(request: Request, key: Key) -> Response:
-        async with _served(request):
-            return await _download(request, serving, _reach(request, serving).reads(key))
-
-    _get_and_head(router, "/download", download, "s3:read", "The bytes of an object or of a range of it")
+        known = _reach(request, serving).reads(key)
+        try:
+            found = await serving.ask(serving.transfers.properties, known)
+        except Permanent:  # an S3 key that may not read tags still sees the rest
+            found = await serving.ask(serving.store.head, known)
+        return JSONResponse(info_json(known, found))
 
 
 def _get_and_head(router: APIRouter, path: str, route: Callable[..., Any], scope: str, summary: str) -> None:
@@ -199,8 +197,8 @@ def _get_and_head(router: APIRouter, path: str, route: Callable[..., Any], scope
         route,
         methods=["GET"],
         summary=summary,
-        openapi_extra={**needs(scope), **openapi.reading()},
-        responses=openapi.download(),
+        openapi_extra={**needs(scope), **openapi.READING},
+        responses=openapi.DOWNLOAD,
         response_class=Response,
     )
     router.add_api_route(path, route, methods=["HEAD"], openapi_extra=needs(scope), include_in_schema=False)
@@ -242,6 +240,11 @@ async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> 
 
 
 def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
+    async def download(request: Request, key: Key) -> Response:
+        return await _download(request, serving, _reach(request, serving).reads(key))
+
+    _get_and_head(router, "/download", download, "s3:read", "The bytes of an object or of a range of it")
+
     @router.get(
         "/link",
         summary="A link that reads one object for a while without a key",
@@ -251,13 +254,12 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
     async def link(
         request: Request, key: Key, expires: Annotated[int, Query(ge=1, le=MAX_LINK_SECONDS)] = LINK_SECONDS
     ) -> Response:
-        async with _served(request):
-            held = await serving.held(_reach(request, serving).reads(key))
-            now = serving.clock()
-            made = await serving.ask(serving.links.make, held, now, expires)
-            url = str(request.base_url).rstrip("/") + made if made.startswith("/") else made
-            until = instant(now + timedelta(seconds=expires))
-            return JSONResponse({"key": held.key, "url": url, "expires_at": until})
+        held = await serving.held(_reach(request, serving).reads(key))
+        now = serving.clock()
+        made = await serving.ask(serving.links.make, held, now, expires)
+        url = str(request.base_url).rstrip("/") + made if made.startswith("/") else made
+        until = instant(now + timedelta(seconds=expires))
+        return JSONResponse({"key": held.key, "url": url, "expires_at": until})
 
     async def shared(
         request: Request,
@@ -265,9 +267,8 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
         expires: Annotated[int, Query(ge=0, le=MAX_INTEGER)],
         signature: Annotated[str, Query(max_length=200)],
     ) -> Response:
-        async with _served(request):
-            await serving.ask(serving.own_links.check, key, serving.clock(), expires, signature)
-            return await _download(request, serving, serving.reach.reads(key))
+        await serving.ask(serving.own_links.check, key, serving.clock(), expires, signature)
+        return await _download(request, serving, serving.reach.reads(key))
 
     _get_and_head(router, "/shared", shared, OPEN, "What a link leads to")
 
@@ -288,36 +289,33 @@ def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
         min_bytes: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0,
         max_bytes: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
     ) -> Response:
-        async with _served(request):
-            known = _reach(request, serving).writes(key)
-            largest = serving.max_upload_bytes if max_bytes is None else max_bytes
-            if not min_bytes <= largest <= serving.max_upload_bytes:
-                hint = f"give min_bytes <= max_bytes <= {serving.max_upload_bytes}, which is MAX_UPLOAD_BYTES"
-                raise NotServed(422, "there is no such size", hint, fault="max_bytes")
-            if "${filename}" in known:
-                raise NotServed(422, "S3 replaces ${filename} in the key of a form", "choose another key", fault="key")
-            media, sizes, now = media_type(content_type, known), range(min_bytes, largest + 1), serving.clock()
-            if content_type.strip() not in ("", media):
-                raise NotServed(
-                    422, "no object can have this type", "leave it out, or correct it", fault="content_type"
-                )
-            url, fields = await serving.ask(serving.links.form, known, media, sizes, now, expires)
-            answer = {
-                "key": known,
-                "url": str(request.base_url).rstrip("/") + url if url.startswith("/") else url,
-                "fields": dict(fields),
-                "content_type": media,
-                "min_bytes": min_bytes,
-                "max_bytes": largest,
-                "expires_at": instant(now + timedelta(seconds=expires)),
-            }
-            return JSONResponse(answer)
+        known = _reach(request, serving).writes(key)
+        largest = serving.max_upload_bytes if max_bytes is None else max_bytes
+        if not min_bytes <= largest <= serving.max_upload_bytes:
+            hint = f"give min_bytes <= max_bytes <= {serving.max_upload_bytes}, which is MAX_UPLOAD_BYTES"
+            raise Refused(422, "there is no such size", hint, fault="max_bytes")
+        if "${filename}" in known:
+            raise Refused(422, "S3 replaces ${filename} in the key of a form", "choose another key", fault="key")
+        media, sizes, now = media_type(content_type, known), range(min_bytes, largest + 1), serving.clock()
+        if content_type.strip() not in ("", media):
+            raise Refused(422, "no object can have this type", "leave it out, or correct it", fault="content_type")
+        url, fields = await serving.ask(serving.links.form, known, media, sizes, now, expires)
+        answer = {
+            "key": known,
+            "url": str(request.base_url).rstrip("/") + url if url.startswith("/") else url,
+            "fields": dict(fields),
+            "content_type": media,
+            "min_bytes": min_bytes,
+            "max_bytes": largest,
+            "expires_at": instant(now + timedelta(seconds=expires)),
+        }
+        return JSONResponse(answer)
 
     @router.post(
         "/shared",
         summary="Where the form of an upload link leads to, when objects are in a local directory",
-        openapi_extra={**needs(OPEN), **openapi.form_upload()},
-        responses=openapi.form_answers(),
+        openapi_extra={**needs(OPEN), **openapi.FORM_UPLOAD},
+        responses=openapi.FORM_ANSWERS,
         status_code=204,
     )
     async def shared_upload(request: Request) -> Response:
@@ -325,13 +323,10 @@ def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
             key, content_type, sizes = serving.own_links.check_form(fields, serving.clock())
             return serving.transfers.write(serving.reach.writes(key), Sized(body, sizes), Put(content_type))
 
-        async with _served(request):
-            if boundary_of(request.headers) is None:
-                raise NotServed(
-                    415, "not a form", "send multipart/form-data with the fields of the link, then the file"
-                )
-            done = await _received(request, serving, work)
-            return GONE if done is None else Response(status_code=204, headers={"ETag": done.etag})
+        if boundary_of(request.headers) is None:
+            raise Refused(415, "not a form", "send multipart/form-data with the fields of the link, then the file")
+        done = await _received(request, serving, work)
+        return GONE if done is None else Response(status_code=204, headers={"ETag": done.etag})
 
 
 def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -342,15 +337,14 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
         responses=openapi.answers(openapi.ObjectStored, openapi.BODY),
     )
     async def upload(request: Request, key: Key) -> Response:
-        async with _served(request):
-            known, fields = _reach(request, serving).writes(key), joined(request.headers.items())
-            expected = None
-            if CONDITIONS & fields.keys():
-                # of `If-None-Match: *` the store decides, and of anything else the version that is there now
-                creates = fields.get("if-none-match", "").strip() == "*"
-                held = None if creates else await serving.ask(serving.store.head, known)
-                expected = expected_of(fields, held)
-            return await _written(request, serving, known, expected)
+        known, fields = _reach(request, serving).writes(key), joined(request.headers.items())
+        expected = None
+        if CONDITIONS & fields.keys():
+            # of `If-None-Match: *` the store decides, and of anything else the version that is there now
+            creates = fields.get("if-none-match", "").strip() == "*"
+            held = None if creates else await serving.ask(serving.store.head, known)
+            expected = expected_of(fields, held)
+        return await _written(request, serving, known, expected)
 
     @router.put(
         "/update",
@@ -359,9 +353,8 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
         responses=openapi.answers(openapi.ObjectStored, (404, *openapi.BODY)),
     )
     async def update(request: Request, key: Key) -> Response:
-        async with _served(request):
-            held = await _to_change(request, serving, _reach(request, serving).writes(key))
-            return await _written(request, serving, held.key, held.etag, held)
+        held = await _to_change(request, serving, _reach(request, serving).writes(key))
+        return await _written(request, serving, held.key, held.etag, held)
 
 
 async def _to_change(request: Request, serving: ObjectRoutes, key: str) -> ObjectInfo:
@@ -416,19 +409,18 @@ def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
         responses=openapi.answers(openapi.ObjectPatched, (404, 416, *openapi.BODY)),
     )
     async def patch(request: Request, key: Key, offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0) -> Response:
-        async with _served(request):
-            held = await _to_change(request, serving, _reach(request, serving).writes(key))
-            if offset > held.size_bytes:
-                raise NotServed(
-                    416,
-                    f"offset {offset} is after the end of {held.size_bytes} bytes",
-                    "patch at the end to append",
-                    fault="offset",
-                    headers={"Content-Range": f"bytes */{held.size_bytes}"},
-                )
-            stored_fields(joined(request.headers.items()))  # refuses signed chunks, whose frames would be stored
-            done = await _received(request, serving, lambda body, *_: serving.transfers.patch(held, offset, body))
-            return GONE if done is None else JSONResponse(patched_json(held.key, done, offset))
+        held = await _to_change(request, serving, _reach(request, serving).writes(key))
+        if offset > held.size_bytes:
+            raise Refused(
+                416,
+                f"offset {offset} is after the end of {held.size_bytes} bytes",
+                "patch at the end to append",
+                fault="offset",
+                headers={"Content-Range": f"bytes */{held.size_bytes}"},
+            )
+        stored_fields(joined(request.headers.items()))  # refuses signed chunks, whose frames would be stored
+        done = await _received(request, serving, lambda body, *_: serving.transfers.patch(held, offset, body))
+        return GONE if done is None else JSONResponse(patched_json(held.key, done, offset))
 
 
 def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -439,10 +431,9 @@ def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
         responses=openapi.answers(openapi.ObjectDeleted, (404, 412)),
     )
     async def delete(request: Request, key: Key) -> Response:
-        async with _served(request):
-            held = await _to_change(request, serving, _reach(request, serving).deletes(key))
-            await serving.ask(serving.store.delete, held.key)
-            return JSONResponse({"key": held.key, "deleted": True})
+        held = await _to_change(request, serving, _reach(request, serving).deletes(key))
+        await serving.ask(serving.store.delete, held.key)
+        return JSONResponse({"key": held.key, "deleted": True})
 
 
 # What /s3 answers, as JSON and as headers.

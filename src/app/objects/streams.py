@@ -9,11 +9,12 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 from app.core.errors import Transient
 from app.object_store.port import ObjectInfo, Readable, Transfers
-from app.objects.requests import LINK_HINT, ByteSpan, NotServed
+from app.objects.requests import LINK_HINT, ByteSpan
+from app.web.errors import Refused
 
 # The file of a multipart form as a body, without keeping it anywhere.
 #
@@ -61,7 +62,7 @@ class Form:
                     return str(event.content_type or "")
             elif getattr(event, "name", None) is not None:
                 self.fields.append((event.name, self._text()))
-        raise NotServed(422, "no file was chosen in the form", FORM_HINT, fault=FIELD)
+        raise Refused(422, "no file was chosen in the form", FORM_HINT, fault=FIELD)
 
     def _is_chosen(self, segment: Any) -> bool:
         if not segment.filename:
@@ -73,15 +74,15 @@ class Form:
         while piece := next(self._events, None):
             text += piece
             if len(text) > MAX_TEXT_BYTES:
-                raise NotServed(422, f"a field of the form is longer than {MAX_TEXT_BYTES} bytes", FORM_HINT)
+                raise Refused(422, f"a field of the form is longer than {MAX_TEXT_BYTES} bytes", FORM_HINT)
         return text.decode("utf-8", "replace")
 
     def _finish(self) -> None:
         if any(_is_file(event) and self._is_chosen(event) for event in self._events):
-            raise NotServed(422, "the form holds more than one file", FORM_HINT, fault=FIELD)
+            raise Refused(422, "the form holds more than one file", FORM_HINT, fault=FIELD)
 
     def _parsed(self, boundary: str) -> Iterator[Any]:
-        """Segments, the bytes of each, and None at its end. Raises NotServed."""
+        """Segments, the bytes of each, and None at its end. Raises Refused."""
         from multipart import MultipartError, PushMultipartParser
 
         try:
@@ -91,7 +92,7 @@ class Form:
             while self._body.read(STEP_BYTES):
                 pass  # what follows the form belongs to it and means nothing
         except MultipartError as error:
-            raise NotServed(400, f"the form cannot be read: {error}", FORM_HINT) from error
+            raise Refused(400, f"the form cannot be read: {error}", FORM_HINT) from error
 
 
 def _is_file(event: Any) -> bool:
@@ -100,7 +101,7 @@ def _is_file(event: Any) -> bool:
 
 
 def boundary_of(fields: Mapping[str, str]) -> str | None:
-    """The boundary of a multipart form; None for a bare body. Raises NotServed."""
+    """The boundary of a multipart form; None for a bare body. Raises Refused."""
     from multipart import parse_options_header
 
     given = fields.get("content-type", "")
@@ -108,7 +109,7 @@ def boundary_of(fields: Mapping[str, str]) -> str | None:
         return None
     kind, options = parse_options_header(given)
     if kind != "multipart/form-data" or not options.get("boundary"):
-        raise NotServed(415, f"{kind} without what is needed to read it", FORM_HINT, fault="Content-Type")
+        raise Refused(415, f"{kind} without what is needed to read it", FORM_HINT, fault="Content-Type")
     return str(options["boundary"])
 
 
@@ -164,16 +165,6 @@ def media_type(given: str, key: str, held: str = "") -> str:
 # What a request promises of its body, checked before a store has made it visible.
 
 
-class Digest(Protocol):
-    """A checksum under way."""
-
-    def update(self, data: bytes, /) -> None:
-        """The next bytes."""
-
-    def digest(self) -> bytes:
-        """Of all bytes so far."""
-
-
 class Crc32:
     """CRC-32 in hashlib's form."""
 
@@ -190,7 +181,7 @@ class Crc32:
 
 
 CHECKSUM = "x-amz-checksum-"
-CHECKSUMS: Mapping[str, tuple[int, Callable[[], "Digest"]]] = {
+CHECKSUMS: Mapping[str, tuple[int, Callable[[], Any]]] = {
     "content-md5": (16, lambda: hashlib.md5(usedforsecurity=False)),
     f"{CHECKSUM}crc32": (4, Crc32),
     f"{CHECKSUM}sha1": (20, lambda: hashlib.sha1(usedforsecurity=False)),
@@ -202,7 +193,7 @@ NO_CHECKSUMS = frozenset({f"{CHECKSUM}algorithm", f"{CHECKSUM}type", f"{CHECKSUM
 class ChecksummedBody:
     """A body that ends only when its bytes are those that the request's checksums promise.
 
-    Raises NotServed when it is created for a checksum that cannot be read (400) or computed (422), and with 400 at the
+    Raises Refused when it is created for a checksum that cannot be read (400) or computed (422), and with 400 at the
     end of a body that has another one: whoever stores it has not made it visible by then.
     """
 
@@ -214,11 +205,11 @@ class ChecksummedBody:
 
     @staticmethod
     def check(fields: Mapping[str, str]) -> None:
-        """Raises NotServed for what can be seen without the body."""
+        """Raises Refused for what can be seen without the body."""
         for name in fields:
             if name.startswith(CHECKSUM) and name not in CHECKSUMS and name not in NO_CHECKSUMS:
                 known = ", ".join(CHECKSUMS)
-                raise NotServed(422, f"{name} cannot be checked here", f"send one of {known}", fault=name)
+                raise Refused(422, f"{name} cannot be checked here", f"send one of {known}", fault=name)
         ChecksummedBody(io.BytesIO(), fields)
 
     @staticmethod
@@ -229,7 +220,7 @@ class ChecksummedBody:
         except ValueError:
             promised = b""
         if len(promised) != size_bytes:
-            raise NotServed(400, f"{name} is not {size_bytes} bytes in base64", "compute it again", fault=name)
+            raise Refused(400, f"{name} is not {size_bytes} bytes in base64", "compute it again", fault=name)
         return promised
 
     def read(self, count: int, /) -> bytes:
@@ -240,12 +231,12 @@ class ChecksummedBody:
                 digest.update(data)
             elif digest.digest() != promised:
                 came = base64.b64encode(digest.digest()).decode()
-                raise NotServed(400, f"{name}: the bytes that came have {came}", "send them again", fault=name)
+                raise Refused(400, f"{name}: the bytes that came have {came}", "send them again", fault=name)
         return data
 
 
 class Sized:
-    """A body of one of these sizes. Raises NotServed with 400, as S3 does, before a store has made it visible."""
+    """A body of one of these sizes. Raises Refused with 400, as S3 does, before a store has made it visible."""
 
     def __init__(self, body: Readable, sizes: range) -> None:
         self._body, self._sizes = body, sizes
@@ -256,9 +247,9 @@ class Sized:
         data = self._body.read(count)
         self._size_bytes += len(data)
         if self._size_bytes > self._sizes[-1]:
-            raise NotServed(400, f"the file is larger than {self._sizes[-1]} bytes", LINK_HINT, fault="file")
+            raise Refused(400, f"the file is larger than {self._sizes[-1]} bytes", LINK_HINT, fault="file")
         if not data and self._size_bytes < self._sizes[0]:
-            raise NotServed(400, f"the file is smaller than {self._sizes[0]} bytes", LINK_HINT, fault="file")
+            raise Refused(400, f"the file is smaller than {self._sizes[0]} bytes", LINK_HINT, fault="file")
         return data
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from app.config.settings import Settings
@@ -18,7 +18,7 @@ from app.core.network import CA_HINT, connection_fault, is_untrusted, proxy_for
 from app.core.repair import HEAL_HINT, said_of
 from app.core.retry import RetryPolicy, retry
 from app.core.runs import Job, Outcome, Run, Stop, Total
-from app.db.state import SqlRuns
+from app.db.state import State
 
 # Calling addresses outside: one call without surprises, and the thread that calls heartbeats.
 #
@@ -135,10 +135,6 @@ class Rules:
     grace_seconds: float = 900.0
     grace_by_job: Mapping[str, float] = field(default_factory=dict)
 
-    def limits(self, job: Job) -> tuple[float, float]:
-        """Interval and grace of a job, in seconds."""
-        return job.interval_seconds, self.grace_by_job.get(job.name, self.grace_seconds)
-
 
 def rules_of(settings: Settings) -> Rules:
     """The rules as they are configured."""
@@ -151,29 +147,6 @@ def rules_of(settings: Settings) -> Rules:
         grace_seconds=alert.grace_seconds,
         grace_by_job=dict(alert.grace_by_job),
     )
-
-
-class Told(Protocol):
-    """What people were told of a job and is not over yet, shared by all processes. All methods raise AppError."""
-
-    def told(self) -> Mapping[tuple[str, str], datetime]:
-        """Job and event -> since when."""
-
-    def begin(self, job: str, event: str, at: datetime) -> bool:
-        """True for the one caller who is first and has to tell; False while it is told already."""
-
-    def end(self, job: str, before: datetime, event: str | None = None) -> bool:
-        """What was told of its runs before that instant is over, or only `event`. True for the one who ended it."""
-
-
-class Clocks(Protocol):
-    """The clock that the record of runs goes by. All methods raise AppError."""
-
-    def now(self) -> datetime:
-        """Its time, which may differ from this machine's."""
-
-    def ahead_seconds(self) -> Mapping[str, float]:
-        """Job -> how far what is recorded of it lies ahead of now, where that is too far."""
 
 
 def is_stale(last_seconds: float | None, up_seconds: float, limits: tuple[float, float]) -> bool:
@@ -206,26 +179,20 @@ def ahead_message(seconds: float) -> str:
 class Alerts:
     """One thread that looks and tells. `ended` may be called from any thread and never waits.
 
-    `told`: what people know already. `clocks`: those that the record of `runs` goes by; `clock` is this machine's;
-    `elapsed_seconds` grows with time whatever is done to that. `troubles`: by job, with how many objects something is
-    wrong, and what; see `core.pipeline.Record.trouble`.
+    `state` keeps what people were told already, so that of several processes one tells it, and has the clocks that the
+    record of runs goes by; `clock` is this machine's; `elapsed_seconds` grows with time whatever is done to that.
     """
 
     def __init__(
         self,
         rules: Rules,
         jobs: Sequence[Job],
-        runs: SqlRuns,
-        *,
-        told: Told,
-        clocks: Clocks,
+        state: State,
         clock: Callable[[], datetime],
-        paused: Callable[[], Collection[str]],
-        troubles: Callable[[], Mapping[str, Mapping[str, int]]],
         elapsed_seconds: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._rules, self._jobs, self._runs, self._told, self._clocks = rules, jobs, runs, told, clocks
-        self._clock, self._elapsed_seconds, self._paused, self._troubles = clock, elapsed_seconds, paused, troubles
+        self._rules, self._jobs, self._state = rules, jobs, state
+        self._clock, self._elapsed_seconds = clock, elapsed_seconds
         self._ended: queue.Queue[Run] = queue.Queue(WAITING)
         self._stop = Stop()
         self._since_seconds = elapsed_seconds()
@@ -287,15 +254,15 @@ class Alerts:
         """Bad runs open an alert, the first good one after them ends all that is open of its job."""
         at = run.ended_at or self._clock()
         more = {"hint": run.hint, "run_id": run.run_id, "outcome": run.outcome.value}
-        if run.outcome in BAD and self._told.begin(run.job, FAILED, at):
+        if run.outcome in BAD and self._state.alerts.begin(run.job, FAILED, at):
             self._tell(FAILED, run.job, run.error, more)
-        if run.outcome is Outcome.OK and self._told.end(run.job, at):
+        if run.outcome is Outcome.OK and self._state.alerts.end(run.job, at):
             self._tell(RECOVERED, run.job, f"{run.report.rows} rows moved", more)
 
     def _look(self) -> None:
         """Which jobs are stale, and what is over without a run that was heeded here: another process's, a command's."""
         try:
-            now, totals = self._clocks.now(), self._runs.totals()
+            now, totals = self._state.clocks.now(), self._state.runs.totals()
             self._stale = self._stale_now(last_ends(totals, DONE), now)
             self._look_ahead()
             if self._rules.webhook_url:
@@ -306,29 +273,30 @@ class Alerts:
 
     def _look_ahead(self) -> None:
         """Each job is logged once for as long as it is ahead."""
-        ahead = self._clocks.ahead_seconds()
+        ahead = self._state.clocks.ahead_seconds()
         for job in sorted(ahead.keys() - self._ahead.keys()):
             log.warning("%s: %s (%s)", job, ahead_message(ahead[job]), CLOCK_HINT)
         self._ahead = ahead
 
     def _tell_open(self, now: datetime) -> None:
-        known = self._told.told()
+        known = self._state.alerts.told()
         silent = dict.fromkeys(self._stale, "no run came to its end in time")
         ahead = {name: ahead_message(seconds) for name, seconds in self._ahead.items()}
-        objects = {name: ", ".join(said_of(troubles)) for name, troubles in self._troubles().items() if troubles}
+        troubles = self._state.checkpoints.troubles()
+        objects = {name: ", ".join(said_of(some)) for name, some in troubles.items() if some}
         for event, messages, hint in (
             (STALE, silent, STALE_HINT),
             (CLOCK_AHEAD, ahead, CLOCK_HINT),
             (OBJECTS, objects, HEAL_HINT),
         ):
             for name in sorted(messages):
-                if (name, event) not in known and self._told.begin(name, event, now):
+                if (name, event) not in known and self._state.alerts.begin(name, event, now):
                     self._tell(event, name, messages[name], {"hint": hint})
 
     def _tell_over(self, totals: Sequence[Total], now: datetime) -> None:
         """A good run ends all; one that is partial ends a silence, of which nothing is said: it began a failure."""
         good, done, latest = (last_ends(totals, outcomes) for outcomes in ((Outcome.OK,), DONE, tuple(Outcome)))
-        for (name, event), told_at in self._told.told().items():
+        for (name, event), told_at in self._state.alerts.told().items():
 
             def is_since(end_at: datetime | None, told_at: datetime = told_at, name: str = name) -> bool:
                 """Since this was told. What a clock told that was ahead is over when it is not so of the last run."""
@@ -340,20 +308,21 @@ class Alerts:
             if event in (CLOCK_AHEAD, OBJECTS):
                 self._tell_put_right(event, name, before)
             elif is_since(good.get(name)):
-                if self._told.end(name, before):
+                if self._state.alerts.end(name, before):
                     self._tell(RECOVERED, name, "runs come to their end again", {})
             elif event == STALE and is_since(done.get(name)):
-                self._told.end(name, before, STALE)
+                self._state.alerts.end(name, before, STALE)
 
     def _tell_put_right(self, event: str, name: str, before: datetime) -> None:
         """No run ends these two: a clock is not a run, and an object is there again when a listing shows it."""
         if event == CLOCK_AHEAD and name not in self._ahead:
-            self._told.end(name, before, event)
-        if event == OBJECTS and not self._troubles().get(name) and self._told.end(name, before, event):
+            self._state.alerts.end(name, before, event)
+        is_whole = event == OBJECTS and not self._state.checkpoints.troubles().get(name)
+        if is_whole and self._state.alerts.end(name, before, event):
             self._tell(RECOVERED, name, "its objects are as they were confirmed", {})
 
     def _stale_now(self, last: Mapping[str, datetime], now: datetime) -> frozenset[str]:
-        paused = self._paused()
+        paused = self._state.pauses.paused()
         return frozenset(
             job.name
             for job in self._jobs
@@ -362,7 +331,7 @@ class Alerts:
             and is_stale(
                 (now - last[job.name]).total_seconds() if job.name in last else None,
                 self._elapsed_seconds() - self._since_seconds,
-                self._rules.limits(job),
+                (job.interval_seconds, self._rules.grace_by_job.get(job.name, self._rules.grace_seconds)),
             )
         )
 

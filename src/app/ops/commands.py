@@ -31,7 +31,7 @@ from app.core.verify import Sign, Verdict, refuse_unknown
 from app.core.verify import verify as compared
 from app.core.windows import Window, refuse_future
 from app.ops.health import look
-from app.ops.json_views import failures_shown, instant_text, run_shown
+from app.ops.json_views import RUN_NUMBERS, failures_shown, instant_text, run_shown, whole_second
 from app.ops.scheduler import ProgressTally, able, backfill_job, bar, logged, named
 from app.ops.service import BuiltService
 from app.ops.verification import NO_VERIFICATION, heal_job, shown, told
@@ -165,20 +165,19 @@ def status(service: BuiltService, *, as_json: bool) -> int:
                 "partitions_with_errors": sum(1 for each in partitions if each.error),
             }
         )
-    show({"jobs": lines}, lambda: _status_table(lines), as_json=as_json)
+
+    def told() -> None:
+        rows = []
+        for each in lines:
+            last = each["last_run"] or {"started_at": "never", "outcome": "", "rows": 0, "error": "", "hint": ""}
+            error = f"{last['error']} ({last['hint']})" if last["hint"] else last["error"]
+            began, why = last["started_at"], each["off"] or error
+            rows.append((each["name"], each["state"], began, last["outcome"], str(last["rows"]), why))
+        table(("job", "state", "last run", "outcome", "rows", "error"), rows)
+
+    show({"jobs": lines}, told, as_json=as_json)
     bad = [each for each in lines if each["state"] != "off" and (each["last_run"] or {}).get("outcome") == "failed"]
     return FAILED if bad else OK
-
-
-def _status_table(lines: Sequence[Mapping[str, Any]]) -> None:
-    rows = []
-    for each in lines:
-        last = each["last_run"] or {"started_at": "never", "outcome": "", "rows": 0, "error": "", "hint": ""}
-        error = f"{last['error']} ({last['hint']})" if last["hint"] else last["error"]
-        rows.append(
-            (each["name"], each["state"], last["started_at"], last["outcome"], str(last["rows"]), each["off"] or error)
-        )
-    table(("job", "state", "last run", "outcome", "rows", "error"), rows)
 
 
 def pause(service: BuiltService, *, job: str, as_json: bool) -> int:
@@ -297,8 +296,8 @@ def _judged(job: str, span: Window, verdicts: Sequence[Verdict], *, every: bool,
     healed = sum(each.healed for each in verdicts)
     document = {
         "job": job,
-        "from": f"{span.start:%Y-%m-%dT%H:%M:%SZ}",
-        "to": f"{span.end:%Y-%m-%dT%H:%M:%SZ}",
+        "from": whole_second(span.start),
+        "to": whole_second(span.end),
         "equal": fine if verdicts else None,
         "counts": counts,
         "healed": healed,
@@ -408,11 +407,7 @@ def _document(last: Run, total: Report, *, dry_run: bool) -> dict[str, Any]:
         "job": last.job,
         "outcome": last.outcome.value,
         "dry_run": dry_run,
-        "rows": total.rows,
-        "bytes": total.bytes,
-        "windows": total.windows,
-        "late_rows": total.late_rows,
-        "corrected_rows": total.corrected_rows,
+        **{name: getattr(total, name) for name in RUN_NUMBERS if name != "new_rows"},
         "removed_rows": total.removed_rows,
         "ledger": to_json(total.ledger),
         "ledger_text": summary_of(total.ledger),

@@ -61,61 +61,49 @@ def tried(attempts: Sequence[Attempt]) -> str:
     return f"may {', '.join(may)}"
 
 
-def of_objects(store: "ObjectStore", prefix: str) -> Check:
+def of_objects(store: "ObjectStore", prefix: str) -> str:
     """Listing below the prefix, reading, and writing with a condition, which the store's own probe does."""
-
-    def check() -> str:
-        said = tried(
-            [
-                ("list", lambda: next(iter(store.list(f"{prefix}/" if prefix else "")), None)),
-                ("read", lambda: store.head(f"{prefix}/{ABSENT}" if prefix else ABSENT)),
-                ("write", store.probe),
-            ]
-        )
-        holds = "conditions hold" if store.conditional else "conditions do NOT hold: run one replica only"
-        return f"{said}; {holds}"
-
-    return check
+    said = tried(
+        [
+            ("list", lambda: next(iter(store.list(f"{prefix}/" if prefix else "")), None)),
+            ("read", lambda: store.head(f"{prefix}/{ABSENT}" if prefix else ABSENT)),
+            ("write", store.probe),
+        ]
+    )
+    holds = "conditions hold" if store.conditional else "conditions do NOT hold: run one replica only"
+    return f"{said}; {holds}"
 
 
-def of_undeleted(state: State, pipelines: Sequence[str], store: "ObjectStore") -> Check:
+def of_undeleted(state: State, pipelines: Sequence[str], store: "ObjectStore") -> str:
     """Which of the objects are still there that could not be deleted, and why; "" for none."""
-
-    def check() -> str:
-        known = {key: error for name in pipelines for key, error in state.checkpoints.undeleted(name).items()}
-        there = {key: error for key, error in known.items() if store.head(key) is not None}
-        if not there:
-            return ""
-        names = ", ".join(list(there)[:NAMED]) + (f" and {len(there) - NAMED} more" if len(there) > NAMED else "")
-        return (
-            f"deltas of an older version cannot be deleted: {names} ({next(iter(there.values()))}): allow"
-            " s3:DeleteObject, or end their Object Lock; until then other readers see their rows twice"
-        )
-
-    return check
+    known = {key: error for name in pipelines for key, error in state.checkpoints.undeleted(name).items()}
+    there = {key: error for key, error in known.items() if store.head(key) is not None}
+    if not there:
+        return ""
+    names = ", ".join(list(there)[:NAMED]) + (f" and {len(there) - NAMED} more" if len(there) > NAMED else "")
+    return (
+        f"deltas of an older version cannot be deleted: {names} ({next(iter(there.values()))}): allow"
+        " s3:DeleteObject, or end their Object Lock; until then other readers see their rows twice"
+    )
 
 
-def of_database(database: Database) -> Check:
+def of_database(database: Database) -> str:
     """Who is signed in where, and whether tables may be made there; a write transaction is begun and ended.
 
     Raises Permanent for an encoding that holds only some characters: the service works there, and refuses the others.
     """
-
-    def check() -> str:
-        with database.transaction() as session:
-            if database.dialect == "sqlite":
-                version = session.rows("SELECT sqlite_version() AS version")[0]["version"]
-                return f"{database.place}, version {version}: may read and write"
-            found = session.rows(POSTGRES)[0]
-        if found["encoding"] != "UTF8":
-            raise Permanent(
-                f"{database.place}: its encoding {found['encoding']} holds only some characters; others are refused",
-                ENCODING_HINT,
-            )
-        creates = "may read, write and make tables" if found["creates"] else "may read and write, not make tables"
-        return f"PostgreSQL {found['version']} as {found['name']}, schema {found['place']}: {creates}"
-
-    return check
+    with database.transaction() as session:
+        if database.dialect == "sqlite":
+            version = session.rows("SELECT sqlite_version() AS version")[0]["version"]
+            return f"{database.place}, version {version}: may read and write"
+        found = session.rows(POSTGRES)[0]
+    if found["encoding"] != "UTF8":
+        raise Permanent(
+            f"{database.place}: its encoding {found['encoding']} holds only some characters; others are refused",
+            ENCODING_HINT,
+        )
+    creates = "may read, write and make tables" if found["creates"] else "may read and write, not make tables"
+    return f"PostgreSQL {found['version']} as {found['name']}, schema {found['place']}: {creates}"
 
 
 def webhook(settings: Settings) -> Iterator[System]:
@@ -148,16 +136,6 @@ def destinations(settings: Settings) -> Mapping[str, str]:
     }
 
 
-def reached(ping: Callable[[], None]) -> Check:
-    """One round trip to a database."""
-
-    def check() -> str:
-        ping()
-        return ""
-
-    return check
-
-
 def _first(once: Callable[[], object], check: Check) -> Check:
     """`check`, and before it `once` until that succeeded."""
     done = False
@@ -177,22 +155,6 @@ def remembered(state: State) -> Check:
     return _first(state.check, state.note)
 
 
-def all_said(*checks: Check) -> Check:
-    """Several checks as one."""
-    return lambda: "; ".join(filter(None, (check() for check in checks)))
-
-
-def old_versions(settings: Settings, store: "ObjectStore") -> Check:
-    """What to know of a bucket that keeps old versions; a directory has none."""
-
-    def check() -> str:
-        from app.object_store.s3_multipart import note_of_versions
-
-        return note_of_versions(cast("S3Store", store), settings.s3.prefix) if settings.s3.bucket else ""
-
-    return check
-
-
 def probed(store: "ObjectStore") -> Check:
     """A write at first, then a look: the store must not fill with the traces of being watched."""
 
@@ -207,13 +169,20 @@ def stores_tried(
     settings: Settings, state: State, warehouse: Database, store: "ObjectStore", listed: Sequence[str]
 ) -> Iterator[System]:
     """The three stores that are always there, embedded or outside, under the names of /ready."""
-    kept = all_said(of_database(state.database), remembered(state))
+    look = remembered(state)
     variable = "CHECKPOINT_DB_HOST" if settings.checkpoint.host else "CHECKPOINT_DATABASE_URL"
+
+    def kept() -> str:
+        return "; ".join(filter(None, (of_database(state.database), look())))
+
+    def objects() -> str:
+        from app.object_store.s3_multipart import note_of_versions
+
+        prefix, bucket = settings.s3.prefix, settings.s3.bucket
+        said = of_objects(store, prefix), of_undeleted(state, listed, store)
+        old_versions = note_of_versions(cast("S3Store", store), prefix) if bucket else ""  # a directory has none
+        return "; ".join(filter(None, (*said, old_versions)))
+
     yield System("checkpoint_store_connected", "state: checkpoints, runs, leases", variable, kept)
-    objects = all_said(
-        of_objects(store, settings.s3.prefix),
-        of_undeleted(state, listed, store),
-        old_versions(settings, store),
-    )
     yield System("s3_accessible", "objects", "S3_BUCKET", objects)
-    yield System("dwh_connected", "warehouse", "DWH_DATABASE_URL", of_database(warehouse))
+    yield System("dwh_connected", "warehouse", "DWH_DATABASE_URL", lambda: of_database(warehouse))

@@ -11,7 +11,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta, tzinfo
@@ -236,7 +236,7 @@ class DeliveryMaps:
         self._clock = clock
         self._turn = threading.Lock()
         self._kept = _Kept()
-        self._faults: dict[str, list[MapFault]] = {}
+        self._faults: dict[str, Mapping[tuple[str, Window], MapFault]] = {}
         self._refreshing: dict[str, threading.Thread] = {}
 
     @property
@@ -244,9 +244,9 @@ class DeliveryMaps:
         """Jobs that have a map."""
         return sorted(self._charts)
 
-    def faults(self, job: str) -> Sequence[MapFault]:
+    def faults(self, job: str) -> Collection[MapFault]:
         """What the latest listings of a job showed."""
-        return self._faults.get(job, ())
+        return self._faults.get(job, {}).values()
 
     def gone_since(self, job: str) -> Mapping[tuple[str, datetime], datetime]:
         """When a listing first showed that something is wrong with a window, by partition and start."""
@@ -258,10 +258,9 @@ class DeliveryMaps:
 
     def healed(self, job: str, partition: str, window: Window) -> None:
         """A window is right again."""
-        faults = self.faults(job)
-        kept = [each for each in faults if (each.partition, each.window) != (partition, window)]
-        if len(kept) < len(faults):
-            self._faults[job] = kept
+        faults = dict(self._faults.get(job, {}))
+        if faults.pop((partition, window), None):
+            self._faults[job] = faults
             self.forget(job)
 
     def windows(self, job: str, span: Window, offset: int, limit: int) -> tuple[int, Sequence[Line]]:
@@ -381,23 +380,21 @@ class DeliveryMaps:
 
     def _note(self, job: str, line: Line, span: Window) -> None:
         """The faults of one partition within `span` are those that its listing shows now."""
-        now, before = self._clock(), self.faults(job)
-        kept = [
-            each
-            for each in before
-            if each.partition != line.partition or not span.start <= each.window.start < span.end
-        ]
-        seen = {each.window: each.seen_at for each in before if each.partition == line.partition}
-        self._faults[job] = kept + [
-            MapFault(line.partition, cell.window, letter_of(cell), seen.get(cell.window, now))
-            for cell in line.cells
-            if letter_of(cell) in "mpc"
-        ]
+        before = self._faults.get(job, {})
+        seen = dict(before)
+        for name, window in before:
+            if name == line.partition and span.start <= window.start < span.end:
+                del seen[name, window]
+        for cell in line.cells:
+            if (letter := letter_of(cell)) in "mpc":
+                key = (line.partition, cell.window)
+                seen_at = before[key].seen_at if key in before else self._clock()
+                seen[key] = MapFault(*key, letter, seen_at)
+        self._faults[job] = seen
 
     def _listed(self, job: str, chart: Chart, cells: MapCells) -> DeliveryMap:
         now = self._clock()
-        window = Window(cells.edges[0], cells.edges[-1])
-        total, lines = self._list(job, chart, window, 0, LISTED_PARTITIONS)
+        total, lines = self._list(job, chart, cells.window, 0, LISTED_PARTITIONS)
         painted = {
             line.partition: "u" * (len(cells.edges) - 1)
             if line.error
@@ -460,7 +457,11 @@ class _Recorded:
         faulty = {name for name, *_ in self._faults if names.find.lower() in name.lower()}
         if only_problems:
             chosen = sorted(faulty)
-            rows = [self._row(row) for name in chosen[offset : offset + limit] for row in self._single(name)]
+            rows = [
+                self._row(row)
+                for name in chosen[offset : offset + limit]
+                for row in self._look.groups(self._job, NameFilter(name, name), size=1, limit=1)
+            ]
             return DeliveryMap(total, rows, listed=False, problems=len(faulty), pages_of=len(chosen))
         size = 1
         if total > GROUPED_FROM and not names.first:
@@ -469,9 +470,6 @@ class _Recorded:
         pages_of = -(-total // size)
         rows = [self._row(row) for row in found]
         return DeliveryMap(total, rows, listed=False, problems=len(faulty), grouped=size > 1, pages_of=pages_of)
-
-    def _single(self, name: str) -> Sequence[Mapping[str, Any]]:
-        return self._look.groups(self._job, NameFilter(name, name), size=1, limit=1)
 
     def _row(self, row: Mapping[str, Any]) -> MapRow:
         first, last = row["first_name"], row["last_name"]

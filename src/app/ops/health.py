@@ -20,6 +20,7 @@ NOT_YET = "not looked at yet"
 log = logging.getLogger(__name__)
 
 Check = Callable[[], str]
+"""One attempt: a short note for a person, or "". Raises AppError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Finding:
 
 
 def look(check: Check) -> Finding:
-    """One attempt. A check returns a short note or raises AppError."""
+    """What one attempt finds."""
     try:
         return Finding(ok=True, note=check())
     except AppError as error:

@@ -22,7 +22,7 @@ def lag_seconds(partition: Checkpoint, now: datetime) -> float | None:
 
 def whole_second(at: datetime) -> str:
     """`YYYY-MM-DDTHH:MM:SSZ`."""
-    return f"{at:%Y-%m-%dT%H:%M:%SZ}"
+    return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def instant_text(at: datetime | None) -> str | None:
@@ -39,6 +39,20 @@ class Calls:
     ever: int
 
 
+def view_shown(view: JobView) -> dict[str, Any]:
+    """A job and where it stands."""
+    return {
+        "name": view.job.name,
+        "helper_of": view.job.helper_of or None,
+        "interval_seconds": view.job.interval_seconds,
+        "state": view.state,
+        "next_run_at": instant_text(view.next_run_at),
+        "can_backfill": view.can_backfill,
+        "queued_backfills": view.queued_backfills,
+        "progress": view.progress and asdict(view.progress),
+    }
+
+
 def job_shown(
     view: JobView,
     last: Run | None,
@@ -52,17 +66,10 @@ def job_shown(
     `clock_ahead_seconds`: how far its last run or a cursor lies ahead of now.
     """
     return {
-        "name": view.job.name,
-        "helper_of": view.job.helper_of or None,
-        "interval_seconds": view.job.interval_seconds,
-        "state": view.state,
+        **view_shown(view),
         "off": view.job.off,
         "stale": stale,
         "clock_ahead_seconds": clock_ahead_seconds,
-        "next_run_at": instant_text(view.next_run_at),
-        "can_backfill": view.can_backfill,
-        "queued_backfills": view.queued_backfills,
-        "progress": view.progress and asdict(view.progress),
         "runs_total": sum(total.runs for total in totals),
         "rows_total": sum(total.report.new_rows for total in totals),
         "rows_written_total": sum(total.report.rows for total in totals),
@@ -71,6 +78,9 @@ def job_shown(
         "calls": calls and {"today": calls.today, "a_day": calls.a_day},
         "last_run": last and run_shown(last),
     }
+
+
+RUN_NUMBERS = ("rows", "new_rows", "bytes", "windows", "late_rows", "corrected_rows")
 
 
 def failures_shown(report: Report) -> Sequence[Mapping[str, str]]:
@@ -87,12 +97,7 @@ def run_shown(run: Run) -> Mapping[str, Any]:
         "started_at": instant_text(run.started_at),
         "ended_at": instant_text(run.ended_at),
         "outcome": run.outcome.value,
-        "rows": report.rows,
-        "new_rows": report.new_rows,
-        "bytes": report.bytes,
-        "windows": report.windows,
-        "late_rows": report.late_rows,
-        "corrected_rows": report.corrected_rows,
+        **{name: getattr(report, name) for name in RUN_NUMBERS},
         "ledger": to_json(report.ledger),
         "ledger_text": summary_of(report.ledger),
         "failures": failures_shown(report),
@@ -121,6 +126,7 @@ Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
 WHOLE: Schema = {"type": "integer"}
 INSTANT: Schema = {"type": "string", "format": "date-time"}
+MAYBE_INSTANT: Schema = {"anyOf": [INSTANT, {"type": "null"}]}
 
 
 def _object(properties: Mapping[str, Schema], description: str = "") -> Schema:
@@ -143,11 +149,7 @@ LEDGER = _object(
         "unit": TEXT,
         "closes": {"type": "boolean"},
         **dict.fromkeys(TALLY_NAMES, WHOLE),
-        "reasons": {
-            "type": "array",
-            "items": REASON,
-            "description": "What was set aside, and why; `new`: by this run.",
-        },
+        "reasons": {**_list(REASON), "description": "What was set aside, and why; `new`: by this run."},
         "fields": _named("By field, where the unit is values of fields; at most 100."),
         "partitions": _named("The partitions that are worth naming, at most 20."),
     },
@@ -160,18 +162,17 @@ RUN = _object(
         "run_id": TEXT,
         "job": TEXT,
         "started_at": INSTANT,
-        "ended_at": {"anyOf": [INSTANT, {"type": "null"}]},
+        "ended_at": MAYBE_INSTANT,
         "outcome": {"type": "string", "enum": [outcome.value for outcome in Outcome]},
-        **dict.fromkeys(("rows", "new_rows", "bytes", "windows", "late_rows", "corrected_rows"), WHOLE),
+        **dict.fromkeys(RUN_NUMBERS, WHOLE),
         "ledger": LEDGER,
         "ledger_text": {**TEXT, "description": "The same in one line; empty for a run that kept no ledger."},
-        "failures": {"type": "array", "items": FAILURE, "description": "At most 20."},
+        "failures": {**_list(FAILURE), "description": "At most 20."},
         "error": TEXT,
         "hint": TEXT,
     }
 )
 MAYBE_TEXT: Schema = {"anyOf": [TEXT, {"type": "null"}]}
-MAYBE_INSTANT: Schema = {"anyOf": [INSTANT, {"type": "null"}]}
 MAYBE_NUMBER: Schema = {"anyOf": [{"type": "number"}, {"type": "null"}]}
 ANYTHING: Schema = {"type": "object"}
 NUMBERS: Schema = {"type": "object", "additionalProperties": {"type": "number"}}
@@ -180,7 +181,7 @@ RUNS = _object(
         "count": WHOLE,
         "total": {**WHOLE, "description": "How many runs the job, outcome and time have, whatever they found."},
         "with_news": {**WHOLE, "description": "How many of these found something."},
-        "before": {"anyOf": [INSTANT, {"type": "null"}], "description": "Send it as `before` for the next page."},
+        "before": {**MAYBE_INSTANT, "description": "Send it as `before` for the next page."},
         "runs": _list(RUN),
     }
 )
@@ -206,11 +207,7 @@ RUN_DETAIL = _object(
         "interval_seconds": {"anyOf": [WHOLE, {"type": "null"}]},
         "started_by": {**TEXT, "description": "schedule, command line, or who asked for it."},
         "requests": {**NUMBERS, "description": "Requests that are charged for, by kind: put, list, get, read_unit."},
-        "written": {
-            "type": "array",
-            "items": WRITTEN,
-            "description": "Windows that no later run wrote again; at most 500.",
-        },
+        "written": {**_list(WRITTEN), "description": "Windows that no later run wrote again; at most 500."},
         "seen_in_runs": {**WHOLE, "description": "Kept runs of the job with the same error."},
         "progress": {"anyOf": [ANYTHING, {"type": "null"}]},
         "previous": NEIGHBOUR,
@@ -236,12 +233,10 @@ PROBLEM = _object(
 SUMMARY = _object(
     {
         "now": INSTANT,
-        "verdict": {
-            **_object(
-                {"state": TEXT, "title": TEXT, "parts": _list(_object({"text": TEXT, "href": TEXT})), "more": TEXT}
-            ),
-            "description": "One sentence in parts, each with its place on the page; `state`: ok, warn, bad or off.",
-        },
+        "verdict": _object(
+            {"state": TEXT, "title": TEXT, "parts": _list(_object({"text": TEXT, "href": TEXT})), "more": TEXT},
+            "One sentence in parts, each with its place on the page; `state`: ok, warn, bad or off.",
+        ),
         "complete_up_to": {**MAYBE_INSTANT, "description": "Up to where every partition is finished."},
         "checked_at": {**MAYBE_INSTANT, "description": "When both ends were compared last."},
         "problems": {**_list(PROBLEM), "description": "The worst first, at most 50."},
@@ -254,22 +249,20 @@ SUMMARY = _object(
 )
 MAP_ROW = _object({"name": TEXT, "cells": TEXT, "lag_seconds": MAYBE_NUMBER, "error": TEXT})
 MAP_GROUP = _object({**dict.fromkeys(("first", "last", "cells"), TEXT), **dict.fromkeys(("count", "problems"), WHOLE)})
-MAP = {
-    **_object(
-        {
-            **dict.fromkeys(("job", "span"), TEXT),
-            **dict.fromkeys(("now", "start", "end"), INSTANT),
-            "cell_seconds": {**WHOLE, "description": "As a rule; days and weeks begin at midnight in the time zone."},
-            "starts": {**_list(TEXT), "description": "ISO 8601 to the minute: 2026-02-07T11:00Z."},
-            "source": {"type": "string", "enum": ["listing", "records"]},
-            **dict.fromkeys(("total", "problems", "rows_total"), WHOLE),
-            "rows": {**_list(MAP_ROW), "description": "Of single partitions."},
-            "groups": {**_list(MAP_GROUP), "description": "In place of rows above 200 partitions."},
-        }
-    ),
-    "description": "One letter a cell, the worst state in it: m missing, p partly missing, c changed, "
+MAP = _object(
+    {
+        **dict.fromkeys(("job", "span"), TEXT),
+        **dict.fromkeys(("now", "start", "end"), INSTANT),
+        "cell_seconds": {**WHOLE, "description": "As a rule; days and weeks begin at midnight in the time zone."},
+        "starts": {**_list(TEXT), "description": "ISO 8601 to the minute: 2026-02-07T11:00Z."},
+        "source": {"type": "string", "enum": ["listing", "records"]},
+        **dict.fromkeys(("total", "problems", "rows_total"), WHOLE),
+        "rows": {**_list(MAP_ROW), "description": "Of single partitions."},
+        "groups": {**_list(MAP_GROUP), "description": "In place of rows above 200 partitions."},
+    },
+    "One letter a cell, the worst state in it: m missing, p partly missing, c changed, "
     "l late, s rows set aside, u not known, o still filling, k OK, n no data.",
-}
+)
 MAP_WINDOW = _object(
     {
         **dict.fromkeys(("from", "to"), INSTANT),

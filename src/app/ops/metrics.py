@@ -6,17 +6,34 @@ Source of the format: the Prometheus documentation, "Exposition formats".
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 
+from app.core.errors import AppError
 from app.core.ledger import Ledger
 from app.core.pipeline import FOREIGN, MISSING
 from app.core.runs import LedgerTotal, Outcome, Total
-from app.ops.json_views import Calls
-from app.ops.scheduler import JobView, Workload
+from app.ops.json_views import lag_seconds
+from app.ops.scheduler import Workload
+from app.ops.service import Operations
 
 PARTITIONS = 100
+MOVED = {
+    "rows": "Rows written to a sink.",
+    "bytes": "Bytes written to a sink.",
+    "windows": "Windows written to a sink.",
+    "late_rows": "Rows that came after their window was closed.",
+    "corrected_rows": "Rows that were corrected at the source after their window was closed.",
+}
+ENTRIES = {
+    "waiting": "What the last run left for a later one.",
+    "set_aside": "What the last run saw that is set aside.",
+}
+TROUBLES = {
+    MISSING: "Objects that were written and that the last listing of the destination did not show.",
+    FOREIGN: "Objects that the last listing showed in a version that Headwater did not write.",
+}
 
 Labels = Mapping[str, str]
 Samples = Sequence[tuple[Labels, float]]
@@ -50,30 +67,66 @@ def escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
+def series_of(ops: Operations) -> Iterator[Series]:
+    """All series; while the state is away only those that are known without it, and its check says why."""
+    views, ahead, stale = ops.scheduler.views(), ops.alerts.ahead_seconds, ops.alerts.stale
+    states = {view.job.name: view.state for view in views if not view.job.off}
+    version = [({"version": ops.probes.version}, 1.0)]
+    yield Series("headwater_build_info", "gauge", "Version of Headwater.", version)
+    yield _by_job("job_paused", "1 while a job is paused.", {job: state == "paused" for job, state in states.items()})
+    running = {job: state in ("running", "backfill") for job, state in states.items()}
+    yield _by_job("job_running", "1 while a run of a job goes on in this process.", running)
+    silent = {job: job in stale for job in states}
+    yield _by_job("job_stale", "1 when no run of a job came to its end in time.", silent)
+    about = "How far the last run or a cursor of a job lies ahead of now; 0 is well."
+    yield _by_job("clock_ahead_seconds", about, {job: ahead.get(job, 0.0) for job in states})
+    checks = [({"check": name}, float(ok)) for name, ok in ops.probes.ready().body["checks"].items()]
+    yield Series("headwater_check", "gauge", "1 while a system can be reached.", checks)
+    with suppress(AppError):
+        yield from list(_recorded(ops, states))
+
+
+def _recorded(ops: Operations, states: Mapping[str, str]) -> Iterator[Series]:
+    """What the state knows. `states` are by job that is on."""
+    now, runs, totals = ops.state.clocks.now(), ops.state.runs, ops.state.runs.totals()
+    yield from _totals(totals)
+    # below 0 where a clock was ahead, which another series tells of
+    ages = {each.job: (now - each.ended_at).total_seconds() for each in totals if each.outcome is Outcome.OK}
+    yield _by_job("last_success_age_seconds", "Seconds since the last run without any failure ended.", ages)
+    # of the last ended run of each job, without those that ended before they could keep one
+    ledgers = {run.job: run.report.ledger for run in map(runs.last_ended, states) if run and run.report.ledger}
+    yield from _ledgers(runs.ledger_totals(), ledgers)
+    calls = {job: of() for job, of in ops.pipelines.calls.items()}
+    ever, today, a_day = ({job: getattr(of, name) for job, of in calls.items()} for name in ("ever", "today", "a_day"))
+    yield _by_job("calls_total", "Calls to a service that counts them.", ever, "counter")
+    yield _by_job("calls_today", "Calls since midnight UTC.", today)
+    yield _by_job("calls_limit", "Calls that a day may have.", a_day)
+    troubles = {**{name: {} for name in ops.pipelines.listed}, **ops.state.checkpoints.troubles()}
+    for trouble, about in TROUBLES.items():
+        numbers = {name: troubles[name].get(trouble, 0) for name in states if name in troubles}
+        yield _by_job(f"objects_{trouble}", about, numbers)
+    if ops.scheduler.elsewhere:
+        yield from _workload(ops.scheduler.elsewhere.look())
+    lags = [(job, at.partition, lag_seconds(at, now)) for job, at in ops.partitions()]
+    yield from lag_series([(job, name, lag) for job, name, lag in lags if lag is not None])
+
+
 def _by_job(name: str, about: str, values: Mapping[str, float], kind: str = "gauge") -> Series:
-    """One sample a job."""
     return Series(f"headwater_{name}", kind, about, [({"job": job}, float(value)) for job, value in values.items()])
 
 
-def total_series(totals: Sequence[Total]) -> Iterator[Series]:
+def _totals(totals: Sequence[Total]) -> Iterator[Series]:
     """Counters of runs by outcome, and of what they moved: sums of the state, which no restart sets back."""
     by_outcome = [({"job": each.job, "outcome": each.outcome.value}, float(each.runs)) for each in totals]
     yield Series("headwater_runs_total", "counter", "Runs that ended, by outcome.", by_outcome)
-    abouts = {
-        "rows": "Rows written to a sink.",
-        "bytes": "Bytes written to a sink.",
-        "windows": "Windows written to a sink.",
-        "late_rows": "Rows that came after their window was closed.",
-        "corrected_rows": "Rows that were corrected at the source after their window was closed.",
-    }
-    for name, about in abouts.items():
+    for name, about in MOVED.items():
         sums: Counter[str] = Counter()
         for each in totals:
             sums[each.job] += getattr(each.report, name)
         yield _by_job(f"{name}_total", about, sums, "counter")
 
 
-def ledger_series(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> Iterator[Series]:
+def _ledgers(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> Iterator[Series]:
     """Counters of what ledgers say, which are sums of the state, and gauges of the last ended run of each job."""
     jobs = sorted({each.job for each in totals})
     sums = {(job, entry): 0.0 for job in jobs for entry in ("new", "corrected", "set_aside")}
@@ -85,58 +138,13 @@ def ledger_series(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> 
     reasons = [({"job": each.job, "reason": each.reason}, float(each.total)) for each in totals if each.reason]
     about = "What runs set aside for the first time, by reason."
     yield Series("headwater_set_aside_total", "counter", about, reasons)
-    waiting, aside = (
-        {job: getattr(ledger.total, entry) for job, ledger in last.items()} for entry in ("waiting", "set_aside")
-    )
-    yield _by_job("waiting", "What the last run left for a later one.", waiting)
-    yield _by_job("set_aside", "What the last run saw that is set aside.", aside)
+    for entry, about in ENTRIES.items():
+        yield _by_job(entry, about, {job: getattr(ledger.total, entry) for job, ledger in last.items()})
     about = "What the last run counted and cannot account for; 0 is well."
     yield _by_job("ledger_gap", about, {job: ledger.gap for job, ledger in last.items()})
 
 
-def call_series(calls: Mapping[str, Calls]) -> Iterator[Series]:
-    """What services that allow only so many calls were asked."""
-    ever, today, a_day = ({job: getattr(of, name) for job, of in calls.items()} for name in ("ever", "today", "a_day"))
-    yield _by_job("calls_total", "Calls to a service that counts them.", ever, "counter")
-    yield _by_job("calls_today", "Calls since midnight UTC.", today)
-    yield _by_job("calls_limit", "Calls that a day may have.", a_day)
-
-
-def success_series(totals: Sequence[Total], now: datetime) -> Series:
-    """Age of the last success by job; below 0 where a clock was ahead, which `clock_series` tells of."""
-    ages = {each.job: (now - each.ended_at).total_seconds() for each in totals if each.outcome is Outcome.OK}
-    return _by_job("last_success_age_seconds", "Seconds since the last run without any failure ended.", ages)
-
-
-def clock_series(views: Sequence[JobView], ahead_seconds: Mapping[str, float]) -> Series:
-    """How far what is recorded of a job lies ahead of now."""
-    about = "How far the last run or a cursor of a job lies ahead of now; 0 is well."
-    ahead = {view.job.name: ahead_seconds.get(view.job.name, 0.0) for view in views if not view.job.off}
-    return _by_job("clock_ahead_seconds", about, ahead)
-
-
-def object_series(views: Sequence[JobView], troubles: Mapping[str, Mapping[str, int]]) -> Iterator[Series]:
-    """`troubles`: by job, with how many recorded objects something is wrong."""
-    mapped = [view.job.name for view in views if not view.job.off and view.job.name in troubles]
-    abouts = {
-        MISSING: "Objects that were written and that the last listing of the destination did not show.",
-        FOREIGN: "Objects that the last listing showed in a version that Headwater did not write.",
-    }
-    for trouble, about in abouts.items():
-        yield _by_job(f"objects_{trouble}", about, {name: troubles[name].get(trouble, 0) for name in mapped})
-
-
-def job_series(views: Sequence[JobView], stale: Collection[str]) -> Iterator[Series]:
-    """What each job is at, and whether it fell silent."""
-    states = {view.job.name: view.state for view in views if not view.job.off}
-    yield _by_job("job_paused", "1 while a job is paused.", {job: state == "paused" for job, state in states.items()})
-    running = {job: state in ("running", "backfill") for job, state in states.items()}
-    yield _by_job("job_running", "1 while a run of a job goes on in this process.", running)
-    silent = {job: job in stale for job in states}
-    yield _by_job("job_stale", "1 when no run of a job came to its end in time.", silent)
-
-
-def workload_series(load: Workload) -> Iterator[Series]:
+def _workload(load: Workload) -> Iterator[Series]:
     """What workers are at, where jobs are sent to a queue."""
     yield Series("headwater_workers", "gauge", "Workers that live.", [({}, float(load.workers))])
     queued = [({"queue": name}, float(number)) for name, number in load.waiting.items()]

@@ -30,12 +30,13 @@ from app.ops.json_views import (
     answered_with,
     instant_text,
     run_shown,
+    whole_second,
 )
 from app.ops.service import Operations
 from app.ops.summary import HISTORY, Snapshot, file_address, problems_of, summary_of
 from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
-from app.web.errors import Refusal, Refused, faults
+from app.web.errors import Refused, faults
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
@@ -79,7 +80,7 @@ def zone_of(name: str) -> tzinfo:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):
         hint = "send an IANA name such as Europe/Berlin, or UTC"
-        raise Refused(Refusal(422, f"the time zone {name[:40]!r} is not known", hint, "query.tz")) from None
+        raise Refused(422, f"the time zone {name[:40]!r} is not known", hint, "query.tz") from None
 
 
 def seen_now(ops: Operations, zone: tzinfo, read: Callable[[Snapshot], Any]) -> Any:
@@ -116,10 +117,10 @@ def _summary(router: APIRouter, ops: Operations) -> None:
         problems = seen_now(ops, UTC, problems_of)
         found = next((each for each in problems if each.problem_id == problem_id), None)
         if found is None:
-            raise Refused(Refusal(404, f"no problem has the id {problem_id[:40]!r}", "look at /ops/summary"))
+            raise Refused(404, f"no problem has the id {problem_id[:40]!r}", "look at /ops/summary")
         if found.kind != "set_aside":
             hint = found.next or "put it right, and it ends by itself"
-            raise Refused(Refusal(409, "only what was set aside can be dismissed", hint))
+            raise Refused(409, "only what was set aside can be dismissed", hint)
         ops.state.pages.dismiss(problem_id, ops.clock(), request.scope["state"]["grant"].name)
         return {"id": problem_id, "dismissed": True}
 
@@ -211,11 +212,11 @@ def bounded(start: datetime, end: datetime, where: str, days: int | None = None,
         window = Window(start, end)
     except ValueError:
         earlier = "give the earlier instant as 'from'"
-        raise Refused(Refusal(422, "'from' must be earlier than 'to'", earlier, f"{where}.from")) from None
+        raise Refused(422, "'from' must be earlier than 'to'", earlier, f"{where}.from") from None
     if start.year == MINYEAR or end.year == MAXYEAR:  # a day of some zone may begin before, or end after them
-        raise Refused(Refusal(422, "the span is out of range", "give instants of this century", f"{where}.from"))
+        raise Refused(422, "the span is out of range", "give instants of this century", f"{where}.from")
     if days is not None and window.seconds > days * 86_400:
-        raise Refused(Refusal(422, f"more than {days} days", hint or f"ask for {days} days or less", f"{where}.to"))
+        raise Refused(422, f"more than {days} days", hint or f"ask for {days} days or less", f"{where}.to")
     return window
 
 
@@ -253,8 +254,8 @@ def _window(
     letter = letter_of(cell)
     record = records[0] if records else None
     return {
-        "from": f"{cell.window.start:%Y-%m-%dT%H:%M:%SZ}",
-        "to": f"{cell.window.end:%Y-%m-%dT%H:%M:%SZ}",
+        "from": whole_second(cell.window.start),
+        "to": whole_second(cell.window.end),
         "letter": letter,
         "state": WORDS[letter],
         "rows": cell.rows,
@@ -275,7 +276,7 @@ def known_run(ops: Operations, run_id: str) -> Run:
         run = look.run(run_id)
     if run is None:
         hint = "only the newest RUN_RECORDS runs of each job are kept; /ops/runs lists them"
-        raise Refused(Refusal(404, f"no run has the id {run_id[:40]!r}", hint))
+        raise Refused(404, f"no run has the id {run_id[:40]!r}", hint)
     return run
 
 
@@ -362,7 +363,7 @@ def _kept(router: APIRouter, ops: Operations) -> None:
         found = next((each.path for each in files_of(run_id) if each.name == name and each.path), None)
         if found is None:
             hint = f"look at /ops/runs/{run_id}/set-aside"
-            raise Refused(Refusal(404, f"this run set no file {name[:80]!r} aside that still lies there", hint))
+            raise Refused(404, f"this run set no file {name[:80]!r} aside that still lies there", hint)
         return FileResponse(found, media_type="application/octet-stream", filename=name)
 
 

@@ -20,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from app.core.errors import AppError
 from app.web.api import accepts_gzip
 from app.web.auth import OPEN, Guard, needs
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refused
 
 SCOPE = "ops:read"
 SCRIPT, STYLE, ICON = "text/javascript; charset=utf-8", "text/css; charset=utf-8", "image/svg+xml"
@@ -120,9 +120,9 @@ async def _may_see(guard: Guard, request: Request) -> bool:
     """Whether the caller may see jobs. A wrong key counts as everywhere and sees the page without them."""
     try:
         grant = await guard.grant(request.scope)
-    except (Refused, AppError):
+    except AppError:
         return False
-    return grant is not None and grant.allows(SCOPE)
+    return grant is not None and SCOPE in grant.scopes
 
 
 def _guides(router: APIRouter) -> None:
@@ -135,7 +135,7 @@ def _guides(router: APIRouter) -> None:
         guides = {"README": folder.parent / "README.md", **{path.stem: path for path in sorted(folder.glob("*.md"))}}
         path = guides.get(GUIDES.get(name) or re.sub("_(late|reconcile)$", "", name))
         if path is None or not path.is_file():
-            raise Refused(Refusal(404, f"there is no guide {name[:40]!r}", f"guides: {', '.join(guides)}"))
+            raise Refused(404, f"there is no guide {name[:40]!r}", f"guides: {', '.join(guides)}")
         return PlainTextResponse(path.read_text(encoding="utf-8"))
 
 

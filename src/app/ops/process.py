@@ -63,7 +63,13 @@ def configured(
 
     settings = load_settings(environ, dotenv)
     service = settings.service
-    refuse_read_only(service.data_dir)
+    try:  # what is written to DATA_DIR first would otherwise be blamed
+        service.data_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=service.data_dir):
+            pass
+    except OSError as error:
+        allowed = "allowed: a directory that this user can write to"
+        raise BadSettings([f"DATA_DIR='{service.data_dir}': {error.strerror}; {allowed}"]) from error
     logs.configure(
         service.log_level,
         service.log_format if daemon else "text",
@@ -73,17 +79,6 @@ def configured(
         stream=sys.stdout if daemon else sys.stderr,
     )
     return settings
-
-
-def refuse_read_only(data_dir: Path) -> None:
-    """Raises BadSettings when DATA_DIR cannot be written: what is written there first is otherwise blamed."""
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=data_dir):
-            pass
-    except OSError as error:
-        allowed = "allowed: a directory that this user can write to"
-        raise BadSettings([f"DATA_DIR='{data_dir}': {error.strerror}; {allowed}"]) from error
 
 
 # A job that computes holds the interpreter for this long at most before a request gets its turn.

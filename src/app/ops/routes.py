@@ -4,7 +4,7 @@ Invariant: every route declares its scope; what reads what is known or listed ne
 work, reads whole windows or writes needs `ops:run`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
@@ -12,11 +12,10 @@ from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from app.core.errors import AppError, Rejected
+from app.core.errors import Rejected
 from app.core.runs import Outcome
 from app.core.verify import Cell
 from app.core.windows import Window, refuse_future
-from app.db.checkpoints import Checkpoint
 from app.db.page_queries import RunChoice
 from app.ops.health import ProbeAnswer
 from app.ops.json_views import (
@@ -29,26 +28,14 @@ from app.ops.json_views import (
     run_shown,
     whole_second,
 )
-from app.ops.metrics import (
-    Series,
-    call_series,
-    clock_series,
-    exposition,
-    job_series,
-    lag_series,
-    ledger_series,
-    object_series,
-    success_series,
-    total_series,
-    workload_series,
-)
+from app.ops.metrics import exposition, series_of
 from app.ops.page_data import Instant, bounded, recent_span
 from app.ops.scheduler import Scheduler
 from app.ops.service import Operations
 from app.ops.verification import Result, shown
 from app.web.api import refuse_unknown_parameters
 from app.web.auth import COOKIE, OPEN, SESSION, Guard, needs, unauthorized
-from app.web.errors import Answers, Refusal, Refused, faults
+from app.web.errors import Answers, Refused, faults
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
@@ -137,7 +124,7 @@ def _monitored(router: APIRouter, ops: Operations) -> None:
 
     @router.get("/metrics", openapi_extra=READ, summary="For Prometheus", response_class=PlainTextResponse)
     def metrics() -> Response:
-        return PlainTextResponse(exposition(_series(ops)), media_type=TEXT_FORMAT)
+        return PlainTextResponse(exposition(series_of(ops)), media_type=TEXT_FORMAT)
 
 
 def _probed(model: type[BaseModel]) -> Answers:
@@ -160,9 +147,9 @@ def _session(router: APIRouter, guard: Guard) -> None:
     )
     async def sign_in(request: Request, sent: SignIn) -> Response:
         grant = guard.sign_in(sent.key.get_secret_value(), request.scope)
-        if not any(grant.allows(scope) for scope in ("ops:read", "analytics:read")):
+        if grant.scopes.isdisjoint(("ops:read", "analytics:read")):
             hint = "use one with the scope ops:read for the dashboard, analytics:read for /analytics/explore"
-            raise Refused(Refusal(403, "this key may not see any page", hint))
+            raise Refused(403, "this key may not see any page", hint)
         response = Response(status_code=204)
         response.set_cookie(
             COOKIE,
@@ -190,8 +177,8 @@ def _session(router: APIRouter, guard: Guard) -> None:
     async def who(request: Request) -> dict[str, Any]:
         grant = await guard.grant(request.scope)
         if grant is None:
-            raise Refused(unauthorized("nobody is signed in"))
-        return {"name": grant.name, "scopes": sorted(grant.scopes), "keys": bool(guard.keyring)}
+            raise Refused(*unauthorized("nobody is signed in"))
+        return {"name": grant.name, "scopes": sorted(grant.scopes), "keys": bool(guard.keyring.by_name)}
 
 
 def _reading(router: APIRouter, ops: Operations) -> None:
@@ -236,7 +223,7 @@ def _reading(router: APIRouter, ops: Operations) -> None:
         job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_PARTITIONS)] = 200
     ) -> dict[str, Any]:
         now = ops.clock()
-        found = [(name, each) for name, each in partitions_of(ops) if job in (None, name)]
+        found = [(name, each) for name, each in ops.partitions() if job in (None, name)]
         found.sort(key=lambda one: (not one[1].error, -(lag_seconds(one[1], now) or 0.0), one[1].partition))
         return {"total": len(found), "partitions": [partition_shown(*each, now) for each in found[:limit]]}
 
@@ -244,12 +231,6 @@ def _reading(router: APIRouter, ops: Operations) -> None:
     def history(job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50) -> dict[str, Any]:
         wanted = {name: lines for name, lines in ops.pipelines.histories.items() if job in (None, name)}
         return {"histories": [{"job": name, "entries": list(lines(limit))} for name, lines in wanted.items()]}
-
-
-def partitions_of(ops: Operations) -> Iterator[tuple[str, Checkpoint]]:
-    """Each job that has partitions, with how far each of them is."""
-    for name in (job.name for job in ops.pipelines.jobs if job.name in ops.pipelines.backfills):
-        yield from ((name, at) for at in ops.state.checkpoints.of(name))
 
 
 def overview(ops: Operations) -> dict[str, Any]:
@@ -321,7 +302,7 @@ def _back(end: datetime, hours: int) -> Window:
     try:
         return Window(end - timedelta(hours=hours), end)
     except OverflowError:
-        raise Refused(Refusal(422, "to is out of range", "give an instant of this century", "query.to")) from None
+        raise Refused(422, "to is out of range", "give an instant of this century", "query.to") from None
 
 
 def _cell(cell: Cell) -> Mapping[str, Any]:
@@ -374,7 +355,13 @@ def _acting(router: APIRouter, ops: Operations) -> None:
 
     @router.post("/ops/jobs/{job}/backfill", summary="Fill past windows again", **ACT_ABLE)
     def backfill(job: JobInPath, span: Annotated[Span, Body()], request: Request) -> dict[str, Any]:
-        scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()), _caller(request))
+        known(scheduler, job)
+        window = bounded(span.from_at, span.to_at, "body")
+        try:
+            refuse_future(window, ops.clock())
+        except Rejected as error:
+            raise Refused(422, error.message, error.hint, "body.to") from error
+        scheduler.backfill(job, window, _caller(request))
         return accepted(scheduler, job)
 
     @router.post("/ops/jobs/{job}/verify", summary="Compare both ends by content", **ACT_ABLE)
@@ -404,49 +391,13 @@ def known(scheduler: Scheduler, job: str) -> str:
     """`job`, a job that can run; 404 and 409 otherwise."""
     views = {view.job.name: view.job for view in scheduler.views()}
     if job not in views:
-        raise Refused(Refusal(404, f"no job is named {job[:80]!r}", f"jobs: {', '.join(views)}"))
+        raise Refused(404, f"no job is named {job[:80]!r}", f"jobs: {', '.join(views)}")
     if views[job].off:
-        raise Refused(Refusal(409, f"job {job} is off", views[job].off))
+        raise Refused(409, f"job {job} is off", views[job].off)
     return job
-
-
-def past_window(span: Span, now: datetime) -> Window:
-    """The window of a body, to be filled. Refuses one that is empty, reversed or in the future."""
-    window = bounded(span.from_at, span.to_at, "body")
-    try:
-        refuse_future(window, now)
-    except Rejected as error:
-        raise Refused(Refusal(422, error.message, error.hint, "body.to")) from error
-    return window
 
 
 def accepted(scheduler: Scheduler, job: str) -> dict[str, Any]:
     """The answer to what was queued."""
     state = next(view.state for view in scheduler.views() if view.job.name == job)
     return {"job": job, "state": state}
-
-
-def _series(ops: Operations) -> Sequence[Series]:
-    views, runs, alerts = ops.scheduler.views(), ops.state.runs, ops.alerts
-    build = [({"version": ops.probes.version}, 1.0)]
-    checks = [({"check": name}, float(ok)) for name, ok in ops.probes.ready().body["checks"].items()]
-    series = [
-        Series("headwater_build_info", "gauge", "Version of Headwater.", build),
-        *job_series(views, alerts.stale),
-        clock_series(views, alerts.ahead_seconds),
-        Series("headwater_check", "gauge", "1 while a system can be reached.", checks),
-    ]
-    try:
-        now, totals, ledger_totals = ops.state.clocks.now(), runs.totals(), runs.ledger_totals()
-        ended = (runs.last_ended(view.job.name) for view in views if not view.job.off)
-        # the ledger of the last ended run of each job; without those that ended before they could keep one
-        ledgers = {run.job: run.report.ledger for run in ended if run is not None and run.report.ledger}
-        calls = {job: of() for job, of in ops.pipelines.calls.items()}
-        troubles = {**{name: {} for name in ops.pipelines.listed}, **ops.state.checkpoints.troubles()}
-        load = list(workload_series(ops.scheduler.elsewhere.look())) if ops.scheduler.elsewhere else []
-        lags = [(job, at.partition, lag_seconds(at, now)) for job, at in partitions_of(ops)]
-    except AppError:
-        return series  # the check of the store says why the counters are missing
-    series += [*total_series(totals), success_series(totals, now), *ledger_series(ledger_totals, ledgers)]
-    series += [*call_series(calls), *object_series(views, troubles), *load]
-    return [*series, *lag_series([(job, name, lag) for job, name, lag in lags if lag is not None])]

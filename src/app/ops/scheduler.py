@@ -52,19 +52,14 @@ class ProgressTally:
     def __init__(self, told: Callable[[Counts], None]) -> None:
         self._lock = threading.Lock()
         self._told = told
-        self._counts = Counts()
+        self.counts = Counts()
 
     def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
         """Add to the counts. From any thread."""
         with self._lock:
-            held = self._counts
-            self._counts = replace(held, done=held.done + done, total=held.total + total, rows=held.rows + rows)
-            self._told(self._counts)
-
-    @property
-    def counts(self) -> Counts:
-        """The counts so far."""
-        return self._counts
+            held = self.counts
+            self.counts = replace(held, done=held.done + done, total=held.total + total, rows=held.rows + rows)
+            self._told(self.counts)
 
 
 def logged(job: str, every_seconds: float = LOG_EVERY_SECONDS) -> ProgressTally:

@@ -4,7 +4,7 @@ import errno
 import logging
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from app.core.partitions import Step
 from app.core.runs import Context, Job, Report, Run, RunDesk, Stop
 from app.core.verify import Chart, Verification
 from app.core.windows import Window
+from app.db.checkpoints import Checkpoint
 from app.db.state import State
 from app.ops.alerts import Alerts
 from app.ops.connection_checks import System
@@ -104,8 +105,8 @@ class Pipelines:
 
     `histories`, `undos`, `verifications`, `charts`, `calls` and `kept` are by job name, for those jobs that have one.
     `kept` finds what a run set aside. `steps`: what a worker makes of a shard of a job's plan. `listed`: jobs whose
-    listings tell which objects are gone. `routers` build the routes of slices that have both jobs and routes; they are
-    called once, when the API is built.
+    listings tell which objects are gone. `routers` builds the routes of slices that have both jobs and routes, when the
+    API is built.
     """
 
     jobs: Sequence[Job] = ()
@@ -122,7 +123,7 @@ class Pipelines:
     calls: Mapping[str, Callable[[], Calls]] = field(default_factory=dict)
     kept: Mapping[str, Callable[[Run], Sequence[KeptFile]]] = field(default_factory=dict)
     listed: Sequence[str] = ()
-    routers: Sequence[Callable[[], "APIRouter"]] = ()
+    routers: Callable[[], Sequence["APIRouter"]] = tuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +142,13 @@ class Operations:
     proofs: "Proofs"
     clock: Callable[[], datetime]
 
-
-@dataclass(frozen=True, slots=True)
-class Background:
-    """What goes on beside the jobs: looks at outside systems, alerts, and counted requests that go into the state."""
-
-    readiness: Readiness
-    alerts: Alerts
-    save_costs: Callable[[], None]
+    def partitions(self) -> Iterator[tuple[str, Checkpoint]]:
+        """Each job that has partitions, with how far each of them is."""
+        for name in (job.name for job in self.pipelines.jobs if job.name in self.pipelines.backfills):
+            yield from ((name, at) for at in self.state.checkpoints.of(name))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BuiltService:
     """The service, built and not started. `app` is the ASGI application; its lifespan starts and ends the work.
 
@@ -165,8 +162,10 @@ class BuiltService:
     desk: RunDesk
     stop: Stop
     scheduler: Scheduler
-    background: Background
-    app: Front
+    alerts: Alerts
+    readiness: Readiness
+    costs: RequestCosts
+    app: Front = field(init=False)
 
 
 # The daemon: a built service, served until a signal, and then ended in order.
@@ -190,7 +189,7 @@ def refuse_taken_ports(settings: ServiceSettings) -> None:
     faults = []
     for name, port in (("PORT", settings.port), ("HEALTH_PORT", settings.health_port)):
         try:
-            for family, kind, *_, address in _addresses(settings.host, port):
+            for family, kind, *_, address in () if port is None else _addresses(settings.host, port):
                 with socket.socket(family, kind) as tried:
                     tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     if family == socket.AF_INET6:
@@ -211,9 +210,7 @@ def refuse_taken_ports(settings: ServiceSettings) -> None:
         sys.exit(CANNOT_LISTEN)
 
 
-def _addresses(host: str, port: int | None) -> list[Any]:
-    if port is None:
-        return []
+def _addresses(host: str, port: int) -> list[Any]:
     bare = host.strip("[]")
     return socket.getaddrinfo(None if bare == "::" else bare, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
 

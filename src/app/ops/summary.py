@@ -7,7 +7,7 @@ a fault that only time would end can be dismissed, any other ends when it is put
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from app.core.runs import Outcome, Run
 from app.core.verify import Sign
 from app.db.page_queries import Look
 from app.ops.delivery_map import MapCells
-from app.ops.json_views import instant_text, run_shown
+from app.ops.json_views import instant_text, run_shown, view_shown
 from app.ops.scheduler import JobView
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ MOST_PARTITIONS = 1000
 HEALED_TOGETHER = timedelta(hours=24)  # of all partitions: a longer span would read much that is in order
 RECENT = timedelta(hours=24)
 LATE_SECONDS = 60.0
-AHEAD_SECONDS = 60.0
 HISTORY = 300
 VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
 ORDER = ("unreachable", "unaccounted", "failed", "missing", "partial", "changed", "late", "clock", "set_aside", "quiet")
@@ -51,6 +50,9 @@ DISMISS = {"kind": "dismiss", "label": "Dismiss"}
 QUIET = "The service answers, and gives no row."
 QUIET_HINT = "check that it is the right project or application, in the right region, and that events reach it"
 CLOCK_HINT = "check the clocks of the machines; the next good run sets its own time right"
+
+
+SHOWN = ("kind", "mark", "job", "partition", "title", "count", "message", "next")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +84,13 @@ class Problem:
 
     def to_json(self) -> Mapping[str, Any]:
         """As the API shows it."""
+        start, end = self.span or (None, None)
         return {
             "id": self.problem_id,
-            "kind": self.kind,
-            "mark": self.mark,
-            "job": self.job,
-            "partition": self.partition,
-            "title": self.title,
-            "count": self.count,
-            "from": instant_text(self.span[0]) if self.span else None,
-            "to": instant_text(self.span[1]) if self.span else None,
+            **{name: getattr(self, name) for name in SHOWN},
+            "from": instant_text(start),
+            "to": instant_text(end),
             "since": instant_text(self.since),
-            "message": self.message,
-            "next": self.next,
             "actions": list(self.actions),
         }
 
@@ -146,8 +142,12 @@ def counted(count: int, noun: str) -> str:
 
 def problems_of(seen: Snapshot) -> Sequence[Problem]:
     """Everything that is wrong, the worst first."""
+    unreachable = seen.ops.probes.unreachable().items()
     found = [
-        *_unreachable(seen),
+        *(
+            Problem("unreachable", "", f"{name} cannot be reached", error, hint, noun="system", about=name)
+            for name, (error, hint) in unreachable
+        ),
         *_failing(seen),
         *_windows(seen),
         *_late(seen),
@@ -156,11 +156,6 @@ def problems_of(seen: Snapshot) -> Sequence[Problem]:
     ]
     rank = {kind: place for place, kind in enumerate(ORDER)}
     return sorted(found, key=lambda each: (rank[each.kind], each.job, -each.count, each.partition))
-
-
-def _unreachable(seen: Snapshot) -> Iterator[Problem]:
-    for name, (error, hint) in seen.ops.probes.unreachable().items():
-        yield Problem("unreachable", "", f"{name} cannot be reached", error, hint, noun="system", about=name)
 
 
 def _failing(seen: Snapshot) -> Iterator[Problem]:
@@ -383,22 +378,17 @@ def verdict_of(seen: Snapshot, problems: Sequence[Problem], complete_up_to: date
         title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         mark = problems[0].mark if problems[0].mark != "late" else "warn"
         return {"state": mark, "title": title, "parts": parts, "more": " ".join(more)}
+    state, title, text = "off", "Nothing set up yet", "Headwater is running. No source is set up yet."
     if not [view for view in pipelines if view.job.name not in seen.histories]:
-        text = "Headwater is running. No source is set up yet."
-        return {"state": "off", "title": "Nothing set up yet", "parts": [{"text": text, "href": ""}], "more": ""}
-    if not any(seen.look.last_runs(view.job.name)[0] for view in pipelines):
-        text = "Headwater is running. No run has ended yet."
-        return {"state": "off", "title": "Starting", "parts": [{"text": text, "href": ""}], "more": " ".join(more)}
-    number = sum(row["partitions"] for row in seen.look.rows("partition_totals"))
-    more.insert(0, f"{counted(len(pipelines), 'pipeline')}, {counted(number, 'partition')}.")
-    text = "Everything delivered"
-    return {
-        "state": "ok",
-        "title": "All delivered",
-        "parts": [{"text": text, "href": ""}],
-        "complete": complete_up_to is not None,
-        "more": " ".join(more),
-    }
+        more = []
+    elif not any(seen.look.last_runs(view.job.name)[0] for view in pipelines):
+        title, text = "Starting", "Headwater is running. No run has ended yet."
+    else:
+        number = sum(row["partitions"] for row in seen.look.rows("partition_totals"))
+        more.insert(0, f"{counted(len(pipelines), 'pipeline')}, {counted(number, 'partition')}.")
+        state, title, text = "ok", "All delivered", "Everything delivered"
+    said = {"state": state, "title": title, "parts": [{"text": text, "href": ""}], "more": " ".join(more)}
+    return {**said, "complete": complete_up_to is not None} if state == "ok" else said
 
 
 def _parts(problems: Iterable[Problem]) -> Sequence[Mapping[str, str]]:
@@ -514,19 +504,12 @@ def _row(
     mark, words = _state(view, own)
     oldest = total["oldest_at"] if total else None
     return {
-        "name": job.name,
-        "helper_of": job.helper_of or None,
+        **view_shown(view),
         "mark": mark,
         "words": words,
-        "state": view.state,
         "off": {"text": job.off, "variables": VARIABLE.findall(job.off), "guide": f"guides/{job.name}"}
         if job.off
         else None,
-        "interval_seconds": job.interval_seconds,
-        "next_run_at": instant_text(view.next_run_at),
-        "progress": view.progress and asdict(view.progress),
-        "queued_backfills": view.queued_backfills,
-        "can_backfill": view.can_backfill,
         "can_verify": job.name in seen.ops.proofs.jobs and not job.off,
         "has_map": job.name in seen.ops.maps.jobs and not job.off,
         "partitions": total["partitions"] if total else 0,

@@ -132,7 +132,7 @@ class Worker:
             if alone and not self._stop.asked:
                 job = Job(step, 0, lambda context: work(context, part))
                 run = execute(job, self._steps_desk, self._stop, Unwatched())
-        self._service.background.save_costs()
+        self._service.costs.save()
         with _told(f"what came of {step} cannot be kept: its plan counts it as waiting"):
             done = StepReport(plan_id, step, _of_step(step, run, part.left), run.requests if run else {})
             self._service.state.workers.save_report(part.pipeline, done)
@@ -181,7 +181,7 @@ class WorkerApp:
         self._worker = worker
         self._service = service
         about = service.settings.service
-        self._probes = Probes(about.version, worker, service.background.readiness, service.state.clock)
+        self._probes = Probes(about.version, worker, service.readiness, service.state.clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
@@ -201,14 +201,14 @@ class WorkerApp:
             await send_refusal(send, Refusal(404, "a worker answers probes only", "ask the process that serves HTTP"))
 
     def _open(self) -> None:
-        self._service.background.readiness.start()
-        self._service.background.alerts.start()
+        self._service.readiness.start()
+        self._service.alerts.start()
         self._worker.start()
 
     def _close(self) -> None:
         self._worker.close(steps_of(self._service.settings.service.shutdown_grace_seconds).stuck)
-        self._service.background.readiness.close()
-        self._service.background.alerts.close()
+        self._service.readiness.close()
+        self._service.alerts.close()
         self._service.scheduler.close(0.0)
         with _told("this worker is shown for a while longer"):
             self._service.state.workers.forget(self._service.desk.terms.owner)

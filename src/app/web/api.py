@@ -130,7 +130,7 @@ def build_api(title: str, version: str, description: str, routers: Sequence[APIR
         openapi_url=None,
         responses=ANYWHERE,
     )
-    for kind in (Refused, AppError, RequestValidationError, HTTPException, Exception):
+    for kind in (AppError, RequestValidationError, HTTPException, Exception):
         api.add_exception_handler(kind, _answer)
     for router in (*routers, _documentation(api)):
         api.include_router(router)
@@ -146,12 +146,10 @@ async def refuse_unknown_parameters(request: Request) -> None:
     declared += [each["name"] for each in (route.openapi_extra or {}).get("parameters", ()) if each["in"] == "query"]
     for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
         if count > 1:
-            raise Refused(
-                Refusal(422, f"the parameter {name[:80]!r} is given {count} times", "give it once", name[:80])
-            )
+            raise Refused(422, f"the parameter {name[:80]!r} is given {count} times", "give it once", name[:80])
         if name not in declared:
             hint = f"use {', '.join(sorted(declared))}" if declared else "leave it out: this route takes none"
-            raise Refused(Refusal(422, f"unknown parameter {name[:80]!r}", hint, name[:80]))
+            raise Refused(422, f"unknown parameter {name[:80]!r}", hint, name[:80])
 
 
 def route_scopes(api: FastAPI) -> RouteScopes:
@@ -166,7 +164,11 @@ def route_scopes(api: FastAPI) -> RouteScopes:
 async def _answer(_: Request, error: Exception) -> JSONResponse:
     """Every error in the one shape. A body that FastAPI did not read as JSON has the wrong type, not a wrong shape."""
     if isinstance(error, RequestValidationError):
-        refusal = _invalid(error.errors())
+        errors = error.errors()
+        first = next(iter(errors), {"loc": (), "msg": "the request cannot be read"})
+        where = ".".join(str(part) for part in first["loc"])
+        others = f" (and {len(errors) - 1} more faults)" if len(errors) > 1 else ""
+        refusal = Refusal(422, f"{where}: {first['msg']}{others}", SEE_DOCS, where)
         if refusal.fault == "body" and isinstance(error.body, bytes) and error.body:
             refusal = Refusal(415, "this media type is not read", "send application/json")
     elif isinstance(error, HTTPException):
@@ -176,13 +178,6 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
     else:
         refusal = refusal_of(error)
     return JSONResponse(refusal.body, refusal.status, headers=dict(refusal.headers))
-
-
-def _invalid(errors: Sequence[Any]) -> Refusal:
-    first = next(iter(errors), {"loc": (), "msg": "the request cannot be read"})
-    where = ".".join(str(part) for part in first["loc"])
-    others = f" (and {len(errors) - 1} more faults)" if len(errors) > 1 else ""
-    return Refusal(422, f"{where}: {first['msg']}{others}", SEE_DOCS, where)
 
 
 def _documentation(api: FastAPI) -> APIRouter:
@@ -223,7 +218,7 @@ def _documentation(api: FastAPI) -> APIRouter:
     @router.get("/docs/{name}", openapi_extra=read)
     def part(name: str) -> Response:
         if name not in PAGE_PARTS:
-            raise Refused(Refusal(404, "Not Found", "see /docs for what there is"))
+            raise Refused(404, "Not Found", "see /docs for what there is")
         content = (folder / name).read_bytes().replace(LOGO_ELSEWHERE, b"assets/icon.svg")
         return Response(content, media_type=PAGE_PARTS[name])
 

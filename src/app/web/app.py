@@ -81,11 +81,45 @@ class Front:
         self._api: Api | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI call."""
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-        elif scope["type"] == "http":
-            await self._http(scope, receive, send)
+        """One ASGI call. Every answer gets the headers that it lacks, and one to a request for a change a line in the
+        log.
+        """
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._lifespan(receive, send)
+            return
+        policy, started = POLICIES.get(scope["path"], SAFE).encode(), False
+        added = [*HEADERS, (b"content-security-policy", policy), *([HSTS] if scope["scheme"] == "https" else [])]
+        if self._guard.origins:  # those that let an allowed page of another site read the answer
+            added.append((b"vary", b"Origin"))
+            if origin := self._guard.allowed_origin(scope):
+                added.append((b"access-control-allow-origin", origin.encode("latin-1")))
+                added.append((b"access-control-expose-headers", b"*"))
+
+        async def answered(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                held = list(message.get("headers", ()))
+                names = {name.lower() for name, _ in held} - {b"vary"}
+                message = {**message, "headers": [*held, *(each for each in added if each[0] not in names)]}
+                if scope["method"] not in SAFE_METHODS:  # one line: who asked for what change, and how it was answered
+                    who = getattr(scope.get("state", {}).get("grant"), "name", "nobody")
+                    path = scope.get("raw_path", b"").decode("latin-1")[:AUDITED_CHARACTERS]
+                    said = {"who": who, "method": scope["method"], "path": path, "status": message["status"]}
+                    address = (scope.get("client") or ("",))[0]
+                    text = "%s %s by %s: %d"
+                    audit.info(text, scope["method"], path, who, message["status"], extra={**said, "address": address})
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, answered)
+        except AppError as error:
+            await send_refusal(answered, refusal_of(error))
+        finally:
+            if not started:
+                log.error("%s %s: no answer was given", scope["method"], scope["path"])
+                await send_refusal(answered, Refusal(500, BROKEN, BROKEN_HINT))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -117,30 +151,6 @@ class Front:
             self._building = asyncio.ensure_future(asyncio.to_thread(build))
         return self._building
 
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Every answer gets the headers that it lacks, and one to a request for a change a line in the log."""
-        added, started = _added_headers(scope, self._guard), False
-
-        async def answered(message: MutableMapping[str, Any]) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                held = list(message.get("headers", ()))
-                names = {name.lower() for name, _ in held} - {b"vary"}
-                message = {**message, "headers": [*held, *(each for each in added if each[0] not in names)]}
-                if scope["method"] not in SAFE_METHODS:
-                    _log_change(scope, message["status"])
-            await send(message)
-
-        try:
-            await self._answer(scope, receive, answered)
-        except (Refused, AppError) as error:
-            await send_refusal(answered, refusal_of(error))
-        finally:
-            if not started:
-                log.error("%s %s: no answer was given", scope["method"], scope["path"])
-                await send_refusal(answered, Refusal(500, BROKEN, BROKEN_HINT))
-
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         probe = self._probes.get(path)
@@ -150,7 +160,7 @@ class Front:
             return
         if self._guard.locked:
             if b"text/html" not in dict(scope["headers"]).get(b"accept", b""):
-                raise Refused(LOCKED)
+                raise Refused(*LOCKED)
             await _send_locked_page(send)
             return
         while self._api is None:
@@ -179,15 +189,6 @@ async def _send_locked_page(send: Send) -> None:
     await send({"type": "http.response.body", "body": page})
 
 
-def _log_change(scope: Scope, status: int) -> None:
-    """One line: who asked for what change, and how it was answered."""
-    who = getattr(scope.get("state", {}).get("grant"), "name", "nobody")
-    path = scope.get("raw_path", b"").decode("latin-1")[:AUDITED_CHARACTERS]
-    said = {"who": who, "method": scope["method"], "path": path, "status": status}
-    address = (scope.get("client") or ("",))[0]
-    audit.info("%s %s by %s: %d", scope["method"], path, who, status, extra={**said, "address": address})
-
-
 def _preflight(scope: Scope, methods: Methods, guard: Guard) -> list[tuple[bytes, bytes]]:
     """What a browser that asks before a call of another site's page is told; empty for anything else."""
     fields = dict(scope["headers"])
@@ -199,15 +200,3 @@ def _preflight(scope: Scope, methods: Methods, guard: Guard) -> list[tuple[bytes
         (b"access-control-allow-headers", asked if FIELD_NAMES.fullmatch(asked) else b""),
         (b"access-control-max-age", b"600"),
     ]
-
-
-def _added_headers(scope: Scope, guard: Guard) -> list[tuple[bytes, bytes]]:
-    """The security headers, and those that let an allowed page of another site read the answer."""
-    policy = POLICIES.get(scope["path"], SAFE).encode()
-    added = [*HEADERS, (b"content-security-policy", policy), *([HSTS] if scope["scheme"] == "https" else [])]
-    if guard.origins:
-        added.append((b"vary", b"Origin"))
-        if origin := guard.allowed_origin(scope):
-            added.append((b"access-control-allow-origin", origin.encode("latin-1")))
-            added.append((b"access-control-expose-headers", b"*"))
-    return added

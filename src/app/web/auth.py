@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from http.cookies import CookieError, SimpleCookie
 from secrets import token_urlsafe
-from typing import Protocol
 from urllib.parse import urlsplit
 
 from app.config import NEW_KEY
 from app.config.rules import UNLOCK, loopback
 from app.config.value_types import KEY_NAME, SCOPES, KeyEntry, parse_keys
 from app.core.errors import Rejected
-from app.db.state import DashboardSession
+from app.db.state import DashboardSession, SqlSessions
 from app.web.errors import Refusal, Refused, Scope
 
 # API keys: making them, and telling who presents one.
@@ -34,54 +33,28 @@ PRESENTED = re.compile(r"hw_([a-z0-9_-]{1,40})_[A-Za-z0-9_-]{43}")
 NOBODY = KeyEntry("", frozenset(), "", bytes(hashlib.sha256().digest_size))
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Who calls and what they may do. S3 scopes reach only keys that start with `s3_prefix`; "" = all.
-
-    `key_hash` is the SHA-256 of the key, hex; "" for nobody's.
-    """
-
-    name: str
-    scopes: frozenset[str]
-    s3_prefix: str = ""
-    key_hash: str = field(default="", repr=False, compare=False)
-
-    def allows(self, scope: str) -> bool:
-        """True when exactly this scope was granted; groups were opened when the key was read."""
-        return scope in self.scopes
-
-
 class Keyring:
-    """The configured keys, `settings.access.api_keys`. False when there is none. Safe to use from any thread."""
+    """The configured keys, `settings.access.api_keys`. Safe to use from any thread."""
 
     def __init__(self, entries: Iterable[KeyEntry], clock: Callable[[], datetime]) -> None:
         self._clock = clock
-        self._by_name: dict[str, list[KeyEntry]] = {}
+        self.by_name: dict[str, list[KeyEntry]] = {}
         for entry in entries:
-            self._by_name.setdefault(entry.name, []).append(entry)
+            self.by_name.setdefault(entry.name, []).append(entry)
 
-    def __bool__(self) -> bool:
-        return bool(self._by_name)
-
-    def authenticate(self, presented: str) -> Grant | None:
-        """The grant of the key that is `presented` and not expired; None for anything else, whatever it is."""
+    def authenticate(self, presented: str) -> KeyEntry | None:
+        """The key that is `presented` and not expired; None for anything else, whatever it is."""
         match = PRESENTED.fullmatch(presented[: MAX_PRESENTED_CHARACTERS + 1])
-        entries = self._by_name.get(match[1], []) if match else []
-        return self._living(entries or [NOBODY], _digest(presented if match else ""))
+        return self.living(match[1] if match else "", _digest(presented if match else ""))
 
-    def grant_of(self, name: str, key_hash: str) -> Grant | None:
-        """The grant of the key with this name and hash; None when it is gone or has expired."""
-        return self._living(self._by_name.get(name, []), bytes.fromhex(key_hash))
-
-    def _living(self, entries: Iterable[KeyEntry], digest: bytes) -> Grant | None:
-        grant = None
-        for entry in entries:
-            if hmac.compare_digest(digest, entry.digest) and self._alive(entry):
-                grant = Grant(entry.name, entry.scopes, entry.s3_prefix, entry.digest.hex())
-        return grant
-
-    def _alive(self, entry: KeyEntry) -> bool:
-        return entry.expires_at is None or self._clock() < entry.expires_at
+    def living(self, name: str, digest: bytes) -> KeyEntry | None:
+        """The key with this name and SHA-256; None when it is gone or has expired."""
+        found = None
+        for entry in self.by_name.get(name, [NOBODY]):
+            is_alive = entry.expires_at is None or self._clock() < entry.expires_at
+            if hmac.compare_digest(digest, entry.digest) and is_alive:
+                found = entry
+        return found
 
 
 def new_key(
@@ -132,7 +105,7 @@ ADDRESSES = 10_000
 BURST_SECONDS = 10
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OWN_PAGES = frozenset({"none", "same-origin"})
-EVERYBODY = Grant("anonymous", frozenset(SCOPES))
+EVERYBODY = KeyEntry("anonymous", frozenset(SCOPES), "", b"")
 OPEN = "open"
 SIGN_IN = f"send a key as `Authorization: Bearer` or `X-API-Key`; `{NEW_KEY}` makes one"
 LOCKED = Refusal(503, "locked: API_KEYS is not set, so only /health and /ready are answered", UNLOCK)
@@ -206,19 +179,6 @@ class KeyRates:
         return 0.0 if allowed else (1 - tokens) / self._per_second
 
 
-class SessionStore(Protocol):
-    """Who is signed in to the dashboard, by the SHA-256 (hex) of a token. See `app.db.state.SqlSessions`."""
-
-    def find(self, token_hash: str) -> DashboardSession | None:
-        """The session of a token."""
-
-    def begin(self, token_hash: str, begun: DashboardSession, now: datetime) -> None:
-        """Keep a session."""
-
-    def end(self, token_hash: str) -> None:
-        """Forget a session."""
-
-
 @dataclass(frozen=True, slots=True)
 class Guard:
     """`anonymous`: ALLOW_ANONYMOUS is set, so other machines may call without keys. `locked`: nobody may call.
@@ -228,7 +188,7 @@ class Guard:
 
     keyring: Keyring
     clock: Callable[[], datetime]
-    sessions: SessionStore
+    sessions: SqlSessions
     rates: KeyRates
     anonymous: bool = False
     locked: bool = False
@@ -244,41 +204,41 @@ class Guard:
         method = scope["method"]
         if method not in SAFE_METHODS and not self._own_page(scope):
             hint = "call from the dashboard itself, or name the page's origin in CORS_ORIGINS"
-            raise Refused(Refusal(403, "a page of another site started this call", hint))
+            raise Refused(403, "a page of another site started this call", hint)
         wanted = methods.get(method, "")
         if wanted == OPEN:
             return
         grant = await self.grant(scope)
         if grant is None:
-            raise Refused(unauthorized("this needs a key"))
+            raise Refused(*unauthorized("this needs a key"))
         scope.setdefault("state", {})["grant"] = grant
-        seconds = self.rates.wait_seconds(grant.name, self.clock()) if grant.key_hash else 0
+        seconds = self.rates.wait_seconds(grant.name, self.clock()) if grant.digest else 0
         if seconds:
             wait = {"Retry-After": str(math.ceil(seconds))}
-            raise Refused(Refusal(429, f"too many requests with the key {grant.name}", "send fewer", headers=wait))
+            raise Refused(429, f"too many requests with the key {grant.name}", "send fewer", headers=wait)
         if not methods:
-            raise Refused(Refusal(404, "Not Found", "see /docs for what there is"))
+            raise Refused(404, "Not Found", "see /docs for what there is")
         if method not in methods:
             allowed = {"Allow": ", ".join(sorted(methods))}
             hint = "see /docs for the methods of this path"
-            raise Refused(Refusal(405, "Method Not Allowed", hint, headers=allowed))
+            raise Refused(405, "Method Not Allowed", hint, headers=allowed)
         if not wanted:
-            raise Refused(Refusal(403, "this route declares no scope", "report it: nobody can call it"))
-        if not grant.allows(wanted):
+            raise Refused(403, "this route declares no scope", "report it: nobody can call it")
+        if wanted not in grant.scopes:
             hint = f"use a key with this scope; `python -m app keys new helper --scopes {wanted}` makes one"
-            raise Refused(Refusal(403, f"this needs the scope {wanted}", hint))
+            raise Refused(403, f"this needs the scope {wanted}", hint)
 
-    async def grant(self, scope: Scope) -> Grant | None:
+    async def grant(self, scope: Scope) -> KeyEntry | None:
         """Who calls; None for nobody. Raises Refused for a wrong key or a session that has ended, Transient when
         sessions cannot be looked up.
         """
         fields = _fields(scope)
-        if not self.keyring:
+        if not self.keyring.by_name:
             # the name of this machine, which one that a foreign page bound to 127.0.0.1 is not
             host = fields.get(b"host", "")
             if not self.anonymous and not loopback(host if host.endswith("]") else host.rsplit(":", 1)[0]):
                 hint = "use localhost or 127.0.0.1, or set API_KEYS"
-                raise Refused(Refusal(403, "without keys only calls to this machine's own name are answered", hint))
+                raise Refused(403, "without keys only calls to this machine's own name are answered", hint)
             return EVERYBODY
         if key := presented(fields):
             return self.sign_in(key, scope)
@@ -287,12 +247,12 @@ class Guard:
             return None
         session = await asyncio.to_thread(self.sessions.find, _digest(token).hex())
         alive = session is not None and self.clock() < session.ends_at
-        grant = self.keyring.grant_of(session.key_name, session.key_hash) if session is not None and alive else None
+        grant = self.keyring.living(session.key_name, bytes.fromhex(session.key_hash)) if session and alive else None
         if grant is None:
-            raise Refused(unauthorized("the session has ended"))
+            raise Refused(*unauthorized("the session has ended"))
         return grant
 
-    def sign_in(self, key: str, scope: Scope) -> Grant:
+    def sign_in(self, key: str, scope: Scope) -> KeyEntry:
         """The grant of a key, which is then in the state. Raises Refused with 401, or 429 after too many failures
         of this address.
         """
@@ -304,13 +264,13 @@ class Guard:
         seconds = self.throttle.failed((scope.get("client") or ("",))[0], now)
         if seconds is not None:
             wait = {"Retry-After": str(math.ceil(seconds))}
-            raise Refused(Refusal(429, "too many failed sign-ins", "wait, then use a valid key", headers=wait))
-        raise Refused(unauthorized("the key is not known or has expired"))
+            raise Refused(429, "too many failed sign-ins", "wait, then use a valid key", headers=wait)
+        raise Refused(*unauthorized("the key is not known or has expired"))
 
-    async def begin_session(self, grant: Grant) -> str:
+    async def begin_session(self, grant: KeyEntry) -> str:
         """The token of a new session of this key, for a cookie. Raises Transient when it cannot be kept."""
         now, token = self.clock(), token_urlsafe(KEY_BYTES)
-        begun = DashboardSession(grant.name, grant.key_hash, now + SESSION)
+        begun = DashboardSession(grant.name, grant.digest.hex(), now + SESSION)
         await asyncio.to_thread(self.sessions.begin, _digest(token).hex(), begun, now)
         return token
 

@@ -64,7 +64,7 @@ async def acquired(places: asyncio.Semaphore, busy: Refusal) -> None:
         async with asyncio.timeout(WAIT_SECONDS):
             await places.acquire()
     except TimeoutError:
-        raise Refused(busy) from None
+        raise Refused(*busy) from None
 
 
 async def carried(blocks: AsyncIterator[bytes], threads: Executor, work: Callable[[Readable], T]) -> T:

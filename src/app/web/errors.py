@@ -5,8 +5,7 @@ Invariant: no answer shows a stack trace or the text of an unexpected exception;
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -38,15 +37,14 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """An error answer. `fault` is the field that is wrong, "" when it is not about one."""
 
     status: int
     message: str
     hint: str
     fault: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = {}
 
     @property
     def body(self) -> dict[str, Any]:
@@ -55,12 +53,14 @@ class Refusal:
         return {"error": {**error, "field": self.fault} if self.fault else error}
 
 
-class Refused(Exception):
-    """Raised by a route to answer with a refusal."""
+class Refused(Rejected):
+    """Raised to answer with a refusal, which is made of what is given."""
 
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
+    def __init__(
+        self, status: int, message: str, hint: str, fault: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message, hint)
+        self.refusal = Refusal(status, message, hint, fault, headers or {})
 
 
 def faults(meanings: Mapping[int, str]) -> Answers:

@@ -45,12 +45,12 @@ class BodyLimits:
             await app(scope, receive, send)  # no body can come
             return
         if length.isdigit() and int(length) > limit_bytes:
-            raise Refused(too_large(limit_bytes))
+            raise Refused(*too_large(limit_bytes))
         body = _Body(receive, send, limit_bytes)
         with suppress(_Cut):
             await app(scope, body.receive, body.send)
         if body.refusal is not None and not body.started:
-            raise Refused(body.refusal)
+            raise Refused(*body.refusal)
 
 
 class _Cut(Exception):

@@ -150,7 +150,7 @@ def serve(
     room = Room(CONNECTIONS, raised_descriptors())
     config = uvicorn_config(
         app,
-        host=listening_host(host),
+        host="" if host.strip("[]") == "::" else host.strip("[]"),  # asyncio binds `::` to IPv6 alone
         port=port,
         http=partial(PunctualProtocol, room),
         loop="app.web.protocol:PoliteLoop",
@@ -160,12 +160,6 @@ def serve(
         timeout_graceful_shutdown=steps.requests,  # asyncio's, which takes fractions
     )
     DrainingServer(config, room, health_port=health_port, jobs_seconds=steps.jobs, ask_stop=ask_stop, busy=busy).run()
-
-
-def listening_host(host: str) -> str:
-    """The address for asyncio: without brackets, and `::` as the empty one, since asyncio binds `::` to IPv6 alone."""
-    bare = host.strip("[]")
-    return "" if bare == "::" else bare
 
 
 def raised_descriptors() -> int:

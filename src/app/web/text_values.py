@@ -4,7 +4,7 @@ import re
 from datetime import UTC, datetime
 from urllib.parse import unquote_to_bytes
 
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refused
 
 # A plus sign in a query string is a blank: `12:34:56+02:00` comes as `12:34:56 02:00`, which can mean nothing else.
 BLANK_FOR_PLUS = re.compile(r"(.*:\d\d(?:[.,]\d+)?) (\d\d:?\d\d)", re.ASCII)
@@ -18,7 +18,7 @@ def check_query(query: bytes) -> None:
         unquote_to_bytes(query).decode()
     except UnicodeDecodeError:
         hint = "percent-encode the UTF-8 bytes of each value"
-        raise Refused(Refusal(422, "the query is not UTF-8", hint)) from None
+        raise Refused(422, "the query is not UTF-8", hint) from None
 
 
 def instant(text: str) -> datetime:
