@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -104,6 +105,30 @@ def test_keys_that_share_a_hash_stay_apart() -> None:
     places = keys.candidates(hashed(cells))
     assert places.tolist() == [0, 1, 2]
     assert keys.last_rows(cells.taken(places), hashed(cells)[places]).tolist() == [2, 3, -1]
+
+
+def test_keys_that_share_a_hash_stay_apart_also_where_there_are_no_others() -> None:
+    first, second = colliding(2)
+    keys = Keys()
+    keys.add(cells_of([first, second, first]))
+    keys.sort()
+    assert (keys.count, keys.kept_rows().tolist()) == (2, [1, 2])
+
+
+@pytest.mark.parametrize("rows", [1, 17, 5000])
+def test_of_a_key_that_stands_in_every_row_the_last_one_is_kept(rows: int) -> None:
+    keys = Keys()
+    keys.add(cells_of([b"the same"] * rows))
+    keys.sort()
+    assert (keys.count, keys.kept_rows().tolist()) == (1, [rows - 1])
+
+
+@pytest.mark.parametrize("size", range(0, LONG_KEY_BYTES + 9, 4))
+def test_the_hash_of_a_key_does_not_depend_on_its_neighbours(size: int) -> None:
+    key = b"k" * size
+    alone = hashed(cells_of([key])).tolist()
+    neighbours = (b"", b"n", b"k" * (size + 1), b"n" * (size + 8), b"n" * (size + LONG_KEY_BYTES))
+    assert [hashed(cells_of([key, each])).tolist()[:1] for each in neighbours] == [alone] * len(neighbours)
 
 
 def test_no_cells_have_no_hashes() -> None:
