@@ -13,7 +13,7 @@ from analytics_ways import PREFIX, hourly
 from app.analytics.engine import Engine, EngineLimits
 from app.analytics.summaries import Summaries
 from app.db.state import open_state
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from app.object_store.s3 import S3Store
 from app.object_store.s3_client import S3Target
 
@@ -37,7 +37,7 @@ def main() -> None:
     for number in range(ROUNDS):
         nothing.append(refreshed_ms(summaries))
         name, content = hourly(int(objects) + number, 200, random.Random(number))
-        store.put(name, io.BytesIO(content), Put("application/vnd.apache.parquet"))
+        store.put(name, io.BytesIO(content), PutRequest("application/vnd.apache.parquet"))
         one_new.append(refreshed_ms(summaries))
     engine.close()
     listing_ms = statistics.median(nothing)

@@ -82,7 +82,7 @@ def fill(data: Path, given: Given) -> None:
 
 def facts(given: Given) -> Iterator[Any]:
     """What one hour of one device adds up to."""
-    from app.db.object_summaries import DaySummary, Facts
+    from app.db.object_summaries import DaySummary, ObjectFacts
 
     draw = random.Random(1)
     for device in range(given.devices):
@@ -95,7 +95,7 @@ def facts(given: Given) -> Iterator[Any]:
             day = (at - datetime(1970, 1, 1, tzinfo=at.tzinfo)).days
             sums = (230.0 * ROWS + draw.random(), ROWS, 41.5, None, 0)
             part = DaySummary(name, day, ROWS, first_us, last_us, *sums, latest)
-            yield Facts(key, etag_of(key), SIZE_BYTES, ROWS, COLUMNS, "", (part,))
+            yield ObjectFacts(key, etag_of(key), SIZE_BYTES, ROWS, COLUMNS, "", (part,))
 
 
 def measure(data: Path, given: Given) -> list[Goal]:

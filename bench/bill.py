@@ -141,7 +141,7 @@ class Bill:
 def export(given: argparse.Namespace, cap: float | None) -> Bill:
     """All simulated minutes."""
     from app.config.environment import load_settings
-    from app.core.runs import LeaseTerms, RunDesk, Stop, execute
+    from app.core.runs import LeaseTerms, RunServices, Stop, execute
     from app.db.state import open_state
     from app.influx_to_s3.job import NAME, build
     from app.main import open_store
@@ -188,7 +188,7 @@ def export(given: argparse.Namespace, cap: float | None) -> Bill:
             ).jobs
             if each.name == NAME
         )
-        desk = RunDesk(
+        services = RunServices(
             lambda: datetime.now(UTC), state.leases, state.runs, LeaseTerms("bench"), lambda *_: costs.save()
         )
         estimated, seen = 0.0, dict[str, int]()
@@ -198,7 +198,7 @@ def export(given: argparse.Namespace, cap: float | None) -> Bill:
             child.stdout.readline()
             now[0] += timedelta(minutes=1)
             began_at = datetime.now(UTC)
-            run = execute(job, desk, Stop(), Silent())
+            run = execute(job, services, Stop(), Silent())
             if run is None or run.error:
                 sys.exit(run.error if run else "the lease is taken")
             with state.database.transaction() as session:

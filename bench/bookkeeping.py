@@ -63,7 +63,7 @@ def record_of(device: int, at: datetime) -> Any:
 
 def facts_of(record: Any) -> Any:
     """What /analytics sums of the object of a window."""
-    from app.db.object_summaries import DaySummary, Facts
+    from app.db.object_summaries import DaySummary, ObjectFacts
 
     device, first_us = record.key.split("=")[1].split("/")[0], int(record.window.start.timestamp()) * 1_000_000
     last_us, total = first_us + 3_599_000_000, record.sums["voltage"].total
@@ -71,7 +71,9 @@ def facts_of(record: Any) -> Any:
     latest = (last_us, *(round(draw.uniform(0, 400), 2) for _ in range(6)), "pump", "Plant-A", 0)
     sums = (total, 3600, round(draw.uniform(20, 90), 1), 3600 * draw.uniform(20, 90), 3600)
     part = DaySummary(json.dumps(device), first_us // 86_400_000_000, 3600, first_us, last_us, *sums, latest)
-    return Facts(record.key, record.version, record.size_bytes, 3600, dict.fromkeys(FIELDS, "DOUBLE"), "", (part,))
+    return ObjectFacts(
+        record.key, record.version, record.size_bytes, 3600, dict.fromkeys(FIELDS, "DOUBLE"), "", (part,)
+    )
 
 
 def commits(devices: int, day: datetime) -> Iterator[tuple[str, Any]]:

@@ -152,7 +152,7 @@ def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> No
     """One line of JSON per phase."""
     from app.analytics.table_sums import TableSums
     from app.config.environment import load_settings
-    from app.core.runs import LeaseTerms, RunDesk, Stop, execute
+    from app.core.runs import LeaseTerms, RunServices, Stop, execute
     from app.db.state import open_state
     from app.influx_to_s3.job import NAME, ObjectSums, build
     from app.object_store.local import LocalDirectory
@@ -175,7 +175,9 @@ def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> No
             sums=ObjectSums(TableSums, state.summaries),
         )
         job = next(job for job in export.jobs if job.name == NAME)
-        desk = RunDesk(lambda: datetime.now(UTC), state.leases, state.runs, LeaseTerms("bench"), lambda *_: None)
+        services = RunServices(
+            lambda: datetime.now(UTC), state.leases, state.runs, LeaseTerms("bench"), lambda *_: None
+        )
         for phase, share in (("first", 0.0), ("nothing new", 0.0), ("all new", 1.0), ("a tenth new", 0.1)):
             child.stdin.write(f"{share}\n")
             child.stdin.flush()
@@ -185,7 +187,7 @@ def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> No
             checkpoints.calls.clear()
             used, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
             rows = objects = 0
-            while (run := execute(job, desk, Stop(), Silent())) is not None:
+            while (run := execute(job, services, Stop(), Silent())) is not None:
                 rows, objects = rows + run.report.rows, objects + run.report.windows
                 if not run.report.more:
                     break

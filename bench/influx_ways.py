@@ -141,7 +141,7 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
 
     from app.analytics.table_sums import TableSums
     from app.config.environment import load_settings
-    from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
+    from app.core.runs import LeaseTerms, Outcome, RunServices, Stop, execute
     from app.db.state import open_state
     from app.influx_to_s3 import job
     from app.object_store.local import LocalDirectory
@@ -164,10 +164,10 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
     aside = SetAsideStore(store, folder_of(settings.s3.prefix), settings.set_aside.max_bytes)
     sums = job.ObjectSums(TableSums, state.summaries)
     export = job.build(settings, state.checkpoints, store, set_aside=aside, clock=clock, sums=sums)
-    desk = RunDesk(clock, state.leases, state.runs, LeaseTerms("bench"), lambda _run, cause: raised(cause))
+    services = RunServices(clock, state.leases, state.runs, LeaseTerms("bench"), lambda _run, cause: raised(cause))
     rows, more = 0, True
     while more:
-        run = execute(export.jobs[0], desk, Stop(), Silent())
+        run = execute(export.jobs[0], services, Stop(), Silent())
         if run is None or run.outcome is not Outcome.OK:
             sys.exit(f"the export failed: {run}")
         rows, more = rows + run.report.rows, run.report.more

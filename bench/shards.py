@@ -139,7 +139,7 @@ class Discarding:
         self._done: list[Any] = []
 
     def send_step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> bool:
-        """See `Sender`."""
+        """See `StepSender`."""
         from app.core.runs import Report
         from app.db.workers import StepReport
 
@@ -149,7 +149,7 @@ class Discarding:
         return True
 
     def take_reports(self, _: str) -> list[Any]:
-        """See `Reports`."""
+        """See `StepReports`."""
         done, self._done = self._done, []
         return done
 
@@ -174,7 +174,7 @@ def plan(devices: int, changed: float) -> None:
 def plan_here(devices: int) -> None:
     """The process that is measured; what is recorded of the devices is made first by one that is forked."""
     from app.config.environment import load_settings
-    from app.core.runs import LeaseTerms, RunDesk, Stop, execute
+    from app.core.runs import LeaseTerms, RunServices, Stop, execute
     from app.db.state import open_state
     from app.influx_to_s3.job import NAME, build
     from app.object_store.local import LocalDirectory
@@ -194,9 +194,9 @@ def plan_here(devices: int) -> None:
         shards = Shards(queue, queue, requests, shards=settings.export.shards, patience_seconds=30)
         export = build(settings, state.checkpoints, store, set_aside=aside, clock=state.clock, steps=shards)
         job = next(job for job in export.jobs if job.name == NAME)
-        desk = RunDesk(state.clock, state.leases, state.runs, LeaseTerms("bench"), lambda *_: None)
+        services = RunServices(state.clock, state.leases, state.runs, LeaseTerms("bench"), lambda *_: None)
         before, used, began = peak_mib(), time.process_time(), time.monotonic()
-        run = execute(job, desk, Stop(), Silent())
+        run = execute(job, services, Stop(), Silent())
         told = {
             "devices": devices,
             "steps": queue.steps,

@@ -149,7 +149,7 @@ def row_of(tags: Row, fields: Row, at_ns: int) -> Row:
 def write_tree(folder: Path) -> Found:
     """Export every point by the product's own job; what stands in the tree then, computed from the points."""
     from app.config.environment import load_settings
-    from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
+    from app.core.runs import LeaseTerms, Outcome, RunServices, Stop, execute
     from app.db.state import open_state
     from app.influx_to_s3 import job
     from app.object_store.local import LocalDirectory
@@ -174,7 +174,7 @@ def write_tree(folder: Path) -> Found:
         aside = SetAsideStore(store, folder_of(PREFIX), settings.set_aside.max_bytes)
         clock: Callable[[], datetime] = lambda: now[0]  # noqa: E731 - it is read again and again
         export = job.build(settings, state.checkpoints, store, set_aside=aside, clock=clock)
-        desk = RunDesk(clock, state.leases, state.runs, LeaseTerms("bench"), lambda _run, cause: failed(cause))
+        services = RunServices(clock, state.leases, state.runs, LeaseTerms("bench"), lambda _run, cause: failed(cause))
         written = list(points())
         for day in range(DAYS):  # day by day, so that fields and devices come later for the product as well
             now[0] = START + timedelta(days=day + 1, hours=2)
@@ -183,7 +183,7 @@ def write_tree(folder: Path) -> Found:
             influx.write("\n".join(line(*point) for point in new))
             more = True
             while more:
-                run = execute(export.jobs[0], desk, Stop(), Silent())
+                run = execute(export.jobs[0], services, Stop(), Silent())
                 if run is None or run.outcome is not Outcome.OK:
                     sys.exit(f"the export failed: {run}")
                 more = run.report.more

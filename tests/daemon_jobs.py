@@ -17,7 +17,7 @@ from app.core.errors import Permanent
 from app.core.ledger import KeptFile, SetAside, Tally, ledger_of
 from app.core.pipeline import Commit, Record
 from app.core.runs import Context, Failure, Job, Report, Run, Stop
-from app.core.verify import Cell, CellState, Content, Slot
+from app.core.verify import CellState, MapCell, PartitionWindow, WindowContent
 from app.core.windows import Window, windows_between
 from app.main import ServiceParts
 from app.object_store.row_digest import content_of
@@ -163,27 +163,30 @@ class Shelf:
     def open(self, _: Stop) -> "Shelf":
         return self
 
-    def path(self, slot: Slot) -> Path:
+    def path(self, slot: PartitionWindow) -> Path:
         return self.root / f"{slot.window.start:%H}.txt"
 
     def hours(self, span: Window) -> list[Window]:
         return [hour for hour in windows_between(span.start, span.end, 3600) if hour.end <= self.clock()]
 
-    def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
+    def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
         yield from (
-            Slot(name, hour) for name in self.partitions() for hour in self.hours(span) if partition in (None, name)
+            PartitionWindow(name, hour)
+            for name in self.partitions()
+            for hour in self.hours(span)
+            if partition in (None, name)
         )
 
-    def source(self, slot: Slot) -> Content:
+    def source(self, slot: PartitionWindow) -> WindowContent:
         return content_of({"row": f"{slot.window.start:%H}{row}"} for row in range(10))
 
-    def destination(self, slot: Slot) -> Content:
+    def destination(self, slot: PartitionWindow) -> WindowContent:
         while self.root.with_name("hold").exists():  # a test looks at the progress
             time.sleep(0.02)
         path = self.path(slot)
         return content_of({"row": line} for line in (path.read_text().split() if path.exists() else ()))
 
-    def heal(self, context: Context, slot: Slot) -> Report:
+    def heal(self, context: Context, slot: PartitionWindow) -> Report:
         self.root.mkdir(exist_ok=True)
         self.path(slot).write_text("\n".join(f"{slot.window.start:%H}{row}" for row in range(10)))
         return Report(rows=10, windows=1)
@@ -191,9 +194,9 @@ class Shelf:
     def partitions(self, _: Window | None = None) -> list[str]:
         return ["shelf <b>one</b>"]
 
-    def cells(self, partition: str, span: Window) -> list[Cell]:
-        held = [(hour, self.path(Slot(partition, hour)).exists()) for hour in self.hours(span)]
-        return [Cell(hour, CellState.EQUAL if there else CellState.MISSING, 10, int(there)) for hour, there in held]
+    def cells(self, partition: str, span: Window) -> list[MapCell]:
+        held = [(hour, self.path(PartitionWindow(partition, hour)).exists()) for hour in self.hours(span)]
+        return [MapCell(hour, CellState.EQUAL if there else CellState.MISSING, 10, int(there)) for hour, there in held]
 
     def work(self, context: Context) -> Report:
         context.progress.advance(total=2, done=1)

@@ -12,9 +12,9 @@ import pytest
 
 from app.analytics.table_sums import TableSums
 from app.config.environment import load_settings
-from app.core.partitions import Step, SyncPlan, in_this_process
+from app.core.partitions import Step, SyncPlan, run_in_process
 from app.core.pipeline import NOTHING, Commit
-from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop, execute
+from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunServices, Stop, execute
 from app.core.windows import Window
 from app.db.state import State, open_state
 from app.influx_to_s3.job import NAME, RECONCILE, InfluxExport, ObjectSums, build
@@ -100,7 +100,7 @@ class Exporter:
             self.store,
             set_aside=aside,
             clock=self.clock,
-            steps=self.steps or in_this_process,
+            steps=self.steps or run_in_process,
             sums=ObjectSums(TableSums, self.state.summaries),
         )
 
@@ -114,7 +114,7 @@ class Exporter:
         return self.execute(job.work, name, dry_run=dry_run)
 
     def execute(self, work: Callable[[Context], Report], name: str = NAME, *, dry_run: bool = False) -> Run:
-        run = execute(Job(name, 60, work), self._desk(), Stop(), Silent(), dry_run=dry_run)
+        run = execute(Job(name, 60, work), self._services(), Stop(), Silent(), dry_run=dry_run)
         assert run is not None
         return run
 
@@ -138,7 +138,7 @@ class Exporter:
     ) -> Run:
         export = self.built or self.export(**environ)
         job = Job(NAME, 60, lambda context: export.replace(context, Window(start, end), allow_shrink))
-        run = execute(job, self._desk(), Stop(), Silent(), dry_run=dry_run)
+        run = execute(job, self._services(), Stop(), Silent(), dry_run=dry_run)
         assert run is not None
         assert run.outcome is Outcome.OK, f"{run.error} ({run.hint})"
         return run
@@ -149,7 +149,7 @@ class Exporter:
     def _past(self, command: str, start: datetime, end: datetime, *, dry_run: bool, **environ: str) -> Run:
         export = self.built or self.export(**environ)
         job = Job(NAME, 60, lambda context: getattr(export, command)(context, Window(start, end)))
-        run = execute(job, self._desk(), Stop(), Silent(), dry_run=dry_run)
+        run = execute(job, self._services(), Stop(), Silent(), dry_run=dry_run)
         assert run is not None
         assert run.outcome is Outcome.OK, f"{run.error} ({run.hint})"
         return run
@@ -189,13 +189,13 @@ class Exporter:
             checkpoints.commit(NAME, device, Commit((counted, delta)), context.lease)
             return Report()
 
-        run = execute(Job(NAME, 60, write), self._desk(), Stop(), Silent())
+        run = execute(Job(NAME, 60, write), self._services(), Stop(), Silent())
         assert run is not None
         assert run.outcome is Outcome.OK, run.error
         return keys[0]
 
-    def _desk(self) -> RunDesk:
-        return RunDesk(
+    def _services(self) -> RunServices:
+        return RunServices(
             lambda: datetime.now(UTC), self.state.leases, self.state.runs, LeaseTerms("test"), lambda _run, _error: None
         )
 

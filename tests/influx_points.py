@@ -11,10 +11,10 @@ from app.core.retry import Pauses, RetryPolicy
 from app.core.runs import Stop
 from app.core.windows import EPOCH
 from app.db.checkpoints import Layout
-from app.influx_to_s3.layout import Column, Columns, LayoutFile, Tree, first_tree
-from app.influx_to_s3.reader import Points, Reader
+from app.influx_to_s3.layout import Column, LayoutDocument, LayoutFile, TreeColumns, new_layout
+from app.influx_to_s3.reader import PointColumns, Reader
 from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.rows import Disagreement, canonical, ordered
+from app.influx_to_s3.rows import ConflictingValue, canonical_table, merge_ordered
 from app.influx_to_s3.source import InfluxSource
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -24,25 +24,25 @@ LAYOUT = Layout(EPOCH, 3600, "parquet", "%Y/%m/%d", "us")
 IGNORED = ("schema_version", "enrichment_status")
 
 
-def tree_of(*columns: Column) -> Tree:
+def tree_of(*columns: Column) -> LayoutDocument:
     """A tree that began at noon."""
-    tree = first_tree(LAYOUT, NOON)
-    return Tree(tree.first_start_at, tree.sealed_day, tree.layouts, columns)
+    tree = new_layout(LAYOUT, NOON)
+    return LayoutDocument(tree.first_start_at, tree.sealed_day, tree.layouts, columns)
 
 
 def columns_of(
     *columns: Column,
-    tree: Tree | None = None,
+    tree: LayoutDocument | None = None,
     device_tag: str = "device_id",
     ignored: Iterable[str] = IGNORED,
     types: Mapping[str, str] | None = None,
     file: LayoutFile | None = None,
-) -> Columns:
+) -> TreeColumns:
     """The columns of a new tree, or of one that has these."""
-    return Columns(tree or tree_of(*columns), device_tag=device_tag, ignored=ignored, types=types or {}, file=file)
+    return TreeColumns(tree or tree_of(*columns), device_tag=device_tag, ignored=ignored, types=types or {}, file=file)
 
 
-def points(*instants: int, tags: Mapping[str, str | None] | None = None, **fields: Sequence[Any]) -> Points:
+def points(*instants: int, tags: Mapping[str, str | None] | None = None, **fields: Sequence[Any]) -> PointColumns:
     """Points of one series at nanoseconds after noon; a field of several types has them in one part for each."""
     number = len(instants)
     times = pa.array([NOON_NS + at for at in instants], pa.int64()).cast(TIMES)
@@ -52,16 +52,18 @@ def points(*instants: int, tags: Mapping[str, str | None] | None = None, **field
         for name, values in fields.items()
         for part in (values if _is_parts(values) else [pa.array(values)])
     ]
-    return Points(times, named, parts)
+    return PointColumns(times, named, parts)
 
 
 def _is_parts(values: Sequence[Any]) -> bool:
     return isinstance(values, list) and bool(values) and isinstance(values[0], pa.Array)
 
 
-def in_order(blocks: Iterable[Points], columns: Columns) -> tuple[pa.Table, Sequence[Disagreement], Mapping[str, int]]:
+def in_order(
+    blocks: Iterable[PointColumns], columns: TreeColumns
+) -> tuple[pa.Table, Sequence[ConflictingValue], Mapping[str, int]]:
     """What becomes of some blocks of one window."""
-    return ordered([canonical(block, columns) for block in blocks], columns)
+    return merge_ordered([canonical_table(block, columns) for block in blocks], columns)
 
 
 def rows_in(tables: Iterable[pa.Table]) -> list[dict[str, Any]]:
@@ -93,7 +95,7 @@ def source_of(
     batch_rows: int = 1000,
     pauses: Pauses | None = None,
     attempts: int = 4,
-    columns: Columns | None = None,
+    columns: TreeColumns | None = None,
 ) -> InfluxSource:
     """A source over a reader, with columns of its own unless it shares those of another one."""
     return InfluxSource(
@@ -119,7 +121,7 @@ def rows(*instants: int, **columns: Sequence[Any]) -> pa.Table:
     return pa.table({"timestamp": times, **columns})
 
 
-def spooled(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0, columns: Columns = COLUMNS) -> RowBatch:
+def spooled(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0, columns: TreeColumns = COLUMNS) -> RowBatch:
     batch = RowBatch("D1", folder, memory_rows, columns)
     for table in tables:
         batch.append(table)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from app.core.windows import Window
 from app.influx_to_s3.flux import FluxReader
 from app.influx_to_s3.influxql import InfluxQlReader
-from app.influx_to_s3.reader import Connection, Points, Reader
+from app.influx_to_s3.reader import InfluxConnection, PointColumns, Reader
 from exporter import NOON, ns
 from simulators.influx import InfluxSimulator
 
@@ -33,7 +33,7 @@ def flux(
 ) -> FluxReader:
     given = {"url": influx.url, "token": influx.token, "timeout_seconds": 10.0, **server}
     return FluxReader(
-        Connection(**given),
+        InfluxConnection(**given),
         org=org or influx.org,
         bucket=bucket or influx.bucket,
         measurement=measurement,
@@ -46,7 +46,7 @@ def influxql(
 ) -> InfluxQlReader:
     given = {"url": influx.url, "token": influx.token, "timeout_seconds": 10.0, **server}
     return InfluxQlReader(
-        Connection(**given),
+        InfluxConnection(**given),
         database=database or influx.bucket,
         retention_policy="",
         measurement=measurement,
@@ -58,14 +58,14 @@ def influxql_without_credentials(
     url: str, database: str, *, policy: str = "", measurement: str = M, tag: str = "device_id"
 ) -> InfluxQlReader:
     return InfluxQlReader(
-        Connection(url), database=database, retention_policy=policy, measurement=measurement, device_tag=tag
+        InfluxConnection(url), database=database, retention_policy=policy, measurement=measurement, device_tag=tag
     )
 
 
 Value = tuple[int, tuple[tuple[str, str], ...], str, Any]
 
 
-def values(points: Iterable[Points]) -> "Counter[Value]":
+def values(points: Iterable[PointColumns]) -> "Counter[Value]":
     """(nanoseconds after BASE, tags, field, value) of every value; texts, booleans and numbers are never equal.
 
     A whole number is an integer whatever its type, except for the negative zero, which only a float can be.

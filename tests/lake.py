@@ -14,15 +14,15 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.analytics.engine import Engine, EngineLimits, Remote
+from app.analytics.engine import Engine, EngineLimits, RemoteBucket
 from app.analytics.formats import AnswerShape, of_table
-from app.analytics.queries import WHOLE_BYTES, BucketObjects, LocalObjects, Objects, Queries
+from app.analytics.queries import WHOLE_BYTES, BucketObjects, LocalObjects, Queries, ReportObjects
 from app.analytics.reports import TABLES, ReportDefinition, load_reports
 from app.analytics.summaries import Summaries
 from app.db.database import sql_directory
 from app.db.object_summaries import SqlSummaries
 from app.object_store.local import LocalDirectory
-from app.object_store.port import ObjectStore, Put
+from app.object_store.port import ObjectStore, PutRequest
 from app.object_store.s3 import S3Store
 from app.object_store.s3_client import S3Target
 from seaweed import Seaweed
@@ -144,7 +144,7 @@ def _same(left: Any, right: Any) -> bool:
 
 def put_telemetry(folder: Path, key: str, content: bytes) -> None:
     """An object of a daemon whose test folder this is."""
-    LocalDirectory(folder / "data" / "objects").put(f"{PREFIX}/{key}", io.BytesIO(content), Put("x"))
+    LocalDirectory(folder / "data" / "objects").put(f"{PREFIX}/{key}", io.BytesIO(content), PutRequest("x"))
 
 
 @dataclass
@@ -154,7 +154,7 @@ class Lake:
     store: ObjectStore
     facts: SqlSummaries
     folder: Path
-    objects: Callable[[Engine], Objects]
+    objects: Callable[[Engine], ReportObjects]
     contents: dict[str, bytes] = field(default_factory=dict)
     now: datetime = datetime(2026, 2, 7, tzinfo=UTC)
 
@@ -171,7 +171,7 @@ class Lake:
 
     def put(self, key: str, content: bytes) -> None:
         self.contents[key] = content
-        self.store.put(f"{PREFIX}/{key}", io.BytesIO(content), Put("application/vnd.apache.parquet"))
+        self.store.put(f"{PREFIX}/{key}", io.BytesIO(content), PutRequest("application/vnd.apache.parquet"))
 
     def delete(self, key: str) -> None:
         del self.contents[key]
@@ -222,8 +222,8 @@ def bucket_lake(server: Seaweed, folder: Path, facts: SqlSummaries, *, whole_byt
         page_keys=2,
     )
 
-    def remote(whole: bool) -> Remote:  # noqa: FBT001 - as the port has it
-        return Remote(
+    def remote(whole: bool) -> RemoteBucket:  # noqa: FBT001 - as the port has it
+        return RemoteBucket(
             bucket=bucket,
             prefix=PREFIX,
             endpoint=f"{server.host}:{server.port}",
@@ -235,7 +235,7 @@ def bucket_lake(server: Seaweed, folder: Path, facts: SqlSummaries, *, whole_byt
             whole=whole,
         )
 
-    def objects(engine: Engine) -> Objects:
+    def objects(engine: Engine) -> ReportObjects:
         made = partial(Engine, engine.folder, EngineLimits(128, 8, 60))
         return BucketObjects(remote, made, whole_bytes)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from kill_rounds import Command, main
 from lake_tree import DAY, Tree, parquet, rows
 
@@ -41,7 +41,9 @@ class LakeWorld:
     def put(self, device: str, hour: int, day: date, count: int) -> None:
         content = parquet(rows(device, hour, count=count, day=day))
         for tree in (self.killed, self.calm):
-            tree.store.put(tree.key(device, hour, day), io.BytesIO(content), Put("application/vnd.apache.parquet"))
+            tree.store.put(
+                tree.key(device, hour, day), io.BytesIO(content), PutRequest("application/vnd.apache.parquet")
+            )
 
     def command(self, chance: random.Random) -> Command:
         return RUN

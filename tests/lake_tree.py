@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.core.runs import Context, Lease, Report, Stop, Unwatched
+from app.core.runs import Context, Lease, NoProgress, Report, Stop
 from app.lake.job import MAX_BYTES, LakeDay, catalog_of
 from app.lake.reader import TableReader
 from app.object_store.local import LocalDirectory
-from app.object_store.port import ObjectStore, Put
+from app.object_store.port import ObjectStore, PutRequest
 from given_settings import loaded
 
 DAY = date(2026, 2, 7)
@@ -62,12 +62,12 @@ class Tree:
     def put(self, device: str, hour: int, table: pa.Table | None = None, *, day: date = DAY, second: int = 0) -> str:
         key = self.key(device, hour, day, second)
         content = parquet(rows(device, hour, day=day) if table is None else table)
-        self.store.put(key, io.BytesIO(content), Put("application/vnd.apache.parquet"))
+        self.store.put(key, io.BytesIO(content), PutRequest("application/vnd.apache.parquet"))
         return key
 
     def run(self, *, dry_run: bool = False, job: LakeDay | None = None) -> Report:
         lease = Lease("lake_day", "test", 1, self.now)
-        context = Context("0123456789abcdef", lease, Stop(), Unwatched(), dry_run, self.now)
+        context = Context("0123456789abcdef", lease, Stop(), NoProgress(), dry_run, self.now)
         report = (job or LakeDay(self.settings, self.store, max_bytes=self.max_bytes)).run(context)
         assert report.ledger.closes
         return report

@@ -11,12 +11,12 @@ from typing import BinaryIO
 from app.core.errors import Conflict
 from app.object_store.port import (
     ListingBatch,
+    ListingPage,
+    ListingRequest,
     ObjectInfo,
-    Page,
-    PageRequest,
-    Put,
-    Readable,
-    Stored,
+    PutRequest,
+    ReadableBody,
+    StoredObject,
     check_key,
     in_batches,
     page_of,
@@ -43,7 +43,7 @@ class MemoryObjects:
         found = self._found(key)
         return found and found[0]
 
-    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+    def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
         return self.write(key, body, put).etag
 
     @contextmanager
@@ -75,7 +75,7 @@ class MemoryObjects:
     def properties(self, key: str) -> ObjectInfo | None:
         return self.head(key)
 
-    def write(self, key: str, body: Readable, put: Put) -> Stored:
+    def write(self, key: str, body: ReadableBody, put: PutRequest) -> StoredObject:
         check_key(key)
         data = b"".join(iter(lambda: body.read(1 << 16), b""))
         with self._turn:
@@ -86,9 +86,9 @@ class MemoryObjects:
             etag = f'"{next(self._numbers)}"'
             info = ObjectInfo(key, len(data), etag, datetime.now(UTC), put.content_type, metadata, dict(put.headers))
             self._held[key] = (info, data)
-        return Stored(etag, len(data))
+        return StoredObject(etag, len(data))
 
-    def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
+    def patch(self, held: ObjectInfo, offset: int, body: ReadableBody) -> StoredObject:
         with self.open(held.key, held.etag) as old:
             if old is None:
                 raise Conflict(f"{held.key}: is gone")
@@ -96,15 +96,15 @@ class MemoryObjects:
         new = b"".join(iter(lambda: body.read(1 << 16), b""))
         whole[offset : offset + len(new)] = new
         return self.write(
-            held.key, io.BytesIO(bytes(whole)), Put(held.content_type, held.metadata, held.etag, held.headers)
+            held.key, io.BytesIO(bytes(whole)), PutRequest(held.content_type, held.metadata, held.etag, held.headers)
         )
 
     @contextmanager
-    def open_span(self, held: ObjectInfo, first: int, count: int) -> Iterator[Readable]:
+    def open_span(self, held: ObjectInfo, first: int, count: int) -> Iterator[ReadableBody]:
         with self.open(held.key, held.etag) as stream:
             if stream is None:
                 raise Conflict(f"{held.key}: is gone")
             yield io.BytesIO(stream.read()[first : first + count])
 
-    def page(self, question: PageRequest) -> Page:
+    def page(self, question: ListingRequest) -> ListingPage:
         return page_of(self.list(question.prefix), question)

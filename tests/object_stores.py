@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from app.object_store.port import ObjectStore, Put
+from app.object_store.port import ObjectStore, PutRequest
 from app.object_store.s3 import S3Store
 from app.object_store.s3_client import S3Target
 from fault_proxy import FaultProxy
 from seaweed import Seaweed
 
-CREATE = Put("text/plain", expected="")
-ANY = Put("text/plain")
+CREATE = PutRequest("text/plain", expected="")
+ANY = PutRequest("text/plain")
 
 
-def put(store: ObjectStore, key: str, data: bytes, how: Put = ANY) -> str:
+def put(store: ObjectStore, key: str, data: bytes, how: PutRequest = ANY) -> str:
     return store.put(key, io.BytesIO(data), how)
 
 

@@ -14,13 +14,13 @@ from app.appmetrica import job as appmetrica_job
 from app.appmetrica.client import Exports
 from app.config.environment import load_settings
 from app.core.runs import Context, Report, Stop
-from app.core.verify import Chart, Sign, Verdict, Verification, heal, verify
+from app.core.verify import ComparedWindow, GapMapSource, Verdict, Verification, heal, verify
 from app.core.windows import Window
 from app.db.state import State, open_state
 from app.dwh.tables import TABLES
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.local import LocalDirectory
-from app.object_store.port import ObjectStore, Put
+from app.object_store.port import ObjectStore, PutRequest
 from app.product_events.hours import PullContext
 from app.product_events.http_client import Upstream
 from app.product_events.pull import PullPipeline
@@ -131,19 +131,19 @@ class Landed:
         if body is None:
             self.store.delete(key)
         else:
-            self.store.put(key, io.BytesIO(body), Put("application/octet-stream"))
+            self.store.put(key, io.BytesIO(body), PutRequest("application/octet-stream"))
 
-    def mend(self, job: str, verification: Verification, span: Window) -> tuple[Report, list[Verdict]]:
+    def mend(self, job: str, verification: Verification, span: Window) -> tuple[Report, list[ComparedWindow]]:
         """Heal; the verdicts that are not equal."""
-        told: list[Verdict] = []
+        told: list[ComparedWindow] = []
         context = self.context(job)
         report = heal(verification(context.stop), span, context, told.append)
-        return report, [each for each in told if each.healed or each.sign is not Sign.EQUAL]
+        return report, [each for each in told if each.healed or each.sign is not Verdict.EQUAL]
 
     def signs(self, verification: Verification, span: Window) -> dict[str, str]:
         """The sign of every window that is not equal, by partition and start."""
         found = verify(verification(self.clock), span, self.clock)
-        return {name_of(each): each.sign.value for each in found if each.sign is not Sign.EQUAL}
+        return {name_of(each): each.sign.value for each in found if each.sign is not Verdict.EQUAL}
 
     def lines(self, prefix: str) -> dict[str, list[bytes]]:
         """The lines of gzip objects, sorted: a service gives no order of rows."""
@@ -167,7 +167,7 @@ class Pull:
         return exports
 
     @property
-    def chart(self) -> Chart:
+    def chart(self) -> GapMapSource:
         return self.pipeline.chart
 
     @property
@@ -187,7 +187,7 @@ class Pull:
         return self.pipeline.backfill(self.landed.context(self.pipeline.name), Window(start, end))
 
 
-def name_of(verdict: Verdict) -> str:
+def name_of(verdict: ComparedWindow) -> str:
     return f"{verdict.slot.partition} {verdict.slot.window.start:%d %H}"
 
 

@@ -20,11 +20,11 @@ from app.web.auth import (
     EVERYBODY,
     FAILURES_A_MINUTE,
     OPEN,
-    Guard,
+    AccessGuard,
     KeyRates,
     Keyring,
     RouteScopes,
-    Throttle,
+    SignInThrottle,
     new_key,
     presented,
 )
@@ -202,11 +202,11 @@ class Sessions(SqlSessions):
         self.held.pop(token_hash, None)
 
 
-def guard_of(keyring: Keyring, per_second: float = 1000, **more: Any) -> Guard:
-    return Guard(keyring, lambda: NOON, Sessions(), KeyRates(per_second), **more)
+def guard_of(keyring: Keyring, per_second: float = 1000, **more: Any) -> AccessGuard:
+    return AccessGuard(keyring, lambda: NOON, Sessions(), KeyRates(per_second), **more)
 
 
-def tried(guard: Guard, key: str, address: str) -> int:
+def tried(guard: AccessGuard, key: str, address: str) -> int:
     """The status of a sign-in; through a Unix socket callers have no address."""
     try:
         guard.sign_in(key, {"client": (address, 1) if address else None})
@@ -224,7 +224,7 @@ def test_wrong_keys_of_one_address_lock_out_neither_another_address_nor_a_right_
 
 
 def test_an_address_may_try_again_a_minute_after_its_first_failure_and_is_told_how_long_that_is() -> None:
-    throttle = Throttle()
+    throttle = SignInThrottle()
     for second in range(FAILURES_A_MINUTE):
         assert throttle.failed("192.0.2.1", NOON + timedelta(seconds=second)) is None
     assert throttle.failed("192.0.2.1", NOON + timedelta(seconds=59.5)) == 0.5
@@ -233,7 +233,7 @@ def test_an_address_may_try_again_a_minute_after_its_first_failure_and_is_told_h
 
 
 def test_addresses_without_number_are_forgotten_oldest_first() -> None:
-    throttle = Throttle()
+    throttle = SignInThrottle()
     for _ in range(FAILURES_A_MINUTE):
         throttle.failed("192.0.2.1", NOON)
     for number in range(ADDRESSES - 1):
@@ -252,7 +252,7 @@ def called(method: str = "GET", **fields: str) -> dict[str, Any]:
     return {"method": method, "path": "/x", "headers": headers, "client": ("192.0.2.1", 1)}
 
 
-def refused(guard: Guard, call: dict[str, Any], methods: Mapping[str, str]) -> Refusal:
+def refused(guard: AccessGuard, call: dict[str, Any], methods: Mapping[str, str]) -> Refusal:
     with pytest.raises(Refused) as told:
         asyncio.run(guard.authorize(call, methods))
     return told.value.refusal

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.windows import Window
-from app.object_store.deltas import unfolded
+from app.object_store.deltas import unfolded_deltas
 from app.object_store.port import ObjectInfo
 
 DAY = datetime(2026, 2, 7, tzinfo=UTC)
@@ -40,7 +40,7 @@ class Store:
         return self.objects.get(key)
 
     def left(self, infos: Iterable[ObjectInfo] | None = None, *, window_seconds: int = 60) -> list[str]:
-        found = unfolded(self.listing() if infos is None else infos, self.head, window_seconds=window_seconds)
+        found = unfolded_deltas(self.listing() if infos is None else infos, self.head, window_seconds=window_seconds)
         return [info.key for info in found.infos]
 
 
@@ -64,7 +64,7 @@ def test_an_object_that_was_asked_has_the_version_that_it_had_then() -> None:
     key = store.put(cell(3), folded=1)
     store.put(cell(3), 1)
     before = [ObjectInfo(each.key, 1, "before", DAY) for each in store.listing()]
-    found = unfolded(before, store.head)
+    found = unfolded_deltas(before, store.head)
     assert [(info.key, info.etag) for info in found.infos] == [(key, store.objects[key].etag)]
 
 
@@ -72,12 +72,12 @@ def test_a_delta_without_its_object_beside_it_is_looked_up_and_the_listing_is_no
     store = Store()
     base, one, two = store.put(cell(3), folded=1), store.put(cell(3), 1), store.put(cell(3), 2)
     part = [info for info in store.listing() if info.key != base]
-    found = unfolded(part, store.head)
+    found = unfolded_deltas(part, store.head)
     assert ([info.key for info in found.infos], found.is_whole) == ([two], False)
     assert store.asked == [one, base]
     del store.objects[base]
     assert store.left(part) == [one, two]
-    assert unfolded(store.listing(), store.head).infos != []
+    assert unfolded_deltas(store.listing(), store.head).infos != []
 
 
 def test_what_no_headwater_noted_folds_nothing() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.config.environment import load_settings
-from app.config.reference import BEGIN, END, env_example, main, meanings, table, with_table
+from app.config.reference import BEGIN, END, descriptions, env_example, main, table, with_table
 from app.config.rules import VARIABLES
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ def test_each_name_is_in_both_references(name: str) -> None:
 
 
 def test_each_variable_says_what_it_is_for() -> None:
-    assert all(meanings().get(variable.goes_to) for variable in VARIABLES)
+    assert all(descriptions().get(variable.goes_to) for variable in VARIABLES)
 
 
 def test_the_rest_of_the_readme_is_left_alone() -> None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.core.verify import NOTHING, Content
+from app.core.verify import NOTHING, WindowContent
 from app.object_store.row_digest import cell_lanes, content_of, row_lanes, summed
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -31,7 +31,7 @@ def table(rows: list[dict[str, Any]], schema: pa.Schema = SCHEMA) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def content_of_tables(tables: list[pa.Table]) -> Content:
+def content_of_tables(tables: list[pa.Table]) -> WindowContent:
     each = (
         summed(row_lanes((name, table.column(name)) for name in table.column_names), table.num_rows) for table in tables
     )

@@ -19,9 +19,9 @@ from app.core.windows import Window
 from app.db.checkpoints import Layout
 from app.influx_to_s3.row_batch import RowBatch
 from app.object_store.local import LocalDirectory
-from app.object_store.port import ObjectStore, Put
+from app.object_store.port import ObjectStore, PutRequest
 from app.object_store.s3 import S3Store
-from app.object_store.table_sink import ROW_GROUP_ROWS, TableSink, in_nanoseconds, stored, stored_schema
+from app.object_store.table_sink import ROW_GROUP_ROWS, TableSink, in_nanoseconds, split_nanoseconds, stored_schema
 from exporter import HOUR, NOON, ns
 from exports import FORMATS, content, rows_of
 from influx_points import columns_of
@@ -197,7 +197,7 @@ EXTREMES = [-(2**63) + 1, -1_000_001, -1001, -1000, -999, -1, 0, 1, 999, 1000, 1
 def test_instants_of_any_time_survive_microseconds_and_what_is_below_them(instants: list[int]) -> None:
     table = at(*instants)
     has_nanos = any(each % 1000 for each in instants)
-    written = stored(table, with_nanos=has_nanos)
+    written = split_nanoseconds(table, with_nanos=has_nanos)
     assert written.schema == stored_schema(table.schema, in_microseconds=True, with_nanos=has_nanos)
     assert written.schema.field("timestamp").type == pa.timestamp("us", "UTC")
     assert written.column_names == ["timestamp", "voltage", *(["timestamp_nanos"] if has_nanos else [])]
@@ -288,7 +288,7 @@ def test_a_reading_that_is_given_up_leaves_no_file(make: Callable[..., TableSink
 def test_an_object_that_is_no_table_is_named(make: Callable[..., TableSink], kind: str, body: bytes) -> None:
     sink = make(format=kind)
     key = sink.key("D1", WINDOW, 0)
-    version = sink.store.put(key, BytesIO(body), Put("text/plain"))
+    version = sink.store.put(key, BytesIO(body), PutRequest("text/plain"))
     held = sink.head(key)
     assert held is not None
     assert (held.digest, held.rows) == ("", None)

@@ -15,11 +15,11 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from app.dwh.query import Place, selection
-from app.dwh.request_parsing import BatchLimits, Options, receive
+from app.dwh.query import KeysetPosition, selection
+from app.dwh.request_parsing import BatchLimits, WriteOptions, receive
 from app.dwh.responses import AnswerPage
 from app.dwh.tables import TABLES, Table
-from app.dwh.warehouse import Inserted, Warehouse, open_warehouse
+from app.dwh.warehouse import InsertResult, Warehouse, open_warehouse
 from daemon import Daemons
 
 AT = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -78,7 +78,7 @@ def mixed(table: Table, numbers: Iterable[int]) -> list[dict[str, Any]]:
 @dataclass
 class Got:
     body: bytes
-    last: Place | None
+    last: KeysetPosition | None
 
 
 @dataclass
@@ -96,13 +96,13 @@ class Desk:
         limits: BatchLimits = LIMITS,
         skip: bool = False,
         **request: Any,
-    ) -> Inserted:
+    ) -> InsertResult:
         return self.post_text(table, json.dumps({"data": rows}).encode(), limits=limits, skip=skip, **request)
 
     def post_text(
         self, table: Table, body: bytes, *, limits: BatchLimits = LIMITS, skip: bool = False, **request: Any
-    ) -> Inserted:
-        how = Options(skip=skip, resolution=request.get("resolution"))
+    ) -> InsertResult:
+        how = WriteOptions(skip=skip, resolution=request.get("resolution"))
         sizes = {"body_bytes": 1 << 30, "stream_bytes": 1 << 30}
         with closing(receive(io.BytesIO(body), table, how, limits, **sizes)) as received:
             return self.warehouse.insert(table, received, at=self.at, **request)

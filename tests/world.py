@@ -8,8 +8,8 @@ from functools import cache
 
 from app.core.errors import Conflict, Permanent
 from app.core.ledger import SetAside, Tally
-from app.core.partitions import Backoff, Pass, sync_all
-from app.core.pipeline import Commit, Count, Grid, Held, KnownRows, Objects, Pipeline, Record, Shrink, Sums
+from app.core.partitions import Backoff, PassOptions, sync_all
+from app.core.pipeline import Commit, Count, Grid, Objects, ObjectState, Pipeline, Record, Shrink, Sums, WrittenRows
 from app.core.runs import Context, Lease, Report, Stop
 from app.core.windows import Window, windows_between
 
@@ -188,7 +188,7 @@ class Process:
     rewrite_seconds: Callable[[int], float] | None = None
     probes: int = 0
     kept: dict[tuple[str, datetime], tuple[str, Rows]] = field(default_factory=dict)
-    known: KnownRows = field(default_factory=KnownRows)
+    known: WrittenRows = field(default_factory=WrittenRows)
     batches: list[Rows] = field(default_factory=list)
 
     # Source
@@ -262,12 +262,12 @@ class Process:
     def key(self, partition: str, window: Window, part: int) -> str:
         return key_of(partition, window.start, part)
 
-    def head(self, key: str) -> Held | None:
+    def head(self, key: str) -> ObjectState | None:
         if key not in self.world.objects:
             return None
         version, rows, digest = self.world.objects[key]
         write, folded = self.world.notes.get(key, ("", 0))
-        return Held(version, "" if digest == SOMEBODYS else digest, len(rows), write=write, folded=folded)
+        return ObjectState(version, "" if digest == SOMEBODYS else digest, len(rows), write=write, folded=folded)
 
     def read_object(self, key: str, version: str) -> tuple[Row, ...]:
         there = self.world.objects.get(key)
@@ -401,9 +401,9 @@ class Process:
             total += replace(report, more=False)
         return replace(total, more=False)
 
-    def how(self) -> Pass:
+    def how(self) -> PassOptions:
         """One partition at a time; a source without any row is taken as it is."""
-        return Pass(
+        return PassOptions(
             now=self.world.now,
             first_at=FIRST_AT,
             probe=self.probe,
@@ -428,7 +428,7 @@ class _SinkSide:
     def key(self, partition: str, window: Window, part: int) -> str:
         return self.process.key(partition, window, part)
 
-    def head(self, key: str) -> Held | None:
+    def head(self, key: str) -> ObjectState | None:
         return self.process.head(key)
 
     def read(self, key: str, version: str) -> tuple[Row, ...]:

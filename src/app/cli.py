@@ -2,8 +2,8 @@
 
 Exit codes: 0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage, 75 another process runs the job
 (sysexits' EX_TEMPFAIL: try later), 78 settings that cannot work (EX_CONFIG); a job may name other codes for how its
-runs end (`app.core.runs.Exits`). Invariants: settings are checked before anything heavy is imported, and whatever goes
-wrong ends as one clear line on stderr.
+runs end (`app.core.runs.ExitCodes`). Invariants: settings are checked before anything heavy is imported, and every
+fault ends as one clear line on stderr.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. What is wrong is said on stderr, and with --json as a document on stdout too."""
     if refusal := unsupported(os.name):
-        say(refusal)
+        print_error(refusal)
         return BAD_SETTINGS
     tune()
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif isinstance(error, UsageError):
             code, lines = USAGE, [str(error)]
         for line in lines:
-            say(line)
+            print_error(line)
         if "--json" in words:
             document = {"error": {"message": error.message, "hint": error.hint, **faults}}
             sys.stdout.write(json.dumps(document, indent=2) + "\n")
@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}", f"see `{self.prog} --help`")
 
 
-def say(line: str) -> None:
+def print_error(line: str) -> None:
     """One line on stderr."""
     sys.stderr.write(f"{line}\n")
 
@@ -155,7 +155,7 @@ def demo(*, once: bool, port: int | None, as_json: bool) -> int:
     for number in SIGNALS:
         signal.signal(number, _leave)
     environ = with_port(port)
-    say("starting the simulated systems and writing some hours of telemetry to them")
+    print_error("starting the simulated systems and writing some hours of telemetry to them")
     from simulators.demo import simulated
 
     with simulated(environ, live=not once) as simulation:
@@ -185,9 +185,9 @@ def setup(*, pipeline: str, printing: bool) -> int:
         sys.stdout.write(text)
     elif fine or (sys.stdin.isatty() and input("write .env all the same? [y/N] ").strip().lower() == "y"):
         write_dotenv(DOTENV, text)
-        say(f"wrote {DOTENV.absolute()}; next: python -m app run {pipeline} --dry-run")
+        print_error(f"wrote {DOTENV.absolute()}; next: python -m app run {pipeline} --dry-run")
     else:
-        say("nothing was written: correct what failed and call this again, or add --print")
+        print_error("nothing was written: correct what failed and call this again, or add --print")
     return OK if fine else FAILED
 
 
@@ -214,15 +214,15 @@ def import_dwh(*, source: str, dry_run: bool, as_json: bool) -> int:
     from dataclasses import asdict
 
     from app.db.migrations import open_database
-    from app.dwh.old_tables import bring_over, told
+    from app.dwh.old_tables import format_result, import_old_tables
     from app.dwh.warehouse import open_warehouse
     from app.ops import commands
 
     with closing(open_database(source, variables="the URL to import from", read_only=True)) as old:
         url = settings.dwh.database_url.get_secret_value()
         with closing(open_warehouse(url, settings.service.data_dir)) as warehouse:
-            done = bring_over(old, warehouse, datetime.now(UTC), dry_run=dry_run)
-    text = "\n".join(told(done, dry_run=dry_run))
+            done = import_old_tables(old, warehouse, datetime.now(UTC), dry_run=dry_run)
+    text = "\n".join(format_result(done, dry_run=dry_run))
     commands.show({"tables": [asdict(each) for each in done]}, lambda: commands.line(text), as_json=as_json)
     return FAILED if any(each.set_aside_count for each in done) else OK
 

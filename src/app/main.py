@@ -18,22 +18,22 @@ from app.config.environment import use_network
 from app.config.rules import locked
 from app.config.settings import Settings
 from app.core.errors import BadSettings
-from app.core.partitions import Step, SyncPlan, in_this_process
-from app.core.runs import Context, Job, LeaseTerms, Report, Run, RunDesk, Stop
+from app.core.partitions import Step, SyncPlan, run_in_process
+from app.core.runs import Context, Job, LeaseTerms, Report, Run, RunServices, Stop
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
 from app.ops.alerts import Alerts, rules_of
-from app.ops.connection_checks import System, destinations, probed, remembered, stores_tried, webhook
+from app.ops.connection_checks import ConnectionCheck, destinations, state_check, store_check, store_checks, webhook
 from app.ops.health import ProbeAnswer, Probes, Readiness
-from app.ops.json_views import Calls
+from app.ops.json_views import ServiceCalls
 from app.ops.logs import log_run
 from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported
 from app.ops.request_costs import RequestCosts, prices_for
 from app.ops.scheduler import Scheduler
-from app.ops.service import BuiltService, Operations, Pipelines, WindowedPipeline, announce, steps_of
-from app.web.app import Api, Front
-from app.web.auth import Guard, KeyRates, Keyring
+from app.ops.service import BuiltService, Operations, Pipelines, WindowedPipeline, announce, shutdown_budget
+from app.web.app import GuardedApi, HeadwaterApp
+from app.web.auth import AccessGuard, KeyRates, Keyring
 from app.web.limits import BodyLimits
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from app.object_store.s3 import S3Store
     from app.object_store.s3_client import S3Target
     from app.object_store.set_aside import SetAsideStore
-    from app.objects.requests import Reach
+    from app.objects.requests import KeyPolicy
     from app.scale.queue import Workers
 
 # The HTTP side of the composition root: what the routes are built on, which calls are open, how all starts and
@@ -59,13 +59,15 @@ STREAM_PREFIXES = ("/dwh/",)
 log = logging.getLogger(__name__)
 
 
-def front(service: BuiltService, parts: "ServiceParts", analytics: "Analytics", *, own_server: bool) -> Front:
+def create_asgi_app(
+    service: BuiltService, parts: "ServiceParts", analytics: "Analytics", *, own_server: bool
+) -> HeadwaterApp:
     """The ASGI application; it starts and ends the work of `service`."""
     settings, readiness = service.settings, service.readiness
     access, limits = settings.access, settings.limits
-    steps = steps_of(settings.service.shutdown_grace_seconds)
+    steps = shutdown_budget(settings.service.shutdown_grace_seconds)
     probes = Probes(settings.service.version, service.scheduler, readiness, now)
-    guard = Guard(
+    guard = AccessGuard(
         Keyring(access.api_keys, now),
         now,
         service.state.sessions,
@@ -97,28 +99,30 @@ def front(service: BuiltService, parts: "ServiceParts", analytics: "Analytics", 
         answer = probes.ready()
         return ProbeAnswer(answer.status, {"ready": answer.body["ready"], "checks": {}})
 
-    return Front(
+    return HeadwaterApp(
         {"/health": probes.health, "/ready": bare_ready if guard.locked else probes.ready},
         guard,
         BodyLimits(limits.max_body_bytes, limits.max_upload_bytes, UPLOAD_PREFIXES, STREAM_PREFIXES),
         opened=opened,
-        api=lambda: api(service, parts, analytics, probes, guard),
+        api=lambda: create_api(service, parts, analytics, probes, guard),
         close=closed,
     )
 
 
-def api(service: BuiltService, parts: "ServiceParts", analytics: "Analytics", probes: Probes, guard: Guard) -> Api:
+def create_api(
+    service: BuiltService, parts: "ServiceParts", analytics: "Analytics", probes: Probes, guard: AccessGuard
+) -> GuardedApi:
     """The FastAPI application, whose import takes longer than everything else at the start."""
     from app.analytics import routes as report_routes
     from app.dwh import routes as warehouse_routes
     from app.ops import page_data, pages, routes
     from app.ops.delivery_map import DeliveryMaps
-    from app.ops.verification import Proofs
+    from app.ops.verification import Verifications
     from app.web.api import build_api, route_scopes
 
     pipelines, scheduler, settings = service.pipelines, service.scheduler, service.settings
     maps = DeliveryMaps(pipelines.charts, service.state.pages, now)
-    proofs = Proofs(
+    proofs = Verifications(
         pipelines.verifications,
         scheduler.stop,
         now,
@@ -150,8 +154,8 @@ def api(service: BuiltService, parts: "ServiceParts", analytics: "Analytics", pr
         *pipelines.routers(),
     ]
     built = build_api(about.title, about.version, about.description, routers)
-    quick = report_routes.Quick(built, analytics)
-    return Api(built, dict.fromkeys(quick.paths, quick), route_scopes(built))
+    quick = report_routes.FastPath(built, analytics)
+    return GuardedApi(built, dict.fromkeys(quick.paths, quick), route_scopes(built))
 
 
 def object_routes(parts: "ServiceParts") -> "APIRouter":
@@ -164,22 +168,22 @@ def object_routes(parts: "ServiceParts") -> "APIRouter":
     largest = settings.limits.max_upload_bytes
     if isinstance(store, LocalDirectory):
         links = SignedLinks(settings.service.data_dir)
-        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, now, largest))
+        return routes.build(routes.ObjectRoutes(store, store, key_policy(settings), links, now, largest))
     from app.object_store.s3_multipart import S3Transfers
 
     remote = S3Transfers(cast("S3Store", store))
     presigned = StoreLinks(remote.link, remote.form)
-    return routes.build(routes.ObjectRoutes(store, remote, reach(settings), presigned, now, largest))
+    return routes.build(routes.ObjectRoutes(store, remote, key_policy(settings), presigned, now, largest))
 
 
-def reach(settings: Settings) -> "Reach":
+def key_policy(settings: Settings) -> "KeyPolicy":
     """Which keys /s3 may read and write."""
-    from app.objects.requests import Reach
+    from app.objects.requests import KeyPolicy
 
     s3 = settings.s3
     exports = f"{s3.prefix}/" if s3.prefix else ""
     table = None if settings.lake.catalog == "none" else f"{settings.lake.prefix}/"
-    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports, table=table)
+    return KeyPolicy(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports, table=table)
 
 
 # Invariant: building connects to nothing and imports no SDK, so a service whose outside systems are away still
@@ -197,7 +201,7 @@ class ServiceParts:
     warehouse: Warehouse
     counter: RequestCounter
     costs: RequestCosts
-    steps: Callable[[Context, SyncPlan, Step], Report] = in_this_process
+    steps: Callable[[Context, SyncPlan, Step], Report] = run_in_process
 
 
 Wiring = Callable[[ServiceParts], Pipelines]
@@ -270,10 +274,10 @@ def wire(parts: ServiceParts) -> Pipelines:
     )
 
 
-def calls_of(parts: ServiceParts, service: str) -> Calls:
+def calls_of(parts: ServiceParts, service: str) -> ServiceCalls:
     """What a service that allows only so many calls was asked."""
     today, ever = parts.state.pulls.calls_ever(service, parts.clock())
-    return Calls(today, parts.settings.appmetrica.daily_calls, ever)
+    return ServiceCalls(today, parts.settings.appmetrica.daily_calls, ever)
 
 
 def build(
@@ -292,7 +296,7 @@ def build(
     store = open_store(settings, counter)
     costs = RequestCosts(counter, state.requests, prices_for(settings), state.clock, settings.request_costs.max_monthly)
     workers = workers_of(settings, state, counter)
-    steps = workers.steps if workers and is_worker else in_this_process
+    steps = workers.steps if workers and is_worker else run_in_process
     parts = ServiceParts(settings, state, store, state.clock, warehouse, counter, costs, steps)
     pipelines = wiring(parts)
     alerts = Alerts(rules_of(settings), pipelines.jobs, state, now)
@@ -303,22 +307,24 @@ def build(
         costs.save()
 
     stop = Stop()
-    desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), ended, counter.take_run)
-    scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses, elsewhere=workers)
+    services = RunServices(state.clock, state.leases, state.runs, lease_terms(settings), ended, counter.take_run)
+    scheduler = Scheduler(pipelines.jobs, services, stop, pipelines.backfills, state.pauses, elsewhere=workers)
     stores = {
-        "checkpoint_store_connected": remembered(state),
-        "s3_accessible": probed(store),
+        "checkpoint_store_connected": state_check(state),
+        "s3_accessible": store_check(store),
         "dwh_connected": warehouse.ping,
     }
     systems = [
-        *stores_tried(settings, state, warehouse.database, store, pipelines.listed),
+        *store_checks(settings, state, warehouse.database, store, pipelines.listed),
         *pipelines.systems,
         *webhook(settings),
-        System("request_costs", "requests a month", "MAX_MONTHLY_REQUEST_COST", lambda: costs.estimate().text()),
+        ConnectionCheck(
+            "request_costs", "requests a month", "MAX_MONTHLY_REQUEST_COST", lambda: costs.estimate().text()
+        ),
     ]
     readiness = Readiness(stores)
-    service = BuiltService(settings, state, pipelines, systems, desk, stop, scheduler, alerts, readiness, costs)
-    service.app = front(service, parts, open_analytics(settings, state, store), own_server=own_server)
+    service = BuiltService(settings, state, pipelines, systems, services, stop, scheduler, alerts, readiness, costs)
+    service.app = create_asgi_app(service, parts, open_analytics(settings, state, store), own_server=own_server)
     return service
 
 
@@ -358,9 +364,9 @@ def s3_target(settings: Settings) -> "S3Target":
         region=s3.region,
         endpoint_url=s3.endpoint_url,
         addressing_style=s3.addressing_style,
-        access_key_id=revealed(s3.access_key_id),
-        secret_access_key=revealed(s3.secret_access_key),
-        session_token=revealed(s3.session_token),
+        access_key_id=secret_text(s3.access_key_id),
+        secret_access_key=secret_text(s3.secret_access_key),
+        session_token=secret_text(s3.session_token),
         sse=s3.sse.upper() if s3.sse == "aes256" else s3.sse,
         sse_kms_key_id=s3.sse_kms_key_id,
     )
@@ -392,11 +398,11 @@ def sweeps(parts: ServiceParts) -> Sequence[Job]:
         return (kept,)
 
     def sweep(before: datetime, ours: Callable[[str], bool]) -> int:
-        from app.object_store.s3_multipart import sweep as abort
+        from app.object_store.s3_multipart import abort_stale_uploads as abort
 
         return abort(cast("S3Store", store), before, ours)
 
-    return (kept, sweeps.build(sweep, settings.s3.sweep_hours, reach(settings).sweeps, parts.clock))
+    return (kept, sweeps.build(sweep, settings.s3.sweep_hours, key_policy(settings).sweeps, parts.clock))
 
 
 def set_aside_starts(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -418,12 +424,12 @@ def set_aside(parts: ServiceParts, start: str) -> "SetAsideStore":
     return SetAsideStore(parts.store, folder_of(start), parts.settings.set_aside.max_bytes)
 
 
-def revealed(secret: SecretStr | None) -> str:
+def secret_text(secret: SecretStr | None) -> str:
     """The text of a secret; "" for none."""
     return secret.get_secret_value() if secret else ""
 
 
-def terms(settings: Settings) -> LeaseTerms:
+def lease_terms(settings: Settings) -> LeaseTerms:
     """This process as an owner of leases; another one on the same host, or after a restart, is another owner."""
     owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
     return LeaseTerms(owner, settings.lease.ttl_seconds, settings.lease.heartbeat_seconds)
@@ -446,7 +452,7 @@ NOT_ENFORCED = (
 )
 
 
-def foreign() -> Front:
+def create_app_for_server() -> HeadwaterApp:
     """The application of this environment and `.env`, made when a server first asks for it. Ends the process with 78
     when the settings cannot work, or this platform.
     """
@@ -467,12 +473,12 @@ def foreign() -> Front:
 
 
 if TYPE_CHECKING:
-    app: Front
+    app: HeadwaterApp
 else:
 
-    def __getattr__(name: str) -> Front:
+    def __getattr__(name: str) -> HeadwaterApp:
         """`app`, the name that document 002 uses."""
         if name != "app":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = found = foreign()
+        globals()[name] = found = create_app_for_server()
         return found

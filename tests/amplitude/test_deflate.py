@@ -16,8 +16,8 @@ from app.amplitude.archives import Joined
 from app.core.errors import Permanent, Transient
 
 WAYS: dict[str, Callable[[], Joined]] = {
-    "copied": lambda: archives._Copied(archives.library()),  # noqa: SLF001 - both ways are tested, whatever this machine has
-    "compressed": archives._Compressed,  # noqa: SLF001
+    "copied": lambda: archives._CopiedStream(archives.library()),  # noqa: SLF001 - both ways are tested, whatever this machine has
+    "compressed": archives._CompressedStream,  # noqa: SLF001
 }
 STRATEGIES = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FIXED, zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)
 FLUSHES = (zlib.Z_SYNC_FLUSH, zlib.Z_FULL_FLUSH, zlib.Z_PARTIAL_FLUSH)

@@ -256,7 +256,7 @@ def test_an_hour_is_overdue_when_the_job_is_reported_as_stale_and_a_large_line_i
     environ = {"AMPLITUDE_INTERVAL_SECONDS": "600", "ALERT_GRACE_SECONDS": "60", "SET_ASIDE_MAX_BYTES": "1048576"}
     settings = load_settings(environ, None)
     chart = job.build(settings, made.state.checkpoints, made.store, made.warehouse, made.clock).chart
-    assert isinstance(chart, job.AmplitudeChart)
+    assert isinstance(chart, job.AmplitudeGapMap)
     assert chart.pull.overdue_seconds == 660
     large = b"x" * (20 << 20)
     kept = chart.pull.set_aside.keep(("web",), large, content_type="text/plain", reason="r", number=1, sample="")

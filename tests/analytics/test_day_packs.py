@@ -13,7 +13,7 @@ from app.analytics.engine import Engine, EngineLimits
 from app.analytics.reports import merged
 from app.analytics.summaries import Summaries
 from app.core.errors import Transient
-from app.db.object_summaries import DayPack, DaySummary, Facts, unpacked, version_of
+from app.db.object_summaries import DayPack, DaySummary, ObjectFacts, unpacked, version_of
 from app.db.state import State
 from lake import BUILT_IN, PREFIX, Lake, exported, local_lake, same, scanned
 
@@ -137,13 +137,13 @@ def test_an_object_that_was_written_once_more_as_it_was_counts_once(lake: Lake, 
     assert held is not None
     part = DaySummary('"D0"', DAY, 5, 1, 2, 1.0, 1, None, None, 0, None)
     columns = {"voltage": "DOUBLE"}
-    lake.facts.save([Facts(key, held.etag, held.size_bytes, 5, columns, "", (part,))])
+    lake.facts.save([ObjectFacts(key, held.etag, held.size_bytes, 5, columns, "", (part,))])
     assert_right(lake, tmp_path, unable(lake))
     assert len([one for one in unable_sources(lake) if one == key]) == 1
     lake.now += timedelta(days=1)
     assert_right(lake, tmp_path, lake.summaries)
     assert not list(lake.facts.every())
-    lake.facts.save([Facts(key, held.etag, held.size_bytes, 5, columns, "", (part,))])
+    lake.facts.save([ObjectFacts(key, held.etag, held.size_bytes, 5, columns, "", (part,))])
     lake.put(key_of("D0", START), exported("D0", START, 3, draw=random.Random(4)))  # noqa: S311 - test data
     assert_right(lake, tmp_path, lake.summaries)
 
@@ -208,11 +208,11 @@ def test_only_versions_that_are_current_and_of_one_part_are_packed(new_state: Ca
     one, gone, young = ([part('"D1"', day)] for day in (5, 5, 6))
     facts.save(
         [
-            Facts("one", '"e"', 1, 1, parts=one),
-            Facts("gone", '"e"', 1, 1, parts=gone),
-            Facts("young", '"e"', 1, 1, parts=young),
-            Facts("two", '"e"', 1, 2, parts=[part('"D1"', 5), part('"D2"', 5)]),
-            Facts("faulty", '"e"', 1, 1, fault="odd", parts=one),
+            ObjectFacts("one", '"e"', 1, 1, parts=one),
+            ObjectFacts("gone", '"e"', 1, 1, parts=gone),
+            ObjectFacts("young", '"e"', 1, 1, parts=young),
+            ObjectFacts("two", '"e"', 1, 2, parts=[part('"D1"', 5), part('"D2"', 5)]),
+            ObjectFacts("faulty", '"e"', 1, 1, fault="odd", parts=one),
         ]
     )
     left = version_of("gone", '"e"')

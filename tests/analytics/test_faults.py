@@ -10,10 +10,10 @@ from typing import Any
 import duckdb
 import pytest
 
-from app.analytics.columns import File, file_of
-from app.analytics.engine import Engine, Wrong, literal, translated, written
+from app.analytics.columns import ReportFile, file_of
+from app.analytics.engine import Engine, InvalidReport, literal, translate_duckdb_errors, written
 from app.analytics.formats import AnswerShape
-from app.analytics.queries import Queries, ToRead
+from app.analytics.queries import Queries, ReadSet
 from app.analytics.reports import parse
 from app.core.errors import AppError, Permanent, Transient
 from app.db.state import State, open_state
@@ -110,7 +110,7 @@ def test_no_torn_object_is_taken_for_a_wrong_report(lake: Lake) -> None:
         except AppError as error:
             errors.append(error)
     assert len(errors) > 20
-    assert [error for error in errors if isinstance(error, Wrong)] == []
+    assert [error for error in errors if isinstance(error, InvalidReport)] == []
 
 
 class FullDisk:
@@ -121,13 +121,13 @@ class FullDisk:
         self.opens = 0
 
     @contextmanager
-    def opened(self, wanted: ToRead) -> Iterator[tuple[Engine, Sequence[File]]]:
+    def opened(self, wanted: ReadSet) -> Iterator[tuple[Engine, Sequence[ReportFile]]]:
         self.opens += 1
         with written(), FULL.open("wb") as file:
             file.write(bytes(100_000))
         yield self._engine, [file_of(source.key, source.key, source.columns) for source in wanted.sources]
 
-    def certain(self, wanted: ToRead) -> bool:
+    def certain(self, wanted: ReadSet) -> bool:
         return bool(wanted.sources)
 
     def close(self) -> None:
@@ -146,6 +146,6 @@ def test_a_full_disk_is_told_at_once_and_what_to_do_about_it(lake: Lake) -> None
 
 
 def test_a_full_disk_below_duckdb_is_told_as_such_and_is_no_fault_of_an_object() -> None:
-    with pytest.raises(Transient, match="No space left on device") as raised, translated(None):
+    with pytest.raises(Transient, match="No space left on device") as raised, translate_duckdb_errors(None):
         duckdb.execute(f"COPY (SELECT * FROM range(300000)) TO '{FULL}' (FORMAT csv, USE_TMP_FILE false)")  # noqa: S608
     assert raised.value.hint == "make room in DATA_DIR"

@@ -11,7 +11,7 @@ import pytest
 from app.analytics.summaries import Summaries
 from app.core.runs import Stop
 from app.core.verify import CellState as Cell
-from app.core.verify import Sign, verify
+from app.core.verify import Verdict, verify
 from app.core.windows import Window
 from app.db.state import State
 from app.object_store.local import LocalDirectory
@@ -69,7 +69,7 @@ def assert_once(lake: Lake, exporter: Exporter) -> None:
     for path in BUILT_IN:
         assert lake.from_objects(path) == lake.from_summaries(path), path
     ends = exporter.export().verification(Stop())
-    assert {each.sign for each in verify(ends, SPAN, Stop())} == {Sign.EQUAL}
+    assert {each.sign for each in verify(ends, SPAN, Stop())} == {Verdict.EQUAL}
     assert {cell.state for cell in exporter.export().chart.cells("D1", SPAN)} == {Cell.EQUAL}
 
 

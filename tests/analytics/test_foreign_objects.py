@@ -21,7 +21,7 @@ import pytest
 from app.analytics.columns import distinct, path_texts
 from app.analytics.engine import literal
 from app.analytics.formats import AnswerShape
-from app.analytics.queries import odd_ones
+from app.analytics.queries import mixed_type_columns
 from app.analytics.reports import parse
 from app.db.state import State
 from lake import BUILT_IN, PREFIX, Lake, bucket_lake, exported, local_lake, parquet, same, scanned
@@ -472,9 +472,9 @@ def test_only_columns_that_a_report_names_decide_what_is_left_out(text: str, lak
         lake.put(f"{number}.parquet", plain(frame(hum=1.5, other=values)))
     lake.summaries.refresh()
     sources = lake.summaries.sources(None, None, None)
-    assert list(odd_ones(f"SELECT {text} {OWN}", sources)) == []
+    assert list(mixed_type_columns(f"SELECT {text} {OWN}", sources)) == []
     for whole in ("SELECT *", "SELECT hum, t.*", "SELECT avg(Other)"):
-        most, fewest = odd_ones(f"{whole} {OWN}", sources)
+        most, fewest = mixed_type_columns(f"{whole} {OWN}", sources)
         assert [key for key, _ in most.values()] == [f"{PREFIX}/2.parquet"]
         assert [key for key, _ in fewest.values()] == [f"{PREFIX}/0.parquet", f"{PREFIX}/1.parquet"]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from app.analytics.engine import Engine, EngineLimits, Remote
+from app.analytics.engine import Engine, EngineLimits, RemoteBucket
 from app.analytics.formats import AnswerShape
-from app.analytics.queries import LocalObjects, Queries, ToRead
+from app.analytics.queries import LocalObjects, Queries, ReadSet
 from app.analytics.reports import load_reports, parse
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.db.database import sql_directory
 from app.db.state import State, open_state
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from lake import Lake, bucket_lake, local_lake, parquet
 from seaweed import Seaweed
 
@@ -96,7 +96,7 @@ RAW = {
 
 @pytest.mark.parametrize("sql", RAW.values(), ids=RAW.keys())
 def test_duckdb_itself_refuses_what_the_check_of_reports_might_miss(engine: Engine, sql: str) -> None:
-    remote = Remote("bucket", "telemetry", "127.0.0.1:1", "us-east-1", True, False, "key", "secret")  # noqa: FBT003
+    remote = RemoteBucket("bucket", "telemetry", "127.0.0.1:1", "us-east-1", True, False, "key", "secret")  # noqa: FBT003
     with closing(Engine(engine.folder, engine.limits, remote)) as locked:
         locked.rows("SELECT 1")
         with pytest.raises(AppError, match=r"disabled by configuration|has been locked|cannot be changed|Cannot"):
@@ -104,7 +104,8 @@ def test_duckdb_itself_refuses_what_the_check_of_reports_might_miss(engine: Engi
 
 
 def test_keys_are_never_shown_by_the_engine(engine: Engine) -> None:
-    remote = Remote("bucket", "telemetry", "127.0.0.1:1", "us-east-1", True, False, "key", "canary-secret", "canary-t")  # noqa: FBT003
+    place = ("bucket", "telemetry", "127.0.0.1:1", "us-east-1", True, False)
+    remote = RemoteBucket(*place, "key", "canary-secret", "canary-t")
     assert "canary" not in repr(remote)
     with closing(Engine(engine.folder, engine.limits, remote)) as locked:
         assert "canary" not in str(locked.rows("SELECT * FROM duckdb_secrets()"))
@@ -198,10 +199,10 @@ def test_a_bucket_engine_cannot_leave_its_prefix_by_dots(
 ) -> None:
     with closing(bucket_lake(seaweed, tmp_path / "lake", new_state("sqlite").summaries)) as lake:
         content = parquet({"device_id": ["D1"]})
-        lake.store.put("secret/x.parquet", io.BytesIO(content), Put("x"))
+        lake.store.put("secret/x.parquet", io.BytesIO(content), PutRequest("x"))
         lake.put("a.parquet", content)
         lake.summaries.refresh()
-        wanted = ToRead(lake.summaries.sources(None, None, None))
+        wanted = ReadSet(lake.summaries.sources(None, None, None))
         with lake.objects(lake.engine).opened(wanted) as (remote, files):
             name = files[0].name
             assert remote.rows(f"SELECT count(*) FROM read_parquet('{name}')") == [(1,)]  # noqa: S608 - its own

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from app.db.database import sql_directory
-from app.db.migrations import Migrated
-from app.db.object_summaries import NO_DAY, DaySummary, Facts
+from app.db.migrations import MigratedDatabase
+from app.db.object_summaries import NO_DAY, DaySummary
+from app.db.object_summaries import ObjectFacts as Facts
 from app.db.state import State
 from lake import local_lake, parquet
 
@@ -41,7 +42,7 @@ def test_only_objects_that_are_read_otherwise_now_are_read_again(
     sweeps = facts.sweeps()
     with state.database.transaction() as session:
         session.run("DELETE FROM headwater_migrations WHERE name = 'state/0008_foreign_objects'")
-    Migrated(state.database, sql_directory() / "state").prepare()
+    MigratedDatabase(state.database, sql_directory() / "state").prepare()
     assert list(facts.versions()) == [kept.version]
     assert {version for version, _ in facts.parts([('"D1"', 20491), ("null", 20491), ('"D1"', NO_DAY)])} == {
         kept.version

@@ -3,7 +3,7 @@
 import random
 
 import app.analytics.version_set as module
-from app.analytics.version_set import SIZE, Versions
+from app.analytics.version_set import SIZE, VersionSet
 
 
 def version(draw: random.Random) -> bytes:
@@ -13,7 +13,7 @@ def version(draw: random.Random) -> bytes:
 
 def test_what_was_added_and_not_dropped_is_there_to_the_last_bit() -> None:
     draw = random.Random(1)  # noqa: S311 - test data
-    versions, expected = Versions(), set[bytes]()
+    versions, expected = VersionSet(), set[bytes]()
     assert versions.among([]) == []
     for turn in range(18):
         earlier, was = versions.copy(), frozenset(expected)

@@ -18,7 +18,7 @@ from app.core.errors import Permanent, Transient
 from app.core.pipeline import Commit
 from app.core.runs import Outcome, Run
 from app.db.database import sql_directory
-from app.db.migrations import Migrated, StateFile
+from app.db.migrations import MigratedDatabase, StateFile
 from app.db.postgres import PostgresDatabase
 from app.db.sqlite import FileConnection, SqliteDatabase
 from app.db.state import FILE, State, open_state
@@ -244,7 +244,10 @@ def test_a_locked_state_is_not_moved(tmp_path: Path) -> None:
         holder.execute("BEGIN EXCLUSIVE")
         folder = sql_directory() / "state"
         plain = SqliteDatabase(file, busy_seconds=0.1)
-        with closing(Migrated(plain, folder, StateFile(plain))) as database, pytest.raises(Transient, match="locked"):
+        with (
+            closing(MigratedDatabase(plain, folder, StateFile(plain))) as database,
+            pytest.raises(Transient, match="locked"),
+        ):
             database.prepare()
     works(tmp_path)
     assert moved(tmp_path) == []
@@ -309,7 +312,7 @@ def test_a_disk_that_damages_each_new_file_is_not_filled_with_them(tmp_path: Pat
             return super()._connect()
 
     plain = BadDisk(tmp_path / FILE)
-    database = Migrated(plain, sql_directory() / "state", StateFile(plain))
+    database = MigratedDatabase(plain, sql_directory() / "state", StateFile(plain))
     for _ in range(5):
         with pytest.raises(Permanent, match="not a database"):
             database.prepare()

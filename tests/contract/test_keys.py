@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import Rejected
-from app.object_store.local import LocalDirectory, Names, spelled
-from app.object_store.port import BadKey, ObjectStore, PageRequest, check_key, is_new_form, taken_for
+from app.object_store.local import LocalDirectory, LocalNames, is_spelled_so
+from app.object_store.port import BadKey, ListingRequest, ObjectStore, check_key, is_new_form, normalized_key
 from app.object_store.s3 import S3Store
 from app.object_store.s3_client import S3Target
 from app.object_store.s3_multipart import S3Transfers
@@ -169,7 +169,9 @@ def test_no_key_touches_the_object_of_another(place: Place, wanted: list[tuple[s
 def test_what_another_program_put_is_found_by_exactly_its_key(place: Place, key: str) -> None:
     if place.plant is None or key.strip("./\\") == "" or "\ud800" in key or not key.isprintable():
         return
-    if isinstance(place.store, LocalDirectory) and (is_new_form(key) or taken_for(key).count("/") != key.count("/")):
+    if isinstance(place.store, LocalDirectory) and (
+        is_new_form(key) or normalized_key(key).count("/") != key.count("/")
+    ):
         key = "a\\" + key.replace("/", "").replace("..", "")  # what a file can be called
     place.clear()
     place.plant(key, b"theirs")
@@ -198,7 +200,7 @@ def test_a_folder_marker_that_a_listing_shows_is_read_and_deleted_and_what_is_be
     for key, data in (("fm/", b""), ("fm/below", b"1"), ("full/", b"12")):
         client.put_object(Bucket=bucket, Key=key, Body=data)
     transfers = S3Transfers(place.store)
-    shown = [info.key for info in transfers.page(PageRequest("f")).objects]
+    shown = [info.key for info in transfers.page(ListingRequest("f")).objects]
     assert {"fm/", "fm/below"} <= set(shown)
     for key in shown:
         info = transfers.properties(key)
@@ -229,10 +231,10 @@ def test_of_two_equal_objects_the_one_with_the_odd_key_is_not_deleted(place: Pla
 @given(key=KEYS)
 def test_a_key_that_may_be_written_is_taken_for_itself(key: str) -> None:
     if is_new_form(key):
-        assert taken_for(check_key(key)) == key
+        assert normalized_key(check_key(key)) == key
     elif "\ud800" not in key and key.isprintable() and not key.endswith("/"):
-        assert taken_for(key) != key
-    assert taken_for(taken_for(key)) == taken_for(key)
+        assert normalized_key(key) != key
+    assert normalized_key(normalized_key(key)) == normalized_key(key)
 
 
 @pytest.mark.parametrize(
@@ -250,9 +252,9 @@ def test_a_key_is_refused_where_the_disk_has_its_name_in_another_spelling(key: s
             raise FileNotFoundError(folder)
         return ["Dev"] if folder == tmp_path else ["x"]
 
-    assert spelled(tmp_path, key, names_in) is same
+    assert is_spelled_so(tmp_path, key, names_in) is same
     (tmp_path / "scratch").mkdir()
-    assert Names(tmp_path, tmp_path / "scratch", names_in).same(key) is same
+    assert LocalNames(tmp_path, tmp_path / "scratch", names_in).same(key) is same
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -263,6 +265,6 @@ def test_names_of_a_disk_that_keeps_them_are_not_compared(tmp_path: Path) -> Non
         looked.append(folder)
         return [path.name for path in folder.iterdir()]
 
-    names = Names(tmp_path, tmp_path, names_in)
+    names = LocalNames(tmp_path, tmp_path, names_in)
     assert all(names.same(key) for key in ("a", "A", "é/x"))
     assert looked == [tmp_path]

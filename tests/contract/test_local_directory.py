@@ -14,7 +14,7 @@ import pytest
 
 from app.core.errors import Permanent, Rejected, Transient
 from app.object_store.local import LocalDirectory
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from disk_effects import Disk
 from needs import absent
 from object_stores import ANY, CREATE, get, keys, put
@@ -82,7 +82,7 @@ class TestLocalDirectory:
     @pytest.mark.parametrize("long", [0, TOO_LONG])
     def test_metadata_of_any_length_comes_back(self, local: LocalDirectory, root: Path, long: int) -> None:
         for number in ("1", "2"):
-            put(local, "a/k", number.encode(), Put("text/x", {"rows": number, "long": "x" * long}))
+            put(local, "a/k", number.encode(), PutRequest("text/x", {"rows": number, "long": "x" * long}))
             info = local.head("a/k")
             assert info is not None
             assert (info.content_type, info.metadata) == ("text/x", {"rows": number, "long": "x" * long})
@@ -92,7 +92,7 @@ class TestLocalDirectory:
         assert info.metadata == {}
 
     def test_a_kill_before_the_rename_changes_nothing(self, local: LocalDirectory, root: Path) -> None:
-        put(local, "a/k", b"old bytes", Put("text/old", {"rows": "1"}))
+        put(local, "a/k", b"old bytes", PutRequest("text/old", {"rows": "1"}))
         before = local.head("a/k")
         assert start(DIE_BEFORE_RENAME, root, "a/k", 0).wait(20) == -signal.SIGKILL
         assert local.head("a/k") == before
@@ -101,19 +101,19 @@ class TestLocalDirectory:
     def test_a_kill_between_note_and_rename_costs_metadata_and_never_lies(
         self, local: LocalDirectory, root: Path
     ) -> None:
-        etag = put(local, "a/k", b"old bytes", Put("text/old", {"rows": "1", "long": "y" * TOO_LONG}))
+        etag = put(local, "a/k", b"old bytes", PutRequest("text/old", {"rows": "1", "long": "y" * TOO_LONG}))
         assert start(DIE_BEFORE_RENAME, root, "a/k", TOO_LONG).wait(20) == -signal.SIGKILL
         assert get(local, "a/k", etag) == b"old bytes"
         info = local.head("a/k")
         assert info is not None
         assert (info.etag, info.metadata) == (etag, {})
-        put(local, "a/k", b"next", Put("text/next", {"rows": "3"}, etag))
+        put(local, "a/k", b"next", PutRequest("text/next", {"rows": "3"}, etag))
         info = local.head("a/k")
         assert info is not None
         assert (info.content_type, info.metadata) == ("text/next", {"rows": "3"})
 
     def test_a_kill_before_the_note_changes_nothing(self, local: LocalDirectory, root: Path) -> None:
-        put(local, "a/k", b"old bytes", Put("text/old", {"rows": "1"}))
+        put(local, "a/k", b"old bytes", PutRequest("text/old", {"rows": "1"}))
         before = local.head("a/k")
         assert start(DIE_BEFORE_RENAME, root, ".json", TOO_LONG).wait(20) == -signal.SIGKILL
         assert local.head("a/k") == before
@@ -125,7 +125,7 @@ class TestLocalDirectory:
     ) -> None:
         disk = Disk(root)
         with disk.recorded():
-            put(local, "a/b/k", b"bytes", Put("text/x", {"long": "x" * long}))
+            put(local, "a/b/k", b"bytes", PutRequest("text/x", {"long": "x" * long}))
         assert (disk.renamed_unflushed(), disk.unflushed_names()) == ([], [])
         assert [each.target for each in disk.effects if each.what == "rename"][-1] == root / "a/b/k"
         assert set(disk.paths("flush")) > {root, root / "a", root / "a/b"}
@@ -192,7 +192,7 @@ class TestLocalDirectory:
         put(local, "drop/day_001.parquet", b"PAR2", replace(ANY, expected=info.etag))
 
     def test_a_change_by_a_person_is_another_version_without_metadata(self, local: LocalDirectory, root: Path) -> None:
-        etag = put(local, "k", b"12", Put("text/plain", {"rows": "1"}))
+        etag = put(local, "k", b"12", PutRequest("text/plain", {"rows": "1"}))
         (root / "k").write_bytes(b"123")
         info = local.head("k")
         assert info is not None
@@ -261,7 +261,7 @@ class TestLocalDirectory:
         assert keys(local) == []
 
     def test_deleting_leaves_no_empty_folder_and_no_metadata(self, local: LocalDirectory, root: Path) -> None:
-        put(local, "a/b/c", b"1", Put("text/plain", {"rows": "1", "long": "x" * TOO_LONG}))
+        put(local, "a/b/c", b"1", PutRequest("text/plain", {"rows": "1", "long": "x" * TOO_LONG}))
         assert len(list((root / ".headwater" / "meta").iterdir())) == 1
         local.delete("a/b/c")
         assert [path.name for path in root.iterdir()] == [".headwater"]

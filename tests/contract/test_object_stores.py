@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from app.core.errors import Conflict, Rejected
-from app.object_store.port import ObjectStore, Put
+from app.object_store.port import ObjectStore, PutRequest
 from object_stores import ANY, CREATE, get, keys, put
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class TestEveryStore:
 
     def test_properties_and_metadata_come_back(self, store: ObjectStore) -> None:
         metadata = {"Rows": "12", "digest": "a b=c/ü".encode().hex(), "app-version": "1.0 (x; y)"}
-        etag = put(store, "a/b", b"12345", Put("application/vnd.apache.parquet", metadata))
+        etag = put(store, "a/b", b"12345", PutRequest("application/vnd.apache.parquet", metadata))
         info = store.head("a/b")
         assert info is not None
         assert (info.key, info.size_bytes, info.etag) == ("a/b", 5, etag)
@@ -69,19 +69,19 @@ class TestEveryStore:
         assert get(store, "k") == b"first"
 
     def test_a_put_with_the_right_etag_replaces_all(self, store: ObjectStore) -> None:
-        first = put(store, "k", b"first", Put("text/plain", {"rows": "1"}))
-        second = put(store, "k", b"second", Put("text/csv", {"sum": "2"}, first))
+        first = put(store, "k", b"first", PutRequest("text/plain", {"rows": "1"}))
+        second = put(store, "k", b"second", PutRequest("text/csv", {"sum": "2"}, first))
         info = store.head("k")
         assert info is not None
         assert (info.etag, info.content_type, info.metadata) == (second, "text/csv", {"sum": "2"})
         assert get(store, "k") == b"second"
 
     def test_a_put_with_a_stale_etag_changes_nothing(self, store: ObjectStore) -> None:
-        stale = put(store, "k", b"one", Put("text/plain", {"rows": "1"}))
-        put(store, "k", b"two", Put("text/plain", {"rows": "2"}))
+        stale = put(store, "k", b"one", PutRequest("text/plain", {"rows": "1"}))
+        put(store, "k", b"two", PutRequest("text/plain", {"rows": "2"}))
         before = store.head("k")
         with pytest.raises(Conflict):
-            put(store, "k", b"three", Put("text/csv", {"rows": "3"}, stale))
+            put(store, "k", b"three", PutRequest("text/csv", {"rows": "3"}, stale))
         assert store.head("k") == before
         assert get(store, "k") == b"two"
 

@@ -10,9 +10,9 @@ import pytest
 from app.core.ledger import Tally, ledger_of
 from app.core.pipeline import FOREIGN, MISSING, Commit, Record
 from app.core.runs import Failure, Outcome, Report, Run
-from app.core.verify import Cell
+from app.core.verify import MapCell
 from app.core.windows import Window
-from app.db.page_queries import NameFilter, RunChoice
+from app.db.page_queries import NameFilter, RunFilter
 from app.db.state import State
 from app.ops.delivery_map import DeliveryMaps, cells_of_span
 
@@ -28,7 +28,7 @@ class Unlisted:
     def partitions(self) -> Sequence[str]:
         raise AssertionError("the destination was asked for its partitions")
 
-    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
+    def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
         raise AssertionError(f"the destination was listed: {partition} {span}")
 
 
@@ -126,7 +126,7 @@ def test_runs_are_chosen_by_job_outcome_time_and_news_and_come_in_pages(state: S
     for run in runs:
         state.runs.save(run)
         state.runs.save(run)  # again, as after a lost answer
-    everything = RunChoice(START, NOW)
+    everything = RunFilter(START, NOW)
     with state.pages.look() as look:
         assert [run.run_id for run in look.runs(everything, 9, NOW)[0]] == [run.run_id for run in reversed(runs)]
         assert look.runs(everything, 9, NOW)[1:] == (5, 4)
@@ -135,7 +135,7 @@ def test_runs_are_chosen_by_job_outcome_time_and_news_and_come_in_pages(state: S
             f"{JOB}-0",
         ]
         assert look.runs(replace(everything, outcome=Outcome.FAILED), 9, NOW)[0] == [runs[3]]
-        assert look.runs(RunChoice(START + timedelta(minutes=4), NOW), 9, NOW)[1] == 1
+        assert look.runs(RunFilter(START + timedelta(minutes=4), NOW), 9, NOW)[1] == 1
         assert look.failures_in_a_row(JOB) == (2, runs[2].started_at)
         assert look.failures_in_a_row("csv_inbox") == (0, None)
         assert look.beside(runs[2]) == (runs[1], runs[3])

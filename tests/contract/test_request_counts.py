@@ -3,7 +3,7 @@
 import io
 from collections import Counter
 
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from app.object_store.s3 import S3Store
 from app.object_store.s3_multipart import S3Transfers
 from fault_proxy import Answer, Fault, FaultProxy, Seen
@@ -19,13 +19,13 @@ def test_every_request_that_leaves_is_counted_once(remote: S3Store, proxy: Fault
     remote.target.counter.take()
     proxy.seen.clear()
     proxy.add(Fault("busy", instead=Answer(503)), method="PUT")
-    remote.put("telemetry/a", io.BytesIO(b"1"), Put("text/csv"))
+    remote.put("telemetry/a", io.BytesIO(b"1"), PutRequest("text/csv"))
     for _ in range(3):
         remote.head("telemetry/a")
     list(remote.list("telemetry/"))
     remote.delete("telemetry/a")
     transfers = S3Transfers(remote)
-    transfers.write("telemetry/b", io.BytesIO(bytes(17 << 20)), Put("text/csv"))
+    transfers.write("telemetry/b", io.BytesIO(bytes(17 << 20)), PutRequest("text/csv"))
     transfers.close()
     assert remote.target.counter.take() == Counter(map(class_of, proxy.seen))
     assert remote.target.counter.take() == {}

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from app.core.errors import AppError, Conflict, Transient
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from app.object_store.s3 import S3Store
 from app.object_store.s3_client import S3Target
 from fault_proxy import (
@@ -80,7 +80,7 @@ class TestS3:
     ) -> None:
         proxy.add(lose_answer(), "PUT")
         with pytest.raises(Conflict):
-            put(remote, "k", b"1", Put("text/plain", {"digest": "ours"}, ""))
+            put(remote, "k", b"1", PutRequest("text/plain", {"digest": "ours"}, ""))
         info = remote.head("k")
         assert info is not None
         assert info.metadata == {"digest": "ours"}
@@ -89,7 +89,7 @@ class TestS3:
         etag = put(remote, "k", b"1")
         proxy.add(answer_afterwards(500), "PUT")
         with pytest.raises(Conflict):
-            put(remote, "k", b"2", Put("text/plain", {"digest": "ours"}, etag))
+            put(remote, "k", b"2", PutRequest("text/plain", {"digest": "ours"}, etag))
         info = remote.head("k")
         assert info is not None
         assert info.metadata == {"digest": "ours"}

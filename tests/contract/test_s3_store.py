@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from app.core.errors import Conflict, Permanent, Rejected
-from app.object_store.port import ObjectInfo, Put
-from app.object_store.s3 import S3Store, old_probes
+from app.object_store.port import ObjectInfo, PutRequest
+from app.object_store.s3 import S3Store, stale_probes
 from app.object_store.s3_client import S3Target
 from fault_proxy import Fault, FaultProxy, Request, answer, answer_afterwards
 from object_stores import ANY, CREATE, get, keys, put, s3_store
@@ -38,8 +38,8 @@ class TestS3:
         at = datetime(2026, 2, 7, 12, tzinfo=UTC)
         ages = {"mine": 0, "young": 59, "killed": 61}
         probes = [ObjectInfo(name, 5, '"e"', at - timedelta(minutes=minutes)) for name, minutes in ages.items()]
-        assert old_probes(probes) == ["killed"]
-        assert old_probes([]) == []
+        assert stale_probes(probes) == ["killed"]
+        assert stale_probes([]) == []
 
     def test_a_replacement_of_a_missing_object_is_a_conflict_where_the_store_says_404(
         self, remote: S3Store, proxy: FaultProxy
@@ -133,7 +133,7 @@ class TestS3:
     def test_metadata_that_headers_cannot_carry_is_rejected(self, remote: S3Store) -> None:
         for metadata in ({"a": "ü"}, {"a": "x\ny"}, {"a": " x"}, {"ä": "x"}, {"a": "x" * 2048}):
             with pytest.raises(Rejected):
-                put(remote, "k", b"1", Put("text/plain", metadata))
+                put(remote, "k", b"1", PutRequest("text/plain", metadata))
         assert keys(remote) == []
 
     def test_more_than_one_upload_may_have_is_rejected(self, remote: S3Store, tmp_path: Path) -> None:

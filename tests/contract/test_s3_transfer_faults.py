@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
-from app.object_store.port import PageRequest, Put
-from app.object_store.s3_multipart import sweep
+from app.object_store.port import ListingRequest, PutRequest
+from app.object_store.s3_multipart import abort_stale_uploads
 from contract.test_transfers import ANY, MIB, SIXTEEN, Both, Trickle, opened, parts_left, target_of
 from fault_proxy import (
     Fault,
@@ -103,7 +103,7 @@ def test_one_fault_of_an_upload_in_parts_is_got_over(
 ) -> None:
     fault, fits = met
     proxy.add(fault, fits=fits)
-    done = remote.write("k", SIXTEEN[: 9 * MIB], Put("text/plain", {"rows": "1"}, ""))
+    done = remote.write("k", SIXTEEN[: 9 * MIB], PutRequest("text/plain", {"rows": "1"}, ""))
     held = remote.held("k")
     assert (held.etag, held.size_bytes, held.metadata["rows"]) == (done.etag, 9 * MIB, "1")
     assert remote.read("k") == SIXTEEN[: 9 * MIB]
@@ -115,7 +115,7 @@ def test_our_own_small_write_whose_answer_was_lost_is_no_conflict(
     remote: Both, proxy: FaultProxy, fault: Fault
 ) -> None:
     proxy.add(fault, fits=single)
-    first = remote.write("k", b"12345", Put("text/plain", expected=""))
+    first = remote.write("k", b"12345", PutRequest("text/plain", expected=""))
     proxy.add(fault, fits=single)
     second = remote.transfers.patch(remote.held("k"), 5, Trickle(b"6"))
     assert (remote.held("k").etag, remote.read("k")) == (second.etag, b"123456")
@@ -244,25 +244,25 @@ def test_what_killed_uploads_left_is_swept_when_it_is_old_and_ours(remote: Both,
     store: Any = remote.store
     now = datetime.now(UTC)
     try:
-        assert sweep(store, now - timedelta(hours=1), lambda _: True) == 0
-        assert sweep(store, now + timedelta(hours=1), lambda key: key.startswith("ours/")) == 2
+        assert abort_stale_uploads(store, now - timedelta(hours=1), lambda _: True) == 0
+        assert abort_stale_uploads(store, now + timedelta(hours=1), lambda key: key.startswith("ours/")) == 2
         assert [key for key in parts_left(outside, bucket) if "/.headwater" not in key] == ["theirs/c"]
     finally:
-        sweep(store, now + timedelta(hours=1), lambda _: True)
+        abort_stale_uploads(store, now + timedelta(hours=1), lambda _: True)
 
 
 def test_a_key_that_may_not_sweep_is_told_what_it_lacks(remote: Both, proxy: FaultProxy) -> None:
     proxy.add(answer(403, b"<Error><Code>AccessDenied</Code></Error>"), "GET", "*uploads*", times=10)
     store: Any = remote.store
     with pytest.raises(Permanent) as caught:
-        sweep(store, datetime.now(UTC), lambda _: True)
+        abort_stale_uploads(store, datetime.now(UTC), lambda _: True)
     assert "s3:ListBucketMultipartUploads" in caught.value.hint
 
 
 def test_a_continuation_that_is_none_is_rejected(remote: Both, proxy: FaultProxy) -> None:
     proxy.add(answer(400, b"<Error><Code>InvalidArgument</Code></Error>"), "GET")
     with pytest.raises(Rejected):
-        remote.transfers.page(PageRequest(continuation="nonsense"))
+        remote.transfers.page(ListingRequest(continuation="nonsense"))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_no_foreign_exception_escapes_and_nothing_is_called_missing(
             lambda: fresh.write("k", b"1", replace(ANY, expected="")),
             lambda: fresh.transfers.patch(held, 9 * MIB, Trickle(b"x")),
             lambda: fresh.span(held, 5, 10),
-            lambda: fresh.transfers.page(PageRequest()),
+            lambda: fresh.transfers.page(ListingRequest()),
         )
         for use in uses:
             with suppress(AppError):

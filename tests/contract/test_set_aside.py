@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from app.core.errors import Permanent, Transient
 from app.core.ledger import SetAside
 from app.core.runs import Run
-from app.object_store.port import ObjectInfo, ObjectStore, Put, check_key
-from app.object_store.set_aside import LINES, MAX_BYTES, NDJSON, Kept, SetAsideStore, folder_of
+from app.object_store.port import ObjectInfo, ObjectStore, PutRequest, check_key
+from app.object_store.set_aside import LINES, MAX_BYTES, NDJSON, SetAsideResult, SetAsideStore, folder_of
 from memory_objects import MemoryObjects
 from object_stores import get, keys, put
 
@@ -22,7 +22,7 @@ WINDOW = ("D1", "2026-02-07", "export_120000")
 REASON = "no device tag"
 
 
-def kept(aside: SetAsideStore, content: bytes, number: int, content_type: str = LINES) -> Kept:
+def kept(aside: SetAsideStore, content: bytes, number: int, content_type: str = LINES) -> SetAsideResult:
     return aside.keep(WINDOW, content, content_type=content_type, reason=REASON, number=number, sample="m v=1 5")
 
 
@@ -130,7 +130,7 @@ class Failing(MemoryObjects):
     def __post_init__(self) -> None:
         MemoryObjects.__init__(self)
 
-    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+    def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
         self.asked.append(key)
         if self.error is not None:
             raise self.error

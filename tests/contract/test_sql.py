@@ -14,7 +14,7 @@ import pytest
 
 from app.core.errors import AppError, Permanent, Rejected
 from app.db.database import NAMED, Database, load_queries, sql_directory
-from app.db.migrations import Migrated, open_database
+from app.db.migrations import MigratedDatabase, open_database
 from app.db.state import State, open_state
 from postgres import WITH_PASSWORD, PostgresServer
 
@@ -294,7 +294,7 @@ def test_a_file_that_is_no_database_and_a_folder_that_cannot_be_made_are_for_a_p
 def test_migrations_are_applied_once_and_in_order(new_state: Callable[[str], State], dialect: str) -> None:
     state = new_state(dialect)
     state.ping()
-    again = Migrated(state.database, sql_directory() / "state")
+    again = MigratedDatabase(state.database, sql_directory() / "state")
     again.prepare()
     with state.database.transaction() as session:
         applied = session.rows("SELECT name FROM headwater_migrations ORDER BY name")
@@ -318,15 +318,15 @@ def folder_of(tmp_path: Path, **files: str) -> Path:
 
 def test_an_applied_migration_whose_text_changed_stops_the_start(url: str, tmp_path: Path) -> None:
     with closing(open_database(url, variables="X")) as database:
-        Migrated(database, folder_of(tmp_path, **{"0001_a": TABLE})).prepare()
-        changed = Migrated(database, folder_of(tmp_path, **{"0001_a": f"{TABLE} -- changed"}))
+        MigratedDatabase(database, folder_of(tmp_path, **{"0001_a": TABLE})).prepare()
+        changed = MigratedDatabase(database, folder_of(tmp_path, **{"0001_a": f"{TABLE} -- changed"}))
         with pytest.raises(Permanent, match="things/0001_a was applied with another text"):
             changed.prepare()
 
 
 def test_a_migration_that_fails_half_way_leaves_nothing_and_is_tried_again(url: str, tmp_path: Path) -> None:
     with closing(open_database(url, variables="X")) as database:
-        migrated = Migrated(database, folder_of(tmp_path, **{"0001_a": f"{TABLE};\nSELEKT ';';"}))
+        migrated = MigratedDatabase(database, folder_of(tmp_path, **{"0001_a": f"{TABLE};\nSELEKT ';';"}))
         with pytest.raises(Permanent):
             migrated.prepare()
         folder_of(tmp_path, **{"0001_a": f"{TABLE};\nINSERT INTO things VALUES (1, 'a;b', NULL);"})
@@ -337,12 +337,12 @@ def test_a_migration_that_fails_half_way_leaves_nothing_and_is_tried_again(url: 
 def test_a_migration_may_differ_by_dialect_but_must_exist_for_each(url: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, **{"0001_a__sqlite": TABLE, "0001_a__postgres": TABLE})
     with closing(open_database(url, variables="X")) as database:
-        Migrated(database, folder).prepare()
+        MigratedDatabase(database, folder).prepare()
         assert names(database) == []
         folder_of(tmp_path, **{f"0002_b__{database.dialect}": TABLE})
         (folder / "migrations" / f"0002_b.{database.dialect}.sql").rename(folder / "migrations" / "0002_b.oracle.sql")
         with pytest.raises(Permanent, match="0002_b"):
-            Migrated(database, folder).prepare()
+            MigratedDatabase(database, folder).prepare()
 
 
 def test_processes_that_start_at_once_migrate_a_new_database_once(url: str) -> None:

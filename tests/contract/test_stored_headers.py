@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import Permanent
 from app.object_store.local import ATTRIBUTE, LocalDirectory
-from app.object_store.port import CONTENT_HEADERS, MARK, TAG_COUNT, TAGS, ObjectInfo, Put
+from app.object_store.port import CONTENT_HEADERS, MARK, TAG_COUNT, TAGS, ObjectInfo, PutRequest
 from app.object_store.s3 import S3Store
 from app.object_store.s3_multipart import S3Transfers
 from contract.test_keys import moto
@@ -70,7 +70,7 @@ def kept(both: Both, key: str) -> tuple[dict[str, str], dict[str, str]]:
 def test_headers_metadata_and_tags_are_kept_through_write_and_patch(
     both: Both, headers: dict[str, str], metadata: dict[str, str]
 ) -> None:
-    both.transfers.write("k", Trickle(b"12345"), Put("text/csv", metadata, None, headers))
+    both.transfers.write("k", Trickle(b"12345"), PutRequest("text/csv", metadata, None, headers))
     assert kept(both, "k") == (headers, metadata)
     held = both.transfers.properties("k")
     assert held is not None
@@ -80,7 +80,7 @@ def test_headers_metadata_and_tags_are_kept_through_write_and_patch(
 
 def test_an_object_of_several_parts_keeps_them_too(both: Both) -> None:
     headers = {"content-encoding": "gzip", "cache-control": "max-age=9", "expires": EXPIRES, TAGS: "a=1&b=2"}
-    both.transfers.write("large", Trickle(SIXTEEN[: 9 * MIB]), Put("text/csv", {"rows": "7"}, None, headers))
+    both.transfers.write("large", Trickle(SIXTEEN[: 9 * MIB]), PutRequest("text/csv", {"rows": "7"}, None, headers))
     held = both.transfers.properties("large")
     assert held is not None
     both.transfers.patch(held, 5, Trickle(b"x"))
@@ -127,7 +127,7 @@ def test_what_is_written_is_encrypted_as_the_settings_say(both: Both) -> None:
     for sure in opened(target):
         for key, data in (("small", b"1"), ("large", SIXTEEN[: 9 * MIB])):
             sure.write(key, data)
-        sure.store.put("exported", io.BytesIO(b"1"), Put("text/csv"))
+        sure.store.put("exported", io.BytesIO(b"1"), PutRequest("text/csv"))
         sure.transfers.patch(sure.held("patched"), 0, Trickle(b"2"))
         for key in ("small", "large", "exported", "patched"):
             found = client.head_object(Bucket=bucket, Key=key)
@@ -142,7 +142,7 @@ def test_what_is_written_is_encrypted_as_the_settings_say(both: Both) -> None:
 
 def test_a_directory_reads_the_notes_of_the_last_version(tmp_path: Path) -> None:
     local = LocalDirectory(tmp_path)
-    etag = local.write("k", Trickle(b"123"), Put("text/plain")).etag
+    etag = local.write("k", Trickle(b"123"), PutRequest("text/plain")).etag
     note = {"etag": etag, "content_type": "text/csv", "metadata": {"rows": "7"}}
     os.setxattr(tmp_path / "k", ATTRIBUTE, json.dumps(note).encode())
     held = local.properties("k")
@@ -159,7 +159,7 @@ def test_tags_that_may_not_be_read_stop_a_patch_and_not_a_look(seaweed: Seaweed)
     with FaultProxy(seaweed.host, seaweed.port) as proxy:
         target = target_of(seaweed, seaweed.new_bucket(), proxy.url)
         with closing(S3Store(target, "probe")) as store, closing(S3Transfers(store)) as transfers:
-            transfers.write("k", Trickle(b"1"), Put("text/plain", headers={TAGS: "a=1"}))
+            transfers.write("k", Trickle(b"1"), PutRequest("text/plain", headers={TAGS: "a=1"}))
             proxy.add(denied, "GET", "*tagging*", times=10)
             assert isinstance(store.head("k"), ObjectInfo)
             with pytest.raises(Permanent) as caught:

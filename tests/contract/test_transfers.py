@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 
 from app.core.errors import Conflict, Rejected, Transient
 from app.object_store.local import LocalDirectory
-from app.object_store.port import MARK, ObjectInfo, ObjectStore, PageRequest, Put, Stored, Transfers
+from app.object_store.port import MARK, ListingRequest, ObjectInfo, ObjectStore, PutRequest, StoredObject, Transfers
 from app.object_store.s3 import S3Store
 from app.object_store.s3_client import S3Target
-from app.object_store.s3_multipart import PartDesk, S3Transfers, part_bytes
+from app.object_store.s3_multipart import S3Transfers, UploadPool, part_bytes
 from memory_objects import MemoryObjects
 from seaweed import Seaweed
 
 MIB = 1 << 20
-ANY = Put("text/plain")
+ANY = PutRequest("text/plain")
 WRONG = '"00000000000000000000000000000000"'
 SIXTEEN = os.urandom(16 * MIB)
 
@@ -51,7 +51,7 @@ class Both:
     store: ObjectStore
     transfers: Transfers
 
-    def write(self, key: str, data: bytes, put: Put = ANY) -> Stored:
+    def write(self, key: str, data: bytes, put: PutRequest = ANY) -> StoredObject:
         return self.transfers.write(key, Trickle(data), put)
 
     def held(self, key: str) -> ObjectInfo:
@@ -179,7 +179,7 @@ class TestEveryStore:
             assert both.read("a b/large+ü") == data
 
     def test_a_patch_keeps_type_metadata_and_what_it_does_not_overwrite(self, both: Both) -> None:
-        both.write("k", SIXTEEN, Put("text/csv", {"rows": "7"}))
+        both.write("k", SIXTEEN, PutRequest("text/csv", {"rows": "7"}))
         for offset, new in ((9 * MIB, b"x"), (0, b"first"), (16 * MIB - 2, b"grown"), (1, b"")):
             before = both.read("k")
             both.transfers.patch(both.held("k"), offset, Trickle(new))
@@ -194,7 +194,7 @@ class TestEveryStore:
             original = both.write("race", bytes(size))
             held, start = both.held("race"), threading.Barrier(2)
 
-            def change(new: bytes, held: ObjectInfo = held, start: threading.Barrier = start) -> Stored | None:
+            def change(new: bytes, held: ObjectInfo = held, start: threading.Barrier = start) -> StoredObject | None:
                 start.wait(20)
                 with suppress(Conflict):
                     return both.transfers.patch(held, 10, Trickle(new))
@@ -268,7 +268,7 @@ class TestEveryStore:
             prefixes: list[str] = []
             continuation = ""
             while True:
-                page = both.transfers.page(PageRequest(prefix, delimiter, limit, continuation))
+                page = both.transfers.page(ListingRequest(prefix, delimiter, limit, continuation))
                 assert len(page.objects) + len(page.prefixes) <= limit
                 objects += [info.key for info in page.objects]
                 prefixes += page.prefixes
@@ -284,11 +284,11 @@ class TestEveryStore:
         for key in ("", "/a", "a//b", "a/../b", "a\nb", "k" * 1025, "a\ud800b"):
             with pytest.raises((Rejected, UnicodeEncodeError)):
                 both.write(key, b"1")
-        assert both.transfers.page(PageRequest()).objects == []
+        assert both.transfers.page(ListingRequest()).objects == []
 
 
 def test_an_upload_for_which_no_place_becomes_free_is_refused_and_the_places_of_others_stay_theirs() -> None:
-    with closing(PartDesk(at_once=1, large_at_once=2, wait_seconds=0.01)) as desk:
+    with closing(UploadPool(at_once=1, large_at_once=2, wait_seconds=0.01)) as desk:
         for _ in range(2):
             with desk.place(), desk.place():
                 with pytest.raises(Transient, match="too many large uploads"), desk.place():

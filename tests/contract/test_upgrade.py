@@ -20,7 +20,7 @@ from app.core.ledger import Ledger
 from app.core.pipeline import Commit
 from app.core.runs import Outcome
 from app.db.database import Database, Row, load_queries, sql_directory
-from app.db.migrations import Migrated, open_database
+from app.db.migrations import MigratedDatabase, open_database
 from app.db.state import FILE, State, open_state
 
 BEFORE = Path(__file__).parent / "state_before_ledger"
@@ -81,7 +81,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     for name in MIGRATIONS_BEFORE:
         shutil.copy(sql_directory() / "state" / "migrations" / f"{name}.sql", folder / "migrations")
     with closing(open_database(url or f"sqlite:///{tmp_path / FILE}", variables="X")) as database:
-        Migrated(database, folder).prepare()
+        MigratedDatabase(database, folder).prepare()
         old = OldProcess(database, load_queries(BEFORE, database.dialect))
         yield Place(old, lambda: open_state(url, tmp_path))
 

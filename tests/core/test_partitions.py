@@ -8,7 +8,14 @@ import pytest
 
 from app.core.errors import LeaseLost, Permanent, Rejected, Stopped, Transient
 from app.core.ledger import Tally
-from app.core.partitions import Backoff, Pass, Rising, Settling, isolated, live_windows
+from app.core.partitions import (
+    AdaptiveConcurrency,
+    Backoff,
+    PassOptions,
+    SettlingSchedule,
+    live_windows,
+    run_each_partition,
+)
 from app.core.runs import Done, Failure, Report
 from app.core.windows import Window
 from world import FIRST_AT, START, VALUE, Process, World, context
@@ -96,7 +103,7 @@ class Tries:
     def run(self, partitions: Sequence[str] = ABC, *, minutes: float = 0, retry_seconds: float = 20) -> Report:
         """A pass so many minutes after noon; who was tried is in `tried`."""
         self.tried.clear()
-        how = Pass(
+        how = PassOptions(
             now=NOON + minutes * MINUTE,
             first_at=FIRST_AT,
             probe=self.probe,
@@ -105,7 +112,7 @@ class Tries:
             concurrency=1,
             retry_seconds=retry_seconds,
         )
-        return isolated(self.process.pipeline(), context(), partitions, self.one, how=how, left=self.left)
+        return run_each_partition(self.process.pipeline(), context(), partitions, self.one, how=how, left=self.left)
 
     def one(self, partition: str, done: Done) -> None:
         self.tried.append(partition)
@@ -278,7 +285,7 @@ def hours_before_noon(number: int) -> list[Window]:
 
 
 def test_windows_that_ended_long_ago_are_counted_every_ten_minutes_and_after_a_clock_was_set_back() -> None:
-    settling, windows, now = Settling(), hours_before_noon(5), NOON + 5 * MINUTE
+    settling, windows, now = SettlingSchedule(), hours_before_noon(5), NOON + 5 * MINUTE
     assert settling.counted(windows, now) == windows
     settling.done(now)
     assert settling.counted(windows, now) == windows[-2:]  # that which ended five minutes ago and the open one
@@ -289,7 +296,7 @@ def test_windows_that_ended_long_ago_are_counted_every_ten_minutes_and_after_a_c
 
 def test_more_partitions_are_worked_on_while_the_source_answers_as_fast_and_fewer_when_it_does_not() -> None:
     seconds = 0.015
-    rising = Rising(16, lambda: seconds)
+    rising = AdaptiveConcurrency(16, lambda: seconds)
 
     def work(times: int) -> int:
         for _ in range(times):
@@ -304,4 +311,4 @@ def test_more_partitions_are_worked_on_while_the_source_answers_as_fast_and_fewe
     seconds = 0.2
     assert work(32) == 8
     assert work(320) == 2
-    assert Rising(1, lambda: seconds).limit == 1
+    assert AdaptiveConcurrency(1, lambda: seconds).limit == 1

@@ -25,7 +25,7 @@ import pytest
 
 from app.core.errors import Conflict, Transient
 from app.core.ledger import Tally
-from app.core.pipeline import Commit, Count, Held, Objects, Pipeline, Position, Record, Shrink, Sums
+from app.core.pipeline import Commit, Count, Objects, ObjectState, Pipeline, Position, Record, Shrink, Sums
 from app.core.repair import reconcile
 from app.core.runs import Lease
 from app.core.sync import sync_partition
@@ -172,8 +172,8 @@ class Pass(Process):
         self.writes += 1
         return Bytes(batch.held, batch.digest, f"{self.who.number}.{self.writes}")
 
-    def head(self, key: str) -> Held | None:
-        held: Held | None = self.ask("head", key)
+    def head(self, key: str) -> ObjectState | None:
+        held: ObjectState | None = self.ask("head", key)
         return held
 
     def read_object(self, key: str, version: str) -> tuple[Row, ...]:
@@ -315,14 +315,14 @@ def read(rules: Rules, world: Model, who: Who, log: Log) -> tuple[int, tuple[Row
     return at, rows_of(rules.history[at])
 
 
-def held_of(rules: Rules, world: Model, key: str) -> Held | None:
+def held_of(rules: Rules, world: Model, key: str) -> ObjectState | None:
     if key == DELTA:
-        return Held("old delta", "old delta", 1) if world.delta is not None else None
+        return ObjectState("old delta", "old delta", 1) if world.delta is not None else None
     there = world.object
     if there is None:
         return None
     digest = "" if rules.left_out == "same rows" else digest_of(there.rows)
-    return Held(there.version, digest, many(rules, len(there.rows)), write=there.write, folded=there.folded)
+    return ObjectState(there.version, digest, many(rules, len(there.rows)), write=there.write, folded=there.folded)
 
 
 def read_at(log: Log) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from app.core.errors import AppError, Conflict, LeaseLost, Permanent, Rejected, Stopped, Transient
-from app.core.retry import LEAST_REST_SECONDS, Pace, RetryPolicy, asked_seconds, pause_seconds, retry
+from app.core.retry import LEAST_REST_SECONDS, RequestPacer, RetryPolicy, asked_seconds, pause_seconds, retry
 from app.core.runs import Stop
 
 POLICY = RetryPolicy(attempts=4, first_seconds=1, cap_seconds=3)
@@ -87,7 +87,7 @@ def test_a_retry_after_that_is_no_number_asks_for_nothing(text: str, seconds: fl
 
 def test_questions_take_no_more_than_their_share_and_short_ones_wait_for_nothing() -> None:
     stop, asked = Stop(), 0.0
-    pace = Pace(stop, 0.1)
+    pace = RequestPacer(stop, 0.1)
     began = time.monotonic()
     for number in range(8):
         at = time.monotonic()

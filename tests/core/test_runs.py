@@ -15,12 +15,12 @@ from app.core.runs import (
     Job,
     Lease,
     LeaseTerms,
+    NoProgress,
     Outcome,
     Report,
     Run,
-    RunDesk,
+    RunServices,
     Stop,
-    Unwatched,
     execute,
 )
 from memory import MemoryLeases, MemoryRuns
@@ -57,10 +57,10 @@ def run_of(work: Callable[[Context], Report], runs: MemoryRuns | None = None) ->
     """The run as it was told at its end, and its cause."""
     told: list[tuple[Run, BaseException | None]] = []
     terms = LeaseTerms("a", heartbeat_seconds=60)
-    desk = RunDesk(
+    services = RunServices(
         lambda: NOW, MemoryLeases(), runs or MemoryRuns(), terms, lambda run, cause: told.append((run, cause))
     )
-    run = execute(Job("job", 60, work), desk, Stop(), Unwatched())
+    run = execute(Job("job", 60, work), services, Stop(), NoProgress())
     assert told[0][0] == run
     return told[0]
 
@@ -141,13 +141,13 @@ def test_a_record_that_is_away_does_not_hide_how_the_run_ended() -> None:
 def test_a_job_whose_lease_is_anothers_does_not_run_and_leaves_no_record() -> None:
     leases, runs = MemoryLeases(), MemoryRuns()
     assert leases.acquire("job", "another", 60)
-    desk = RunDesk(lambda: NOW, leases, runs, LeaseTerms("a"), lambda *_: pytest.fail("nothing ended"))
-    assert execute(Job("job", 60, lambda _: pytest.fail("it ran")), desk, Stop(), Unwatched()) is None
+    services = RunServices(lambda: NOW, leases, runs, LeaseTerms("a"), lambda *_: pytest.fail("nothing ended"))
+    assert execute(Job("job", 60, lambda _: pytest.fail("it ran")), services, Stop(), NoProgress()) is None
     assert runs.recent(None, 1) == []
 
 
 def test_the_clock_of_a_run_goes_on_from_its_beginning() -> None:
-    context = Context("run", Lease("job", "a", 1, NOW), Stop(), Unwatched(), now_at=NOW)
+    context = Context("run", Lease("job", "a", 1, NOW), Stop(), NoProgress(), now_at=NOW)
     first = context.clock()
     time.sleep(0.01)
     assert NOW <= first < context.clock()

@@ -7,7 +7,7 @@ import pytest
 from app.core.errors import Permanent, Rejected, Transient
 from app.core.ledger import SetAside, Tally, fault_of
 from app.core.repair import fill
-from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
+from app.core.runs import Job, LeaseTerms, Outcome, Run, RunServices, Stop, execute
 from app.core.windows import Window
 from memory import MemoryLeases, MemoryRuns
 from world import (
@@ -28,8 +28,8 @@ from world import (
 
 def executed(process: Process) -> Run:
     """A run of the job as it is recorded."""
-    desk = RunDesk(lambda: process.world.now, MemoryLeases(), MemoryRuns(), LeaseTerms("test"), lambda *_: None)
-    run = execute(Job("test", 60, lambda _: process.run()), desk, Stop(), Silent())
+    services = RunServices(lambda: process.world.now, MemoryLeases(), MemoryRuns(), LeaseTerms("test"), lambda *_: None)
+    run = execute(Job("test", 60, lambda _: process.run()), services, Stop(), Silent())
     assert run is not None
     return run
 

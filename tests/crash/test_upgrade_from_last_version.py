@@ -28,7 +28,7 @@ import pytest
 from app.core.windows import EPOCH, floor_to
 from app.influx_to_s3.job import NAME, RECONCILE
 from app.object_store.local import LocalDirectory
-from app.object_store.port import ObjectStore, Put
+from app.object_store.port import ObjectStore, PutRequest
 from app.object_store.s3 import S3Store
 from daemon import Daemons, free_port
 from exports import objects, rows_of
@@ -430,7 +430,7 @@ def check_rewrite(here: Installation, daemons: Daemons) -> None:
     text = json.dumps(tree).encode()
     info = here.store.head("telemetry/_headwater/layout.json")
     assert info is not None
-    here.store.put(info.key, io.BytesIO(text), Put("application/json", {}, info.etag))
+    here.store.put(info.key, io.BytesIO(text), PutRequest("application/json", {}, info.etag))
     midnight = floor_to(here.start, 86_400)
     days = ("--from", midnight.isoformat(), "--to", (midnight + timedelta(days=2)).isoformat())
     for _ in range(2):

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.csv_inbox import merge
-from app.csv_inbox.csv_tokenizer import Cells, Dialect, Malformed, Marks, blocks, marked, walked
+from app.csv_inbox.csv_tokenizer import (
+    CellSlices,
+    CsvDialect,
+    FieldBounds,
+    MalformedCsv,
+    blocks,
+    find_field_bounds,
+    walked,
+)
 from app.csv_inbox.discovery import InboxPaths
 from app.csv_inbox.key_index import (
     ENTRY,
@@ -19,13 +27,13 @@ from app.csv_inbox.key_index import (
     HEAD_BYTES,
     LONG_VALUE_BYTES,
     PIECE_RECORDS,
+    equal_pairs,
     hashed,
-    same,
 )
 from app.csv_inbox.merge import READ_BYTES, SCAN_BYTES
 from inbox_world import World, world
 
-DIALECT = Dialect(",", "latin-1")
+DIALECT = CsvDialect(",", "latin-1")
 ROWS = 150_000
 CHUNK_BYTES = 1 << 21
 HEAD = "k,a,b\n"
@@ -117,9 +125,9 @@ def test_a_record_longer_than_a_chunk_is_kept_and_replaced(tmp_path: Path) -> No
     assert here.master == b"k,v\na,1\nb,2\nlong,2\n"
 
 
-def cells_of(values: Sequence[bytes]) -> Cells:
+def cells_of(values: Sequence[bytes]) -> CellSlices:
     lengths = np.array([len(value) for value in values], np.int64)
-    return Cells(np.frombuffer(b"-" + b"".join(values), np.uint8), 1 + np.cumsum(lengths) - lengths, lengths)
+    return CellSlices(np.frombuffer(b"-" + b"".join(values), np.uint8), 1 + np.cumsum(lengths) - lengths, lengths)
 
 
 def test_a_key_that_shares_only_what_the_index_keeps_of_its_hash_is_another_key(tmp_path: Path) -> None:
@@ -149,15 +157,15 @@ def test_values_of_any_length_are_the_same_only_when_every_byte_is(pairs: list[t
         value[:at] + b"y" + value[at + 1 :] if 0 <= at < len(value) else value
         for value, (_, at) in zip(left, pairs, strict=True)
     ]
-    assert same(cells_of(left), cells_of(right)).tolist() == [a == b for a, b in zip(left, right, strict=True)]
+    assert equal_pairs(cells_of(left), cells_of(right)).tolist() == [a == b for a, b in zip(left, right, strict=True)]
 
 
 def outcome(data: bytes, *, plain: bool) -> tuple[list[int], list[int], int] | str:
     """Marks, and line feeds inside quotes, of whole records, or the refusal."""
     quotes = np.flatnonzero(np.frombuffer(data, np.uint8) == ord('"'))
     try:
-        found: Marks = walked(data, DIALECT, quotes) if plain else marked(data, DIALECT)
-    except Malformed as error:
+        found: FieldBounds = walked(data, DIALECT, quotes) if plain else find_field_bounds(data, DIALECT)
+    except MalformedCsv as error:
         return error.message
     return found.at.tolist(), found.lasts.tolist(), found.inner
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import Permanent
 from app.csv_inbox import csv_tokenizer
-from app.csv_inbox.csv_tokenizer import Dialect, blocks
+from app.csv_inbox.csv_tokenizer import CsvDialect, blocks
 from effort import EFFORT
 from inbox_world import Table, World, model, parsed, world
 
@@ -83,7 +83,7 @@ def test_any_sequence_of_files_gives_what_the_model_gives_and_can_be_taken_back(
 def test_blocks_of_any_size_hold_the_same_records(rows: list[list[str]], quote_all: bool, size: int) -> None:  # noqa: FBT001
     returns = any("\r" in value for row in rows for value in row)  # the writer leaves a lone one unquoted
     content = written((rows[0], rows[1:]), "\n", quote_all=quote_all or returns, last_eol=True)
-    dialect = Dialect(",", "utf-8")
+    dialect = CsvDialect(",", "utf-8")
     whole = list(blocks(io.BytesIO(content).read, dialect, 1, size=1 << 20))
     found = [
         next(csv.reader(io.StringIO(block.record(at).decode(), newline="")))

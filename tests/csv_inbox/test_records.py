@@ -7,11 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.csv_inbox.csv_tokenizer import NONE, Cells, Dialect, Malformed, Marks, RecordBlock, marked, walked
-from app.csv_inbox.key_index import LONG_KEY_BYTES, Keys, hashed, same
+from app.csv_inbox.csv_tokenizer import (
+    NONE,
+    CellSlices,
+    CsvDialect,
+    FieldBounds,
+    MalformedCsv,
+    RecordBlock,
+    find_field_bounds,
+    walked,
+)
+from app.csv_inbox.key_index import LONG_KEY_BYTES, FileKeys, equal_pairs, hashed
 from inbox_world import colliding
 
-DIALECT = Dialect(",", "latin-1")
+DIALECT = CsvDialect(",", "latin-1")
 RAW = st.lists(st.sampled_from(["a", ",", '"', '""', '","', "\n", '"\n', ',"', "\r\n", "\r", "5"]), max_size=30)
 
 
@@ -19,8 +28,8 @@ def outcome(data: bytes, *, plain: bool) -> tuple[list[int], list[int]] | str:
     """Marks up to the last whole record, or the refusal."""
     try:
         quotes = np.flatnonzero(np.frombuffer(data, np.uint8) == ord('"'))
-        found: Marks = walked(data, DIALECT, quotes) if plain else marked(data, DIALECT)
-    except Malformed as error:
+        found: FieldBounds = walked(data, DIALECT, quotes) if plain else find_field_bounds(data, DIALECT)
+    except MalformedCsv as error:
         return error.message
     whole = int(found.lasts[-1]) + 1 if len(found.lasts) else 0
     return found.at[:whole].tolist(), found.lasts.tolist()
@@ -43,8 +52,8 @@ def test_counting_quotes_finds_the_fields_that_walking_finds(parts: list[str]) -
 def test_values_of_columns_are_those_of_single_fields(parts: list[str]) -> None:
     data = "".join([*parts, "\n"]).encode()
     try:
-        marks = marked(data, DIALECT)
-    except Malformed:
+        marks = find_field_bounds(data, DIALECT)
+    except MalformedCsv:
         return
     if not len(marks.lasts):
         return
@@ -59,9 +68,9 @@ def test_values_of_columns_are_those_of_single_fields(parts: list[str]) -> None:
         assert [cells.value(at) for at in range(len(fields))] == [row[place] for row in fields]
 
 
-def cells_of(values: Sequence[bytes]) -> Cells:
+def cells_of(values: Sequence[bytes]) -> CellSlices:
     lengths = np.array([len(value) for value in values], np.int64)
-    return Cells(np.frombuffer(b"-" + b"".join(values), np.uint8), 1 + np.cumsum(lengths) - lengths, lengths)
+    return CellSlices(np.frombuffer(b"-" + b"".join(values), np.uint8), 1 + np.cumsum(lengths) - lengths, lengths)
 
 
 KEYS = st.binary(max_size=20) | st.sampled_from([b"x" * (LONG_KEY_BYTES + n) for n in range(3)])
@@ -72,14 +81,14 @@ KEYS = st.binary(max_size=20) | st.sampled_from([b"x" * (LONG_KEY_BYTES + n) for
 def test_the_same_bytes_have_the_same_hash_and_only_they_are_the_same(pairs: list[tuple[bytes, bytes]]) -> None:
     left, right = cells_of([pair[0] for pair in pairs]), cells_of([pair[1] for pair in pairs])
     expected = [first == second for first, second in pairs]
-    assert same(left, right).tolist() == expected
+    assert equal_pairs(left, right).tolist() == expected
     assert (hashed(left) == hashed(right)).tolist() == expected
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(KEYS, min_size=1, max_size=30), st.lists(KEYS, min_size=1, max_size=30))
 def test_the_last_row_of_a_key_is_found_and_of_no_other(held: list[bytes], asked: list[bytes]) -> None:
-    keys = Keys()
+    keys = FileKeys()
     keys.add(cells_of(held[:5]))
     keys.add(cells_of(held[5:]))
     keys.sort()
@@ -97,7 +106,7 @@ def test_the_last_row_of_a_key_is_found_and_of_no_other(held: list[bytes], asked
 def test_keys_that_share_a_hash_stay_apart() -> None:
     first, second, third = colliding(3)
     assert len(set(hashed(cells_of([first, second, third])).tolist())) == 1
-    keys = Keys()
+    keys = FileKeys()
     keys.add(cells_of([first, b"other", second, first]))
     keys.sort()
     assert (keys.count, keys.kept_rows().tolist()) == (3, [1, 2, 3])
@@ -109,7 +118,7 @@ def test_keys_that_share_a_hash_stay_apart() -> None:
 
 def test_keys_that_share_a_hash_stay_apart_also_where_there_are_no_others() -> None:
     first, second = colliding(2)
-    keys = Keys()
+    keys = FileKeys()
     keys.add(cells_of([first, second, first]))
     keys.sort()
     assert (keys.count, keys.kept_rows().tolist()) == (2, [1, 2])
@@ -117,7 +126,7 @@ def test_keys_that_share_a_hash_stay_apart_also_where_there_are_no_others() -> N
 
 @pytest.mark.parametrize("rows", [1, 17, 5000])
 def test_of_a_key_that_stands_in_every_row_the_last_one_is_kept(rows: int) -> None:
-    keys = Keys()
+    keys = FileKeys()
     keys.add(cells_of([b"the same"] * rows))
     keys.sort()
     assert (keys.count, keys.kept_rows().tolist()) == (1, [rows - 1])
@@ -132,4 +141,4 @@ def test_the_hash_of_a_key_does_not_depend_on_its_neighbours(size: int) -> None:
 
 
 def test_no_cells_have_no_hashes() -> None:
-    assert len(hashed(Cells(np.zeros(0, np.uint8), NONE, NONE))) == 0
+    assert len(hashed(CellSlices(np.zeros(0, np.uint8), NONE, NONE))) == 0

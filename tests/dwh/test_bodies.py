@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.dwh.request_parsing import BatchLimits, Form, Options, Received, receive
+from app.dwh.request_parsing import BatchLimits, Form, ReceivedBody, WriteOptions, receive
 from app.dwh.tables import EVENTS, LOCATIONS, TECHNICAL, Table
 from app.web.errors import Refusal, Refused
 from warehouse import LIMITS, ndjson, rows_of, uuid_of
@@ -54,12 +54,12 @@ def take(
     skip: bool = False,
     body_bytes: int = BIG,
     stream_bytes: int = BIG,
-) -> Received:
-    how = Options(form, gzipped, skip)
+) -> ReceivedBody:
+    how = WriteOptions(form, gzipped, skip)
     return receive(Pieces(pieces), table, how, LIMITS, body_bytes=body_bytes, stream_bytes=stream_bytes)
 
 
-def values(received: Received) -> list[list[Any]]:
+def values(received: ReceivedBody) -> list[list[Any]]:
     with closing(received):
         return [list(row) for batch in received.read() for row in batch]
 
@@ -264,7 +264,7 @@ def test_gzip_that_is_damaged_cut_or_a_bomb_is_refused() -> None:
 def dealt(limits: BatchLimits, sizes: Sequence[int], group: int) -> tuple[int, list[int]]:
     """The number of batches, and the batch of each row, when rows come in groups."""
     numbers: list[int] = []
-    with closing(Received(limits)) as received:
+    with closing(ReceivedBody(limits)) as received:
         for start in range(0, len(sizes), group):
             first = received.batches
             for step, count in enumerate(received.deal(sizes[start : start + group])):

@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl
 
 import pytest
 
-from app.dwh.query import Place, filter_of, selection
+from app.dwh.query import KeysetPosition, filter_of, selection
 from app.dwh.tables import EVENTS, LOCATIONS, PERMANENT, TECHNICAL, Table
 from app.dwh.warehouse import open_warehouse
 from app.web.errors import Refused
@@ -74,8 +74,8 @@ def test_rows_are_found_by_equality(desk: Desk, table: Table, params: dict[str, 
         ({"after_id": 1, "sort_by": "library"}, 422, "after_id"),
         ({"after_id": 1, "offset": 5}, 422, "after_id"),
         ({"after": "x"}, 422, "after"),
-        ({"after": Place(3, "a").token("insert_id"), "sort_by": "library"}, 422, "after"),
-        ({"after": Place(3, "a").token("library"), "sort_by": "library", "after_id": 1}, 422, "after"),
+        ({"after": KeysetPosition(3, "a").token("insert_id"), "sort_by": "library"}, 422, "after"),
+        ({"after": KeysetPosition(3, "a").token("library"), "sort_by": "library", "after_id": 1}, 422, "after"),
         ({"plan_json": "eq.1"}, 400, "plan_json"),
         ({"library": "is.true"}, 400, "library"),
         ({"amplitude_id": "like.1*"}, 400, "amplitude_id"),
@@ -197,7 +197,7 @@ def test_a_count_is_of_all_rows_that_meet_the_filters(people: Desk) -> None:
     chosen = selection(EVENTS, [("event_id", "gte.13"), ("limit", "2")])
     with people.warehouse.selected(chosen, count=True) as found:
         assert found.total == 5
-        assert found.last() == Place(5)
+        assert found.last() == KeysetPosition(5)
 
 
 @pytest.mark.parametrize(

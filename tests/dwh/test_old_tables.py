@@ -12,7 +12,7 @@ from app.cli import main
 from app.core.errors import Permanent
 from app.db.database import Database
 from app.db.migrations import open_database
-from app.dwh.old_tables import bring_over, told
+from app.dwh.old_tables import format_result, import_old_tables
 from app.dwh.warehouse import open_warehouse
 from warehouse import AT, Desk, uuid_of
 from warehouse import BY_NAME as BY
@@ -59,9 +59,11 @@ def test_rows_of_the_tables_before_are_new_there_already_or_set_aside(
     url = old_database(request, dialect, tmp_path)
     with closing(open_warehouse("", tmp_path / "new")) as warehouse, closing(opened(url)) as old:
         desk = Desk(warehouse)
-        counts = [(each.read, each.new, each.already_there) for each in bring_over(old, warehouse, AT, dry_run=True)]
+        counts = [
+            (each.read, each.new, each.already_there) for each in import_old_tables(old, warehouse, AT, dry_run=True)
+        ]
         assert (counts, desk.get(BY["events_part"])) == ([(5, 2, 1), (1, 1, 0), (1, 1, 0)], [])
-        done = bring_over(old, warehouse, AT)
+        done = import_old_tables(old, warehouse, AT)
         assert [(each.read, each.new, each.already_there, each.set_aside_count) for each in done] == [
             (5, 2, 1, 2),
             (1, 1, 0, 0),
@@ -70,7 +72,7 @@ def test_rows_of_the_tables_before_are_new_there_already_or_set_aside(
         assert done[0].left_columns == ["shard"]
         assert [which for which, _ in done[0].set_aside] == ["id 4", "id 5"]
         assert "uuid must be" in done[0].set_aside[0][1]
-        assert any("set aside id 4" in line for line in told(done, dry_run=False))
+        assert any("set aside id 4" in line for line in format_result(done, dry_run=False))
         events = desk.get(BY["events_part"], sort_dir="asc", select="uuid,event_type,event_time,user_id")
         assert events == [
             {"uuid": A, "event_type": 'say "hi"', "event_time": "2026-02-01T10:20:30.500000Z", "user_id": "7"},
@@ -81,7 +83,7 @@ def test_rows_of_the_tables_before_are_new_there_already_or_set_aside(
         assert properties["user_properties_json"] == {"a": 1.1, "b": [None, "ü"]}
         location = desk.get(BY["user_locations"])[0]
         assert (location["location_lat"], location["city"]) == (56.949999999999996, "Рига")
-        again = bring_over(old, warehouse, AT)
+        again = import_old_tables(old, warehouse, AT)
         assert [(each.new, each.already_there) for each in again] == [(0, 3), (0, 1), (0, 1)]
 
 
@@ -96,7 +98,7 @@ def test_a_database_of_another_program_is_told_as_such_and_left_alone(
                 warehouse.ping()
             assert "python -m app import-dwh URL" in refused.value.hint
     with closing(open_warehouse("", tmp_path)) as warehouse, closing(opened(url)) as old:
-        assert [each.read for each in bring_over(old, warehouse, AT)] == [5, 1, 1]
+        assert [each.read for each in import_old_tables(old, warehouse, AT)] == [5, 1, 1]
 
 
 def test_the_command_brings_them_over(

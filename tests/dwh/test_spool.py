@@ -7,8 +7,8 @@ from contextlib import closing, suppress
 import pytest
 
 from app.core.errors import AppError, Transient
-from app.dwh.query import Place, selection
-from app.dwh.responses import HEAD_BYTES, MEMORY_BYTES, Abandoned, AnswerPage, ByteSpool
+from app.dwh.query import KeysetPosition, selection
+from app.dwh.responses import HEAD_BYTES, MEMORY_BYTES, AnswerPage, ByteSpool, ClientDisconnected
 from app.dwh.tables import LOCATIONS
 from warehouse import Desk, uuid_of
 
@@ -59,7 +59,7 @@ def test_a_writer_that_breaks_never_leaves_its_reader_waiting() -> None:
 def test_a_writer_whose_reader_has_left_is_told() -> None:
     spool = ByteSpool()
     spool.close()
-    with pytest.raises(Abandoned), spool.written():
+    with pytest.raises(ClientDisconnected), spool.written():
         spool.write(b"x")
     assert spool.read(1) == b""
 
@@ -77,5 +77,5 @@ def test_a_page_that_is_left_frees_its_connection(desk: Desk) -> None:
 def test_the_link_of_a_long_answer_is_known_before_its_end(desk: Desk, limit: int, last_id: int | None) -> None:
     desk.post(LOCATIONS, [{"uuid": uuid_of(n)} for n in range(3_000)])
     got = desk.read(LOCATIONS, format="ndjson", limit=limit)
-    last = Place(last_id) if last_id else None
+    last = KeysetPosition(last_id) if last_id else None
     assert (got.last, got.body.count(b"\n"), len(got.body) > HEAD_BYTES) == (last, min(limit, 3_000), limit > 3)

@@ -17,12 +17,12 @@ import pytest
 
 from app.core.errors import AppError
 from app.db.database import sql_directory
-from app.db.migrations import Migrated, open_database
-from app.dwh.query import Place, erasure, selection
+from app.db.migrations import MigratedDatabase, open_database
+from app.dwh.query import KeysetPosition, erasure, selection
 from app.dwh.request_parsing import BatchLimits
 from app.dwh.tables import DEVICES, EVENTS, LOCATIONS, PERMANENT, TABLES, TECHNICAL, Table
-from app.dwh.warehouse import MERGE_ROWS, Erased, open_warehouse
-from app.product_events.mapping import Rows
+from app.dwh.warehouse import MERGE_ROWS, EraseResult, open_warehouse
+from app.product_events.mapping import EventRows
 from app.web.errors import Refused
 from warehouse import AT, BY_NAME, SORTED, Desk, key_of, mixed, rows_of, uuid_of, walked
 
@@ -303,7 +303,7 @@ def test_what_is_absent_in_a_merge_stays_and_a_default_replaces_nothing(desk: De
     assert [(row["language"], row["migrated"]) for row in desk.get(properties)] == [("lv", False)]
 
 
-def erase(desk: Desk, table: Table, **params: Any) -> Erased:
+def erase(desk: Desk, table: Table, **params: Any) -> EraseResult:
     given = [(name, str(value)) for name, value in params.items()]
     return desk.warehouse.erase(erasure(table, given), at=AT)
 
@@ -311,19 +311,19 @@ def erase(desk: Desk, table: Table, **params: Any) -> Erased:
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_deleted_rows_do_not_come_back_by_posts_or_pulls(desk: Desk, table: Table) -> None:
     desk.post(table, rows_of(table, 60))
-    assert erase(desk, table, id="lte.0") == Erased(0)
-    assert erase(desk, table, id="lte.50", dry_run=True) == Erased(50, 50)
-    assert erase(desk, table, id="lte.50") == Erased(50, 50)
+    assert erase(desk, table, id="lte.0") == EraseResult(0)
+    assert erase(desk, table, id="lte.50", dry_run=True) == EraseResult(50, 50)
+    assert erase(desk, table, id="lte.50") == EraseResult(50, 50)
     again = desk.post(table, rows_of(table, 70))
     assert (again.rows, list(again.ids)) == (70, list(again.ids)[:10])
     assert desk.post(table, rows_of(table, 50), resolution="merge-duplicates").inserted_rows == 0
     assert {row[table.key.name] for row in desk.get(table)} == {key_of(table, n) for n in range(50, 70)}
     names = [column.name for column in table.columns if column.required or column.default is not None]
-    pulled = Rows(names, [[key_of(table, n), False][: len(names)] for n in range(40, 80)])
+    pulled = EventRows(names, [[key_of(table, n), False][: len(names)] for n in range(40, 80)])
     desk.warehouse.load(iter([{table.name: pulled}]))
     assert {row[table.key.name] for row in desk.get(table)} == {key_of(table, n) for n in range(50, 80)}
     lifted = erase(desk, table, **{table.key.name: key_of(table, 3)}, forget=True)
-    assert lifted == Erased(0, 0, 1)
+    assert lifted == EraseResult(0, 0, 1)
     assert desk.post(table, rows_of(table, 60)).inserted_rows == 1
     if table is EVENTS:  # what a verification of the pulls asks for: what was deleted is accounted for
         assert desk.warehouse.known({uuid_of(number) for number in range(100)}) == 80
@@ -340,7 +340,7 @@ def test_an_upgrade_keeps_hashes_in_place_of_deleted_keys(
         newer.unlink()
     plain = open_database(url, variables="", default=tmp_path / "dwh.db")
     keys = {EVENTS: uuid_of(1), PERMANENT: "7", DEVICES: "дом/1"}
-    with closing(Migrated(plain, before)) as old, old.transaction() as session:
+    with closing(MigratedDatabase(plain, before)) as old, old.transaction() as session:
         for table, key in keys.items():
             insert = "INSERT INTO dwh_deleted (table_name, key, deleted_at) VALUES (:name, :key, :at)"
             session.run(insert, name=table.name, key=key, at=AT)
@@ -349,9 +349,9 @@ def test_an_upgrade_keeps_hashes_in_place_of_deleted_keys(
         for table, key in keys.items():
             rows = [{table.key.name: int(key) if table is PERMANENT else key}]
             assert desk.post(table, rows).inserted_rows == 0
-            assert erase(desk, table, **{table.key.name: key}, forget=True) == Erased(0, 0, 1)
+            assert erase(desk, table, **{table.key.name: key}, forget=True) == EraseResult(0, 0, 1)
             assert desk.post(table, rows).inserted_rows == 1
-            assert erase(desk, table, id="gt.0") == Erased(1, 1)
+            assert erase(desk, table, id="gt.0") == EraseResult(1, 1)
         with warehouse.database.transaction() as session:
             kept = [row["key_hash"] for row in session.rows("SELECT key_hash FROM dwh_deleted")]
             with pytest.raises(AppError):  # as a process of the earlier version looks for keys
@@ -421,7 +421,7 @@ def test_csv_for_spreadsheets_has_a_byte_order_mark_and_no_formulas(desk: Desk) 
 def test_many_rows_come_as_a_file_with_a_link_to_the_rest(desk: Desk) -> None:
     desk.post(LOCATIONS, [{"uuid": uuid_of(n)} for n in range(30_000)])
     page = desk.read(LOCATIONS, format="ndjson", limit=25_000)
-    assert page.last == Place(5001)
+    assert page.last == KeysetPosition(5001)
     assert page.body.count(b"\n") == 25_000
     rest = desk.read(LOCATIONS, format="ndjson", limit=25_000, after_id=5001)
     assert (rest.last, rest.body.count(b"\n")) == (None, 5000)

@@ -19,8 +19,8 @@ from app.dynamo_to_drive.hour_file import (
     lines_in,
     read_file,
 )
-from app.dynamo_to_drive.rows import Item, Value
-from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, UNREADABLE, Times
+from app.dynamo_to_drive.rows import AttributeValue, Item
+from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, UNREADABLE, TimestampReader
 from app.object_store.local import LocalDirectory
 from app.object_store.set_aside import MAX_BYTES, SetAsideStore, folder_of
 from shipping import START
@@ -36,7 +36,7 @@ def row(second: int, temp: str, **others: str) -> Cells:
 
 @contextmanager
 def file_of(rows: Sequence[Cells]) -> Iterator[HourFile]:
-    writer = HourWriter(FileShape(AT, ("id",), Times()))
+    writer = HourWriter(FileShape(AT, ("id",), TimestampReader()))
     writer.add_rows(rows)
     hour = writer.finish()
     writer.close()
@@ -90,7 +90,7 @@ def test_the_ledger_of_an_hour_closes_whatever_was_done_with_it(told: dict[str, 
 
 def item(text: str | None = None, **others: str) -> Item:
     named = others if text is None else {AT: text, **others}
-    return {name: Value(S=value) for name, value in named.items()}
+    return {name: AttributeValue(S=value) for name, value in named.items()}
 
 
 def test_an_item_without_an_hour_counts_once_and_names_what_is_wrong_with_it() -> None:
@@ -140,7 +140,7 @@ def test_what_was_read_for_an_hour_that_failed_waits_but_for_what_its_file_has_a
 
 
 def test_a_row_of_a_file_that_the_table_has_in_another_form_is_left_out_and_named() -> None:
-    with closing(HourWriter(FileShape(AT, ("id",), Times()))) as writer:
+    with closing(HourWriter(FileShape(AT, ("id",), TimestampReader()))) as writer:
         saved = {"a": "1.50", "b": "high", "c": "2"}
         writer.add_rows(
             [{AT: "2026-02-07 12:00:01", "id": each, "temp": temp} for each, temp in saved.items()], held=True
@@ -154,7 +154,7 @@ def test_a_row_of_a_file_that_the_table_has_in_another_form_is_left_out_and_name
 
 def test_a_row_larger_than_a_block_ends_where_its_page_ends() -> None:
     large = "x" * (COPY_BYTES + 1)
-    with closing(HourWriter(FileShape(AT, ("id",), Times()))) as writer:
+    with closing(HourWriter(FileShape(AT, ("id",), TimestampReader()))) as writer:
         writer.add_rows([row(2, large)])
         writer.add_rows([row(1, "1"), row(3, "3")])
         with closing(writer.finish()) as hour:

@@ -7,7 +7,7 @@ import pytest
 from google.auth.exceptions import RefreshError, TransportError
 
 from app.core.errors import Permanent, Transient
-from app.dynamo_to_drive.drive import answered, failed
+from app.dynamo_to_drive.drive import error_of_response, failed
 
 
 def old(reason: str, **more: Any) -> bytes:
@@ -32,7 +32,7 @@ def new(reason: str, status: str = "PERMISSION_DENIED") -> bytes:
     ],
 )
 def test_what_may_pass_is_tried_again(status: int, content: bytes) -> None:
-    assert isinstance(answered(status, content, {}), Transient)
+    assert isinstance(error_of_response(status, content, {}), Transient)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_what_may_pass_is_tried_again(status: int, content: bytes) -> None:
     ],
 )
 def test_what_a_person_must_mend_has_the_next_step(status: int, content: bytes, hint: str) -> None:
-    refused = answered(status, content, {})
+    refused = error_of_response(status, content, {})
     assert isinstance(refused, Permanent)
     assert hint in refused.hint
 
@@ -59,7 +59,7 @@ def test_what_a_person_must_mend_has_the_next_step(status: int, content: bytes, 
     ("text", "seconds"), [("7", 7.0), ("", None), ("\u00b2", None), ("-1", None), ("Wed, 1", None)]
 )
 def test_the_wait_that_is_asked_for_is_taken_when_it_is_a_number(text: str, seconds: float | None) -> None:
-    told = answered(429, b"", {"retry-after": text})
+    told = error_of_response(429, b"", {"retry-after": text})
     assert isinstance(told, Transient)
     assert told.retry_after_seconds == seconds
 

@@ -13,7 +13,7 @@ from app.core.errors import Permanent, Transient
 from app.core.retry import RetryPolicy
 from app.core.runs import Stop
 from app.dynamo_to_drive import job
-from app.dynamo_to_drive.drive import Drive, DriveService, Given
+from app.dynamo_to_drive.drive import Drive, DriveCredentials, DriveService
 from shipping import START, Shipping, item, shipping
 from simulators.drive import DriveFault
 
@@ -108,7 +108,7 @@ def test_the_answer_that_came_too_late_is_not_taken_for_that_of_the_next_call(sh
         ship.put_rows(START + timedelta(hours=hours), 5)
     ship.now = START + timedelta(hours=1, minutes=5)
     ship.run()
-    given = Given(None, json.dumps(ship.token), ship.folder / "token")
+    given = DriveCredentials(None, json.dumps(ship.token), ship.folder / "token")
     service = DriveService(given, ship.drive.url, TIMEOUT_SECONDS)
     drive = Drive(service, RetryPolicy(attempts=1), Stop())
     held = [drive.get(ship.drive.named(name)[0].file_id) for name in sorted(ship.files)]

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from app.core.errors import Transient
 from app.core.windows import Window
 from app.dynamo_to_drive.hour_file import COPY_BYTES, Accounts, FileShape, HourWriter, lines_in, read_file
-from app.dynamo_to_drive.rows import MISSES, Pages, Value, cell
+from app.dynamo_to_drive.rows import MISSES, AttributeValue, PageReader, cell
 from app.dynamo_to_drive.source import WantedItems
-from app.dynamo_to_drive.timestamps import Hour, Times, ascend
+from app.dynamo_to_drive.timestamps import HourTexts, TimestampReader, ascend
 from shipping import START
 
 AT, HASH = "datetime_utc", "static_partition"
-TIMES = Times()
+TIMES = TimestampReader()
 SHAPE = FileShape(AT, ("id",), TIMES)
 GUARDED = FileShape(AT, ("id",), TIMES, escape=True)
 FORMS = ("{:%Y-%m-%dT%H:%M:%S}Z", "{:%Y-%m-%dT%H:%M:%S}", "{:%Y-%m-%d %H:%M:%S}.250Z", "{:%Y-%m-%dT%H:%M:%S}.5+00:00")
@@ -80,7 +80,7 @@ def counted(number: int) -> Item:
 
 
 def file_of(found: Sequence[Sequence[Item]], shape: FileShape, left_out: str = "") -> bytes:
-    read = Pages(AT, left_out)
+    read = PageReader(AT, left_out)
     with closing(HourWriter(shape)) as writer:
         for page in found:
             rows = read.read(json.dumps(page).encode())
@@ -99,7 +99,7 @@ def reference(items: Sequence[Item], shape: FileShape, left_out: str = "") -> by
     columns = [AT, *sorted({name for one in items for name in one} - {AT, left_out})]
     rows: dict[tuple[str, ...], list[str]] = {}
     for one in items:
-        row = [cell(msgspec.convert(one[name], Value)) if name in one else "" for name in columns]
+        row = [cell(msgspec.convert(one[name], AttributeValue)) if name in one else "" for name in columns]
         rows[(*TIMES.rank(row[0]), *(row[columns.index(name)] for name in shape.key if name in columns), row[0])] = row
     out = io.StringIO()
     guard = [columns, *(rows[order] for order in sorted(rows))]
@@ -133,7 +133,7 @@ def test_the_file_is_that_of_a_plain_reference_however_the_rows_were_paged(
 @settings(max_examples=60, deadline=None)
 @given(pages(), st.sampled_from([SHAPE, GUARDED]))
 def test_a_file_read_back_and_written_again_is_the_same(found: list[list[Item]], shape: FileShape) -> None:
-    read = Pages(AT, "")
+    read = PageReader(AT, "")
     with closing(HourWriter(shape)) as first, closing(HourWriter(shape)) as second:
         for page in found:
             rows = read.read(json.dumps(page).encode())
@@ -156,7 +156,7 @@ def page_of(letters: dict[str, str], rows: int) -> bytes:
 
 def test_pages_of_a_known_shape_are_read_in_one_step_and_others_are_not() -> None:
     """By what the rows are: those of one step are tuples, those that are read value by value are lists."""
-    read, shape = Pages(AT, ""), {"temp": "N", "note": "S", "body": "B"}
+    read, shape = PageReader(AT, ""), {"temp": "N", "note": "S", "body": "B"}
     steps = [
         {type(row) for row in read.read(page_of(letters, 3))}
         for letters in (
@@ -187,7 +187,7 @@ def test_a_row_of_the_next_hour_is_dropped_with_the_columns_that_only_it_has() -
     window = Window(START, START + timedelta(hours=1))
     low, high = (str(int(at.timestamp()) * 1000) for at in (window.start, window.end))
     accounts = Accounts("at")
-    read = Pages("at", "", WantedItems(Hour(TIMES, window), accounts))
+    read = PageReader("at", "", WantedItems(HourTexts(TIMES, window), accounts))
     rows = [{"at": {"N": low}, "temp": {"N": "1"}}, {"at": {"N": f"{int(high) - 1}.999"}, "temp": {"N": "2"}}]
     last = [{"at": {"N": high}, "temp": {"N": "3"}}, {"at": {"N": f"{high}.0"}, "new": {"N": "4"}}]
     assert [list(row) for row in read.read(json.dumps(rows + last).encode())] == [
@@ -203,7 +203,7 @@ def test_a_row_of_the_next_hour_is_dropped_with_the_columns_that_only_it_has() -
 
 @pytest.mark.parametrize("body", [b"", b"[", b'[{"a":5}]', b'{"a":1}', b'[{"a":{"N":1}}]'])
 def test_what_is_no_page_is_transient_also_after_good_ones(body: bytes) -> None:
-    read = Pages(AT, "")
+    read = PageReader(AT, "")
     for _ in range(2):
         with pytest.raises(Transient):
             read.read(body)
@@ -227,7 +227,7 @@ any_stamps = st.lists(st.text("0123456789-T.Z+ ", max_size=24), min_size=1, max_
 @given((stamps | any_stamps).map(sorted))
 def test_texts_that_ascend_have_ranks_that_ascend(found: list[str]) -> None:
     if ascend(found):
-        for times in (TIMES, Times("s"), Times("ms")):
+        for times in (TIMES, TimestampReader("s"), TimestampReader("ms")):
             ranks = [times.rank(text) for text in found]
             assert all(earlier < later for earlier, later in pairwise(ranks))
 

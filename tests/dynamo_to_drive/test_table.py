@@ -18,7 +18,7 @@ from app.core.errors import Permanent, Transient
 from app.core.pipeline import UNCOUNTED
 from app.core.runs import Stop
 from app.core.windows import Window
-from app.dynamo_to_drive.access_path import Plan, plan_of
+from app.dynamo_to_drive.access_path import AccessPath, plan_of
 from app.dynamo_to_drive.hour_file import Accounts
 from app.dynamo_to_drive.rows import items_of
 from app.dynamo_to_drive.source import DynamoSource, DynamoTable
@@ -249,6 +249,6 @@ def test_only_an_active_complete_index_on_the_timestamp_serves(index: dict[str, 
         "AttributeDefinitions": [{"AttributeName": name, "AttributeType": "S"} for name in ("id", "d", "at")],
         "GlobalSecondaryIndexes": [{**one, **index}],
     }
-    plan: Plan = plan_of(table, described("t", "at", ("x",), 1))
+    plan: AccessPath = plan_of(table, described("t", "at", ("x",), 1))
     assert plan.scans is scans
     assert plan.consistent is scans

@@ -14,9 +14,9 @@ from app.dynamo_to_drive.timestamps import (
     MAX_NUMBER_CHARACTERS,
     OUTSIDE,
     UNREADABLE,
-    Hour,
-    Times,
-    Trait,
+    HourTexts,
+    TextTrait,
+    TimestampReader,
     ascend,
     is_found,
     number_ranges,
@@ -76,22 +76,22 @@ written = instants.flatmap(lambda at: st.tuples(st.just(at), texts(at)))
 @given(written)
 def test_every_writing_is_read_as_its_instant_and_is_found_in_its_hour(found: tuple[datetime, str]) -> None:
     at, text = found
-    times, hour = Times(), window_at(at, 3600)
+    times, hour = TimestampReader(), window_at(at, 3600)
     reading = times.read(text)
     assert (reading.at, reading.reason) == (at, "")
     assert any(low <= text <= high for low, high in text_ranges(hour, reading.traits))
     assert is_found(times, text, is_text=True)
-    assert Hour(times, hour).place(text)[0]
+    assert HourTexts(times, hour).place(text)[0]
     for other in (window_at(at - timedelta(hours=1), 3600), window_at(at + timedelta(hours=1), 3600)):
-        assert not Hour(times, other).place(text)[0]
-        assert not Hour(times, other).has_all([text])
+        assert not HourTexts(times, other).place(text)[0]
+        assert not HourTexts(times, other).has_all([text])
 
 
 @pytest.mark.slow
 @settings(max_examples=150 * EFFORT, deadline=None)
 @given(st.lists(written, min_size=2, max_size=6))
 def test_texts_of_any_writings_sort_by_their_instants(found: list[tuple[datetime, str]]) -> None:
-    times = Times()
+    times = TimestampReader()
     in_order = [times.read(text).at for text in sorted((text for _, text in found), key=times.rank)]
     assert in_order == sorted(at for at, _ in found)
 
@@ -104,7 +104,7 @@ def test_a_number_is_found_in_its_hour_whatever_the_newest_number_is(
     more: str,
     is_set: bool,  # noqa: FBT001
 ) -> None:
-    number, times, hour = number_of(at, unit, more), Times(unit if is_set else "auto"), window_at(at, 3600)
+    number, times, hour = number_of(at, unit, more), TimestampReader(unit if is_set else "auto"), window_at(at, 3600)
     assert times.read(number).at == at
     for newest in ("", *(number_of(at + timedelta(days=1), each, "") for each in UNITS if UNITS[each] >= UNITS[unit])):
         ranges = number_ranges(hour, times.unit, newest)
@@ -115,12 +115,12 @@ def test_a_number_is_found_in_its_hour_whatever_the_newest_number_is(
 @given(st.text("0123456789-T.Z+: tz,eE", max_size=30) | st.text(max_size=8))
 def test_any_text_is_read_or_has_a_reason_and_a_place_in_the_order(text: str) -> None:
     for unit in ("auto", *UNITS):
-        times = Times(unit)
+        times = TimestampReader(unit)
         reading = times.read(text)
         assert (reading.at is None) == (reading.reason in (UNREADABLE, OUTSIDE))
         assert len(times.rank(text)) == 2
         assert reading.at is not None or not is_found(times, text, is_text=True)
-        assert not Hour(times, HOUR).has_all([text]) or Hour(times, HOUR).place(text)[0]
+        assert not HourTexts(times, HOUR).has_all([text]) or HourTexts(times, HOUR).place(text)[0]
 
 
 LETTERS = st.sampled_from("0123456789:.-+TZ t\n٣")
@@ -130,7 +130,7 @@ alike = st.sampled_from(["2026-02-07T12:00:00Z", "2026-02-07 12:59:59.25+00:00",
 @settings(max_examples=300 * EFFORT, deadline=None)
 @given(alike, st.lists(st.tuples(st.integers(0, 30), LETTERS), max_size=4))
 def test_texts_that_are_told_by_their_columns_are_all_of_the_hour(text: str, changes: list[tuple[int, str]]) -> None:
-    hour = Hour(Times(), HOUR)
+    hour = HourTexts(TimestampReader(), HOUR)
     texts = [text, *(f"{text[: at % len(text)]}{letter}{text[at % len(text) + 1 :]}" for at, letter in changes)]
     for given_texts in (texts, texts[::-1]):
         assert not hour.has_all(given_texts) or all(hour.place(each)[0] for each in texts)
@@ -152,7 +152,7 @@ def test_texts_that_are_told_by_their_columns_are_all_of_the_hour(text: str, cha
     ],
 )
 def test_writings_of_which_one_would_not_think_are_read(text: str, expected: datetime) -> None:
-    assert Times().read(text).at == expected
+    assert TimestampReader().read(text).at == expected
 
 
 @pytest.mark.parametrize(
@@ -180,23 +180,26 @@ def test_writings_of_which_one_would_not_think_are_read(text: str, expected: dat
     ],
 )
 def test_what_cannot_be_read_has_a_reason(text: str, reason: str) -> None:
-    reading = Times().read(text)
+    reading = TimestampReader().read(text)
     assert (reading.at, reading.reason) == (None, reason)
-    assert not is_found(Times(), text, is_text=True)
+    assert not is_found(TimestampReader(), text, is_text=True)
 
 
 def test_a_unit_that_is_set_holds_also_before_2001_and_refuses_numbers_of_another_unit() -> None:
-    assert Times("s").read("946684800").at == datetime(2000, 1, 1, tzinfo=UTC)
-    assert Times("s").read("-1").at == EPOCH - timedelta(seconds=1)
-    assert Times("s").read("1770465600000").reason == OUTSIDE
-    assert Times("ms").read("1770465600").reason == OUTSIDE
-    assert (Times("s").other_unit("1770465600000"), Times("ms").other_unit("1770465600")) == ("ms", "s")
-    assert {Times(unit).other_unit("1770465600") for unit in ("auto", "s")} == {""}
+    assert TimestampReader("s").read("946684800").at == datetime(2000, 1, 1, tzinfo=UTC)
+    assert TimestampReader("s").read("-1").at == EPOCH - timedelta(seconds=1)
+    assert TimestampReader("s").read("1770465600000").reason == OUTSIDE
+    assert TimestampReader("ms").read("1770465600").reason == OUTSIDE
+    assert (TimestampReader("s").other_unit("1770465600000"), TimestampReader("ms").other_unit("1770465600")) == (
+        "ms",
+        "s",
+    )
+    assert {TimestampReader(unit).other_unit("1770465600") for unit in ("auto", "s")} == {""}
 
 
 def test_an_hour_is_asked_in_three_ranges_until_another_writing_was_seen() -> None:
     assert [low for low, _ in text_ranges(HOUR, ())] == ["2026-02-07T12", "2026-02-07 12", "1770465600"]
-    around = [low for low, _ in text_ranges(HOUR, {Trait.OFFSET})]
+    around = [low for low, _ in text_ranges(HOUR, {TextTrait.OFFSET})]
     days = ("2026-02-06{}22", "2026-02-07{}00", "2026-02-08{}00")
     assert around == [*(day.format(between) for day in days for between in "T "), "1770465600"]
     every = [low for low, _ in text_ranges(HOUR, EVERY_TRAIT)]
@@ -207,7 +210,7 @@ def test_an_hour_is_asked_in_three_ranges_until_another_writing_was_seen() -> No
 def test_the_hour_in_which_epoch_seconds_got_a_digit_more_is_found_whole() -> None:
     hour = window_at(datetime(2001, 9, 9, 1, 46, 40, tzinfo=UTC), 3600)
     for text in ("999997200", "999999999.9", "1000000000", "1000000799"):
-        assert Times("s").read(text).at is not None
+        assert TimestampReader("s").read(text).at is not None
         assert any(low <= text <= high for low, high in text_ranges(hour, ()))
 
 
@@ -224,7 +227,7 @@ def test_numbers_are_asked_in_units_up_to_that_of_the_newest_and_in_the_one_that
 
 @pytest.mark.parametrize("write", [str.upper, "{} ".format])
 def test_blanks_behind_a_timestamp_and_capitals_change_nothing(write: Callable[[str], str]) -> None:
-    assert Times().read(write("2026-02-07t12:00:00z")).at == HOUR.start
+    assert TimestampReader().read(write("2026-02-07t12:00:00z")).at == HOUR.start
 
 
 def test_the_hour_of_the_epoch_is_found_as_well() -> None:
@@ -241,19 +244,21 @@ def test_the_size_of_a_number_tells_its_unit_from_2001_to_2286(unit: str, digits
 
 def test_a_number_has_at_most_as_many_characters_as_dynamodb_writes() -> None:
     number = "1770465600.".ljust(MAX_NUMBER_CHARACTERS, "0")
-    assert Times().read(number).at == HOUR.start
-    assert Times().read(f"{number}0").reason == UNREADABLE
+    assert TimestampReader().read(number).at == HOUR.start
+    assert TimestampReader().read(f"{number}0").reason == UNREADABLE
 
 
 def test_a_negative_zero_is_the_epoch_without_a_fraction() -> None:
-    assert [(Times("s").read(text).at, Times("s").read(text).fraction) for text in ("-0", "-0.0")] == [(EPOCH, "")] * 2
+    assert [
+        (TimestampReader("s").read(text).at, TimestampReader("s").read(text).fraction) for text in ("-0", "-0.0")
+    ] == [(EPOCH, "")] * 2
 
 
 def test_text_that_is_no_timestamp_has_the_place_of_its_letters_among_those_that_are() -> None:
     texts = ["yesterday", "2026-02-07t12:00:01", "12", "2026-02-07 12:00:00x", "2026-02-07T12:00:00Z"]
-    assert sorted(texts, key=Times().rank) == [texts[at] for at in (2, 4, 3, 1, 0)]
-    assert Times().rank("2026-02-07 12:00:00x") == ("2026-02-07T12:00:00x", "")
-    assert Times().rank("1E+125") == ("1E+125", "")
+    assert sorted(texts, key=TimestampReader().rank) == [texts[at] for at in (2, 4, 3, 1, 0)]
+    assert TimestampReader().rank("2026-02-07 12:00:00x") == ("2026-02-07T12:00:00x", "")
+    assert TimestampReader().rank("1E+125") == ("1E+125", "")
 
 
 def test_ascending_texts_are_told_only_where_their_ranks_ascend_as_well() -> None:
@@ -282,5 +287,5 @@ def test_ascending_texts_are_told_only_where_their_ranks_ascend_as_well() -> Non
 @given(st.lists(written | st.text("0123456789-T.Z+: ", max_size=25).map(lambda text: (EPOCH, text)), max_size=5))
 def test_what_is_said_to_ascend_does(found: list[tuple[datetime, str]]) -> None:
     texts = sorted(text for _, text in found)
-    ranks = [Times().rank(text) for text in texts]
+    ranks = [TimestampReader().rank(text) for text in texts]
     assert not ascend(texts) or ranks == sorted(set(ranks))

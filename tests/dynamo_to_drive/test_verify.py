@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.core.runs import Stop
-from app.core.verify import CellState, Sign, heal, verify
+from app.core.verify import CellState, Verdict, heal, verify
 from app.core.windows import Window
 from app.dynamo_to_drive.job import HourFileExport
 from shipping import START, TABLE, Shipping, shipping
@@ -105,7 +105,7 @@ def test_a_file_of_other_bytes_is_an_error_and_is_mended(world: World) -> None:
     before = world.files
     with closing(world.at.export()) as export:
         world.put(NAMES[2], b"\xff\xfe\x00")
-        assert world.signs(export)["14"] == Sign.ERROR.value
+        assert world.signs(export)["14"] == Verdict.ERROR.value
         assert mended(world, export) == (["14"], 0)
         assert world.files == before
 

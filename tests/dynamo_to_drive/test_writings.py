@@ -19,7 +19,7 @@ from moto.server import ThreadedMotoServer
 
 from app.core.errors import Permanent
 from app.core.ledger import ALL, Tally, fault_of
-from app.core.verify import Sign, verify
+from app.core.verify import Verdict, verify
 from app.core.windows import Window
 from app.dynamo_to_drive import job
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, OUTSIDE, UNREADABLE
@@ -171,7 +171,7 @@ def test_an_hour_that_has_another_offset_among_its_own_is_found_where_later_hour
     assert sorted(names.values()) == [6] * 30 + [12] * 10
     with closing(ship.export()) as export:
         found = verify(export.verification(ship.stop), Window(START, START + 40 * HOUR), ship.stop)
-        assert {each.sign for each in found} == {Sign.EQUAL}
+        assert {each.sign for each in found} == {Verdict.EQUAL}
 
 
 def test_rows_that_an_earlier_version_put_by_their_local_hour_go_to_their_own(ship: Shipping) -> None:

@@ -125,7 +125,7 @@ def test_a_run_that_is_stopped_in_the_middle_records_what_it_wrote(exporter: Exp
 
     exporter.store.before_put = ask
     job = next(job for job in exporter.export(EXPORT_CONCURRENCY="1").jobs if job.name == NAME)
-    run = execute(job, exporter._desk(), stop, Silent())  # noqa: SLF001 - the exporter's own desk
+    run = execute(job, exporter._services(), stop, Silent())  # noqa: SLF001 - the exporter's own services
     assert run is not None
     written = exported(exporter.store)
     assert (run.outcome, run.report.ledger.closes) == (Outcome.STOPPED, True)

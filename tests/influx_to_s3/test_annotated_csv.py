@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import AppError, Permanent, Transient
-from app.influx_to_s3.annotated_csv import Block, read_blocks
+from app.influx_to_s3.annotated_csv import CsvBlock, read_blocks
 from app.influx_to_s3.reader import QueryTooLarge
 from simulators.annotated_csv import AnnotatedCsv, Dialect
 from simulators.flux_steps import TIME, Cells, Column, Table
@@ -51,11 +51,11 @@ def head(*columns: tuple[str, str], groups: str = "", defaults: str = "") -> byt
     ).encode()
 
 
-def parsed(body: bytes | Iterable[bytes], block_bytes: int = 1 << 20) -> list[Block]:
+def parsed(body: bytes | Iterable[bytes], block_bytes: int = 1 << 20) -> list[CsvBlock]:
     return list(read_blocks([body] if isinstance(body, bytes) else body, block_bytes))
 
 
-def rows(blocks: Sequence[Block]) -> list[tuple[Any, ...]]:
+def rows(blocks: Sequence[CsvBlock]) -> list[tuple[Any, ...]]:
     """Names, places in the group key, types and cells of each row, whatever block it came in; NaN as text, since it
     differs from itself.
     """
@@ -69,7 +69,7 @@ def rows(blocks: Sequence[Block]) -> list[tuple[Any, ...]]:
     return found
 
 
-def cells(blocks: Sequence[Block]) -> list[tuple[Any, ...]]:
+def cells(blocks: Sequence[CsvBlock]) -> list[tuple[Any, ...]]:
     return [row[3] for row in rows(blocks)]
 
 

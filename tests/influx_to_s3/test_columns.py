@@ -22,17 +22,17 @@ from app.influx_to_s3.layout import (
     TEXT,
     UNSIGNED,
     Column,
-    Columns,
     LayoutFile,
+    TreeColumns,
     type_of,
 )
-from app.influx_to_s3.reader import Points
-from app.influx_to_s3.rows import canonical
+from app.influx_to_s3.reader import PointColumns
+from app.influx_to_s3.rows import canonical_table
 from influx_points import NOON, NOON_NS, TIMES, columns_of, points, rows_in, tree_of
 from memory_objects import MemoryObjects
 
 
-def names_of(columns: Columns, tags: Sequence[str], fields: Sequence[str]) -> dict[str, str]:
+def names_of(columns: TreeColumns, tags: Sequence[str], fields: Sequence[str]) -> dict[str, str]:
     """The column of each tag and field, which are seen together."""
     columns.see(tags, dict.fromkeys(fields, DOUBLE))
     return {f"tag {name}": columns.tag_columns[name] for name in tags} | {
@@ -108,7 +108,7 @@ def test_an_overflow_whose_name_is_taken_gets_a_number() -> None:
     assert columns.overflow(columns.fields["n"], DOUBLE) == "n_double_2"
     assert columns.overflow(columns.fields["n"], TEXT) == "n_text_2"
     assert columns.overflow(columns.fields["n_text"], TEXT) == "n_text_text"
-    table = canonical(points(0, tags={"n_double": "t"}, n=["x"], n_text=[True]), columns)
+    table = canonical_table(points(0, tags={"n_double": "t"}, n=["x"], n_text=[True]), columns)
     assert rows_in([table])[0].items() >= {"n_double": "t", "n_text_2": "x", "n_text": True}.items()
 
 
@@ -176,7 +176,7 @@ def test_a_field_that_is_first_seen_with_several_types_is_a_number_when_it_can_b
 
 def test_a_type_from_the_settings_decides_for_a_column_that_is_new() -> None:
     columns = columns_of(types={"count": DOUBLE, "serial": TEXT, "hour_field": UNSIGNED})
-    table = canonical(points(0, count=[1], serial=["007"], hour=[7], other=[1]), columns)
+    table = canonical_table(points(0, count=[1], serial=["007"], hour=[7], other=[1]), columns)
     assert [str(table.schema.field(name).type) for name in ("count", "serial", "hour_field", "other")] == [
         "double",
         "string",
@@ -189,8 +189,8 @@ def test_a_type_from_the_settings_is_for_fields_and_not_for_tags_or_overflows() 
     file = LayoutFile(MemoryObjects(), "t", lambda _: tree_of())
     tree, _ = file.begin(NOON, wanted=lambda tree: tree.layouts[-1], types={}, dry_run=False)
     columns = columns_of(tree=tree, file=file, types={"phase": DOUBLE, "n_text": INTEGER})
-    table = canonical(points(0, tags={"phase": "L1"}, n=[1.5]), columns)
-    table = canonical(points(0, tags={"phase": "L1"}, n=["x"]), columns)
+    table = canonical_table(points(0, tags={"phase": "L1"}, n=[1.5]), columns)
+    table = canonical_table(points(0, tags={"phase": "L1"}, n=["x"]), columns)
     assert rows_in([table])[0].items() >= {"phase": "L1", "n_text": "x"}.items()
     held = {each.name: each.types for each in file.change(lambda tree: tree).columns}
     assert (held["phase"], held["n_text"]) == (((EVER, TEXT),), ((EVER, TEXT),))
@@ -199,9 +199,9 @@ def test_a_type_from_the_settings_is_for_fields_and_not_for_tags_or_overflows() 
 def test_the_types_of_a_day_are_those_that_hold_then() -> None:
     changed = Column("n", "field", "n", ((EVER, INTEGER), (date(2026, 2, 8), DOUBLE)))
     columns = columns_of(changed)
-    today = canonical(points(0, n=[1]), columns)
-    tomorrow = canonical(points(86_400 * 10**9, n=[1]), columns)
-    long_ago = canonical(points(-NOON_NS - 5, n=[1]), columns)
+    today = canonical_table(points(0, n=[1]), columns)
+    tomorrow = canonical_table(points(86_400 * 10**9, n=[1]), columns)
+    long_ago = canonical_table(points(-NOON_NS - 5, n=[1]), columns)
     assert [table.schema.field("n").type for table in (today, tomorrow, long_ago)] == [
         pa.int64(),
         pa.float64(),
@@ -219,7 +219,7 @@ def test_a_look_that_must_not_change_anything_adds_columns_for_itself_only() -> 
 def test_what_was_written_before_is_known_to_the_next_run() -> None:
     file = LayoutFile(MemoryObjects(), "t", lambda _: tree_of())
 
-    def run() -> Columns:
+    def run() -> TreeColumns:
         tree, _ = file.begin(NOON, wanted=lambda tree: tree.layouts[-1], types={}, dry_run=False)
         return columns_of(tree=tree, file=file)
 
@@ -236,9 +236,9 @@ def test_what_was_written_before_is_known_to_the_next_run() -> None:
 
 def test_a_warning_names_the_line_that_widens_a_column(caplog: pytest.LogCaptureFixture) -> None:
     columns = columns_of()
-    canonical(points(0, n=[1]), columns)
+    canonical_table(points(0, n=[1]), columns)
     for _ in range(3):
-        canonical(points(0, n=[1.5]), columns)
+        canonical_table(points(0, n=[1.5]), columns)
     [told] = [record.getMessage() for record in caplog.records]
     assert "EXPORT_COLUMN_TYPES=n=double" in told
     assert "n_double" in told
@@ -277,7 +277,7 @@ def test_a_column_that_one_thread_can_name_is_known_in_every_way() -> None:
     assert wrong == []
 
 
-def has_tag(columns: Columns, name: str) -> bool:
+def has_tag(columns: TreeColumns, name: str) -> bool:
     try:
         return bool(columns.tag_columns[name])
     except KeyError:
@@ -308,7 +308,7 @@ KINDS: dict[str, tuple[pa.DataType, st.SearchStrategy[Any]]] = {
 VALUES = st.sampled_from(sorted(KINDS)).flatmap(lambda kind: st.tuples(st.just(kind), KINDS[kind][1]))
 
 
-def blocks_of(values: Sequence[tuple[str, Any]]) -> Points:
+def blocks_of(values: Sequence[tuple[str, Any]]) -> PointColumns:
     """One point for each value, the field in one part for each type, as readers give it."""
     times = pa.array([NOON_NS + at for at in range(len(values))], pa.int64()).cast(TIMES)
     parts = [
@@ -316,7 +316,7 @@ def blocks_of(values: Sequence[tuple[str, Any]]) -> Points:
         for name, (arrow, _) in KINDS.items()
         if any(kind == name for kind, _ in values)
     ]
-    return Points(times, {}, parts)
+    return PointColumns(times, {}, parts)
 
 
 def same(value: Any, found: Any) -> bool:
@@ -340,7 +340,7 @@ def test_every_value_lands_exactly_once_in_the_column_its_double_or_its_text(
     kind: str, values: list[tuple[str, Any]]
 ) -> None:
     columns = columns_of(Column("x", "field", "x", ((EVER, kind),)))
-    table = canonical(blocks_of(values), columns)
+    table = canonical_table(blocks_of(values), columns)
     if "x" in table.column_names:
         assert table.schema.field("x").type == ARROW_TYPES[kind]
     for (_, value), row in zip(values, rows_in([table]), strict=True):
@@ -366,13 +366,15 @@ def fits(value: Any, kind: str) -> bool:
 
 def test_values_of_one_field_in_two_types_meet_in_one_column() -> None:
     columns = columns_of()
-    table = canonical(blocks_of([("int", 1), ("float", 2.5), ("uint", 3), ("text", "x"), ("bool", True)]), columns)
+    table = canonical_table(
+        blocks_of([("int", 1), ("float", 2.5), ("uint", 3), ("text", "x"), ("bool", True)]), columns
+    )
     found = [{k: v for k, v in row.items() if k.startswith("x")} for row in rows_in([table])]
     assert found == [{"x": 1.0}, {"x": 2.5}, {"x": 3.0}, {"x_text": "x"}, {"x_text": "true"}]
 
 
 def test_no_rows_need_no_day() -> None:
-    assert canonical(blocks_of([("int", 1)]), columns_of()).slice(0, 0).num_rows == 0
-    empty = Points(pa.array([], TIMES), {}, [("x", pa.array([], pa.int64()))])
-    assert canonical(empty, columns_of()).num_rows == 0
+    assert canonical_table(blocks_of([("int", 1)]), columns_of()).slice(0, 0).num_rows == 0
+    empty = PointColumns(pa.array([], TIMES), {}, [("x", pa.array([], pa.int64()))])
+    assert canonical_table(empty, columns_of()).num_rows == 0
     assert datetime(1970, 1, 1, tzinfo=UTC).date() == EVER

@@ -7,7 +7,7 @@ import pytest
 
 from app.config.environment import load_settings
 from app.core.errors import Permanent
-from app.influx_to_s3.diagnosis import checked
+from app.influx_to_s3.diagnosis import check_access
 from influx_readers import flux
 from simulators.influx import InfluxSimulator
 
@@ -24,7 +24,7 @@ def told(influx: InfluxSimulator, **wrong: str) -> Permanent:
     environ = {f"INFLUXDB_{name.upper()}": text for name, text in {**given, "url": influx.url}.items()}
     settings = load_settings(environ, None)
     with pytest.raises(Permanent) as caught:
-        checked(flux(influx, **given).ping, settings.influx)
+        check_access(flux(influx, **given).ping, settings.influx)
     return caught.value
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from app.influx_to_s3.layout import Columns
+from app.influx_to_s3.layout import TreeColumns
 from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.rows import canonical
+from app.influx_to_s3.rows import canonical_table
 from influx_points import columns_of, points
 
 DOCUMENTED = [
@@ -36,7 +36,7 @@ def canonical_rows(instants: list[datetime], **fields: list[Any]) -> pa.Table:
     return pa.table({"timestamp": pa.array(instants, pa.timestamp("ns", "UTC")), **tags, **fields})
 
 
-def enriched(table: pa.Table, columns: Columns | None = None) -> pa.Table:
+def enriched(table: pa.Table, columns: TreeColumns | None = None) -> pa.Table:
     batch = RowBatch("D1", Path(), 10**6, columns or columns_of())
     batch.append(table)
     batch.finish({}, {})
@@ -58,7 +58,7 @@ def test_the_documented_columns_come_first_and_further_fields_by_name() -> None:
 def test_further_tags_come_before_further_fields_each_by_name_and_say_what_they_stand_for() -> None:
     columns = columns_of()
     tags = {"phase": "L1", "hour": "late", "board": "b"}
-    table = enriched(canonical(points(0, tags=tags, alpha=["x"], hour=[7], zeta=[2.5]), columns), columns)
+    table = enriched(canonical_table(points(0, tags=tags, alpha=["x"], hour=[7], zeta=[2.5]), columns), columns)
     assert [(column.name, column.type) for column in table.schema] == [
         *DOCUMENTED,
         ("board", pa.string()),

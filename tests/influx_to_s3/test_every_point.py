@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.core.runs import Outcome, Stop
-from app.core.verify import Sign, Slot, compare
+from app.core.verify import PartitionWindow, Verdict, compare
 from app.core.windows import EPOCH, window_at
 from app.influx_to_s3.set_aside import line
 from app.object_store.local import LocalDirectory
@@ -178,18 +178,18 @@ def check(api: str, influxdb1: InfluxDB1, some: Mapping[tuple[Tags, int], Mappin
         assert exporter.run().report.rows == 0
         ends = exporter.export().verification(Stop())
         verdicts = [compare(ends, slot) for slot in slots_of(some)]
-        assert [each for each in verdicts if each.sign is not Sign.EQUAL] == []
+        assert [each for each in verdicts if each.sign is not Verdict.EQUAL] == []
         others = [cell for cell in in_set_aside(exporter, without) if dict(cell[0]).get("device_id") in ("D1", "D2")]
         assert sum(each.source.set_aside for each in verdicts if each.source) == len(others)
 
 
-def slots_of(some: Mapping[tuple[Tags, int], Mapping[str, Any]]) -> set[Slot]:
+def slots_of(some: Mapping[tuple[Tags, int], Mapping[str, Any]]) -> set[PartitionWindow]:
     """The windows with points of devices that can have objects."""
     instants = {
         (dict(tags).get("device_id", ""), instant // 1000) for (tags, instant), fields in some.items() if fields
     }
     named = ((device, EPOCH + timedelta(microseconds=at)) for device, at in instants if device in ("D1", "D2"))
-    return {Slot(device, window_at(at, 3600)) for device, at in named}
+    return {PartitionWindow(device, window_at(at, 3600)) for device, at in named}
 
 
 @pytest.mark.parametrize("ignored", ["default", ""])

@@ -13,7 +13,7 @@ import pytest
 from app.core.runs import Outcome
 from app.influx_to_s3.job import NAME, RECONCILE
 from app.object_store.local import LocalDirectory
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from app.object_store.s3 import S3Store
 from effort import EFFORT
 from exporter import HOUR, MINUTE, NOON, Exporter, exporter_on, ns
@@ -114,7 +114,7 @@ def test_a_broken_download_of_what_has_to_be_kept_is_resumed(remote: Exporter, p
 def test_an_object_that_another_writer_replaced_is_read_about_again(remote: Exporter) -> None:
     remote.well()
     [key] = remote.keys
-    remote.store.inner.put(key, BytesIO(b"what a person put there"), Put("text/plain"))
+    remote.store.inner.put(key, BytesIO(b"what a person put there"), PutRequest("text/plain"))
     remote.write(NOON + 21 * MINUTE)
     remote.at(minutes=22)
     remote.well()

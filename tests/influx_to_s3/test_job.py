@@ -9,7 +9,7 @@ import pytest
 from app.core.runs import Outcome
 from app.db.state import open_state
 from app.influx_to_s3.job import NAME, RECONCILE
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from exporter import HOUR, MINUTE, NOON, Exporter
 from exports import content, exported
 from simulators.influx import Cut, ErrorTable
@@ -75,7 +75,7 @@ def test_a_damaged_object_fails_its_device_alone_and_is_named(exporter: Exporter
     exporter.well()
     exporter.store.put = exporter.store.inner.put  # type: ignore[method-assign]
     damaged = exporter.keys[0]
-    etag = exporter.store.put(damaged, io.BytesIO(b"PAR1 and then nothing"), Put("x"))
+    etag = exporter.store.put(damaged, io.BytesIO(b"PAR1 and then nothing"), PutRequest("x"))
     records = exporter.state.checkpoints.records(NAME, "D1", NOON, NOON + HOUR)
     with exporter.state.database.transaction() as session:
         session.run("UPDATE export_windows SET version = :etag WHERE device_id = 'D1'", etag=etag)

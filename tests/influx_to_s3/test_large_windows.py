@@ -12,7 +12,7 @@ from app.core.runs import Outcome
 from app.core.windows import Window
 from app.influx_to_s3.flux import FluxReader
 from app.influx_to_s3.job import NAME
-from app.influx_to_s3.reader import Connection
+from app.influx_to_s3.reader import InfluxConnection
 from app.influx_to_s3.source import InfluxSource
 from exporter import NOON, Exporter, ns
 from influx_points import source_of
@@ -52,7 +52,9 @@ def one_process(exporter: Exporter, **environ: str) -> Iterator[None]:
 
 def source_for(exporter: Exporter, batch_rows: int) -> InfluxSource:
     influx = exporter.influx
-    reader = FluxReader(Connection(influx.url, influx.token), org=influx.org, bucket=influx.bucket, measurement=KEY[0])
+    reader = FluxReader(
+        InfluxConnection(influx.url, influx.token), org=influx.org, bucket=influx.bucket, measurement=KEY[0]
+    )
     return source_of(reader, exporter.folder / "spool", batch_rows=batch_rows)
 
 

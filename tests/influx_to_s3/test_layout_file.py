@@ -25,17 +25,17 @@ from app.influx_to_s3.layout import (
     TEXT,
     TYPES,
     Column,
+    LayoutDocument,
     LayoutFile,
-    Tree,
-    added,
-    first_tree,
+    add_columns,
     from_json,
+    new_layout,
     to_json,
     with_layout,
     with_types,
 )
 from app.object_store.local import LocalDirectory
-from app.object_store.port import ObjectInfo, ObjectStore, Put
+from app.object_store.port import ObjectInfo, ObjectStore, PutRequest
 from influx_points import LAYOUT, NOON, columns_of
 from memory_objects import MemoryObjects
 from object_stores import bucket, get, outside, put, s3_store, shared_bucket, target_of
@@ -62,7 +62,7 @@ class Clocked(MemoryObjects):
         self.written_at: dict[str, datetime] = {}
         self.spoil: Callable[[], None] | None = None
 
-    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+    def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
         if self.spoil:
             self.spoil()
         etag = super().put(key, body, put)
@@ -81,7 +81,7 @@ def store() -> Clocked:
 
 
 def file_in(store: ObjectStore, wanted: Layout = HOURLY) -> LayoutFile:
-    return LayoutFile(store, "telemetry", lambda now: first_tree(wanted, now - DAY))
+    return LayoutFile(store, "telemetry", lambda now: new_layout(wanted, now - DAY))
 
 
 def begin(
@@ -91,7 +91,7 @@ def begin(
     types: Mapping[str, str] | None = None,
     *,
     dry_run: bool = False,
-) -> tuple[Tree, datetime]:
+) -> tuple[LayoutDocument, datetime]:
     """A run begins."""
     return file_in(store, wanted).begin(now, wanted=lambda _: wanted, types=types or {}, dry_run=dry_run)
 
@@ -102,7 +102,7 @@ def text_of(store: ObjectStore) -> str:
     return found.decode()
 
 
-def day_before(tree: Tree, day: date) -> list[tuple[int, str, str]]:
+def day_before(tree: LayoutDocument, day: date) -> list[tuple[int, str, str]]:
     """Length, format and unit of the layout at the last instant before a day and at its first."""
     midnight = datetime(day.year, day.month, day.day, tzinfo=UTC)
     layouts = [tree.layout_at(at) for at in (midnight - datetime.resolution, midnight)]
@@ -111,7 +111,7 @@ def day_before(tree: Tree, day: date) -> list[tuple[int, str, str]]:
 
 def test_the_first_run_writes_a_tree_that_begins_on_the_grid_and_seals_today(store: Clocked) -> None:
     tree, now = begin(store, NOON + timedelta(minutes=17))
-    assert tree == Tree(NOON - DAY, TODAY, (replace(HOURLY, effective_at=EPOCH),))
+    assert tree == LayoutDocument(NOON - DAY, TODAY, (replace(HOURLY, effective_at=EPOCH),))
     assert now == NOON + timedelta(minutes=17)
     assert from_json(json.loads(text_of(store))) == tree
 
@@ -155,7 +155,7 @@ def test_windows_change_their_length_at_a_midnight_only(store: Clocked) -> None:
 
 
 def test_a_change_comes_after_the_sealed_day_also_where_that_is_later_than_today() -> None:
-    tree = replace(first_tree(HOURLY, NOON), sealed_day=TODAY + 5 * DAY, columns=(COUNT,))
+    tree = replace(new_layout(HOURLY, NOON), sealed_day=TODAY + 5 * DAY, columns=(COUNT,))
     assert with_layout(tree, QUARTERS, TODAY).layouts[-1].effective_at.date() == TODAY + 6 * DAY
     assert with_types(tree, {"count": DOUBLE}, TODAY).columns[0].types == ((EVER, INTEGER), (TODAY + 6 * DAY, DOUBLE))
 
@@ -190,7 +190,7 @@ def test_a_change_that_holds_already_is_changed_back_from_the_next_day_on(store:
 
 def test_a_type_changes_from_the_day_after_and_can_be_taken_back_until_then(store: Clocked) -> None:
     begin(store)
-    file_in(store).change(lambda tree: added(tree, [COUNT]))
+    file_in(store).change(lambda tree: add_columns(tree, [COUNT]))
     tree, _ = begin(store, types={"count": DOUBLE, "unknown": TEXT})
     column = tree.columns[0]
     assert [column.type_on(TODAY + days * DAY) for days in (-9999, 0, 1, 2)] == [INTEGER, INTEGER, DOUBLE, DOUBLE]
@@ -201,14 +201,14 @@ def test_a_type_changes_from_the_day_after_and_can_be_taken_back_until_then(stor
 
 def test_a_type_that_is_no_longer_set_stays_as_it_was_set(store: Clocked) -> None:
     begin(store)
-    file_in(store).change(lambda tree: added(tree, [COUNT]))
+    file_in(store).change(lambda tree: add_columns(tree, [COUNT]))
     changed, _ = begin(store, types={"count": DOUBLE})
     assert begin(store)[0] == changed
 
 
 def test_a_type_can_be_set_for_a_field_only() -> None:
     columns = (Column("phase", "tag", "phase", ((EVER, TEXT),)), Column("a_text", "text of", "a", ((EVER, TEXT),)))
-    tree = replace(first_tree(HOURLY, NOON), columns=columns)
+    tree = replace(new_layout(HOURLY, NOON), columns=columns)
     assert with_types(tree, {"phase": DOUBLE, "a_text": DOUBLE}, TODAY) == tree
 
 
@@ -287,13 +287,13 @@ def test_a_file_that_cannot_be_read_ends_the_run_and_is_left_as_it_is(store: Clo
             begin(store, NOON + DAY, QUARTERS, dry_run=how)
         assert "restore" in caught.value.hint
     with pytest.raises(Permanent):
-        file_in(store).change(lambda tree: added(tree, [COUNT]))
+        file_in(store).change(lambda tree: add_columns(tree, [COUNT]))
     assert get(store, KEY) == body
 
 
 def broken(**change: Any) -> bytes:
     """The file of a good tree with some of it spoilt."""
-    document = dict(to_json(replace(first_tree(HOURLY, NOON), columns=(COUNT,))))
+    document = dict(to_json(replace(new_layout(HOURLY, NOON), columns=(COUNT,))))
     document["columns"] = [{**document["columns"][0], **change.pop("column", {})}]
     return json.dumps({**document, **change}).encode()
 
@@ -333,7 +333,7 @@ COLUMNS = st.builds(
 @settings(max_examples=60, deadline=None)
 def test_the_file_gives_back_every_tree_also_with_lone_surrogates(columns: list[Column], day: date, unit: str) -> None:
     later = Layout(datetime(day.year, day.month, day.day, tzinfo=UTC), 900, "csv", "%Y/%j", unit)
-    tree = Tree(NOON, day, (replace(HOURLY, effective_at=EPOCH), later), tuple(columns))
+    tree = LayoutDocument(NOON, day, (replace(HOURLY, effective_at=EPOCH), later), tuple(columns))
     store = Clocked()
     LayoutFile(store, "telemetry", lambda _: tree).begin(NOON, wanted=lambda _: later, types={}, dry_run=False)
     found, _ = LayoutFile(store, "telemetry", lambda _: tree).begin(
@@ -348,10 +348,10 @@ def test_a_write_that_loses_the_race_is_made_again_on_top_of_what_the_other_wrot
 
     def spoil() -> None:
         store.spoil = None
-        file_in(store).change(lambda tree: added(tree, [other]))
+        file_in(store).change(lambda tree: add_columns(tree, [other]))
 
     store.spoil = spoil
-    tree = file_in(store).change(lambda tree: added(tree, [COUNT]))
+    tree = file_in(store).change(lambda tree: add_columns(tree, [COUNT]))
     assert tree.columns == (other, COUNT)
 
 
@@ -359,7 +359,7 @@ def test_a_write_whose_answer_was_lost_is_seen_as_done(store: Clocked) -> None:
     begin(store)
 
     class Lossy(Clocked):
-        def put(self, key: str, body: BinaryIO, put: Put) -> str:
+        def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
             store.put(key, body, put)
             raise Conflict("the answer was lost")
 
@@ -372,7 +372,7 @@ def test_a_write_whose_answer_was_lost_is_seen_as_done(store: Clocked) -> None:
                 yield body
 
     writes = store.writes
-    assert file_in(Lossy()).change(lambda tree: added(tree, [COUNT])).columns == (COUNT,)
+    assert file_in(Lossy()).change(lambda tree: add_columns(tree, [COUNT])).columns == (COUNT,)
     assert store.writes == writes + 1
 
 
@@ -384,14 +384,14 @@ def test_a_file_that_never_stops_changing_is_for_the_next_run(store: Clocked) ->
 
     store.spoil = spoil
     with pytest.raises(Transient, match="changed 20 times"):
-        file_in(store).change(lambda tree: added(tree, [COUNT]))
+        file_in(store).change(lambda tree: add_columns(tree, [COUNT]))
 
 
 def test_a_file_that_is_deleted_while_a_run_goes_on_is_for_the_next_run(store: Clocked) -> None:
     begin(store)
     store.delete(KEY)
     with pytest.raises(Transient, match="is gone"):
-        file_in(store).change(lambda tree: added(tree, [COUNT]))
+        file_in(store).change(lambda tree: add_columns(tree, [COUNT]))
     assert store.head(KEY) is None
 
 
@@ -455,7 +455,7 @@ def test_what_two_processes_add_and_change_at_once_is_all_there(
 
 
 def test_one_of_two_first_runs_makes_the_file_and_the_other_takes_it(store: Clocked) -> None:
-    made: list[Tree] = []
+    made: list[LayoutDocument] = []
 
     def spoil() -> None:
         store.spoil = None
@@ -467,12 +467,12 @@ def test_one_of_two_first_runs_makes_the_file_and_the_other_takes_it(store: Cloc
 
 
 def test_a_tree_of_an_empty_prefix_is_beside_its_data() -> None:
-    assert LayoutFile(MemoryObjects(), "", lambda _: first_tree(HOURLY, NOON)).key == "_headwater/layout.json"
+    assert LayoutFile(MemoryObjects(), "", lambda _: new_layout(HOURLY, NOON)).key == "_headwater/layout.json"
 
 
 def test_the_file_can_be_read_by_a_person(store: Clocked) -> None:
     begin(store)
-    file_in(store).change(lambda tree: added(tree, [Column("größe", "field", "größe", ((EVER, TEXT),))]))
+    file_in(store).change(lambda tree: add_columns(tree, [Column("größe", "field", "größe", ((EVER, TEXT),))]))
     assert '"größe"' in text_of(store)
     assert len(io.StringIO(text_of(store)).readlines()) > 20
 

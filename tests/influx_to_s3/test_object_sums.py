@@ -10,13 +10,13 @@ import pytest
 from app.analytics.engine import Engine, EngineLimits
 from app.analytics.object_facts import aggregated
 from app.analytics.summaries import Summaries
-from app.db.object_summaries import Facts, version_of
+from app.db.object_summaries import ObjectFacts, version_of
 from exporter import HOUR, MINUTE, NOON, Exporter
 
 SECOND = timedelta(seconds=1)
 
 
-def committed(exporter: Exporter) -> Mapping[str, Facts]:
+def committed(exporter: Exporter) -> Mapping[str, ObjectFacts]:
     """By key, of the objects as they are listed now."""
     facts = exporter.state.summaries
     infos = list(exporter.store.list("telemetry/device_id="))
@@ -27,11 +27,13 @@ def committed(exporter: Exporter) -> Mapping[str, Facts]:
         version = version_of(info.key, info.etag)
         if version in known:
             mine = [part for each, part in parts if each == version]
-            found[info.key] = Facts(info.key, info.etag, known[version].size_bytes, known[version].rows, parts=mine)
+            found[info.key] = ObjectFacts(
+                info.key, info.etag, known[version].size_bytes, known[version].rows, parts=mine
+            )
     return found
 
 
-def read(exporter: Exporter) -> Mapping[str, Facts]:
+def read(exporter: Exporter) -> Mapping[str, ObjectFacts]:
     """The same from the objects themselves."""
     folder = exporter.folder / "work"
     folder.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from app.core.windows import Window
 from app.influx_to_s3.flux import FluxReader
 from app.influx_to_s3.influxql import InfluxQlReader, identifier
-from app.influx_to_s3.reader import Connection, Reader, ServerAnswer
+from app.influx_to_s3.reader import InfluxConnection, Reader, ServerAnswer
 from exporter import NOON
 from influx_readers import values
 from influxdb1 import InfluxDB1
@@ -31,7 +31,7 @@ WRITABLE = NAMED.map(lambda text: text.replace("\0", "0").replace("\r", "r"))
 POLICIES = st.text(st.sampled_from("a\"' $é,;=*:-"), min_size=1, max_size=5)  # others are no valid name to a server
 
 
-class Recording(Connection):
+class Recording(InfluxConnection):
     """Answers every question with nothing and keeps its Flux text."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ def test_every_influxql_text_is_understood_by_a_real_influxdb_1(
     influxdb1: InfluxDB1, measurement: str, tag: str, device: str, policy: str
 ) -> None:
     database = influxdb1.new_database()
-    connection = Connection(influxdb1.url)
+    connection = InfluxConnection(influxdb1.url)
     if policy != "autogen":
         influxdb1.query(f'CREATE RETENTION POLICY {identifier(policy)} ON "{database}" DURATION INF REPLICATION 1')
     for retention_policy in ("", policy):
@@ -126,6 +126,6 @@ def test_every_field_can_be_asked_of_a_real_influxdb_1(influxdb1: InfluxDB1, fie
     database = influxdb1.new_database()
     name = field.replace(" ", "\\ ")
     influxdb1.write(database, f"m,device_id=D1 {name}=1.5 {int(NOON.timestamp()) * 10**9}")
-    reader = InfluxQlReader(Connection(influxdb1.url), database=database, retention_policy="", measurement="m")
+    reader = InfluxQlReader(InfluxConnection(influxdb1.url), database=database, retention_policy="", measurement="m")
     assert [(one[2], one[3]) for one in values(reader.rows("D1", DAY))] == [(field, "1.5")]
     ask_everything(reader, "D1", field)

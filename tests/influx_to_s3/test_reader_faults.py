@@ -16,7 +16,7 @@ import urllib3
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.windows import Window
-from app.influx_to_s3.reader import Connection, QueryTooLarge, Reader, refusal
+from app.influx_to_s3.reader import InfluxConnection, QueryTooLarge, Reader, error_of_status
 from exporter import NOON
 from influx_readers import HOUR, LINES, Make, counted, flux, influxql, influxql_without_credentials, rows
 from influxdb1 import InfluxDB1
@@ -124,7 +124,7 @@ def test_the_hint_follows_from_what_the_server_says(
     status, version, body = answer.split(" ", 2)
     head = f"X-Influxdb-Version: {version}\r\nContent-Length: {len(body)}\r\nConnection: close"
     with answering(f"HTTP/1.1 {status} No\r\n{head}\r\n\r\n{body}".encode()) as url:
-        connection = Connection(url, **server)
+        connection = InfluxConnection(url, **server)
         with pytest.raises(AppError) as caught, connection.ask("/api/v2/query", b"{}", {}, "INFLUXDB_BUCKET"):
             pass
     assert caught.value.hint.startswith(hint)
@@ -143,7 +143,7 @@ def test_a_refusal_about_memory_asks_for_less(influx: InfluxSimulator, reader: R
 
 
 def test_a_retry_after_that_is_a_date_is_no_number() -> None:
-    error = refusal("http://x", 429, "slow", where="", retry_after="Wed, 21 Oct 2026 07:28:00 GMT")
+    error = error_of_status("http://x", 429, "slow", where="", retry_after="Wed, 21 Oct 2026 07:28:00 GMT")
     assert isinstance(error, Transient)
     assert error.retry_after_seconds is None
 

@@ -17,7 +17,7 @@ from app.core.repair import same_sums
 from app.core.windows import Window, floor_to
 from app.influx_to_s3.flux import column_of_row, literal, time_literal
 from app.influx_to_s3.influxql import exact_pattern, identifier, text_literal
-from app.influx_to_s3.reader import Counted, Inventory, QueryTooLarge, Reader, counted_in_parts, one_type_spans
+from app.influx_to_s3.reader import FieldCount, QueryTooLarge, Reader, SourceInventory, counted_in_parts, one_type_spans
 from app.influx_to_s3.rows import sums_of
 from effort import EFFORT
 from exporter import NOON
@@ -227,9 +227,9 @@ def test_a_far_span_is_counted_in_one_question(influx: InfluxSimulator, influxdb
     influxdb1.write(database, lines)
     for reader in (flux(influx), influxql_without_credentials(influxdb1.url, database)):
         future = Window(NOON + DAY, datetime(9999, 1, 1, tzinfo=UTC))
-        assert list(reader.outside(future)) == [Counted("", NOON + DAY, "v", 1)]
+        assert list(reader.outside(future)) == [FieldCount("", NOON + DAY, "v", 1)]
         past = Window(datetime(1, 1, 1, tzinfo=UTC), NOON)
-        assert list(reader.outside(past)) == [Counted("D2", past.start, "v", 1)]
+        assert list(reader.outside(past)) == [FieldCount("D2", past.start, "v", 1)]
         assert list(reader.outside(Window(datetime(3000, 1, 1, tzinfo=UTC), future.end))) == []
         assert list(reader.devices(NOON)) in (["D1"], ["D1", "D2"])
 
@@ -248,13 +248,13 @@ def test_the_inventory_says_what_there_is(influx: InfluxSimulator, influxdb1: In
     influxdb1.query(f'CREATE RETENTION POLICY "long" ON "{database}" DURATION INF REPLICATION 1')
     influxdb1.write(database, f"late,device_id=D1 x=1 {BASE}", "long")
 
-    def real(**target: Any) -> Inventory:
+    def real(**target: Any) -> SourceInventory:
         return influxql_without_credentials(influxdb1.url, database, **target).inventory()
 
-    expected = Inventory([M, "other"], has_points=True, tags=["host"], fields=["v", "w"], devices=[])
+    expected = SourceInventory([M, "other"], has_points=True, tags=["host"], fields=["v", "w"], devices=[])
     assert flux(influx).inventory() == expected
     assert flux(influx, tag="host").inventory().devices == ["H1"]
-    nothing = Inventory([M, "other"], has_points=False, tags=[], fields=[], devices=[])
+    nothing = SourceInventory([M, "other"], has_points=False, tags=[], fields=[], devices=[])
     assert flux(influx, measurement="none").inventory() == nothing
     assert real().tags == ["host"]
     assert real(tag="host").devices == ["H1"]

@@ -10,7 +10,7 @@ from app.core.runs import Outcome, Stop
 from app.core.verify import CellState, verify
 from app.core.windows import Window
 from app.influx_to_s3.job import NAME, RECONCILE
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from exporter import HOUR, MINUTE, NOON, Exporter
 from exports import rows_of
 from simulators.influx import Refuse
@@ -111,7 +111,7 @@ def test_an_older_version_of_an_object_that_somebody_put_back_is_brought_up_agai
     exporter.write(NOON + timedelta(seconds=1))
     exporter.at(hours=2, minutes=1)
     exporter.well()
-    exporter.store.inner.put(key, io.BytesIO(content), Put(older.content_type, older.metadata))
+    exporter.store.inner.put(key, io.BytesIO(content), PutRequest(older.content_type, older.metadata))
     exporter.at(hours=3)
     assert exporter.reconcile().report.windows == 1
     exporter.check()
@@ -143,7 +143,7 @@ def test_an_object_that_somebody_brings_back_is_missing_no_more(exporter: Export
     exporter.store.inner.delete(key)
     exporter.reconcile()
     assert troubles(exporter) == {"missing": 1}
-    exporter.store.inner.put(key, io.BytesIO(content), Put(held.content_type, held.metadata))
+    exporter.store.inner.put(key, io.BytesIO(content), PutRequest(held.content_type, held.metadata))
     exporter.reconcile()
     assert troubles(exporter) == {}
 
@@ -158,7 +158,7 @@ def test_the_gap_map_and_verify_tell_of_it_too(exporter: Exporter) -> None:
     exporter.store.inner.delete(key)
     [cell] = exporter.export().chart.cells("D1", SPAN)
     assert (cell.state, troubles(exporter)) == (CellState.MISSING, {"missing": 1})
-    exporter.store.inner.put(key, io.BytesIO(content), Put(held.content_type, held.metadata))
+    exporter.store.inner.put(key, io.BytesIO(content), PutRequest(held.content_type, held.metadata))
     list(verify(exporter.export().verification(Stop()), SPAN, Stop()))
     assert troubles(exporter) == {}
     exporter.store.inner.delete(key)
@@ -168,7 +168,7 @@ def test_the_gap_map_and_verify_tell_of_it_too(exporter: Exporter) -> None:
 
 def test_an_object_that_another_program_replaced_is_told_and_left_alone_until_it_is_healed(exporter: Exporter) -> None:
     key = closed(exporter)
-    exporter.store.inner.put(key, io.BytesIO(b"a,b\n1,2\n"), Put("text/csv"))
+    exporter.store.inner.put(key, io.BytesIO(b"a,b\n1,2\n"), PutRequest("text/csv"))
     exporter.write(NOON + timedelta(seconds=1))
     for _ in range(2):
         run = exporter.reconcile()
@@ -183,7 +183,7 @@ def test_a_window_that_cannot_be_mended_stops_no_other_window_of_its_device(expo
     exporter.write_each(NOON + 3 * HOUR, NOON + 4 * HOUR)
     exporter.at(hours=6)
     exporter.well()
-    etag = exporter.store.inner.put(first, io.BytesIO(b"PAR1 and then nothing"), Put("x"))
+    etag = exporter.store.inner.put(first, io.BytesIO(b"PAR1 and then nothing"), PutRequest("x"))
     with exporter.state.database.transaction() as session:
         session.run(
             "UPDATE export_windows SET version = :etag WHERE window_start < :until", etag=etag, until=NOON + HOUR

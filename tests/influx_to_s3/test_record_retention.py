@@ -8,10 +8,10 @@ from datetime import timedelta
 import pytest
 
 from app.core.runs import Stop
-from app.core.verify import CellState, Sign, Verdict, heal, verify
+from app.core.verify import CellState, ComparedWindow, Verdict, heal, verify
 from app.core.windows import Window
 from app.influx_to_s3.job import NAME
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from exporter import HOUR, MINUTE, NOON, Exporter
 from exports import rows_of
 
@@ -47,12 +47,12 @@ def retired(exporter: Exporter) -> Exporter:
     return exporter
 
 
-def verdicts(exporter: Exporter) -> Sequence[Verdict]:
+def verdicts(exporter: Exporter) -> Sequence[ComparedWindow]:
     return list(verify(exporter.export().verification(Stop()), SPAN, Stop(), "D1"))
 
 
 def healed(exporter: Exporter) -> Sequence[bool]:
-    told: list[Verdict] = []
+    told: list[ComparedWindow] = []
     export = exporter.export()
     exporter.built = replace(
         export, backfill=lambda context, span: heal(export.verification(context.stop), span, context, told.append, "D1")
@@ -96,17 +96,17 @@ def test_a_backfill_takes_late_rows_in_and_keeps_what_only_the_object_has(retire
     retired.backfill(SPAN.start, SPAN.end)
     first, _, _ = retired.keys
     assert len(rows_of(retired.store, first)) == 61
-    assert [each.sign for each in verdicts(retired)] == [Sign.DIFFERS, Sign.EQUAL]
+    assert [each.sign for each in verdicts(retired)] == [Verdict.DIFFERS, Verdict.EQUAL]
 
 
 def test_verify_is_equal_without_records_and_heals_what_is_gone_late_or_cannot_be_read(retired: Exporter) -> None:
-    assert [each.sign for each in verdicts(retired)] == [Sign.EQUAL, Sign.EQUAL]
+    assert [each.sign for each in verdicts(retired)] == [Verdict.EQUAL, Verdict.EQUAL]
     first, second, _ = retired.keys
     held = retired.store.head(second)
     assert held is not None
     retired.store.inner.delete(first)
-    retired.store.inner.put(second, io.BytesIO(b"PAR1 and no more"), Put(held.content_type, {}, held.etag))
-    assert [each.sign for each in verdicts(retired)] == [Sign.MISSING, Sign.ERROR]
+    retired.store.inner.put(second, io.BytesIO(b"PAR1 and no more"), PutRequest(held.content_type, {}, held.etag))
+    assert [each.sign for each in verdicts(retired)] == [Verdict.MISSING, Verdict.ERROR]
     assert healed(retired) == [True, True]
     retired.write(NOON + timedelta(seconds=30))
     assert healed(retired) == [True, False]

@@ -10,9 +10,20 @@ import pytest
 
 from app.core.windows import EPOCH
 from app.db.checkpoints import Layout
-from app.influx_to_s3.layout import COMPUTED, DOUBLE, EVER, INTEGER, MEASURED, TAGS, TEXT, UNSIGNED, Column, Tree
-from app.influx_to_s3.rewrite import columns_of, tree_of_data
-from app.object_store.port import Put
+from app.influx_to_s3.layout import (
+    COMPUTED,
+    DOUBLE,
+    EVER,
+    INTEGER,
+    MEASURED,
+    TAGS,
+    TEXT,
+    UNSIGNED,
+    Column,
+    LayoutDocument,
+)
+from app.influx_to_s3.rewrite import columns_of, layout_from_data
+from app.object_store.port import PutRequest
 from memory_objects import MemoryObjects
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -47,18 +58,18 @@ def add(
         pq.write_table(schema(*columns, unit=unit).empty_table(), body)
         body.seek(0)
     window = f"{at:%Y-%m-%dT%H:%M:%SZ}/{at + timedelta(seconds=seconds):%Y-%m-%dT%H:%M:%SZ}"
-    store.put(key, body, Put("x/y", {"window": window}))
+    store.put(key, body, PutRequest("x/y", {"window": window}))
 
 
-def recovered(store: MemoryObjects, *kept: Layout, starts: tuple[datetime, ...] = ()) -> Tree:
-    return tree_of_data(
+def recovered(store: MemoryObjects, *kept: Layout, starts: tuple[datetime, ...] = ()) -> LayoutDocument:
+    return layout_from_data(
         store, "telemetry", kept=kept, starts=starts, wanted=WANTED, first_start_at=NOON - timedelta(minutes=20)
     )
 
 
 def test_without_objects_and_state_the_tree_is_new() -> None:
     tree = recovered(MemoryObjects())
-    assert tree == Tree(NOON - timedelta(minutes=30), EVER, (WANTED,))
+    assert tree == LayoutDocument(NOON - timedelta(minutes=30), EVER, (WANTED,))
 
 
 def test_an_installation_that_began_and_wrote_nothing_yet_keeps_where_it_began() -> None:
@@ -85,8 +96,8 @@ def test_without_a_state_length_format_and_dates_are_read_from_the_objects() -> 
     add(store, NOON + DAY, seconds=900)
     add(store, NOON + 2 * DAY, seconds=900, kind="csv")
     add(store, NOON + 3 * DAY, seconds=900, kind="csv", date_format="%Y-%m-%d")
-    store.put("telemetry/device_id=D1/date=2026/02/07/notes.txt", io.BytesIO(b"x"), Put("x/y"))
-    store.put("telemetry/_set_aside/x/1.txt", io.BytesIO(b"x"), Put("x/y"))
+    store.put("telemetry/device_id=D1/date=2026/02/07/notes.txt", io.BytesIO(b"x"), PutRequest("x/y"))
+    store.put("telemetry/_set_aside/x/1.txt", io.BytesIO(b"x"), PutRequest("x/y"))
     tree = recovered(store)
     midnight = NOON.replace(hour=0)
     assert tree.layouts == (
@@ -163,7 +174,7 @@ def test_of_each_device_the_newest_object_is_asked_and_one_that_is_damaged_is_pa
     add(store, NOON + HOUR, COUNT_INT)
     add(store, NOON, ("other", pa.bool_()), device="D2")
     damaged = "telemetry/device_id=D3/date=2026/02/07/export_130000.parquet"
-    store.put(damaged, io.BytesIO(b"PAR1"), Put("x/y"))
+    store.put(damaged, io.BytesIO(b"PAR1"), PutRequest("x/y"))
     tree = recovered(store)
     assert {each.name: each.types[0][1] for each in tree.columns} == {"count": INTEGER, "other": "boolean"}
 
@@ -175,7 +186,7 @@ def test_deltas_tell_no_other_length() -> None:
     store.put(
         "telemetry/device_id=D1/date=2026/02/07/export_120001.parquet",
         io.BytesIO(b""),
-        Put("x/y", {"window": "2026-02-07T12:00:00Z/2026-02-07T13:00:00Z"}),
+        PutRequest("x/y", {"window": "2026-02-07T12:00:00Z/2026-02-07T13:00:00Z"}),
     )
     tree = recovered(store)
     assert [each.window_seconds for each in tree.layouts] == [3600]

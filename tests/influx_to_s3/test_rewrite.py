@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.core.runs import Stop
-from app.core.verify import Sign, verify
+from app.core.verify import Verdict, verify
 from app.core.windows import Window
 from app.influx_to_s3.job import NAME
 from app.object_store.local import LocalDirectory
@@ -30,7 +30,7 @@ def versions(exporter: Exporter) -> Mapping[str, Any]:
     return {key: info.etag for key in exporter.keys if (info := exporter.store.head(key))}
 
 
-def signs(exporter: Exporter) -> set[Sign]:
+def signs(exporter: Exporter) -> set[Verdict]:
     return {each.sign for each in verify(exporter.export(**NEW).verification(Stop()), span(), Stop())}
 
 
@@ -70,7 +70,7 @@ def at(hours: int) -> int:
 def test_past_days_get_the_unit_and_the_types_of_today_and_the_same_rows(two_days_later: Exporter) -> None:
     exporter = two_days_later
     before = exported(exporter.store)
-    assert signs(exporter) == {Sign.EQUAL}
+    assert signs(exporter) == {Verdict.EQUAL}
     assert any("count_double" in fields for fields in before.values())
     shown = exporter.rewrite(MIDNIGHT, MIDNIGHT + DAY, dry_run=True, **NEW)
     written = exporter.rewrite(MIDNIGHT, MIDNIGHT + DAY, dry_run=False, **NEW)
@@ -85,7 +85,7 @@ def test_past_days_get_the_unit_and_the_types_of_today_and_the_same_rows(two_day
         row: {{"count_double": "count"}.get(name, name): value for name, value in fields.items()}
         for row, fields in before.items()
     }
-    assert signs(exporter) == {Sign.EQUAL}
+    assert signs(exporter) == {Verdict.EQUAL}
     left = versions(exporter)
     assert exporter.rewrite(MIDNIGHT, MIDNIGHT + DAY, dry_run=False, **NEW).report.rows == 0
     assert versions(exporter) == left
@@ -99,7 +99,7 @@ def test_what_comes_late_is_written_like_the_day_that_was_rewritten(two_days_lat
     *_, late = [key for key in exporter.keys if "D2" in key and "export_1300" in key]
     assert [row["count"] for row in rows_of(exporter.store, late)] == [0.5, 0.25]
     assert str(table(exporter.store, late).schema.field("timestamp").type) == "timestamp[us, tz=UTC]"
-    assert signs(exporter) == {Sign.EQUAL}
+    assert signs(exporter) == {Verdict.EQUAL}
 
 
 def test_a_rewrite_of_a_part_of_a_day_leaves_its_unit_and_types(two_days_later: Exporter) -> None:
@@ -136,4 +136,4 @@ def test_a_rewrite_that_dies_at_any_write_goes_on_where_it_stopped(two_days_late
     assert len(exported(exporter.store)) == rows
     records = exporter.state.checkpoints.records(NAME, "D1", MIDNIGHT, MIDNIGHT + DAY)
     assert {record.key: record.version for record in records}.items() <= versions(exporter).items()
-    assert signs(exporter) == {Sign.EQUAL}
+    assert signs(exporter) == {Verdict.EQUAL}

@@ -17,9 +17,9 @@ from app.core.errors import Permanent
 from app.core.ledger import Tally
 from app.core.pipeline import Sums
 from app.influx_to_s3.layout import EVER, INTEGER, MEASURED, Column
-from app.influx_to_s3.reader import Points
+from app.influx_to_s3.reader import PointColumns
 from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch
-from app.influx_to_s3.rows import Disagreement, canonical, of_object, ordered
+from app.influx_to_s3.rows import ConflictingValue, canonical_table, merge_ordered, of_object
 from app.object_store.table_sink import CSV_ROWS, LOST_TAGS
 from influx_points import (
     COLUMNS,
@@ -48,7 +48,7 @@ def read(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0) -> list
 
 def test_measured_fields_are_floats_and_what_is_no_number_stands_beside_them_as_text() -> None:
     given = points(0, 1, 2, voltage=[1, 2, None], current=[True, False, None], power=["7.5", "broken", "+5"])
-    table = canonical(given, columns_of())
+    table = canonical_table(given, columns_of())
     assert table.column("voltage").to_pylist() == [1.0, 2.0, None]
     assert table.schema.field("voltage").type == pa.float64()
     assert {"current", "power"}.isdisjoint(table.column_names)
@@ -60,14 +60,14 @@ def test_measured_fields_are_floats_and_what_is_no_number_stands_beside_them_as_
     "text", ["", " 1", "1 ", "0x10", "1e", "--1", "NaN", "inf", "1,5", "1\n", "٣", ".", "1", "1e3"]
 )
 def test_text_in_a_measured_field_is_kept_as_it_is(text: str) -> None:
-    table = canonical(points(0, voltage=[text]), columns_of())
+    table = canonical_table(points(0, voltage=[text]), columns_of())
     assert rows_in([table]) == [{"timestamp": 0, **UNKNOWN, "voltage_text": text}]
 
 
 def test_fields_named_like_documented_columns_get_a_name_of_their_own() -> None:
     names = ("hour", "day_of_week", "is_weekend", "power_factor", "device_type", "location")
     fields: dict[str, Any] = {name: [1.5] for name in names}
-    table = canonical(points(0, **fields), columns_of())
+    table = canonical_table(points(0, **fields), columns_of())
     expected = ["timestamp", "device_type", "location", *(f"{name}_field" for name in names)]
     assert sorted(table.column_names) == sorted(expected)
     assert rows_in([table]) == [{"timestamp": 0, **UNKNOWN, **{f"{name}_field": 1.5 for name in names}}]
@@ -102,7 +102,7 @@ def test_rows_that_differ_in_any_tag_are_rows_of_their_own_whatever_order_they_c
         assert (list(others), dict(twice)) == ([], {})
 
 
-def versions(*numbers: str, **fields: Sequence[Any]) -> list[Points]:
+def versions(*numbers: str, **fields: Sequence[Any]) -> list[PointColumns]:
     """One point for each version of the schema, which is an ignored tag; the values of each field in that order."""
     columns = {name: pa.array(values) for name, values in fields.items()}
     return [
@@ -155,7 +155,7 @@ def test_of_values_that_disagree_that_of_the_first_tag_set_stands_and_the_others
 def test_what_stands_and_what_is_set_aside_does_not_depend_on_the_order_of_blocks(
     given_points: list[tuple[int, str, str, float | None, str | None]], shuffler: random.Random
 ) -> None:
-    def block(at: int, version: str, phase: str, voltage: float | None, note: str | None) -> Points:
+    def block(at: int, version: str, phase: str, voltage: float | None, note: str | None) -> PointColumns:
         tags = {name: text for name, text in (("schema_version", version), ("phase", phase)) if text}
         return points(at, tags=tags, voltage=pa.array([voltage], pa.float64()), note=pa.array([note], pa.string()))
 
@@ -189,7 +189,7 @@ def test_a_merged_batch_accounts_for_every_value_and_is_not_built_upon(tmp_path:
             "voltage": Tally(counted=3, read=3, new=1, already_there=1, set_aside=1),
             "power": Tally(counted=1, read=1, new=1),
         }
-        assert list(batch.disagreements) == [Disagreement({"schema_version": "2"}, "voltage", 2.5, NOON_NS)]
+        assert list(batch.disagreements) == [ConflictingValue({"schema_version": "2"}, "voltage", 2.5, NOON_NS)]
         assert (batch.rows, batch.reusable) == (1, False)
 
 
@@ -224,7 +224,7 @@ def test_a_field_that_ends_in_first_keeps_its_name_when_rows_are_merged() -> Non
 def test_a_type_is_decided_once_and_other_values_stand_beside_it(tmp_path: Path) -> None:
     columns = columns_of()
     blocks = [points(at, extra=[value]) for at, value in enumerate([1, 2.5, "x", 3, True, 4.0])]
-    tables = [canonical(block, columns) for block in blocks]
+    tables = [canonical_table(block, columns) for block in blocks]
     with closing(spooled(tables, tmp_path, columns=columns)) as batch:
         assert [column.type for column in batch.schema][-3:] == [pa.int64(), pa.float64(), pa.string()]
         found = [{k: v for k, v in row.items() if k.startswith("extra") and v is not None} for row in listed(batch)]
@@ -242,7 +242,7 @@ def test_types_that_drift_from_block_to_block_change_no_column(tmp_path: Path) -
     many = range(BLOCK_ROWS)
     columns = columns_of()
     tables = [
-        canonical(block, columns)
+        canonical_table(block, columns)
         for block in (
             points(*many, extra=list(many)),
             points(*(BLOCK_ROWS + n for n in many), extra=[n / 2 for n in many]),
@@ -257,17 +257,17 @@ def test_types_that_drift_from_block_to_block_change_no_column(tmp_path: Path) -
 
 def test_the_digest_of_drifting_types_does_not_depend_on_the_cutting(tmp_path: Path) -> None:
     columns = columns_of()
-    ints = canonical(points(*range(20_000), extra=list(range(20_000))), columns)
-    floats = canonical(points(*range(20_000, 40_000), extra=[n / 2 for n in range(20_000)]), columns)
-    texts = canonical(points(40_000, extra=["x"]), columns)
-    together = ordered([ints, floats], columns)[0]
+    ints = canonical_table(points(*range(20_000), extra=list(range(20_000))), columns)
+    floats = canonical_table(points(*range(20_000, 40_000), extra=[n / 2 for n in range(20_000)]), columns)
+    texts = canonical_table(points(40_000, extra=["x"]), columns)
+    together = merge_ordered([ints, floats], columns)[0]
     pieces = [
         [ints, floats],
         [together],
         [ints.slice(0, 7), ints.slice(7), floats.slice(0, 13_000), floats.slice(13_000)],
     ]
     assert len({digest_of(tables, tmp_path) for tables in pieces}) == 1
-    whole = ordered([ints, floats, texts], columns)[0]
+    whole = merge_ordered([ints, floats, texts], columns)[0]
     assert len({digest_of(tables, tmp_path) for tables in ([ints, floats, texts], [whole])}) == 1
 
 
@@ -318,7 +318,7 @@ def test_no_rows_make_a_batch_too(tmp_path: Path) -> None:
 
 def test_values_are_accounted_for_by_the_names_that_fields_have_at_the_source(tmp_path: Path) -> None:
     columns = columns_of()
-    with closing(spooled([canonical(points(0, hour=[7]), columns)], tmp_path, columns=columns)) as batch:
+    with closing(spooled([canonical_table(points(0, hour=[7]), columns)], tmp_path, columns=columns)) as batch:
         assert batch.accounts == {"hour": Tally(new=1)}
 
 
@@ -380,7 +380,7 @@ TABLE = many_rows(BLOCK_ROWS + 5000)
 def test_rows_read_back_from_an_object_lose_what_was_computed_and_keep_renamed_fields(tmp_path: Path) -> None:
     columns = columns_of()
     given = points(0, tags={"location": "L", "phase": "L1", "hour": "late"}, hour=[9], voltage=[1.5], count=["x"])
-    batch = spooled([canonical(given, columns)], tmp_path, columns=columns)
+    batch = spooled([canonical_table(given, columns)], tmp_path, columns=columns)
     [written] = list(batch.output())
     back = of_object(written, columns)
     assert rows_in([back]) == [
@@ -417,7 +417,7 @@ def test_a_column_that_only_objects_of_an_older_version_have_keeps_its_name() ->
     columns = columns_of()
     back = of_object(rows(0, old=[1.5], hour_field=[3]), columns)
     assert rows_in([back]) == [{"timestamp": 0, **UNKNOWN, "old": 1.5, "hour_field": 3}]
-    assert rows_in([canonical(points(0, old=[2.5]), columns)]) == [{"timestamp": 0, **UNKNOWN, "old": 2.5}]
+    assert rows_in([canonical_table(points(0, old=[2.5]), columns)]) == [{"timestamp": 0, **UNKNOWN, "old": 2.5}]
 
 
 def test_what_a_csv_object_of_an_older_version_holds_is_guessed_and_never_refused() -> None:

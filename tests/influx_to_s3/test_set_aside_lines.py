@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from app.core.windows import Window
 from app.influx_to_s3.influxql import InfluxQlReader
-from app.influx_to_s3.reader import Points
+from app.influx_to_s3.reader import PointColumns
 from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.rows import Disagreement
+from app.influx_to_s3.rows import ConflictingValue
 from app.influx_to_s3.set_aside import (
     NO_DEVICE_TAG,
     OTHER_VALUE,
     REFUSED_ID,
-    Aside,
+    SetAsidePoints,
     line,
     lines_of,
 )
@@ -163,7 +163,7 @@ def test_random_points_are_read_back_as_they_were(
 
 def test_points_of_a_block_are_lines_with_their_own_tags_and_values_only() -> None:
     times = pa.array([NOON_NS, NOON_NS + 1, NOON_NS + 2], pa.int64()).cast(TIMES)
-    block = Points(
+    block = PointColumns(
         times,
         {"phase": pa.array(["L1", None, "L2"])},
         [("v", pa.array([1.5, None, None])), ("v", pa.array([None, 2, None])), ("on", pa.array([None, True, None]))],
@@ -179,8 +179,8 @@ def test_a_value_of_an_unsigned_type_says_so_where_no_integer_holds_it() -> None
     assert line("m", {}, {"u": 2**64 - 1, "i": 2**63 - 1}, 0) == f"m i={2**63 - 1}i,u={2**64 - 1}u 0"
 
 
-def aside_in(store: MemoryObjects) -> Aside:
-    return Aside(SetAsideStore(store, "telemetry/_set_aside"), measurement="m", device_tag="device_id")
+def aside_in(store: MemoryObjects) -> SetAsidePoints:
+    return SetAsidePoints(SetAsideStore(store, "telemetry/_set_aside"), measurement="m", device_tag="device_id")
 
 
 def lines_in(store: MemoryObjects) -> dict[str, list[str]]:
@@ -218,8 +218,8 @@ def test_values_that_disagree_are_kept_with_the_tags_of_their_point() -> None:
     store = MemoryObjects()
     batch = RowBatch("D1", Path(), 0, columns_of())
     batch.disagreements = [
-        Disagreement({"schema_version": "2", "phase": "L1"}, "voltage", 3.5, NOON_NS),
-        Disagreement({"schema_version": "3", "phase": "L1"}, "note", "a\nb", NOON_NS + 1),
+        ConflictingValue({"schema_version": "2", "phase": "L1"}, "voltage", 3.5, NOON_NS),
+        ConflictingValue({"schema_version": "3", "phase": "L1"}, "note", "a\nb", NOON_NS + 1),
     ]
     [told] = aside_in(store).keep_values("D1", HOUR, batch)
     assert (told.reason, told.number, told.new) == (OTHER_VALUE, 2, 2)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from app.core.pipeline import Count
 from app.core.windows import Window
-from app.influx_to_s3.source import before, bucket_seconds, first_change, slices
+from app.influx_to_s3.source import bucket_seconds, first_change, rows_before, slices
 from influx_points import NOON, NOON_NS, rows
 
 WINDOW = Window(NOON, NOON + timedelta(hours=1))
@@ -51,4 +51,4 @@ def test_slices_cover_the_span_without_gaps_and_stay_near_the_batch_size(
 
 def test_before_takes_only_older_rows() -> None:
     table = rows(1, 2, 3, a=[1, 2, 3])
-    assert before(table, NOON_NS + 2).column("a").to_pylist() == [1]
+    assert rows_before(table, NOON_NS + 2).column("a").to_pylist() == [1]

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.ledger import Tally
-from app.influx_to_s3.layout import Columns
+from app.influx_to_s3.layout import TreeColumns
 from app.influx_to_s3.row_batch import BLOCK_ROWS
-from app.influx_to_s3.rows import Comparison, canonical, identities_of, united, whole_instants
+from app.influx_to_s3.rows import RowComparison, canonical_table, identities_of, union_by_identity, whole_instants
 from influx_points import (
     COLUMNS,
     UNKNOWN,
@@ -75,16 +75,17 @@ def test_a_union_is_that_of_dictionaries_and_tells_what_is_new_and_what_was_corr
 
 
 def test_a_union_of_nothing_is_nothing() -> None:
-    assert list(united([], [], COLUMNS, Comparison(COLUMNS))) == []
+    assert list(union_by_identity([], [], COLUMNS, RowComparison(COLUMNS))) == []
 
 
 def test_a_union_tells_rows_apart_by_all_tags_also_where_one_side_lacks_a_column() -> None:
     columns = columns_of()
     new = [in_order([points(0, 5, tags={"phase": "L1"}, voltage=[1.0, 1.0]), points(0, voltage=[2.0])], columns)[0]]
     held = [in_order([points(0, 3, voltage=[3.0, 3.0])], columns)[0]]
-    comparison = Comparison(columns)
+    comparison = RowComparison(columns)
     found = [
-        (row["timestamp"], row.get("phase"), row["voltage"]) for row in rows_in(united(new, held, columns, comparison))
+        (row["timestamp"], row.get("phase"), row["voltage"])
+        for row in rows_in(union_by_identity(new, held, columns, comparison))
     ]
     assert found == [(0, None, 2.0), (0, "L1", 1.0), (3, None, 3.0), (5, "L1", 1.0)]
     assert (comparison.new_rows, comparison.new, comparison.corrected) == (2, {"voltage": 2}, {"voltage": 1})
@@ -96,9 +97,9 @@ def test_a_row_that_lost_its_further_tags_stands_for_all_with_its_instant_and_do
     elsewhere = points(0, tags={"location": "x", "phase": "L1"}, voltage=[1.0])
     new = [in_order([*phases, elsewhere], columns)[0]]
     held = [in_order([points(0, 3, voltage=[3.0, 3.0]), points(0, tags={"phase": "L3"}, voltage=[4.0])], columns)[0]]
-    comparison = Comparison(columns)
+    comparison = RowComparison(columns)
     comparison.lost_tags = True
-    found = rows_in(united(new, held, columns, comparison))
+    found = rows_in(union_by_identity(new, held, columns, comparison))
     told = [(row["timestamp"], row["location"], row.get("phase"), row["voltage"]) for row in found]
     assert told == [
         (0, "unknown", "L1", 1.0), (0, "unknown", "L2", 1.0), (0, "unknown", "L3", 4.0), (0, "x", "L1", 1.0),
@@ -122,7 +123,7 @@ def test_no_instant_is_in_two_tables_however_the_rows_were_cut(instants: list[in
     assert rows_in(whole) == rows_in([table])
 
 
-def phases(first: int, last: int, columns: Columns, *, value: float = 1.0, names: str = "123") -> list[pa.Table]:
+def phases(first: int, last: int, columns: TreeColumns, *, value: float = 1.0, names: str = "123") -> list[pa.Table]:
     """Three rows for each instant, so that blocks of the spool end between rows of one instant."""
     instants = range(first, last)
     blocks = [points(*instants, tags={"phase": f"L{name}"}, voltage=[value] * len(instants)) for name in names]
@@ -161,6 +162,6 @@ def test_no_two_tag_sets_share_an_identity() -> None:
         {}, {"a": "x"}, {"b": "x"}, {"a": "x", "b": "x"}, {"a": "b"}, {"b": "a"}, {"a": "xb"}, {"a": ""},
         {"location": "x"}, {"device_type": "x"},
     ]  # fmt: skip
-    tables = [canonical(points(0, 1, tags=tags, v=[1, 1]), columns) for tags in sets]
+    tables = [canonical_table(points(0, 1, tags=tags, v=[1, 1]), columns) for tags in sets]
     found = [identity for table in tables for identity in identities_of(table, columns.tags).tolist()]
     assert len(set(found)) == len(found) == 2 * len(sets)

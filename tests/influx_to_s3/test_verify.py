@@ -15,11 +15,11 @@ import urllib3
 
 from app.core.errors import Rejected
 from app.core.runs import Job, Outcome, Run, Stop, execute
-from app.core.verify import CellState, Sign, Slot, Verdict, heal, verify, why
+from app.core.verify import CellState, ComparedWindow, PartitionWindow, Verdict, heal, verify, why
 from app.core.windows import Window
 from app.influx_to_s3.job import NAME, InfluxExport
 from app.influx_to_s3.verify import ExportEnds
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from app.object_store.s3 import S3Store
 from exporter import NOON, Exporter, Silent, exporter_on
 from exports import content, exported
@@ -36,16 +36,16 @@ def hour(number: int) -> Window:
     return Window(NOON - number * HOUR, NOON - (number - 1) * HOUR)
 
 
-def signs(export: InfluxExport, span: Window = SPAN) -> dict[Slot, Sign]:
+def signs(export: InfluxExport, span: Window = SPAN) -> dict[PartitionWindow, Verdict]:
     """Every window that is not equal."""
     found = verify(export.verification(Stop()), span, Stop())
-    return {each.slot: each.sign for each in found if each.sign is not Sign.EQUAL}
+    return {each.slot: each.sign for each in found if each.sign is not Verdict.EQUAL}
 
 
-def mend(exporter: Exporter, export: InfluxExport, span: Window = SPAN) -> tuple[Run, list[Verdict]]:
-    told: list[Verdict] = []
+def mend(exporter: Exporter, export: InfluxExport, span: Window = SPAN) -> tuple[Run, list[ComparedWindow]]:
+    told: list[ComparedWindow] = []
     work = Job(NAME, 60, lambda context: heal(export.verification(context.stop), span, context, told.append))
-    run = execute(work, exporter._desk(), Stop(), Silent())  # noqa: SLF001 - the exporter's own desk
+    run = execute(work, exporter._services(), Stop(), Silent())  # noqa: SLF001 - the exporter's own services
     assert run is not None
     return run, told
 
@@ -69,7 +69,7 @@ def put_another(exporter: Exporter, key: str) -> None:
 
 
 def put_bytes(exporter: Exporter, key: str, data: bytes) -> None:
-    exporter.store.inner.put(key, io.BytesIO(data), Put("application/octet-stream"))
+    exporter.store.inner.put(key, io.BytesIO(data), PutRequest("application/octet-stream"))
 
 
 def forget(exporter: Exporter) -> None:
@@ -119,8 +119,10 @@ def delta_of(exporter: Exporter) -> str:
 def test_a_whole_export_is_equal_window_by_window(with_delta: Exporter) -> None:
     full = with_delta
     found = list(verify(full.export().verification(Stop()), SPAN, Stop()))
-    assert [each.slot for each in found] == [Slot(d, hour(n)) for d in ("D1", "D2") for n in (6, 5, 4, 3, 2, 1)]
-    assert {each.sign for each in found} == {Sign.EQUAL}
+    assert [each.slot for each in found] == [
+        PartitionWindow(d, hour(n)) for d in ("D1", "D2") for n in (6, 5, 4, 3, 2, 1)
+    ]
+    assert {each.sign for each in found} == {Verdict.EQUAL}
     rows = {(each.slot.partition, each.slot.window): each.destination and each.destination.rows for each in found}
     assert rows["D1", hour(4)] == 13
     assert rows["D2", hour(5)] == 13
@@ -133,7 +135,7 @@ def test_a_device_that_nobody_knows_is_refused_with_those_that_are_known(full: E
     with pytest.raises(Rejected, match="no partition is named 'D11'") as caught:
         list(verify(ends, SPAN, Stop(), "D11"))
     assert caught.value.hint.startswith("partitions: D1")
-    assert {each.sign for each in verify(ends, SPAN, Stop(), "D1")} == {Sign.EQUAL}
+    assert {each.sign for each in verify(ends, SPAN, Stop(), "D1")} == {Verdict.EQUAL}
 
 
 def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exactly(with_delta: Exporter) -> None:
@@ -145,9 +147,9 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
     truncate(full, damaged[1])
     put_another(full, damaged[2])
     expected = {
-        Slot("D1", hour(6)): Sign.MISSING,
-        Slot("D1", hour(5)): Sign.ERROR,
-        Slot("D2", hour(3)): Sign.DIFFERS,
+        PartitionWindow("D1", hour(6)): Verdict.MISSING,
+        PartitionWindow("D1", hour(5)): Verdict.ERROR,
+        PartitionWindow("D2", hour(3)): Verdict.DIFFERS,
     }
     assert signs(export) == expected
     full.store.puts.clear()
@@ -168,12 +170,12 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
 def test_a_lost_delta_and_its_lost_window_are_written_again_without_a_double(with_delta: Exporter) -> None:
     full, export = with_delta, with_delta.export()
     delete(full, delta_of(full))
-    assert signs(export) == {Slot("D1", hour(4)): Sign.DIFFERS}
+    assert signs(export) == {PartitionWindow("D1", hour(4)): Verdict.DIFFERS}
     assert mend(full, export)[0].outcome is Outcome.OK
     full.check()
     for key in [key for key in full.keys if "device_id=D1" in key and "export_0800" in key]:
         delete(full, key)
-    assert signs(export) == {Slot("D1", hour(4)): Sign.MISSING}
+    assert signs(export) == {PartitionWindow("D1", hour(4)): Verdict.MISSING}
     assert mend(full, export)[0].outcome is Outcome.OK
     full.check()
 
@@ -186,7 +188,7 @@ def test_a_delta_whose_rows_its_object_holds_is_neither_compared_nor_mapped(with
     full.backfill(SPAN.start, NOON)
     assert key not in full.keys
     full.check()
-    full.store.inner.put(key, io.BytesIO(body), Put(held.content_type, held.metadata))  # it could not be deleted
+    full.store.inner.put(key, io.BytesIO(body), PutRequest(held.content_type, held.metadata))  # it could not be deleted
     assert signs(export) == {}
     states = [cell.state for cell in export.chart.cells("D1", SPAN)]
     assert states == [CellState.EQUAL] * 4 + [CellState.EMPTY, CellState.EQUAL]
@@ -199,7 +201,7 @@ def test_a_delta_whose_rows_its_object_holds_is_neither_compared_nor_mapped(with
 def test_a_row_that_is_there_twice_differs_and_is_taken_out(full: Exporter) -> None:
     key, export = key_of(full, hour(3)), full.export()
     put_bytes(full, key.replace("090000", "090001"), content(full.store, key))
-    assert signs(export) == {Slot("D1", hour(3)): Sign.DIFFERS}
+    assert signs(export) == {PartitionWindow("D1", hour(3)): Verdict.DIFFERS}
     assert mend(full, export)[0].outcome is Outcome.OK
     full.check()
 
@@ -207,7 +209,7 @@ def test_a_row_that_is_there_twice_differs_and_is_taken_out(full: Exporter) -> N
 def test_rows_later_than_the_reconcile_differ_and_go_into_the_object_of_their_window(full: Exporter) -> None:
     export, keys = full.export(), full.keys
     full.write(NOON - 3 * HOUR + timedelta(seconds=2), "D1", "voltage=3")
-    assert signs(export) == {Slot("D1", hour(3)): Sign.DIFFERS}
+    assert signs(export) == {PartitionWindow("D1", hour(3)): Verdict.DIFFERS}
     run, _ = mend(full, export)
     assert (run.outcome, run.report.late_rows) == (Outcome.OK, 1)
     assert (signs(export), full.keys) == ({}, keys)
@@ -218,7 +220,7 @@ def test_what_only_the_destination_has_is_kept_and_said(full: Exporter) -> None:
     export = full.export()
     forget(full)
     before = {key: content(full.store, key) for key in full.keys}
-    assert set(signs(export).values()) == {Sign.EXTRA}
+    assert set(signs(export).values()) == {Verdict.EXTRA}
     run, _ = mend(full, export)
     assert run.outcome is Outcome.PARTIAL
     assert "kept on purpose" in run.hint
@@ -296,7 +298,7 @@ def test_what_only_the_exports_own_reading_loses_is_found_by_verify_and_mended_w
         exporter.well()
         # what reads as the export does finds nothing
         assert (exporter.reconcile().report.windows, exporter.backfill(SPAN.start, NOON).report.windows) == (0, 0)
-        assert signs(exporter.export()) == {Slot("D1", hour(3)): Sign.DIFFERS}
+        assert signs(exporter.export()) == {PartitionWindow("D1", hour(3)): Verdict.DIFFERS}
         run, _ = mend(exporter, exporter.export())
         assert (run.outcome, "at the source" in run.error) == (Outcome.PARTIAL, True)
     exporter.url = exporter.influx.url
@@ -321,12 +323,12 @@ def test_every_set_of_tags_type_and_value_set_aside_is_equal_and_said_in_either_
         pass
     spans = (hour(168), Window(NOON - 4 * HOUR, NOON))
     found = [each for span in spans for each in verify(exporter.export().verification(Stop()), span, Stop())]
-    assert {each.sign for each in found} == {Sign.EQUAL}
+    assert {each.sign for each in found} == {Verdict.EQUAL}
     rows = {each.slot.window: each.source and (each.source.rows, each.source.set_aside) for each in found}
     assert (rows[hour(3)], rows[hour(168)]) == ((3, 2), (1, 0))
     exporter.write(NOON - 3 * HOUR, "D1", "voltage=6", phase="L2", schema_version="1")  # what stands is another now
     compared = list(verify(exporter.export().verification(Stop()), spans[1], Stop()))
-    [differs] = [each for each in compared if each.sign is not Sign.EQUAL]
+    [differs] = [each for each in compared if each.sign is not Verdict.EQUAL]
     assert "values set aside are not compared" in why(differs)[0]
     mend(exporter, exporter.export(), spans[1])
     assert signs(exporter.export(), spans[1]) == {}
@@ -340,7 +342,7 @@ def test_a_window_of_more_values_than_are_held_at_once_is_read_in_slices(exporte
     assert isinstance(ends, ExportEnds)
     ends.most_cells = 30
     found = list(verify(ends, SPAN, Stop()))
-    assert {each.sign for each in found} == {Sign.EQUAL}
+    assert {each.sign for each in found} == {Verdict.EQUAL}
     assert sum(each.source.rows for each in found if each.source) == 60
     assert ends.slice <= timedelta(minutes=10)
 

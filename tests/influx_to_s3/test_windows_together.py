@@ -10,7 +10,7 @@ from app.core.errors import Transient
 from app.core.pipeline import Count
 from app.core.windows import Window
 from app.influx_to_s3.flux import FluxReader
-from app.influx_to_s3.reader import Connection
+from app.influx_to_s3.reader import InfluxConnection
 from app.influx_to_s3.source import InfluxSource, runs_of_few_rows
 from exporter import Exporter
 from influx_points import source_of
@@ -23,7 +23,7 @@ HOURS = [Window(EVENING + timedelta(hours=n), EVENING + timedelta(hours=n + 1)) 
 def source_for(exporter: Exporter, batch_rows: int = 20_000) -> InfluxSource:
     influx = exporter.influx
     reader = FluxReader(
-        Connection(influx.url, influx.token),
+        InfluxConnection(influx.url, influx.token),
         org=influx.org,
         bucket=influx.bucket,
         measurement="device_telemetry",

@@ -18,7 +18,7 @@ from app.core.errors import Permanent, Transient
 from app.core.runs import Report
 from app.lake.job import NAME
 from app.object_store.local import LocalDirectory
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from app.object_store.s3 import S3Store
 from fake_clock import FakeClock
 from lake_tree import NOW, Tree, parquet, rows
@@ -120,12 +120,12 @@ def test_rows_stay_whose_objects_are_gone_and_the_rest_follows_its_objects(tree:
 
 def test_what_cannot_be_taken_is_set_aside_once_and_hinders_nothing(tree: Tree) -> None:
     good = tree.in_objects()
-    put = Put("application/vnd.apache.parquet")
+    put = PutRequest("application/vnd.apache.parquet")
     tree.store.put(tree.key("a", 5), io.BytesIO(b"no parquet"), put)
     tree.put("b", 5, rows("other", 5))
     tree.put("b", 6, rows("b", 6, day=date(2026, 2, 1)))
     tree.put("b", 7, rows("b", 7, tags=pa.array([["x"]] * 4)))
-    tree.store.put(tree.key("b", 8).replace(".parquet", ".csv"), io.BytesIO(b"timestamp\n"), Put("text/csv"))
+    tree.store.put(tree.key("b", 8).replace(".parquet", ".csv"), io.BytesIO(b"timestamp\n"), PutRequest("text/csv"))
     first = tree.run()
     assert {one.reason: (one.number, one.new) for one in first.ledger.set_aside} == {
         "object that the table cannot take": (4, 4), "CSV object: the table takes Parquet": (1, 0)}  # fmt: skip
@@ -221,7 +221,9 @@ def test_a_damaged_file_of_the_table_costs_no_row_of_an_object_and_is_said(tree:
 def test_the_table_of_another_tree_or_program_is_left_alone(tree: Tree) -> None:
     other = Tree(tree.folder, S3_PREFIX="elsewhere")
     other.store.put(
-        "elsewhere/device_id=x/date=2026/02/07/export_000000.parquet", io.BytesIO(parquet(rows("x", 0))), Put("x")
+        "elsewhere/device_id=x/date=2026/02/07/export_000000.parquet",
+        io.BytesIO(parquet(rows("x", 0))),
+        PutRequest("x"),
     )
     other.run()
     with other.table() as table:
@@ -284,7 +286,7 @@ class DyingStore(LocalDirectory):
         if self.steps >= self.step:
             raise Killed
 
-    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+    def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
         if self.act is not None and key.startswith("lake/"):
             act, self.act = self.act, None
             act()
@@ -342,7 +344,7 @@ def test_writers_that_are_overtaken_each_time_give_up_and_say_so(tree: Tree) -> 
     good = tree.store
 
     class Busy(DyingStore):
-        def put(self, key: str, body: BinaryIO, put: Put) -> str:
+        def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
             if key.endswith(".parquet"):
                 other = Tree(tree.folder)
                 other.put("a", 1, rows("a", 1, count=next(numbers)))
@@ -363,7 +365,7 @@ def test_old_snapshots_and_files_that_nothing_names_are_removed_by_age(tree: Tre
     for count in (4, 5, 6):
         tree.put("b", 1, rows("b", 1, count=count))
         tree.run()
-    tree.store.put("lake/telemetry/data/date=2026-02-07/orphan.parquet", io.BytesIO(b"x"), Put("x"))
+    tree.store.put("lake/telemetry/data/date=2026-02-07/orphan.parquet", io.BytesIO(b"x"), PutRequest("x"))
     lake = tree.folder / "objects" / "lake"
     assert len(list(lake.rglob("*.parquet"))) == 4
     tree.now = datetime.now(UTC)
@@ -426,7 +428,7 @@ def test_a_parquet_object_of_many_row_groups_is_taken_whole(tree: Tree) -> None:
         "device_id": pa.array(["big"] * number).dictionary_encode(),
         "voltage": pa.array([float(each) for each in range(number)]),
     }
-    tree.store.put(tree.key("big", 20), io.BytesIO(parquet(pa.table(big))), Put("x"))
+    tree.store.put(tree.key("big", 20), io.BytesIO(parquet(pa.table(big))), PutRequest("x"))
     tree.run()
     with tree.table() as table:
         found = table.scan("device_id == 'big'").to_arrow()

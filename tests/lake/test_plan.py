@@ -26,7 +26,7 @@ from app.lake.plan import (
     read_layout,
     separator,
 )
-from app.object_store.port import ObjectInfo, Put
+from app.object_store.port import ObjectInfo, PutRequest
 from given_settings import faults, loaded
 from memory_objects import MemoryObjects
 
@@ -131,7 +131,7 @@ def test_the_layout_says_how_days_are_named_and_cut() -> None:
 
 
 def put(store: Any, content: bytes) -> None:
-    store.put(f"t/{LAYOUT}", io.BytesIO(content), Put("application/json"))
+    store.put(f"t/{LAYOUT}", io.BytesIO(content), PutRequest("application/json"))
 
 
 IMPORTED = """

@@ -11,7 +11,7 @@ import pytest
 from app.analytics.reports import BadParameter
 from app.core.closed_days import ReportSpan, TableRows
 from app.lake.reader import TableReader
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 from app.object_store.s3 import S3Store
 from lake_reports import REPORTS, SPANS, filled, odd, only_objects, reports
 from lake_tree import Tree, parquet, rows
@@ -137,7 +137,7 @@ def test_the_same_in_a_bucket_where_other_programs_files_lie_too(tmp_path: Path,
         "S3_SECRET_ACCESS_KEY": seaweed.secret_key,
     }
     tree = filled(Tree(tmp_path, store=S3Store(target(seaweed, bucket), "probe/key"), **given))
-    tree.store.put("telemetry/day_001.parquet", io.BytesIO(parquet(rows("x", 3, **odd()))), Put("x"))
+    tree.store.put("telemetry/day_001.parquet", io.BytesIO(parquet(rows("x", 3, **odd()))), PutRequest("x"))
     keys = (seaweed.access_key, seaweed.secret_key, "")
     with reports(tree, keys, with_table=False) as asked:
         objects = {path: asked.rows(path, **own) for path, own in REPORTS.items()}

@@ -14,7 +14,7 @@ import pytest
 from app.analytics import service
 from app.config.environment import load_settings
 from app.core.runs import Outcome, Stop
-from app.core.verify import Sign, verify
+from app.core.verify import Verdict, verify
 from app.core.windows import Window
 from app.db.state import open_state
 from app.lake import job as lake_job
@@ -111,7 +111,7 @@ def settle(exporter: Exporter) -> None:
 def is_verified(exporter: Exporter) -> bool:
     ends = exporter.export().verification(Stop())
     found = [each.sign for each in verify(ends, Window(NOON, NOON + 3 * HOUR), Stop(), "D1")]
-    return found == [Sign.EQUAL] * 3
+    return found == [Verdict.EQUAL] * 3
 
 
 def test_after_the_reconcile_one_row_is_left_and_late_rows_a_restore_and_reports_go_on(exporter: Exporter) -> None:

@@ -13,20 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.errors import Transient
-from app.object_store.port import ObjectInfo, Readable
+from app.object_store.port import ObjectInfo, ReadableBody
 from app.objects.requests import (
     SECRET_BYTES,
     SECRET_NAME,
-    Reach,
+    KeyPolicy,
     SignedLinks,
     check_match,
     disposition,
     expected_of,
+    is_unchanged,
     span_of,
-    unchanged,
 )
-from app.objects.streams import Form, boundary_of, media_type
-from app.web.body_bridge import carried
+from app.objects.streams import FormReader, boundary_of, media_type
+from app.web.body_bridge import run_with_body
 from app.web.errors import Refused
 from disk_effects import Disk
 
@@ -77,8 +77,10 @@ def test_a_range_of_another_version_means_the_whole_object() -> None:
 
 
 def test_conditions_name_versions() -> None:
-    assert [unchanged({"if-none-match": given}, HELD) for given in ('"e"', 'W/"e"', '"a", "e"', "*")] == [True] * 4
-    assert [unchanged(fields, HELD) for fields in ({}, {"if-none-match": '"x"'}, {"if-none-match": "e"})] == [False] * 3
+    assert [is_unchanged({"if-none-match": given}, HELD) for given in ('"e"', 'W/"e"', '"a", "e"', "*")] == [True] * 4
+    assert [is_unchanged(fields, HELD) for fields in ({}, {"if-none-match": '"x"'}, {"if-none-match": "e"})] == [
+        False
+    ] * 3
     check_match({"if-match": '"a", "e"'}, HELD)
     for other in ('"x"', 'W/"e"', "e"):
         with pytest.raises(Refused) as caught:
@@ -109,10 +111,10 @@ BEFORE, THEN, AFTER = (f"Sat, 07 Feb 2026 {at} GMT" for at in ("11:59:59", "12:0
 
 def test_dates_are_conditions_in_whole_seconds_where_no_etag_is_named() -> None:
     held = ObjectInfo("k", 10, '"e"', AT.replace(microsecond=999_999))
-    assert [unchanged({"if-modified-since": given}, held) for given in (BEFORE, THEN, AFTER)] == [False, True, True]
-    assert not unchanged({"if-modified-since": AFTER, "if-none-match": '"x"'}, held)
+    assert [is_unchanged({"if-modified-since": given}, held) for given in (BEFORE, THEN, AFTER)] == [False, True, True]
+    assert not is_unchanged({"if-modified-since": AFTER, "if-none-match": '"x"'}, held)
     for invalid in ("", "yesterday", "Sat, 99 Feb 2026 12:00:00 GMT", "Fri, 31 Dec 9999 23:59:59 -1400"):
-        assert not unchanged({"if-modified-since": invalid}, held)
+        assert not is_unchanged({"if-modified-since": invalid}, held)
         check_match({"if-unmodified-since": invalid}, held)
     for later in (THEN, AFTER):
         check_match({"if-unmodified-since": later}, held)
@@ -123,30 +125,30 @@ def test_dates_are_conditions_in_whole_seconds_where_no_etag_is_named() -> None:
 
 
 def test_reach_is_allowed_prefixes_and_the_callers_own_and_exports_are_read_only() -> None:
-    reach = Reach(("a/", "telemetry/"), "telemetry/", "a/b/")
+    reach = KeyPolicy(("a/", "telemetry/"), "telemetry/", "a/b/")
     assert reach.writes("a/b/c") == "a/b/c"
     for key in ("a/c", "b/x", "a", "a/b"):
         with pytest.raises(Refused) as caught:
             reach.reads(key)
         assert caught.value.refusal.status == 403
-    exports = Reach((), "telemetry/")
+    exports = KeyPolicy((), "telemetry/")
     assert exports.reads("telemetry/x") == "telemetry/x"
     assert exports.writes("telemetry") == "telemetry"
     with pytest.raises(Refused, match="read-only"):
         exports.writes("telemetry/x")
-    assert Reach((), None).writes("telemetry/x")
-    table = Reach((), None, table="lake/")
+    assert KeyPolicy((), None).writes("telemetry/x")
+    table = KeyPolicy((), None, table="lake/")
     assert table.reads("lake/telemetry/data/a.parquet")
     for change in (table.writes, table.deletes):
         with pytest.raises(Refused, match="read-only"):
             change("lake/telemetry/data/a.parquet")
     with pytest.raises(Refused):
-        Reach((), "").writes("any")
+        KeyPolicy((), "").writes("any")
     with pytest.raises(Refused):
         reach.lists("a/")
     assert reach.lists("a/b/") == "a/b/"
-    assert [Reach(("a/",), "a/x/").sweeps(key) for key in ("a/1", "a/x/1", "b")] == [True, False, False]
-    assert [Reach(("a/",)).sweeps(key) for key in ("a/1", "b")] == [True, False]
+    assert [KeyPolicy(("a/",), "a/x/").sweeps(key) for key in ("a/1", "a/x/1", "b")] == [True, False, False]
+    assert [KeyPolicy(("a/",)).sweeps(key) for key in ("a/1", "b")] == [True, False]
 
 
 ODD_KEYS = ["", "/a", "a/", "a//b", "a/../b", "./a", "..", "a\\b", "\\", "a\nb", "a\x7f", "k" * 1025, "a\ud800"]
@@ -155,20 +157,20 @@ ODD_KEYS = ["", "/a", "a/", "a//b", "a/../b", "./a", "..", "a\\b", "\\", "a\nb",
 @pytest.mark.parametrize("key", [*ODD_KEYS, ".headwater/x"])
 def test_keys_that_no_new_object_may_have_are_422(key: str) -> None:
     with pytest.raises(Refused) as caught:
-        Reach().writes(key)
+        KeyPolicy().writes(key)
     assert (caught.value.refusal.status, caught.value.refusal.fault) == (422, "key")
 
 
 @pytest.mark.parametrize("key", ODD_KEYS)
 def test_what_is_there_under_an_odd_key_is_for_the_store_to_find(key: str) -> None:
-    assert Reach().reads(key) == Reach().deletes(key) == key
+    assert KeyPolicy().reads(key) == KeyPolicy().deletes(key) == key
 
 
 @pytest.mark.parametrize(
     "key", [".headwater/x", ".headwater\\x", "/.headwater/x", "a/../.headwater/x", "a\\..\\.headwater\\x"]
 )
 def test_no_form_of_a_key_leads_to_the_services_own(key: str) -> None:
-    for use in (Reach().reads, Reach().deletes):
+    for use in (KeyPolicy().reads, KeyPolicy().deletes):
         with pytest.raises(Refused) as caught:
             use(key)
         assert caught.value.refusal.status == 422
@@ -187,17 +189,17 @@ def test_no_form_of_a_key_leads_to_the_services_own(key: str) -> None:
     ],
 )
 def test_no_form_of_a_key_leads_into_the_exports(key: str) -> None:
-    for reach in (Reach((), "telemetry/", "", "telemetry/"), Reach((), None, "", "telemetry/")):
+    for reach in (KeyPolicy((), "telemetry/", "", "telemetry/"), KeyPolicy((), None, "", "telemetry/")):
         assert reach.reads(key) == key
         with pytest.raises(Refused) as caught:
             reach.deletes(key)
         assert caught.value.refusal.status == 403
-    assert Reach((), None, "", "telemetry/").deletes("telemetry/x") == "telemetry/x"
+    assert KeyPolicy((), None, "", "telemetry/").deletes("telemetry/x") == "telemetry/x"
 
 
 @pytest.mark.parametrize("key", ["team/../other/x", "team/..\\other", "team\\x", "/team/x"])
 def test_no_form_of_a_key_leads_out_of_a_prefix(key: str) -> None:
-    for reach in (Reach(("team/",)), Reach(own="team/")):
+    for reach in (KeyPolicy(("team/",)), KeyPolicy(own="team/")):
         with pytest.raises(Refused) as caught:
             reach.reads(key)
         assert caught.value.refusal.status == 403
@@ -222,7 +224,7 @@ class Pieces:
         return self._stream.read(self._draw.randint(1, min(count, 50)))
 
 
-def whole(form: Form) -> bytes:
+def whole(form: FormReader) -> bytes:
     return b"".join(iter(lambda: form.read(7), b""))
 
 
@@ -230,7 +232,7 @@ def whole(form: Form) -> bytes:
 def test_the_file_of_a_form_comes_out_as_it_went_in(data: bytes, seed: int, noise: bytes) -> None:
     data = (data + noise).replace(b"\r\n--b0und", b"")
     body = form_of(("comment", None, b"hello"), ("file", "n.bin", data), ("more", None, b"x"))
-    form = Form(Pieces(body, seed), "b0und")
+    form = FormReader(Pieces(body, seed), "b0und")
     assert form.content_type == "text/x"
     assert whole(form) == data
     assert form.read(1) == b""
@@ -241,7 +243,7 @@ def test_a_form_that_breaks_off_is_never_whole(cut: int, seed: int) -> None:
     body = form_of(("file", "n", b"0123456789" * 5))
     end = body.rindex(b"--b0und--") + len(b"--b0und--")
     with pytest.raises(Refused) as caught:
-        whole(Form(Pieces(body[: min(cut, end - 3)], seed), "b0und"))
+        whole(FormReader(Pieces(body[: min(cut, end - 3)], seed), "b0und"))
     assert caught.value.refusal.status in (400, 422)
 
 
@@ -264,14 +266,14 @@ UNCHOSEN = ("file", "", b"")
 def test_a_form_without_exactly_one_file_is_refused(body: bytes) -> None:
     for size in (1, 7, 1000):
         with pytest.raises(Refused) as caught:
-            whole(Form(Pieces(body, size), "b0und"))
+            whole(FormReader(Pieces(body, size), "b0und"))
         assert caught.value.refusal.status == (400 if body in (b"", b"nonsense") else 422)
 
 
 @pytest.mark.parametrize("chosen", [("file", "empty.csv", b""), ("file", "", b"12"), ("file", None, b"12")])
 def test_fields_in_which_no_file_was_chosen_are_not_a_file(chosen: tuple[str, str | None, bytes]) -> None:
     for parts in ((chosen,), (UNCHOSEN, chosen), (chosen, UNCHOSEN), (UNCHOSEN, chosen, UNCHOSEN)):
-        assert whole(Form(Pieces(form_of(*parts), 3), "b0und")) == chosen[2]
+        assert whole(FormReader(Pieces(form_of(*parts), 3), "b0und")) == chosen[2]
 
 
 def test_a_content_type_says_whether_it_is_a_form() -> None:
@@ -372,7 +374,7 @@ def test_a_form_holds_for_its_fields_until_its_end_and_for_nothing_else(tmp_path
 
 
 def test_the_texts_before_the_file_of_a_form_are_its_fields() -> None:
-    form = Form(
+    form = FormReader(
         Pieces(
             form_of(("key", None, "ü".encode()), UNCHOSEN, ("b", None, b""), ("file", "n", b"1"), ("c", None, b"x")), 3
         ),
@@ -381,7 +383,7 @@ def test_the_texts_before_the_file_of_a_form_are_its_fields() -> None:
     assert form.fields == [("key", "ü"), ("b", "")]
     assert whole(form) == b"1"
     with pytest.raises(Refused, match="longer"):
-        Form(io.BytesIO(form_of(("key", None, bytes(70_000)), ("file", "n", b"1"))), "b0und")
+        FormReader(io.BytesIO(form_of(("key", None, bytes(70_000)), ("file", "n", b"1"))), "b0und")
 
 
 async def blocks(data: bytes, size: int, *, breaks: bool = False) -> AsyncIterator[bytes]:
@@ -396,23 +398,23 @@ def test_a_body_reaches_the_thread_whole_or_not_at_all() -> None:
     data = random.Random(1).randbytes(3_000_000)  # noqa: S311
     seen: list[BaseException] = []
 
-    def take(feed: Readable) -> bytes:
+    def take(feed: ReadableBody) -> bytes:
         try:
             return b"".join(iter(lambda: feed.read(100_000), b""))
         except Transient as error:
             seen.append(error)
             raise
 
-    def refuse(feed: Readable) -> bytes:
+    def refuse(feed: ReadableBody) -> bytes:
         feed.read(10)
         raise Refused(422, "no", "no")
 
     with ThreadPoolExecutor(1) as threads:
         for size in (1, 65_536, 1_000_000):
             sent = data[: size * 5000]
-            assert asyncio.run(carried(blocks(sent, size), threads, take)) == sent
+            assert asyncio.run(run_with_body(blocks(sent, size), threads, take)) == sent
         with pytest.raises(ConnectionError):
-            asyncio.run(carried(blocks(data, 65_536, breaks=True), threads, take))
+            asyncio.run(run_with_body(blocks(data, 65_536, breaks=True), threads, take))
         with pytest.raises(Refused):
-            asyncio.run(carried(blocks(data, 65_536), threads, refuse))
+            asyncio.run(run_with_body(blocks(data, 65_536), threads, refuse))
     assert len(seen) == 1

@@ -8,7 +8,7 @@ import pytest
 
 from app.config.environment import load_settings
 from app.core.errors import Permanent
-from app.core.runs import Context, Lease, Report, Stop, Unwatched
+from app.core.runs import Context, Lease, NoProgress, Report, Stop
 from app.main import set_aside_starts
 from app.object_store.port import ObjectInfo
 from app.object_store.set_aside import LINES, SetAsideStore, folder_of
@@ -21,7 +21,7 @@ NOW = datetime.now(UTC)
 
 def run(folders: dict[str, SetAsideStore], days: int, now: datetime, *, dry_run: bool = False) -> Report:
     lease = Lease("set_aside_sweep", "test", 1, now)
-    context = Context("run", lease, Stop(), Unwatched(), dry_run=dry_run)
+    context = Context("run", lease, Stop(), NoProgress(), dry_run=dry_run)
     return build_set_aside(folders, days, lambda: now).work(context)
 
 

@@ -21,7 +21,7 @@ from app.core.runs import Job, Outcome, Report, Run
 from app.core.windows import Window
 from app.db.leases import SqlClocks
 from app.db.state import SqlAlerts, State, open_state
-from app.ops.alerts import Alerts, Heartbeats, Rules, is_stale, post
+from app.ops.alerts import AlertRules, Alerts, Heartbeats, is_stale, post
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
 
@@ -139,7 +139,7 @@ class Process:
         jobs = [Job(name, 60, lambda _: Report()) for name in ("export", "inbox")]
         clock, elapsed = time
         self.alerts = Alerts(
-            Rules("water", f"{listener.url}/hook?token=s", **rules),
+            AlertRules("water", f"{listener.url}/hook?token=s", **rules),
             jobs,
             replace(state, alerts=told or state.alerts, clocks=FollowedClock(clock, ahead)),
             lambda: clock[0],

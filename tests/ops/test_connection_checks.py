@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app.main import build
-from app.ops.health import Finding, look
+from app.ops.health import CheckResult, check_once
 from given_settings import loaded
 from simulators.amplitude import AmplitudeSimulator
 from simulators.appmetrica import AppMetricaSimulator
@@ -73,8 +73,8 @@ def test_check_tries_every_system_that_is_set_and_says_what_its_credentials_may_
     assert places["influx_to_s3"] == f"{tmp_path}/objects/telemetry/device_id=.../date=%Y/%m/%d/export_HHMMSS.parquet"
 
 
-def tried(environ: dict[str, str]) -> tuple[dict[str, Finding], Mapping[str, str]]:
+def tried(environ: dict[str, str]) -> tuple[dict[str, CheckResult], Mapping[str, str]]:
     service = build(loaded(environ))
-    found = {each.variable: look(each.check) for each in service.systems}
+    found = {each.variable: check_once(each.check) for each in service.systems}
     service.state.close()
     return found, service.pipelines.destinations

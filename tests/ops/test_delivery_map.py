@@ -9,11 +9,11 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from app.core.errors import Rejected, Transient
-from app.core.verify import Cell, CellState
+from app.core.verify import CellState, MapCell
 from app.core.windows import Window
 from app.db.page_queries import NameFilter
 from app.db.state import open_state
-from app.ops.delivery_map import SPANS, DeliveryMaps, MapCells, cells_between, cells_of_span, letter_of, worst
+from app.ops.delivery_map import SPANS, DeliveryMaps, MapCells, cells_between, cells_of_span, letter_of, worst_state
 
 BERLIN, KATHMANDU = ZoneInfo("Europe/Berlin"), ZoneInfo("Asia/Kathmandu")
 NOW = datetime(2026, 11, 28, 2, 20, tzinfo=UTC)
@@ -71,9 +71,9 @@ def test_the_worst_state_in_a_cell_wins_and_a_window_longer_than_a_cell_fills_al
     ten = timedelta(minutes=10)
     windows = [(edges[0], edges[2], "k"), (edges[1], edges[1] + ten, "m"), (edges[1] + ten, edges[2], "c")]
     assert cells.paint([*windows, (edges[4], edges[5], "o")], NOW) == "kmnno"
-    assert worst("kco") == "c"
-    assert worst("") == "n"
-    never, lost = (Cell(Window(edges[0], edges[1]), CellState.MISSING, rows, 0) for rows in (0, 48))
+    assert worst_state("kco") == "c"
+    assert worst_state("") == "n"
+    never, lost = (MapCell(Window(edges[0], edges[1]), CellState.MISSING, rows, 0) for rows in (0, 48))
     assert (letter_of(never), letter_of(lost)) == ("l", "m"), "what was never written is late, not missing"
 
 
@@ -87,15 +87,15 @@ class Listed:
     def partitions(self) -> Sequence[str]:
         return ["away", "web", "web:weeks"]
 
-    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
+    def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
         self.listings += 1
         if partition == "away":
             raise Transient("no answer", "look at the network")
         if partition == "web:weeks":
-            return [Cell(Window(span.start, span.start + 2 * HOUR), CellState.STALE, 9, 1)]
+            return [MapCell(Window(span.start, span.start + 2 * HOUR), CellState.STALE, 9, 1)]
         hours = [Window(span.start + number * HOUR, span.start + (number + 1) * HOUR) for number in range(23)]
         states = [CellState.MISSING if place in self.lost else CellState.EQUAL for place in range(23)]
-        return [Cell(hour, state, 10, 1) for hour, state in zip(hours, states, strict=True)]
+        return [MapCell(hour, state, 10, 1) for hour, state in zip(hours, states, strict=True)]
 
 
 def test_few_partitions_are_listed_once_for_all_who_look_and_again_after_something_was_changed(tmp_path: Path) -> None:

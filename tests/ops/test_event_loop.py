@@ -8,20 +8,20 @@ from contextlib import closing
 
 import pytest
 
-from app.web.protocol import LOOK_SECONDS, PoliteLoop, of_a_request
+from app.web.protocol import LOOK_SECONDS, FairEventLoop, of_a_request
 
 MANY = 50
 
 
 @pytest.fixture
-def loop() -> Iterator[PoliteLoop]:
-    with closing(PoliteLoop()) as loop:
+def loop() -> Iterator[FairEventLoop]:
+    with closing(FairEventLoop()) as loop:
         yield loop
 
 
 @pytest.mark.parametrize(("in_requests", "fewest", "most"), [(True, 1, 3), (False, MANY, MANY)])
 def test_a_byte_that_comes_waits_for_few_steps_of_requests(
-    loop: PoliteLoop, fewest: int, most: int, *, in_requests: bool
+    loop: FairEventLoop, fewest: int, most: int, *, in_requests: bool
 ) -> None:
     went: list[int] = []
     seen: list[int] = []
@@ -47,7 +47,7 @@ def test_a_byte_that_comes_waits_for_few_steps_of_requests(
     assert fewest <= seen[0] <= most
 
 
-def test_a_step_that_was_cancelled_does_not_run_and_one_that_fails_is_told(loop: PoliteLoop) -> None:
+def test_a_step_that_was_cancelled_does_not_run_and_one_that_fails_is_told(loop: FairEventLoop) -> None:
     told: list[object] = []
     loop.set_exception_handler(lambda _, context: told.append(type(context["exception"])))
 
@@ -67,7 +67,7 @@ def test_a_step_that_was_cancelled_does_not_run_and_one_that_fails_is_told(loop:
     assert told == [ValueError]
 
 
-def test_a_step_that_makes_itself_ready_again_lets_the_loop_go_on(loop: PoliteLoop) -> None:
+def test_a_step_that_makes_itself_ready_again_lets_the_loop_go_on(loop: FairEventLoop) -> None:
     turns: list[int] = []
 
     async def again() -> None:

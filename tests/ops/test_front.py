@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from app.web.limits import Room
+from app.web.limits import ConnectionLimits
 from daemon import Daemon, Daemons, free_port
 
 KEY = "hw_root_" + ("root" * 11)[:43]
@@ -33,7 +33,7 @@ class TestRoom:
     def test_the_longest_without_a_request_go_first_and_those_at_work_never(self) -> None:
         dropped: list[Peer] = []
         peers = [Peer(float(number), number % 3, dropped) for number in range(60)]
-        room = Room(60, 1000)
+        room = ConnectionLimits(60, 1000)
         assert room.enter(peers[-1], 10, peers, 53)
         assert dropped == []
         assert room.enter(peers[-1], 10, peers, 60)
@@ -43,7 +43,7 @@ class TestRoom:
     def test_while_those_are_leaving_no_others_go(self) -> None:
         dropped: list[Peer] = []
         peers = [Peer(float(number), 0, dropped) for number in range(90)]
-        room = Room(1000, 170)
+        room = ConnectionLimits(1000, 170)
         for _ in range(5):
             assert room.enter(peers[-1], 90, peers, 90)
         assert len(dropped) == 45
@@ -57,7 +57,7 @@ class TestRoom:
         working = [Peer(0.0, 2, dropped) for _ in range(9)]
         sending = Peer(5.0, 1, dropped)
         newest = Peer(9.0, 0, dropped)
-        room = Room(10, 1000)
+        room = ConnectionLimits(10, 1000)
         assert room.enter(newest, 5, [*working, sending, newest], 11)
         assert dropped == [sending]
         room.left(sending)

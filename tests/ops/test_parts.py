@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent, Transient
-from app.core.runs import Job, LeaseTerms, Report, RunDesk, Stop
+from app.core.runs import Job, LeaseTerms, Report, RunServices, Stop
 from app.db.state import open_state
-from app.ops.connection_checks import tried
+from app.ops.connection_checks import try_all
 from app.ops.health import Probes, Readiness
-from app.ops.json_views import Calls, job_shown
+from app.ops.json_views import ServiceCalls, job_shown
 from app.ops.logs import log_run
-from app.ops.metrics import PARTITIONS, Series, exposition, lag_series
+from app.ops.metrics import PARTITIONS, MetricSeries, exposition, lag_series
 from app.ops.pages import job_rows
-from app.ops.scheduler import STALLED_SECONDS, Counts, JobView, ProgressTally, Scheduler
-from app.ops.service import steps_of
-from app.web.auth import Throttle
+from app.ops.scheduler import STALLED_SECONDS, JobView, ProgressCounts, ProgressTally, Scheduler
+from app.ops.service import shutdown_budget
+from app.web.auth import SignInThrottle
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
 
 
 def test_label_values_are_escaped_as_the_format_wants() -> None:
-    text = exposition([Series("x", "gauge", "About.", [({"a": 'q"\\\n'}, 1.5)])])
+    text = exposition([MetricSeries("x", "gauge", "About.", [({"a": 'q"\\\n'}, 1.5)])])
     assert text == '# HELP x About.\n# TYPE x gauge\nx{a="q\\"\\\\\\n"} 1.5\n'
 
 
@@ -40,7 +40,7 @@ def test_only_the_partitions_that_lag_most_are_shown_singly() -> None:
 
 def test_a_row_says_how_many_calls_a_service_has_had() -> None:
     view = JobView(Job("pull", 3600, lambda _: Report()), "waiting", None, 0, NOW, can_backfill=False)
-    shown = job_shown(view, None, calls=Calls(1234, 5000, 99_999))
+    shown = job_shown(view, None, calls=ServiceCalls(1234, 5000, 99_999))
     assert shown["calls"] == {"today": 1234, "a_day": 5000}
     text = job_rows({"jobs": [shown, job_shown(view, None)]})
     assert text.count("Calls: 1,234 of 5,000 today") == 1
@@ -48,7 +48,7 @@ def test_a_row_says_how_many_calls_a_service_has_had() -> None:
 
 
 def test_a_tally_adds_up_from_many_threads() -> None:
-    seen: list[Counts] = []
+    seen: list[ProgressCounts] = []
     tally = ProgressTally(seen.append)
 
     def work() -> None:
@@ -60,7 +60,7 @@ def test_a_tally_adds_up_from_many_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert tally.counts == Counts(done=2000, rows=4000)
+    assert tally.counts == ProgressCounts(done=2000, rows=4000)
     assert [each.done for each in seen] == list(range(1, 2001))
 
 
@@ -88,7 +88,7 @@ def test_a_check_that_hangs_makes_only_its_own_answer_fail() -> None:
 
 
 def test_ten_failed_sign_ins_a_minute_are_let_pass_and_other_addresses_are_not_affected() -> None:
-    throttle = Throttle()
+    throttle = SignInThrottle()
     assert [throttle.failed("a", NOW) for _ in range(10)] == [None] * 10
     assert throttle.failed("a", NOW + timedelta(seconds=15)) == 45.0
     assert throttle.failed("b", NOW) is None
@@ -99,21 +99,21 @@ def test_the_rights_that_are_missing_are_named_with_those_that_are_there() -> No
     def refused() -> None:
         raise Permanent("AccessDenied", "allow s3:ListBucket")
 
-    assert tried([("read", lambda: None), ("write", lambda: None)]) == "may read, write"
+    assert try_all([("read", lambda: None), ("write", lambda: None)]) == "may read, write"
     with pytest.raises(Permanent, match="may read; may not list, delete: AccessDenied") as caught:
-        tried([("read", lambda: None), ("list", refused), ("delete", refused)])
+        try_all([("read", lambda: None), ("list", refused), ("delete", refused)])
     assert caught.value.hint == "allow s3:ListBucket"
 
 
 @pytest.mark.parametrize("grace_seconds", [1, 2, 25, 3600])
 def test_a_stop_in_which_every_step_takes_all_of_its_time_ends_within_the_grace(grace_seconds: int) -> None:
-    assert sum(astuple(steps_of(grace_seconds))) <= grace_seconds * 7 / 8
+    assert sum(astuple(shutdown_budget(grace_seconds))) <= grace_seconds * 7 / 8
 
 
 def test_health_turns_bad_when_timers_stop_firing(tmp_path: Path) -> None:
     state = open_state("", tmp_path)
-    desk = RunDesk(lambda: NOW, state.leases, state.runs, LeaseTerms("me"), log_run)
-    scheduler = Scheduler([], desk, Stop(), {}, state.pauses)
+    services = RunServices(lambda: NOW, state.leases, state.runs, LeaseTerms("me"), log_run)
+    scheduler = Scheduler([], services, Stop(), {}, state.pauses)
     probes = Probes("1", scheduler, Readiness({}), lambda: NOW)
     assert probes.health().status == 200
     scheduler._ticked_at -= STALLED_SECONDS + 1  # noqa: SLF001 - half a minute without a tick

@@ -12,11 +12,11 @@ import pytest
 
 from app import main
 from app.core.errors import Rejected
-from app.core.verify import Sign, Slot, Verdict
+from app.core.verify import ComparedWindow, PartitionWindow, Verdict
 from app.core.windows import Window
 from app.ops.commands import verify
 from app.ops.service import BuiltService
-from app.ops.verification import Result
+from app.ops.verification import VerificationResult
 from daemon import TESTS, Daemon, Daemons
 from daemon_jobs import shelf
 from given_settings import loaded
@@ -183,9 +183,9 @@ def test_nothing_compared_is_not_equal_and_says_so(tmp_path: Path, capsys: pytes
 
 
 def test_a_result_over_http_is_equal_only_when_something_was_compared() -> None:
-    begun = Result("shelf", LAST_DAY, LAST_DAY.end)
-    slot = Slot("one", LAST_DAY)
-    same, lost = (begun.with_verdict(Verdict(slot, sign)) for sign in (Sign.EQUAL, Sign.MISSING))
+    begun = VerificationResult("shelf", LAST_DAY, LAST_DAY.end)
+    slot = PartitionWindow("one", LAST_DAY)
+    same, lost = (begun.with_verdict(ComparedWindow(slot, sign)) for sign in (Verdict.EQUAL, Verdict.MISSING))
     assert [replace(each, ended_at=LAST_DAY.end).equal for each in (begun, same, lost)] == [None, True, False]
     assert [begun.equal, same.equal, replace(same, ended_at=LAST_DAY.end, error="broke off").equal] == [None] * 3
 

@@ -17,18 +17,18 @@ from app.core.runs import (
     Lease,
     Leases,
     LeaseTerms,
+    NoProgress,
     Outcome,
     Report,
     Run,
-    RunDesk,
+    RunServices,
     Stop,
-    Unwatched,
     execute,
 )
 from app.core.windows import Window
 from app.db.state import State, open_state
 from app.ops.logs import log_run
-from app.ops.scheduler import Backfill, Every, Scheduler, due_in, retry_in
+from app.ops.scheduler import Backfill, JitteredInterval, Scheduler, retry_in, seconds_until_due
 from memory import MemoryLeases, MemoryRuns
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -40,16 +40,16 @@ def ended(outcome: Outcome, job: str = "daily", started_at: datetime = NOW) -> R
 
 
 def test_a_job_that_never_ran_is_due_at_once() -> None:
-    assert due_in(None, DAY) == 0
+    assert seconds_until_due(None, DAY) == 0
 
 
 def test_a_daily_job_is_due_a_day_after_its_last_run_and_at_once_when_overdue() -> None:
-    assert due_in(20 * 3600, DAY) == 4 * 3600
-    assert due_in(30 * 3600, DAY) == 0
+    assert seconds_until_due(20 * 3600, DAY) == 4 * 3600
+    assert seconds_until_due(30 * 3600, DAY) == 0
 
 
 def test_a_clock_that_jumps_by_decades_costs_one_look_and_not_one_for_each_missed_interval() -> None:
-    trigger, now = Every(seconds=60, jitter=3, timezone=UTC), datetime(2026, 11, 28, tzinfo=UTC)
+    trigger, now = JitteredInterval(seconds=60, jitter=3, timezone=UTC), datetime(2026, 11, 28, tzinfo=UTC)
     following = trigger.get_next_fire_time(datetime(1970, 1, 1, tzinfo=UTC), now)
     assert following is not None
     assert now < following < now + timedelta(seconds=64)
@@ -59,7 +59,7 @@ def test_a_clock_that_jumps_by_decades_costs_one_look_and_not_one_for_each_misse
 
 
 def test_a_job_of_each_minute_is_due_at_once_after_a_restart() -> None:
-    assert due_in(5, 60) == 0
+    assert seconds_until_due(5, 60) == 0
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ class Bench:
     def start(self, jobs: Sequence[Job], owner: str = "a", backfills: dict[str, Backfill] | None = None) -> Scheduler:
         state = open_state("", self._folder)
         terms = LeaseTerms(owner, ttl_seconds=10, heartbeat_seconds=2)
-        desk = RunDesk(lambda: datetime.now(UTC), state.leases, state.runs, terms, log_run)
-        scheduler = Scheduler(jobs, desk, Stop(), backfills or {}, state.pauses)
+        services = RunServices(lambda: datetime.now(UTC), state.leases, state.runs, terms, log_run)
+        scheduler = Scheduler(jobs, services, Stop(), backfills or {}, state.pauses)
         self._open.append((scheduler, state))
         scheduler.start()
         return scheduler
@@ -115,9 +115,9 @@ def test_the_times_of_a_run_lie_within_its_lease_so_that_runs_of_two_daemons_nev
     with closing(open_state("", tmp_path)) as state:
         leases = TimedLeases(state.leases)
         terms = LeaseTerms("a", ttl_seconds=10, heartbeat_seconds=2)
-        desk = RunDesk(lambda: datetime.now(UTC), leases, state.runs, terms, log_run)
+        services = RunServices(lambda: datetime.now(UTC), leases, state.runs, terms, log_run)
         for work in (lambda _: Report(), failing):
-            run = execute(Job("job", 60, work), desk, Stop(), Unwatched())
+            run = execute(Job("job", 60, work), services, Stop(), NoProgress())
             assert run is not None
             assert run.ended_at is not None
             assert leases.held_from < run.started_at <= run.ended_at < leases.held_until
@@ -126,15 +126,15 @@ def test_the_times_of_a_run_lie_within_its_lease_so_that_runs_of_two_daemons_nev
 
 def test_a_run_is_on_record_while_it_runs_and_a_dry_run_never_is(tmp_path: Path) -> None:
     with closing(open_state("", tmp_path)) as state:
-        desk = RunDesk(lambda: datetime.now(UTC), state.leases, state.runs, LeaseTerms("a"), log_run)
+        services = RunServices(lambda: datetime.now(UTC), state.leases, state.runs, LeaseTerms("a"), log_run)
         seen: list[Sequence[Run]] = []
 
         def work(_: Context) -> Report:
             seen.append(state.runs.recent("job", 5))
             return Report()
 
-        execute(Job("job", 60, work), desk, Stop(), Unwatched(), dry_run=True)
-        run = execute(Job("job", 60, work), desk, Stop(), Unwatched())
+        execute(Job("job", 60, work), services, Stop(), NoProgress(), dry_run=True)
+        run = execute(Job("job", 60, work), services, Stop(), NoProgress())
         assert run is not None
         assert seen[0] == []
         assert [(each.run_id, each.outcome, each.ended_at) for each in seen[1]] == [(run.run_id, Outcome.RUNNING, None)]
@@ -163,8 +163,8 @@ class FailingLeases(MemoryLeases):
 
 def run_under(leases: FailingLeases, stop: Stop, work: Callable[[Context], Report]) -> Run:
     terms = LeaseTerms("a", ttl_seconds=10, heartbeat_seconds=0.002)
-    desk = RunDesk(lambda: datetime.now(UTC), leases, MemoryRuns(), terms, log_run)
-    run = execute(Job("job", 60, work), desk, stop, Unwatched())
+    services = RunServices(lambda: datetime.now(UTC), leases, MemoryRuns(), terms, log_run)
+    run = execute(Job("job", 60, work), services, stop, NoProgress())
     assert run is not None
     return run
 
@@ -364,10 +364,10 @@ def test_a_run_has_the_time_of_the_databases_lease_and_no_clock_that_is_set_make
 
     with closing(open_state("", tmp_path)) as state:
         leases = TimedLeases(state.leases)
-        desk = RunDesk(lambda: NOW + timedelta(hours=next(hours)), leases, state.runs, LeaseTerms("a"), log_run)
+        services = RunServices(lambda: NOW + timedelta(hours=next(hours)), leases, state.runs, LeaseTerms("a"), log_run)
         for acquired_at in (None, NOW + timedelta(days=3)):
             leases.acquired_at = acquired_at
-            run = execute(Job("job", 60, work), desk, Stop(), Unwatched())
+            run = execute(Job("job", 60, work), services, Stop(), NoProgress())
             assert run is not None
             assert run.ended_at is not None
             assert run.started_at <= run.ended_at < run.started_at + timedelta(seconds=10)

@@ -13,7 +13,7 @@ from app.core.ledger import fault_of
 from app.core.verify import CellState
 from app.core.windows import Window
 from app.dwh.tables import TABLES
-from app.object_store.port import ObjectStore, Put
+from app.object_store.port import ObjectStore, PutRequest
 from app.product_events.hours import KEEPS_FAILING, REFUSED
 from app.product_events.mapping import Tables
 from pulling import HOUR, START, Landed, Pull, pulling
@@ -37,7 +37,7 @@ class RefusingStore:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+    def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
         if any(part in key for part in self.parts) and "/_set_aside/" not in key:
             raise self.fault
         return self._store.put(key, body, put)

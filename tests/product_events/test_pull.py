@@ -12,7 +12,7 @@ from app.config.environment import load_settings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected
 from app.core.ledger import Tally
 from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS, Commit
-from app.core.runs import Context, Report, Stop, Unwatched
+from app.core.runs import Context, NoProgress, Report, Stop
 from app.core.windows import Window
 from app.object_store.local import LocalDirectory
 from app.object_store.set_aside import SetAsideStore, folder_of
@@ -93,7 +93,7 @@ class Made:
     def context(self, *, dry_run: bool = False) -> Context:
         lease = self.leases.acquire("amplitude", "test", 3600)
         assert lease is not None
-        return Context("run", lease, Stop(), Unwatched(), dry_run)
+        return Context("run", lease, Stop(), NoProgress(), dry_run)
 
     def add(self, name: str = "web", *, dry_run: bool = False) -> Partition:
         self.partitions.append(Partition(PartitionRun(self.pull, self.context(dry_run=dry_run), name)))

@@ -12,7 +12,7 @@ from app.core.errors import Transient
 from app.core.ledger import Ledger, Tally
 from app.core.partitions import SyncPlan
 from app.core.pipeline import Count
-from app.core.runs import Context, Failure, Lease, Outcome, Report, Stop, Unwatched
+from app.core.runs import Context, Failure, Lease, NoProgress, Outcome, Report, Stop
 from app.db.workers import StepReport
 from app.scale.shards import Shards, plan_from_json, plan_to_json
 from exporter import NOON, Exporter
@@ -32,7 +32,7 @@ def plan(*names: str) -> SyncPlan:
 
 
 def context(*, dry_run: bool = False) -> Context:
-    return Context("run-1", Lease("influx_to_s3", "me", 1, NOW), Stop(), Unwatched(), dry_run)
+    return Context("run-1", Lease("influx_to_s3", "me", 1, NOW), Stop(), NoProgress(), dry_run)
 
 
 def landed(part: SyncPlan) -> Report:

@@ -12,7 +12,7 @@ import pytest
 from app.config.environment import load_settings
 from app.core.errors import BadSettings, Permanent, Transient
 from app.core.ledger import Ledger, Tally
-from app.core.runs import Context, Failure, Job, LeaseTerms, Report, RunDesk, Stop
+from app.core.runs import Context, Failure, Job, LeaseTerms, Report, RunServices, Stop
 from app.db.state import State, open_state
 from app.db.workers import StepReport
 from app.ops.scheduler import Scheduler, Workload
@@ -185,10 +185,10 @@ def test_jobs_are_sent_but_those_whose_files_are_here(new_state: Callable[[str],
         ran.append(context.lease.name)
         return Report()
 
-    desk = RunDesk(state.clock, state.leases, state.runs, LeaseTerms("me"), lambda *_: None)
+    services = RunServices(state.clock, state.leases, state.runs, LeaseTerms("me"), lambda *_: None)
     jobs = [Job("far", 60, work), Job("near", 60, work, here=True)]
     scheduler = Scheduler(
-        jobs, desk, stop, {"far": lambda context, _: work(context)}, state.pauses, elsewhere=elsewhere
+        jobs, services, stop, {"far": lambda context, _: work(context)}, state.pauses, elsewhere=elsewhere
     )
     scheduler.start()
     try:

@@ -224,7 +224,7 @@ class _Input:
         return out
 
 
-class _Copied:
+class _CopiedStream:
     """A deflate stream that grows. `crc` and `size_bytes` are of what it inflates to, `last` is its last byte.
 
     `add` joins all members of a gzip stream. It raises Transient when that is cut or broken, Permanent for a bomb.
@@ -323,8 +323,8 @@ def check_ratio(packed_bytes: int, size_bytes: int) -> None:
         )
 
 
-class _Compressed:
-    """As `_Copied`, by compressing again."""
+class _CompressedStream:
+    """As `_CopiedStream`, by compressing again."""
 
     def __init__(self) -> None:
         self._compressor = zlib.compressobj(1, wbits=-15)
@@ -351,13 +351,13 @@ class _Compressed:
         return self._compressor.compress(piece)
 
 
-Joined: TypeAlias = _Copied | _Compressed
+Joined: TypeAlias = _CopiedStream | _CompressedStream
 
 
 def joined() -> Joined:
     """A new stream."""
     found = library()
-    return _Copied(found) if found is not None else _Compressed()
+    return _CopiedStream(found) if found is not None else _CompressedStream()
 
 
 def joined_lines(joining: Joined, streams: Iterable[BinaryIO]) -> Iterator[bytes]:

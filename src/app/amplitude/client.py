@@ -23,7 +23,7 @@ from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, window_at
 from app.product_events.hours import HOUR
-from app.product_events.http_client import ServiceAnswer, Upstream, receiving
+from app.product_events.http_client import ServiceAnswer, Upstream, body_file
 
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
 CODES_OF_SIZE = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
@@ -144,7 +144,7 @@ class Project:
                 return FetchedArchive(span, None)
             if answer.status != HTTPStatus.OK:
                 raise _refusal(span, answer)
-            with receiving(self.spool, "an archive, which has up to 4 GB") as file:
+            with body_file(self.spool, "an archive, which has up to 4 GB") as file:
                 for piece in answer.raw():
                     file.write(piece)
                     pauses.pause(0)

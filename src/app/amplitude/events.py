@@ -18,7 +18,7 @@ import msgspec
 
 from app.core.errors import Rejected
 from app.core.runs import Stop
-from app.core.verify import NOTHING, Content
+from app.core.verify import NOTHING, WindowContent
 from app.core.windows import Window
 from app.product_events.hours import REFUSED, PullContext
 from app.product_events.mapping import RULES, ProductMapping, Tables, cleaned, mapping, storable_json, uuids_in
@@ -70,7 +70,7 @@ class EventReader:
         self._scalars = set(heads) - raw
         self._uuids = RULES["uuid"]
         self._event = msgspec.json.Decoder(event)
-        self._inside = {head: _Inside(paths) for head, paths in self._nested.items() if paths}
+        self._inside = {head: _ObjectMembers(paths) for head, paths in self._nested.items() if paths}
 
     def tables(self, block: Block, refuse: Refuse, *, careful: bool = False) -> Tables:
         """Rows by table of whole lines. `careful`: each line is taken apart and put together of what can be stored."""
@@ -150,7 +150,7 @@ class EventReader:
 _SCALAR: Any = str | int | float | bool | None
 
 
-class _Inside:
+class _ObjectMembers:
     """Members of an object that an event holds. Those of another kind than a single value are none."""
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -277,7 +277,7 @@ class HourLines:
                 else:
                     self._took(found)
 
-    def content(self) -> Content:
+    def content(self) -> WindowContent:
         """See `PulledHour.content`."""
         return sum(map(content_of_block, self._blocks()), NOTHING)
 
@@ -313,7 +313,7 @@ class HourLines:
                 yield block
 
 
-def content_of_block(block: Block) -> Content:
+def content_of_block(block: Block) -> WindowContent:
     """The content of whole lines: the same for the same events, wherever they lie."""
     from app.object_store.row_digest import content_of  # numpy and pyarrow, which a pull does not need
 

@@ -25,8 +25,8 @@ from app.core.pipeline import Record
 from app.core.runs import Report, Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
 from app.object_store.set_aside import ZIP
-from app.product_events.hours import HOUR, BrokenHour, Mode, PartitionRun, PullContext, store_rows, was_had
-from app.product_events.mapping import Loaded
+from app.product_events.hours import HOUR, BrokenHour, PartitionRun, PullContext, PullMode, has_landed, store_rows
+from app.product_events.mapping import LoadResult
 
 if TYPE_CHECKING:
     from app.amplitude.events import HourLines
@@ -59,7 +59,7 @@ def hour_lines(pull: PullContext, source: str, window: Window, file: BinaryIO | 
     return HourLines(pull, source, window, file, stop)
 
 
-def gathered(
+def merge_members(
     pull: PullContext, source: str, window: Window, members: Iterable[BinaryIO] | None, stop: Stop
 ) -> "HourLines":
     """An hour of an archive: its members as one gzip file, the same bytes for the same members. Raises BrokenHour."""
@@ -97,21 +97,21 @@ class SourceRun:
         end = min(due, start + STEP_HOURS * HOUR)
         report = run.bring_back()
         waiting = run.waiting_hours()
-        report += self._pull(Window(start, end), Mode.LIVE) if start < end else Report()
+        report += self._pull(Window(start, end), PullMode.LIVE) if start < end else Report()
         for hour in waiting:
-            report += self._pull(hour, Mode.ONCE_MORE)
+            report += self._pull(hour, PullMode.ONCE_MORE)
         report += self._look_again(now)
         report += refresh_weeks(run, Window(min(start, now - timedelta(days=AGAIN_DAYS)), now))
         return report + Report(more=start < end < due and not run.context.dry_run)
 
     def pull_again(self, hours: Window) -> Report:
         """Pull hours again, whatever is recorded."""
-        return self._pull(hours, Mode.AGAIN) + refresh_weeks(self.run, hours)
+        return self._pull(hours, PullMode.AGAIN) + refresh_weeks(self.run, hours)
 
     def mend(self, hour: "HourLines", record: Record | None, over: str | None) -> Report:
         """Land an hour again, see `PartitionRun.land`. The cursor does not move."""
         final = self._is_final(hour.window)
-        report, loaded = self.run.land(hour, record, Mode.AGAIN, final=final, over=over)
+        report, loaded = self.run.land(hour, record, PullMode.AGAIN, final=final, over=over)
         report += self._accounted(hour, loaded)
         return replace(report, windows=1) + refresh_weeks(self.run, hour.window)
 
@@ -120,25 +120,25 @@ class SourceRun:
         until = settled_at(now)
         records = self.run.records(Window(until - timedelta(days=AGAIN_DAYS), until)).values()
         report = Report()
-        for hours in _by_day(record for record in records if not record.closed and was_had(record)):
-            report += self._pull(Window(hours[0].window.start, hours[-1].window.end), Mode.ONCE_MORE)
+        for hours in _by_day(record for record in records if not record.closed and has_landed(record)):
+            report += self._pull(Window(hours[0].window.start, hours[-1].window.end), PullMode.ONCE_MORE)
         return report
 
-    def _pull(self, span: Window, mode: Mode) -> Report:
+    def _pull(self, span: Window, mode: PullMode) -> Report:
         """Fetch the hours of `span` and land each."""
         known = self.run.records(span)
         self.run.context.progress.advance(total=(span.end - span.start) // HOUR)
         report = self._land_each(self.project.fetch(span, self.run.context.stop, past_faults=True), known, mode)
         return report + self.run.settle()
 
-    def _land_each(self, pieces: Iterable[FetchedArchive], known: Mapping[datetime, Record], mode: Mode) -> Report:
+    def _land_each(self, pieces: Iterable[FetchedArchive], known: Mapping[datetime, Record], mode: PullMode) -> Report:
         report = Report()
         for fetched in pieces:
             with closing(fetched):
                 report += self._land(fetched, known, mode)
         return report
 
-    def _land(self, fetched: FetchedArchive, known: Mapping[datetime, Record], mode: Mode) -> Report:
+    def _land(self, fetched: FetchedArchive, known: Mapping[datetime, Record], mode: PullMode) -> Report:
         """Land the hours of an archive. One that cannot be opened comes again hour by hour, so that only those hours
         that cannot be read are lacking.
         """
@@ -161,7 +161,7 @@ class SourceRun:
                 record, names = known.get(window.start), members.get(window.start)
                 try:
                     streams = archive.streams(names) if archive and names else None
-                    hour = gathered(run.pull, run.name, window, streams, stop)
+                    hour = merge_members(run.pull, run.name, window, streams, stop)
                     with run.until_settled(hour):
                         landed, loaded = run.take(hour, record, mode, final=self._is_final(window))
                         report += landed + self._accounted(hour, loaded)
@@ -170,7 +170,7 @@ class SourceRun:
                     report += self._not_had(window, record, error.fault, mode, came=True, evidence=evidence)
         return report
 
-    def _accounted(self, hour: "HourLines", loaded: Loaded) -> Report:
+    def _accounted(self, hour: "HourLines", loaded: LoadResult) -> Report:
         """Lines are counted as they are read, events where the warehouse took them, what is set aside where it lies."""
         if self.run.context.dry_run:
             return Report()
@@ -185,7 +185,7 @@ class SourceRun:
         window: Window,
         record: Record | None,
         fault: AppError,
-        mode: Mode,
+        mode: PullMode,
         *,
         came: bool = False,
         evidence: BinaryIO | None = None,
@@ -197,7 +197,7 @@ class SourceRun:
         is_too_large = isinstance(fault, HourTooLarge)
         if not came and not is_too_large and not self._service_answers(window):
             raise fault
-        number = 0 if was_had(record) else 1
+        number = 0 if has_landed(record) else 1
         return self.run.not_had(
             window,
             record,
@@ -214,7 +214,9 @@ class SourceRun:
         """Whether the service gives another hour than this: the one that it gave last, or the newest."""
         start, due = window.start, self.run.pull.due_at
         records = self.run.records(Window(start - KNOWN_FOR, start)).values()
-        before = next((each.window for each in reversed(list(records)) if was_had(each)), Window(start - HOUR, start))
+        before = next(
+            (each.window for each in reversed(list(records)) if has_landed(each)), Window(start - HOUR, start)
+        )
         others = (before, Window(due - HOUR, due))
         return any(self.project.answers(other, self.run.context.stop) for other in others if other != window)
 
@@ -249,7 +251,7 @@ def hours_of_week(pull: PullContext, source: str, window: Window) -> Sequence[Re
     A day with an hour that waits is not whole; one that was set aside is not waited for.
     """
     records = pull.checkpoints.records(pull.name, source, window.start, window.end)
-    days = _by_day(record for record in records if was_had(record) or record.closed)
+    days = _by_day(record for record in records if has_landed(record) or record.closed)
     return [record for day in days if len(day) == DAY_HOURS for record in day]
 
 
@@ -258,7 +260,7 @@ def _by_day(records: Iterable[Record]) -> Sequence[Sequence[Record]]:
     return [list(day) for _, day in groupby(records, lambda record: record.window.start.date())]
 
 
-def mend_week(run: PartitionRun, window: Window, version: str) -> Report:
+def recreate_week(run: PartitionRun, window: Window, version: str) -> Report:
     """Re-create the object of a week in place of that version."""
     hours = hours_of_week(run.pull, run.name, window)
     if not hours:
@@ -287,7 +289,7 @@ def _store_week(run: PartitionRun, window: Window, hours: Sequence[Record], over
 def _streams(run: PartitionRun, hours: Sequence[Record]) -> Iterator[tuple[datetime, BinaryIO]]:
     for hour in hours:
         run.context.stop.check()
-        if not hour.version or not was_had(hour):
+        if not hour.version or not has_landed(hour):
             continue  # an hour without events has no object, nor has one that was set aside
         with run.pull.store.open(hour.key, hour.version) as stream:
             if stream is None:

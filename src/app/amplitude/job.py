@@ -15,11 +15,11 @@ from app.amplitude.hours import (
     NAME,
     UNIT,
     SourceRun,
-    gathered,
     hour_key,
     hour_lines,
     hours_of_week,
-    mend_week,
+    merge_members,
+    recreate_week,
     set_aside_name,
     week_key,
     weeks_between,
@@ -30,14 +30,14 @@ from app.core.errors import Permanent, Transient
 from app.core.files import temporary_file
 from app.core.pipeline import Checkpoints, Record
 from app.core.runs import Context, Report, Stop
-from app.core.verify import NOTHING, Cell, Content, Slot
+from app.core.verify import NOTHING, MapCell, PartitionWindow, WindowContent
 from app.core.windows import Window
 from app.object_store.port import ObjectInfo, ObjectStore
-from app.ops.connection_checks import System
-from app.product_events.hours import PartitionRun, PullContext, PulledHour, spool_of, was_had
-from app.product_events.mapping import Events
+from app.ops.connection_checks import ConnectionCheck
+from app.product_events.hours import PartitionRun, PullContext, PulledHour, has_landed, spool_of
+from app.product_events.mapping import EventWarehouse
 from app.product_events.pull import PullPipeline, heard
-from app.product_events.verify import Given, PullChart, PullEnds, pull_cells
+from app.product_events.verify import Given, PullEnds, PullGapMap, pull_cells
 
 if TYPE_CHECKING:
     from app.amplitude.events import HourLines
@@ -48,7 +48,11 @@ OFF = "set AMPLITUDE_WEB_CLIENT_ID or AMPLITUDE_MOBILE_CLIENT_ID, with its secre
 
 
 def build(
-    settings: Settings, checkpoints: Checkpoints, store: ObjectStore, warehouse: Events, clock: Callable[[], datetime]
+    settings: Settings,
+    checkpoints: Checkpoints,
+    store: ObjectStore,
+    warehouse: EventWarehouse,
+    clock: Callable[[], datetime],
 ) -> PullPipeline[Mapping[str, Project]]:
     """The pipeline as it is configured; its job is `off` while no source has its keys."""
     given, spool = settings.amplitude, spool_of(settings)
@@ -82,10 +86,10 @@ def build(
         off="" if known else OFF,
         runs=lambda context: [SourceRun(PartitionRun(pull, context, source), of) for source, of in known.items()],
         verification=lambda stop: AmplitudeEnds(pull, known, stop),
-        chart=AmplitudeChart(pull),
+        chart=AmplitudeGapMap(pull),
         service=known,
         checks=[
-            System(
+            ConnectionCheck(
                 f"amplitude_{name}",
                 f"Amplitude {name}",
                 f"AMPLITUDE_{name.upper()}_CLIENT_ID",
@@ -112,7 +116,7 @@ class AmplitudeEnds(PullEnds):
         names = (each for source in projects for each in (source, source + WEEKS))
         super().__init__(pull, names, stop)
 
-    def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
+    def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
         """See `Ends.slots`: hours that can be asked for, and weeks that lie in the span whole."""
         end = min(span.end, self.pull.due_at)
         for name in self.names if partition is None else [partition]:
@@ -120,33 +124,38 @@ class AmplitudeEnds(PullEnds):
                 yield from super().slots(span, name)
                 continue
             weeks = (week for week in weeks_between(span.start, end) if span.start <= week.start)
-            yield from (Slot(name, week) for week in weeks if week.end <= end)
+            yield from (PartitionWindow(name, week) for week in weeks if week.end <= end)
             self.let_go()
 
-    def source(self, slot: Slot) -> Content:
+    def source(self, slot: PartitionWindow) -> WindowContent:
         """See `Ends.source`. A week is what its hours are, which are remembered."""
         source = slot.partition.removesuffix(WEEKS)
         if source == slot.partition:
             return super().source(slot)
         hours = hours_of_week(self.pull, source, slot.window)
         return sum(
-            (super(AmplitudeEnds, self).source(Slot(source, hour.window)) for hour in hours if was_had(hour)), NOTHING
+            (
+                super(AmplitudeEnds, self).source(PartitionWindow(source, hour.window))
+                for hour in hours
+                if has_landed(hour)
+            ),
+            NOTHING,
         )
 
-    def destination(self, slot: Slot) -> Content:
+    def destination(self, slot: PartitionWindow) -> WindowContent:
         """See `Ends.destination`."""
         if not slot.partition.endswith(WEEKS):
             return super().destination(slot)
         week = self.pull.store.head(week_key(slot.partition.removesuffix(WEEKS), slot.window))
         return self._content_of_week(week) if week else NOTHING
 
-    def heal(self, context: Context, slot: Slot) -> Report:
+    def heal(self, context: Context, slot: PartitionWindow) -> Report:
         """See `Ends.heal`."""
         if not slot.partition.endswith(WEEKS):
             return super().heal(context, slot)
         run = PartitionRun(self.pull, context, slot.partition.removesuffix(WEEKS))
         week = self.pull.store.head(week_key(run.name, slot.window))
-        return mend_week(run, slot.window, week.etag if week else "") + Report(windows=1)
+        return recreate_week(run, slot.window, week.etag if week else "") + Report(windows=1)
 
     def mend(self, run: PartitionRun, hour: PulledHour, record: Record | None, over: str | None) -> Report:
         """See `PullEnds.mend`."""
@@ -162,11 +171,11 @@ class AmplitudeEnds(PullEnds):
         def hour(window: Window) -> PulledHour:
             names = members.get(window.start)
             streams = archive.streams(names) if archive and names else None
-            return self.held.enter_context(closing(gathered(self.pull, partition, window, streams, self.stop)))
+            return self.held.enter_context(closing(merge_members(self.pull, partition, window, streams, self.stop)))
 
         return fetched.span, lru_cache(hour)
 
-    def _content_of_week(self, info: ObjectInfo) -> Content:
+    def _content_of_week(self, info: ObjectInfo) -> WindowContent:
         from app.amplitude.events import blocks, content_of_block  # the decoder, which an idle daemon does not load
 
         total = NOTHING
@@ -188,17 +197,17 @@ class AmplitudeEnds(PullEnds):
 
 
 @dataclass(frozen=True, slots=True)
-class AmplitudeChart:
-    """`app.core.verify.Chart` over the pull: a line of hours and one of weeks for each source."""
+class AmplitudeGapMap:
+    """`app.core.verify.GapMapSource` over the pull: a line of hours and one of weeks for each source."""
 
     pull: PullContext
 
     def partitions(self) -> Sequence[str]:
-        """See `Chart.partitions`."""
+        """See `GapMapSource.partitions`."""
         return sorted(each for source in self._hours.partitions() for each in (source, source + WEEKS))
 
-    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
-        """See `Chart.cells`: one listing per day, and one per week."""
+    def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
+        """See `GapMapSource.cells`: one listing per day, and one per week."""
         source = partition.removesuffix(WEEKS)
         if source == partition:
             return self._hours.cells(partition, span)
@@ -206,5 +215,5 @@ class AmplitudeChart:
         return pull_cells(self.pull, source, weeks, key=lambda week: week_key(source, week), pipeline=WEEKS_PIPELINE)
 
     @property
-    def _hours(self) -> PullChart:
-        return PullChart(self.pull)
+    def _hours(self) -> PullGapMap:
+        return PullGapMap(self.pull)

@@ -20,7 +20,7 @@ from app.amplitude.archives import name_of, opened, weeks
 from app.amplitude.client import FetchedArchive, Project
 from app.core.runs import Stop
 from app.core.windows import Window
-from app.web.api import Streamed, refuse_unknown_parameters
+from app.web.api import StreamedResponse, refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Answers, Refusal, Refused, faults
 
@@ -73,7 +73,9 @@ def build(projects: Mapping[str, Project]) -> APIRouter:
             pieces = week_zip(project, first, last, stop)
             head = await run_in_threadpool(next, pieces, b"")
             headers = {"Content-Disposition": f'attachment; filename="{name_of(first)}.zip"'}
-            return Streamed(chain((head,), pieces), held.pop_all(), headers=headers, media_type="application/zip")
+            return StreamedResponse(
+                chain((head,), pieces), held.pop_all(), headers=headers, media_type="application/zip"
+            )
 
     return router
 

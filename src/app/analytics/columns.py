@@ -114,7 +114,7 @@ class ColumnReading:
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class ReportFile:
     """One object that is read. `name`: as DuckDB reaches it; `reading`: how its columns are read; `where`: which of its
     rows, a condition over them as they are, "" = all.
     """
@@ -125,12 +125,12 @@ class File:
     where: str = ""
 
 
-def file_of(name: str, key: str, schema: str) -> File:
+def file_of(name: str, key: str, schema: str) -> ReportFile:
     """`schema`: column -> type as JSON, in the file's order."""
-    return File(name, key, reading(schema, tuple(path_texts(key)), is_csv=format_of(key) == "csv"))
+    return ReportFile(name, key, reading(schema, tuple(path_texts(key)), is_csv=format_of(key) == "csv"))
 
 
-def table_file_of(name: str, file: TableFile, schema: str, span: ReportSpan) -> File:
+def table_file_of(name: str, file: TableFile, schema: str, span: ReportSpan) -> ReportFile:
     """A file of the table, whose columns have their types already, so that DuckDB skips what is not asked for."""
     conditions = [
         f"rows.{column} {literal(str(value))}"
@@ -147,7 +147,7 @@ def table_file_of(name: str, file: TableFile, schema: str, span: ReportSpan) -> 
             f"NOT EXISTS (SELECT 1 FROM (VALUES {windows}) AS read(device, first_us, last_us) WHERE "  # noqa: S608 - own
             "read.device = rows.device_id AND epoch_us(rows.timestamp) BETWEEN read.first_us AND read.last_us)"
         )
-    return File(name, file.key, reading(schema, (), of_table=True), " AND ".join(conditions))
+    return ReportFile(name, file.key, reading(schema, (), of_table=True), " AND ".join(conditions))
 
 
 def path_texts(key: str) -> Mapping[str, str | None]:
@@ -331,7 +331,7 @@ REWRITTEN = (
 ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]|$)"
 
 
-def relation(folder: Path, files: Sequence[File], *, file_name: str = "") -> str:
+def relation(folder: Path, files: Sequence[ReportFile], *, file_name: str = "") -> str:
     """The rows of all files; `folder` has the pads. `file_name` adds a column with the file under that name."""
     casts = _casts(files)
     selects = [_rows(folder, group, casts, file_name) for group in _grouped(files, casts) or [[]]]
@@ -341,7 +341,7 @@ def relation(folder: Path, files: Sequence[File], *, file_name: str = "") -> str
     return f"({together}) AS {RELATION}"
 
 
-def file_column(files: Sequence[File]) -> str:
+def file_column(files: Sequence[ReportFile]) -> str:
     """A name for the column with the file, which no file has."""
     name = "file_of_row"
     while any(name in some[0].reading.lower_names for some in _by_reading(files)):
@@ -349,17 +349,17 @@ def file_column(files: Sequence[File]) -> str:
     return name
 
 
-def _by_reading(files: Sequence[File]) -> Sequence[Sequence[File]]:
+def _by_reading(files: Sequence[ReportFile]) -> Sequence[Sequence[ReportFile]]:
     """Files whose columns are read in the same way, together."""
-    found: dict[int, list[File]] = {}
+    found: dict[int, list[ReportFile]] = {}
     for file in files:
         found.setdefault(id(file.reading), []).append(file)
     return list(found.values())
 
 
-def _grouped(files: Sequence[File], casts: Mapping[str, str]) -> Sequence[Sequence[File]]:
+def _grouped(files: Sequence[ReportFile], casts: Mapping[str, str]) -> Sequence[Sequence[ReportFile]]:
     """Files that one query can read, together."""
-    groups: dict[Any, list[File]] = {}
+    groups: dict[Any, list[ReportFile]] = {}
     for some in _by_reading(files):
         own = some[0].reading
         types = tuple(own.types[own.further[name]] if name in own.further else "" for name in casts)
@@ -368,7 +368,7 @@ def _grouped(files: Sequence[File], casts: Mapping[str, str]) -> Sequence[Sequen
     return list(groups.values())
 
 
-def _casts(files: Sequence[File]) -> Mapping[str, str]:
+def _casts(files: Sequence[ReportFile]) -> Mapping[str, str]:
     """Further columns whose types DuckDB cannot bring together by itself -> the type to cast to, text where no other
     fits. Columns of CSV are text, and take the type that they have elsewhere.
     """
@@ -391,7 +391,7 @@ def _casts(files: Sequence[File]) -> Mapping[str, str]:
     return found
 
 
-def _rows(folder: Path, files: Sequence[File], casts: Mapping[str, str], given_column: str) -> str:
+def _rows(folder: Path, files: Sequence[ReportFile], casts: Mapping[str, str], given_column: str) -> str:
     """A table expression over files of one kind."""
     own = files[0].reading if files else None
     replaced = dict(documented(own))
@@ -421,7 +421,7 @@ def _rows(folder: Path, files: Sequence[File], casts: Mapping[str, str], given_c
     return f"(SELECT {columns} FROM {source}{joined}{where})"  # noqa: S608 - own names, files as literals
 
 
-def raw_rows(folder: Path, files: Sequence[File], file_name: str = "") -> str:
+def raw_rows(folder: Path, files: Sequence[ReportFile], file_name: str = "") -> str:
     """Files of one kind as they are, with the documented columns that they lack; `file_name` is the column to add."""
     own = files[0].reading if files else None
     has_instant = own is not None and bool(own.type_of(INSTANT))
@@ -534,7 +534,7 @@ def _nanos_of(kind: str, column: str) -> str:
     return f"CASE WHEN {number} >= {10**17} THEN CAST({number} % 1000 AS SMALLINT) END"
 
 
-def lost_values(folder: Path, files: Sequence[File]) -> str:
+def lost_values(folder: Path, files: Sequence[ReportFile]) -> str:
     """A query for (file, column, rows, example) of values that are there but not understood; "" where there can be
     none, since all columns have the types of what they mean.
     """

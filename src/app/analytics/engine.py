@@ -56,19 +56,19 @@ class UnreadableObject(Transient):
     """An object could not be read, or changed while it was: list again, then read again."""
 
 
-class Wrong(Permanent):
+class InvalidReport(Permanent):
     """The query cannot be run over whole objects: the report is wrong."""
 
 
-class TooLarge(Permanent):
+class ReportTooLarge(Permanent):
     """The query needs more memory or disk than it may use."""
 
 
-class TooSlow(Transient):
+class ReportTooSlow(Transient):
     """The query took longer than it may."""
 
 
-class Unbound(Wrong):
+class UnboundName(InvalidReport):
     """A name or a type does not fit. Unless objects that changed since they were listed do not fit together."""
 
 
@@ -82,7 +82,7 @@ class EngineLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Remote:
+class RemoteBucket:
     """A bucket, and the keys to read it with. `whole`: objects are fetched whole, each by one request; `table`: prefix
     of the table's files, "" where there is none.
     """
@@ -103,7 +103,7 @@ class Remote:
 class Engine:
     """One DuckDB. `folder` is this process's own; queries may read there, and spill to disk."""
 
-    def __init__(self, folder: Path, limits: EngineLimits, remote: Remote | None = None) -> None:
+    def __init__(self, folder: Path, limits: EngineLimits, remote: RemoteBucket | None = None) -> None:
         self.folder = folder
         self.limits = limits
         self.remote = remote
@@ -163,7 +163,7 @@ class Engine:
             if self._connection is None:
                 self._connection = _opened(self.folder, self.limits, self.remote)
             connection = self._connection
-        with translated(seconds), connection.cursor() as cursor:
+        with translate_duckdb_errors(seconds), connection.cursor() as cursor:
             if seconds is None:
                 yield cursor
                 return
@@ -176,7 +176,7 @@ class Engine:
                 timer.cancel()
 
 
-def _opened(folder: Path, limits: EngineLimits, remote: Remote | None) -> Any:
+def _opened(folder: Path, limits: EngineLimits, remote: RemoteBucket | None) -> Any:
     import duckdb
 
     spill = folder / "spill"
@@ -212,7 +212,7 @@ def _set(connection: Any, settings: Mapping[str, Any]) -> None:
         connection.execute(f"SET GLOBAL {name} = {literal(value)}")
 
 
-def _open_remote(connection: Any, remote: Remote) -> Sequence[str]:
+def _open_remote(connection: Any, remote: RemoteBucket) -> Sequence[str]:
     """Load the extension of the package, set it up, and hand it the keys; the URLs of what may be read."""
     connection.execute(f"LOAD {literal(str(extension()))}")
     settings = {
@@ -240,7 +240,7 @@ def _open_remote(connection: Any, remote: Remote) -> Sequence[str]:
     return scopes
 
 
-def _network(remote: Remote) -> Mapping[str, str]:
+def _network(remote: RemoteBucket) -> Mapping[str, str]:
     """The proxy of this machine, and its authorities where it has some of its own; see `app.core.network`."""
     settings = {"ca_cert_file": os.environ.get("SSL_CERT_FILE", "")}
     if proxy := proxy_for(f"{'https' if remote.tls else 'http'}://{remote.endpoint or 's3.amazonaws.com'}"):
@@ -324,7 +324,7 @@ def _refused_in(node: Mapping[str, Any], own: set[str]) -> str:
 
 
 @contextmanager
-def translated(seconds: float | None) -> Iterator[None]:
+def translate_duckdb_errors(seconds: float | None) -> Iterator[None]:
     """Every exception of DuckDB as an error with the next step; `seconds` is the time limit of the query."""
     import duckdb
 
@@ -357,14 +357,14 @@ def _error(error: Exception, seconds: float | None) -> AppError:
     text = said.split("\n", 1)[0][:MESSAGE_CHARACTERS]
     if isinstance(error, duckdb.InterruptException) or text.startswith("INTERRUPT"):
         hint = "narrow its parameters, or raise ANALYTICS_TIMEOUT_SECONDS"
-        return TooSlow(f"the report took longer than {seconds or 0:g} s", hint)
+        return ReportTooSlow(f"the report took longer than {seconds or 0:g} s", hint)
     if getattr(error, "errno", None) in FULL or any(os.strerror(number) in said for number in FULL):
         return _disk_full(text)
     if isinstance(error, duckdb.OutOfMemoryException) or text.startswith("Out of Memory"):
         hint = "narrow its parameters, or raise ANALYTICS_MEMORY_MB"
-        return TooLarge(f"needs more memory or disk: {text}", hint)
+        return ReportTooLarge(f"needs more memory or disk: {text}", hint)
     if isinstance(error, UnicodeDecodeError):
         return UnreadableObject("an object changed while it was read", RETRY_HINT)
     if not WRONG.match(text) or OF_OBJECTS.search(said):
         return UnreadableObject(text, RETRY_HINT)
-    return (Unbound if text.startswith("Binder") else Wrong)(text, "correct its SQL file")
+    return (UnboundName if text.startswith("Binder") else InvalidReport)(text, "correct its SQL file")

@@ -15,11 +15,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 from uuid import uuid4
 
-from app.analytics.columns import File, file_column, file_of, format_of, lost_values, relation, schemas, suffix_of
-from app.analytics.engine import Engine, TooLarge, UnreadableObject, Wrong, literal, written
+from app.analytics.columns import ReportFile, file_column, file_of, format_of, lost_values, relation, schemas, suffix_of
+from app.analytics.engine import Engine, InvalidReport, ReportTooLarge, UnreadableObject, literal, written
 from app.analytics.reports import LATEST
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
-from app.db.object_summaries import NO_DAY, PART_FIELDS, DaySummary, Facts
+from app.db.object_summaries import NO_DAY, PART_FIELDS, DaySummary, ObjectFacts
 from app.object_store.port import ObjectInfo, ObjectStore
 
 AT_ONCE = 16  # as many connections as the store keeps
@@ -33,13 +33,13 @@ NOTE_CHARACTERS = 300
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class FactsBatch:
     """What was found. `unread` could not be fetched or held in memory, which is not the object's fault: it is tried
     again later.
     """
 
-    read: Sequence[Facts]
-    unread: Sequence[Facts] = ()
+    read: Sequence[ObjectFacts]
+    unread: Sequence[ObjectFacts] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ class FetchedObject:
     Parquet nor CSV.
     """
 
-    facts: Facts
+    facts: ObjectFacts
     file: Path | None = None
     refused: AppError | None = None
 
 
-def aggregated(store: ObjectStore, engine: Engine, infos: Sequence[ObjectInfo]) -> Iterator[Group]:
+def aggregated(store: ObjectStore, engine: Engine, infos: Sequence[ObjectInfo]) -> Iterator[FactsBatch]:
     """Facts of these objects, group by group, the next one fetched meanwhile. Objects that are gone are left out; those
     that were replaced since have the version that is there now. Raises Transient when the store fails.
     """
@@ -92,14 +92,14 @@ def _fetch(store: ObjectStore, folder: Path, info: ObjectInfo) -> FetchedObject 
     for _ in range(ATTEMPTS):
         if wanted is None:
             return None
-        facts = Facts(wanted.key, wanted.etag, wanted.size_bytes)
+        facts = ObjectFacts(wanted.key, wanted.etag, wanted.size_bytes)
         try:
             with store.open(wanted.key, wanted.etag) as body:
                 if body is None:
                     return None
                 start = body.read(len(MAGIC))
                 if not format_of(wanted.key) and start != MAGIC:
-                    return FetchedObject(Facts(wanted.key, wanted.etag, size_bytes=0, fault=OTHER))
+                    return FetchedObject(ObjectFacts(wanted.key, wanted.etag, size_bytes=0, fault=OTHER))
                 return FetchedObject(facts, _copy(body, start, folder / f"{uuid4().hex}{suffix_of(wanted.key)}"))
         except Conflict:
             wanted = store.head(wanted.key)
@@ -119,7 +119,7 @@ def _copy(body: BinaryIO, start: bytes, file: Path) -> Path:
     return file
 
 
-def _facts(engine: Engine, futures: Sequence[Any]) -> Group:
+def _facts(engine: Engine, futures: Sequence[Any]) -> FactsBatch:
     fetched: list[FetchedObject] = [one for future in futures if (one := future.result()) is not None]
     refused = [one for one in fetched if one.refused]
     if refused and len(refused) == len(fetched) and isinstance(refused[0].refused, Permanent):
@@ -127,38 +127,38 @@ def _facts(engine: Engine, futures: Sequence[Any]) -> Group:
     copies = [one for one in fetched if one.file]
     others = [one.facts for one in fetched if not one.refused and not one.file]
     found = _read(engine, copies)
-    group = Group([*found.read, *others], [*found.unread, *(one.facts for one in refused)])
+    group = FactsBatch([*found.read, *others], [*found.unread, *(one.facts for one in refused)])
     for one in copies:
         Path(str(one.file)).unlink()
     return group
 
 
-def _read(engine: Engine, copies: Sequence[FetchedObject]) -> Group:
+def _read(engine: Engine, copies: Sequence[FetchedObject]) -> FactsBatch:
     """All in one query; one by one when that fails, to find which cannot be read. One that needs more memory than there
     is now is tried again later, when no report runs.
     """
     if not copies:
-        return Group([])
+        return FactsBatch([])
     try:
-        return Group(_together(engine, copies))
-    except (UnreadableObject, Wrong) as error:
+        return FactsBatch(_together(engine, copies))
+    except (UnreadableObject, InvalidReport) as error:
         if len(copies) == 1:
-            return Group([_faulty(copies[0], error)])
-    except TooLarge as error:
+            return FactsBatch([_faulty(copies[0], error)])
+    except ReportTooLarge as error:
         if len(copies) == 1:
-            return Group([], [_faulty(copies[0], error)])
+            return FactsBatch([], [_faulty(copies[0], error)])
     groups = [_read(engine, [one]) for one in copies]
-    return Group(
+    return FactsBatch(
         [facts for group in groups for facts in group.read], [facts for group in groups for facts in group.unread]
     )
 
 
-def _faulty(one: FetchedObject, error: AppError) -> Facts:
+def _faulty(one: FetchedObject, error: AppError) -> ObjectFacts:
     """With the object's key in place of the copy's name."""
     return replace(one.facts, fault=error.message.replace(str(one.file), one.facts.key))
 
 
-def _together(engine: Engine, copies: Sequence[FetchedObject]) -> Sequence[Facts]:
+def _together(engine: Engine, copies: Sequence[FetchedObject]) -> Sequence[ObjectFacts]:
     columns = schemas(engine, [(str(one.file), one.facts.key) for one in copies])
     files = [file_of(str(one.file), one.facts.key, json.dumps(columns[str(one.file)])) for one in copies]
     usable = [file for file in files if not file.reading.problem]
@@ -176,7 +176,7 @@ def _together(engine: Engine, copies: Sequence[FetchedObject]) -> Sequence[Facts
                     f"{count} values of {column} are not understood and count as null, such as {example!r}"
                 )
     return [
-        Facts(
+        ObjectFacts(
             one.facts.key,
             one.facts.etag,
             one.facts.size_bytes,
@@ -189,7 +189,7 @@ def _together(engine: Engine, copies: Sequence[FetchedObject]) -> Sequence[Facts
     ]
 
 
-def _aggregates(folder: Path, files: Sequence[File]) -> str:
+def _aggregates(folder: Path, files: Sequence[ReportFile]) -> str:
     name = file_column(files)
     instant = "'at': epoch_us(timestamp), 'nanos': coalesce(timestamp_nanos, 0)"
     values = ", ".join(f'{literal(each)}: "{each}"' for each in LATEST[1:-1])

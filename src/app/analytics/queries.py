@@ -21,12 +21,20 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, Protocol
 
-from app.analytics.columns import File, family, file_of, format_of, relation, schemas, suffix_of, table_file_of
-from app.analytics.engine import RETRY_HINT, Engine, Remote, TooLarge, Unbound, UnreadableObject, Wrong
+from app.analytics.columns import ReportFile, family, file_of, format_of, relation, schemas, suffix_of, table_file_of
+from app.analytics.engine import (
+    RETRY_HINT,
+    Engine,
+    InvalidReport,
+    RemoteBucket,
+    ReportTooLarge,
+    UnboundName,
+    UnreadableObject,
+)
 from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
 from app.analytics.reports import BadParameter, ReportDefinition
 from app.analytics.spark import SparkReports
-from app.analytics.summaries import Summaries, View
+from app.analytics.summaries import ListingView, Summaries
 from app.core.closed_days import EVERYTHING, NO_TABLE, ClosedDays, ReportSpan, TableFile, TableRows, TableState
 from app.core.errors import Conflict, Permanent, Rejected
 from app.db.object_summaries import Version, VersionToRead
@@ -43,7 +51,7 @@ LeftOut = Mapping[Version, tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
-class ToRead:
+class ReadSet:
     """What a report reads: versions of objects, and of the table the rows of a span."""
 
     sources: Sequence[VersionToRead]
@@ -56,16 +64,16 @@ class ToRead:
         return None if self.sources or any(file.without for file in self.table.files) else self.table.state
 
 
-class Objects(Protocol):
+class ReportObjects(Protocol):
     """Where queries find the objects."""
 
     @contextmanager
-    def opened(self, wanted: ToRead) -> Iterator[tuple[Engine, Sequence[File]]]:
+    def opened(self, wanted: ReadSet) -> Iterator[tuple[Engine, Sequence[ReportFile]]]:
         """An engine, and these objects as it reads them, good until the block ends: whole versions, the listed ones or
         newer. May raise Conflict when one of them is gone already.
         """
 
-    def certain(self, wanted: ToRead) -> bool:
+    def certain(self, wanted: ReadSet) -> bool:
         """Whether what was read in `opened` cannot have been of two versions."""
 
     def close(self) -> None:
@@ -80,9 +88,9 @@ class LocalObjects:
     pin: Callable[[str, Path], str | None]
 
     @contextmanager
-    def opened(self, wanted: ToRead) -> Iterator[tuple[Engine, Sequence[File]]]:
-        """See `Objects.opened`. A whole version that is newer than the listed one serves as well, and an object that is
-        gone is left out: the answer is of now, however fast objects are replaced.
+    def opened(self, wanted: ReadSet) -> Iterator[tuple[Engine, Sequence[ReportFile]]]:
+        """See `ReportObjects.opened`. A whole version that is newer than the listed one serves as well, and an object
+        that is gone is left out: the answer is of now, however fast objects are replaced.
         """
         with TemporaryDirectory(dir=self.engine.folder, prefix="pins-") as folder:
             files, newer = [], []
@@ -104,13 +112,13 @@ class LocalObjects:
                     raise UnreadableObject(f"{held.key} is gone", RETRY_HINT)
             yield self.engine, [*files, *described, *_of_table(self.engine, table, wanted.span)]
 
-    def certain(self, wanted: ToRead) -> bool:
-        """See `Objects.certain`: a link stays what it is."""
+    def certain(self, wanted: ReadSet) -> bool:
+        """See `ReportObjects.certain`: a link stays what it is."""
         del wanted
         return True
 
     def close(self) -> None:
-        """See `Objects.close`."""
+        """See `ReportObjects.close`."""
         self.engine.close()
 
 
@@ -118,7 +126,10 @@ class BucketObjects:
     """Objects of a bucket. `remote(whole)` is how it is reached now; its keys may change from time to time."""
 
     def __init__(
-        self, remote: Callable[[bool], Remote], make: Callable[[Remote], Engine], whole_bytes: int = WHOLE_BYTES
+        self,
+        remote: Callable[[bool], RemoteBucket],
+        make: Callable[[RemoteBucket], Engine],
+        whole_bytes: int = WHOLE_BYTES,
     ) -> None:
         self._remote = remote
         self._make = make
@@ -127,22 +138,22 @@ class BucketObjects:
         self._engines: dict[bool, Engine] = {}
 
     @contextmanager
-    def opened(self, wanted: ToRead) -> Iterator[tuple[Engine, Sequence[File]]]:
-        """See `Objects.opened`."""
+    def opened(self, wanted: ReadSet) -> Iterator[tuple[Engine, Sequence[ReportFile]]]:
+        """See `ReportObjects.opened`."""
         engine = self._engine(whole=self._whole(wanted))
         root = f"s3://{engine.remote.bucket if engine.remote else ''}/"
         files = [file_of(f"{root}{source.key}", source.key, source.columns) for source in wanted.sources]
         table = {f"{root}{file.key}": file for file in wanted.table.files}
         yield engine, [*files, *_of_table(engine, table, wanted.span)]
 
-    def certain(self, wanted: ToRead) -> bool:
-        """See `Objects.certain`: fetched whole, unless one is too large to be held in memory; and a newer version of
-        CSV may have other columns, which nothing in its rows tells. Files of the table never change.
+    def certain(self, wanted: ReadSet) -> bool:
+        """See `ReportObjects.certain`: fetched whole, unless one is too large to be held in memory; and a newer version
+        of CSV may have other columns, which nothing in its rows tells. Files of the table never change.
         """
         is_csv = any(format_of(source.key) == "csv" for source in wanted.sources)
         return not wanted.sources or (self._whole(wanted) and not is_csv)
 
-    def _whole(self, wanted: ToRead) -> bool:
+    def _whole(self, wanted: ReadSet) -> bool:
         """Of large files, and so of all that are read with them, only the parts that a report needs are fetched."""
         sizes = [*(each.size_bytes for each in wanted.sources), *(each.size_bytes for each in wanted.table.files)]
         return max(sizes, default=0) <= self._whole_bytes
@@ -165,7 +176,7 @@ class BucketObjects:
             self._engines.clear()
 
 
-def _of_table(engine: Engine, table: Mapping[str, TableFile], span: ReportSpan) -> Sequence[File]:
+def _of_table(engine: Engine, table: Mapping[str, TableFile], span: ReportSpan) -> Sequence[ReportFile]:
     """Files of the table by the names that the engine knows them by."""
     found = schemas(engine, [(name, file.key) for name, file in table.items()])
     return [table_file_of(name, file, json.dumps(found[name]), span) for name, file in table.items()]
@@ -179,7 +190,7 @@ class Queries:
     def __init__(
         self,
         summaries: Summaries,
-        objects: Objects,
+        objects: ReportObjects,
         local: Engine,
         table: ClosedDays | None = None,
         spark: SparkReports | None = None,
@@ -218,7 +229,7 @@ class Queries:
             raise Permanent(f"report {report.name}.sql: {names}", "declare each parameter once and use it as $name")
         self._checked.add(report.text)
 
-    def has_older_rows(self, view: View) -> bool:
+    def has_older_rows(self, view: ListingView) -> bool:
         """Whether the table has rows whose objects are gone, which the summaries know nothing of."""
         if self._table is None:
             return False
@@ -230,7 +241,7 @@ class Queries:
             self._day_rows = view.number, rows
         return any(count > rows[day] for day, count in self._table.day_counts().items())
 
-    def to_read(self, span: ReportSpan, as_of: datetime | None = None) -> ToRead:
+    def to_read(self, span: ReportSpan, as_of: datetime | None = None) -> ReadSet:
         """What has to be read for a span, now or of the table as it was. Raises BadParameter for an instant of which
         there is no table.
         """
@@ -240,7 +251,7 @@ class Queries:
                     "as_of needs the table of closed days", "set CATALOG=iceberg, and install headwater[lake]"
                 )
             try:
-                return ToRead([], self._table.rows_at(as_of, span), span)
+                return ReadSet([], self._table.rows_at(as_of, span), span)
             except Rejected as error:
                 raise BadParameter(error.message, error.hint) from error
         view = self._summaries.view
@@ -248,9 +259,9 @@ class Queries:
         if self._table is not None and view is not None:
             table = self._table.rows(span, view.changes, partial(self._summaries.sources_of_days, None))
         sources = self._summaries.sources(span.device, span.since, span.until)
-        return ToRead([source for source in sources if table.beside(source)], table, span)
+        return ReadSet([source for source in sources if table.beside(source)], table, span)
 
-    def confirm(self, objects: Objects, wanted: ToRead) -> None:
+    def confirm(self, objects: ReportObjects, wanted: ReadSet) -> None:
         """Raises UnreadableObject when what was read may have been of two versions."""
         if not objects.certain(wanted):
             self._summaries.refresh()
@@ -303,9 +314,9 @@ class Queries:
         sources = [source for source in found if source.version not in broken]
         try:
             return self._attempt(report, values, shape, wanted, broken)
-        except Wrong:
-            for odd in odd_ones(report.text, sources):
-                with suppress(Wrong):  # the error over all objects is raised below
+        except InvalidReport:
+            for odd in mixed_type_columns(report.text, sources):
+                with suppress(InvalidReport):  # the error over all objects is raised below
                     return self._attempt(report, values, shape, wanted, {**broken, **odd})
             raise
 
@@ -314,7 +325,7 @@ class Queries:
         report: ReportDefinition,
         values: Mapping[str, Any],
         shape: AnswerShape,
-        found: ToRead,
+        found: ReadSet,
         left_out: LeftOut,
     ) -> ReportAnswer:
         wanted = replace(found, sources=[source for source in found.sources if source.version not in left_out])
@@ -358,10 +369,10 @@ class Queries:
     ) -> str:
         """Why these cannot be read by the report; "" when they can, or the report does not fit so few of them."""
         try:
-            self._attempt(report, values, shape, ToRead(sources), {})
+            self._attempt(report, values, shape, ReadSet(sources), {})
         except (UnreadableObject, Conflict) as error:
             return error.message
-        except Wrong:
+        except InvalidReport:
             return ""
         return ""
 
@@ -371,15 +382,15 @@ def _named(report: ReportDefinition, values: Mapping[str, Any] | None = None) ->
     """Errors of a report with its name. What goes wrong with values that a caller chose is the caller's to correct."""
     try:
         yield
-    except TooLarge as error:
+    except ReportTooLarge as error:
         raise Permanent(f"report {report.name} {error.message}", error.hint) from error
-    except Wrong as error:
+    except InvalidReport as error:
         chosen = {
             each.name: value
             for each in report.parameters
             if (value := (values or {}).get(each.name)) is not None and (each.required or value != each.read(None))
         }
-        if chosen and not isinstance(error, Unbound):
+        if chosen and not isinstance(error, UnboundName):
             said = ", ".join(f"{name}={value}" for name, value in chosen.items())
             raise BadParameter(f"report {report.name} cannot be run with {said}: {error.message}", OTHER) from error
         raise Permanent(f"report {report.name}.sql cannot be run: {error.message}", error.hint) from error
@@ -390,16 +401,16 @@ def _fitting(engine: Engine, relation: str) -> Iterator[None]:
     """When the report does not fit the rows, look whether it is the objects that no longer fit together."""
     try:
         yield
-    except Unbound as error:
+    except UnboundName as error:
         try:
             engine.columns(f"SELECT * FROM {relation}", {})  # noqa: S608 - our own
-        except Wrong as fault:
+        except InvalidReport as fault:
             raise UnreadableObject(fault.message, RETRY_HINT) from error
         raise
 
 
 @contextmanager
-def _by_key(files: Sequence[File]) -> Iterator[None]:
+def _by_key(files: Sequence[ReportFile]) -> Iterator[None]:
     """Errors with the key of an object instead of the name of its copy."""
     try:
         yield
@@ -419,7 +430,7 @@ def _with_warnings(shape: AnswerShape, left_out: LeftOut) -> AnswerShape:
     return replace(shape, warnings=[*shape.warnings, *found])
 
 
-def odd_ones(text: str, sources: Sequence[VersionToRead]) -> Iterator[LeftOut]:
+def mixed_type_columns(text: str, sources: Sequence[VersionToRead]) -> Iterator[LeftOut]:
     """What to leave out of a report with this text, so that each further column that it names is of one kind: that of
     most objects, then that of the next most.
     """

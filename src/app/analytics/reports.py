@@ -84,7 +84,7 @@ KINDS: Mapping[str, tuple[Any, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
+class QueryParameter:
     """A query parameter. `default` is as it would be sent; "" = null. `limits`: lowest and highest value."""
 
     name: str
@@ -116,7 +116,7 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
-class Reads:
+class ReadLimits:
     """Names of the parameters that limit which objects are read; "" = not limited by that."""
 
     device: str = ""
@@ -133,8 +133,8 @@ class ReportDefinition:
     title: str
     description: str
     text: str
-    parameters: Sequence[Parameter] = ()
-    reads: Reads = field(default_factory=Reads)
+    parameters: Sequence[QueryParameter] = ()
+    reads: ReadLimits = field(default_factory=ReadLimits)
     answer: str = "data"
     summary: str = ""
     format: str = "json"
@@ -225,14 +225,14 @@ def parse(name: str, text: str) -> ReportDefinition:
     )
 
 
-def _parameter(report: str, line: str) -> Parameter:
+def _parameter(report: str, line: str) -> QueryParameter:
     found = PARAM.fullmatch(line)
     if not found or found["kind"] not in KINDS or not NAME.fullmatch(found["name"]) or found["name"] in RESERVED:
         raise _fault(report, f"cannot read `param {line[:80]}`", f"write `name: kind`; kinds: {', '.join(KINDS)}")
     if found["low"] and found["kind"] not in ("integer", "number"):
         raise _fault(report, f"`param {line[:80]}` has limits", "declare limits for integer and number only")
     default = (found["default"] or "").strip().strip("'")
-    parameter = Parameter(
+    parameter = QueryParameter(
         found["name"],
         found["kind"],
         default,
@@ -248,7 +248,7 @@ def _parameter(report: str, line: str) -> Parameter:
     return parameter
 
 
-def _reads(report: str, line: str, kinds: Mapping[str, str]) -> Reads:
+def _reads(report: str, line: str, kinds: Mapping[str, str]) -> ReadLimits:
     """`kinds` of the parameters: a limit must be of the column's kind, which it is compared with."""
     limits = {}
     for part in filter(None, (each.strip() for each in line.split(","))):
@@ -264,7 +264,7 @@ def _reads(report: str, line: str, kinds: Mapping[str, str]) -> Reads:
             wanted = f"declare `param {found[2]}: {LIMITS[what]}`, or leave this out of `reads`"
             raise _fault(report, f"`reads: {part[:80]}` with {found[2]}, which is {kinds[found[2]]}", wanted)
         limits[what] = found[2]
-    return Reads(limits.get("device_id=", ""), limits.get("timestamp>=", ""), limits.get("timestamp<", ""))
+    return ReadLimits(limits.get("device_id=", ""), limits.get("timestamp>=", ""), limits.get("timestamp<", ""))
 
 
 def _fault(report: str, message: str, hint: str) -> Permanent:
@@ -356,7 +356,7 @@ def _span(parts: Collection[DaySummary]) -> tuple[datetime | None, datetime | No
     return _at(first), _at(last), sum(part.rows for part in parts)
 
 
-def within(
+def parts_within(
     days: Mapping[Pair, DaySummary], device: str | None, since: datetime | None, until: datetime | None
 ) -> Mapping[Pair, DaySummary]:
     """The parts of one device and a span of whole days; None = not limited."""

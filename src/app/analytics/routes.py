@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from app.analytics.formats import MEDIA, AnswerShape, ReportAnswer, of_table
-from app.analytics.reports import TABLES, BadParameter, Parameter, ReportDefinition, within
-from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, reply_of, text_of, warnings_of
+from app.analytics.reports import TABLES, BadParameter, QueryParameter, ReportDefinition, parts_within
+from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, response_head, text_of, warnings_of
 from app.analytics.sql_sandbox import MAX_ROWS, SqlBusy, SqlRequest
-from app.analytics.summaries import View
+from app.analytics.summaries import ListingView
 from app.core.errors import AppError, Transient
 from app.ops.pages import SCRIPT, framed, serve
 from app.web.api import refuse_unknown_parameters
@@ -194,7 +194,7 @@ def _parameters(report: ReportDefinition) -> Sequence[Mapping[str, Any]]:
     return own
 
 
-def _parameter(parameter: Parameter) -> Mapping[str, Any]:
+def _parameter(parameter: QueryParameter) -> Mapping[str, Any]:
     schema = dict(TYPES[parameter.kind])
     if parameter.default:
         is_text = schema["type"] == "string"
@@ -233,7 +233,7 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
 
             def make() -> ReportAnswer:
                 if asked.from_memory and not analytics.queries.has_older_rows(view):
-                    days = within(view.days, *report.span(asked.values))
+                    days = parts_within(view.days, *report.span(asked.values))
                     answer = of_table(TABLES[report.summary](days), shape, analytics.workplace.folder)
                     answer.engine = "summary"
                     return answer
@@ -245,7 +245,7 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
                 raise Refused(422, error.message, error.hint, "query") from error
         analytics.remember(request.scope, asked)
         tags = ",".join(request.headers.getlist("if-none-match"))
-        status, headers = reply_of(asked, view, found, if_none_match=tags, began=began)
+        status, headers = response_head(asked, view, found, if_none_match=tags, began=began)
         if status == UNCHANGED:
             return Response(status_code=status, headers=headers)
         if found.size_bytes <= SMALL_BYTES:  # a stream costs a task group and threads, and many may wait for one answer
@@ -255,7 +255,7 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
     return answer
 
 
-class Quick:
+class FastPath:
     """The API, for requests of these `paths`: cached answers of reports are sent at once.
 
     Most requests for reports are of this kind, and routing would take longer than the rest of such a request.
@@ -276,12 +276,12 @@ class Quick:
             return
         asked, view, answer = found
         sent = b",".join(value for name, value in scope["headers"] if name == b"if-none-match").decode("latin-1")
-        status, headers = reply_of(asked, view, answer, if_none_match=sent, began=began)
+        status, headers = response_head(asked, view, answer, if_none_match=sent, began=began)
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
         await send({"type": "http.response.body", "body": b"" if status == UNCHANGED else b"".join(answer.pieces())})
 
-    def _held(self, scope: Scope) -> tuple[ReportRequest, View, ReportAnswer] | None:
+    def _held(self, scope: Scope) -> tuple[ReportRequest, ListingView, ReportAnswer] | None:
         """The cached answer of this request, small enough to be sent in one piece."""
         asked = self._analytics.parsed.get((scope["path"], scope["query_string"]))
         view = self._analytics.summaries.view
@@ -324,7 +324,7 @@ def _instant(text: str | None) -> datetime | None:
         raise Refused(422, f"as_of={str(text)[:80]!r} is not an instant", allowed, "query.as_of") from None
 
 
-async def _view(analytics: Analytics) -> View:
+async def _view(analytics: Analytics) -> ListingView:
     """The last listing; before the first one, wait a while for it."""
     until = time.monotonic() + FIRST_SECONDS
     if analytics.summaries.view is None and analytics.refresher.trouble is None:
@@ -411,7 +411,7 @@ def _naive(at: datetime | None) -> datetime | None:
         raise Refused(422, message, "send an instant within them", "body") from None
 
 
-def _schema(analytics: Analytics, view: View) -> Mapping[str, Any]:
+def _schema(analytics: Analytics, view: ListingView) -> Mapping[str, Any]:
     columns = [
         {"name": name, "types": dict(types), "objects": sum(types.values())}
         for name, types in sorted(view.columns.items())

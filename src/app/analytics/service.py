@@ -21,13 +21,13 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from app.analytics.engine import Engine, EngineLimits, Remote
+from app.analytics.engine import Engine, EngineLimits, RemoteBucket
 from app.analytics.formats import MEDIA, ReportAnswer
-from app.analytics.queries import BucketObjects, LocalObjects, Objects, Queries
+from app.analytics.queries import BucketObjects, LocalObjects, Queries, ReportObjects
 from app.analytics.reports import ReportDefinition, load_reports
 from app.analytics.spark import SparkRemote, SparkReports, spark_texts
 from app.analytics.sql_sandbox import SqlSandbox
-from app.analytics.summaries import Summaries, View
+from app.analytics.summaries import ListingView, Summaries
 from app.config.settings import Settings
 from app.core.closed_days import ClosedDays
 from app.core.errors import AppError, BadSettings, Transient
@@ -71,7 +71,7 @@ class SingleFlightCache:
         running = self._running.get(key)
         if running is None:
             if len(self._running) >= WAITING:
-                raise busy()
+                raise busy_error()
             running = asyncio.create_task(self._run(make))
             self._running[key] = running
             running.add_done_callback(lambda task: self._keep(key, task, keep_seconds))
@@ -82,7 +82,7 @@ class SingleFlightCache:
             async with asyncio.timeout(WAIT_SECONDS):
                 await self._places.acquire()
         except TimeoutError:
-            raise busy() from None
+            raise busy_error() from None
         try:
             return await asyncio.to_thread(make)
         finally:
@@ -108,7 +108,7 @@ class SingleFlightCache:
             self._soonest = min((until for _, until in self._kept.values()), default=math.inf)
 
 
-def busy() -> Transient:
+def busy_error() -> Transient:
     """The error when too many run at once."""
     return Transient("too many reports are waiting", "send the same request again later", retry_after_seconds=5)
 
@@ -144,14 +144,14 @@ class ReportRequest:
         return bool(self.report.summary) and not self.scan and self.as_of is None and is_whole_days
 
 
-def key_of(asked: ReportRequest, view: View, warnings: Warnings) -> Hashable:
+def key_of(asked: ReportRequest, view: ListingView, warnings: Warnings) -> Hashable:
     """What the answer depends on."""
     how = asked.format, asked.scan, asked.formula_safe, asked.as_of
     return asked.report.path, *how, tuple(asked.values.items()), view.number, warnings
 
 
-def reply_of(
-    asked: ReportRequest, view: View, answer: ReportAnswer, *, if_none_match: str, began: float
+def response_head(
+    asked: ReportRequest, view: ListingView, answer: ReportAnswer, *, if_none_match: str, began: float
 ) -> tuple[int, dict[str, str]]:
     """Status and headers: 304 when the caller has this answer already. `began` is by the performance counter."""
     as_of = answer.state.committed_at if asked.as_of and answer.state else view.as_of
@@ -173,7 +173,7 @@ def reply_of(
     return 200, {**headers, "Content-Type": MEDIA[asked.format]}
 
 
-def warnings_of(view: View, trouble: AppError | None) -> Warnings:
+def warnings_of(view: ListingView, trouble: AppError | None) -> Warnings:
     """Objects that are left out or not wholly understood, and why the answer is not of now."""
     found = list(view.faults[:WARNINGS])
     if len(view.faults) > WARNINGS:
@@ -276,7 +276,7 @@ def pause_after(taken_seconds: float, used_seconds: float, interval_seconds: flo
 
 
 @dataclass(frozen=True, slots=True)
-class Workplace:
+class ProcessFolder:
     """A folder below `root` that belongs to this process alone; what ended processes left is removed."""
 
     root: Path
@@ -334,7 +334,7 @@ class Analytics:
     summaries: Summaries
     queries: Queries
     refresher: Refresher
-    workplace: Workplace
+    workplace: ProcessFolder
     refresh_seconds: float
     sandbox: SqlSandbox
     cache: SingleFlightCache = field(default_factory=SingleFlightCache)
@@ -373,9 +373,9 @@ def build(
     report that cannot be understood, and BadSettings when Spark's client is not installed.
     """
     analytics = settings.analytics
-    workplace = Workplace(settings.service.data_dir.resolve() / FOLDER)
+    workplace = ProcessFolder(settings.service.data_dir.resolve() / FOLDER)
 
-    def engine(remote: Remote | None) -> Engine:
+    def engine(remote: RemoteBucket | None) -> Engine:
         threads = LOCAL_THREADS if remote is None else REMOTE_THREADS
         limits = EngineLimits(analytics.memory_mb, threads, analytics.timeout_seconds)
         return Engine(workplace.folder, limits, remote)
@@ -383,7 +383,7 @@ def build(
     local = engine(None)
     summaries = Summaries(store, facts, local, settings.s3.prefix, clock)
 
-    def objects(over: Engine) -> Objects:
+    def objects(over: Engine) -> ReportObjects:
         if isinstance(store, LocalDirectory):
             return LocalObjects(over, store.pin)
         return BucketObjects(lambda whole: _remote(settings, keys(), whole=whole), engine)
@@ -408,10 +408,10 @@ def build(
     )
 
 
-def _remote(settings: Settings, keys: Keys, *, whole: bool) -> Remote:
+def _remote(settings: Settings, keys: Keys, *, whole: bool) -> RemoteBucket:
     s3 = settings.s3
     address = urlsplit(s3.endpoint_url)
-    return Remote(
+    return RemoteBucket(
         bucket=s3.bucket,
         prefix=s3.prefix,
         endpoint=address.netloc + address.path.rstrip("/"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from app.analytics.engine import DOCUMENTED, INSTANT, MESSAGE_CHARACTERS, NANOS, NUMBERS, TEXTS, TooSlow
+from app.analytics.engine import DOCUMENTED, INSTANT, MESSAGE_CHARACTERS, NANOS, NUMBERS, TEXTS, ReportTooSlow
 from app.analytics.formats import AnswerShape, ReportAnswer, of_batches
 from app.analytics.reports import ReportDefinition
 from app.core.closed_days import ReportSpan, TableState
@@ -130,7 +130,7 @@ class SparkReports:
             text = str(error).split("\n", 1)[0][:MESSAGE_CHARACTERS]
             if is_late.is_set():
                 hint = "narrow its parameters, or raise ANALYTICS_TIMEOUT_SECONDS"
-                raise TooSlow(f"the report took longer than {self._seconds:g} s", hint) from error
+                raise ReportTooSlow(f"the report took longer than {self._seconds:g} s", hint) from error
             if isinstance(error, RpcError) or "UNAVAILABLE" in text:
                 raise Transient(f"Spark cannot be reached: {text}", away) from error
             raise Permanent(f"Spark cannot run the report: {text}", "see docs/lake.md for what Spark needs") from error

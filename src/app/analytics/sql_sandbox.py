@@ -27,14 +27,14 @@ from app.analytics.engine import (
     RELATION,
     Engine,
     EngineLimits,
-    Remote,
-    TooLarge,
+    RemoteBucket,
+    ReportTooLarge,
     UnreadableObject,
     literal,
     nodes_of,
 )
 from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
-from app.analytics.queries import Objects, Queries
+from app.analytics.queries import Queries, ReportObjects
 from app.analytics.reports import BadParameter
 from app.core.closed_days import ReportSpan
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
@@ -116,7 +116,7 @@ class SqlSandbox:
     """
 
     def __init__(
-        self, queries: Queries, folder: Path, limits: EngineLimits, objects: Callable[[Engine], Objects]
+        self, queries: Queries, folder: Path, limits: EngineLimits, objects: Callable[[Engine], ReportObjects]
     ) -> None:
         self._queries = queries
         self._folder = folder
@@ -246,7 +246,7 @@ def main() -> int:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(what, (most, most))
-    engine = Engine(Path(job["folder"]), limits, Remote(**job["remote"]) if job["remote"] else None)
+    engine = Engine(Path(job["folder"]), limits, RemoteBucket(**job["remote"]) if job["remote"] else None)
     try:
         check(engine, job["sql"])
         with engine.selected(RELATION, job["rows"], job["sql"], BATCH_ROWS) as reader:
@@ -257,7 +257,7 @@ def main() -> int:
     except AppError as error:
         fault = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
     except MemoryError:
-        fault = {"kind": TooLarge.__name__, "message": "", "hint": ""}
+        fault = {"kind": ReportTooLarge.__name__, "message": "", "hint": ""}
     else:
         return 0
     sys.stdout.write(json.dumps(fault))

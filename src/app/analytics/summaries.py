@@ -14,7 +14,7 @@ from types import MappingProxyType
 from app.analytics.engine import Engine
 from app.analytics.object_facts import OTHER, aggregated
 from app.analytics.reports import merged
-from app.analytics.version_set import Versions, beyond, in_order, is_among
+from app.analytics.version_set import VersionSet, beyond, in_order, is_among
 from app.core.errors import Permanent, Rejected, Transient
 from app.db.object_summaries import (
     DayPack,
@@ -26,7 +26,7 @@ from app.db.object_summaries import (
     VersionToRead,
     version_of,
 )
-from app.object_store.deltas import unfolded
+from app.object_store.deltas import unfolded_deltas
 from app.object_store.port import ObjectInfo, ObjectStore
 
 # Invariants: a version is read once in its life, by whichever process meets it first, but for versions that are known
@@ -46,14 +46,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ListingView:
     """What one whole listing showed; `versions`: those that queries read. `number` grows with each change, `as_of` with
     each listing, that of a day in `changes` when an object with rows of it comes or goes.
     """
 
     number: int
     as_of: datetime
-    versions: Versions
+    versions: VersionSet
     days: Mapping[Pair, DaySummary]
     objects: int
     rows: int
@@ -73,7 +73,7 @@ class _State:
     `is_stale`: what is known is not what is held here, which has to be loaded anew.
     """
 
-    current: Versions = field(default_factory=Versions)
+    current: VersionSet = field(default_factory=VersionSet)
     batches: Mapping[bytes, bytes] = field(default_factory=dict)
     days: dict[Pair, DaySummary] = field(default_factory=dict)
     touched: set[Pair] = field(default_factory=set)
@@ -104,13 +104,13 @@ class Summaries:
         self._clock = clock
         self._lock = Lock()
         self._state = _State()
-        self._view: View | None = None
+        self._view: ListingView | None = None
         self._asked: dict[tuple[str, str, datetime], ObjectInfo] = {}
         self._schemas: Mapping[str, str] = {}
         self._packed_day = 0  # that on which there was nothing more to pack
 
     @property
-    def view(self) -> View | None:
+    def view(self) -> ListingView | None:
         """The last whole listing; None before the first."""
         return self._view
 
@@ -132,7 +132,7 @@ class Summaries:
         view = self._view
         return view is not None and all(view.versions.among([source.version for source in sources]))
 
-    def refresh(self) -> View:
+    def refresh(self) -> ListingView:
         """List, learn what is new, drop what is gone, and recompute the sums of both. Raises what the stores raise."""
         with self._lock:
             if self._view is None:
@@ -198,7 +198,7 @@ class Summaries:
         """The versions that count, and whether these are all of the batch: what is new is learnt, what cannot be
         fetched is added to `unread`, and deltas whose rows another object holds do not count.
         """
-        left = unfolded((info for info in infos if self._is_ours(info.key)), self._head)
+        left = unfolded_deltas((info for info in infos if self._is_ours(info.key)), self._head)
         by_version = {version_of(info.key, info.etag): info for info in left.infos}
         versions = list(by_version)
         here = set(compress(versions, self._state.current.among(versions)))
@@ -359,7 +359,7 @@ class Summaries:
         state.sweeps, state.looked_at = sweeps, now
         return not state.current.beyond(known)
 
-    def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]]) -> View:
+    def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]]) -> ListingView:
         """Show what was found, in one step; where nothing has changed, all but the times is the last view's."""
         state = self._state
         self._forget(as_of)
@@ -374,7 +374,7 @@ class Summaries:
             versions, columns = state.current.copy(), _columns(state.schemas)
             others = sum(fault == OTHER for _, fault in state.faults.values())
             sums = (len(versions) - others, state.rows, state.size_bytes)
-            view = View(state.number, as_of, versions, days, *sums, columns, faults, dict(state.changes))
+            view = ListingView(state.number, as_of, versions, days, *sums, columns, faults, dict(state.changes))
         self._view = view
         state.moved = False
         return view

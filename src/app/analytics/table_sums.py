@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.analytics.engine import DOCUMENTED, INSTANT, NUMBERS, TEXTS
 from app.analytics.reports import LATEST, rank
-from app.db.object_summaries import DaySummary, Facts
+from app.db.object_summaries import DaySummary, ObjectFacts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,7 +69,7 @@ class TableSums:
             readings.append(self._latest)
         self._latest = readings[0] if len(readings) == 1 else max(readings, key=rank)
 
-    def facts(self, key: str, etag: str, size_bytes: int) -> Facts | None:
+    def facts(self, key: str, etag: str, size_bytes: int) -> ObjectFacts | None:
         """Of the object in the version that it got; None where only reading it tells."""
         if not self._columns or self._first_ns is None or self._last_ns is None:
             return None
@@ -90,7 +90,7 @@ class TableSums:
             soc_count=sum(count for _, count, _ in soc),
             latest=self._latest,
         )
-        return Facts(key, etag, size_bytes, self._rows, self._columns, "", (part,))
+        return ObjectFacts(key, etag, size_bytes, self._rows, self._columns, "", (part,))
 
 
 def _columns(schema: "pa.Schema", *, is_csv: bool) -> dict[str, str]:

@@ -14,7 +14,7 @@ LOOSE = 16_384
 SHARE = 8
 
 
-class Versions:
+class VersionSet:
     """One thread changes it, any thread reads."""
 
     def __init__(self) -> None:
@@ -25,10 +25,10 @@ class Versions:
         packed, loose = self._held
         return len(packed) // SIZE + len(loose)
 
-    def copy(self) -> "Versions":
+    def copy(self) -> "VersionSet":
         """The set as it is now, which stays so. What is sorted is held once for both."""
         packed, loose = self._held
-        made = Versions()
+        made = VersionSet()
         made._held = (packed, set(loose))
         return made
 

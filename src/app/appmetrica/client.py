@@ -28,7 +28,7 @@ from app.core.errors import Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.windows import Window
 from app.db.state import PendingExport, SqlPulls
-from app.product_events.http_client import ServiceAnswer, Upstream, receiving
+from app.product_events.http_client import ServiceAnswer, Upstream, body_file
 
 SERVICE = "appmetrica"
 PROGRESS = re.compile(r"Progress is (\d+)%")
@@ -158,7 +158,7 @@ POLICY = RetryPolicy(attempts=5, first_seconds=1.0, cap_seconds=60.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Resource:
+class LogResource:
     """One kind of rows. `received` "" = its rows do not say when they were received."""
 
     name: str
@@ -167,11 +167,12 @@ class Resource:
 
 
 @lru_cache(maxsize=1)
-def resources() -> Mapping[str, Resource]:
+def resources() -> Mapping[str, LogResource]:
     """All that can be asked for, by name."""
     listed = tomllib.loads(FILE.read_text(encoding="utf-8"))
     return {
-        name: Resource(name, tuple(each["columns"].split()), each.get("received", "")) for name, each in listed.items()
+        name: LogResource(name, tuple(each["columns"].split()), each.get("received", ""))
+        for name, each in listed.items()
     }
 
 
@@ -295,7 +296,7 @@ class Exports:
         with self._answer(path, headers) as answer:
             if answer.status != HTTPStatus.OK:
                 return _said(answer)
-            with receiving(self._spool, "a file of many rows") as file:
+            with body_file(self._spool, "a file of many rows") as file:
                 packed = answer.header("content-encoding").lower() == "gzip"
                 measured = bool(answer.header("content-length") or answer.header("transfer-encoding"))
                 pieces = answer.raw()
@@ -325,7 +326,7 @@ class Exports:
         calls = f"{self.calls_today} of {self.given.daily_calls} calls of today are used"
         return f"may read application {self.application_id}; {calls}"
 
-    def request_received(self, resource: Resource, span: Window) -> LogsRequest:
+    def request_received(self, resource: LogResource, span: Window) -> LogsRequest:
         """All rows that were received in whole hours, without the columns that the service did not know.
 
         Perhaps more: where clocks go back, two hours have one name.
@@ -347,7 +348,7 @@ class Exports:
         self.pulls.forget(SERVICE, owner, now - FORGOTTEN_AFTER)
         return self.pulls.add(SERVICE, owner, request.text, now)
 
-    def leaves_out(self, resource: Resource, error: RequestRefused) -> bool:
+    def leaves_out(self, resource: LogResource, error: RequestRefused) -> bool:
         """Drop the column that the service does not know; False when it names none, or one that is needed."""
         named = set(re.findall(r"\w+", error.text)) & set(resource.columns)
         if len(named) != 1 or self.is_needed(resource, error):
@@ -356,7 +357,7 @@ class Exports:
         log.warning("AppMetrica does not know the column %s: it is left out from now on", ", ".join(named))
         return True
 
-    def is_needed(self, resource: Resource, error: RequestRefused) -> bool:
+    def is_needed(self, resource: LogResource, error: RequestRefused) -> bool:
         """Whether what the service refuses is a column without which rows cannot be told apart."""
         return bool(set(re.findall(r"\w+", error.text)) & {*NEEDED, resource.received})
 
@@ -413,7 +414,7 @@ class ExportInProgress:
             pause_seconds = max(interval_seconds, answer.at_least_seconds)
             pauses.pause(pause_seconds)
             waited_seconds += pause_seconds
-            interval_seconds = longer(interval_seconds)
+            interval_seconds = next_pause(interval_seconds)
         return answer
 
     def close(self) -> None:
@@ -439,6 +440,6 @@ class ExportInProgress:
         self.export = export
 
 
-def longer(interval_seconds: float) -> float:
+def next_pause(interval_seconds: float) -> float:
     """The next pause, which grows, since a day has so many calls only."""
     return min(interval_seconds * 1.5, max(LONGEST_PAUSE_SECONDS, interval_seconds))

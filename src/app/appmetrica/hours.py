@@ -13,10 +13,10 @@ from app.appmetrica.client import (
     KEPT_FOR,
     ExportInProgress,
     Exports,
+    LogResource,
     LogsRequest,
     NotReady,
     RequestRefused,
-    Resource,
     TooManyParts,
     request_of,
 )
@@ -38,13 +38,13 @@ from app.db.state import PendingExport
 from app.product_events.hours import (
     HOUR,
     SET_ASIDE_AFTER,
-    Mode,
     PartitionRun,
     PullContext,
+    PullMode,
+    has_landed,
     record_of_nothing,
-    was_had,
 )
-from app.product_events.mapping import Loaded
+from app.product_events.mapping import LoadResult
 from app.product_events.pull import RefusedLines
 
 # The hours of a resource in one run: requested together, landed one by one, in order.
@@ -70,7 +70,7 @@ log = logging.getLogger(__name__)
 class ResourceRun:
     """One resource in one run. Its methods raise what the ports and the service raise; what was committed stays."""
 
-    def __init__(self, run: PartitionRun, exports: Exports, resource: Resource) -> None:
+    def __init__(self, run: PartitionRun, exports: Exports, resource: LogResource) -> None:
         self.run, self.exports, self.resource = run, exports, resource
         self.application_id = loaded_for(run.name)
 
@@ -99,7 +99,7 @@ class ResourceRun:
         is_narrowed = cursor < pull.checkpoints.cursors(NARROWED).get(self.run.name, cursor)
         before = self.run.records(Window(cursor - HOUR, cursor)).values()
         # An hour that was set aside would fail this request as well.
-        start = cursor - HOUR if all(map(was_had, before)) else cursor
+        start = cursor - HOUR if all(map(has_landed, before)) else cursor
         return self._kept("", Window(start, min(due, cursor + (HOUR if is_narrowed else STEP))))
 
     def pull_late(self, span: Window) -> Report:
@@ -196,7 +196,9 @@ class ResourceRun:
             report = run.failed("", Transient(error.message, hint))
         else:
             hour = Window(cursor, span.end)
-            report = run.not_had(hour, None, error, Mode.LIVE, number=1, counted=1, is_too_large=is_large, at_once=True)
+            report = run.not_had(
+                hour, None, error, PullMode.LIVE, number=1, counted=1, is_too_large=is_large, at_once=True
+            )
         self._done(export)
         return report
 
@@ -204,7 +206,7 @@ class ResourceRun:
         request, span, run = under_way.request, _span(under_way.export), self.run
         known, spool = run.records(span), run.pull.spool
         run.context.progress.advance(total=(span.end - span.start) // HOUR)
-        report, loaded = Report(), Loaded()
+        report, loaded = Report(), LoadResult()
         with closing(RefusedLines(spool)) as refused, closing(RefusedLines(spool)) as unloaded:
 
             def refuse(into: RefusedLines, hour_at: datetime | None, row: BadRow) -> None:
@@ -233,11 +235,11 @@ class ResourceRun:
                     record = known.get(hour.window.start)
                     hour.refuse = partial(refuse, unloaded)
                     # A file that lacks a column must not replace one that has it.
-                    if reading.lacking and record is not None and was_had(record) and record.rows >= hour.rows > 0:
+                    if reading.lacking and record is not None and has_landed(record) and record.rows >= hour.rows > 0:
                         hour.stands_for = record.digest
                     is_live = cursor is not None and hour.window.start >= cursor
-                    mode = Mode.LIVE if is_live else Mode.AGAIN if again else Mode.ONCE_MORE
-                    done, given = run.take(hour, record, mode, final=was_had(record))
+                    mode = PullMode.LIVE if is_live else PullMode.AGAIN if again else PullMode.ONCE_MORE
+                    done, given = run.take(hour, record, mode, final=has_landed(record))
                     report, loaded = report + done, loaded + given
                 report += run.settle()
                 entries += [] if run.context.dry_run else unloaded.keep(run.pull.set_aside)
@@ -260,7 +262,7 @@ def loaded_for(partition: str) -> int | None:
     return int(application_id) if resource == EVENTS else None
 
 
-def partition_of(exports: Exports, resource: Resource) -> str:
+def partition_of(exports: Exports, resource: LogResource) -> str:
     """`{application}:{resource}`: another application has a cursor of its own."""
     return f"{exports.application_id}:{resource.name}"
 
@@ -370,7 +372,7 @@ def _missing(counts: Mapping[datetime, int], known: Mapping[datetime, Record], d
     for at, number in counts.items():
         record = known.get(at)
         more = number - (record.source_cells if record else 0)
-        if day.start <= at < day.end and more > 0 and (record is None or was_had(record)):
+        if day.start <= at < day.end and more > 0 and (record is None or has_landed(record)):
             found[at] = more
     return found
 

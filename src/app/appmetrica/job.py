@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
 
-from app.appmetrica.client import Exports, RequestRefused, Resource, resources
+from app.appmetrica.client import Exports, LogResource, RequestRefused, resources
 from app.appmetrica.hours import (
     DUE_AFTER,
     NAME,
@@ -28,11 +28,11 @@ from app.core.runs import Context, Report, Stop
 from app.core.windows import Window
 from app.db.state import SqlPulls
 from app.object_store.port import ObjectStore
-from app.ops.connection_checks import System
-from app.product_events.hours import Mode, PartitionRun, PullContext, PulledHour, spool_of
-from app.product_events.mapping import Events
+from app.ops.connection_checks import ConnectionCheck
+from app.product_events.hours import PartitionRun, PullContext, PulledHour, PullMode, spool_of
+from app.product_events.mapping import EventWarehouse
 from app.product_events.pull import PullPipeline, heard
-from app.product_events.verify import Given, PullChart, PullEnds
+from app.product_events.verify import Given, PullEnds, PullGapMap
 
 OFF = "set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID"
 
@@ -42,7 +42,7 @@ def build(
     checkpoints: Checkpoints,
     pulls: SqlPulls,
     store: ObjectStore,
-    warehouse: Events,
+    warehouse: EventWarehouse,
     *,
     clock: Callable[[], datetime],
 ) -> PullPipeline[Exports | None]:
@@ -84,7 +84,7 @@ def build(
     def verification(stop: Stop) -> AppMetricaEnds:
         return AppMetricaEnds(pull, configured(), [resources()[name] for name in given.resources], stop)
 
-    check = exports and System(
+    check = exports and ConnectionCheck(
         "appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", heard(pull, exports.ping, f"{given.application_id}:")
     )
     return PullPipeline(
@@ -92,7 +92,7 @@ def build(
         off="" if exports else OFF,
         runs=runs,
         verification=verification,
-        chart=PullChart(pull),
+        chart=PullGapMap(pull),
         service=exports,
         checks=[check] if check else (),
     )
@@ -107,13 +107,13 @@ LATER = "verify again in some minutes: the same file is asked for; APPMETRICA_PO
 class AppMetricaEnds(PullEnds):
     """`app.core.verify.Ends` over the pull. Partitions are `{application}:{resource}`, windows hours of receipt."""
 
-    def __init__(self, pull: PullContext, exports: Exports, resources: Iterable[Resource], stop: Stop) -> None:
+    def __init__(self, pull: PullContext, exports: Exports, resources: Iterable[LogResource], stop: Stop) -> None:
         self.exports, self.resources = exports, {partition_of(exports, each): each for each in resources}
         super().__init__(pull, self.resources, stop)
 
     def mend(self, run: PartitionRun, hour: PulledHour, record: Record | None, over: str | None) -> Report:
         """See `PullEnds.mend`."""
-        return replace(run.land(hour, record, Mode.AGAIN, over=over)[0], windows=1)
+        return replace(run.land(hour, record, PullMode.AGAIN, over=over)[0], windows=1)
 
     def ask(self, partition: str, span: Window) -> tuple[Window, Given]:
         """See `PullEnds.ask`. A fault is that of all hours of the span: the first one waits for all."""

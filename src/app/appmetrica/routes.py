@@ -23,7 +23,7 @@ from app.appmetrica.client import (
     Exports,
     LogsRequest,
     logs_request,
-    longer,
+    next_pause,
     request_of,
     resources,
 )
@@ -31,7 +31,7 @@ from app.appmetrica.rows import merged
 from app.core.errors import AppError
 from app.core.runs import Stop
 from app.db.state import PendingExport
-from app.web.api import Streamed, refuse_unknown_parameters
+from app.web.api import StreamedResponse, refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Answers, Refusal, Refused, faults
 
@@ -201,10 +201,10 @@ async def _fetched(
                 return JSONResponse(waits.model_dump(), 202, headers={"Retry-After": str(round(pause_seconds + 0.5))})
             await asyncio.sleep(pause_seconds)
             left_seconds -= pause_seconds
-            interval_seconds = longer(interval_seconds)
+            interval_seconds = next_pause(interval_seconds)
         name = f"appmetrica_{under_way.request.resource}_{export.export_id}.csv"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-        return Streamed(_body(under_way), held.pop_all(), headers=headers, media_type="text/csv; charset=utf-8")
+        return StreamedResponse(_body(under_way), held.pop_all(), headers=headers, media_type="text/csv; charset=utf-8")
     finally:
         stop.ask("the caller went away")
         held.close()

@@ -24,7 +24,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 from app.core.errors import Permanent, Rejected
 from app.core.files import temporary_file
-from app.core.verify import Content
+from app.core.verify import WindowContent
 from app.core.windows import HOUR_SECONDS, Window, floor_to, windows_between
 from app.product_events.hours import REFUSED
 from app.product_events.mapping import Tables, mapping
@@ -236,7 +236,7 @@ class ReceiptHourFile:
                     csv.writer(text, lineterminator="\n").writerow(row)
                     self.refuse(self.window.start, BadRow(REFUSED, text.getvalue().encode(), error.message, row))
 
-    def content(self) -> Content:
+    def content(self) -> WindowContent:
         """See `PulledHour.content`."""
         from app.object_store.row_digest import content_of  # numpy and pyarrow, which a pull does not need
 

@@ -26,7 +26,7 @@ HEADING = """\
 """
 
 
-def meanings() -> dict[str, str]:
+def descriptions() -> dict[str, str]:
     """What each variable is for, by `group.field`: the text below its field. Only the source has these."""
     source = ast.parse(inspect.getsource(settings))
     classes = {each.name: each for each in source.body if isinstance(each, ast.ClassDef)}
@@ -41,7 +41,7 @@ def meanings() -> dict[str, str]:
 
 def env_example() -> str:
     """The whole text of `.env.example`: every name once, each assignment commented out."""
-    said, lines, seen = meanings(), [HEADING], set[str]()
+    said, lines, seen = descriptions(), [HEADING], set[str]()
     for title, variables in groupby(VARIABLES, lambda each: each.title):
         lines.append(f"# ---- {title} ----")
         for variable in variables:
@@ -56,7 +56,7 @@ def env_example() -> str:
 
 def table() -> str:
     """README's tables, one for each part, without the markers."""
-    said = meanings()
+    said = descriptions()
     groups = groupby(VARIABLES, lambda each: each.title)
     return "\n".join(line for title, each in groups for line in (f"**{title}**", "", *_rows(each, said), ""))
 

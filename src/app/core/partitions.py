@@ -29,7 +29,7 @@ from app.core.pipeline import (
     Record,
 )
 from app.core.runs import Context, Done, Failure, Lease, Report, ReportSum
-from app.core.sync import counted, is_as_confirmed, sync_partition
+from app.core.sync import is_as_confirmed, ledger_of_counts, sync_partition
 from app.core.windows import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -46,7 +46,7 @@ FIRST_AT_ONCE, JITTER_SECONDS = 2, 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class _Failing:
+class _FailingPartition:
     """A partition that failed: how often in a row, when it did last, and why.
 
     A first failure for a transient cause does not count: when the state or the store was away for a moment, the next
@@ -68,7 +68,7 @@ class Backoff:
     """Which partitions failed, remembered by this process from run to run. From any thread."""
 
     def __init__(self) -> None:
-        self._failing: dict[str, _Failing] = {}
+        self._failing: dict[str, _FailingPartition] = {}
         self._lock = threading.Lock()
 
     def turns(self, partitions: Sequence[str], now: datetime) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
@@ -92,7 +92,7 @@ class Backoff:
         with self._lock:
             before = self._failing.get(failure.partition)
             times = before.times + 1 if before else int(not may_pass)
-            self._failing[failure.partition] = _Failing(times, now, failure)
+            self._failing[failure.partition] = _FailingPartition(times, now, failure)
 
     def is_failing(self, partition: str) -> bool:
         """True when the partition failed when it was tried last."""
@@ -104,7 +104,7 @@ class Backoff:
             self._failing.pop(partition, None)
 
 
-class Settling:
+class SettlingSchedule:
     """Which live windows a pass counts: those that ended lately each time, older ones every SETTLING_PAUSE, since few
     rows come so late. Remembered by this process from run to run.
     """
@@ -124,7 +124,7 @@ class Settling:
         self._all_done_at = now
 
 
-class Rising:
+class AdaptiveConcurrency:
     """How many partitions are worked on at once: two at first, and more while the source answers as fast as before.
 
     A source, or this process's one core of Python, that is busy answers later: then it is fewer again. From any thread.
@@ -185,21 +185,21 @@ class SyncPlan:
     def left(self) -> Report:
         """All that was counted waits for a later run."""
         each = (one for some in self.counts.values() for one in some.values())
-        return Report(ledger=counted(self.unit, each, "waiting"))
+        return Report(ledger=ledger_of_counts(self.unit, each, "waiting"))
 
 
 Step = Callable[[Context, SyncPlan], Report]
 """One step of each partition of a plan, under the lease of the context."""
 
 
-def in_this_process(context: Context, plan: SyncPlan, step: Step) -> Report:
+def run_in_process(context: Context, plan: SyncPlan, step: Step) -> Report:
     """The whole plan as one shard, at once."""
     with context.part(f"{plan.pipeline}/0") as own:
         return step(own, plan) if own else plan.left()
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class PassOptions:
     """How a pass is made. `first_at` is where a new partition begins. `nothing_found` is asked when no partition has
     anything in its live windows, and raises when that is not because the source is empty: then no cursor moves.
 
@@ -214,12 +214,12 @@ class Pass:
     probe: Callable[[], None]
     nothing_found: Callable[[], None]
     backoff: Backoff = field(default_factory=Backoff)
-    settling: Settling = field(default_factory=Settling)
+    settling: SettlingSchedule = field(default_factory=SettlingSchedule)
     concurrency: int = 4
     latency_seconds: Callable[[], float | None] = lambda: None
     transient_limit: int = 5
     retry_seconds: float = 20.0
-    steps: Callable[[Context, SyncPlan, Step], Report] = in_this_process
+    steps: Callable[[Context, SyncPlan, Step], Report] = run_in_process
 
 
 class BatchedCheckpoints:
@@ -285,7 +285,7 @@ class BatchedCheckpoints:
             self._waiting = []
 
 
-def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
+def sync_all(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Report:
     """Bring every partition one step forward: plan, then step. Raises Transient when the source or the sink fails for
     all of them.
     """
@@ -313,7 +313,7 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
 
     idle = {name for name in cursors if is_idle(name)}
     confirmed = (count for name in idle for count in live.get(name, {}).values())
-    report = Report(ledger=counted(pipeline.unit, confirmed, "already_there"))
+    report = Report(ledger=ledger_of_counts(pipeline.unit, confirmed, "already_there"))
     context.done(report)
     log.debug("%d of %d partitions are as confirmed", len(idle), len(cursors))
     context.progress.advance(total=len(cursors), done=len(idle))
@@ -327,7 +327,11 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
 
 
 def sync_step(
-    pipeline: Pipeline[B, E], context: Context, plan: SyncPlan, how: Pass, checkpoints: BatchedCheckpoints | None = None
+    pipeline: Pipeline[B, E],
+    context: Context,
+    plan: SyncPlan,
+    how: PassOptions,
+    checkpoints: BatchedCheckpoints | None = None,
 ) -> Report:
     """One step of each partition of a plan or of a shard of it. Raises as `sync_all`.
 
@@ -353,10 +357,12 @@ def sync_step(
         context.progress.advance(done=1)
 
     def left(partition: str) -> Report:
-        return Report(ledger=counted(pipeline.unit, plan.counts[partition].values(), "waiting"))
+        return Report(ledger=ledger_of_counts(pipeline.unit, plan.counts[partition].values(), "waiting"))
 
     try:
-        report = isolated(pipeline, context, sorted(plan.cursors), one, how=replace(how, now=plan.now), left=left)
+        report = run_each_partition(
+            pipeline, context, sorted(plan.cursors), one, how=replace(how, now=plan.now), left=left
+        )
     except (Transient, Permanent, Stopped):
         checkpoints.flush(pipeline.name, context.lease)
         raise
@@ -364,7 +370,7 @@ def sync_step(
     return report
 
 
-def _cursors(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Mapping[str, datetime]:
+def _cursors(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Mapping[str, datetime]:
     """Partition -> cursor, for all that are known or newly discovered; new ones are committed first.
 
     One whose cursor is lost, or was set by a clock that was ahead, goes on where the destination says. From the first
@@ -397,7 +403,7 @@ def live_windows(pipeline: Pipeline[B, E], now: datetime) -> Sequence[Window]:
     return found[::-1]
 
 
-class _Outage:
+class _CircuitBreaker:
     """Tells an outage of the source or the sink from failures that are the partitions' own: when many fail in a row,
     both are probed, once a pass.
     """
@@ -428,22 +434,22 @@ class _Outage:
             raise self._outage
 
 
-def isolated(
+def run_each_partition(
     pipeline: Pipeline[B, E],
     context: Context,
     partitions: Sequence[str],
     one: Callable[[str, Done], None],
     *,
-    how: Pass,
+    how: PassOptions,
     left: Callable[[str], Report] = lambda _: Report(),
 ) -> Report:
     """Run `one` for each partition, `how.concurrency` at a time; a failing one is reported and the others go on.
 
     `left` is what a partition that still waits for its turn leaves for a later run.
     """
-    outage = _Outage(how.transient_limit, how.probe)
+    outage = _CircuitBreaker(how.transient_limit, how.probe)
     how.latency_seconds()  # of what was asked before
-    rising = Rising(how.concurrency, how.latency_seconds)
+    rising = AdaptiveConcurrency(how.concurrency, how.latency_seconds)
 
     def attempt(partition: str) -> Report:
         context.stop.check()

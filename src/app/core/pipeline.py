@@ -185,7 +185,7 @@ MISSING, FOREIGN = "missing", "foreign"
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class ObjectState:
     """What a sink holds under a window's name: its version, and what its writer said of it ("" and None if unknown).
 
     `tags`: ALL_TAGS when its rows have all that tells rows apart; SOME_TAGS when rows that an older version cut are
@@ -213,7 +213,7 @@ class Record:
     `fields`: by field, how many values of the source the object holds. `source_digest`: that of the rows that the
     source answered; `digest` is that of the object, which may hold rows that the source no longer has. Both are empty
     for a record of an older version. `sums`: what the source's values came to when the window was closed. `folded`: see
-    `Held`.
+    `ObjectState`.
 
     `trouble`: what the last listing showed instead of the object, MISSING (nothing) or FOREIGN (a version that
     Headwater did not write); "" when all is well. `written_at`: when this was confirmed.
@@ -238,9 +238,11 @@ class Record:
     written_at: datetime | None = field(default=None, compare=False)
 
     @property
-    def held(self) -> Held:
+    def held(self) -> ObjectState:
         """The object as this record knows it."""
-        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes, folded=self.folded)
+        return ObjectState(
+            self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes, folded=self.folded
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +303,7 @@ class Sink(Protocol[B_contra, E]):
     def key(self, partition: str, window: Window, part: int) -> str:
         """The object's name, a function of the arguments alone. Raises Rejected when the partition cannot be named."""
 
-    def head(self, key: str) -> Held | None:
+    def head(self, key: str) -> ObjectState | None:
         """What is there now; None when nothing is."""
 
     def read(self, key: str, version: str) -> Iterable[Any]:
@@ -371,7 +373,7 @@ class Checkpoints(Protocol):
         """An object could not be deleted, and why; "" when it is gone. Needs no lease."""
 
 
-class KnownRows:
+class WrittenRows:
     """Which rows the objects of open windows have, as far as this process wrote them: a memory that may be lost at any
     time. Bounded: the windows that were written longest ago are forgotten first. From any thread.
     """
@@ -458,7 +460,7 @@ class Pipeline(Generic[B, E]):
     asks_sink: bool = False
     by_digest: bool = False
     deltas: Deltas[E] | None = None
-    identities: KnownRows = field(default_factory=KnownRows)
+    identities: WrittenRows = field(default_factory=WrittenRows)
     kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
     large_points: int = 1 << 62
     large_turns: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(LARGE_AT_ONCE))
@@ -470,7 +472,7 @@ class Pipeline(Generic[B, E]):
     summarise: Callable[[E, str, str], Sequence[Any]] | None = None
     summarises_open: bool = False
 
-    def keep(self, task: "Task", version: str, batch: B) -> None:
+    def keep(self, task: "WindowTask", version: str, batch: B) -> None:
         """Remember which rows `version` has, while its window is open, and the rows themselves when that pays."""
         slot = (task.partition, task.window.start)
         self.identities.keep(slot, version, None if task.final or self.by_digest else batch.identities)
@@ -481,7 +483,7 @@ class Pipeline(Generic[B, E]):
         """True when `batch` belongs to the pipeline."""
         return any(batch is mine for _, mine in list(self.kept.values()))
 
-    def take(self, task: "Task", version: str) -> B | None:
+    def take(self, task: "WindowTask", version: str) -> B | None:
         """Hand over the rows that this process wrote as `version`; any other memory of the window is dropped."""
         known, batch = self.kept.pop((task.partition, task.window.start), ("", None))
         if batch is None or (known == version and not task.final):
@@ -491,7 +493,7 @@ class Pipeline(Generic[B, E]):
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class WindowTask:
     """One window to bring up to date. `count` was taken before; `record` is what is confirmed so far.
 
     `asks`: the destination is asked what it holds, deltas of older versions included, whatever the record says.

@@ -12,9 +12,21 @@ from itertools import islice
 from typing import TypeVar
 
 from app.core.errors import Permanent, Rejected
-from app.core.pipeline import FOREIGN, MISSING, NOTHING, Batch, Count, Encoded, Objects, Pipeline, Record, Sums, Task
+from app.core.pipeline import (
+    FOREIGN,
+    MISSING,
+    NOTHING,
+    Batch,
+    Count,
+    Encoded,
+    Objects,
+    Pipeline,
+    Record,
+    Sums,
+    WindowTask,
+)
 from app.core.runs import Context, Done, Failure, Report, ReportSum
-from app.core.sync import counted, delete_deltas, settle
+from app.core.sync import delete_deltas, ledger_of_counts, sync_window
 from app.core.windows import Age, FailedWindows, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -59,11 +71,11 @@ def fill(
                 is_new = pipeline.sink.head(pipeline.sink.key(partition, window, 0)) is None
             if confirmed and not (by_content or always_writes or window.start in with_deltas):
                 log.debug("%s %s: %d values counted, as confirmed", partition, window, count.cells)
-                done(Report(ledger=counted(pipeline.unit, [count], "already_there")))
+                done(Report(ledger=ledger_of_counts(pipeline.unit, [count], "already_there")))
             elif count != NOTHING or not is_new:
-                task = Task(partition, window, count, record, final=True, asks=True, always_writes=always_writes)
+                task = WindowTask(partition, window, count, record, final=True, asks=True, always_writes=always_writes)
                 with failed.one():
-                    done(settle(pipeline, context, task))
+                    done(sync_window(pipeline, context, task))
                 failed.check_outage()
             context.progress.advance(done=1)
     done(_failures(partition, failed))
@@ -95,23 +107,23 @@ def heal_window(pipeline: Pipeline[B, E], context: Context, partition: str, wind
     count = pipeline.source.counts(partition, [window]).get((partition, window.start), NOTHING)
     found = pipeline.checkpoints.records(pipeline.name, partition, window.start, window.end)
     record = next((each for each in found if not each.part), None)
-    task = Task(partition, window, count, record, final=_is_due(pipeline, window, now), asks=True, mends=True)
+    task = WindowTask(partition, window, count, record, final=_is_due(pipeline, window, now), asks=True, mends=True)
     there = pipeline.sink.head(pipeline.sink.key(partition, window, 0))
     # Only what Headwater wrote notes a digest: this is another program's, and its rows are none of ours.
     if record is not None and there is not None and there.version != record.version and not there.digest:
         return _replace(pipeline, context, task)
     try:
-        return settle(pipeline, context, task)
+        return sync_window(pipeline, context, task)
     except Permanent as error:
         log.warning("%s", error)
         return _replace(pipeline, context, task)
 
 
-def _replace(pipeline: Pipeline[B, E], context: Context, task: Task) -> Report:
+def _replace(pipeline: Pipeline[B, E], context: Context, task: WindowTask) -> Report:
     """Write the source's rows over an object that Headwater did not write, or that cannot be read."""
     if task.count == NOTHING:
         raise Permanent(f"{task.partition} {task.window}: is damaged, and the source has no rows of it", GONE_HINT)
-    return settle(pipeline, context, replace(task, replaces=True))
+    return sync_window(pipeline, context, replace(task, replaces=True))
 
 
 # The reconcile: past windows in a listing of the destination and in sums of the source, compared with their
@@ -142,13 +154,13 @@ def _same(asked: Sums, known: Sums) -> bool:
     return abs(asked.total - known.total) <= 2 * known.values * ROUNDING * known.magnitude
 
 
-def said_of(troubles: Mapping[str, int]) -> Sequence[str]:
+def describe_trouble(troubles: Mapping[str, int]) -> Sequence[str]:
     """What is wrong with so many objects, for people."""
     words = {MISSING: "missing at the destination", FOREIGN: "replaced by another program"}
     return [f"{troubles[trouble]} objects {said}" for trouble, said in words.items() if troubles.get(trouble)]
 
 
-def look(
+def check_objects(
     pipeline: Pipeline[B, E],
     partition: str,
     records: Sequence[Record],
@@ -214,7 +226,7 @@ def reconcile(
         listed = pipeline.deltas.objects(partition, step) if pipeline.deltas else {}
         numbers = {name for record in records for name, sums in record.sums.items() if sums.total is not None}
         sums = asked(partition, step, numbers)
-        troubles = look(pipeline, partition, records, listed, dry_run=context.dry_run)
+        troubles = check_objects(pipeline, partition, records, listed, dry_run=context.dry_run)
         for window in step:
             context.stop.check()
             with failed.one():
@@ -276,14 +288,16 @@ def _reconciled(
         return Report()
     has_more = record is not None and record.digest != record.source_digest
     if is_confirmed and not reads and not (has_more and pipeline.shrink):
-        return Report(ledger=counted(pipeline.unit, [count], "already_there"))
-    left = counted(pipeline.unit, [count], "waiting")
+        return Report(ledger=ledger_of_counts(pipeline.unit, [count], "already_there"))
+    left = ledger_of_counts(pipeline.unit, [count], "waiting")
     if is_in_trouble and not heals:
         return Report(ledger=left)
     try:
         if is_in_trouble:
             return heal_window(pipeline, context, partition, window, now)
-        return settle(pipeline, context, Task(partition, window, count, record, final=True, asks=not is_as_recorded))
+        return sync_window(
+            pipeline, context, WindowTask(partition, window, count, record, final=True, asks=not is_as_recorded)
+        )
     except (Permanent, Rejected) as error:
         return Report(failures=(Failure(partition, error.message, error.hint),), ledger=left)
 

@@ -33,7 +33,7 @@ class Pauses(Protocol):
         """Wait; raise `Stopped` as soon as a stop is asked for."""
 
 
-class Pace:
+class RequestPacer:
     """Questions one after the other with rests between them, so that whatever they cost the other side, it is at most
     `share` of one core. Rests are gathered until they come to LEAST_REST_SECONDS, and other work in between counts.
     From any thread.

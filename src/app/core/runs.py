@@ -171,7 +171,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Total:
+class RunTotal:
     """All runs of a job that ever ended with one outcome: how many, what they did together, and when the last ended."""
 
     job: str
@@ -260,7 +260,7 @@ class Progress(Protocol):
         """`done` more units finished, `total` more known to be ahead, `rows` more rows moved. From any thread."""
 
 
-class Unwatched:
+class NoProgress:
     """Progress that nobody looks at."""
 
     def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
@@ -280,23 +280,23 @@ class Context:
     progress: Progress
     dry_run: bool = False
     now_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    desk: "RunDesk | None" = None
+    services: "RunServices | None" = None
     done: ReportSum = field(default_factory=ReportSum)
     _since: float = field(default_factory=time.monotonic)
 
     @contextmanager
     def part(self, name: str) -> Iterator["Context | None"]:
         """This run under the lease `name` instead of its own, for a part of its work; None while another process has
-        that. Without a desk to ask, the run's own lease covers its parts.
+        that. Without services to ask, the run's own lease covers its parts.
         """
-        if self.desk is None:
+        if self.services is None:
             yield self
             return
-        lease = self.desk.leases.acquire(name, self.desk.terms.owner, self.desk.terms.ttl_seconds)
+        lease = self.services.leases.acquire(name, self.services.terms.owner, self.services.terms.ttl_seconds)
         if lease is None:
             yield None
             return
-        with _renewed(lease, self.desk, self.stop) as stop:
+        with _renewed(lease, self.services, self.stop) as stop:
             yield replace(self, lease=lease, stop=stop)
 
     def clock(self) -> datetime:
@@ -305,7 +305,7 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
-class Exits:
+class ExitCodes:
     """Exit codes of a command that ran a job and did not end well; `busy`: another process holds its lease."""
 
     partial: int = 1
@@ -326,7 +326,7 @@ class Job:
     interval_seconds: int
     work: Callable[[Context], Report]
     off: str = ""
-    exits: Exits = Exits()
+    exits: ExitCodes = ExitCodes()
     unit: str = "window"
     busy_seconds: float = 0.0
     helper_of: str = ""
@@ -343,7 +343,7 @@ class LeaseTerms:
 
 
 @dataclass(frozen=True, slots=True)
-class RunDesk:
+class RunServices:
     """What executing a run needs from outside: the clock, the records, the leases, and who is told of the end.
 
     `requests` takes what was counted for a run, given its id.
@@ -358,43 +358,49 @@ class RunDesk:
 
 
 def execute(
-    job: Job, desk: RunDesk, stop: Stop, progress: Progress, *, started_by: str = "schedule", dry_run: bool = False
+    job: Job,
+    services: RunServices,
+    stop: Stop,
+    progress: Progress,
+    *,
+    started_by: str = "schedule",
+    dry_run: bool = False,
 ) -> Run | None:
     """Run `job` once under its lease and record what happened; None when another process holds the lease.
 
     Never raises for anything the job does: this is the one place where any exception ends as a recorded outcome.
     """
-    run = Run(uuid4().hex, job.name, desk.clock(), started_by=started_by)
+    run = Run(uuid4().hex, job.name, services.clock(), started_by=started_by)
     cause: BaseException | None = None
     done = ReportSum()
     try:
-        lease = desk.leases.acquire(job.name, desk.terms.owner, desk.terms.ttl_seconds)
+        lease = services.leases.acquire(job.name, services.terms.owner, services.terms.ttl_seconds)
         if lease is None:
             return None
-        with _renewed(lease, desk, stop) as own_stop:
+        with _renewed(lease, services, stop) as own_stop:
             # Both times are taken while the lease is held, and the clock is asked once: no two recorded runs of a job
             # overlap, and none ends before it began, whatever is done to the clock meanwhile.
-            run = replace(run, started_at=lease.acquired_at or desk.clock())
-            context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at, desk, done)
+            run = replace(run, started_at=lease.acquired_at or services.clock())
+            context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at, services, done)
             if not dry_run:
-                desk.runs.save(run)
+                services.runs.save(run)
             token = current_run.set(run.run_id)
             try:
                 report = job.work(context)
             finally:
                 current_run.reset(token)
-                run = replace(run, ended_at=context.clock(), requests=desk.requests(run.run_id))
+                run = replace(run, ended_at=context.clock(), requests=services.requests(run.run_id))
         run = _reported(run, report)
     except Exception as error:  # noqa: BLE001 - the one handler of its kind: whatever a job does, its run gets an outcome
         cause = error
         run = _failed(replace(run, report=done.total), error)
-    run = replace(run, ended_at=run.ended_at or max(desk.clock(), run.started_at))
+    run = replace(run, ended_at=run.ended_at or max(services.clock(), run.started_at))
     if not dry_run:
         try:
-            desk.runs.save(run)
+            services.runs.save(run)
         except AppError as error:  # a store that is away must not hide how the run ended
             cause = error
-    desk.ended(run, cause)
+    services.ended(run, cause)
     return run
 
 
@@ -420,15 +426,15 @@ def _failed(run: Run, error: Exception) -> Run:
 
 
 @contextmanager
-def _renewed(lease: Lease, desk: RunDesk, stop: Stop) -> Iterator[Stop]:
+def _renewed(lease: Lease, services: RunServices, stop: Stop) -> Iterator[Stop]:
     """Keep the lease alive from a thread of its own; losing it asks this run, and only this run, to stop."""
     done = threading.Event()
 
     def beat(own_stop: Stop) -> None:
         held = lease
-        while not done.wait(desk.terms.heartbeat_seconds):
+        while not done.wait(services.terms.heartbeat_seconds):
             try:
-                held = desk.leases.renew(held, desk.terms.ttl_seconds)
+                held = services.leases.renew(held, services.terms.ttl_seconds)
             except LeaseLost as error:
                 own_stop.ask(error.message)
                 return
@@ -448,6 +454,6 @@ def _renewed(lease: Lease, desk: RunDesk, stop: Stop) -> Iterator[Stop]:
             done.set()
             heart.join()
             try:
-                desk.leases.release(lease)
+                services.leases.release(lease)
             except AppError as error:  # away: it expires by itself, which costs others at most its TTL
                 log.warning("the lease of %s could not be given back and runs out by itself: %s", lease.name, error)

@@ -29,14 +29,14 @@ from app.core.pipeline import (
     Commit,
     Count,
     Encoded,
-    Held,
     Objects,
+    ObjectState,
     Pipeline,
     Position,
     Record,
     Shrink,
     Sums,
-    Task,
+    WindowTask,
 )
 from app.core.runs import Context, Done, Report, ReportSum
 from app.core.windows import Age, FailedWindows, Window, age_of
@@ -102,11 +102,11 @@ def sync_partition(
             _refresh(pipeline, context, replace(at, cursor_at=passed), left=left, done=done, failed=failed)
         failed.check()
     finally:
-        done(Report(ledger=counted(pipeline.unit, left.values(), "waiting")))
+        done(Report(ledger=ledger_of_counts(pipeline.unit, left.values(), "waiting")))
     return done.total
 
 
-def counted(unit: str, counts: Iterable[Count], entry: str) -> Ledger:
+def ledger_of_counts(unit: str, counts: Iterable[Count], entry: str) -> Ledger:
     """The ledger of what was counted and is all one `entry`: "waiting" for a later run, or "already_there"."""
     fields: dict[str, int] = {}
     for one in counts:
@@ -147,15 +147,15 @@ def _close_due(
         if window.start in work:
             with failed.one():
                 known = None if failed.first else ahead  # after a failure, it is behind
-                task = Task(partition, *work[window.start], records.get(window.start), final=True, ahead=known)
-                report = settle(pipeline, context, task, moves_cursor=failed.first is None)
+                task = WindowTask(partition, *work[window.start], records.get(window.start), final=True, ahead=known)
+                report = sync_window(pipeline, context, task, moves_cursor=failed.first is None)
                 done(report)
                 written += report.windows
                 committed = window.end
                 left.pop(window.start, None)
         elif window.start in counts:
             log.debug("%s %s: %d values counted, closed already", partition, window, counts[window.start].cells)
-            done(Report(ledger=counted(pipeline.unit, [left.pop(window.start)], "already_there")))
+            done(Report(ledger=ledger_of_counts(pipeline.unit, [left.pop(window.start)], "already_there")))
         passed = passed if failed.first else window.end
         context.progress.advance(done=1)
     if passed > committed and failed.first is None and not context.dry_run:
@@ -186,16 +186,16 @@ def _refresh(
         record, count = records.get(window.start), left.get(window.start, NOTHING)
         if is_as_confirmed(record, count):
             log.debug("%s %s: %d values counted, as confirmed: nothing to write", at.partition, window, count.cells)
-            done(Report(ledger=counted(pipeline.unit, [count], "already_there")))
+            done(Report(ledger=ledger_of_counts(pipeline.unit, [count], "already_there")))
         elif record and record.written_at and 0 <= (at.now - record.written_at).total_seconds() < grid.rewrite_seconds:
             # Each write is charged. A time ahead of now counts as long ago.
             there = {name: min(number, record.fields.get(name, 0)) for name, number in count.fields.items()}
             rest = {name: number - there[name] for name, number in count.fields.items()}
             later[window.start] = replace(count, fields=rest)
-            done(Report(ledger=counted(pipeline.unit, [replace(count, fields=there)], "already_there")))
+            done(Report(ledger=ledger_of_counts(pipeline.unit, [replace(count, fields=there)], "already_there")))
         else:
             with failed.one():
-                done(settle(pipeline, context, Task(at.partition, window, count, record, final=False)))
+                done(sync_window(pipeline, context, WindowTask(at.partition, window, count, record, final=False)))
                 left.pop(window.start, None)
             continue
         left.pop(window.start, None)
@@ -220,7 +220,7 @@ def _records(pipeline: Pipeline[B, E], partition: str, windows: Sequence[Window]
     return {record.window.start: record for record in found if record.part == 0}
 
 
-def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_cursor: bool = False) -> Report:
+def sync_window(pipeline: Pipeline[B, E], context: Context, task: WindowTask, *, moves_cursor: bool = False) -> Report:
     """Make the window's object equal to the source and commit it, closed when `task.final`. Idempotent.
 
     Order: the object with the rows of its deltas, the commit, then the deltas go. Killed in between, the object says
@@ -278,7 +278,7 @@ def delete_deltas(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
             pipeline.checkpoints.note_undeleted(pipeline.name, key, "")
 
 
-def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Settled[B]:
+def _write(pipeline: Pipeline[B, E], context: Context, task: WindowTask) -> _Settled[B]:
     """Version, source, compare-and-swap; after a conflict all three again. Raises Transient when it never settles."""
     key = pipeline.sink.key(task.partition, task.window, 0)
     held = pipeline.sink.head(key) if pipeline.asks_sink or task.asks else task.record.held if task.record else None
@@ -314,7 +314,9 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Settled[B
     )
 
 
-def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | None, one: _Settled[B]) -> None:
+def _put(
+    pipeline: Pipeline[B, E], context: Context, task: WindowTask, held: ObjectState | None, one: _Settled[B]
+) -> None:
     """Encode and swap, unless the object holds these rows and nothing has to be closed."""
     batch, key = one.batch, pipeline.sink.key(task.partition, task.window, 0)
     same = batch.rows == 0 if held is None else batch.digest == held.digest
@@ -337,7 +339,7 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
         if not context.dry_run:
             version, is_ours = _swap(pipeline, task, held, batch, encoded, folded=folded)
             pipeline.keep(task, version, batch)
-        one.record = _record(task, key, Held(version, size_bytes=encoded.size_bytes, folded=folded), one)
+        one.record = _record(task, key, ObjectState(version, size_bytes=encoded.size_bytes, folded=folded), one)
         one.stored_bytes, one.corrected_rows = encoded.size_bytes, batch.corrected_rows
         one.new_rows = batch.new_rows if one.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
         if pipeline.summarise and is_ours and (task.final or pipeline.summarises_open):
@@ -345,7 +347,7 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
 
 
 def _swap(
-    pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E, *, folded: int
+    pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState | None, batch: B, encoded: E, *, folded: int
 ) -> tuple[str, bool]:
     """The new version, and whether it has these very bytes. A lost answer is adopted; any other conflict is raised.
 
@@ -366,7 +368,7 @@ def _swap(
         return there.version, is_ours
 
 
-def _record(task: Task, key: str, held: Held, one: _Settled[B]) -> Record:
+def _record(task: WindowTask, key: str, held: ObjectState, one: _Settled[B]) -> Record:
     batch = one.batch
     return Record(
         window=task.window,
@@ -388,7 +390,7 @@ def _record(task: Task, key: str, held: Held, one: _Settled[B]) -> Record:
 
 
 @contextmanager
-def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterator[_Settled[B]]:
+def _reading(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState | None) -> Iterator[_Settled[B]]:
     """The window's rows, closed at the end unless they were kept; rows that only the sink still has are put back in."""
     kept = pipeline.take(task, held.version if held else "")
     try:
@@ -427,7 +429,9 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
             batch.close()
 
 
-def _united(pipeline: Pipeline[B, E], task: Task, batch: B, rows: Sequence[Iterable[Any]], shrink: Shrink | None) -> B:
+def _united(
+    pipeline: Pipeline[B, E], task: WindowTask, batch: B, rows: Sequence[Iterable[Any]], shrink: Shrink | None
+) -> B:
     """The batch with what only the object has. While its window is not closed, an object that cannot be read is written
     again from the source; of a closed one a person is told first, since the source may have forgotten its rows.
     """
@@ -442,7 +446,7 @@ def _united(pipeline: Pipeline[B, E], task: Task, batch: B, rows: Sequence[Itera
     return united
 
 
-def _is_confirmed(pipeline: Pipeline[B, E], task: Task, held: Held, source_digest: str) -> bool:
+def _is_confirmed(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState, source_digest: str) -> bool:
     """True when nothing has to be closed, and the source answers what it did when this very version was confirmed: its
     rows stand in the object, whatever else does.
     """
@@ -455,7 +459,7 @@ def _is_confirmed(pipeline: Pipeline[B, E], task: Task, held: Held, source_diges
     return same and (record.closed or not task.final)
 
 
-def _needs_union(pipeline: Pipeline[B, E], task: Task, held: Held, batch: B) -> bool:
+def _needs_union(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState, batch: B) -> bool:
     """Whether the version that is replaced may hold rows that the source does not answer any more.
 
     Neither counts nor first and last row can tell that, only the identities of what this process wrote as that version.
@@ -468,7 +472,9 @@ def _needs_union(pipeline: Pipeline[B, E], task: Task, held: Held, batch: B) -> 
     return identities is None or not batch.holds_all(identities)
 
 
-def _deltas(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> tuple[Sequence[str], Sequence[str], int]:
+def _deltas(
+    pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState | None
+) -> tuple[Sequence[str], Sequence[str], int]:
     """Of a window's deltas, which only a pass looks for that asks what is there: the keys of those that go afterwards,
     of those whose rows the object does not hold yet, and the highest part.
 

@@ -23,7 +23,7 @@ NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class WindowContent:
     """What one end holds of a window: the number of rows, and two sums of 64-bit hashes.
 
     `set_aside`: values of the source that no object can hold, by a rule that both ends follow; not part of the rest.
@@ -38,21 +38,21 @@ class Content:
         """The sums as hex."""
         return "".join(f"{each:016x}" for each in self.sums)
 
-    def __add__(self, other: "Content") -> "Content":
+    def __add__(self, other: "WindowContent") -> "WindowContent":
         sums = (one + two for one, two in zip(self.sums, other.sums, strict=True))
         return replace(content_from(self.rows + other.rows, *sums), set_aside=self.set_aside + other.set_aside)
 
 
-NOTHING = Content()
+NOTHING = WindowContent()
 
 
-def content_from(rows: int, *sums: int) -> Content:
+def content_from(rows: int, *sums: int) -> WindowContent:
     """The content with these sums, whatever they grew to."""
-    return Content(rows, tuple(each % LANE for each in sums))
+    return WindowContent(rows, tuple(each % LANE for each in sums))
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Slot:
+class PartitionWindow:
     """One window of one partition."""
 
     partition: str
@@ -62,7 +62,7 @@ class Slot:
         return f"{self.partition} {self.window}"
 
 
-class Sign(Enum):
+class Verdict(Enum):
     """The result for one window, in the signs that `rclone check` made known."""
 
     EQUAL = "="
@@ -73,13 +73,13 @@ class Sign(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ComparedWindow:
     """One window compared. An end that could not be read is None, and `error` and `hint` say why."""
 
-    slot: Slot
-    sign: Sign
-    source: Content | None = None
-    destination: Content | None = None
+    slot: PartitionWindow
+    sign: Verdict
+    source: WindowContent | None = None
+    destination: WindowContent | None = None
     error: str = ""
     hint: str = ""
     healed: bool = False
@@ -94,16 +94,16 @@ class Ends(Protocol):
     def partitions(self, span: Window) -> Sequence[str]:
         """Every partition that may have windows in `span`, sorted."""
 
-    def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
+    def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
         """Every ended window of `span` by partition, oldest first; of one partition, or of all when it is None."""
 
-    def source(self, slot: Slot) -> Content:
+    def source(self, slot: PartitionWindow) -> WindowContent:
         """What the source returns now for the window and a destination must hold, read on another way than the sync."""
 
-    def destination(self, slot: Slot) -> Content:
+    def destination(self, slot: PartitionWindow) -> WindowContent:
         """What the destination really holds under the window's names, read to the last byte."""
 
-    def heal(self, context: Context, slot: Slot) -> Report:
+    def heal(self, context: Context, slot: PartitionWindow) -> Report:
         """Make the destination hold what the source returns, and commit that. Under the job's lease. Idempotent."""
 
 
@@ -111,7 +111,7 @@ Verification = Callable[[Stop], Ends]
 """Opens both ends of a pipeline; its pauses end with the stop."""
 
 
-def verify(ends: Ends, span: Window, stop: Stop, partition: str | None = None) -> Iterator[Verdict]:
+def verify(ends: Ends, span: Window, stop: Stop, partition: str | None = None) -> Iterator[ComparedWindow]:
     """A verdict per window. What is not equal is looked at twice, since a run may have written in between.
 
     Raises Rejected for a partition that is not known.
@@ -120,7 +120,7 @@ def verify(ends: Ends, span: Window, stop: Stop, partition: str | None = None) -
     for slot in ends.slots(span, partition):
         stop.check()
         verdict = compare(ends, slot)
-        yield verdict if verdict.sign is Sign.EQUAL else compare(ends, slot)
+        yield verdict if verdict.sign is Verdict.EQUAL else compare(ends, slot)
 
 
 def refuse_unknown(ends: Ends, span: Window, partition: str | None) -> None:
@@ -132,7 +132,7 @@ def refuse_unknown(ends: Ends, span: Window, partition: str | None) -> None:
     raise Rejected(f"no partition is named {partition[:80]!r}", hint)
 
 
-def compare(ends: Ends, slot: Slot) -> Verdict:
+def compare(ends: Ends, slot: PartitionWindow) -> ComparedWindow:
     """Both ends of one window, the destination first: rows that come in between are then late, never extra."""
     destination = source = None
     try:
@@ -141,27 +141,27 @@ def compare(ends: Ends, slot: Slot) -> Verdict:
     except (Stopped, LeaseLost):
         raise
     except AppError as error:
-        return Verdict(slot, Sign.ERROR, source, destination, error.message, error.hint)
-    return Verdict(slot, sign_of(source, destination), source, destination)
+        return ComparedWindow(slot, Verdict.ERROR, source, destination, error.message, error.hint)
+    return ComparedWindow(slot, sign_of(source, destination), source, destination)
 
 
-def sign_of(source: Content, destination: Content) -> Sign:
+def sign_of(source: WindowContent, destination: WindowContent) -> Verdict:
     """The one sign that says how the two ends stand to each other."""
     if source == destination:
-        return Sign.EQUAL
+        return Verdict.EQUAL
     if not destination.rows:
-        return Sign.MISSING
-    return Sign.DIFFERS if source.rows else Sign.EXTRA
+        return Verdict.MISSING
+    return Verdict.DIFFERS if source.rows else Verdict.EXTRA
 
 
 def heal(
-    ends: Ends, span: Window, context: Context, told: Callable[[Verdict], None], partition: str | None = None
+    ends: Ends, span: Window, context: Context, told: Callable[[ComparedWindow], None], partition: str | None = None
 ) -> Report:
     """Verify `span` and mend what differs; a window that is still not equal afterwards is a failure of the report."""
     report = Report()
     for verdict in verify(ends, span, context.stop, partition):
         context.progress.advance(done=1)
-        if verdict.sign is Sign.EQUAL:
+        if verdict.sign is Verdict.EQUAL:
             told(verdict)
             continue
         mended, after = Report(), verdict
@@ -173,7 +173,7 @@ def heal(
             after = replace(verdict, error=error.message, hint=error.hint)
         else:
             after = compare(ends, verdict.slot)
-            if after.sign is Sign.EQUAL:
+            if after.sign is Verdict.EQUAL:
                 after = replace(after, sign=verdict.sign, healed=True)
         told(after)
         report += mended
@@ -183,11 +183,11 @@ def heal(
     return report
 
 
-def why(verdict: Verdict) -> tuple[str, str]:
+def why(verdict: ComparedWindow) -> tuple[str, str]:
     """What is wrong with a window, and the next step."""
     if verdict.error:
         return verdict.error, verdict.hint
-    words = {Sign.MISSING: "missing at the destination", Sign.EXTRA: "only at the destination"}
+    words = {Verdict.MISSING: "missing at the destination", Verdict.EXTRA: "only at the destination"}
     source, destination = verdict.source or NOTHING, verdict.destination or NOTHING
     counts = f"{source.rows} rows at the source, {destination.rows} at the destination"
     if source.set_aside:
@@ -213,7 +213,7 @@ class CellState(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundObject:
     """One object in a listing: the start of the window that it is named by, and its version."""
 
     window_start: datetime
@@ -222,7 +222,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class MapCell:
     """One window of a partition on the map."""
 
     window: Window
@@ -231,18 +231,18 @@ class Cell:
     objects: int
 
 
-class Chart(Protocol):
+class GapMapSource(Protocol):
     """What the gap map asks of a pipeline. Raises AppError. From any thread."""
 
     def partitions(self) -> Sequence[str]:
         """Every partition that has a checkpoint, sorted."""
 
-    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
+    def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
         """Every window of `span` up to now, oldest first, from a listing of the destination made in this call."""
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class MapContext:
     """When the map is made, how long windows take late rows, and up to where the partition is finished.
 
     A window is overdue when it was due for `overdue_seconds` and nothing of it was written. `retired`: start ->
@@ -257,8 +257,8 @@ class Moment:
 
 
 def cells_of(
-    windows: Iterable[Window], records: Sequence[Record], found: Iterable[Found], at: Moment
-) -> Sequence[Cell]:
+    windows: Iterable[Window], records: Sequence[Record], found: Iterable[FoundObject], at: MapContext
+) -> Sequence[MapCell]:
     """A cell per window. `records` are those of the windows; `found` may hold objects of other windows too."""
     expected: dict[datetime, list[Record]] = {}
     for record in records:
@@ -271,11 +271,11 @@ def cells_of(
         known, objects = expected.get(window.start, ()), there.get(window.start, {})
         state = _state(window, [record for record in known if record.version], objects, at)
         rows = sum(record.rows for record in known) or at.retired.get(window.start, 0)
-        cells.append(Cell(window, state, rows, len(objects)))
+        cells.append(MapCell(window, state, rows, len(objects)))
     return cells
 
 
-def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> CellState:
+def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], at: MapContext) -> CellState:
     # Nothing is promised yet behind the cursor.
     if at.cursor_at is None or window.end > at.cursor_at:
         if there or not (records or age_of(window, at.now, at.grace_seconds) is Age.DUE):

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO
 
 from app.core.files import sync_file
-from app.csv_inbox.config import Stuck, Unmergeable, Unsteady
-from app.csv_inbox.csv_tokenizer import Dialect, Malformed, blocks
+from app.csv_inbox.config import FileStillChanging, StuckFile, UnmergeableFile
+from app.csv_inbox.csv_tokenizer import CsvDialect, MalformedCsv, blocks
 from app.csv_inbox.discovery import (
     MEBIBYTE,
     SUFFIX,
@@ -24,24 +24,24 @@ from app.csv_inbox.discovery import (
     candidate,
     free_paths,
     md5_of,
-    numbered,
+    name_folder_in_errors,
+    numbered_names,
     open_regular,
-    placed,
     printable,
     read_some,
 )
 from app.csv_inbox.incoming import read_incoming_header
-from app.csv_inbox.quarantine import Grown, LoadRecord, save_load
-from app.csv_inbox.transaction import Transaction, carry_out, commit, renaming
+from app.csv_inbox.quarantine import GrownFile, LoadRecord, save_load
+from app.csv_inbox.transaction import Transaction, commit, complete, renaming
 
 log = logging.getLogger(__name__)
 
 
-def take_in(inbox: InboxRun, each: Grown) -> Candidate | None:
+def ingest_appended_rows(inbox: InboxRun, each: GrownFile) -> Candidate | None:
     """Put what was added into the inbox as a file of its own; None when nothing was. Raises OSError."""
     name = printable(each.path.name)
     try:
-        with open_regular(each.path) as file, placed(inbox.config.watch_dir):
+        with open_regular(each.path) as file, name_folder_in_errors(inbox.config.watch_dir):
             if each.found.size < each.merged.size or md5_of(file, each.merged.size) != each.load.source_md5:
                 told = "was changed after it was merged, and not by rows at its end; copy it into the inbox to merge it"
                 log.warning("%s %s", name, told)
@@ -49,18 +49,18 @@ def take_in(inbox: InboxRun, each: Grown) -> Candidate | None:
             elif each.found.size > each.merged.size:
                 return _moved_back(inbox, each, file)
             save_load(inbox.paths.loads, _dealt_with(each, file))
-    except (Unmergeable, Unsteady, Stuck) as error:
+    except (UnmergeableFile, FileStillChanging, StuckFile) as error:
         inbox.tell(f"{name}: rows may have been written to it after it was merged: {error.message}")
     return None
 
 
-def _dealt_with(each: Grown, file: IO[bytes], unended_bytes: int = 0) -> LoadRecord:
+def _dealt_with(each: GrownFile, file: IO[bytes], unended_bytes: int = 0) -> LoadRecord:
     """The record of the merge once all of the file is dealt with."""
     found = each.found
     return replace(each.load, source=found, source_md5=md5_of(file, found.size), unended_bytes=unended_bytes)
 
 
-def _moved_back(inbox: InboxRun, each: Grown, file: IO[bytes]) -> Candidate | None:
+def _moved_back(inbox: InboxRun, each: GrownFile, file: IO[bytes]) -> Candidate | None:
     start = each.merged.size
     if each.load.unended_bytes:  # the last row that was merged may go on in what was added
         file.seek(start)
@@ -74,15 +74,17 @@ def _moved_back(inbox: InboxRun, each: Grown, file: IO[bytes]) -> Candidate | No
         out.flush()
         os.utime(out.fileno(), ns=(each.found.mtime_ns, each.found.mtime_ns))
         sync_file(out.fileno())
-    suffixes = (f"{late}{SUFFIX}" for late in numbered(f".late-{start}", "-"))
+    suffixes = (f"{late}{SUFFIX}" for late in numbered_names(f".late-{start}", "-"))
     target = next(free_paths(inbox.config.watch_dir, each.path.name, suffixes))
     unended = _unended_bytes(inbox, temporary, each.found.size - start)
     transaction = Transaction([renaming(temporary, target)], [], None, _dealt_with(each, file, unended))
     if not each.is_steady():
         temporary.unlink()
-        raise Unsteady(f"{each.path.name} is still being written", "no action needed; the next run looks again")
+        raise FileStillChanging(
+            f"{each.path.name} is still being written", "no action needed; the next run looks again"
+        )
     commit(inbox.paths, transaction)
-    carry_out(inbox.paths, transaction)
+    complete(inbox.paths, transaction)
     again = "; its last row was incomplete then" if start < each.merged.size else ""
     told = f"{each.found.size - each.merged.size} bytes were written to it after it was merged{again}"
     inbox.tell(f"{printable(each.path.name)}: {told}; taken in as {printable(target.name)}")
@@ -91,7 +93,7 @@ def _moved_back(inbox: InboxRun, each: Grown, file: IO[bytes]) -> Candidate | No
 
 def _unended_bytes(inbox: InboxRun, path: Path, tail_bytes: int) -> int:
     """The size of a last row without a line end; of the whole tail where that cannot be told."""
-    dialect = Dialect(inbox.config.csv_delimiter, inbox.config.csv_encoding)
+    dialect = CsvDialect(inbox.config.csv_delimiter, inbox.config.csv_encoding)
     with path.open("rb") as file:
         try:
             header, own = read_incoming_header(file.read, dialect, ())
@@ -99,7 +101,7 @@ def _unended_bytes(inbox: InboxRun, path: Path, tail_bytes: int) -> int:
             unended = 0
             for block in blocks(file.read, own, 1):
                 unended = 0 if block.data.endswith(b"\n") else len(block.data) - int(block.starts[-1])
-        except Malformed:  # cut inside quotes: the file is set aside, and comes again with what follows
+        except MalformedCsv:  # cut inside quotes: the file is set aside, and comes again with what follows
             return tail_bytes
     return unended
 

@@ -39,7 +39,7 @@ class FaultKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class FileFault:
     """One thing that is wrong with a file; `line`, `column` and `value` where they are known."""
 
     reason: str
@@ -48,7 +48,7 @@ class Fault:
     value: str | None = None
 
 
-class Unmergeable(Rejected):
+class UnmergeableFile(Rejected):
     """This file goes to quarantine. `records` are the bad rows as they stand, below the header line `header`.
 
     `rows` is how many rows were seen before the file was given up.
@@ -56,7 +56,7 @@ class Unmergeable(Rejected):
 
     def __init__(
         self,
-        faults: list[Fault],
+        faults: list[FileFault],
         hint: str,
         *,
         kind: FaultKind,
@@ -77,11 +77,11 @@ class Unmergeable(Rejected):
         self.rows = rows
 
 
-class Unsteady(Transient):
+class FileStillChanging(Transient):
     """The file changed while it was looked at; it is left for the next run."""
 
 
-class Stuck(Transient):
+class StuckFile(Transient):
     """This one file can be neither read nor moved now; it stays in the inbox, and every run names it."""
 
 

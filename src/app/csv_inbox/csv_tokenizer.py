@@ -32,7 +32,7 @@ LF, CR, QUOTE = 10, 13, 34
 NONE = np.zeros(0, np.int64)
 
 
-class Malformed(AppError):
+class MalformedCsv(AppError):
     """Not CSV of one width. `line` is that of the file, None where it is not known; `record` the raw record."""
 
     def __init__(self, message: str, line: int | None = None, record: bytes = b"", *, kind: FaultKind) -> None:
@@ -42,7 +42,7 @@ class Malformed(AppError):
         self.kind = kind
 
 
-class Dialect:
+class CsvDialect:
     """How records are written. `encoding` keeps ASCII as it is; `delimiter` is one ASCII character."""
 
     def __init__(self, delimiter: str, encoding: str) -> None:
@@ -104,7 +104,7 @@ class Dialect:
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
+class FieldBounds:
     """Where fields end: `at` are offsets of delimiters and line feeds outside quotes, `lasts` the places in it of the
     line feeds, `quotes` the offsets of all quotes. `inner` counts line feeds inside quotes; `returns`: there are some.
     """
@@ -116,8 +116,8 @@ class Marks:
     returns: bool
 
 
-def marked(data: bytes, dialect: Dialect, line: int = 1) -> Marks:
-    """The marks of bytes that begin where a record begins, on that line, and may end anywhere. Raises Malformed."""
+def find_field_bounds(data: bytes, dialect: CsvDialect, line: int = 1) -> FieldBounds:
+    """The marks of bytes that begin where a record begins, on that line, and may end anywhere. Raises MalformedCsv."""
     array = np.frombuffer(data, np.uint8)
     found = array == ord(dialect.delimiter)
     found |= array == LF
@@ -134,7 +134,7 @@ def marked(data: bytes, dialect: Dialect, line: int = 1) -> Marks:
     returns = b"\r" in data
     if returns:
         _no_lone_return(array, quotes, line)
-    return Marks(at, np.flatnonzero(feeds), quotes, inner, returns)
+    return FieldBounds(at, np.flatnonzero(feeds), quotes, inner, returns)
 
 
 def spread(starts: Offsets, lengths: Offsets) -> Offsets:
@@ -154,7 +154,7 @@ def cut(data: bytes | memoryview, starts: Offsets, stops: Offsets) -> bytes:
     return b"".join([held[start:stop] for start, stop in pairs(starts, stops)])
 
 
-def _strict(array: Octets, quotes: Offsets, dialect: Dialect) -> bool:
+def _strict(array: Octets, quotes: Offsets, dialect: CsvDialect) -> bool:
     """True when every quote opens, closes or doubles as writers do it: then counting them tells what is quoted."""
     opening, closing = quotes[0::2], quotes[1::2]
     before = array[opening[opening > 0] - 1]
@@ -176,13 +176,13 @@ def _no_lone_return(array: Octets, quotes: Offsets, line: int) -> None:
         raise _lone_return(line + int(np.count_nonzero(array[: lone[0]] == LF)))
 
 
-def _lone_return(line: int) -> Malformed:
-    return Malformed(
+def _lone_return(line: int) -> MalformedCsv:
+    return MalformedCsv(
         "a carriage return that ends no line; write line ends as LF or CRLF", line, kind=FaultKind.LONE_RETURN
     )
 
 
-def walked(data: bytes, dialect: Dialect, quotes: Offsets, line: int = 1) -> Marks:
+def walked(data: bytes, dialect: CsvDialect, quotes: Offsets, line: int = 1) -> FieldBounds:
     """The same, record by record: for quotes inside plain fields, such as 5" in a list of sizes."""
     at: list[int] = []
     lasts: list[int] = []
@@ -198,11 +198,11 @@ def walked(data: bytes, dialect: Dialect, quotes: Offsets, line: int = 1) -> Mar
         lasts.append(len(at) - 1)
         start = end
     inner = data.count(b"\n", 0, start) - len(lasts)
-    return Marks(np.array(at, np.int64), np.array(lasts, np.int64), quotes, inner, b"\r" in data)
+    return FieldBounds(np.array(at, np.int64), np.array(lasts, np.int64), quotes, inner, b"\r" in data)
 
 
 @dataclass(frozen=True, slots=True)
-class Cells:
+class CellSlices:
     """Values as slices of one buffer: value n is `data[starts[n] : starts[n] + lengths[n]]`."""
 
     data: Octets
@@ -214,9 +214,9 @@ class Cells:
         start = int(self.starts[place])
         return self.data[start : start + int(self.lengths[place])].tobytes()
 
-    def taken(self, places: Offsets) -> "Cells":
+    def taken(self, places: Offsets) -> "CellSlices":
         """Those at these places."""
-        return Cells(self.data, self.starts[places], self.lengths[places])
+        return CellSlices(self.data, self.starts[places], self.lengths[places])
 
 
 class RecordBlock:
@@ -228,7 +228,9 @@ class RecordBlock:
     byte order mark stood before it, here begins a file that was appended to another one.
     """
 
-    def __init__(self, data: bytes, marks: Marks, line: int, *, begins: bool = False, skipped: Offsets = NONE) -> None:
+    def __init__(
+        self, data: bytes, marks: FieldBounds, line: int, *, begins: bool = False, skipped: Offsets = NONE
+    ) -> None:
         self.data = data
         self.marks = marks
         self.line = line
@@ -251,10 +253,10 @@ class RecordBlock:
         skipped = np.append(self.skipped, positions)
         return RecordBlock(self.data, self.marks, self.line, begins=self.begins, skipped=skipped)
 
-    def without_bytes(self, firsts: Offsets, lasts: Offsets, dialect: Dialect) -> "RecordBlock":
+    def without_bytes(self, firsts: Offsets, lasts: Offsets, dialect: CsvDialect) -> "RecordBlock":
         """The same without the ranges from each of `firsts` to that of `lasts`, no line end among them."""
         data = cut(self.data, np.append(0, lasts), np.append(firsts, len(self.data)))
-        marks = marked(data if data.endswith(b"\n") else data + b"\n", dialect, self.line)
+        marks = find_field_bounds(data if data.endswith(b"\n") else data + b"\n", dialect, self.line)
         return RecordBlock(data, marks, self.line, begins=self.begins, skipped=self.skipped)
 
     def tails(self, places: Offsets, width: int) -> Offsets:
@@ -269,24 +271,24 @@ class RecordBlock:
         return pairs(self.rows[places], self.widths[places])
 
     def check_width(self, width: int) -> None:
-        """Raises Malformed, with the line, when a row has not `width` fields."""
+        """Raises MalformedCsv, with the line, when a row has not `width` fields."""
         for position, found in self.uneven(width):
             told = f"{found} fields where the header has {width}"
-            raise Malformed(told, self.line_of(position), self.record(position)[:1000], kind=FaultKind.RAGGED)
+            raise MalformedCsv(told, self.line_of(position), self.record(position)[:1000], kind=FaultKind.RAGGED)
 
-    def cells(self, place: int, dialect: Dialect) -> Cells:
+    def cells(self, place: int, dialect: CsvDialect) -> CellSlices:
         """The values of a column, one for each of `rows`, all of which have that column and the same width."""
         at, lasts = self.marks.at, self.marks.lasts[self.rows]
         before = lasts - self.widths + place  # the mark before the field, none before the first one of the block
         starts = self.starts[self.rows] if place == 0 else at[before] + 1
         stops = np.where(before + 1 == lasts, self.stops[self.rows], at[before + 1])
         if not len(self.marks.quotes):
-            return Cells(self.array, starts, stops - starts)
+            return CellSlices(self.array, starts, stops - starts)
         quoted = (stops > starts) & (self.array[np.minimum(starts, len(self.data) - 1)] == QUOTE)
         places = np.flatnonzero(quoted)
         if not len(places):
-            return Cells(self.array, starts, stops - starts)
-        bare = Cells(self.array, starts + quoted, stops - starts - 2 * quoted)
+            return CellSlices(self.array, starts, stops - starts)
+        bare = CellSlices(self.array, starts + quoted, stops - starts - 2 * quoted)
         quotes = self.marks.quotes
         inner = np.searchsorted(quotes, stops[places] - 1) - np.searchsorted(quotes, starts[places] + 1)
         # Only values with doubled quotes are made anew, behind the data; all others stay slices of it.
@@ -297,7 +299,7 @@ class RecordBlock:
         lengths = np.array([len(value) for value in values], np.int64)
         bare.starts[doubled] = len(self.data) + np.cumsum(lengths) - lengths
         bare.lengths[doubled] = lengths
-        return Cells(np.frombuffer(self.data + b"".join(values), np.uint8), bare.starts, bare.lengths)
+        return CellSlices(np.frombuffer(self.data + b"".join(values), np.uint8), bare.starts, bare.lengths)
 
     def first_invalid(self, encoding: str) -> int:
         """The offset of the first byte that is no text in this encoding, -1 when there is none."""
@@ -323,7 +325,7 @@ class RecordBlock:
 
 def blocks(
     read: Read,
-    dialect: Dialect,
+    dialect: CsvDialect,
     line: int,
     size: int = BLOCK_BYTES,
     *,
@@ -332,7 +334,7 @@ def blocks(
 ) -> Iterator[RecordBlock]:
     """The records that `read` gives from here on; where one begins with `bom`, a new block begins without it.
 
-    Raises Malformed for a quote that is never closed and for a record of more than `longest_bytes`.
+    Raises MalformedCsv for a quote that is never closed and for a record of more than `longest_bytes`.
     """
     tail, longer = b"", f"a record longer than {longest_bytes >> 20} MiB"
     # As much as is held already: a record of many pieces is not looked through again for each of them.
@@ -349,17 +351,17 @@ def blocks(
                 line += block.data.count(b"\n") if data else len(marks.lasts) + marks.inner
         tail = data + rest  # less than one record
         if len(tail) > longest_bytes:
-            raise Malformed(f"{longer}; is a quote not closed?", line, kind=FaultKind.LONG_RECORD)
+            raise MalformedCsv(f"{longer}; is a quote not closed?", line, kind=FaultKind.LONG_RECORD)
     if tail.removeprefix(bom):
         last = _last(tail, dialect, line, bom)
         _refuse_longer(last, longest_bytes, longer)
         yield last
 
 
-def _first_block(data: bytes, dialect: Dialect, line: int, bom: bytes) -> tuple[RecordBlock | None, bytes, bool]:
+def _first_block(data: bytes, dialect: CsvDialect, line: int, bom: bytes) -> tuple[RecordBlock | None, bytes, bool]:
     """The whole records of `data` up to the next `bom`, what is left, and whether that begins with `bom`."""
     body = data.removeprefix(bom)
-    marks = marked(body, dialect, line)
+    marks = find_field_bounds(body, dialect, line)
     if not len(marks.lasts):
         return None, data, False
     cut = int(marks.at[marks.lasts[-1]]) + 1
@@ -368,7 +370,11 @@ def _first_block(data: bytes, dialect: Dialect, line: int, bom: bytes) -> tuple[
     if not at:
         return block, body[cut:], False
     # What follows was taken apart with the mark as text, which hides a quote behind it: that is done again.
-    return RecordBlock(body[:at], marked(body[:at], dialect, line), line, begins=block.begins), body[at:], True
+    return (
+        RecordBlock(body[:at], find_field_bounds(body[:at], dialect, line), line, begins=block.begins),
+        body[at:],
+        True,
+    )
 
 
 def _next_bom(block: RecordBlock, bom: bytes) -> int:
@@ -381,18 +387,18 @@ def _next_bom(block: RecordBlock, bom: bytes) -> int:
 
 
 def _refuse_longer(block: RecordBlock, longest_bytes: int, told: str) -> None:
-    """Raises Malformed, with the line, for a record above the limit."""
+    """Raises MalformedCsv, with the line, for a record above the limit."""
     if len(block.data) > longest_bytes and (long := block.ends - block.starts > longest_bytes).any():
-        raise Malformed(told, block.line_of(int(long.argmax())), kind=FaultKind.LONG_RECORD)
+        raise MalformedCsv(told, block.line_of(int(long.argmax())), kind=FaultKind.LONG_RECORD)
 
 
-def _last(tail: bytes, dialect: Dialect, line: int, bom: bytes) -> RecordBlock:
+def _last(tail: bytes, dialect: CsvDialect, line: int, bom: bytes) -> RecordBlock:
     """The last record of a file, which lacks its line end."""
     body = tail.removeprefix(bom)
-    marks = marked(body + b"\n", dialect, line)
+    marks = find_field_bounds(body + b"\n", dialect, line)
     if len(marks.lasts) != 1:
         told = "a quote is not closed before the end of the file"
-        raise Malformed(told, line, body[:1000], kind=FaultKind.OPEN_QUOTE)
+        raise MalformedCsv(told, line, body[:1000], kind=FaultKind.OPEN_QUOTE)
     if body.endswith(b"\r"):
         raise _lone_return(line)
     return RecordBlock(body, marks, line, begins=len(body) < len(tail))

@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import NAME_BYTES, TEMPORARY_SUFFIX, bounded_name, sync_file
 from app.core.runs import Context
-from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Stuck, Unmergeable, Unsteady
+from app.csv_inbox.config import FaultKind, FileFault, FileStillChanging, InboxConfig, StuckFile, UnmergeableFile
 
 MEBIBYTE = 1 << 20
 UNIT = "records"
@@ -98,12 +98,12 @@ def _listed(folder: Path) -> list[Path]:
         return []
 
 
-def stamp(at: datetime) -> str:
+def time_stamp(at: datetime) -> str:
     """`YYYYMMDDTHHMMSS.mmm` of an instant in UTC."""
     return f"{at:%Y%m%dT%H%M%S}.{at.microsecond // 1000:03d}"
 
 
-def numbered(text: str, between: str = ".") -> Iterator[str]:
+def numbered_names(text: str, between: str = ".") -> Iterator[str]:
     """The text, then with a number behind it."""
     return itertools.chain((text,), (f"{text}{between}{number}" for number in itertools.count(1)))
 
@@ -127,7 +127,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def placed(folder: Path) -> Iterator[None]:
+def name_folder_in_errors(folder: Path) -> Iterator[None]:
     """OSErrors of the block name this folder where the system named no path, as when a disk is full in mid-write."""
     try:
         yield
@@ -138,7 +138,7 @@ def placed(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def translated(doing: str) -> Iterator[None]:
+def translate_os_errors(doing: str) -> Iterator[None]:
     """OSErrors of the block as ours: what passes by itself, what needs a person.
 
     The message names the path that the system named, where it was to go if it was moved; `doing` where it named none.
@@ -198,7 +198,7 @@ class InboxRun:
         return beat
 
 
-class Identity(NamedTuple):
+class FileIdentity(NamedTuple):
     """Which file this is, and in which state. Equal identities: nothing was written to it in between."""
 
     device: int
@@ -207,12 +207,12 @@ class Identity(NamedTuple):
     mtime_ns: int
 
 
-def identity_of(found: os.stat_result) -> Identity:
+def identity_of(found: os.stat_result) -> FileIdentity:
     """The identity in an answer of stat."""
-    return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-def identity_at(path: Path) -> Identity | None:
+def identity_at(path: Path) -> FileIdentity | None:
     """What has this name, a link not followed; None when nothing has."""
     try:
         return identity_of(path.lstat())
@@ -221,33 +221,33 @@ def identity_at(path: Path) -> Identity | None:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """The file, if it is one: links are not followed, devices and pipes not opened for good. Raises Unmergeable."""
+    """The file, if it is one: links are not followed, devices and pipes not opened for good. Raises UnmergeableFile."""
     try:
         # O_NONBLOCK: opening a pipe would wait for its writer, perhaps for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise Unsteady(f"{path.name} is gone", "no action needed; the file was removed") from error
+        raise FileStillChanging(f"{path.name} is gone", "no action needed; the file was removed") from error
     except OSError as error:
-        fault = Fault(f"it cannot be opened: {error.strerror}")
-        raise Unmergeable([fault], "put a readable, regular file", kind=FaultKind.NO_ACCESS) from error
+        fault = FileFault(f"it cannot be opened: {error.strerror}")
+        raise UnmergeableFile([fault], "put a readable, regular file", kind=FaultKind.NO_ACCESS) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         hint = "put the file itself into the inbox, not a pipe or a device"
-        raise Unmergeable([Fault("not a regular file")], hint, kind=FaultKind.NOT_REGULAR)
+        raise UnmergeableFile([FileFault("not a regular file")], hint, kind=FaultKind.NOT_REGULAR)
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
 def read_some(file: IO[bytes], size: int) -> bytes:
-    """What the file has next. Raises Stuck where its device does not give it: other files are none the worse."""
+    """What the file has next. Raises StuckFile where its device does not give it: other files are none the worse."""
     try:
         return file.read(size)
     except OSError as error:
         told = f"it cannot be read: {error.strerror}"
-        raise Stuck(told, "look at the disk that it lies on; it stays in the inbox, and others go on") from error
+        raise StuckFile(told, "look at the disk that it lies on; it stays in the inbox, and others go on") from error
 
 
 def md5_of(file: IO[bytes], size_bytes: int) -> str:
-    """The MD5 of the first bytes of the file, which is read up to there; "" when it is shorter. Raises Stuck."""
+    """The MD5 of the first bytes of the file, which is read up to there; "" when it is shorter. Raises StuckFile."""
     digest = hashlib.md5(usedforsecurity=False)
     file.seek(0)
     while size_bytes > 0 and (piece := read_some(file, min(size_bytes, MEBIBYTE))):
@@ -264,7 +264,7 @@ class Candidate:
     """
 
     path: Path
-    identity: Identity
+    identity: FileIdentity
     refused: str = ""
     md5: str = ""
 
@@ -276,7 +276,7 @@ def candidates(config: InboxConfig) -> Sequence[Candidate]:
     return in_order([each for each in found if each is not None])
 
 
-def left_alone(config: InboxConfig) -> str:
+def ignored_files_note(config: InboxConfig) -> str:
     """What to say of files in the inbox that are not looked at because of their names; "" when there are none."""
     shown = [path for path in _listed(config.watch_dir) if not path.name.startswith(".") and path != config.merged_file]
     others = sorted(path.name for path in shown if not path.name.lower().endswith(SUFFIX) and not path.is_dir())
@@ -306,7 +306,7 @@ def candidate(path: Path) -> Candidate | None:
 
 
 def check_can_leave(path: Path) -> None:
-    """Raises Stuck for a file that this user may not move out of its folder; of a sticky one, only what is its own.
+    """Raises StuckFile for a file that this user may not move out of its folder; of a sticky one, only what is its own.
 
     Once merged, such a file would end each run at the same step, before all others.
     """
@@ -316,7 +316,7 @@ def check_can_leave(path: Path) -> None:
             may = path.lstat().st_uid == user
     if not may:
         hint = f"let this user write to {path.parent}, or remove the file"
-        raise Stuck("this user may not take it out of the inbox", hint)
+        raise StuckFile("this user may not take it out of the inbox", hint)
 
 
 def is_too_large(size_bytes: int, config: InboxConfig) -> bool:

@@ -1,9 +1,9 @@
 """One incoming file, read once: checked, and its rows written to a spool in the columns of the new master.
 
 Invariants: the file is read through one descriptor, once, so what was checked is what is merged, whatever happens to
-the name meanwhile; a file with any fault is Unmergeable as a whole, with every fault that was found; memory grows with
-the keys of the file and nothing else of it. Of what spreadsheets write around the rows, nothing that has a value is
-ever taken away, and lines keep their numbers.
+the name meanwhile; a file with any fault is rejected as a whole, with every fault that was found; memory grows
+with the keys of the file and nothing else of it. Of what spreadsheets write around the rows, nothing that has a value
+is ever taken away, and lines keep their numbers.
 """
 
 import hashlib
@@ -20,22 +20,22 @@ from typing import IO
 import numpy as np
 
 from app.core.errors import Permanent
-from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Unmergeable, Unsteady
+from app.csv_inbox.config import FaultKind, FileFault, FileStillChanging, InboxConfig, UnmergeableFile
 from app.csv_inbox.csv_tokenizer import (
     BOM,
     LONGEST_RECORD_BYTES,
     MASTER_RECORD_BYTES,
-    Dialect,
-    Malformed,
+    CsvDialect,
+    MalformedCsv,
     Offsets,
     Read,
     RecordBlock,
     blocks,
-    marked,
+    find_field_bounds,
     pairs,
 )
-from app.csv_inbox.discovery import Identity, identity_of, is_too_large, open_regular, read_some
-from app.csv_inbox.key_index import Keys
+from app.csv_inbox.discovery import FileIdentity, identity_of, is_too_large, open_regular, read_some
+from app.csv_inbox.key_index import FileKeys
 
 # Headers: the columns of the master, of a file that comes in, and of the two united.
 #
@@ -50,7 +50,7 @@ SEPARATOR_LINE = re.compile(rb'"?sep=([^"\r\n\0])"?\r?\n', re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class CsvHeader:
     """The first record. `size_bytes` is where rows begin, all that stands before included; `eol` may be empty.
 
     `width` is the number of its fields, with those behind the last name that spreadsheets leave there.
@@ -65,29 +65,29 @@ class Header:
     width: int
 
 
-def read_header(read: Read, dialect: Dialect) -> Header:
-    """The master's header; reads further than that. Raises Malformed: empty, not decodable, or a name that occurs
+def read_header(read: Read, dialect: CsvDialect) -> CsvHeader:
+    """The master's header; reads further than that. Raises MalformedCsv: empty, not decodable, or a name that occurs
     twice.
     """
     data = b""
     while piece := read(max(PIECE_BYTES, len(data))):
         data += piece
-        if len(data) > MASTER_RECORD_BYTES or len(marked(data, dialect).lasts):
+        if len(data) > MASTER_RECORD_BYTES or len(find_field_bounds(data, dialect).lasts):
             break
     bom = BOM if data.startswith(BOM) and dialect.encoding == "utf-8" else b""
     raw, record = _first(data[len(bom) :], dialect)
     names = _distinct(_values(dialect, record), record)
     fields = tuple(dialect.fields(record))
     lines = max(raw.count(b"\n"), 1)
-    return Header(names, fields, bom, raw[len(record) :], len(bom) + len(raw), lines, len(names))
+    return CsvHeader(names, fields, bom, raw[len(record) :], len(bom) + len(raw), lines, len(names))
 
 
-def read_incoming_header(read: Read, master: Dialect, known: Sequence[str]) -> tuple[Header, Dialect]:
+def read_incoming_header(read: Read, master: CsvDialect, known: Sequence[str]) -> tuple[CsvHeader, CsvDialect]:
     """The header of a file that comes in, and how the file is written, which a line such as `sep=;` may say.
 
     Byte order marks, that line and blank records before the header are skipped; blanks around a name are taken off;
     unnamed fields after the last one are not columns. `fields` are as the master writes them. `known` are names
-    that stand as they are: of the configuration, then of the master. Raises Malformed, also for a NUL byte and above
+    that stand as they are: of the configuration, then of the master. Raises MalformedCsv, also for a NUL byte and above
     the limit of a record.
     """
     data = b""
@@ -101,11 +101,11 @@ def read_incoming_header(read: Read, master: Dialect, known: Sequence[str]) -> t
             break
     line = 1 + data.count(b"\n", 0, start)
     if (end or len(data)) - start > LONGEST_RECORD_BYTES:
-        raise Malformed(f"a header longer than {LONGEST_RECORD_BYTES >> 20} MiB", line, kind=FaultKind.LONG_RECORD)
+        raise MalformedCsv(f"a header longer than {LONGEST_RECORD_BYTES >> 20} MiB", line, kind=FaultKind.LONG_RECORD)
     raw, record = _first(data[start:], dialect)
     written = _values(dialect, record)
     if any("\0" in name for name in written):
-        raise Malformed("a NUL byte (0x00) in the header", line, record[:SHOWN_BYTES], kind=FaultKind.ENCODING)
+        raise MalformedCsv("a NUL byte (0x00) in the header", line, record[:SHOWN_BYTES], kind=FaultKind.ENCODING)
     names = _distinct(columns(written, known), record)
     as_is = dialect.delimiter == master.delimiter
     fields = tuple(
@@ -113,7 +113,7 @@ def read_incoming_header(read: Read, master: Dialect, known: Sequence[str]) -> t
         for name, value, raw_field in zip(names, written, dialect.fields(record), strict=False)
     )
     size, lines = start + len(raw), line + max(raw.count(b"\n"), 1) - 1
-    return Header(names, fields, b"", raw[len(record) :], size, lines, len(written)), dialect
+    return CsvHeader(names, fields, b"", raw[len(record) :], size, lines, len(written)), dialect
 
 
 def columns(written: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ def _stripped(name: str) -> str:
     return bare
 
 
-def _before_records(data: bytes, dialect: Dialect) -> tuple[int, Dialect]:
+def _before_records(data: bytes, dialect: CsvDialect) -> tuple[int, CsvDialect]:
     """Where records begin, behind byte order marks and a line that says the delimiter, and the dialect from there."""
     at = 0
     while dialect.encoding == "utf-8" and data.startswith(BOM, at):
@@ -146,12 +146,12 @@ def _before_records(data: bytes, dialect: Dialect) -> tuple[int, Dialect]:
     said = SEPARATOR_LINE.match(data, at)
     if said is None or said[1] >= b"\x80":
         return at, dialect
-    return said.end(), Dialect(said[1].decode("ascii"), dialect.encoding)
+    return said.end(), CsvDialect(said[1].decode("ascii"), dialect.encoding)
 
 
-def _first_row(data: bytes, at: int, dialect: Dialect) -> tuple[int, int]:
+def _first_row(data: bytes, at: int, dialect: CsvDialect) -> tuple[int, int]:
     """Bounds of the first record that is not blank; the end is 0 while it is not there as a whole."""
-    marks = marked(data[at:], dialect)
+    marks = find_field_bounds(data[at:], dialect)
     start = at
     for last in marks.lasts.tolist():
         end = at + int(marks.at[last]) + 1
@@ -161,16 +161,16 @@ def _first_row(data: bytes, at: int, dialect: Dialect) -> tuple[int, int]:
     return start, 0
 
 
-def _first(body: bytes, dialect: Dialect) -> tuple[bytes, bytes]:
+def _first(body: bytes, dialect: CsvDialect) -> tuple[bytes, bytes]:
     """The first record with its line end, which may be lacking, and without it."""
-    marks = marked(body, dialect)
+    marks = find_field_bounds(body, dialect)
     if len(marks.lasts):
         raw = body[: int(marks.at[marks.lasts[0]]) + 1]
         return raw, _without_eol(raw)
     if not body:
-        raise Malformed("the file is empty", 1, kind=FaultKind.NO_ROWS)
-    if body.endswith(b"\r") or len(marked(body + b"\n", dialect).lasts) != 1:
-        raise Malformed("the header is not complete: a quote or a line end is cut", 1, kind=FaultKind.HEADER)
+        raise MalformedCsv("the file is empty", 1, kind=FaultKind.NO_ROWS)
+    if body.endswith(b"\r") or len(find_field_bounds(body + b"\n", dialect).lasts) != 1:
+        raise MalformedCsv("the header is not complete: a quote or a line end is cut", 1, kind=FaultKind.HEADER)
     return body, body
 
 
@@ -178,18 +178,18 @@ def _without_eol(raw: bytes) -> bytes:
     return raw[:-1].removesuffix(b"\r") if raw.endswith(b"\n") else raw
 
 
-def _values(dialect: Dialect, record: bytes) -> Sequence[str]:
+def _values(dialect: CsvDialect, record: bytes) -> Sequence[str]:
     try:
         return [dialect.unquoted(field).decode(dialect.encoding) for field in dialect.fields(record)]
     except UnicodeDecodeError as error:
         told = f"invalid {dialect.encoding.upper()} byte 0x{error.object[error.start]:02X} in the header"
-        raise Malformed(told, 1, record[:SHOWN_BYTES], kind=FaultKind.ENCODING) from error
+        raise MalformedCsv(told, 1, record[:SHOWN_BYTES], kind=FaultKind.ENCODING) from error
 
 
 def _distinct(names: Sequence[str], record: bytes) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise Malformed(
+        raise MalformedCsv(
             f"the column {twice!r} occurs twice in the header", 1, record[:SHOWN_BYTES], kind=FaultKind.HEADER
         )
     return tuple(names)
@@ -212,7 +212,7 @@ class ColumnUnion:
     added: tuple[str, ...]
     key: int
 
-    def header(self, dialect: Dialect, dropped: Sequence[int] = ()) -> bytes:
+    def header(self, dialect: CsvDialect, dropped: Sequence[int] = ()) -> bytes:
         """The header line without the columns `dropped`."""
         fields = [field for place, field in enumerate(self.fields) if place not in dropped]
         return self.bom + dialect.delimiter.encode().join(fields) + self.eol
@@ -224,7 +224,9 @@ class ColumnUnion:
         return [b"" if place == ABSENT else fields[place] for place in self.order]
 
 
-def united(master: Header | None, incoming: Header, key: str, required: Sequence[str], dialect: Dialect) -> ColumnUnion:
+def united(
+    master: CsvHeader | None, incoming: CsvHeader, key: str, required: Sequence[str], dialect: CsvDialect
+) -> ColumnUnion:
     """The columns of `incoming`, which has the key, merged into `master` (None: there is none yet)."""
     held = incoming if master is None else master
     if key not in held.names:
@@ -258,7 +260,7 @@ LONGEST_VALUE = 200
 log = logging.getLogger(__name__)
 
 
-class Incoming:
+class IncomingFile:
     """A file that comes in, read once, and its rows in a spool: record n of it is `[offsets[n], offsets[n + 1])`.
 
     `counted` is the number of rows that were seen in the file, tallied before any was spooled. `unended_bytes` is the
@@ -266,18 +268,18 @@ class Incoming:
     master, `dialect` the file's own.
     """
 
-    identity: Identity
+    identity: FileIdentity
     md5: str
 
-    def __init__(self, key_column: str, known: Sequence[str], out: Dialect, spool: Path) -> None:
+    def __init__(self, key_column: str, known: Sequence[str], out: CsvDialect, spool: Path) -> None:
         self.spool = spool
         self.out = self.dialect = out
         self.offsets = array("q", [0])
         self.counted = self.unended_bytes = 0
         self._key_column = key_column
         self._known = known  # names of columns that stand as they are
-        self.keys = Keys()
-        self._faults: list[Fault] = []
+        self.keys = FileKeys()
+        self._faults: list[FileFault] = []
         self._records: list[bytes] = []
         self._first_kind: FaultKind | None = None
         self._more = 0
@@ -301,15 +303,15 @@ class Incoming:
             yield self.offsets[start], self.offsets[end + 1]
 
     def read(
-        self, file: IO[bytes], master: Header | None, required: Sequence[str], beat: Callable[[int], None]
+        self, file: IO[bytes], master: CsvHeader | None, required: Sequence[str], beat: Callable[[int], None]
     ) -> None:
-        """Check and spool every row. Raises Malformed, Unmergeable, Stuck, OSError and what `beat` raises."""
+        """Check and spool every row. Raises MalformedCsv, UnmergeableFile, StuckFile, OSError and as `beat` does."""
         self.header, self.dialect = read_incoming_header(partial(read_some, file), self.out, self._known)
         self._check_columns(required)
         self.union = united(master, self.header, self._key_column, required, self.out)
         if self.union.added and len(self.union.header(self.out)) > LONGEST_RECORD_BYTES:
             told = f"with its columns the header of the master is longer than {LONGEST_RECORD_BYTES >> 20} MiB"
-            raise Malformed(told, self.header.lines, kind=FaultKind.LONG_RECORD)
+            raise MalformedCsv(told, self.header.lines, kind=FaultKind.LONG_RECORD)
         digest = hashlib.md5(usedforsecurity=False)
 
         def read(size: int) -> bytes:
@@ -340,8 +342,8 @@ class Incoming:
             hint = f"the file has: {', '.join(header.names)[:300]}"
             if len(header.names) == 1:
                 hint += f"; its delimiter was taken to be {dialect.delimiter!r}"
-            raise Unmergeable(
-                [Fault(f"the column {name!r} is missing", header.lines, name) for name in missing],
+            raise UnmergeableFile(
+                [FileFault(f"the column {name!r} is missing", header.lines, name) for name in missing],
                 f"add the column, or change key_column or required_columns; {hint}",
                 kind=FaultKind.MISSING_COLUMN,
             )
@@ -368,7 +370,9 @@ class Incoming:
         if BOM in block.data and self.dialect.encoding == "utf-8":
             marked = [at for place, at in enumerate(block.rows.tolist()) if BOM in keys.value(place)]
             self._blame(
-                block, FaultKind.EMPTY_KEY, [(at, f"a byte order mark in the key {column!r}", column) for at in marked]
+                block,
+                FaultKind.EMPTY_KEY,
+                [(at, f"a byte order mark in the key {column!r}", column) for at in marked],
             )
         self.keys.add(keys)
         # A file with a fault is not merged, so its rows need no place any more.
@@ -382,11 +386,11 @@ class Incoming:
             return
         byte = f"0x{block.data[at]:02X}"
         told = f"a NUL byte ({byte})" if byte == "0x00" else f"invalid {encoding.upper()} byte {byte}"
-        fault = Fault(told, block.line_at(at), None, byte)
-        raise Unmergeable([fault], _encoding_hint(encoding), kind=FaultKind.ENCODING, rows=self.counted)
+        fault = FileFault(told, block.line_at(at), None, byte)
+        raise UnmergeableFile([fault], _encoding_hint(encoding), kind=FaultKind.ENCODING, rows=self.counted)
 
     def _without_header(self, block: RecordBlock) -> RecordBlock:
-        """The block without the header of a file that was appended to another one. Raises Malformed for another header.
+        """The block without the header of a file that was appended to another. Raises MalformedCsv for another header.
 
         Rows alone may follow the mark as well: then the part was saved without a header.
         """
@@ -400,7 +404,7 @@ class Incoming:
             return block.without(np.array([position]))
         if {name for name in names if name} & set(self.header.names) or values[0].lower().startswith("sep="):
             told = "another file begins here, and its header is not that of the first line"
-            raise Malformed(told, block.line_of(position), record[:LONGEST_VALUE], kind=FaultKind.SECOND_HEADER)
+            raise MalformedCsv(told, block.line_of(position), record[:LONGEST_VALUE], kind=FaultKind.SECOND_HEADER)
         return block
 
     def _without_empty_fields(self, block: RecordBlock) -> RecordBlock:
@@ -425,7 +429,7 @@ class Incoming:
         for position, reason, column in found[:room]:
             record = block.record(position)
             self._first_kind = self._first_kind or kind
-            self._faults.append(Fault(reason, block.line_of(position), column, "" if column else _shown(record)))
+            self._faults.append(FileFault(reason, block.line_of(position), column, "" if column else _shown(record)))
             self._records.append(record)
 
     def _write(self, block: RecordBlock, spool: IO[bytes]) -> None:
@@ -453,11 +457,11 @@ class Incoming:
         spool.write(eol.join([*parts, b""]))
 
     def finish(self) -> None:
-        """All is read: put the keys in order. Raises Unmergeable for the rows that were blamed, or without any row."""
+        """Sort the keys once all is read. Raises UnmergeableFile for bad rows, or without any row."""
         if self._first_kind:
             delimiter = self.dialect.delimiter.encode()
             fields = [self.dialect.written(name.encode(self.dialect.encoding)) for name in self.header.names]
-            raise Unmergeable(
+            raise UnmergeableFile(
                 self._faults,
                 "correct these rows and put the file into the inbox again; no row of it was merged",
                 kind=self._first_kind,
@@ -467,37 +471,43 @@ class Incoming:
                 rows=self.counted,
             )
         if not self.counted:
-            raise Unmergeable(
-                [Fault("it has no rows")], "put a file with at least one row below the header", kind=FaultKind.NO_ROWS
+            raise UnmergeableFile(
+                [FileFault("it has no rows")],
+                "put a file with at least one row below the header",
+                kind=FaultKind.NO_ROWS,
             )
         self.keys.sort()
 
 
 def read_incoming(
-    path: Path, master: Header | None, config: InboxConfig, spool: Path, beat: Callable[[int], None]
-) -> Incoming:
+    path: Path, master: CsvHeader | None, config: InboxConfig, spool: Path, beat: Callable[[int], None]
+) -> IncomingFile:
     """Check the file and spool its rows; `beat` is told of bytes read, and may raise to stop.
 
-    Raises Unmergeable, Unsteady when it changed meanwhile, Stuck when it cannot be read now, Permanent when the master
-    lacks the key column, and OSError.
+    Raises UnmergeableFile, FileStillChanging when it changed meanwhile, StuckFile when it cannot be read now, Permanent
+    when the master lacks the key column, and OSError.
     """
     known = (config.key_column, *config.required_columns, *(master.names if master else ()))
-    incoming = Incoming(config.key_column, known, Dialect(config.csv_delimiter, config.csv_encoding), spool)
+    incoming = IncomingFile(config.key_column, known, CsvDialect(config.csv_delimiter, config.csv_encoding), spool)
     with open_regular(path) as file:
         incoming.identity = before = identity_of(os.fstat(file.fileno()))
         if is_too_large(before.size, config):
             told = f"{before.size} bytes, above max_file_size_mb={config.max_file_size_mb:g}"
-            raise Unmergeable([Fault(told)], "split the file, or raise max_file_size_mb", kind=FaultKind.TOO_LARGE)
+            raise UnmergeableFile(
+                [FileFault(told)], "split the file, or raise max_file_size_mb", kind=FaultKind.TOO_LARGE
+            )
         try:
             incoming.read(file, master, config.required_columns, beat)
-        except Malformed as error:
-            fault = Fault(error.message, error.line, None, _shown(error.record) if error.record else None)
+        except MalformedCsv as error:
+            fault = FileFault(error.message, error.line, None, _shown(error.record) if error.record else None)
             hint = "correct the file and put it into the inbox again"
             if error.kind is FaultKind.ENCODING:
                 hint = _encoding_hint(config.csv_encoding)
-            raise Unmergeable([fault], hint, kind=error.kind, rows=incoming.counted) from error
+            raise UnmergeableFile([fault], hint, kind=error.kind, rows=incoming.counted) from error
         if identity_of(os.fstat(file.fileno())) != before:
-            raise Unsteady(f"{path.name} changed while it was read", "no action needed; the next run looks again")
+            raise FileStillChanging(
+                f"{path.name} changed while it was read", "no action needed; the next run looks again"
+            )
     incoming.finish()
     return incoming
 
@@ -510,7 +520,7 @@ def _shown(record: bytes) -> str:
     return record[:LONGEST_VALUE].decode("utf-8", "backslashreplace")
 
 
-def _without_blank_records(block: RecordBlock, dialect: Dialect) -> RecordBlock:
+def _without_blank_records(block: RecordBlock, dialect: CsvDialect) -> RecordBlock:
     """The block; records of nothing but delimiters, blanks and empty quotes do not count as rows."""
     soft = np.zeros(256, np.bool_)
     soft[[ord(dialect.delimiter), ord(" "), ord("\t"), ord('"')]] = True
@@ -524,7 +534,7 @@ def _without_blank_records(block: RecordBlock, dialect: Dialect) -> RecordBlock:
     return block.without(np.array(blank, np.int64)) if blank else block
 
 
-def _without_surplus(block: RecordBlock, dialect: Dialect, width: int, allowed: Container[int]) -> RecordBlock:
+def _without_surplus(block: RecordBlock, dialect: CsvDialect, width: int, allowed: Container[int]) -> RecordBlock:
     """Rows of an allowed number of fields cut to `width` fields, where all behind these are blank."""
     widths = block.widths
     wide = np.flatnonzero(widths > width)

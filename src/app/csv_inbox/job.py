@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING, Any
 from app.core.errors import Transient
 from app.core.files import LogFile
 from app.core.ledger import KeptFile, SetAside, Tally, ledger_of
-from app.core.runs import Context, Exits, Failure, Job, Report, ReportSum, Run
-from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Stuck, Unmergeable, Unsteady, load_config
+from app.core.runs import Context, ExitCodes, Failure, Job, Report, ReportSum, Run
+from app.csv_inbox.config import (
+    FaultKind,
+    FileFault,
+    FileStillChanging,
+    InboxConfig,
+    StuckFile,
+    UnmergeableFile,
+    load_config,
+)
 from app.csv_inbox.discovery import (
     MEBIBYTE,
     REFUSED,
@@ -27,19 +35,19 @@ from app.csv_inbox.discovery import (
     InboxRun,
     candidates,
     check_can_leave,
+    ignored_files_note,
     in_order,
     is_too_large,
-    left_alone,
     md5_of,
     open_regular,
     printable,
-    translated,
+    translate_os_errors,
     unchanged,
 )
 from app.csv_inbox.quarantine import (
+    changed_archive_files,
     changed_master,
     check_master,
-    grown,
     history_row,
     loads,
     preview,
@@ -79,14 +87,14 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
         NAME,
         settings.inbox.interval_seconds,
         lambda context: run(InboxRun(paths, context, clock)),
-        exits=Exits(partial=1, failed=2, busy=2),
+        exits=ExitCodes(partial=1, failed=2, busy=2),
         unit="MiB",
         busy_seconds=config.lock_timeout_seconds,
         here=True,
     )
 
     def rejected(run: Run) -> Sequence[KeptFile]:
-        with translated(str(config.rejected_dir)):
+        with translate_os_errors(str(config.rejected_dir)):
             return rejected_by(paths, run.run_id)
 
     return Inbox(
@@ -101,42 +109,47 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
 def run(inbox: InboxRun) -> Report:
     """Merge what waits. Raises Transient (locked, disk full), Permanent (master unreadable) and Stopped."""
     paths = inbox.paths
-    with translated(str(paths.folder)):
+    with translate_os_errors(str(paths.folder)):
         if not inbox.context.dry_run:
             paths.make()
             # Without the lock, and before the merge is imported: nearly every run finds nothing.
-            waiting = candidates(inbox.config) or paths.journal.exists() or paths.leftovers() or grown(paths)
+            waiting = (
+                candidates(inbox.config) or paths.journal.exists() or paths.leftovers() or changed_archive_files(paths)
+            )
             if not waiting:
                 return Report(notes=_notes(inbox, changed_master(paths)))
-        from app.csv_inbox.transaction import rehearsal, take  # with numpy: a run that finds nothing does not load it
+        from app.csv_inbox.transaction import (  # with numpy: a run that finds nothing does not load it
+            merge_file,
+            preview_merge,
+        )
 
         if inbox.context.dry_run:
-            with rehearsal(inbox) as rehearse:
+            with preview_merge(inbox) as rehearse:
                 return _all(inbox, rehearse)
         with _started(inbox):
-            return _all(inbox, lambda candidate: take(inbox, candidate))
+            return _all(inbox, lambda candidate: merge_file(inbox, candidate))
 
 
 def _notes(inbox: InboxRun, *said: str) -> Sequence[str]:
     """What was said already, and what a run says of the inbox whatever it does."""
-    return tuple(note for note in (*said, left_alone(inbox.config)) if note)
+    return tuple(note for note in (*said, ignored_files_note(inbox.config)) if note)
 
 
 def undo(inbox: InboxRun, run_id: str) -> Report:
     """Take back the merges of a run and all later ones; a dry run only says which. Raises Rejected, else as `run`."""
     paths = inbox.paths
-    with translated(f"undo of {run_id[:40]}"):
+    with translate_os_errors(f"undo of {run_id[:40]}"):
         if inbox.context.dry_run:
             found = to_undo(paths, run_id)
             check_master(inbox.config, found[0])
             return Report(rows=sum(load.rows for load in found), notes=tuple(preview(load) for load in found))
-        from app.csv_inbox.transaction import take_back
+        from app.csv_inbox.transaction import undo_merge
 
         with _started(inbox):
             for load in to_undo(paths, run_id):
                 inbox.context.stop.check()
                 inbox.context.progress.advance(total=max(load.size_bytes // MEBIBYTE, 1))
-                take_back(paths, load, inbox.clock(), inbox.beat(None))
+                undo_merge(paths, load, inbox.clock(), inbox.beat(None))
                 inbox.tell(f"taken back: {preview(load)}")
             return Report(notes=tuple(inbox.told))
 
@@ -213,10 +226,10 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
     Rows that were written to files after these were merged have become files of their own by then.
     """
-    from app.csv_inbox.appended_rows import take_in
+    from app.csv_inbox.appended_rows import ingest_appended_rows
 
     waits = inbox.config.checksum_wait_seconds
-    late = grown(inbox.paths)
+    late = changed_archive_files(inbox.paths)
     found = [_marked(inbox, each) if waits else each for each in candidates(inbox.config)]
     # All of them wait together, so that many files cost one pause.
     if waits and (late or any(not each.refused for each in found)):
@@ -234,7 +247,7 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
         if inbox.context.dry_run:
             name = printable(old.path.name)
             inbox.told.append(f"{name}: was written to after it was merged; that would be looked at")
-        elif (taken := take_in(inbox, old)) is not None:
+        elif (taken := ingest_appended_rows(inbox, old)) is not None:
             steady.append(taken)
     return in_order(steady)
 
@@ -246,7 +259,7 @@ def _marked(inbox: InboxRun, candidate: Candidate) -> Candidate:
         with open_regular(candidate.path) as file:
             md5 = md5_of(file, candidate.identity.size)
             return replace(candidate, md5=md5 or "shorter by now")  # which no later MD5 equals
-    except (Unmergeable, Unsteady, Stuck):
+    except (UnmergeableFile, FileStillChanging, StuckFile):
         return candidate  # said when its turn comes
 
 
@@ -256,21 +269,24 @@ def _guarded(inbox: InboxRun, candidate: Candidate, one: Callable[[Candidate], R
     inbox.context.progress.advance(total=max(2 * candidate.identity.size // MEBIBYTE, 1))  # it is read, and put behind
     try:
         if candidate.refused:
-            fault, hint = Fault(candidate.refused), "put the file itself into the inbox, not a link, a pipe or a device"
-            return _set_aside(inbox, candidate, Unmergeable([fault], hint, kind=FaultKind.NOT_REGULAR))
+            fault, hint = (
+                FileFault(candidate.refused),
+                "put the file itself into the inbox, not a link, a pipe or a device",
+            )
+            return _set_aside(inbox, candidate, UnmergeableFile([fault], hint, kind=FaultKind.NOT_REGULAR))
         check_can_leave(candidate.path)
         try:
             return one(candidate)
-        except Unmergeable as error:
+        except UnmergeableFile as error:
             return _set_aside(inbox, candidate, error)
-    except Unsteady as error:
+    except FileStillChanging as error:
         inbox.tell(f"{name}: left for the next run: {error.message}")
         return Report()
-    except Stuck as error:
+    except StuckFile as error:
         return _left(inbox, name, error)
 
 
-def _left(inbox: InboxRun, name: str, error: Stuck) -> Report:
+def _left(inbox: InboxRun, name: str, error: StuckFile) -> Report:
     """This file stays where it is, and each run says so."""
     inbox.told.append(f"{name}: stays in the inbox: {error}")
     log.error("%r: stays in the inbox: %s", name, error)
@@ -278,20 +294,22 @@ def _left(inbox: InboxRun, name: str, error: Stuck) -> Report:
     return Report(failures=(Failure(name, error.message, error.hint),), ledger=ledger)
 
 
-def _set_aside(inbox: InboxRun, candidate: Candidate, error: Unmergeable) -> Report:
-    """Move the file to quarantine; a dry run only says so. Raises Stuck when it may not be moved there, and OSError."""
+def _set_aside(inbox: InboxRun, candidate: Candidate, error: UnmergeableFile) -> Report:
+    """Move the file to quarantine; a dry run only says so. Raises StuckFile when it may not be moved there, and
+    OSError.
+    """
     name, where = printable(candidate.path.name), "would be rejected"
     if not inbox.context.dry_run:
         try:
             target = reject(inbox.paths, candidate, error, inbox.context.run_id, inbox.clock())
-        except Unsteady as gone:
+        except FileStillChanging as gone:
             inbox.tell(f"{name}: {gone.message}")
             return Report()
         except OSError as refused:
             if refused.errno not in REFUSED:
                 raise
             told = f"{error.message}; and it cannot be moved to {inbox.config.rejected_dir}: {refused.strerror}"
-            raise Stuck(told, "let this user write there, or remove the file") from refused
+            raise StuckFile(told, "let this user write there, or remove the file") from refused
         where = f"rejected, moved to {target.parent}"
         log.error("%r: %s: %s", candidate.path.name, where, error)
     inbox.told.append(f"{name}: {where}: {error}")

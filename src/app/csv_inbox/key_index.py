@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.csv_inbox.config import InboxConfig
-from app.csv_inbox.csv_tokenizer import NONE, Cells, Offsets, spread
+from app.csv_inbox.csv_tokenizer import NONE, CellSlices, Offsets, spread
 
 Hashes = npt.NDArray[np.uint64]
 Truths = npt.NDArray[np.bool_]
@@ -40,7 +40,7 @@ _LEAST = np.uint64(1 << 32)
 _MASKS = np.array([*((1 << 8 * n) - 1 for n in range(WORD_BYTES)), (1 << 64) - 1], np.uint64)
 
 
-def _words(cells: Cells) -> Hashes:
+def _words(cells: CellSlices) -> Hashes:
     """The little-endian number of 8 bytes at each offset; copies the data only when a value ends near its end."""
     data = cells.data
     if int((cells.starts + cells.lengths).max(initial=0)) + WORD_BYTES > len(data):
@@ -48,7 +48,7 @@ def _words(cells: Cells) -> Hashes:
     return np.ndarray((len(data) - WORD_BYTES + 1,), np.dtype("<u8"), data, 0, (1,))
 
 
-def _word(words: Hashes, cells: Cells, at: int, shortest: int) -> Hashes:
+def _word(words: Hashes, cells: CellSlices, at: int, shortest: int) -> Hashes:
     """Bytes `at` to `at` + 8 of each value, 0 behind its end; none is shorter than `shortest`."""
     found: Hashes
     if at + WORD_BYTES <= shortest:
@@ -59,7 +59,7 @@ def _word(words: Hashes, cells: Cells, at: int, shortest: int) -> Hashes:
     return found
 
 
-def hashed(cells: Cells) -> Hashes:
+def hashed(cells: CellSlices) -> Hashes:
     """One hash for each value."""
     words = _words(cells)
     found = cells.lengths.astype(np.uint64) * _OTHER
@@ -78,7 +78,7 @@ def hashed(cells: Cells) -> Hashes:
     return found
 
 
-def same(left: Cells, right: Cells) -> Truths:
+def equal_pairs(left: CellSlices, right: CellSlices) -> Truths:
     """Which pairs of values are the same bytes."""
     equal: Truths = left.lengths == right.lengths
     places = np.flatnonzero(equal)
@@ -96,7 +96,7 @@ def same(left: Cells, right: Cells) -> Truths:
     return equal
 
 
-def firsts(values: npt.NDArray[Any]) -> Offsets:
+def first_positions(values: npt.NDArray[Any]) -> Offsets:
     """Where each distinct value is first, in the order of the values. np.unique imports far more of numpy."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
@@ -104,7 +104,7 @@ def firsts(values: npt.NDArray[Any]) -> Offsets:
     return found
 
 
-class Keys:
+class FileKeys:
     """The keys of a file: row by row they are added, then sorted once, and can be looked up by the thousand.
 
     `by_row` has the hash of each row, `count` is how many keys there are.
@@ -118,7 +118,7 @@ class Keys:
         self._lengths: list[Offsets] = [NONE]
         self._added: list[Hashes] = []
 
-    def add(self, cells: Cells) -> None:
+    def add(self, cells: CellSlices) -> None:
         """The keys of the next rows."""
         self._data += cells.data[spread(cells.starts, cells.lengths)].tobytes()
         self._lengths.append(cells.lengths)
@@ -130,7 +130,7 @@ class Keys:
         self._lengths, self._added = [], []
         # So that the last key too can be read in whole words.
         self._data += bytes(WORD_BYTES)
-        cells = Cells(np.frombuffer(self._data, np.uint8), np.cumsum(lengths) - lengths, lengths)
+        cells = CellSlices(np.frombuffer(self._data, np.uint8), np.cumsum(lengths) - lengths, lengths)
         order = np.argsort(by_row)
         ordered = by_row[order]
         if not (ordered[1:] != ordered[:-1]).all():  # the quick way does not keep the order of what is equal
@@ -142,7 +142,7 @@ class Keys:
         self._hashes, self._rows = ordered[is_last], order[is_last]
         self._cells = cells.taken(self._rows)
         self._shared = _shared(cells, order, is_last)
-        groups = len(firsts(by_row[np.fromiter(self._shared.values(), np.int64, len(self._shared))]))
+        groups = len(first_positions(by_row[np.fromiter(self._shared.values(), np.int64, len(self._shared))]))
         self.count = len(self._rows) - groups + len(self._shared)
         # Which first bits any hash has: few others are looked at closely.
         bits = int(np.clip((8 * len(self._hashes)).bit_length(), FIRST_BITS_LEAST, FIRST_BITS_MOST))
@@ -165,10 +165,10 @@ class Keys:
         found: Offsets = passed[self._hashes[self._places(halves << _HALF)] >> _HALF == halves]
         return found
 
-    def last_rows(self, cells: Cells, hashes: Hashes) -> Offsets:
+    def last_rows(self, cells: CellSlices, hashes: Hashes) -> Offsets:
         """The last row here with the key of each candidate, -1 where it only looked alike."""
         places = self._places(hashes)
-        found = np.where(same(cells, self._cells.taken(places)), self._rows[places], -1)
+        found = np.where(equal_pairs(cells, self._cells.taken(places)), self._rows[places], -1)
         # Of keys that share a hash only one stands in the sorted list; the others are looked up by their bytes.
         for place in np.flatnonzero(found < 0) if self._shared else ():
             found[place] = self._shared.get(cells.value(int(place)), -1)
@@ -177,17 +177,17 @@ class Keys:
     def kept_rows(self) -> Offsets:
         """The last row of each key, in the order of the file."""
         rows = np.concatenate((self._rows, np.fromiter(self._shared.values(), np.int64, len(self._shared))))
-        return rows[firsts(rows)]
+        return rows[first_positions(rows)]
 
 
-def _shared(cells: Cells, order: Offsets, is_last: Truths) -> dict[bytes, int]:
+def _shared(cells: CellSlices, order: Offsets, is_last: Truths) -> dict[bytes, int]:
     """The last row of each key whose hash other keys have too. Keys that merely come again are none of these."""
     others = np.flatnonzero(~is_last)
     if not len(others):
         return {}
     group = np.concatenate(([0], np.cumsum(is_last)[:-1]))
     lasts = order[is_last]
-    differs = others[~same(cells.taken(order[others]), cells.taken(lasts[group[others]]))]
+    differs = others[~equal_pairs(cells.taken(order[others]), cells.taken(lasts[group[others]]))]
     if not len(differs):
         return {}
     apart = np.zeros(len(lasts), np.bool_)
@@ -256,7 +256,7 @@ def _made_for(master: os.stat_result, config: InboxConfig) -> dict[str, Any]:
     }
 
 
-def fitting(files: ExitStack, path: Path, master: os.stat_result, config: InboxConfig) -> KeyIndex | None:
+def open_matching_index(files: ExitStack, path: Path, master: os.stat_result, config: InboxConfig) -> KeyIndex | None:
     """The index, open until `files` are closed, if there is one of the master as it is now. Raises OSError."""
     try:
         file = files.enter_context(path.open("rb"))

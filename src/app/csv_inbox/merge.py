@@ -23,18 +23,18 @@ from app.csv_inbox.config import FaultKind, InboxConfig
 from app.csv_inbox.csv_tokenizer import (
     MASTER_RECORD_BYTES,
     NONE,
-    Cells,
-    Dialect,
-    Malformed,
+    CellSlices,
+    CsvDialect,
+    MalformedCsv,
     Octets,
     Offsets,
     RecordBlock,
     blocks,
     cut,
-    marked,
+    find_field_bounds,
 )
 from app.csv_inbox.discovery import MEBIBYTE, identity_of
-from app.csv_inbox.incoming import ColumnUnion, Header, Incoming, read_header
+from app.csv_inbox.incoming import ColumnUnion, CsvHeader, IncomingFile, read_header
 from app.csv_inbox.key_index import BLANK, LENGTH, Hashes, IndexMismatch, IndexWriter, KeyIndex, Truths
 from app.csv_inbox.quarantine import LoadRecord
 
@@ -46,7 +46,7 @@ JOIN_BYTES = 1 << 19
 Beat = Callable[[int], None]
 
 
-class Output:
+class MasterWriter:
     """The new master being written; what is kept stays as it was to the byte, in its order.
 
     `removed` and `indexing` are None where nobody wants them. `ranges`: offset and length, in the old master.
@@ -103,7 +103,7 @@ class MatchCounts:
     to the byte, else as replaced. `doubtful`: columns in which no row that stays had a value so far.
     """
 
-    def __init__(self, incoming: Incoming, dialect: Dialect, spool: IO[bytes]) -> None:
+    def __init__(self, incoming: IncomingFile, dialect: CsvDialect, spool: IO[bytes]) -> None:
         self.incoming = incoming
         self.union = incoming.union
         self.dialect = dialect
@@ -119,7 +119,7 @@ class MatchCounts:
         """How many keys of the file the master had."""
         return int(np.count_nonzero(self._matched))
 
-    def find(self, cells: Cells, hashes: Hashes) -> tuple[Offsets, Offsets]:
+    def find(self, cells: CellSlices, hashes: Hashes) -> tuple[Offsets, Offsets]:
         """The places of the keys that the file has, and its last row with each."""
         places = self.incoming.keys.candidates(hashes)
         if not len(places):
@@ -130,7 +130,7 @@ class MatchCounts:
     def count(self, rows: Offsets, block: RecordBlock, positions: Offsets) -> None:
         """Count records of the master that go, with the row of the file that has the key of each."""
         self.taken += len(rows)
-        first = key_index.firsts(rows)
+        first = key_index.first_positions(rows)
         fresh = first[~self._matched[rows[first]]]
         self._matched[rows] = True
         starts, stops = block.starts[positions[fresh]], block.stops[positions[fresh]]
@@ -139,17 +139,17 @@ class MatchCounts:
         # Lengths first: most rows that changed differ in them, and nothing has to be read for these.
         alike = np.flatnonzero(lengths == stops - starts + len(self.padding))
         if len(alike):
-            records = Cells(block.array, starts[alike], (stops - starts)[alike])
+            records = CellSlices(block.array, starts[alike], (stops - starts)[alike])
             self.unchanged += self._same(records, there[alike])
 
-    def _same(self, records: Cells, starts: Offsets) -> int:
+    def _same(self, records: CellSlices, starts: Offsets) -> int:
         """How many of the records the file has, padded, each where it starts; there is at least one."""
         held, places = self._spooled(starts, records.lengths + len(self.padding))
-        alike = key_index.same(records, Cells(held, places, records.lengths))
+        alike = key_index.equal_pairs(records, CellSlices(held, places, records.lengths))
         if self.padding:
             sizes = np.full(len(places), len(self.padding))
-            padding = Cells(np.frombuffer(self.padding, np.uint8), np.zeros(len(places), np.int64), sizes)
-            alike &= key_index.same(Cells(held, places + records.lengths, sizes), padding)
+            padding = CellSlices(np.frombuffer(self.padding, np.uint8), np.zeros(len(places), np.int64), sizes)
+            alike &= key_index.equal_pairs(CellSlices(held, places + records.lengths, sizes), padding)
         return int(np.count_nonzero(alike))
 
     def _spooled(self, starts: Offsets, lengths: Offsets) -> tuple[Octets, Offsets]:
@@ -171,7 +171,7 @@ class MatchCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
+class MergeResult:
     """A merge into temporary files: its record, the columns of the new master, and the old master if there was one."""
 
     load: LoadRecord
@@ -179,18 +179,18 @@ class Merged:
     before: os.stat_result | None
 
 
-def master_header(path: Path, config: InboxConfig) -> Header | None:
+def master_header(path: Path, config: InboxConfig) -> CsvHeader | None:
     """The master's header; None when there is no master. Raises Permanent when it cannot be read."""
     try:
         with path.open("rb", buffering=0) as file:
-            return read_header(file.read, Dialect(config.csv_delimiter, config.csv_encoding))
+            return read_header(file.read, CsvDialect(config.csv_delimiter, config.csv_encoding))
     except FileNotFoundError:
         return None
-    except Malformed as error:
+    except MalformedCsv as error:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Malformed) -> Permanent:
+def _unreadable(path: Path, error: MalformedCsv) -> Permanent:
     where = f", line {error.line}" if error.line else ""
     return Permanent(
         f"the master {path.name} cannot be read{where}: {error.message}",
@@ -200,7 +200,7 @@ def _unreadable(path: Path, error: Malformed) -> Permanent:
 
 def merge(
     master: Path | None,
-    incoming: Incoming,
+    incoming: IncomingFile,
     config: InboxConfig,
     load: LoadRecord,
     *,
@@ -209,7 +209,7 @@ def merge(
     index: Path | None,
     new_index: Path | None,
     beat: Beat,
-) -> Merged:
+) -> MergeResult:
     """Write the result to `out` and, durably, what it takes to come back to `removed` (None: that is not kept).
 
     `index` is that of the master, if there is one; `new_index` is None where none is wanted. `beat` is told of bytes
@@ -221,17 +221,17 @@ def merge(
         # Rows that go are not kept where columns are added: the old master is kept whole then.
         rows = _created(files, removed, master) if removed is not None and not incoming.union.added else None
         indexing = IndexWriter(_created(files, new_index, master)) if new_index is not None else None
-        output = Output(_created(files, out, master, buffering=0), rows, indexing, beat)
+        output = MasterWriter(_created(files, out, master, buffering=0), rows, indexing, beat)
         spool = files.enter_context(incoming.spool.open("rb", buffering=0))
-        counts = MatchCounts(incoming, Dialect(config.csv_delimiter, config.csv_encoding), spool)
+        counts = MatchCounts(incoming, CsvDialect(config.csv_delimiter, config.csv_encoding), spool)
         try:
             if master is None:
                 output.write(counts.union.header(counts.dialect))
             else:
                 old = files.enter_context(master.open("rb", buffering=0))
-                fitting = key_index.fitting(files, index, os.fstat(old.fileno()), config) if index else None
+                fitting = key_index.open_matching_index(files, index, os.fstat(old.fileno()), config) if index else None
                 before = _keep_rows(old, counts, output, fitting, config.merged_file.name)
-        except Malformed as error:
+        except MalformedCsv as error:
             raise _unreadable(config.merged_file, error) from error
         appended = _append(counts, output)
         output.finish()
@@ -255,7 +255,7 @@ def merge(
         mtime_ns=after.st_mtime_ns,
         mtime_before_ns=before.st_mtime_ns if before else 0,
     )
-    return Merged(load, tuple(name for place, name in enumerate(union.names) if place not in dropped), before)
+    return MergeResult(load, tuple(name for place, name in enumerate(union.names) if place not in dropped), before)
 
 
 def _created(files: ExitStack, path: Path, master: Path | None, buffering: int = -1) -> IO[bytes]:
@@ -266,7 +266,7 @@ def _created(files: ExitStack, path: Path, master: Path | None, buffering: int =
 
 
 def _keep_rows(
-    master: IO[bytes], counts: MatchCounts, out: Output, index: KeyIndex | None, name: str
+    master: IO[bytes], counts: MatchCounts, out: MasterWriter, index: KeyIndex | None, name: str
 ) -> os.stat_result:
     """Write what stays of the master, along its index where that fits."""
     before = os.fstat(master.fileno())
@@ -283,7 +283,7 @@ def _keep_rows(
     return before
 
 
-def _no_column_is_obsolete(master: IO[bytes], header: Header, counts: MatchCounts) -> bool:
+def _no_column_is_obsolete(master: IO[bytes], header: CsvHeader, counts: MatchCounts) -> bool:
     """Whether the first rows alone tell that. Nothing is counted."""
     if not counts.doubtful:
         return True
@@ -296,7 +296,7 @@ def _no_column_is_obsolete(master: IO[bytes], header: Header, counts: MatchCount
     return not counts.doubtful
 
 
-def _append(counts: MatchCounts, out: Output) -> int:
+def _append(counts: MatchCounts, out: MasterWriter) -> int:
     """Write the file's rows; of rows with one key, the last. How many were written."""
     incoming, keys = counts.incoming, counts.incoming.keys
     # Where the file has a key more than once, its last row counts, in that row's place.
@@ -313,7 +313,7 @@ def _append(counts: MatchCounts, out: Output) -> int:
 
 
 def _complete(
-    counts: MatchCounts, output: Output, config: InboxConfig, *, out: Path, new_index: Path | None
+    counts: MatchCounts, output: MasterWriter, config: InboxConfig, *, out: Path, new_index: Path | None
 ) -> os.stat_result:
     """The new master is on the disk, without its obsolete columns, and its index sealed."""
     if counts.doubtful:
@@ -328,14 +328,14 @@ def _complete(
 
 
 def _drop_columns(
-    path: Path, union: ColumnUnion, dropped: Sequence[int], dialect: Dialect, beat: Beat
+    path: Path, union: ColumnUnion, dropped: Sequence[int], dialect: CsvDialect, beat: Beat
 ) -> os.stat_result:
     """Replace the file, durably, by itself without these columns; all else stays as it was to the byte."""
     second = path.with_name(f"{path.name}.2.tmp")
     d, keep = dialect.delimiter.encode(), [at for at in range(len(union.names)) if at not in frozenset(dropped)]
     with path.open("rb", buffering=0) as file, second.open("xb", buffering=0) as narrow:
         keep_mode(path, narrow.fileno())
-        out = Output(narrow, None, None, beat)
+        out = MasterWriter(narrow, None, None, beat)
         out.write(union.header(dialect, dropped))
         header = read_header(file.read, dialect)
         file.seek(header.size_bytes)
@@ -357,8 +357,8 @@ def _drop_columns(
 # is what happens when no index fits.
 
 
-def _full_scan(master: IO[bytes], header: Header, counts: MatchCounts, out: Output) -> None:
-    """Write the header and every row that stays. Raises Malformed, OSError and what `out.beat` raises."""
+def _full_scan(master: IO[bytes], header: CsvHeader, counts: MatchCounts, out: MasterWriter) -> None:
+    """Write the header and every row that stays. Raises MalformedCsv, OSError and what `out.beat` raises."""
     master.seek(0)
     raw = master.read(header.size_bytes)
     out.write(counts.union.header(counts.dialect) if counts.padding or not header.eol else raw)
@@ -378,19 +378,19 @@ def _full_scan(master: IO[bytes], header: Header, counts: MatchCounts, out: Outp
         at += len(block.data)
 
 
-def _looked_up(block: RecordBlock, header: Header, counts: MatchCounts) -> tuple[Hashes, Offsets, Offsets]:
+def _looked_up(block: RecordBlock, header: CsvHeader, counts: MatchCounts) -> tuple[Hashes, Offsets, Offsets]:
     """The hash of each row's key, the places of those that the file has, and its row for each."""
     encoding = counts.dialect.encoding
     if (at := block.first_invalid(encoding)) >= 0:
         told = f"invalid {encoding.upper()} byte 0x{block.data[at]:02X}"
-        raise Malformed(told, block.line_at(at), kind=FaultKind.ENCODING)
+        raise MalformedCsv(told, block.line_at(at), kind=FaultKind.ENCODING)
     block.check_width(len(header.names))
     cells = block.cells(counts.union.key, counts.dialect)
     hashes = key_index.hashed(cells)
     return hashes, *counts.find(cells, hashes)
 
 
-def _write(block: RecordBlock, at: int, gone: Offsets, counts: MatchCounts, out: Output) -> None:
+def _write(block: RecordBlock, at: int, gone: Offsets, counts: MatchCounts, out: MasterWriter) -> None:
     """The block without the records that go, every other byte as it is but for fields put behind."""
     first, last = _ranges(block.starts[gone], block.ends[gone])
     data = block.data
@@ -431,7 +431,7 @@ def _add_entries(indexing: IndexWriter, block: RecordBlock, gone: Offsets, hashe
 class _IndexedMerge:
     """Where the pass is: all of the master before `_at` is done."""
 
-    def __init__(self, master: IO[bytes], header: Header, counts: MatchCounts, out: Output) -> None:
+    def __init__(self, master: IO[bytes], header: CsvHeader, counts: MatchCounts, out: MasterWriter) -> None:
         self._at = 0
         self._size = os.fstat(master.fileno()).st_size
         self._master = master
@@ -500,9 +500,9 @@ class _IndexedMerge:
         if not len(asked):
             return NONE
         try:
-            block = RecordBlock(raw, marked(raw, self._counts.dialect), 0)
+            block = RecordBlock(raw, find_field_bounds(raw, self._counts.dialect), 0)
             block.check_width(self._width)
-        except Malformed as error:
+        except MalformedCsv as error:
             raise IndexMismatch from error
         if len(block.rows) != len(asked) or not np.array_equal(block.ends, np.cumsum(lengths)):
             raise IndexMismatch

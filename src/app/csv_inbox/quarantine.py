@@ -17,21 +17,21 @@ from uuid import uuid4
 from app.core.errors import Rejected
 from app.core.files import TEMPORARY_SUFFIX, sync_directory, sync_file, write_durably
 from app.core.ledger import KeptFile
-from app.csv_inbox.config import InboxConfig, Stuck, Unmergeable, Unsteady
+from app.csv_inbox.config import FileStillChanging, InboxConfig, StuckFile, UnmergeableFile
 from app.csv_inbox.discovery import (
     BAD_ROWS,
     REASON,
     RECORD,
     REJECTED_BYTES,
     Candidate,
-    Identity,
+    FileIdentity,
     InboxPaths,
     free_paths,
     identity_at,
-    numbered,
-    placed,
+    name_folder_in_errors,
+    numbered_names,
     printable,
-    stamp,
+    time_stamp,
     unchanged,
 )
 
@@ -55,7 +55,7 @@ def load_id_of(folder: Path, at: datetime) -> str:
     newest = max((name[:STAMP_CHARACTERS] for name in _record_names(folder)), default="")
     with suppress(ValueError, OverflowError):
         at = max(at, datetime.strptime(f"{newest}000+0000", "%Y%m%dT%H%M%S.%f%z") + timedelta(milliseconds=1))
-    return f"{stamp(at)}-{uuid4().hex[:8]}"
+    return f"{time_stamp(at)}-{uuid4().hex[:8]}"
 
 
 def text_of(at: datetime) -> str:
@@ -236,33 +236,33 @@ def changed_master(paths: InboxPaths) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Grown:
+class GrownFile:
     """A file of the archive that is not as it was when it was merged. `load` is the record of the merge."""
 
     load: LoadRecord
     path: Path
-    found: Identity
+    found: FileIdentity
 
     @property
-    def merged(self) -> Identity:
+    def merged(self) -> FileIdentity:
         """The file when it was last looked at."""
-        return Identity(*self.load.source)
+        return FileIdentity(*self.load.source)
 
     def is_steady(self) -> bool:
         """True while nothing more is written."""
         return identity_at(self.path) == self.found
 
 
-def grown(paths: InboxPaths) -> Sequence[Grown]:
+def changed_archive_files(paths: InboxPaths) -> Sequence[GrownFile]:
     """What was written to since, among the files that the load history knows. Raises OSError."""
     changed = []
     for load in loads(paths.loads):
         if load.outcome != MERGED or not load.source:
             continue
-        path, merged = paths.config.archive_dir / load.archive_name, Identity(*load.source)
+        path, merged = paths.config.archive_dir / load.archive_name, FileIdentity(*load.source)
         found = identity_at(path)
         if found and found != merged and (found.device, found.inode) == (merged.device, merged.inode):
-            changed.append(Grown(load, path, found))
+            changed.append(GrownFile(load, path, found))
     return changed
 
 
@@ -271,17 +271,20 @@ def grown(paths: InboxPaths) -> Sequence[Grown]:
 # belongs to its user: nothing is ever overwritten or deleted there, but the reason of the very same file.
 
 
-def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, run_id: str, at: datetime) -> Path:
+def reject(paths: InboxPaths, candidate: Candidate, cause: UnmergeableFile, run_id: str, at: datetime) -> Path:
     """Move the file to `rejected_dir`, its reason beside it, and record it; where it lies now.
 
-    Raises OSError, Unsteady when it is gone or another file by now, and Stuck for what can only lie where it is.
+    Raises OSError, FileStillChanging when it is gone or another file by now, and StuckFile for what can only lie where
+    it is.
     """
     name = candidate.path.name
     if not unchanged(candidate):  # what lies there now was not looked at
-        raise Unsteady(f"{name} is gone or was changed while it was read", "no action needed; the next run looks again")
+        raise FileStillChanging(
+            f"{name} is gone or was changed while it was read", "no action needed; the next run looks again"
+        )
     bad_rows = cause.header + b"".join(record + b"\n" for record in cause.records) if cause.records else b""
-    with placed(paths.config.rejected_dir):
-        suffixes = itertools.chain(("",), numbered(f".{stamp(at)}"))
+    with name_folder_in_errors(paths.config.rejected_dir):
+        suffixes = itertools.chain(("",), numbered_names(f".{time_stamp(at)}"))
         targets = free_paths(paths.config.rejected_dir, name, suffixes, REJECTED_BYTES)
         target = next(each for each in targets if _is_free(each, candidate, bad_rows))
         reason = _beside(target, REASON)
@@ -292,9 +295,9 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, run_id: 
         write_durably(reason, [text, b"\n"])
         if bad_rows:
             write_durably(_beside(target, BAD_ROWS), [bad_rows])
-    with placed(paths.loads):
+    with name_folder_in_errors(paths.loads):
         save_load(paths.loads, LoadRecord(load_id, run_id, printable(name), text_of(at), REJECTED, error=cause.message))
-    with placed(paths.config.rejected_dir):
+    with name_folder_in_errors(paths.config.rejected_dir):
         _move(candidate.path, target)
     log.debug("moved %s to %s", printable(name), target)
     return target
@@ -336,7 +339,7 @@ def _load_id(reason: Path) -> str:
     return str(_told_before(reason).get("load_id", ""))
 
 
-def _reason(cause: Unmergeable, name: str, at: datetime) -> dict[str, Any]:
+def _reason(cause: UnmergeableFile, name: str, at: datetime) -> dict[str, Any]:
     first = cause.faults[0]
     return {
         "file": name,
@@ -356,7 +359,9 @@ def _move(source: Path, target: Path) -> None:
         source.rename(target)
     except OSError as error:
         if not os.path.lexists(source):
-            raise Unsteady("it was to be set aside and is gone", "no action needed; the file was removed") from error
+            raise FileStillChanging(
+                "it was to be set aside and is gone", "no action needed; the file was removed"
+            ) from error
         # Another file system has to be copied to; on the same one it is another fault.
         if source.lstat().st_dev == target.parent.stat().st_dev:
             raise
@@ -368,7 +373,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """The same on another file system: a file, a link as the link that it is, a pipe as a new one. Raises Stuck."""
+    """The same on another file system: a file, a link as the link that it is, a pipe as a new one. Raises StuckFile."""
     mode = source.lstat().st_mode
     if stat.S_ISFIFO(mode):
         os.mkfifo(target, stat.S_IMODE(mode))
@@ -382,4 +387,6 @@ def _copy(source: Path, target: Path) -> None:
             sync_file(file.fileno())
         temporary.rename(target)
     else:
-        raise Stuck("it cannot go to another file system", "remove it from the inbox, or set rejected_dir on its disk")
+        raise StuckFile(
+            "it cannot go to another file system", "remove it from the inbox, or set rejected_dir on its disk"
+        )

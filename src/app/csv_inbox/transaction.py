@@ -27,13 +27,13 @@ from app.core.errors import Permanent, Rejected, Transient
 from app.core.files import bounded_name, keep_mode, sync_directory, sync_file, write_durably
 from app.core.ledger import Tally, ledger_of
 from app.core.runs import Report
-from app.csv_inbox.config import InboxConfig, Stuck, Unmergeable, Unsteady
-from app.csv_inbox.csv_tokenizer import Dialect, blocks
+from app.csv_inbox.config import FileStillChanging, InboxConfig, StuckFile, UnmergeableFile
+from app.csv_inbox.csv_tokenizer import CsvDialect, blocks
 from app.csv_inbox.discovery import (
     MEBIBYTE,
     UNIT,
     Candidate,
-    Identity,
+    FileIdentity,
     InboxPaths,
     InboxRun,
     free_paths,
@@ -41,16 +41,16 @@ from app.csv_inbox.discovery import (
     identity_of,
     link_or_copy,
     md5_of,
-    numbered,
+    name_folder_in_errors,
+    numbered_names,
     open_regular,
-    placed,
     printable,
-    stamp,
+    time_stamp,
     unchanged,
 )
-from app.csv_inbox.incoming import Incoming, read_header, read_incoming
+from app.csv_inbox.incoming import IncomingFile, read_header, read_incoming
 from app.csv_inbox.key_index import IndexMismatch
-from app.csv_inbox.merge import Merged, master_header, merge
+from app.csv_inbox.merge import MergeResult, master_header, merge
 from app.csv_inbox.quarantine import (
     MERGED,
     UNDONE,
@@ -70,7 +70,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Renaming:
+class PendingRename:
     """A temporary file that takes its final name. `inode` tells whether that was done already."""
 
     temporary: Path
@@ -79,13 +79,13 @@ class Renaming:
 
 
 @dataclass(frozen=True, slots=True)
-class Archiving:
+class PendingArchive:
     """The input on its way from the inbox to the archive. `digest` is the MD5 of what was merged."""
 
     pending: Path
     target: Path
     source: Path
-    identity: Identity
+    identity: FileIdentity
     digest: str
 
 
@@ -93,15 +93,15 @@ class Archiving:
 class Transaction:
     """Everything that is left to do once it is committed. The first renaming is what it is for: without it, nothing."""
 
-    renamings: Sequence[Renaming]
+    renamings: Sequence[PendingRename]
     removals: Sequence[Path]
-    archiving: Archiving | None
+    archiving: PendingArchive | None
     load: LoadRecord
 
 
-def renaming(temporary: Path, target: Path) -> Renaming:
+def renaming(temporary: Path, target: Path) -> PendingRename:
     """The renaming of a file that is complete now."""
-    return Renaming(temporary, target, temporary.stat().st_ino)
+    return PendingRename(temporary, target, temporary.stat().st_ino)
 
 
 def commit(paths: InboxPaths, transaction: Transaction) -> None:
@@ -113,7 +113,7 @@ def commit(paths: InboxPaths, transaction: Transaction) -> None:
     write_durably(paths.journal, [json.dumps(_to_json(transaction, paths.folder), indent=1).encode("ascii")])
 
 
-def carry_out(paths: InboxPaths, transaction: Transaction) -> bool:
+def complete(paths: InboxPaths, transaction: Transaction) -> bool:
     """Do what the transaction says; what is done already is skipped, so it can be repeated after any crash.
 
     False when it was given up. Raises Permanent when neither can be done.
@@ -138,7 +138,7 @@ def carry_out(paths: InboxPaths, transaction: Transaction) -> bool:
     return True
 
 
-def _rename(each: Renaming) -> bool:
+def _rename(each: PendingRename) -> bool:
     """True once the target is the file of the transaction; False when that is gone, or was replaced since."""
     if each.temporary.exists():
         each.temporary.replace(each.target)
@@ -178,7 +178,7 @@ def _removes_a_later_master(paths: InboxPaths, transaction: Transaction) -> bool
     return (found.st_size, found.st_mtime_ns) != (transaction.load.size_bytes, transaction.load.mtime_ns)
 
 
-def _archive(each: Archiving) -> None:
+def _archive(each: PendingArchive) -> None:
     """The link gets its archive name; the inbox's name goes unless it leads to anything else by now.
 
     Rows that were appended since the file was read go with it: they are found in the archive and taken in as a file of
@@ -195,7 +195,7 @@ def _archive(each: Archiving) -> None:
         sync_directory(folder)
 
 
-def _is_merged(each: Archiving) -> bool:
+def _is_merged(each: PendingArchive) -> bool:
     """True while the inbox's name leads to the file that was merged, or to that file with more behind it."""
     found, held = identity_at(each.source), each.identity
     if found is None or found == held:
@@ -206,7 +206,7 @@ def _is_merged(each: Archiving) -> bool:
     try:
         with open_regular(each.source) as file:
             return md5_of(file, held.size) == each.digest
-    except (Unmergeable, Unsteady, Stuck) as error:
+    except (UnmergeableFile, FileStillChanging, StuckFile) as error:
         log.warning("%s stays in the inbox: %s", each.source.name, error.message)
         return False
 
@@ -234,7 +234,7 @@ def recover(paths: InboxPaths) -> LoadRecord | None:
     # A kill after the commit: the rest is done now. One before it left only temporary files, which go.
     if transaction is not None:
         paths.loads.mkdir(exist_ok=True)
-        if carry_out(paths, transaction):
+        if complete(paths, transaction):
             done = transaction.load
     paths.remove_leftovers()
     return done
@@ -267,15 +267,18 @@ def _from_json(content: Mapping[str, Any], folder: Path) -> Transaction:
     archiving = None
     if way := content["archiving"]:
         target = folder / way["target"]
-        archiving = Archiving(
+        archiving = PendingArchive(
             folder / way["pending"],
             target.with_name(bounded_name(target.name)),  # earlier versions committed names too long for a directory
             folder / way["source"],
-            Identity(**way["identity"]),
+            FileIdentity(**way["identity"]),
             way["digest"],
         )
     return Transaction(
-        [Renaming(folder / temporary, folder / target, inode) for temporary, target, inode in content["renamings"]],
+        [
+            PendingRename(folder / temporary, folder / target, inode)
+            for temporary, target, inode in content["renamings"]
+        ],
         [folder / path for path in content["removals"]],
         archiving,
         load_of(content["load"]),
@@ -288,8 +291,8 @@ def _from_json(content: Mapping[str, Any], folder: Path) -> Transaction:
 KEPT_BYTES = 1 << 23
 
 
-def take(inbox: InboxRun, candidate: Candidate) -> Report:
-    """Merge one file. Raises Unmergeable, Unsteady, Transient, Permanent, OSError."""
+def merge_file(inbox: InboxRun, candidate: Candidate) -> Report:
+    """Merge one file. Raises UnmergeableFile, FileStillChanging, Transient, Permanent, OSError."""
     at, began = inbox.clock(), time.monotonic()
     name, paths, master = printable(candidate.path.name), inbox.paths, inbox.config.merged_file
     load = LoadRecord(load_id_of(paths.loads, at), inbox.context.run_id, name, text_of(at), MERGED)
@@ -307,7 +310,7 @@ def take(inbox: InboxRun, candidate: Candidate) -> Report:
     finally:
         if not paths.journal.exists():  # after a commit the journal needs them
             paths.remove_leftovers()
-    carry_out(paths, transaction)
+    complete(paths, transaction)
     if temporary("index").exists():  # the index takes its name once its master has
         temporary("index").replace(paths.index)
     inbox.tell(transaction.load.summary())
@@ -317,8 +320,8 @@ def take(inbox: InboxRun, candidate: Candidate) -> Report:
 
 
 @contextmanager
-def rehearsal(inbox: InboxRun) -> Iterator[Callable[[Candidate], Report]]:
-    """A dry run: what is yielded says what merging a file after those before would do. It raises as `take`."""
+def preview_merge(inbox: InboxRun) -> Iterator[Callable[[Candidate], Report]]:
+    """A dry run: what is yielded says what merging a file after those before would do. It raises as `merge_file`."""
     master, index = inbox.config.merged_file, inbox.paths.index
     with tempfile.TemporaryDirectory(prefix="headwater-csv-inbox-") as name:
         folder = Path(name)
@@ -327,7 +330,7 @@ def rehearsal(inbox: InboxRun) -> Iterator[Callable[[Candidate], Report]]:
             nonlocal master, index
             unique = uuid4().hex
             load = LoadRecord("", inbox.context.run_id, printable(candidate.path.name), "", "valid")
-            with placed(folder):
+            with name_folder_in_errors(folder):
                 incoming, merged = _read_and_merge(
                     inbox,
                     candidate,
@@ -346,7 +349,7 @@ def rehearsal(inbox: InboxRun) -> Iterator[Callable[[Candidate], Report]]:
         yield rehearse
 
 
-def _report(incoming: Incoming, load: LoadRecord) -> Report:
+def _report(incoming: IncomingFile, load: LoadRecord) -> Report:
     """What one file did. A row that a later row of the same file replaces counts as corrected."""
     tally = Tally(
         counted=incoming.counted,
@@ -367,7 +370,7 @@ def _read_and_merge(
     master: Path,
     index: Path,
     temporary: Callable[[str], Path],
-) -> tuple[Incoming, Merged]:
+) -> tuple[IncomingFile, MergeResult]:
     """Check, spool and merge one file into temporary files; neither the master nor its index need exist."""
     # glibc hands memory back once twice the largest block ever freed lies idle, and the kernel has to clear each page
     # of it again: a hundred pages for every megabyte merged. Freeing one large block, never touched, keeps the memory
@@ -378,7 +381,9 @@ def _read_and_merge(
     beat = inbox.beat(master if header else None)
     incoming = read_incoming(candidate.path, header, config, temporary("rows"), beat)
     if candidate.md5 not in ("", incoming.md5):
-        raise Unsteady(f"{candidate.path.name} changed under its name", "no action needed; the next run looks again")
+        raise FileStillChanging(
+            f"{candidate.path.name} changed under its name", "no action needed; the next run looks again"
+        )
     log.debug(
         "%s: MD5 %s, %d rows in %d bytes, %d distinct keys; master %s",
         *(load.file, "unchanged" if candidate.md5 else "read once"),
@@ -415,15 +420,16 @@ def _read_and_merge(
 
 
 def _prepare(
-    inbox: InboxRun, candidate: Candidate, incoming: Incoming, merged: Merged, load: LoadRecord
+    inbox: InboxRun, candidate: Candidate, incoming: IncomingFile, merged: MergeResult, load: LoadRecord
 ) -> Transaction:
     """Everything durable under temporary names, the archive's second name for the input made: ready to be committed.
 
-    Raises Unsteady when the input was replaced, Transient when something that takes no lock replaced the master.
+    Raises FileStillChanging when the input was replaced, Transient when something that takes no lock replaced the
+    master.
     """
     paths, config, at = inbox.paths, inbox.config, inbox.clock()
     metadata = paths.temporary(load.load_id, "metadata", config.metadata_file.parent)
-    with placed(config.metadata_file.parent):
+    with name_folder_in_errors(config.metadata_file.parent):
         write_metadata(metadata, merged.columns, load.rows_after, at)
     renamings = [
         renaming(paths.temporary(load.load_id, "master"), config.merged_file),
@@ -437,7 +443,7 @@ def _prepare(
         elif load.revert == "first":
             removed.touch()
         renamings.append(renaming(removed, revert_file(paths.loads, load.load_id)))
-    with placed(config.archive_dir):
+    with name_folder_in_errors(config.archive_dir):
         archiving = _archiving(inbox, candidate, incoming, load.load_id, at)
     found = identity_of(config.merged_file.stat()) if config.merged_file.exists() else None
     if found != (identity_of(merged.before) if merged.before else None):
@@ -450,19 +456,21 @@ def _prepare(
     return Transaction(renamings, [paths.temporary(load.load_id, "rows")], archiving, load)
 
 
-def _archiving(inbox: InboxRun, candidate: Candidate, incoming: Incoming, load_id: str, at: datetime) -> Archiving:
-    """A second name, for the archive, of the very file that was read. Raises Unsteady."""
+def _archiving(
+    inbox: InboxRun, candidate: Candidate, incoming: IncomingFile, load_id: str, at: datetime
+) -> PendingArchive:
+    """A second name, for the archive, of the very file that was read. Raises FileStillChanging."""
     pending, name = inbox.paths.pending(load_id), candidate.path.name
     try:
         link_or_copy(candidate.path, pending)
     except FileNotFoundError as error:
         if candidate.path.exists():  # the archive is what is missing
             raise
-        raise Unsteady(f"{name} is gone", "no action needed; the file was removed") from error
+        raise FileStillChanging(f"{name} is gone", "no action needed; the file was removed") from error
     if not unchanged(replace(candidate, identity=incoming.identity)):
-        raise Unsteady(f"{name} was replaced while it was read", "no action needed; the next run merges it")
-    target = next(free_paths(inbox.config.archive_dir, name, numbered(f".{stamp(at)}")))
-    return Archiving(pending, target, candidate.path, incoming.identity, incoming.md5)
+        raise FileStillChanging(f"{name} was replaced while it was read", "no action needed; the next run merges it")
+    target = next(free_paths(inbox.config.archive_dir, name, numbered_names(f".{time_stamp(at)}")))
+    return PendingArchive(pending, target, candidate.path, incoming.identity, incoming.md5)
 
 
 def write_metadata(temporary: Path, columns: Sequence[str], rows: int, at: datetime) -> None:
@@ -485,7 +493,7 @@ def write_metadata(temporary: Path, columns: Sequence[str], rows: int, at: datet
 # Invariant: nothing is written over a master that is not what the last merge left; what was archived stays archived.
 
 
-def take_back(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable[[int], None]) -> None:
+def undo_merge(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable[[int], None]) -> None:
     """Take one merge back, the newest; `beat` is told of bytes written and may stop it before the commit.
 
     Raises Rejected when the master was changed since, and OSError.
@@ -503,7 +511,7 @@ def take_back(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable[
             link_or_copy(removed, restored)
         else:
             _splice(config, load, removed, restored, beat)
-        dialect = Dialect(config.csv_delimiter, config.csv_encoding)
+        dialect = CsvDialect(config.csv_delimiter, config.csv_encoding)
         with restored.open("rb", buffering=0) as file:
             header = read_header(file.read, dialect)
             file.seek(header.size_bytes)
@@ -513,7 +521,7 @@ def take_back(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable[
     transaction = Transaction(renamings, removals, None, replace(load, outcome=UNDONE, revert=""))
     check_master(config, load)  # nobody who takes no lock wrote to it while it was read
     commit(paths, transaction)
-    carry_out(paths, transaction)
+    complete(paths, transaction)
 
 
 def _splice(config: InboxConfig, load: LoadRecord, kept: Path, restored: Path, beat: Callable[[int], None]) -> None:

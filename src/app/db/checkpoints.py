@@ -17,7 +17,7 @@ from app.core.pipeline import Commit, Record, Sums
 from app.core.runs import Lease
 from app.core.windows import DAY_SECONDS, Window, floor_to
 from app.db.database import NamedQueries, Row, Session, storable
-from app.db.leases import AHEAD, identity, lost, now_of
+from app.db.leases import AHEAD, identity, lease_lost_error, now_of
 from app.db.object_summaries import SqlSummaries
 
 
@@ -206,7 +206,7 @@ class SqlCheckpoints:
         """The database's clock; the lease is ours until the transaction ends. Raises LeaseLost."""
         rows = session.rows(self._queries["fence"], **identity(lease))
         if not rows:
-            raise lost(lease)
+            raise lease_lost_error(lease)
         now_at: datetime = rows[0]["now_at"]
         return now_at
 

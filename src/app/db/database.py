@@ -57,7 +57,7 @@ DIALECTS: tuple[Dialect, ...] = ("sqlite", "postgres")
 BROKEN_INSTALLATION = "reinstall Headwater: the installation is damaged or a query is missing"
 
 
-class Damaged(Permanent):
+class DamagedDatabase(Permanent):
     """What the database holds is not what was written to it.
 
     `file` is the identity of the file in which that is certain; None where a fresh look has to confirm it.

@@ -65,14 +65,14 @@ class SqlClocks:
     def note(self) -> str:
         """What is wrong with clocks, for a person; "" for nothing."""
         skew = (datetime.now(UTC) - self.now()).total_seconds()
-        notes = [f"{job} stands {spoken(seconds)} ahead of now" for job, seconds in self.ahead_seconds().items()]
+        notes = [f"{job} stands {duration_text(seconds)} ahead of now" for job, seconds in self.ahead_seconds().items()]
         if abs(skew) > AHEAD.total_seconds():
             way = "ahead of" if skew > 0 else "behind"
-            notes.insert(0, f"this machine's clock is {spoken(abs(skew))} {way} the database's")
+            notes.insert(0, f"this machine's clock is {duration_text(abs(skew))} {way} the database's")
         return f"check the clock: {', '.join(notes)}" if notes else ""
 
 
-def spoken(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """A length of time in the largest unit that it has two of."""
     for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
@@ -152,7 +152,7 @@ class SqlLeases:
         with self._queries.database.transaction() as session:
             rows = session.rows(self._queries["renew"], **identity(lease), ttl_seconds=float(ttl_seconds))
         if not rows:
-            raise lost(lease)
+            raise lease_lost_error(lease)
         return Lease(lease.name, lease.owner, lease.generation, rows[0]["expires_at"], lease.acquired_at)
 
     def release(self, lease: Lease) -> None:
@@ -189,6 +189,6 @@ def identity(lease: Lease) -> dict[str, object]:
     return {"name": lease.name, "owner": FORMAT + lease.owner, "generation": lease.generation}
 
 
-def lost(lease: Lease) -> LeaseLost:
+def lease_lost_error(lease: Lease) -> LeaseLost:
     """The error that says which lease is gone."""
     return LeaseLost(f"the lease {lease.name} (generation {lease.generation}) expired or was taken over", LOST_HINT)

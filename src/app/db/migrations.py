@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from app.core.errors import Permanent, Transient
-from app.db.database import BROKEN_INSTALLATION, DIALECTS, Damaged, Database, Dialect, Session
+from app.db.database import BROKEN_INSTALLATION, DIALECTS, DamagedDatabase, Database, Dialect, Session
 from app.db.sqlite import SqliteDatabase, file_id, folder_lock
 
 LOCK = 4_937_238_650_112  # any number that no other program uses for its advisory locks
@@ -56,20 +56,20 @@ class Migration:
         return sha256(self.sql.encode()).hexdigest()
 
 
-class Rebuilt(Protocol):
+class RebuildableDatabase(Protocol):
     """A database that can be re-created when it is damaged, since what it holds can be found again."""
 
     def check(self, wanted: Sequence[Migration]) -> None:
         """Raises Damaged when it is not as the recorded migrations left it."""
 
-    def move_aside(self, error: Damaged, look: Callable[[], None]) -> None:
+    def move_aside(self, error: DamagedDatabase, look: Callable[[], None]) -> None:
         """Make place for a new one, unless `look`, which raises Damaged, no longer finds anything wrong."""
 
     def made(self) -> None:
         """The new one is in order."""
 
 
-class Migrated:
+class MigratedDatabase:
     """A `Database` whose migrations are applied before its first transaction, so that a daemon starts while it is away.
 
     `folder` holds `migrations/0001_name.sql`, or one file per dialect such as `0001_name.postgres.sql`. Tables that are
@@ -82,7 +82,7 @@ class Migrated:
         self,
         database: Database,
         folder: Path,
-        rebuilt: Rebuilt | None = None,
+        rebuilt: RebuildableDatabase | None = None,
         *,
         before_first: Callable[[Session], None] | None = None,
     ) -> None:
@@ -101,7 +101,7 @@ class Migrated:
         try:
             with self._database.transaction(read_only=read_only) as session:
                 yield session
-        except Damaged as error:
+        except DamagedDatabase as error:
             self._prepared = False
             if self._rebuilt is None:
                 raise
@@ -110,7 +110,7 @@ class Migrated:
                 error.message, "no action needed: the state was looked at and mended, and the next attempt goes on"
             ) from error
 
-    def prepare(self, suspicion: Damaged | None = None) -> None:
+    def prepare(self, suspicion: DamagedDatabase | None = None) -> None:
         """Apply what is missing. Idempotent; after it succeeded once it costs nothing.
 
         A database that is damaged is moved aside before. With a suspicion all that is stored is looked at.
@@ -125,7 +125,7 @@ class Migrated:
                 if suspicion and suspicion.file is not None:
                     raise suspicion
                 self._migrate(wanted, thorough=suspicion is not None)
-            except Damaged as error:
+            except DamagedDatabase as error:
                 if self._rebuilt is None:
                     raise
                 self._rebuilt.move_aside(error, lambda: self._migrate(wanted, thorough=True))
@@ -259,7 +259,7 @@ Schema = set[tuple[str, str, str | None]]
 
 
 class StateFile:
-    """See `Rebuilt`."""
+    """See `RebuildableDatabase`."""
 
     def __init__(self, database: SqliteDatabase) -> None:
         self._database = database
@@ -281,7 +281,7 @@ class StateFile:
         if extra := {each for each in actual if each in after - before or each[:2] in made}:
             raise self._damaged(f"{_named(extra)} there already, though no applied migration makes it")
 
-    def move_aside(self, error: Damaged, look: Callable[[], None]) -> None:
+    def move_aside(self, error: DamagedDatabase, look: Callable[[], None]) -> None:
         """Move the file with its companions, unless another process has done so or `look` finds nothing wrong.
 
         Raises `error` when a file that was made a minute ago is damaged again, and Permanent when it cannot be moved.
@@ -292,7 +292,7 @@ class StateFile:
         if error.file is None or error.file != seen:
             try:
                 look()
-            except Damaged as again:
+            except DamagedDatabase as again:
                 error = again
             else:
                 return
@@ -316,8 +316,8 @@ class StateFile:
             return ""
         return f"a damaged state was moved to {', '.join(names)} and a new one made; delete it when nobody needs it"
 
-    def _damaged(self, what: str) -> Damaged:
-        return Damaged(f"{self._database.place}: {what}", file=file_id(self._path))
+    def _damaged(self, what: str) -> DamagedDatabase:
+        return DamagedDatabase(f"{self._database.place}: {what}", file=file_id(self._path))
 
     def _move(self) -> str:
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
@@ -367,7 +367,7 @@ WHERE c.relkind = 'r' AND pg_table_is_visible(c.oid) AND a.attnum > 0 AND NOT a.
 
 
 class StateTables:
-    """See `Rebuilt`. Tables that are gone while others are there are a person's to bring back."""
+    """See `RebuildableDatabase`. Tables that are gone while others are there are a person's to bring back."""
 
     def __init__(self, database: Database, folder: Path) -> None:
         self._database = database
@@ -388,7 +388,7 @@ class StateTables:
             missing = {(name, col) for kind, name, col in schema_after(model) if kind == "table"} - there
             if done and missing:
                 table, col = min(missing, key=str)
-                raise Damaged(
+                raise DamagedDatabase(
                     f"{self._database.place}: table {table} ({col}) is missing, though its migration was applied"
                 )
             others = {name for name, _ in there} & {name for kind, name, _ in schema_after(model) if kind == "table"}
@@ -401,7 +401,7 @@ class StateTables:
                     session.run(CREATE_TABLE)
                 session.run_many(RECORD, [{"name": each.name, "checksum": each.checksum} for each in wanted])
 
-    def move_aside(self, error: Damaged, look: Callable[[], None]) -> None:  # noqa: ARG002 - the port's
+    def move_aside(self, error: DamagedDatabase, look: Callable[[], None]) -> None:  # noqa: ARG002 - the port's
         """Nothing is moved. Raises Damaged unless `look` finds everything in order by now."""
         look()
 

@@ -53,7 +53,7 @@ class DaySummary:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ObjectFacts:
     """What was found in one version. `columns`: name -> type. `fault` says why it is left out, and then there are no
     parts; beside parts, what of it is not understood; "" when all is well.
     """
@@ -169,12 +169,12 @@ class SqlSummaries:
                     found[bytes.fromhex(version)] = KnownObject(key, size_bytes, rows, fault, columns or "{}")
         return found
 
-    def save(self, many: Sequence[Facts]) -> None:
+    def save(self, many: Sequence[ObjectFacts]) -> None:
         """Add what was found. Idempotent, also against other processes."""
         with self._queries.database.transaction() as session:
             self.add_to(session, many)
 
-    def add_to(self, session: Session, many: Sequence[Facts]) -> None:
+    def add_to(self, session: Session, many: Sequence[ObjectFacts]) -> None:
         """As `save`, in a transaction of somebody else's."""
         schemas = [storable(json.dumps(dict(facts.columns), ensure_ascii=True)) for facts in many]
         ids = {each: blake2b(each.encode(), digest_size=16).hexdigest() for each in schemas}
@@ -355,7 +355,7 @@ def _loaded(text: str | bytes) -> Any:
         return json.loads(text)  # NaN, as older versions wrote it, and sums that are infinite
 
 
-def _part_rows(facts: Facts) -> Iterator[Row]:
+def _part_rows(facts: ObjectFacts) -> Iterator[Row]:
     for place, part in enumerate(facts.parts):
         yield {
             **{name: getattr(part, name) for name in PART_FIELDS},

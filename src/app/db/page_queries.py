@@ -26,7 +26,7 @@ SHORT_ID_CHARACTERS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class RunChoice:
+class RunFilter:
     """Which runs: `[since, until)` by their start; "" and None stand for all. `news`: those that found something."""
 
     since: datetime
@@ -43,10 +43,10 @@ class SqlPages:
         self._queries = queries
 
     @contextmanager
-    def look(self) -> "Iterator[Look]":
+    def look(self) -> "Iterator[PageQuerySession]":
         """Several questions in one transaction."""
         with self._queries.database.transaction(read_only=True) as session:
-            yield Look(session, self._queries)
+            yield PageQuerySession(session, self._queries)
 
     def dismiss(self, problem_id: str, at: datetime, by: str) -> None:
         """A person has seen a problem that only time ends. Idempotent."""
@@ -55,7 +55,7 @@ class SqlPages:
             session.run(self._queries["dismiss"], problem_id=problem_id, at=at, by=by)
 
 
-class Look:
+class PageQuerySession:
     """One transaction of `SqlPages`. For the thread that opened it."""
 
     def __init__(self, session: Session, queries: NamedQueries) -> None:
@@ -75,7 +75,7 @@ class Look:
         (row,) = self.rows("failures_in_a_row", job=job, epoch_at=EPOCH)
         return row["runs"], row["since_at"]
 
-    def runs(self, choice: RunChoice, limit: int, before: datetime) -> tuple[Sequence[Run], int, int]:
+    def runs(self, choice: RunFilter, limit: int, before: datetime) -> tuple[Sequence[Run], int, int]:
         """The newest runs of that choice that began before an instant, how many it has in all, and how many of these
         found something.
         """

@@ -20,7 +20,7 @@ from psycopg.rows import DictRow, dict_row, tuple_row
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.core.network import CA_HINT, is_untrusted
-from app.db.database import Connections, Damaged, Dialect, Row, bound
+from app.db.database import Connections, DamagedDatabase, Dialect, Row, bound
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ class BoundedConnection(psycopg.Connection[DictRow]):
 class PostgresSession:
     """See `Session`."""
 
-    def __init__(self, connection: BoundedConnection, errors: "Errors") -> None:
+    def __init__(self, connection: BoundedConnection, errors: "PsycopgErrors") -> None:
         self._connection = connection
         self._errors = errors
 
@@ -218,9 +218,9 @@ def conninfo_of(url: str, variables: str) -> str:
     return make_conninfo("", **{**CONNECTION, **_given(url, variables), **ENCODING})
 
 
-def errors_of(url: str, variables: str) -> "Errors":
+def errors_of(url: str, variables: str) -> "PsycopgErrors":
     """The translation for such a library."""
-    return Errors(_place(_given(url, variables)), variables)
+    return PsycopgErrors(_place(_given(url, variables)), variables)
 
 
 def _given(url: str, variables: str) -> Mapping[str, Any]:
@@ -233,7 +233,7 @@ def _given(url: str, variables: str) -> Mapping[str, Any]:
         ) from None
 
 
-class Errors:
+class PsycopgErrors:
     """The one place where psycopg's errors become ours."""
 
     def __init__(self, place: str, variables: str) -> None:
@@ -267,7 +267,7 @@ class Errors:
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return Transient(message, f"check that the server runs and that {self._variables} points to it")
         hint = "bug in Headwater; please report it"
-        return Damaged(message) if state in SQLSTATE_GONE else Permanent(message, hint)
+        return DamagedDatabase(message) if state in SQLSTATE_GONE else Permanent(message, hint)
 
 
 def _place(given: Mapping[str, Any]) -> str:

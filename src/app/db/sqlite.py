@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
-from app.db.database import INSTANT_SUFFIX, Connections, Damaged, Dialect, Row, bound
+from app.db.database import INSTANT_SUFFIX, Connections, DamagedDatabase, Dialect, Row, bound
 
 BUSY_SECONDS = 10.0
 STREAMED_ROWS = 1000
@@ -67,7 +67,7 @@ class SqliteSession:
         try:
             return [{name: _read(name, value) for name, value in zip(names, row, strict=True)} for row in found]
         except ValueError as error:
-            raise Damaged(f"SQLite at {self._path}: {error}", file=self._connection.file) from error
+            raise DamagedDatabase(f"SQLite at {self._path}: {error}", file=self._connection.file) from error
 
     def run(self, sql: str, **params: Any) -> int:
         """See `Session.run`."""
@@ -129,7 +129,7 @@ class SqliteSession:
         """See `Session.check`. Reads the whole file."""
         for row in self.rows("PRAGMA integrity_check(1)"):
             if (said := next(iter(row.values()))) != "ok":
-                raise Damaged(f"SQLite at {self._path}: {said}")
+                raise DamagedDatabase(f"SQLite at {self._path}: {said}")
 
 
 class SqliteDatabase:
@@ -222,7 +222,7 @@ def _refuse_lone_wal(path: Path) -> None:
     """SQLite takes an empty file for a new database, and deletes the log of one that was emptied. Raises Damaged."""
     with suppress(OSError):
         if Path(f"{path}-wal").stat().st_size and not (path.exists() and path.stat().st_size):
-            raise Damaged(f"SQLite at {path}: the file is empty or gone, while its -wal is there")
+            raise DamagedDatabase(f"SQLite at {path}: the file is empty or gone, while its -wal is there")
 
 
 def _connected(path: Path, busy_seconds: float, mode: str = "") -> FileConnection:
@@ -311,7 +311,7 @@ def _error(path: Path, error: sqlite3.Error | OverflowError) -> AppError:
     detailed = getattr(error, "sqlite_errorcode", None) or 0
     code = detailed & 0xFF  # the low byte; the others tell details
     if code in DAMAGED or detailed in CUT or any(sign in str(error) for sign in GONE):
-        return Damaged(message)
+        return DamagedDatabase(message)
     if code in PASSING:
         return Transient(message, PASSING[code])
     return Permanent(message, LASTING.get(code, "bug in Headwater; please report it"))

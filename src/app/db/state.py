@@ -9,12 +9,12 @@ from typing import Any
 
 from app.core.errors import Transient
 from app.core.ledger import to_json
-from app.core.runs import VALUES, LedgerTotal, Outcome, Report, Run, Total
+from app.core.runs import VALUES, LedgerTotal, Outcome, Report, Run, RunTotal
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, floor_to, next_midnight
 from app.db.checkpoints import SqlCheckpoints
 from app.db.database import NamedQueries, Row, sql_directory, storable
 from app.db.leases import AHEAD, SqlClocks, SqlLeases, StateClock, now_of
-from app.db.migrations import Migrated, StateFile, StateTables, open_database
+from app.db.migrations import MigratedDatabase, StateFile, StateTables, open_database
 from app.db.object_summaries import SqlSummaries
 from app.db.page_queries import NUMBERS, SqlPages, numbers_of, run_of
 from app.db.sqlite import SqliteDatabase
@@ -258,10 +258,10 @@ class SqlRuns:
             rows = session.rows(self._queries["last_done"], job=job, until_at=now + AHEAD)
         return max((now - rows[0]["started_at"]).total_seconds(), 0.0) if rows else None
 
-    def totals(self) -> Sequence[Total]:
+    def totals(self) -> Sequence[RunTotal]:
         """The sums over all runs that ever ended, by job and outcome. They never fall."""
         return [
-            Total(row["job"], Outcome(row["outcome"]), row["runs"], Report(**numbers_of(row)), row["ended_at"])
+            RunTotal(row["job"], Outcome(row["outcome"]), row["runs"], Report(**numbers_of(row)), row["ended_at"])
             for row in self._queries.rows("totals")
         ]
 
@@ -370,7 +370,7 @@ CONNECTIONS = 4  # of a process: commits are batched, and a server has about a h
 class State:
     """Everything that the product remembers, on one database."""
 
-    database: Migrated
+    database: MigratedDatabase
     file: StateFile | None
     checkpoints: SqlCheckpoints
     leases: SqlLeases
@@ -413,7 +413,7 @@ def open_state(url: str, data_dir: Path, *, run_records: int = KEPT_RUNS) -> Sta
     folder = sql_directory() / "state"
     plain = open_database(url, variables=VARIABLES, default=data_dir / FILE, connections=CONNECTIONS)
     file = StateFile(plain) if isinstance(plain, SqliteDatabase) else None
-    database = Migrated(plain, folder, file or StateTables(plain, folder))
+    database = MigratedDatabase(plain, folder, file or StateTables(plain, folder))
     queries = NamedQueries(database, folder)
     clock = StateClock()
     return State(

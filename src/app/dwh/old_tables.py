@@ -18,7 +18,7 @@ import msgspec
 
 from app.core.errors import Permanent
 from app.db.database import Database, Dialect, Session
-from app.dwh.request_parsing import NUMBER, BatchLimits, Options, receive
+from app.dwh.request_parsing import NUMBER, BatchLimits, WriteOptions, receive
 from app.dwh.rows import UNREADABLE
 from app.dwh.tables import TABLES, Table, TableColumn
 from app.dwh.warehouse import Warehouse, other_tables
@@ -35,7 +35,7 @@ COLUMNS: dict[Dialect, str] = {
 
 
 @dataclass(slots=True)
-class TableBroughtOver:
+class ImportedTable:
     """What became of one table's rows. `set_aside`: id and reason; `left_columns` have no place in the warehouse."""
 
     table: str
@@ -47,9 +47,9 @@ class TableBroughtOver:
     left_columns: Sequence[str] = ()
 
 
-def bring_over(
+def import_old_tables(
     source: Database, warehouse: Warehouse, at: datetime, *, dry_run: bool = False
-) -> list[TableBroughtOver]:
+) -> list[ImportedTable]:
     """Each table of the source that has the name of one of ours. Raises Permanent when there is none."""
     with source.transaction(read_only=True) as session:
         names = other_tables(session, source.dialect)
@@ -64,11 +64,11 @@ def bring_over(
 
 def _bring(
     session: Session, dialect: Dialect, table: Table, warehouse: Warehouse, *, at: datetime, dry_run: bool
-) -> TableBroughtOver:
+) -> ImportedTable:
     there = [row["name"] for row in session.rows(COLUMNS[dialect], table=table.name)]
     columns = [column for column in table.columns if column.name in there]
     ours = {"id", "created_at", *table.names}
-    done = TableBroughtOver(table.name, left_columns=[name for name in there if name not in ours])
+    done = ImportedTable(table.name, left_columns=[name for name in there if name not in ours])
     as_text = "::text" if dialect == "postgres" else ""
     read = [f"{name}{as_text}" for name in ("id" if "id" in there else "NULL", *(column.name for column in columns))]
     order = "ORDER BY id" if "id" in there else ""
@@ -84,13 +84,13 @@ def _store(
     columns: Sequence[TableColumn],
     table: Table,
     warehouse: Warehouse,
-    done: TableBroughtOver,
+    done: ImportedTable,
     *,
     at: datetime,
     dry_run: bool,
 ) -> None:
     lines = BytesIO(b"".join(_line(columns, row[1:]) for row in chunk))
-    how = Options("ndjson", skip=True)
+    how = WriteOptions("ndjson", skip=True)
     with closing(receive(lines, table, how, LIMITS, body_bytes=ROW_BYTES, stream_bytes=ROW_BYTES)) as received:
         stored = warehouse.insert(table, received, at=at, dry_run=dry_run)
         done.read += len(chunk)
@@ -127,7 +127,7 @@ def _json(column: TableColumn, value: Any) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def told(done: Sequence[TableBroughtOver], *, dry_run: bool) -> Iterator[str]:
+def format_result(done: Sequence[ImportedTable], *, dry_run: bool) -> Iterator[str]:
     """The lines that a person reads."""
     for each in done:
         new = "would be new" if dry_run else "new"

@@ -60,7 +60,7 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
+class ColumnFilter:
     """One condition on a column. `values`: what the operator compares with; for `is` one word, for `like` a pattern."""
 
     column: TableColumn
@@ -109,7 +109,7 @@ def _pattern(text: str, any_text: str, any_character: str, special: str, escape:
     return "".join(parts)
 
 
-def filter_of(column: TableColumn, given: str) -> Filter:
+def filter_of(column: TableColumn, given: str) -> ColumnFilter:
     """The filter that `column=given` asks for. Raises Refused."""
     found = FILTER.fullmatch(given)
     negated, operator = (bool(found["negated"]), found["operator"]) if found else (False, "")
@@ -120,15 +120,15 @@ def filter_of(column: TableColumn, given: str) -> Filter:
         word = text.lower()
         if word not in IS or (word not in ("null", "not_null") and column.kind != "bool"):
             raise _wrong(column.name, f"takes is.null and is.not_null{', is.true, is.false' * (column.kind == 'bool')}")
-        return Filter(column, operator, [word], negated)
+        return ColumnFilter(column, operator, [word], negated)
     if operator in ("like", "ilike"):
         if column.kind != "text" or len(text) > MAX_PATTERN_CHARACTERS or UNSTORABLE.search(text):
             limits = f"columns of text and patterns of at most {MAX_PATTERN_CHARACTERS} characters, without NUL"
             raise _wrong(column.name, f"cannot be filtered so: {operator} is for {limits}")
-        return Filter(column, operator, [text], negated)
+        return ColumnFilter(column, operator, [text], negated)
     texts = _items(column, text) if operator == "in" else [text]
     try:
-        return Filter(column, operator or "eq", [_typed(column, each) for each in texts], negated)
+        return ColumnFilter(column, operator or "eq", [_typed(column, each) for each in texts], negated)
     except (ValueError, OverflowError):
         raise _wrong(column.name, f"must be {column.wanted}") from None
 
@@ -190,7 +190,7 @@ def _refuse(text: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class KeysetPosition:
     """`value` as the database gives it, timestamps and UUIDs as text; None for none, and in the order by id. `of_row`:
     it is too long for a link, and has to be looked up in the row.
     """
@@ -207,17 +207,17 @@ class Place:
         return base64.urlsafe_b64encode(json.dumps([sort_by, value, self.id]).encode()).decode().rstrip("=")
 
 
-def _place(token: str, column: TableColumn) -> Place:
+def _place(token: str, column: TableColumn) -> KeysetPosition:
     """Raises ValueError for what is not the token of a place in the order by this column."""
     padded = token + "=" * (-len(token) % 4)
     sort_by, value, id_ = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
     if sort_by != column.name or type(id_) is not int or not 0 <= id_ <= MAX_ID:
         raise ValueError(token)
     if value is None or value == []:
-        return Place(id_, of_row=value == [])
+        return KeysetPosition(id_, of_row=value == [])
     if column.kind == "float":
-        return Place(id_, float(value))  # NaN and infinity too, which other programs may have stored
-    return Place(id_, _typed(column, str(value)))
+        return KeysetPosition(id_, float(value))  # NaN and infinity too, which other programs may have stored
+    return KeysetPosition(id_, _typed(column, str(value)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +234,8 @@ class Selection:
     offset: int
     sort_by: TableColumn
     descending: bool
-    after: Place | None
-    filters: Sequence[Filter]
+    after: KeysetPosition | None
+    filters: Sequence[ColumnFilter]
     columns: Sequence[TableColumn]
     given: Sequence[tuple[str, str]] = ()
     bom: bool = False
@@ -249,8 +249,8 @@ class Selection:
         return is_json and not any(column.kind in ("float", "json") for column in self.columns)
 
     def rows_sql(self, dialect: Dialect) -> tuple[str, Params]:
-        """The rows: the columns in their order and behind them those of `Place` that are not among them; or id and
-        JSON where it is made.
+        """The rows: the columns in their order, then those of `KeysetPosition` that are not among them; or id and JSON
+        where it is made.
         """
         if self.is_made(dialect):
             flag = "json(CASE {0} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END)"
@@ -277,25 +277,25 @@ class Selection:
         conditions, params = conditions_of(self.filters, dialect)
         return f"SELECT count(*) AS total FROM {self.table.name}{_where(conditions)}", params  # noqa: S608 - declared
 
-    def place_of(self, row: Sequence[Any], dialect: Dialect) -> Place:
+    def place_of(self, row: Sequence[Any], dialect: Dialect) -> KeysetPosition:
         """The place of a row that was read by `rows_sql`."""
         if self.is_made(dialect):
-            return Place(row[0])
+            return KeysetPosition(row[0])
         names = [column.name for column in self._read_columns()]
         return self.edge_place([row[names.index(name)] for name in ("id", self.sort_by.name)])
 
-    def edge_place(self, row: Sequence[Any]) -> Place:
+    def edge_place(self, row: Sequence[Any]) -> KeysetPosition:
         """The place of a row that was read by `edge_sql`."""
         value = row[-1] if self.sort_by.name != "id" else None
         is_flag = self.sort_by.kind == "bool" and value is not None
-        return Place(row[0], bool(value) if is_flag else value)
+        return KeysetPosition(row[0], bool(value) if is_flag else value)
 
     def content_range(self, total: int) -> str:
         """Which of `total` rows the answer has; behind a place only the total is known."""
         last = min(self.offset + self.limit, total) - 1
         return f"*/{total}" if self.after or last < self.offset else f"{self.offset}-{last}/{total}"
 
-    def next_page(self, path: str, after: Place) -> str:
+    def next_page(self, path: str, after: KeysetPosition) -> str:
         """The URL of what follows, at the same cost however far it is."""
         kept = [(name, value) for name, value in self.given if name not in ("offset", "after", "after_id")]
         by_id = self.sort_by.name == "id"
@@ -321,7 +321,7 @@ class Selection:
             "LIMIT :row_limit OFFSET :row_offset"
         ), {**params, "row_limit": limit, "row_offset": offset}
 
-    def _behind(self, after: Place, dialect: Dialect) -> tuple[str, Params]:
+    def _behind(self, after: KeysetPosition, dialect: Dialect) -> tuple[str, Params]:
         """The condition for rows behind a place. Those without a value are last in both directions."""
         sign = "<" if self.descending else ">"
         behind_id = f"id {sign} :after_id"
@@ -335,7 +335,7 @@ class Selection:
         return behind, {"after_id": after.id, "after_value": after.value}
 
 
-def conditions_of(filters: Sequence[Filter], dialect: Dialect) -> tuple[Sequence[str], Params]:
+def conditions_of(filters: Sequence[ColumnFilter], dialect: Dialect) -> tuple[Sequence[str], Params]:
     """The conditions of all filters, and their parameters."""
     made = [each.sql(dialect, f"filter_{number}") for number, each in enumerate(filters)]
     return [condition for condition, _ in made], {name: value for _, some in made for name, value in some.items()}
@@ -389,7 +389,7 @@ class Erasure:
     """Which rows to delete. `forget`: their natural keys, all of which are named by `keys`, may come back."""
 
     table: Table
-    filters: Sequence[Filter]
+    filters: Sequence[ColumnFilter]
     keys: Sequence[str]
     forget: bool = False
     dry_run: bool = False
@@ -430,13 +430,13 @@ def single(given: Sequence[tuple[str, str]], names: Sequence[str]) -> Mapping[st
     return options
 
 
-def filters_of(table: Table, given: Sequence[tuple[str, str]], options: Sequence[str]) -> Sequence[Filter]:
+def filters_of(table: Table, given: Sequence[tuple[str, str]], options: Sequence[str]) -> Sequence[ColumnFilter]:
     """The filters among the parameters: all but the options; `pk` is another name of `id`. Raises Refused."""
-    columns, filters = {column.name: column for column in table.stored}, list[Filter]()
+    columns, filters = {column.name: column for column in table.stored}, list[ColumnFilter]()
     for name, text in given:
         if name == "pk":
             try:
-                filters.append(Filter(columns["id"], "eq", [_typed(columns["id"], text)]))
+                filters.append(ColumnFilter(columns["id"], "eq", [_typed(columns["id"], text)]))
             except ValueError:
                 raise _wrong("pk", f"must be {columns['id'].wanted}") from None
         elif name not in options:
@@ -459,7 +459,7 @@ def _columns(table: Table, select: str) -> Sequence[TableColumn]:
     return [columns[name] for name in names]
 
 
-def _after(options: Mapping[str, str], sort_by: TableColumn) -> Place | None:
+def _after(options: Mapping[str, str], sort_by: TableColumn) -> KeysetPosition | None:
     after_id = _whole(options, "after_id", (0, MAX_ID))
     name = "after" if "after" in options else "after_id"
     if after_id is None and name == "after_id":
@@ -470,7 +470,7 @@ def _after(options: Mapping[str, str], sort_by: TableColumn) -> Place | None:
         if sort_by.name != "id":
             what = "after_id works with the order by id only"
             raise Refused(422, what, 'use after, as the link with rel="next" has it', name)
-        return Place(after_id or 0)
+        return KeysetPosition(after_id or 0)
     try:
         return _place(options["after"], sort_by)
     except (ValueError, TypeError, OverflowError, RecursionError):

@@ -20,19 +20,19 @@ from app.dwh.query import flag
 from app.dwh.rows import (
     SHAPE_HINT,
     UNREADABLE,
-    Checked,
+    CheckedRows,
     CsvRow,
     RowFault,
     Slice,
     Values,
-    cut,
     has_json_grammar,
+    quoted_value,
     reader,
-    shown,
+    split_json,
 )
 from app.dwh.tables import Table, TableColumn
 from app.dwh.warehouse import MERGE, RESOLUTIONS, Resolution
-from app.object_store.port import Readable
+from app.object_store.port import ReadableBody
 from app.web.errors import Refusal, Refused
 
 # Bodies, cut into the JSON of single rows: a JSON document, NDJSON, or CSV; gzip around any of them.
@@ -60,7 +60,7 @@ class BodyBytes(io.RawIOBase):
     gzip makes; None for a body without gzip, which was counted as it came.
     """
 
-    def __init__(self, body: Readable, limit_bytes: int | None) -> None:
+    def __init__(self, body: ReadableBody, limit_bytes: int | None) -> None:
         self._body, self._limit_bytes = body, limit_bytes
         self._inflater = zlib.decompressobj(wbits=31)
         self._packed = b""
@@ -132,7 +132,7 @@ def _rows_beside_a_bad_value(array: bytes, held: bytes) -> Sequence[bytes]:
     Text without JSON's grammar, such as a body that was cut off, refuses all of it.
     """
     try:
-        rows = cut(array)
+        rows = split_json(array)
     except ValueError:
         raise _misshapen(held) from None
     for row in rows:
@@ -270,14 +270,14 @@ class CsvBody:
         """The column and what is wrong: with one cell, or with their number."""
         counts = f"the row has {len(cells)} cells, the header {len(self._names)}"
         if len(cells) < len(self._names):
-            return self._names[len(cells)], f"is missing: {counts}; the last cell is {shown(cells[-1])}"
+            return self._names[len(cells)], f"is missing: {counts}; the last cell is {quoted_value(cells[-1])}"
         if len(cells) > len(self._names):
-            return self._names[-1], f"is followed by {shown(cells[len(self._names)])}: {counts}"
+            return self._names[-1], f"is followed by {quoted_value(cells[len(self._names)])}: {counts}"
         for name, turned, cell in zip(self._names, self._cells, cells, strict=True):
             try:
                 turned(cell)
             except ValueError as error:
-                return name, f"{error}, not {shown(cell)}"
+                return name, f"{error}, not {quoted_value(cell)}"
         raise AssertionError("called for a row without a fault")
 
 
@@ -332,7 +332,7 @@ KEY = re.compile(r"[!-~]{1,255}")
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class WriteOptions:
     """`key` is the Idempotency-Key, "" for none."""
 
     form: Form = "json"
@@ -343,7 +343,9 @@ class Options:
     resolution: Resolution | None = None
 
 
-def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str], preferred: Sequence[str] = ()) -> Options:
+def options(
+    given: Sequence[tuple[str, str]], headers: Mapping[str, str], preferred: Sequence[str] = ()
+) -> WriteOptions:
     """Raises Refused. Of what is preferred, what is not known is ignored, as RFC 7240 has it."""
     chosen = dict(given)
     for name in chosen.keys() - {"on_error", "dry_run"}:
@@ -358,7 +360,7 @@ def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str], prefer
             422, "Idempotency-Key is not 1 to 255 characters of ASCII without blanks", "use a UUID", "Idempotency-Key"
         )
     resolution = next((each for each in RESOLUTIONS if f"resolution={each}" in preferred), None)
-    return Options(_form(headers), _packed(headers), on_error == "skip", dry_run, key or "", resolution)
+    return WriteOptions(_form(headers), _packed(headers), on_error == "skip", dry_run, key or "", resolution)
 
 
 def _form(headers: Mapping[str, str]) -> Form:
@@ -400,7 +402,7 @@ class BatchLimits:
 
 
 @dataclass(slots=True)
-class Received:
+class ReceivedBody:
     """What a body came to, as it comes. `digest` is of its bytes, hex; `size_bytes` of its good rows. The caller closes
     it.
     """
@@ -426,7 +428,7 @@ class Received:
         """All rows, some at a time, by column."""
         return (columns for _, columns in self._frames())
 
-    def add(self, checked: Checked) -> None:
+    def add(self, checked: CheckedRows) -> None:
         """The next rows, dealt out to batches, and what is wrong with others."""
         self.fault_count += len(checked.faults)
         self.faults += checked.faults[: MAX_FAULTS - len(self.faults)]
@@ -479,8 +481,8 @@ class Received:
 
 
 def receive(
-    body: Readable, table: Table, chosen: Options, limits: BatchLimits, *, body_bytes: int, stream_bytes: int
-) -> Received:
+    body: ReadableBody, table: Table, chosen: WriteOptions, limits: BatchLimits, *, body_bytes: int, stream_bytes: int
+) -> ReceivedBody:
     """Takes in the body of a POST; the caller closes what comes of it. Raises Refused.
 
     No JSON body and no row may be larger than `body_bytes`, and no other body, unpacked, than `stream_bytes`.
@@ -495,7 +497,7 @@ def receive(
     rows = reader(table.name, merging=chosen.resolution == MERGE)
     seen_rows = 0
     with ExitStack() as failing:
-        received = failing.enter_context(closing(Received(limits)))
+        received = failing.enter_context(closing(ReceivedBody(limits)))
         for group in groups:
             checked = rows.read(group, seen_rows)
             seen_rows += len(group)

@@ -13,16 +13,16 @@ import msgspec
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import temporary_file
-from app.dwh.query import Format, Place, Selection
+from app.dwh.query import Format, KeysetPosition, Selection
 from app.dwh.rows import RowFault
 from app.dwh.tables import TableColumn
-from app.dwh.warehouse import Inserted, Warehouse
+from app.dwh.warehouse import InsertResult, Warehouse
 from app.web.text_values import FORMULA
 
 PIECE_IDS = 10_000
 
 
-def answer_to_post(done: Inserted, faults: Sequence[RowFault] | None, fault_count: int) -> Iterator[bytes]:
+def answer_to_post(done: InsertResult, faults: Sequence[RowFault] | None, fault_count: int) -> Iterator[bytes]:
     """The body, in pieces, since there may be millions of ids. `faults` None: not asked to skip them."""
     yield b'{"inserted_ids":['
     for start in range(0, len(done.ids), PIECE_IDS):
@@ -79,7 +79,7 @@ def _made(block: Block) -> bytes:
     return ("\n".join([line for _, line in block]) + "\n").encode()
 
 
-class Lines:
+class NdjsonWriter:
     """NDJSON: writes blocks of rows to a file."""
 
     def __init__(self, file: Any, lines: Callable[[Block], bytes]) -> None:
@@ -93,7 +93,7 @@ class Lines:
         """No more rows."""
 
 
-class _Json(Lines):
+class _JsonWriter(NdjsonWriter):
     """`{"rows":[...],"count":n}`."""
 
     def __init__(self, file: Any, lines: Callable[[Block], bytes]) -> None:
@@ -111,7 +111,7 @@ class _Json(Lines):
         self._file.write(b'],"count":%d}' % self._rows)
 
 
-class _Csv(Lines):
+class _CsvWriter(NdjsonWriter):
     """A header, then rows; null is an empty cell. `formula_safe`: an apostrophe before text that a spreadsheet would
     take for a formula; numbers stay as they are.
     """
@@ -145,7 +145,7 @@ def _without_formula(text: str) -> str:
     return f"'{text}" if text.startswith(tuple(FORMULA)) else text
 
 
-class _Parquet(Lines):
+class _ParquetWriter(NdjsonWriter):
     """Typed columns; JSON stays text, instants are UTC in microseconds."""
 
     def __init__(self, columns: Sequence[TableColumn], file: Any) -> None:
@@ -195,15 +195,15 @@ class _Parquet(Lines):
         self._writer.close()
 
 
-def writer(selection: Selection, file: Any, *, made: bool) -> Lines:
+def writer(selection: Selection, file: Any, *, made: bool) -> NdjsonWriter:
     """The writer of an answer. `made`: the database makes the lines, see `Selection.is_made`."""
     columns = selection.columns
     if selection.format == "csv":
-        return _Csv(columns, file, bom=selection.bom, formula_safe=selection.formula_safe)
+        return _CsvWriter(columns, file, bom=selection.bom, formula_safe=selection.formula_safe)
     if selection.format == "parquet":
-        return _Parquet(columns, file)
+        return _ParquetWriter(columns, file)
     lines = _made if made else _encoder(columns)
-    return (_Json if selection.format == "json" else Lines)(file, lines)
+    return (_JsonWriter if selection.format == "json" else NdjsonWriter)(file, lines)
 
 
 # Answers of more than a little are compressed when the client asks for it; nothing is done when it does not.
@@ -256,7 +256,7 @@ MEMORY_BYTES = 1 << 16  # as many clients may be slow as there are connections
 BROKEN = Permanent("the answer could not be made to its end", "report it with the log, which says why")
 
 
-class Abandoned(Exception):
+class ClientDisconnected(Exception):
     """Nobody reads any more."""
 
 
@@ -288,10 +288,10 @@ class ByteSpool:
                 self._changed.notify_all()
 
     def write(self, piece: bytes) -> int:
-        """Put bytes behind the others. Raises Abandoned, and Transient when the disk takes no more."""
+        """Put bytes behind the others. Raises ClientDisconnected, and Transient when the disk takes no more."""
         with self._changed:
             if self._abandoned:
-                raise Abandoned
+                raise ClientDisconnected
             try:
                 self._file.seek(self._end)
                 self._file.write(piece)
@@ -367,12 +367,12 @@ class AnswerPage(ByteSpool):
         self._count = count
         self._gzip = GzipWriter(self) if gzip and selection.format != "parquet" else None
         # For callers that have begun: the last row when more follow it, and how many rows meet the filters, if asked.
-        self.last: Place | None = None
+        self.last: KeysetPosition | None = None
         self.total: int | None = None
 
     def produce(self) -> None:
         """Read the rows to their end, or until nobody wants them. `wait` and `pieces` raise what goes wrong."""
-        with suppress(Abandoned), self.written():
+        with suppress(ClientDisconnected), self.written():
             self._fill()
 
     def look(self) -> None:

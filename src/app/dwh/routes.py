@@ -19,14 +19,14 @@ from starlette.concurrency import run_in_threadpool
 from app.config.settings import DwhSettings, LimitSettings
 from app.dwh import openapi
 from app.dwh.query import Selection, erasure, selection
-from app.dwh.request_parsing import BatchLimits, Received, options, receive
+from app.dwh.request_parsing import BatchLimits, ReceivedBody, options, receive
 from app.dwh.responses import MEDIA, AnswerPage, answer_to_post, gzipped
 from app.dwh.tables import TABLES, Table
-from app.dwh.warehouse import Inserted, Warehouse
-from app.object_store.port import Readable
-from app.web.api import Streamed, accepts_gzip
+from app.dwh.warehouse import InsertResult, Warehouse
+from app.object_store.port import ReadableBody
+from app.web.api import StreamedResponse, accepts_gzip
 from app.web.auth import needs
-from app.web.body_bridge import GONE, acquired, taken_in
+from app.web.body_bridge import GONE, acquire_place, read_in_thread
 from app.web.errors import Refusal, Refused
 
 READERS = {"postgres": 4, "sqlite": 2}  # rows of SQLite are read in this process: more threads only wait for each other
@@ -102,7 +102,7 @@ class TableRoutes:
             gzip = accepts_gzip(request.headers.get("accept-encoding", ""))
             page = AnswerPage(self.warehouse, chosen, count=count, gzip=gzip)
             stack.callback(page.close)
-            await acquired(self.readers, BUSY)
+            await acquire_place(self.readers, BUSY)
             if request.method == "HEAD":
                 with ExitStack() as place:
                     place.callback(self.readers.release)
@@ -119,7 +119,7 @@ class TableRoutes:
             headers = _headers(chosen, request.url.path, page)
             if size_bytes is not None:
                 headers["Content-Length"] = str(size_bytes)
-            return Streamed(page.pieces(), stack.pop_all(), headers=headers, media_type=MEDIA[chosen.format])
+            return StreamedResponse(page.pieces(), stack.pop_all(), headers=headers, media_type=MEDIA[chosen.format])
 
     async def _write(self, request: Request) -> Response:
         chosen = options(request.query_params.multi_items(), request.headers, _preferred(request))
@@ -127,7 +127,7 @@ class TableRoutes:
         batch = BatchLimits(self.dwh.max_rows_per_insert, self.dwh.max_write_batch_bytes)
         sizes = {"body_bytes": self.limits.max_body_bytes, "stream_bytes": self.limits.max_upload_bytes}
 
-        def store(body: Readable) -> tuple[Inserted, Received]:
+        def store(body: ReadableBody) -> tuple[InsertResult, ReceivedBody]:
             with closing(receive(body, self.table, chosen, batch, **sizes)) as received:
                 done = self.warehouse.insert(
                     self.table,
@@ -140,7 +140,7 @@ class TableRoutes:
                 )
                 return done, received
 
-        stored = await taken_in(request, self.writers, BUSY, self.threads, store)
+        stored = await read_in_thread(request, self.writers, BUSY, self.threads, store)
         if stored is None:
             return GONE
         done, received = stored
@@ -154,7 +154,7 @@ class TableRoutes:
 
     async def _erase(self, request: Request) -> Response:
         chosen = erasure(self.table, request.query_params.multi_items())
-        await acquired(self.writers, BUSY)
+        await acquire_place(self.writers, BUSY)
         with ExitStack() as place:
             place.callback(self.writers.release)
             done = await run_in_threadpool(self.warehouse.erase, chosen, at=self.clock())

@@ -58,7 +58,7 @@ class CsvRow(bytes):
     fault: tuple[str, str] | None = None
 
 
-def cut(text: bytes) -> Sequence[bytes]:
+def split_json(text: bytes) -> Sequence[bytes]:
     """What stands between the commas of a JSON array or object. Raises ValueError when strings or brackets do not end,
     or anything follows them.
     """
@@ -85,11 +85,11 @@ def cut(text: bytes) -> Sequence[bytes]:
     raise ValueError("strings or brackets do not match")
 
 
-def members(row: bytes) -> Mapping[str, bytes]:
+def json_members(row: bytes) -> Mapping[str, bytes]:
     """The JSON of each value of a row by its key; what cannot be cut is left out."""
     found: dict[str, bytes] = {}
     with suppress(ValueError):
-        for part in cut(row.strip(b" \t\r\n")):
+        for part in split_json(row.strip(b" \t\r\n")):
             if key := KEY_OF_MEMBER.match(part):
                 found[json.loads(key[1].decode("utf-8", "replace"), strict=False)] = part[key.end() :]
     return found
@@ -108,7 +108,7 @@ def has_json_grammar(text: bytes) -> bool:
     return True
 
 
-def shown(value: str) -> str:
+def quoted_value(value: str) -> str:
     """A value for a message: short, in quotes, without control characters."""
     return repr(value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS] + "…")
 
@@ -129,25 +129,25 @@ TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*', re.DOTALL)
 NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
-class Suspicious(Exception):
+class NeedsRowCheck(Exception):
     """Only a look at each row by itself can tell."""
 
 
-class _Repeated(Exception):
+class _RepeatedKey(Exception):
     pass
 
 
 def check_keys(text: bytes, keys: int, json_texts: Sequence[str]) -> None:
-    """`keys` columns and `json_texts`, as a decoder leaves them, came from `text`: raise Suspicious unless it has no
+    """`keys` columns and `json_texts`, as a decoder leaves them, came from `text`: raise NeedsRowCheck unless it has no
     repeated key and no NUL.
     """
     # One byte is found ten times quicker than two, and most texts hold neither escapes nor blanks but spaces.
     if b"\\" in text and any(mark in text for mark in HIDDEN):
-        raise Suspicious
+        raise NeedsRowCheck
     if any(blank in text and blank + b":" in text for blank in BLANKS):
-        raise Suspicious
+        raise NeedsRowCheck
     if text.count(MARK) != keys + "\n".join(json_texts).count('":'):
-        raise Suspicious
+        raise NeedsRowCheck
 
 
 def repeated_key(text: bytes) -> str | None:
@@ -155,17 +155,17 @@ def repeated_key(text: bytes) -> str | None:
 
     def check(pairs: list[tuple[str, Any]]) -> None:
         if len({key for key, _ in pairs}) < len(pairs):
-            raise _Repeated(Counter(key for key, _ in pairs).most_common(1)[0][0])
+            raise _RepeatedKey(Counter(key for key, _ in pairs).most_common(1)[0][0])
 
     try:
         json.loads(text, object_pairs_hook=check, parse_int=str, parse_float=str)
-    except _Repeated as repeated:
+    except _RepeatedKey as repeated:
         return str(repeated)
     return None
 
 
 def check_numbers(text: bytes) -> None:
-    """Raise Suspicious for a number that is not 0 and yet nearer to it than a double can be, or of very many digits.
+    """Raise NeedsRowCheck for a number that is not 0 and yet nearer to it than a double can be, or of very many digits.
 
     PostgreSQL writes such a number out: nine characters such as 1e-16000 come back as sixteen thousand.
     """
@@ -173,7 +173,7 @@ def check_numbers(text: bytes) -> None:
         for number in (token for token in TOKENS.findall(text) if not token.startswith(b'"')):
             vanishes = float(number) == 0 and number.lower().partition(b"e")[0].strip(b"-0.")
             if len(number) > NUMBER_CHARACTERS or vanishes:
-                raise Suspicious
+                raise NeedsRowCheck
 
 
 def depth(value: Any) -> int:
@@ -189,7 +189,7 @@ def depth(value: Any) -> int:
 # What the values of a column become: plain values, in the form that both databases read.
 #
 # Invariant: a whole column at a time, since that costs a fraction of a value at a time; what only some values are is
-# left to the way value by value, and what cannot be stored raises Suspicious, OverflowError or an error of the
+# left to the way value by value, and what cannot be stored raises NeedsRowCheck, OverflowError or an error of the
 # decoder.
 
 BLANK = re.compile(rb"[ \t\r\n]")
@@ -207,7 +207,7 @@ SECONDS = len("2026-02-07T12:34:56")
 LACKING = {SECONDS: ".000000Z", SECONDS + 1: ".000000Z", NAIVE: "Z", WHOLE: ""}
 
 
-def turn(column: TableColumn) -> Turn:
+def converter_of(column: TableColumn) -> Turn:
     """The function for the values of a column."""
     if column.kind == "uuid":
         return _uuids
@@ -229,13 +229,13 @@ def _uuids(values: Values) -> Values:
     """All together, which costs less than a pattern for each. All have 36 characters."""
     text = "".join(values)
     if any(text[place::UUID_CHARACTERS].count("-") < len(values) for place in HYPHENS):
-        raise Suspicious
+        raise NeedsRowCheck
     try:
         made = bytes.fromhex(text.replace("-", ""))
     except ValueError:
-        raise Suspicious from None
+        raise NeedsRowCheck from None
     if len(made) < UUID_BYTES * len(values):
-        raise Suspicious
+        raise NeedsRowCheck
     return values if text == text.lower() else [value.lower() for value in values]
 
 
@@ -249,7 +249,7 @@ def _texts(values: Values) -> Values:
 def _text(value: Any) -> str:
     text = value if isinstance(value, str) else str(value)
     if len(text) > KEY_CHARACTERS and not isinstance(value, str):
-        raise Suspicious
+        raise NeedsRowCheck
     return text
 
 
@@ -289,7 +289,7 @@ def _json(raw: Raw) -> str | None:
         return None
     text = bytes(raw)
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
-        raise Suspicious  # nests deeper than databases and readers can be trusted with
+        raise NeedsRowCheck  # nests deeper than databases and readers can be trusted with
     check_numbers(text)
     if SURROGATE.search(text):
         msgspec.json.encode(value)  # raises for half of a pair
@@ -315,7 +315,7 @@ UNKNOWN_COLUMN = "is not a column of this table"
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckedRows:
     """Rows that can be stored, by column, with the size of each as it came, and those that cannot."""
 
     columns: Sequence[Values]
@@ -336,19 +336,19 @@ class RowReader:
         fields = [_field(column) for column in table.columns]
         self.row_type = row_type(fields)
         self._decode: Callable[[Slice], Any] = msgspec.json.Decoder(self.row_type).decode
-        self._turns = [turn(column) for column in table.columns]
+        self._turns = [converter_of(column) for column in table.columns]
         self._json = [position for position, column in enumerate(table.columns) if column.kind == "json"]
 
-    def read(self, slices: Sequence[Slice], first: int) -> Checked:
+    def read(self, slices: Sequence[Slice], first: int) -> CheckedRows:
         """Rows that stand next to each other in a body, the first with the index `first`."""
         try:
             columns = self._together(slices)
-        except (*UNREADABLE, Suspicious, OverflowError):
+        except (*UNREADABLE, NeedsRowCheck, OverflowError):
             return self._one_by_one(slices, first)
-        return Checked(columns, list(map(len, slices)))
+        return CheckedRows(columns, list(map(len, slices)))
 
     def _together(self, slices: Sequence[Slice]) -> Sequence[Values]:
-        """All of them at once. Raises Suspicious when something can only be told row by row."""
+        """All of them at once. Raises NeedsRowCheck when something can only be told row by row."""
         columns: list[Values] = list(zip(*map(astuple, map(self._decode, slices)), strict=True))
         keys = len(slices) * len(columns) - sum(column.count(UNSET) for column in columns)
         turned = [turn(column) for turn, column in zip(self._turns, columns, strict=True)]
@@ -358,7 +358,7 @@ class RowReader:
         check_keys(b",".join(slices), keys, again)
         return turned
 
-    def _one_by_one(self, slices: Sequence[Slice], first: int) -> Checked:
+    def _one_by_one(self, slices: Sequence[Slice], first: int) -> CheckedRows:
         rows: list[Values] = []
         sizes: list[int] = []
         faults: list[RowFault] = []
@@ -369,7 +369,7 @@ class RowReader:
                 sizes.append(len(each))
             else:
                 faults.append(fault)
-        return Checked(list(zip(*rows, strict=True)), sizes, tuple(faults))
+        return CheckedRows(list(zip(*rows, strict=True)), sizes, tuple(faults))
 
     def _turned(self, row: Slice) -> Sequence[tuple[Turn, Values]]:
         return [(turn, (value,)) for turn, value in zip(self._turns, astuple(self._decode(row)), strict=True)]
@@ -385,7 +385,7 @@ class RowReader:
         for column, (turn, value) in zip(self._columns.values(), turned_row, strict=True):
             try:
                 (turned,) = turn(value)
-            except (*UNREADABLE, Suspicious, OverflowError):
+            except (*UNREADABLE, NeedsRowCheck, OverflowError):
                 return self._wrong(row, index, column.name)
             # no database stores a NUL; in JSON it is escaped
             if isinstance(turned, str) and (NUL_IN_JSON.search(turned) if column.kind == "json" else "\x00" in turned):
@@ -398,8 +398,8 @@ class RowReader:
         column = self._columns.get(name)
         if column is None:
             return RowFault(index, name[:FIELD_CHARACTERS], UNKNOWN_COLUMN)
-        value = members(row).get(name) if isinstance(row, CsvRow) else None
-        instead = f", not {shown(str(msgspec.json.decode(value)))}" if value else ""
+        value = json_members(row).get(name) if isinstance(row, CsvRow) else None
+        instead = f", not {quoted_value(str(msgspec.json.decode(value)))}" if value else ""
         return RowFault(index, name, f"must be {column.wanted}{instead}")
 
     def _unread(self, row: Slice, index: int, error: Exception) -> RowFault:
@@ -412,7 +412,7 @@ class RowReader:
             return self._wrong(row, index, found[1])
         if isinstance(error, msgspec.ValidationError):
             return RowFault(index, "", "a row must be an object with columns by name")
-        for name, value in members(bytes(row)).items():
+        for name, value in json_members(bytes(row)).items():
             try:
                 msgspec.json.encode(msgspec.json.decode(value))
             except UNREADABLE:

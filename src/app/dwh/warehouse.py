@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from app.core.errors import Permanent, Rejected, Transient
 from app.db.database import Dialect, NamedQueries, Session, sql_directory
-from app.db.migrations import Migrated, open_database
-from app.dwh.query import Erasure, Place, Selection, conditions_of
+from app.db.migrations import MigratedDatabase, open_database
+from app.dwh.query import Erasure, KeysetPosition, Selection, conditions_of
 from app.dwh.tables import BY_NAME, EVENTS, POSTGRES_TYPES, SQLITE_NOW, TABLES, Table
-from app.product_events.mapping import Rows, Tables
+from app.product_events.mapping import EventRows, Tables
 from app.web.errors import Refused
 
 if TYPE_CHECKING:
-    from app.dwh.request_parsing import Received
+    from app.dwh.request_parsing import ReceivedBody
 
 # The rows of one request into their table, in one transaction of the caller's.
 #
@@ -42,7 +42,7 @@ Columns = Sequence[Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Inserted:
+class InsertResult:
     """`ids` of rows that were really inserted; in a dry run they are left out, and only their number is told."""
 
     ids: "array[int]"
@@ -70,9 +70,9 @@ def _upsert(table: Table, rows: int = 0, *, past: bool = False) -> str:
     return f"INSERT INTO {table.name} ({names}) VALUES {places} {_on_conflict(table, past=past)}"  # noqa: S608
 
 
-def in_sqlite(session: Session, table: Table, batches: "Received", deleted: "DeletedKeys") -> "array[int]":
+def in_sqlite(session: Session, table: Table, batches: "ReceivedBody", deleted: "DeletedKeys") -> "array[int]":
     """By prepared statements: only this transaction writes, so what is newer at its end is what it inserted."""
-    before = newest(session, table)
+    before = largest_id(session, table)
     (now,) = session.rows(f"SELECT {SQLITE_NOW} AS text")
     rows: Iterator[Row] = chain.from_iterable(zip(*block, strict=True) for block in batches.blocks())
     together = batches.rows - batches.rows % STATEMENT_ROWS
@@ -85,14 +85,14 @@ def in_sqlite(session: Session, table: Table, batches: "Received", deleted: "Del
     return _given(session, table, before, -1 if table.updates else written)
 
 
-def in_postgres(session: Session, table: Table, batches: "Received", deleted: "DeletedKeys") -> "array[int]":
+def in_postgres(session: Session, table: Table, batches: "ReceivedBody", deleted: "DeletedKeys") -> "array[int]":
     """By COPY. What one group of rows has stored when the next one meets a conflict stays stored."""
     if table.updates:
-        return _staged(session, table, deleted, (unite(batch, {}) for batch in batches.read()))
+        return _staged(session, table, deleted, (merge_duplicates(batch, {}) for batch in batches.read()))
     ids = array("q")
     if not batches.rows:
         return ids
-    before = turn(session, table)
+    before = lock_table(session, table)
     if not deleted.any_of(session, table) and not _known(session, table, batches):
         for group in _groups(batches.blocks(), MERGE_ROWS):
             copied = session.append_new(table.name, table.names, group)
@@ -107,20 +107,20 @@ def in_postgres(session: Session, table: Table, batches: "Received", deleted: "D
     return ids
 
 
-def turn(session: Session, table: Table) -> int:
+def lock_table(session: Session, table: Table) -> int:
     """Wait for this table's turn in PostgreSQL; the largest id until now. Ids given from here on are larger."""
     session.rows("SELECT set_config('lock_timeout', '25s', true)")
     session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCKS + table.number)
-    return newest(session, table)
+    return largest_id(session, table)
 
 
-def newest(session: Session, table: Table) -> int:
+def largest_id(session: Session, table: Table) -> int:
     """The largest id, 0 for none."""
     (row,) = session.rows(f"SELECT coalesce(max(id), 0) AS newest FROM {table.name}")  # noqa: S608
-    return int(row["newest"])
+    return int(row["largest_id"])
 
 
-def unite(rows: Iterable[Row], found: dict[Any, Row]) -> Iterable[Row]:
+def merge_duplicates(rows: Iterable[Row], found: dict[Any, Row]) -> Iterable[Row]:
     """One row per key in `found`, at its first place: of each column the last value that is not null. A statement can
     update a row once only.
     """
@@ -170,7 +170,7 @@ def _staged(
         if number:
             session.run(f"TRUNCATE {_stage(table)}")
         session.append(_stage(table), table.names, chunk)
-        before = turn(session, table) if before is None else before
+        before = lock_table(session, table) if before is None else before
         deleted.leave_out_staged(session, table)
         (written,) = session.rows(merge_chunk)
         given = sorted(map(int, written["ids"].split(","))) if written["ids"] else []
@@ -189,7 +189,7 @@ def _given(session: Session, table: Table, before: int, written: int, *, own: st
     return array("q", (id_ for (id_,) in session.stream(f"SELECT id {newer} {own} ORDER BY id", newest=before)))
 
 
-def _known(session: Session, table: Table, batches: "Received") -> bool:
+def _known(session: Session, table: Table, batches: "ReceivedBody") -> bool:
     """Whether some of the first rows are there already, as they all are when a request is repeated."""
     keys = next(batches.blocks())[0]
     probed = f"{table.key.name} = ANY(:keys::{POSTGRES_TYPES[table.key.kind]}[])"
@@ -236,14 +236,14 @@ def load_postgres(session: Session, chunks: Iterable[Tables], deleted: "DeletedK
                 _create_stage(session, table)
                 staged.add(name)
             if table.updates:
-                unite(_in_order(table, rows), latest.setdefault(name, {}))
+                merge_duplicates(_in_order(table, rows), latest.setdefault(name, {}))
             else:
                 session.append(_stage(table), rows.names, rows.rows)
     for name, found in latest.items():
         session.append(_stage(BY_NAME[name]), BY_NAME[name].names, found.values())
     tables = [table for table in TABLES if table.name in staged]
     for table in tables:
-        turn(session, table)
+        lock_table(session, table)
         deleted.leave_out_staged(session, table)
     written = {table.name: session.run(_merge(table, past=past)) for table in tables}
     return written.get(EVENTS.name, 0)
@@ -252,12 +252,12 @@ def load_postgres(session: Session, chunks: Iterable[Tables], deleted: "DeletedK
 def load_sqlite(session: Session, chunks: Iterable[Tables], deleted: "DeletedKeys", *, past: bool) -> int:
     """Store all rows by prepared statements; how many events are new."""
     latest: dict[str, dict[Any, Row]] = {}
-    before = newest(session, EVENTS)
+    before = largest_id(session, EVENTS)
     for chunk in chunks:
         for name, rows in chunk.items():
             table = BY_NAME[name]
             if table.updates:
-                unite(_in_order(table, rows), latest.setdefault(name, {}))
+                merge_duplicates(_in_order(table, rows), latest.setdefault(name, {}))
             else:
                 session.run_rows(_upsert(table), deleted.left_out(session, table, _in_order(table, rows)))
     for name, found in latest.items():
@@ -267,7 +267,7 @@ def load_sqlite(session: Session, chunks: Iterable[Tables], deleted: "DeletedKey
     return sum(1 for _ in session.stream(newer, newest=before))
 
 
-def _in_order(table: Table, rows: Rows) -> Iterable[Row]:
+def _in_order(table: Table, rows: EventRows) -> Iterable[Row]:
     """The rows with all columns of the table in their order; null where a column is missing."""
     if tuple(rows.names) == tuple(table.names):
         return rows.rows
@@ -290,7 +290,7 @@ HASH: dict[Dialect, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Erased:
+class EraseResult:
     """How many rows were deleted, how many keys are remembered for it, and how many are no longer."""
 
     deleted: int
@@ -374,7 +374,7 @@ TURN_SECONDS = 60.0
 KEPT_DAYS = 7
 
 
-class _Undo(Exception):
+class _RollBack(Exception):
     """Ends the transaction of a dry run."""
 
 
@@ -389,7 +389,7 @@ class SelectedRows:
     selection: Selection
     total: int | None
 
-    def last(self) -> Place | None:
+    def last(self) -> KeysetPosition | None:
         """The last row when more follow it, before the blocks are read to the end; costs a search of its own."""
         found = list(self.edge)
         return self.selection.edge_place(found[0]) if len(found) > 1 else None
@@ -398,7 +398,7 @@ class SelectedRows:
 class Warehouse:
     """Seven tables in one database. Connects on first use. Safe to use from many threads."""
 
-    def __init__(self, database: Migrated) -> None:
+    def __init__(self, database: MigratedDatabase) -> None:
         self.database = database
         self._lite = database.dialect == "sqlite"
         self._queries = NamedQueries(database, sql_directory() / "dwh")
@@ -418,14 +418,14 @@ class Warehouse:
     def insert(
         self,
         table: Table,
-        batches: "Received",
+        batches: "ReceivedBody",
         *,
         at: datetime,
         caller: str = "",
         key: str = "",
         dry_run: bool = False,
         resolution: Resolution | None = None,
-    ) -> Inserted:
+    ) -> InsertResult:
         """Store what is not there yet, all or nothing: for `caller`, under an Idempotency-Key ("" for none).
 
         `resolution` says what becomes of a row whose key is there; None: what the table declares.
@@ -436,23 +436,25 @@ class Warehouse:
         if resolution:
             table = replace(table, updates=resolution == MERGE)
         name = {"caller": caller, "key": key} if key and not dry_run else {}
-        with suppress(_Undo), self._writing() as session:
+        with suppress(_RollBack), self._writing() as session:
             if name:
                 fingerprint = ":".join(filter(None, (table.name, batches.digest, resolution)))
                 if answered := self._answered(session, name, fingerprint, at):
                     return answered
             insert = in_sqlite if self._lite else in_postgres
             ids = insert(session, table, batches, self._deleted)
-            done = Inserted(ids, batches.rows, batches.batches, len(ids))
+            done = InsertResult(ids, batches.rows, batches.batches, len(ids))
             if dry_run:
-                raise _Undo
+                raise _RollBack
             if name:
                 answer = json.dumps({"ids": done.ids.tolist(), "rows": done.rows, "batches": done.batches})
                 session.run(self._queries["answer_request"], **name, answer=answer)
             return done
         return replace(done, ids=array("q"), dry_run=True)
 
-    def _answered(self, session: Session, name: Mapping[str, str], fingerprint: str, at: datetime) -> Inserted | None:
+    def _answered(
+        self, session: Session, name: Mapping[str, str], fingerprint: str, at: datetime
+    ) -> InsertResult | None:
         """The stored answer of an earlier request with the same Idempotency-Key; None for the first one."""
         session.run(self._queries["forget_requests"], before_at=at - timedelta(days=KEPT_DAYS))
         if session.run(self._queries["claim_request"], **name, fingerprint=fingerprint, created_at=at):
@@ -463,7 +465,7 @@ class Warehouse:
             raise Refused(409, what, "use a new key", "Idempotency-Key")
         answer = json.loads(held["answer"])
         ids = array("q", answer["ids"])
-        return Inserted(ids, answer["rows"], answer["batches"], len(ids), replayed=True)
+        return InsertResult(ids, answer["rows"], answer["batches"], len(ids), replayed=True)
 
     def load(self, chunks: Iterable[Tables], *, past: bool = False) -> int:
         """Rows of several tables in one transaction, all or nothing; how many events are new. Idempotent.
@@ -473,7 +475,7 @@ class Warehouse:
         with self._writing() as session:
             return (load_sqlite if self._lite else load_postgres)(session, chunks, self._deleted, past=past)
 
-    def erase(self, erasure: Erasure, *, at: datetime) -> Erased:
+    def erase(self, erasure: Erasure, *, at: datetime) -> EraseResult:
         """Delete all rows that meet the filters, and remember hashes of their natural keys, so that nothing brings them
         back; or, to lift that, forget them.
         """
@@ -481,17 +483,17 @@ class Warehouse:
         conditions, params = conditions_of(erasure.filters, dialect)
         condition = " AND ".join(conditions)
         remembered = forgotten = deleted = 0
-        with suppress(_Undo), self._writing() as session:
+        with suppress(_RollBack), self._writing() as session:
             if not self._lite:
-                turn(session, table)
+                lock_table(session, table)
             if erasure.forget:
                 forgotten = self._deleted.forget(session, table, erasure.keys)
             else:
                 remembered = self._deleted.remember(session, table, condition, params, at)
             deleted = session.run(f"DELETE FROM {table.name} WHERE {condition}", **params)  # noqa: S608 - declared
             if erasure.dry_run:
-                raise _Undo
-        return Erased(deleted, remembered, forgotten)
+                raise _RollBack
+        return EraseResult(deleted, remembered, forgotten)
 
     def known(self, uuids: Collection[str]) -> int:
         """How many of these events are there, or were deleted on request; a few thousand at a time at most."""
@@ -529,11 +531,11 @@ class Warehouse:
             yield SelectedRows(blocks, ends, selection, total)
 
 
-def _looked_up(session: Session, selection: Selection, after: Place) -> Place:
+def _looked_up(session: Session, selection: Selection, after: KeysetPosition) -> KeysetPosition:
     """The place with its value. Raises Rejected when its row was deleted."""
     looking, params = selection.place_sql()
     for row in session.rows(looking, **params):
-        return Place(after.id, row["value"])
+        return KeysetPosition(after.id, row["value"])
     what = "the row of this place, whose value is too long for a link, was deleted"
     raise Rejected(what, "begin again, or sort by another column")
 
@@ -546,7 +548,7 @@ def open_warehouse(url: str, data_dir: Path) -> Warehouse:
         if names := other_tables(session, plain.dialect):
             raise Permanent(f"{plain.place}: another program created the table {min(names)}", OTHER_PROGRAM_HINT)
 
-    return Warehouse(Migrated(plain, sql_directory() / "dwh", before_first=refuse_other_program))
+    return Warehouse(MigratedDatabase(plain, sql_directory() / "dwh", before_first=refuse_other_program))
 
 
 def other_tables(session: Session, dialect: Dialect) -> Collection[str]:

@@ -18,7 +18,7 @@ SEGMENTS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AccessPath:
     """The way to read. `hash_name` "" = scan. Types are DynamoDB's letters; `key` are the primary key's attributes.
 
     `left_out` is the one attribute that is the same in all rows, "" when there is none.
@@ -40,7 +40,7 @@ class Plan:
         return not self.hash_name
 
     @property
-    def way(self) -> "Plan":
+    def way(self) -> "AccessPath":
         """The same without what grows with the items."""
         return replace(self, size_bytes=0)
 
@@ -50,7 +50,7 @@ class Plan:
         return -(-self.size_bytes // UNIT_BYTES)
 
 
-def plan_of(table: Mapping[str, Any], wanted: DynamoSettings) -> Plan:
+def plan_of(table: Mapping[str, Any], wanted: DynamoSettings) -> AccessPath:
     """The cheapest way that reads everything. Raises Permanent when only a scan is left and it is above the limit."""
     types = {each["AttributeName"]: each["AttributeType"] for each in table["AttributeDefinitions"]}
     key = tuple(each["AttributeName"] for each in table["KeySchema"])
@@ -58,7 +58,7 @@ def plan_of(table: Mapping[str, Any], wanted: DynamoSettings) -> Plan:
     for index, hash_name, consistent in _ways(table, wanted.timestamp_attribute):
         values = tuple(wanted.partition_values) or (STATIC_VALUES if hash_name == STATIC else ())
         if values and types[wanted.timestamp_attribute] in "SN":
-            return Plan(
+            return AccessPath(
                 key=key,
                 hash_name=hash_name,
                 hash_type=types[hash_name],
@@ -73,12 +73,13 @@ def plan_of(table: Mapping[str, Any], wanted: DynamoSettings) -> Plan:
         raise Permanent(
             f"table {wanted.table_name} can only be scanned, and its {size_bytes} bytes are above "
             f"{wanted.scan_max_bytes}",
-            advice(table, wanted) + ", or raise DYNAMODB_SCAN_MAX_BYTES and pay for a whole scan per hour and run",
+            index_advice(table, wanted)
+            + ", or raise DYNAMODB_SCAN_MAX_BYTES and pay for a whole scan per hour and run",
         )
-    return Plan(key=key, size_bytes=size_bytes)
+    return AccessPath(key=key, size_bytes=size_bytes)
 
 
-def advice(table: Mapping[str, Any], wanted: DynamoSettings) -> str:
+def index_advice(table: Mapping[str, Any], wanted: DynamoSettings) -> str:
     """What would let this table be queried instead of scanned."""
     timestamp = wanted.timestamp_attribute
     for _, hash_name, _ in _ways(table, timestamp):

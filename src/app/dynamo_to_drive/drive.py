@@ -38,7 +38,7 @@ CONSENT_AGAIN = "run `python -m app google` again, sign in as a member of the sh
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class DriveCredentials:
     """Where the credentials come from, a file or the text itself, and where an installed app's token is kept."""
 
     file: Path | None
@@ -46,7 +46,7 @@ class Given:
     token_file: Path
 
 
-def document(given: Given) -> dict[str, Any]:
+def document(given: DriveCredentials) -> dict[str, Any]:
     """The JSON document. Raises Permanent when there is none."""
     try:
         text = given.file.read_text(encoding="utf-8") if given.file else given.text
@@ -64,7 +64,7 @@ def document(given: Given) -> dict[str, Any]:
     return info
 
 
-def credentials(given: Given) -> Any:
+def credentials(given: DriveCredentials) -> Any:
     """google-auth credentials of either kind, not refreshed yet. Raises Permanent when they cannot be used."""
     info = document(given)
     try:
@@ -110,7 +110,7 @@ def _user(info: Mapping[str, Any]) -> Any:
     )
 
 
-def _kept(given: Given, client: Mapping[str, Any]) -> dict[str, Any]:
+def _kept(given: DriveCredentials, client: Mapping[str, Any]) -> dict[str, Any]:
     try:
         kept: dict[str, Any] = json.loads(given.token_file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -122,7 +122,7 @@ def _kept(given: Given, client: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def keep_token(given: Given, found: Any) -> None:
+def keep_token(given: DriveCredentials, found: Any) -> None:
     """Keep a refreshed token of an installed app for the next start. Nothing for other kinds."""
     if "installed" in (info := document(given)) or "web" in info:
         save_token(given.token_file, found)
@@ -136,7 +136,7 @@ def save_token(path: Path, found: Any) -> None:
     write_durably(path, [found.to_json().encode()])
 
 
-def consent(given: Given, *, open_browser: bool) -> Path:
+def consent(given: DriveCredentials, *, open_browser: bool) -> Path:
     """Ask the user in a browser, once; where the token was kept. Raises Permanent, and Transient for a network away."""
     info = document(given)
     client_of(info)
@@ -218,7 +218,7 @@ TEXT_LIMIT = 300
 TOO_MANY, SERVER_FAULT, TIMEOUT = 429, 500, 408
 
 
-def answered(status: int, content: bytes, headers: Mapping[str, str]) -> AppError:
+def error_of_response(status: int, content: bytes, headers: Mapping[str, str]) -> AppError:
     """An answer with an error status."""
     reason, message = _reason(content)
     text = f"Drive answered {status} {reason}: {message}".replace("  ", " ")[:TEXT_LIMIT]
@@ -313,7 +313,7 @@ class FileContent:
 class DriveService:
     """The client library behind `given`, at `api_url` ("" = Google's). One connection per thread: it is not safe."""
 
-    def __init__(self, given: Given, api_url: str, timeout_seconds: float) -> None:
+    def __init__(self, given: DriveCredentials, api_url: str, timeout_seconds: float) -> None:
         self.given = given
         self._api_url = api_url
         self._timeout_seconds = timeout_seconds
@@ -581,6 +581,6 @@ def _translated() -> "Iterator[None]":
     try:
         yield
     except HttpError as error:
-        raise answered(error.status_code, error.content, error.resp) from error
+        raise error_of_response(error.status_code, error.content, error.resp) from error
     except (GoogleAuthError, Error, HttpLib2Error, HTTPException, OSError) as error:
         raise failed(error) from error

@@ -21,8 +21,8 @@ from app.core.files import temporary_file
 from app.core.ledger import Ledger, SetAside, Tally, ledger_of, sampled
 from app.core.pipeline import Sums
 from app.core.windows import Window
-from app.dynamo_to_drive.rows import Columns, Item, Row, cell, text_of, timed
-from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, Times, ascend
+from app.dynamo_to_drive.rows import Columns, Item, Row, cell, text_of, timestamp_text
+from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, TimestampReader, ascend
 from app.object_store.set_aside import MAX_BYTES, NDJSON, SetAsideStore
 
 # The CSV file of one hour: rows come in pages of any order and any columns, one file with a digest comes out.
@@ -52,7 +52,7 @@ class FileShape:
 
     timestamp: str
     key: tuple[str, ...]
-    times: Times
+    times: TimestampReader
     escape: bool = False
 
     def orders(self, rows: Sequence[Row], places: Sequence[int]) -> list[Order]:
@@ -296,7 +296,7 @@ class UnreadableFile(Permanent):
     """A file that was not written here, or was damaged since."""
 
 
-def while_readable(rows: Iterable[Mapping[str, str]]) -> Iterator[Mapping[str, str]]:
+def readable_prefix(rows: Iterable[Mapping[str, str]]) -> Iterator[Mapping[str, str]]:
     """The rows up to what cannot be read, for whom only compares with what is to be replaced anyway."""
     with suppress(UnreadableFile):
         yield from rows
@@ -463,7 +463,7 @@ class Accounts:
             self._known.add(known)
             if len(self.attributes) < NAMED_ATTRIBUTES:
                 self.attributes |= item.keys()
-            self.text = self.text or timed(item, self.attribute) or ""
+            self.text = self.text or timestamp_text(item, self.attribute) or ""
             if reason not in self._reasons:
                 shown = f"{self.attribute} = {cell(value)!r}" if value else f"attributes {', '.join(sorted(item))}"
                 self._reasons[reason] = _Reason(sampled(shown))

@@ -25,13 +25,23 @@ from app.core.pipeline import (
     Pipeline,
     Position,
     Shrink,
-    Task,
+    WindowTask,
 )
 from app.core.repair import GONE_HINT
 from app.core.retry import RetryPolicy
-from app.core.runs import Context, Done, Failure, Job, Lease, Report, ReportSum, Stop, Unwatched
-from app.core.sync import settle, sync_partition
-from app.core.verify import NOTHING, Cell, Chart, Content, Ends, Found, Moment, Slot, cells_of
+from app.core.runs import Context, Done, Failure, Job, Lease, NoProgress, Report, ReportSum, Stop
+from app.core.sync import sync_partition, sync_window
+from app.core.verify import (
+    NOTHING,
+    Ends,
+    FoundObject,
+    GapMapSource,
+    MapCell,
+    MapContext,
+    PartitionWindow,
+    WindowContent,
+    cells_of,
+)
 from app.core.windows import (
     DAY_SECONDS,
     EPOCH,
@@ -42,12 +52,12 @@ from app.core.windows import (
     window_at,
     windows_between,
 )
-from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
+from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveCredentials, DriveService
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_in, read_file
 from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FileIds, FolderSink, HourSink
 from app.dynamo_to_drive.source import DynamoSource, DynamoTable, ping
 from app.object_store.set_aside import SetAsideStore
-from app.ops.connection_checks import System
+from app.ops.connection_checks import ConnectionCheck
 
 NAME = "dynamo_to_drive"
 LATE = "dynamo_to_drive_late"
@@ -75,19 +85,19 @@ def folder_of(settings: Settings) -> str:
     return settings.drive.folder_id or settings.drive.shared_drive_id or "root"
 
 
-def given_of(settings: Settings) -> Given | None:
+def given_of(settings: Settings) -> DriveCredentials | None:
     """The Google credentials of these settings; None = none, files stay on this machine."""
     drive = settings.drive
     if drive.credentials_file is None and drive.credentials_json is None:
         return None
     text = drive.credentials_json.get_secret_value() if drive.credentials_json else ""
-    return Given(drive.credentials_file, text, settings.service.data_dir / TOKEN_FILE)
+    return DriveCredentials(drive.credentials_file, text, settings.service.data_dir / TOKEN_FILE)
 
 
 def _looking(stop: Stop) -> Context:
     """What a pipeline is given that only looks: no lease, and a dry run, which tidies nothing up."""
     nobody = Lease(NAME, "", 0, EPOCH)
-    return Context("", nobody, stop, Unwatched(), dry_run=True)
+    return Context("", nobody, stop, NoProgress(), dry_run=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +133,18 @@ class HourFileExport:
         )
 
     @property
-    def checks(self) -> Sequence[System]:
+    def checks(self) -> Sequence[ConnectionCheck]:
         """Of the table, and of Google Drive where that takes the files."""
         if not self.settings.dynamo.table_name:
             return ()
-        table = System("dynamodb", "DynamoDB", "DYNAMODB_TABLE_NAME", self.ping_table)
-        drive = System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", self.ping_drive)
+        table = ConnectionCheck("dynamodb", "DynamoDB", "DYNAMODB_TABLE_NAME", self.ping_table)
+        drive = ConnectionCheck("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", self.ping_drive)
         return (table, drive) if self.drive is not None else (table,)
 
     @property
-    def chart(self) -> Chart:
+    def chart(self) -> GapMapSource:
         """The gap map of the files."""
-        return HourChart(self)
+        return HourFileGapMap(self)
 
     def verification(self, stop: Stop) -> Ends:
         """Table and files, compared."""
@@ -169,11 +179,11 @@ class HourFileExport:
         if self.drive is not None:
             self.drive.forget()
 
-    def task(self, hour: Window) -> Task:
+    def task(self, hour: Window) -> WindowTask:
         """An ended hour as a task, with what is confirmed of it."""
         known = self.checkpoints.records(NAME, self.partition, hour.start, hour.end)
         final = hour.end <= self.clock() - timedelta(seconds=self.settings.drive.grace_seconds)
-        return Task(self.partition, hour, UNCOUNTED, next(iter(known), None), final=final)
+        return WindowTask(self.partition, hour, UNCOUNTED, next(iter(known), None), final=final)
 
     def opened(self, context: Context, span: Window | None = None) -> OpenedHourFiles:
         """The pipeline of one run over `span`, with its accounts: its pauses end with that run."""
@@ -275,7 +285,7 @@ class HourFileExport:
             for hour in hours:
                 context.stop.check()
                 with failed.one():
-                    done(settle(opened.pipeline, context, self.task(hour)))
+                    done(sync_window(opened.pipeline, context, self.task(hour)))
                 failed.check_outage()
                 context.progress.advance(done=1)
 
@@ -334,21 +344,21 @@ class HourEnds:
         """The one."""
         return [self.export.partition]
 
-    def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
+    def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
         """See `Ends.slots`; there is the one partition."""
         now = self.export.clock()
         for window in self.at.pipeline.grid.windows(span.start, min(span.end, now)):
             if window.end <= now and partition in (None, self.export.partition):
-                yield Slot(self.export.partition, window)
+                yield PartitionWindow(self.export.partition, window)
 
-    def source(self, slot: Slot) -> Content:
+    def source(self, slot: PartitionWindow) -> WindowContent:
         """See `Ends.source`."""
         from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
 
         with closing(self.at.pipeline.source.read(slot.partition, slot.window, UNCOUNTED, None)) as hour:
             return content_of(read_file(lines_in(hour.file), escaped=hour.shape.escape))
 
-    def destination(self, slot: Slot) -> Content:
+    def destination(self, slot: PartitionWindow) -> WindowContent:
         """See `Ends.destination`."""
         from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
 
@@ -356,23 +366,23 @@ class HourEnds:
         there = self.at.sink.peek(key)
         return content_of(self.at.sink.read(key, there.version)) if there else NOTHING
 
-    def heal(self, context: Context, slot: Slot) -> Report:
+    def heal(self, context: Context, slot: PartitionWindow) -> Report:
         """See `Ends.heal`. Raises Permanent when the file is damaged and the table has no rows of its hour."""
         opened, task = self.export.opened(context), self.export.task(slot.window)
         with self.export.turn:  # late hours and reconcile may be at work on the same file
             there = opened.sink.peek(opened.sink.key(slot.partition, slot.window, 0))
             if not there or not task.record or task.record.digest in ("", there.digest):
-                return settle(opened.pipeline, context, task)
+                return sync_window(opened.pipeline, context, task)
             # The file is not the one that was confirmed.
             if not self.source(slot).rows:
                 raise Permanent(f"{slot}: the file was changed, and the table has no rows of it", GONE_HINT)
             opened.sink.reads_rows = False
-            return settle(replace(opened.pipeline, shrink=Shrink), context, task)
+            return sync_window(replace(opened.pipeline, shrink=Shrink), context, task)
 
 
 @dataclass(frozen=True, slots=True)
-class HourChart:
-    """`app.core.verify.Chart` over the files; one listing a day."""
+class HourFileGapMap:
+    """`app.core.verify.GapMapSource` over the files; one listing a day."""
 
     export: HourFileExport
 
@@ -380,11 +390,11 @@ class HourChart:
         """The one."""
         return [self.export.partition]
 
-    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
-        """See `Chart.cells`. A file's version is its MD5 here."""
+    def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
+        """See `GapMapSource.cells`. A file's version is its MD5 here."""
         export, sink = self.export, self.export.opened(_looking(Stop())).sink
         cursor_at = export.checkpoints.cursors(NAME).get(partition)
-        moment = Moment(export.clock(), export.settings.drive.grace_seconds, cursor_at)
+        moment = MapContext(export.clock(), export.settings.drive.grace_seconds, cursor_at)
         hours = list(windows_between(span.start, min(span.end, moment.now), HOUR_SECONDS))
         if not hours:
             return ()
@@ -392,6 +402,9 @@ class HourChart:
         starts = {sink.key(partition, hour, 0): hour.start for hour in hours}
         days = {window_at(hour.start, DAY_SECONDS).start: hour for hour in hours}.values()
         found = [
-            Found(starts[name], name, digest) for day in days for name, digest in sink.listed(day) if name in starts
+            FoundObject(starts[name], name, digest)
+            for day in days
+            for name, digest in sink.listed(day)
+            if name in starts
         ]
         return cells_of(hours, [replace(record, version=record.digest) for record in records], found, moment)

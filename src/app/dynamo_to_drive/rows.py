@@ -26,7 +26,7 @@ TEXT_LIMIT = 200
 Taken = bytes | msgspec.Raw
 
 
-class Value(msgspec.Struct, gc=False, omit_defaults=True):
+class AttributeValue(msgspec.Struct, gc=False, omit_defaults=True):
     """One attribute: exactly one field is set. `N` stays text, `B` stays base64 as it came."""
 
     N: str | None = None
@@ -34,14 +34,14 @@ class Value(msgspec.Struct, gc=False, omit_defaults=True):
     B: str | None = None
     BOOL: bool | None = None
     NULL: bool | None = None
-    M: "dict[str, Value] | None" = None
-    L: "list[Value] | None" = None
+    M: "dict[str, AttributeValue] | None" = None
+    L: "list[AttributeValue] | None" = None
     SS: list[str] | None = None
     NS: list[str] | None = None
     BS: list[str] | None = None
 
 
-Item = dict[str, Value]
+Item = dict[str, AttributeValue]
 
 
 _ANSWERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -77,7 +77,7 @@ def items_of(taken: Taken) -> list[Item]:
         ) from error
 
 
-def timed(item: Item, attribute: str) -> str | None:
+def timestamp_text(item: Item, attribute: str) -> str | None:
     """The text or number of an attribute; None where it is absent or anything else."""
     value = item.get(attribute)
     if value is None:
@@ -90,7 +90,7 @@ def text_of(item: Item) -> bytes:
     return _SORTED.encode(item)
 
 
-def cell(value: Value | None) -> str:
+def cell(value: AttributeValue | None) -> str:
     """The text of an attribute: absent and NULL are empty, sets, maps and lists are JSON, the rest is as stored."""
     if value is None:
         return ""
@@ -103,7 +103,7 @@ def cell(value: Value | None) -> str:
     return "" if value.NULL is not None else as_json(value)
 
 
-def as_json(value: Value) -> str:
+def as_json(value: AttributeValue) -> str:
     """JSON with sorted keys and sorted sets; numbers keep every digit, binaries are base64 text."""
     if value.M is not None:
         return f"{{{','.join(f'{_text(name)}:{as_json(value.M[name])}' for name in sorted(value.M))}}}"
@@ -141,7 +141,7 @@ Columns = tuple[str, ...]
 Read = Callable[[Taken], list[Row]]
 
 
-class Pages:
+class PageReader:
     """Reads the pages of one hour. Not safe from several threads.
 
     `columns` begin with `timestamp`; the attribute `left_out` is none of them. Rows that `wanted` does not want are
@@ -220,7 +220,7 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
     "N": (_N, _N("")),
     "S": (_S, _S("")),
     "B": (_B, _B("")),
-    ANY: (Value | None, None),
+    ANY: (AttributeValue | None, None),
 }
 
 
@@ -261,7 +261,7 @@ def _told(row: Sequence[Any], values: Sequence[int]) -> Row:
     return made
 
 
-def _letter(value: Value) -> str:
+def _letter(value: AttributeValue) -> str:
     if value.N is not None:
         return "N"
     if value.S is not None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from app.core.errors import Conflict, Permanent, Transient
 from app.core.files import temporary_file, write_durably
-from app.core.pipeline import Checkpoints, Commit, Held, Record
+from app.core.pipeline import Checkpoints, Commit, ObjectState, Record
 from app.core.runs import Lease
 from app.core.windows import Window
 from app.dynamo_to_drive.drive import (
@@ -41,7 +41,7 @@ from app.dynamo_to_drive.hour_file import (
     lines_in,
     read_file,
     readable,
-    while_readable,
+    readable_prefix,
 )
 
 MEMORY_BYTES = 1 << 20
@@ -130,7 +130,7 @@ class HourSink(ABC):
         """The file's name, in UTC."""
         return f"{self._prefix}_{window.start:%Y%m%d_%H}.csv"
 
-    def head(self, key: str) -> Held | None:
+    def head(self, key: str) -> ObjectState | None:
         """The file with its rows, or None."""
         if not self.reads_rows:
             return self.peek(key)
@@ -157,13 +157,13 @@ class HourSink(ABC):
         """Write the file when what is there is the expected version still. Raises Conflict."""
         if expected is not None:
             self._check(key, expected)
-        landed = encoded.landed_over(while_readable(self._rows(key, expected)) if expected else ())
+        landed = encoded.landed_over(readable_prefix(self._rows(key, expected)) if expected else ())
         version = self._put(key, encoded, expected)
         self._accounts.note(hour_of(key), landed=landed)
         return version
 
     @abstractmethod
-    def peek(self, key: str) -> Held | None:
+    def peek(self, key: str) -> ObjectState | None:
         """As `head`, without a look at the rows: version and MD5."""
 
     @abstractmethod
@@ -171,7 +171,7 @@ class HourSink(ABC):
         """Names and MD5 of every file on the day of `hour`."""
 
     @abstractmethod
-    def _head(self, key: str) -> Held | None: ...
+    def _head(self, key: str) -> ObjectState | None: ...
 
     @abstractmethod
     def _rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]: ...
@@ -206,15 +206,17 @@ class DriveSink(HourSink):
         self._folder = folder
         self._ids = ids
 
-    def peek(self, key: str) -> Held | None:
+    def peek(self, key: str) -> ObjectState | None:
         """The file of that name in the folder, else the one with the known id wherever a person moved it."""
         found = self._find(key)
-        return None if found is None else Held(_version(found), found.md5)
+        return None if found is None else ObjectState(_version(found), found.md5)
 
-    def _head(self, key: str) -> Held | None:
+    def _head(self, key: str) -> ObjectState | None:
         found = self._find(key)
         return (
-            None if found is None else Held(_version(found), found.md5, self._count(found), size_bytes=found.size_bytes)
+            None
+            if found is None
+            else ObjectState(_version(found), found.md5, self._count(found), size_bytes=found.size_bytes)
         )
 
     def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
@@ -337,17 +339,17 @@ class FolderSink(HourSink):
         super().__init__(accounts, prefix, escaped=escaped, dry_run=dry_run)
         self._root = root
 
-    def peek(self, key: str) -> Held | None:
+    def peek(self, key: str) -> ObjectState | None:
         """See `HourSink.peek`."""
         version = self._version(key)
-        return None if version is None else Held(version, version)
+        return None if version is None else ObjectState(version, version)
 
-    def _head(self, key: str) -> Held | None:
+    def _head(self, key: str) -> ObjectState | None:
         version = self._version(key)
         if version is None:
             return None
         rows = sum(1 for _ in self._rows(key, version))
-        return Held(version, version, rows, size_bytes=(self._root / key).stat().st_size)
+        return ObjectState(version, version, rows, size_bytes=(self._root / key).stat().st_size)
 
     def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
         """See `HourSink.listed`."""

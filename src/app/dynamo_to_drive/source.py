@@ -20,17 +20,17 @@ from app.core.network import CA_HINT, SharedClient, is_untrusted
 from app.core.pipeline import UNCOUNTED, Count, Shrink
 from app.core.runs import Stop
 from app.core.windows import EPOCH, HOUR_SECONDS, Window, floor_to, window_at
-from app.dynamo_to_drive.access_path import SEGMENTS, Plan, advice, plan_of
+from app.dynamo_to_drive.access_path import SEGMENTS, AccessPath, index_advice, plan_of
 from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourFile, HourWriter, lines_in, read_file
-from app.dynamo_to_drive.rows import Item, Pages, Taken, cell, items_of, take_items, timed
+from app.dynamo_to_drive.rows import Item, PageReader, Taken, cell, items_of, take_items, timestamp_text
 from app.dynamo_to_drive.timestamps import (
     EVERY_TRAIT,
     UNREADABLE,
-    Hour,
+    HourTexts,
     KeyRange,
-    Times,
+    TextTrait,
+    TimestampReader,
     TimestampReading,
-    Trait,
     is_found,
     number_ranges,
     text_ranges,
@@ -61,7 +61,7 @@ FOREIGN_HINT = "check that DYNAMODB_ENDPOINT_URL is DynamoDB, and that no proxy 
 TEXT_LIMIT = 300
 
 
-def member(answer: Mapping[str, Any], name: str, where: str) -> Any:
+def require_member(answer: Mapping[str, Any], name: str, where: str) -> Any:
     """What an answer must have. Without it, it is that of something else: taken as empty, it would cost rows."""
     if name not in answer:
         raise Transient(f"the answer of {where} holds no {name}", FOREIGN_HINT)
@@ -69,7 +69,7 @@ def member(answer: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 @contextmanager
-def translated(table: str, where: str) -> Iterator[None]:
+def translate_sdk_errors(table: str, where: str) -> Iterator[None]:
     """What the SDK raises, as what the caller should do about it. `where` names the service as the settings have it."""
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -137,21 +137,21 @@ class DynamoTable:
         self, given: DynamoSettings, spend: Callable[[float], None] = lambda _: None, *, escape: bool = False
     ) -> None:
         self.given, self.escape = given, escape
-        self.times = Times(given.timestamp_unit)
+        self.times = TimestampReader(given.timestamp_unit)
         self.where = given.endpoint_url or f"DynamoDB in {given.region}"  # the service, for messages
         self._spend = spend
-        self.traits: frozenset[Trait] = frozenset()
+        self.traits: frozenset[TextTrait] = frozenset()
         self._lock = threading.Lock()
         self._client = SharedClient(lambda: _make_client(given))
-        self._told: Plan | None = None
+        self._told: AccessPath | None = None
         self._looked = set[datetime]()
         self._first_at: datetime | None = None
 
-    def plan(self) -> Plan:
+    def plan(self) -> AccessPath:
         """How it is read now: an index may have come or gone, and another table may have the name. Raises Permanent for
         a table that cannot be read.
         """
-        described = member(self.call("describe_table", TableName=self.given.table_name), "Table", self.where)
+        described = require_member(self.call("describe_table", TableName=self.given.table_name), "Table", self.where)
         plan = plan_of(described, self.given)
         if plan.way == self._told:
             return plan
@@ -159,7 +159,7 @@ class DynamoTable:
         if plan.scans:
             log.warning(
                 "table %s is SCANNED: each hour and run reads all %d bytes, about %d read units; to query instead, %s",
-                *(self.given.table_name, plan.size_bytes, plan.scan_units, advice(described, self.given)),
+                *(self.given.table_name, plan.size_bytes, plan.scan_units, index_advice(described, self.given)),
             )
         else:
             where, number = f"index {plan.index}" if plan.index else "its key", len(plan.hash_values)
@@ -170,7 +170,7 @@ class DynamoTable:
         """End idle connections. The table may be used again afterwards, with the credentials that are there then."""
         self._client.close()
 
-    def note(self, traits: Iterable[Trait]) -> None:
+    def note(self, traits: Iterable[TextTrait]) -> None:
         """Hours are asked for such writings from now on."""
         with self._lock:
             found = frozenset(traits) - self.traits
@@ -193,12 +193,12 @@ class DynamoTable:
         return is_new
 
     def end(
-        self, plan: Plan, value: str, is_readable: Callable[[Item], bool], *, is_first: bool = False
+        self, plan: AccessPath, value: str, is_readable: Callable[[Item], bool], *, is_first: bool = False
     ) -> Sequence[Item]:
         """The last items of a partition value, or the first, up to one that is readable, or so many."""
         for limit in (1, LOOKED_ITEMS):
             answer = self.call("query", **self._asked(plan, value), Limit=limit, ScanIndexForward=is_first)
-            items = items_of(member(answer, "Items", self.where))
+            items = items_of(require_member(answer, "Items", self.where))
             first = next((number for number, item in enumerate(items, 1) if is_readable(item)), 0)
             if first or not items:
                 return items[:first]
@@ -220,7 +220,7 @@ class DynamoTable:
             yield {**whole, "Segment": segment, "TotalSegments": SEGMENTS}
 
     def queries(
-        self, plan: Plan, hour: Window, traits: Collection[Trait], newest: str = ""
+        self, plan: AccessPath, hour: Window, traits: Collection[TextTrait], newest: str = ""
     ) -> Iterator[Mapping[str, Any]]:
         """The requests whose pages together have the hour. `newest`: the largest number, of a numeric sort key."""
         is_number = plan.timestamp_type == "N"
@@ -231,7 +231,7 @@ class DynamoTable:
             for each in ranges:
                 yield self._asked(plan, value, each)
 
-    def _asked(self, plan: Plan, value: str, between: KeyRange | None = None) -> dict[str, Any]:
+    def _asked(self, plan: AccessPath, value: str, between: KeyRange | None = None) -> dict[str, Any]:
         names, values = {"#p": plan.hash_name}, {":hash": {plan.hash_type: value}}
         if between is not None:
             names["#t"] = self.given.timestamp_attribute
@@ -250,7 +250,7 @@ class DynamoTable:
         while True:
             stop.check()
             page = self.call(method, **asked)
-            yield member(page, "Items", self.where)
+            yield require_member(page, "Items", self.where)
             if not page.get("LastEvaluatedKey"):
                 return
             asked = {**asked, "ExclusiveStartKey": page["LastEvaluatedKey"]}
@@ -259,13 +259,13 @@ class DynamoTable:
         """One request. Raises Transient or Permanent."""
         if method != "describe_table":
             asked["ReturnConsumedCapacity"] = "TOTAL"
-        with translated(self.given.table_name, self.where):
+        with translate_sdk_errors(self.given.table_name, self.where):
             answer = getattr(self._client(), method)(**asked)
         self._spend((answer.get("ConsumedCapacity") or {}).get("CapacityUnits", 0.0))
         return answer
 
 
-class Newest(NamedTuple):
+class NewestItems(NamedTuple):
     """What the newest items of the partition values show. `number`: the largest that can be read, "" for none.
 
     `is_readable`: one can be read, or there are none.
@@ -281,8 +281,8 @@ class WantedItems:
     `elsewhere`: timestamps of other hours that begin as this one does, and have another offset.
     """
 
-    def __init__(self, hour: Hour, accounts: Accounts) -> None:
-        self.traits = set[Trait]()
+    def __init__(self, hour: HourTexts, accounts: Accounts) -> None:
+        self.traits = set[TextTrait]()
         self.unreadable = 0
         self.elsewhere = set[str]()
         self._hour = hour
@@ -299,7 +299,7 @@ class WantedItems:
 
     def takes(self, item: Item) -> bool:
         """Whether an item is wanted. The accounts are told of one whose timestamp cannot be read."""
-        text = timed(item, self._accounts.attribute)
+        text = timestamp_text(item, self._accounts.attribute)
         is_inside, reading = (False, TimestampReading(None)) if text is None else self._placed(text)
         if reading.at is None:
             self.unreadable += 1
@@ -311,7 +311,7 @@ class WantedItems:
         self.traits |= reading.traits
         if reading.at is not None and not is_inside:
             self._accounts.placed(reading.at, text)
-        if not is_inside and Trait.OFFSET in reading.traits and text.startswith(self._hour.beginnings):
+        if not is_inside and TextTrait.OFFSET in reading.traits and text.startswith(self._hour.beginnings):
             self.elsewhere.add(text)
         return is_inside, reading
 
@@ -338,8 +338,8 @@ class DynamoSource:
         self._accounts = accounts
         self._now = now
         self._span = span
-        self._plan: Plan | None = None
-        self._newest: Newest | None = None
+        self._plan: AccessPath | None = None
+        self._newest: NewestItems | None = None
         self._asked = set[Window]()
 
     def partitions(self, since: datetime) -> Sequence[str]:  # noqa: ARG002 - the port's word
@@ -363,19 +363,19 @@ class DynamoSource:
             self._table.close()
             raise
 
-    def _planned(self) -> Plan:
+    def _planned(self) -> AccessPath:
         """How this run reads the table."""
         self._plan = self._plan or self._table.plan()
         return self._plan
 
-    def _read_scan(self, plan: Plan, window: Window) -> HourFile:
+    def _read_scan(self, plan: AccessPath, window: Window) -> HourFile:
         hour, wanted, items = self._filled(plan, window, self._table.scans())
         if items and items == wanted.unreadable:
             hour.close()
-            raise unreadable(self._accounts, self._table.times)
+            raise describe_unreadable(self._accounts, self._table.times)
         return hour
 
-    def _read_query(self, plan: Plan, window: Window) -> HourFile:
+    def _read_query(self, plan: AccessPath, window: Window) -> HourFile:
         """The hour in all writings that were seen. In every other one too, but only once: the first hour of a run, the
         open hour, one that seems to be empty and one that is asked for again; and when an item shows such a writing.
         """
@@ -392,10 +392,10 @@ class DynamoSource:
         self._table.note(wanted.traits)
         if items == wanted.unreadable and not newest.is_readable:
             hour.close()
-            raise unreadable(self._accounts, self._table.times)
+            raise describe_unreadable(self._accounts, self._table.times)
         return hour
 
-    def look(self, plan: Plan, *, firsts: bool = True) -> Newest:
+    def look(self, plan: AccessPath, *, firsts: bool = True) -> NewestItems:
         """What the newest items of each partition value are like. Those that cannot be read are accounted for, with
         `firsts` also the first ones: no hour is asked for texts that sort before all others.
 
@@ -404,7 +404,7 @@ class DynamoSource:
         is_text, times = plan.timestamp_type == "S", self._table.times
 
         def is_readable(item: Item) -> bool:
-            return is_found(times, timed(item, self._accounts.attribute) or "", is_text=is_text)
+            return is_found(times, timestamp_text(item, self._accounts.attribute) or "", is_text=is_text)
 
         def ends(value: str) -> tuple[Sequence[Item], Sequence[Item]]:
             last = self._table.end(plan, value, is_readable)
@@ -417,7 +417,7 @@ class DynamoSource:
         empty = [value for value, (last, _) in zip(plan.hash_values, found, strict=True) if not last]
         self._accounts.empty = f"{plan.hash_name} {' or '.join(map(repr, empty[:NAMED]))}" if newest and empty else ""
         for item in (*newest, *(item for _, first in found for item in first if not is_readable(item))):
-            text = timed(item, self._accounts.attribute) or ""
+            text = timestamp_text(item, self._accounts.attribute) or ""
             reading = times.read(text)
             if reading.at is None or not is_readable(item):
                 self._accounts.unplaced(item, reading.reason or UNREADABLE)
@@ -425,9 +425,9 @@ class DynamoSource:
             texts.append(text)
             self._table.note(reading.traits)
             self._accounts.placed(reading.at, text)
-        return Newest("" if is_text else max(texts, key=Decimal, default=""), bool(texts) or not newest)
+        return NewestItems("" if is_text else max(texts, key=Decimal, default=""), bool(texts) or not newest)
 
-    def _refuse_other_values(self, plan: Plan) -> None:
+    def _refuse_other_values(self, plan: AccessPath) -> None:
         """That nothing has these partition values does not make the table empty."""
         try:
             items = self._table.some()
@@ -445,15 +445,15 @@ class DynamoSource:
         )
 
     def _filled(
-        self, plan: Plan, window: Window, requests: Iterable[Mapping[str, Any]]
+        self, plan: AccessPath, window: Window, requests: Iterable[Mapping[str, Any]]
     ) -> tuple[HourFile, WantedItems, int]:
         """Every page of every request, several requests at once; the order of pages does not matter.
 
         The file of the hour, what was wanted, and how many items all pages had.
         """
         method, turn = "scan" if plan.scans else "query", threading.Lock()
-        wanted = WantedItems(Hour(self._table.times, window), self._accounts)
-        pages = Pages(self._accounts.attribute, plan.left_out, wanted)
+        wanted = WantedItems(HourTexts(self._table.times, window), self._accounts)
+        pages = PageReader(self._accounts.attribute, plan.left_out, wanted)
         with closing(HourWriter(self._shape())) as writer:
 
             def follow(asked: Mapping[str, Any]) -> None:
@@ -528,7 +528,7 @@ def _together(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
         return list(pool.map(lambda context, each: context.run(work, each), contexts, given))
 
 
-def unreadable(accounts: Accounts, times: Times) -> Permanent:
+def describe_unreadable(accounts: Accounts, times: TimestampReader) -> Permanent:
     """What is wrong where no item has a timestamp that can be read."""
     number, attribute = accounts.set_aside, accounts.attribute
     if accounts.all_lack_the_attribute:
@@ -550,7 +550,7 @@ def ping(table: DynamoTable, now: datetime) -> str:
     plan, times = table.plan(), table.times
     accounts = Accounts(table.given.timestamp_attribute, now)
     if plan.scans:
-        wanted, items = WantedItems(Hour(times, SOME_HOUR), accounts), table.some()
+        wanted, items = WantedItems(HourTexts(times, SOME_HOUR), accounts), table.some()
         for item in items:
             wanted.takes(item)
         is_readable = len(items) > wanted.unreadable or not items
@@ -559,7 +559,7 @@ def ping(table: DynamoTable, now: datetime) -> str:
         is_readable = DynamoSource(table, "", Stop(), accounts=accounts, now=now).look(plan).is_readable
         way = f"may describe and query; {f'index {plan.index}' if plan.index else 'the table'}"
     if not is_readable:
-        raise unreadable(accounts, times)
+        raise describe_unreadable(accounts, times)
     if accounts.set_aside:
         way = f"{way}; {accounts.set_aside} timestamps cannot be read: {accounts.sample}"
     return "; ".join((way, *accounts.notes()))

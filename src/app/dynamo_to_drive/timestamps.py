@@ -1,8 +1,8 @@
 """Every writing of an instant in a DynamoDB attribute: what it says, how it sorts, and where a sort key holds it.
 
-Pure functions over text and windows. Invariant: each text that `Times.read` can read and that is plain, or has only the
-traits that were given, lies in a range of `text_ranges` or `number_ranges` of its hour. What a range holds beside is
-told apart by reading it.
+Pure functions over text and windows. Invariant: each text that `TimestampReader.read` can read, and that is plain or
+has only the given traits, lies in a range of `text_ranges` or `number_ranges` of its hour. A range may hold other texts
+as well; reading them tells.
 """
 
 import re
@@ -44,7 +44,7 @@ NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,4})?")
 NUMBER_LENGTHS = (10, 13, 16)
 
 
-class Trait(Enum):
+class TextTrait(Enum):
     """Why a text does not begin as its hour in UTC does. Ranges for them are asked once one was seen."""
 
     OFFSET = "an offset other than UTC"
@@ -52,8 +52,8 @@ class Trait(Enum):
     BASIC = "a date without hyphens"
 
 
-EVERY_TRAIT = frozenset(Trait)
-PLAINLY: frozenset[Trait] = frozenset()
+EVERY_TRAIT = frozenset(TextTrait)
+PLAINLY: frozenset[TextTrait] = frozenset()
 
 
 class TimestampReading(NamedTuple):
@@ -65,7 +65,7 @@ class TimestampReading(NamedTuple):
     at: datetime | None
     fraction: str = ""
     reason: str = ""
-    traits: frozenset[Trait] = PLAINLY
+    traits: frozenset[TextTrait] = PLAINLY
 
 
 class KeyRange(NamedTuple):
@@ -76,7 +76,7 @@ class KeyRange(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
+class TimestampReader:
     """Reads timestamps. `unit` is that of numbers; AUTO = by the size of each, for the years of PLAUSIBLE."""
 
     unit: str = AUTO
@@ -140,7 +140,7 @@ def _calendar(found: re.Match[str]) -> TimestampReading:
         return TimestampReading(None, reason=UNREADABLE)
     if abs(away) > FURTHEST or minutes >= 60:  # noqa: PLR2004 - minutes of an hour
         return TimestampReading(None, reason=UNREADABLE)
-    traits = {Trait.OFFSET: bool(away), Trait.LOWER_T: between == "t", Trait.BASIC: not hyphen}
+    traits = {TextTrait.OFFSET: bool(away), TextTrait.LOWER_T: between == "t", TextTrait.BASIC: not hyphen}
     if not any(traits.values()):
         return _at(local, timedelta(), digits)
     return _at(local, -away, digits)._replace(traits=frozenset(trait for trait, has in traits.items() if has))
@@ -154,13 +154,13 @@ def _at(start: datetime, passed: timedelta, fraction: str) -> TimestampReading:
     return TimestampReading(at, fraction) if at.year in YEARS else TimestampReading(None, reason=OUTSIDE)
 
 
-class Hour:
+class HourTexts:
     """Which texts are instants of one hour; the forms that machines write are told without being read one by one.
 
     `beginnings` are those of its texts in UTC.
     """
 
-    def __init__(self, times: Times, window: Window) -> None:
+    def __init__(self, times: TimestampReader, window: Window) -> None:
         self._times = times
         self._window = window
         day, hour = window.start.isoformat()[:10], f"{window.start:%H}"
@@ -207,20 +207,20 @@ def number_ranges(hour: Window, unit: str, newest: str = "") -> Iterator[KeyRang
             return
 
 
-def text_ranges(hour: Window, traits: Collection[Trait]) -> Iterator[KeyRange]:
+def text_ranges(hour: Window, traits: Collection[TextTrait]) -> Iterator[KeyRange]:
     """Where a sort key of text has the hour: ISO 8601 with T and with a blank, and numbers of any unit, which all begin
     with the digits of their second; what has one of `traits` as well, and with every trait the whole day.
     """
     start, end = hour.start, hour.end
     own_day = start.isoformat()[:10] if EVERY_TRAIT.issubset(traits) else ""
-    if Trait.OFFSET in traits:
+    if TextTrait.OFFSET in traits:
         start, end = start - FURTHEST, end + FURTHEST
     for day, first, last in _days(start, end):
-        for written in (day, day.replace("-", "")) if Trait.BASIC in traits else (day,):
+        for written in (day, day.replace("-", "")) if TextTrait.BASIC in traits else (day,):
             if day == own_day:  # with what has no hour: a date alone, `noon`, 24:00
                 yield KeyRange(written, f"{written}{LAST}")
                 continue
-            for between in "T t" if Trait.LOWER_T in traits else "T ":
+            for between in "T t" if TextTrait.LOWER_T in traits else "T ":
                 begin = f"{written}{between}"
                 yield KeyRange(f"{begin}{first:02d}", f"{begin}{last:02d}{LAST}")
     low, high = ((at - EPOCH) // timedelta(seconds=1) for at in (hour.start, hour.end - timedelta(seconds=1)))
@@ -239,7 +239,7 @@ def _days(start: datetime, end: datetime) -> Iterator[tuple[str, int, int]]:
         start = until
 
 
-def is_found(times: Times, text: str, *, is_text: bool) -> bool:
+def is_found(times: TimestampReader, text: str, *, is_text: bool) -> bool:
     """Whether a sort key can be read and is in the ranges of its hour, when every trait is asked for."""
     at = times.read(text).at
     if at is None or not is_text:

@@ -41,7 +41,7 @@ ENVELOPE = 3  # the annotation's name, `result` and `table` come before the data
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class CsvBlock:
     """Rows of one schema: three parallel sequences. A name may occur more than once, so columns are taken by place.
 
     `grouped`: whether the column belongs to the group key, which after a pivot are the tags of the series.
@@ -54,7 +54,7 @@ class Block:
 
 def read_blocks(
     chunks: Iterable[bytes], block_bytes: int = BLOCK_BYTES, known: frozenset[str] = frozenset()
-) -> Iterator[Block]:
+) -> Iterator[CsvBlock]:
     """Parse a response body, given as pieces of any size. Columns of the group key that are `known` are left out.
 
     Raises Transient when the body ends inside a header or a quoted value and for in-band errors that may pass,
@@ -134,7 +134,7 @@ class _Schema:
             false_values=["false"],
         )
 
-    def block(self, rows: bytes) -> Block:
+    def block(self, rows: bytes) -> CsvBlock:
         """Parse whole rows."""
         try:
             table = pacsv.read_csv(
@@ -161,7 +161,7 @@ class _Schema:
                 pc.replace_substring(column, "\r\n", "\n") if column.type == pa.string() else column
                 for column in columns
             ]
-        return Block(self.names, self.grouped, columns)
+        return CsvBlock(self.names, self.grouped, columns)
 
 
 def _put_off(schema: _Schema | None, rows: bytes) -> int:
@@ -179,7 +179,7 @@ def _put_off(schema: _Schema | None, rows: bytes) -> int:
     return len(rows)
 
 
-def _waiting_in(schemas: Iterable[_Schema]) -> Iterator[Block]:
+def _waiting_in(schemas: Iterable[_Schema]) -> Iterator[CsvBlock]:
     for schema in schemas:
         if rows := b"".join(schema.waiting):
             schema.waiting.clear()

@@ -22,7 +22,7 @@ NAMED = 10
 TIMEOUT_MS = 10_000
 
 
-def checked(ping: Callable[[], str], influx: "InfluxSettings") -> str:
+def check_access(ping: Callable[[], str], influx: "InfluxSettings") -> str:
     """What `ping` says. Where the server refuses it, the error also says which organisations, buckets and rights the
     token has, and which of them was probably meant. Raises what `ping` raises.
     """
@@ -38,10 +38,10 @@ def checked(ping: Callable[[], str], influx: "InfluxSettings") -> str:
         with InfluxDBClient(
             influx.url, influx.token.get_secret_value(), timeout=TIMEOUT_MS, retries=False, **network
         ) as client:
-            raise explained(error, client, org=influx.org, bucket=influx.bucket) from error
+            raise explain_refusal(error, client, org=influx.org, bucket=influx.bucket) from error
 
 
-def explained(error: Permanent, client: Any, *, org: str, bucket: str) -> Permanent:
+def explain_refusal(error: Permanent, client: Any, *, org: str, bucket: str) -> Permanent:
     """The refusal with what the token has, as `client` finds it; the refusal itself where nothing can be found."""
     orgs = {each.id: each.name for each in _asked(lambda: client.organizations_api().find_organizations())}
     buckets = [

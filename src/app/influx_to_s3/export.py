@@ -11,22 +11,31 @@ from datetime import datetime, timedelta
 from uuid import uuid4
 
 from app.config.settings import Settings
-from app.core.partitions import Backoff, Pass, Settling, Step, SyncPlan, isolated, sync_all, sync_step
-from app.core.pipeline import Grid, KnownRows, Pipeline, Shrink
-from app.core.repair import HEAL_HINT, fill, reconcile, said_of
-from app.core.retry import Pace, RetryPolicy
+from app.core.partitions import (
+    Backoff,
+    PassOptions,
+    SettlingSchedule,
+    Step,
+    SyncPlan,
+    run_each_partition,
+    sync_all,
+    sync_step,
+)
+from app.core.pipeline import Grid, Pipeline, Shrink, WrittenRows
+from app.core.repair import HEAL_HINT, describe_trouble, fill, reconcile
+from app.core.retry import RequestPacer, RetryPolicy
 from app.core.runs import Context, Done, Failure, Report, Stop
 from app.core.windows import EPOCH, Window, floor_to
 from app.db.checkpoints import Layout, SqlCheckpoints
-from app.db.object_summaries import Facts
+from app.db.object_summaries import ObjectFacts
 from app.influx_to_s3.flux import FluxReader
 from app.influx_to_s3.influxql import InfluxQlReader
 from app.influx_to_s3.job import NAME, ObjectSums
-from app.influx_to_s3.layout import DEVICE, TAGS, Columns, LayoutFile, Tree, as_on
-from app.influx_to_s3.reader import Connection, Reader
-from app.influx_to_s3.rewrite import devices_in, lost_cursor, rewrite, tree_of_data
+from app.influx_to_s3.layout import DEVICE, TAGS, LayoutDocument, LayoutFile, TreeColumns, with_types_of
+from app.influx_to_s3.reader import InfluxConnection, Reader
+from app.influx_to_s3.rewrite import devices_in, layout_from_data, lost_cursor, rewrite
 from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.set_aside import Aside, absent_devices, refuse_wrong_settings
+from app.influx_to_s3.set_aside import SetAsidePoints, absent_devices, refuse_wrong_settings
 from app.influx_to_s3.source import InfluxSource, OpenedExport
 from app.influx_to_s3.verify import ExportEnds
 from app.object_store.deltas import is_nameable
@@ -70,11 +79,13 @@ class Export:
         self._rewrite_seconds = rewrite_seconds
         self._sums = sums
         self._layout_file = LayoutFile(store, settings.s3.prefix, self._first_tree)
-        self._aside = Aside(set_aside, measurement=settings.influx.measurement, device_tag=settings.influx.device_tag)
+        self._aside = SetAsidePoints(
+            set_aside, measurement=settings.influx.measurement, device_tag=settings.influx.device_tag
+        )
         self._kept: dict[tuple[str, datetime], tuple[str, RowBatch]] = {}  # rows of large open windows
-        self._identities = KnownRows()
+        self._identities = WrittenRows()
         self._backoff = Backoff()
-        self._settling = Settling()
+        self._settling = SettlingSchedule()
         self._is_warned = False
 
     def step(self, context: Context, plan: SyncPlan) -> Report:
@@ -120,7 +131,7 @@ class Export:
             failed = {each.partition for each in report.failures}
             self._retire(context, {device: cursors[device] for device in cursors.keys() - failed}, opened.now)
         troubles = self._checkpoints.troubles().get(NAME, {})
-        return report + Report(notes=[f"{said}: {HEAL_HINT}" for said in said_of(troubles)])
+        return report + Report(notes=[f"{said}: {HEAL_HINT}" for said in describe_trouble(troubles)])
 
     def backfill(self, context: Context, span: Window) -> Report:
         """Bring the due windows of `span` up to the source; the live cursor does not move."""
@@ -141,10 +152,10 @@ class Export:
         alike.
         """
 
-        def change(tree: Tree, now: datetime) -> Tree:
+        def change(tree: LayoutDocument, now: datetime) -> LayoutDocument:
             due_at = now - timedelta(seconds=self._settings.export.grace_seconds)
             first, end = (span.start - datetime.resolution).date() + timedelta(days=1), min(span.end, due_at).date()
-            return as_on(tree, now.date(), first=first, end=end) if first < end else tree
+            return with_types_of(tree, now.date(), first=first, end=end) if first < end else tree
 
         opened = self._open(context.stop, dry_run=context.dry_run, change=change)
 
@@ -164,7 +175,7 @@ class Export:
         stop: Stop,
         *,
         dry_run: bool,
-        change: Callable[[Tree, datetime], Tree] | None = None,
+        change: Callable[[LayoutDocument, datetime], LayoutDocument] | None = None,
         share: float | None = None,
         cursors: Mapping[str, datetime] | None = None,
     ) -> OpenedExport:
@@ -174,7 +185,7 @@ class Export:
         settings, export = self._settings, self._settings.export
         known = self._checkpoints.cursors(NAME) if cursors is None else cursors
         tree, now = self._tree(is_new=not any(known), dry_run=dry_run, change=change)
-        columns = Columns(
+        columns = TreeColumns(
             tree,
             device_tag=settings.influx.device_tag,
             ignored=settings.influx.ignored_tags,
@@ -190,7 +201,7 @@ class Export:
             spool_directory=spool,
             pauses=stop,
             policy=RetryPolicy(),
-            pace=Pace(stop, share) if share else None,
+            pace=RequestPacer(stop, share) if share else None,
         )
         sink = TableSink(
             store=self._store,
@@ -208,8 +219,8 @@ class Export:
         return OpenedExport(tree, now, columns, source, sink, self._pipeline(tree, now, source, sink))
 
     def _tree(
-        self, *, is_new: bool, dry_run: bool, change: Callable[[Tree, datetime], Tree] | None
-    ) -> tuple[Tree, datetime]:
+        self, *, is_new: bool, dry_run: bool, change: Callable[[LayoutDocument, datetime], LayoutDocument] | None
+    ) -> tuple[LayoutDocument, datetime]:
         """The layout in force, and up to when this run may write windows.
 
         A store that was not reached yet is probed first: conditions must be known to hold before they are relied on.
@@ -242,7 +253,7 @@ class Export:
         return tree, now
 
     def _pipeline(
-        self, tree: Tree, now: datetime, source: InfluxSource, sink: TableSink
+        self, tree: LayoutDocument, now: datetime, source: InfluxSource, sink: TableSink
     ) -> Pipeline[RowBatch, EncodedFile]:
         export, sums = self._settings.export, self._sums
         spaced, window_seconds = self._rewrite_seconds, tree.layout_at(now).window_seconds
@@ -267,12 +278,12 @@ class Export:
         )
         return pipeline
 
-    def _pass(self, opened: OpenedExport) -> Pass:
+    def _pass(self, opened: OpenedExport) -> PassOptions:
         def probe() -> None:
             self.reader.ping()
             self._store.head(LOOK_KEY)
 
-        return Pass(
+        return PassOptions(
             now=opened.now,
             first_at=opened.tree.first_start_at,
             probe=probe,
@@ -288,7 +299,9 @@ class Export:
         self, opened: OpenedExport, context: Context, devices: Sequence[str], one: Callable[[str, Done], None]
     ) -> Report:
         """`one` for each device, whatever failed in the job's passes."""
-        return isolated(opened.pipeline, context, devices, one, how=replace(self._pass(opened), backoff=Backoff()))
+        return run_each_partition(
+            opened.pipeline, context, devices, one, how=replace(self._pass(opened), backoff=Backoff())
+        )
 
     def _fill(self, opened: OpenedExport, context: Context, span: Window, *, always_writes: bool) -> Report:
         cursors = self._checkpoints.cursors(NAME)
@@ -320,9 +333,9 @@ class Export:
         if self._sums:
             self._sums.stored.forget_unasked((before - EPOCH).days)
 
-    def _first_tree(self, now: datetime) -> Tree:
+    def _first_tree(self, now: datetime) -> LayoutDocument:
         export = self._settings.export
-        return tree_of_data(
+        return layout_from_data(
             self._store,
             self._settings.s3.prefix,
             kept=self._checkpoints.layouts(NAME),
@@ -331,13 +344,13 @@ class Export:
             first_start_at=export.start or now - timedelta(hours=export.lookback_hours),
         )
 
-    def _wanted(self, tree: Tree | None) -> Layout:
+    def _wanted(self, tree: LayoutDocument | None) -> Layout:
         """The layout that the settings ask for; an existing tree keeps its unit until one is set."""
         export = self._settings.export
         unit = export.timestamp_unit or (tree.layouts[-1].timestamp_unit if tree else "us")
         return Layout(EPOCH, export.window_seconds, export.format, export.date_format, unit)
 
-    def _lost_cursors(self, tree: Tree, now: datetime) -> Callable[[str], datetime | None]:
+    def _lost_cursors(self, tree: LayoutDocument, now: datetime) -> Callable[[str], datetime | None]:
         """Asks the destination about each device without a cursor; in a new tree, where all have none, only once."""
         start = f"{prefix}/" if (prefix := self._settings.s3.prefix) else ""
         written: list[bool] = []
@@ -354,7 +367,7 @@ class Export:
         return lambda: Shrink(source.covered_since(self._clock), removes=removes)
 
 
-def _summaries(encoded: EncodedFile, key: str, version: str) -> Sequence[Facts]:
+def _summaries(encoded: EncodedFile, key: str, version: str) -> Sequence[ObjectFacts]:
     facts = encoded.sums.facts(key, version, encoded.size_bytes) if encoded.sums else None
     return () if facts is None else (facts,)
 
@@ -363,7 +376,7 @@ def reader_of(settings: Settings) -> Reader:
     """What asks the source, by the query language that the settings name."""
     influx = settings.influx
     by_influxql = influx.api == "influxql"
-    connection = Connection(
+    connection = InfluxConnection(
         influx.url,
         influx.token.get_secret_value(),
         username=influx.username if by_influxql else "",

@@ -20,18 +20,18 @@ import pyarrow.compute as pc
 from app.core.errors import Permanent, Transient
 from app.core.pipeline import UNLIMITED, Sums
 from app.core.windows import EPOCH, Window, floor_to
-from app.influx_to_s3.annotated_csv import Block, read_blocks
+from app.influx_to_s3.annotated_csv import CsvBlock, read_blocks
 from app.influx_to_s3.reader import (
     DAY,
     INVENTORY_DEVICES,
-    Connection,
-    Counted,
-    Inventory,
-    Points,
+    FieldCount,
+    FieldSums,
+    InfluxConnection,
+    PointColumns,
     RawCells,
     Retention,
     ServerAnswer,
-    Summed,
+    SourceInventory,
     counted_in_parts,
     one_type_spans,
 )
@@ -87,7 +87,7 @@ class FluxReader:
     """
 
     def __init__(
-        self, connection: Connection, *, org: str, bucket: str, measurement: str, device_tag: str = "device_id"
+        self, connection: InfluxConnection, *, org: str, bucket: str, measurement: str, device_tag: str = "device_id"
     ) -> None:
         self._connection = connection
         self._org, self._bucket, self._measurement, self._device_tag = org, bucket, measurement, device_tag
@@ -101,10 +101,10 @@ class FluxReader:
         """See `Reader`. Without explicit bounds the server would look back 30 days and not into the future."""
         return self._schema("tagValues", since, tag=self._device_tag)
 
-    def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterator[Counted]:
+    def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterator[FieldCount]:
         """See `Reader`. Windowed counts are pushed down to the storage engine."""
 
-        def ask(spans: Sequence[Window]) -> Iterator[Counted | None]:
+        def ask(spans: Sequence[Window]) -> Iterator[FieldCount | None]:
             for one in spans:
                 query = (
                     f"{self._from(one, device)}"
@@ -117,7 +117,7 @@ class FluxReader:
 
         return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
-    def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterator[Summed]:
+    def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterator[FieldSums]:
         """See `Reader`. Four aggregates in one query, each pushed down; Flux adds up numbers only."""
         tag = literal(self._device_tag)
         are_numbers = " or ".join(f"r._field == {literal(name)}" for name in numbers)
@@ -134,7 +134,7 @@ class FluxReader:
                 f" |> yield(name: {literal(name)})"
             )
 
-        def ask(spans: Sequence[Window]) -> Iterator[Summed | None]:
+        def ask(spans: Sequence[Window]) -> Iterator[FieldSums | None]:
             for one in spans:
                 names = AGGREGATES if numbers else AGGREGATES[:1]
                 for block in self._ask("\n".join(aggregated(one, name) for name in names)):
@@ -143,7 +143,7 @@ class FluxReader:
 
         return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
-    def rows(self, device: str, span: Window) -> Iterator[Points]:
+    def rows(self, device: str, span: Window) -> Iterator[PointColumns]:
         """See `Reader`. The group key keeps the tags through the pivot, so each series is a table of its own."""
         token = self._token
         keep_key = f'if column == "_field" or column == "_value" then column else {literal(token)} + column'
@@ -156,7 +156,7 @@ class FluxReader:
             f"rename(fn: (column) => {literal(token)} + column)",
         )
 
-    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[Points]:
+    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[PointColumns]:
         """See `Reader`. Without a pivot no value is null, so an empty cell of a text is an empty text."""
         token = literal(self._token)
         named = f'if column == "_value" then {token} + column else {literal(self._token * 2)} + column'
@@ -167,7 +167,7 @@ class FluxReader:
             if values.type == pa.string() and pc.any(empty).as_py():
                 tags = {name: column.filter(empty) for name, column in points.tags.items()}
                 texts = values.filter(empty).fill_null("")
-                yield Points(points.times.filter(empty), tags, [(field, texts)])
+                yield PointColumns(points.times.filter(empty), tags, [(field, texts)])
 
     def cells(self, device: str, span: Window) -> Iterator[RawCells]:
         """See `Reader`. Without a pivot each table is one series of one field, and an empty cell is an empty text."""
@@ -184,7 +184,7 @@ class FluxReader:
             tags = {name: texts for name, texts in points.tags.items() if name != "_field"}
             yield RawCells(points.times, tags, columns["_field"], values)
 
-    def outside(self, span: Window) -> Iterator[Counted]:
+    def outside(self, span: Window) -> Iterator[FieldCount]:
         """See `Reader`."""
         if time_literal(span.start) == time_literal(span.end):
             return  # beyond what InfluxDB can hold
@@ -212,10 +212,10 @@ class FluxReader:
             return None  # too many series, say
         return EPOCH + timedelta(microseconds=-(-min(times) // 1000)) if times else None
 
-    def inventory(self) -> Inventory:
+    def inventory(self) -> SourceInventory:
         """See `Reader`."""
         fields = self._schema("fieldKeys", FIRST_INSTANT)
-        return Inventory(
+        return SourceInventory(
             measurements=self._schema("measurements", FIRST_INSTANT),
             has_points=bool(fields) and self._has_points(),
             tags=[name for name in self._schema("tagKeys", FIRST_INSTANT) if name not in OWN_COLUMNS],
@@ -290,13 +290,13 @@ class FluxReader:
             return None, None
         return rules, told_at
 
-    def _ask(self, query: str, known: frozenset[str] = frozenset()) -> Iterator[Block]:
+    def _ask(self, query: str, known: frozenset[str] = frozenset()) -> Iterator[CsvBlock]:
         """Stream the answer, without columns of the `known` tags."""
         question = json.dumps({"query": query, "dialect": DIALECT, "type": "flux"}).encode()
         with self._connection.ask(self._path, question, HEADERS, self._variables) as answer:
             yield from read_blocks(_body(answer), known=known)
 
-    def _series(self, device: str, span: Window, *steps: str, also: str = "") -> Iterator[Points]:
+    def _series(self, device: str, span: Window, *steps: str, also: str = "") -> Iterator[PointColumns]:
         """What these steps make of the points of a device, by what the columns are. A server that renames nothing has
         the group key to tell tags by.
         """
@@ -315,28 +315,28 @@ class FluxReader:
                     for at, (name, is_tag, column) in enumerate(zip(names, keyed, block.columns, strict=True))
                     if at != time_at
                 ]
-                yield Points(
+                yield PointColumns(
                     block.columns[time_at],
                     {name: column for name, is_tag, column in columns if is_tag},
                     [(name, column) for name, is_tag, column in columns if not is_tag],
                 )
 
-    def _summed(self, block: Block, every_seconds: int) -> Iterator[Summed]:
+    def _summed(self, block: CsvBlock, every_seconds: int) -> Iterator[FieldSums]:
         name = next((each for each in AGGREGATES if self._token + each in block.names), AGGREGATES[0])
         fields, values = (_column(block, each).to_pylist() for each in ("_field", self._token + name))
         for start_at, field, value in zip(_starts(block, every_seconds), fields, values, strict=True):
-            yield Summed(start_at, field, PARTS[name](value))
+            yield FieldSums(start_at, field, PARTS[name](value))
 
-    def _counted(self, block: Block, starts: Iterable[datetime]) -> Iterator[Counted]:
+    def _counted(self, block: CsvBlock, starts: Iterable[datetime]) -> Iterator[FieldCount]:
         """Points without the device tag come in tables without that column."""
         is_named = self._device_tag in block.names
         devices = _texts(block, self._device_tag) if is_named else repeat("")
         numbers = _column(block, "_value").to_pylist()
         for device, start_at, field, values in zip(devices, starts, _texts(block, "_field"), numbers, strict=False):
-            yield Counted(device or "", start_at, field or "", values)
+            yield FieldCount(device or "", start_at, field or "", values)
 
 
-def _starts(block: Block, every_seconds: int) -> Iterator[datetime]:
+def _starts(block: CsvBlock, every_seconds: int) -> Iterator[datetime]:
     """A bucket that began before the question's span has the span's start as its time; it gets its own back.
 
     Times are taken as numbers: Arrow loads a database of time zones to make datetimes of them.
@@ -346,17 +346,17 @@ def _starts(block: Block, every_seconds: int) -> Iterator[datetime]:
     return map(starts.__getitem__, instants)
 
 
-def _texts(block: Block, name: str) -> list[str | None]:
+def _texts(block: CsvBlock, name: str) -> list[str | None]:
     """Through numpy: Arrow itself takes a microsecond for each value of a dictionary, and counts have ten a device."""
     found: list[str | None] = _column(block, name).cast(pa.string()).to_numpy().tolist()
     return found
 
 
-def _column(block: Block, name: str) -> pa.ChunkedArray:
+def _column(block: CsvBlock, name: str) -> pa.ChunkedArray:
     return block.columns[_place(block, name)]
 
 
-def _place(block: Block, name: str) -> int:
+def _place(block: CsvBlock, name: str) -> int:
     if name not in block.names:
         raise Permanent(
             f"InfluxDB's answer lacks the column {name}: it has {', '.join(block.names)}",

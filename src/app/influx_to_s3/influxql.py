@@ -28,18 +28,18 @@ from app.influx_to_s3.reader import (
     DAY,
     INVENTORY_DEVICES,
     OK,
-    Connection,
-    Counted,
-    Inventory,
-    Points,
+    FieldCount,
+    FieldSums,
+    InfluxConnection,
+    PointColumns,
     QueryTooLarge,
     RawCells,
     Retention,
     ServerAnswer,
-    Summed,
+    SourceInventory,
     counted_in_parts,
+    error_of_status,
     one_type_spans,
-    refusal,
 )
 
 CHUNK_ROWS = 10_000
@@ -86,7 +86,7 @@ class InfluxQlReader:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: InfluxConnection,
         *,
         database: str,
         retention_policy: str,
@@ -109,7 +109,7 @@ class InfluxQlReader:
         query = f"SHOW TAG VALUES {self._from()} WITH KEY = {self._tag} WHERE time >= {_nanoseconds(since)}"
         return sorted({row[1] for series in self._ask(query) for row in series["values"] if row[1]})
 
-    def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterator[Counted]:
+    def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterator[FieldCount]:
         """See `Reader`."""
         return self._in_buckets("COUNT(*)", device, span, every_seconds, lambda series: self._counted(series, None))
 
@@ -119,7 +119,7 @@ class InfluxQlReader:
         span: Window,
         every_seconds: int,
         numbers: Sequence[str],  # noqa: ARG002 - InfluxQL's wildcards take those that are numbers
-    ) -> Iterator[Summed]:
+    ) -> Iterator[FieldSums]:
         """See `Reader`."""
         return self._in_buckets(AGGREGATES, device, span, every_seconds, summed)
 
@@ -147,7 +147,7 @@ class InfluxQlReader:
 
         return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask, STATEMENTS)
 
-    def rows(self, device: str, span: Window) -> Iterator[Points]:
+    def rows(self, device: str, span: Window) -> Iterator[PointColumns]:
         """See `Reader`. A field that has several types in several shards is selected once as each of them."""
         selected = self._fields()
         named = [one for one in selected if not UNWRITABLE.search(one.name)]
@@ -164,7 +164,7 @@ class InfluxQlReader:
                 yield from batch.add(series)
             yield from batch.finish()
 
-    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[Points]:  # noqa: ARG002 - none whatever is asked
+    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[PointColumns]:  # noqa: ARG002 - none whatever is asked
         """See `Reader`: JSON tells an empty text from none."""
         return iter(())
 
@@ -203,7 +203,7 @@ class InfluxQlReader:
                 values.drop_null(),
             )
 
-    def outside(self, span: Window) -> Iterator[Counted]:
+    def outside(self, span: Window) -> Iterator[FieldCount]:
         """See `Reader`."""
         query = f"SELECT COUNT(*) {self._from()} WHERE {self._where(None, span)} GROUP BY {self._tag}::tag"
         for series in self._ask(query):
@@ -229,10 +229,10 @@ class InfluxQlReader:
             return None  # too many series, say
         return EPOCH + timedelta(microseconds=-(-min(times) // 1000)) if times else None
 
-    def inventory(self) -> Inventory:
+    def inventory(self) -> SourceInventory:
         """See `Reader`."""
         values = f"SHOW TAG VALUES {self._from()} WITH KEY = {self._tag}"
-        return Inventory(
+        return SourceInventory(
             measurements=self._names("SHOW MEASUREMENTS"),
             has_points=self._has_points(self._retention_policy),
             tags=self._names(f"SHOW TAG KEYS {self._from()}"),
@@ -305,7 +305,7 @@ class InfluxQlReader:
         columns = [(name, kind) for name in sorted(kinds) for kind in sorted(kinds[name])]
         return [SelectedField(name, kind, f"c{number}") for number, (name, kind) in enumerate(columns)]
 
-    def _counted(self, series: Mapping[str, Any], start_at: datetime | None) -> Iterator[Counted]:
+    def _counted(self, series: Mapping[str, Any], start_at: datetime | None) -> Iterator[FieldCount]:
         """The counts of a series; all at `start_at` where that is given, else at the starts of their buckets."""
         fields = [column.removeprefix("count_") for column in series["columns"][1:]]
         device = (series.get("tags") or {}).get(self._device_tag, "")
@@ -313,7 +313,7 @@ class InfluxQlReader:
             at = start_at or EPOCH + timedelta(microseconds=nanoseconds // 1000)
             for name, value in zip(fields, values, strict=True):
                 if value:
-                    yield Counted(device, at, name, int(value))
+                    yield FieldCount(device, at, name, int(value))
 
     def _ask(self, query: str) -> Iterator[Mapping[str, Any]]:
         """The series of one statement's answer that have values, chunk by chunk."""
@@ -371,10 +371,10 @@ class InfluxQlReader:
         """A statement error, which comes with status 200."""
         if any(word in message for word in PASSING):
             return Transient(f"InfluxDB reports: {message}", "no action needed: it is retried")
-        return refusal(self._connection.url, OK, message, where=self._variables)
+        return error_of_status(self._connection.url, OK, message, where=self._variables)
 
 
-def summed(series: Mapping[str, Any]) -> Iterator[Summed]:
+def summed(series: Mapping[str, Any]) -> Iterator[FieldSums]:
     """The aggregates of a series, a part of a field's sums for each cell. MIN and MAX also come of truth values."""
     for nanoseconds, *values in series["values"]:
         at = EPOCH + timedelta(microseconds=nanoseconds // 1000)
@@ -383,11 +383,11 @@ def summed(series: Mapping[str, Any]) -> Iterator[Summed]:
             if value is None or isinstance(value, bool):
                 continue
             if aggregate == "count":
-                yield Summed(at, name, Sums(int(value)))
+                yield FieldSums(at, name, Sums(int(value)))
             elif aggregate == "sum":
-                yield Summed(at, name, Sums(total=value))
+                yield FieldSums(at, name, Sums(total=value))
             else:
-                yield Summed(at, name, Sums(least=value) if aggregate == "min" else Sums(greatest=value))
+                yield FieldSums(at, name, Sums(least=value) if aggregate == "min" else Sums(greatest=value))
 
 
 @dataclass(slots=True)
@@ -404,7 +404,7 @@ class _Batch:
     tags: list[tuple[Mapping[str, str], int]] = field(default_factory=list)
     columns: Sequence[str] = ()
 
-    def add(self, series: Mapping[str, Any]) -> Iterator[Points]:
+    def add(self, series: Mapping[str, Any]) -> Iterator[PointColumns]:
         """The rows of one series, or a part of them."""
         if self.values and (series["columns"] != self.columns or len(self.values) >= CHUNK_ROWS):
             yield from self.finish()
@@ -412,7 +412,7 @@ class _Batch:
         self.values += series["values"]
         self.tags.append((series.get("tags") or {}, len(series["values"])))
 
-    def finish(self) -> Iterator[Points]:
+    def finish(self) -> Iterator[PointColumns]:
         """What has not been given yet."""
         if self.values:
             import pyarrow as pa
@@ -423,7 +423,7 @@ class _Batch:
             for name in sorted({one.name for one in self.patterned} & at.keys()):
                 fields += _untyped(name, at[name], {one.kind for one in self.patterned if one.name == name})
             instants = pa.array(times, pa.int64()).cast(pa.timestamp("ns", "UTC"))
-            yield Points(instants, self._tag_columns(), fields)
+            yield PointColumns(instants, self._tag_columns(), fields)
         self.values, self.tags = [], []
 
     def _tag_columns(self) -> Mapping[str, pa.Array]:

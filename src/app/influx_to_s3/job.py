@@ -8,13 +8,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from app.core.network import SharedClient
-from app.core.partitions import Step, SyncPlan, in_this_process
+from app.core.partitions import Step, SyncPlan, run_in_process
 from app.core.runs import Context, Job, Report, Stop
-from app.core.verify import Cell, Chart, Verification
+from app.core.verify import GapMapSource, MapCell, Verification
 from app.core.windows import Window
 from app.db.checkpoints import SqlCheckpoints
 from app.object_store.deltas import is_nameable
-from app.ops.connection_checks import System
+from app.ops.connection_checks import ConnectionCheck
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,23 +50,23 @@ class InfluxExport:
     replace: Callable[[Context, Window, bool], Report]
     rewrite: Callable[[Context, Window], Report]
     verification: Verification
-    chart: Chart
-    checks: Sequence[System] = ()
+    chart: GapMapSource
+    checks: Sequence[ConnectionCheck] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class ExportChart:
-    """`app.core.verify.Chart` over the export."""
+class ExportGapMap:
+    """`app.core.verify.GapMapSource` over the export."""
 
     export: "SharedClient[Export]"
     checkpoints: SqlCheckpoints
 
     def partitions(self) -> Sequence[str]:
-        """See `Chart.partitions`."""
+        """See `GapMapSource.partitions`."""
         return sorted(filter(is_nameable, self.checkpoints.cursors(NAME)))
 
-    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
-        """See `Chart.cells`."""
+    def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
+        """See `GapMapSource.cells`."""
         return self.export().ends(Stop()).cells(self.checkpoints, partition, span)
 
 
@@ -78,10 +78,10 @@ def build(
     set_aside: "SetAsideStore",
     clock: Callable[[], datetime],
     rewrite_seconds: Callable[[int, float], float] | None = None,
-    steps: Callable[[Context, SyncPlan, Step], Report] = in_this_process,
+    steps: Callable[[Context, SyncPlan, Step], Report] = run_in_process,
     sums: ObjectSums | None = None,
 ) -> InfluxExport:
-    """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set. `steps`: see `Pass`.
+    """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set. `steps`: see `PassOptions`.
 
     `rewrite_seconds(devices, window_seconds)`: how far apart the writes of an open window's object have to be.
     """
@@ -103,9 +103,9 @@ def build(
         )
 
     def check() -> str:
-        from app.influx_to_s3.diagnosis import checked  # the client that finds out what a token may do is heavy
+        from app.influx_to_s3.diagnosis import check_access  # the client that finds out what a token may do is heavy
 
-        return checked(export().reader.ping, settings.influx)
+        return check_access(export().reader.ping, settings.influx)
 
     export = SharedClient(make)
     off = "" if settings.influx.url else OFF
@@ -119,6 +119,6 @@ def build(
         replace=lambda context, span, allow_shrink: export().replace(context, span, allow_shrink=allow_shrink),
         rewrite=lambda context, span: export().rewrite(context, span),
         verification=lambda stop: export().ends(stop),
-        chart=ExportChart(export, checkpoints),
-        checks=[System("influxdb", "InfluxDB", "INFLUXDB_URL", check)] if settings.influx.url else (),
+        chart=ExportGapMap(export, checkpoints),
+        checks=[ConnectionCheck("influxdb", "InfluxDB", "INFLUXDB_URL", check)] if settings.influx.url else (),
     )

@@ -27,7 +27,7 @@ import pyarrow as pa
 from app.core.errors import Conflict, Permanent, Transient
 from app.core.windows import EPOCH, Window, floor_to, windows_between
 from app.db.checkpoints import Layout
-from app.object_store.port import ObjectStore, Put
+from app.object_store.port import ObjectStore, PutRequest
 
 FOLDER = "_headwater"
 NAME = "layout.json"
@@ -65,7 +65,7 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
+class LayoutDocument:
     """What the file holds. `sealed_day`: no day up to it may be cut or typed in another way any more."""
 
     first_start_at: datetime
@@ -85,13 +85,13 @@ class Tree:
             yield from windows_between(since, min(until, end), layout.window_seconds)
 
 
-def first_tree(wanted: Layout, first_start_at: datetime) -> Tree:
+def new_layout(wanted: Layout, first_start_at: datetime) -> LayoutDocument:
     """The tree of a new installation, which begins on the grid. No day is sealed: nothing was written yet."""
     layout = replace(wanted, effective_at=EPOCH)
-    return Tree(floor_to(first_start_at, layout.window_seconds), EVER, (layout,))
+    return LayoutDocument(floor_to(first_start_at, layout.window_seconds), EVER, (layout,))
 
 
-def with_layout(tree: Tree, wanted: Layout, today: date) -> Tree:
+def with_layout(tree: LayoutDocument, wanted: Layout, today: date) -> LayoutDocument:
     """`wanted` from the day after the later of today and the sealed day on, unless it is what stands last already."""
     if replace(tree.layouts[-1], effective_at=EPOCH) == replace(wanted, effective_at=EPOCH):
         return tree
@@ -102,7 +102,7 @@ def with_layout(tree: Tree, wanted: Layout, today: date) -> Tree:
     return replace(tree, layouts=(*earlier, replace(wanted, effective_at=effective_at)))
 
 
-def with_types(tree: Tree, wanted: Mapping[str, str], today: date) -> Tree:
+def with_types(tree: LayoutDocument, wanted: Mapping[str, str], today: date) -> LayoutDocument:
     """The columns named in `wanted` have these types from the day after the later of today and the sealed day on."""
     day = max(tree.sealed_day, today) + timedelta(days=1)
 
@@ -117,7 +117,7 @@ def with_types(tree: Tree, wanted: Mapping[str, str], today: date) -> Tree:
     return tree if columns == tree.columns else replace(tree, columns=columns)
 
 
-def as_on(tree: Tree, today: date, *, first: date, end: date) -> Tree:
+def with_types_of(tree: LayoutDocument, today: date, *, first: date, end: date) -> LayoutDocument:
     """The days in `[first, end)`, all before `today`, with the unit and the types of `today`: for a rewrite.
 
     Neither is part of a name or of how days are cut, so a sealed day may change in them.
@@ -149,14 +149,14 @@ def _midnight(day: date) -> datetime:
 class LayoutFile:
     """Reads and changes the file. `make(now)` gives the tree when there is none yet, new or as the data show it."""
 
-    def __init__(self, store: ObjectStore, prefix: str, make: Callable[[datetime], Tree]) -> None:
+    def __init__(self, store: ObjectStore, prefix: str, make: Callable[[datetime], LayoutDocument]) -> None:
         self._store = store
         self.key = "/".join(part for part in (prefix, FOLDER, NAME) if part)
         self._make = make
 
     def begin(
-        self, now: datetime, *, wanted: Callable[[Tree], Layout], types: Mapping[str, str], dry_run: bool
-    ) -> tuple[Tree, datetime]:
+        self, now: datetime, *, wanted: Callable[[LayoutDocument], Layout], types: Mapping[str, str], dry_run: bool
+    ) -> tuple[LayoutDocument, datetime]:
         """The tree with what the settings want and with today sealed, and up to when this run may write windows.
 
         A day is sealed by the store's own clock at the earliest: a host whose clock is ahead waits, so that one wrong
@@ -164,7 +164,7 @@ class LayoutFile:
         """
         today = now.date()
 
-        def changed(tree: Tree, day: date) -> Tree:
+        def changed(tree: LayoutDocument, day: date) -> LayoutDocument:
             tree = with_types(with_layout(tree, wanted(tree), day), types, day)
             return replace(tree, sealed_day=max(tree.sealed_day, day))
 
@@ -177,7 +177,7 @@ class LayoutFile:
             tree = self.change(lambda each: changed(each, day))
         return tree, min(now, _midnight(tree.sealed_day + timedelta(days=1)))
 
-    def change(self, change: Callable[[Tree], Tree]) -> Tree:
+    def change(self, change: Callable[[LayoutDocument], LayoutDocument]) -> LayoutDocument:
         """Change the tree by compare-and-swap; `change` is pure and may be called again. The tree that stands then."""
         for _ in range(CONFLICTS):
             found = self._read()
@@ -196,7 +196,7 @@ class LayoutFile:
             f"{self.key}: changed {CONFLICTS} times while it was replaced", "no action needed; it is retried"
         )
 
-    def _create(self, now: datetime) -> Tree:
+    def _create(self, now: datetime) -> LayoutDocument:
         """The first tree, unless another process was quicker.
 
         The first start is counted from the store's clock where the host's is ahead: rows before it are never exported.
@@ -224,7 +224,7 @@ class LayoutFile:
         info = self._store.head(self.key)
         return info.modified_at.astimezone(UTC).date() if info else EVER
 
-    def _read(self) -> tuple[Tree, str] | None:
+    def _read(self) -> tuple[LayoutDocument, str] | None:
         for _ in range(CONFLICTS):
             info = self._store.head(self.key)
             if info is None:
@@ -246,14 +246,14 @@ class LayoutFile:
                 ) from error
         raise Transient(f"{self.key}: changed {CONFLICTS} times while it was read", "no action needed; it is retried")
 
-    def _put(self, tree: Tree, expected: str) -> None:
+    def _put(self, tree: LayoutDocument, expected: str) -> None:
         text = json.dumps(to_json(tree), indent=1, ensure_ascii=False)
         self._store.put(
-            self.key, io.BytesIO(text.encode("utf-8", "surrogatepass")), Put("application/json", {}, expected)
+            self.key, io.BytesIO(text.encode("utf-8", "surrogatepass")), PutRequest("application/json", {}, expected)
         )
 
 
-def to_json(tree: Tree) -> Mapping[str, Any]:
+def to_json(tree: LayoutDocument) -> Mapping[str, Any]:
     """As the file holds it."""
     return {
         "version": VERSION,
@@ -281,7 +281,7 @@ def to_json(tree: Tree) -> Mapping[str, Any]:
     }
 
 
-def from_json(document: Mapping[str, Any]) -> Tree:
+def from_json(document: Mapping[str, Any]) -> LayoutDocument:
     """The tree of a file. Raises ValueError, KeyError or TypeError for anything else."""
     if document["version"] != VERSION:
         raise ValueError(f"it is of version {document['version']!r}; this Headwater knows version {VERSION}")
@@ -297,7 +297,7 @@ def from_json(document: Mapping[str, Any]) -> Tree:
     )
     if not layouts:
         raise ValueError("it holds no layout")
-    return Tree(
+    return LayoutDocument(
         _instant(document["first_start"]),
         date.fromisoformat(document["sealed_day"]),
         layouts,
@@ -319,7 +319,7 @@ def _column(each: Mapping[str, Any]) -> Column:
     return Column(str(each["name"]), str(each["kind"]), str(each["source"]), types)
 
 
-def added(tree: Tree, columns: Sequence[Column]) -> Tree:
+def add_columns(tree: LayoutDocument, columns: Sequence[Column]) -> LayoutDocument:
     """With columns that are first seen; one that another process added meanwhile stays as that process made it."""
     known = {(each.kind, each.source) for each in tree.columns}
     new = tuple(each for each in columns if (each.kind, each.source) not in known)
@@ -342,7 +342,7 @@ UNKNOWN = "unknown"
 log = logging.getLogger(__name__)
 
 
-class Columns:
+class TreeColumns:
     """The columns of one tree for one run. From any thread.
 
     `ignored`: tags that are neither a column nor part of a row's identity. `types`: types that the settings name, by
@@ -356,7 +356,7 @@ class Columns:
 
     def __init__(
         self,
-        tree: Tree,
+        tree: LayoutDocument,
         *,
         device_tag: str,
         ignored: Iterable[str],
@@ -407,17 +407,17 @@ class Columns:
         """Add columns of (kind, source, type) to the file before anything is written into them."""
         with self._lock:
 
-            def change(tree: Tree) -> Tree:
+            def change(tree: LayoutDocument) -> LayoutDocument:
                 columns: list[Column] = []
                 for kind, source, type_ in new:
-                    name = named(kind, source, {*OURS, *(each.name for each in (*tree.columns, *columns))})
+                    name = free_column_name(kind, source, {*OURS, *(each.name for each in (*tree.columns, *columns))})
                     wanted = self._types.get(name, type_) if kind == "field" else type_
                     columns.append(Column(name, kind, source, ((EVER, wanted),)))
-                return added(tree, columns)
+                return add_columns(tree, columns)
 
             self._take(self._file.change(change) if self._file else change(self._tree))
 
-    def _take(self, tree: Tree) -> None:
+    def _take(self, tree: LayoutDocument) -> None:
         """Those that tell that a column is there come last: a thread that finds it finds everything else about it."""
         fixed = [Column(name, "field", name, ((EVER, DOUBLE),)) for name in MEASURED]
         fields = [*fixed, *(each for each in tree.columns if each.kind == "field")]
@@ -439,7 +439,7 @@ class Columns:
         self.tag_columns = tag_columns
 
 
-def named(kind: str, source: str, taken: AbstractSet[str]) -> str:
+def free_column_name(kind: str, source: str, taken: AbstractSet[str]) -> str:
     """A free column name for a tag, a field, or the overflow of a column."""
     suffix = {"tag": "_tag", "field": "_field"}.get(kind, f"_{kind.removesuffix(' of')}")
     wanted = source if kind in ("tag", "field") and source not in taken else f"{source}{suffix}"

@@ -48,7 +48,7 @@ class QueryTooLarge(Permanent):
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class FieldCount:
     """How often one field of one device occurs in a bucket of time. `device` is "" for points without a device tag."""
 
     device: str
@@ -58,7 +58,7 @@ class Counted:
 
 
 @dataclass(frozen=True, slots=True)
-class Summed:
+class FieldSums:
     """The sums of one field in a bucket of time, or of a part of it; parts add up."""
 
     start_at: datetime
@@ -67,7 +67,7 @@ class Summed:
 
 
 @dataclass(frozen=True, slots=True)
-class Points:
+class PointColumns:
     """Points of one or more series as columns of one length, in any order.
 
     `times`: timestamp("ns", "UTC"). `tags`: tag key -> text column, null = the series lacks the tag; the device tag
@@ -92,7 +92,7 @@ class Points:
 class RawCells:
     """Raw values as columns of one length, in any order: each is the value of one field at one instant.
 
-    `times` and `tags` as for `Points`; `fields`: the fields' names as a column of text; `values`: one type, none null.
+    `times` and `tags` as for `PointColumns`; `fields`: names of fields, as text; `values`: one type, none null.
     """
 
     times: pa.Array | pa.ChunkedArray
@@ -115,7 +115,7 @@ class Retention:
 
 
 @dataclass(frozen=True, slots=True)
-class Inventory:
+class SourceInventory:
     """What the source holds, to tell a wrong setting from an empty source. All names are sorted.
 
     `has_points`: of the configured measurement, in the configured bucket or retention policy, at any time. `tags` and
@@ -131,7 +131,7 @@ class Inventory:
     policies: Sequence[str] = ()
 
 
-def totals(counted: Iterable[Counted]) -> Mapping[tuple[str, datetime], Count]:
+def partition_totals(counted: Iterable[FieldCount]) -> Mapping[tuple[str, datetime], Count]:
     """Counts per partition and bucket: all values, and as a lower bound of the points those of the fullest field."""
     fields: dict[tuple[str, datetime], dict[str, int]] = {}
     for one in counted:
@@ -150,23 +150,23 @@ class Reader(Protocol):
     def devices(self, since: datetime) -> Sequence[str]:
         """Every value of the device tag with points at or after `since`, also in the future; sorted."""
 
-    def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterable[Counted]:
+    def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterable[FieldCount]:
         """Values per device, field and bucket of `every_seconds` on the epoch's grid; empty buckets are left out.
 
         None asks for all devices. Exact also where the type of a field differs between shards: one field of one bucket
         may then come in several parts, which add up.
         """
 
-    def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterable[Summed]:
+    def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterable[FieldSums]:
         """As `counts` of one device, with sum, least and greatest of the numeric fields `numbers`, perhaps of others.
 
         Permanent or Transient also where a sum cannot be written, or one of `numbers` is not a number in the span.
         """
 
-    def rows(self, device: str, span: Window) -> Iterator[Points]:
+    def rows(self, device: str, span: Window) -> Iterator[PointColumns]:
         """All points of the device, complete or an error."""
 
-    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[Points]:
+    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[PointColumns]:
         """The points whose text `field` is "", with that field alone, where `rows` gives null for them.
 
         Flux's pivoted CSV writes both as an empty cell. InfluxQL tells them apart: nothing comes then.
@@ -177,7 +177,7 @@ class Reader(Protocol):
         there. For verification: it shares no more with `rows` than the connection and the parser.
         """
 
-    def outside(self, span: Window) -> Iterable[Counted]:
+    def outside(self, span: Window) -> Iterable[FieldCount]:
         """Values per device and field of a long span as one bucket that starts with it; the far future or 1970, say.
 
         A field that has several types in the span may be counted under one of them only.
@@ -186,14 +186,16 @@ class Reader(Protocol):
     def retention(self) -> Retention:
         """How long points are kept; asked each time, since it may be changed."""
 
-    def inventory(self) -> Inventory:
+    def inventory(self) -> SourceInventory:
         """What there is; costs several questions, to be asked when nothing was found."""
 
     def ping(self) -> str:
         """Ask one cheap question with the configured credentials; what answered, in a few words."""
 
 
-def refusal(url: str, status: int, message: str, *, where: str, retry_after: str = "", advice: str = "") -> AppError:
+def error_of_status(
+    url: str, status: int, message: str, *, where: str, retry_after: str = "", advice: str = ""
+) -> AppError:
     """What to do about an HTTP error; the cases are InfluxDB's own (see `kit/transport/http/error_handler.go`).
 
     `where` names the variables to look at; `advice` is a better hint than its status gives.
@@ -241,7 +243,7 @@ class ServerAnswer:
     told_at: datetime | None = None
 
 
-class Connection:
+class InfluxConnection:
     """Asks one server, with the first question. `url` without credentials; `token` wins over `username` and `password`;
     all empty = none sent.
     """
@@ -276,8 +278,8 @@ class Connection:
 
         Its connection goes back to the pool only when the answer was read to its end.
 
-        Raises Transient when the server is away, slow or breaks off, and what `refusal` says of any status but 200;
-        `where` names the variables to look at then.
+        Raises Transient when the server is away, slow or breaks off, and what `error_of_status` returns for any status
+        but 200; `where` names the variables to look at then.
         """
         with self._translated():
             response = self._pool.request(
@@ -308,7 +310,7 @@ class Connection:
     def _refused(self, response: Any, path: str, where: str) -> AppError:
         with self._translated():
             body = response.read(REFUSAL_BYTES, decode_content=True).decode("utf-8", "replace")
-        return refusal(
+        return error_of_status(
             self.url,
             response.status,
             _message(body),

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.core.pipeline import ALL_TAGS, Commit, Held, Record
+from app.core.pipeline import ALL_TAGS, Commit, ObjectState, Record
 from app.core.runs import Context, Done, Report
 from app.core.sync import delete_deltas
 from app.core.windows import DAY_SECONDS, EPOCH, Age, Window, age_of, floor_to, windows_between
@@ -37,16 +37,16 @@ from app.influx_to_s3.layout import (
     TIMESTAMP,
     UNSIGNED,
     Column,
-    Columns,
-    Tree,
-    first_tree,
+    LayoutDocument,
+    TreeColumns,
     kind_of,
     log,
+    new_layout,
 )
 from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.rows import in_order, of_object, ordered
+from app.influx_to_s3.rows import merge_in_order, merge_ordered, of_object
 from app.influx_to_s3.source import OpenedExport
-from app.object_store.deltas import noted_window
+from app.object_store.deltas import window_from_metadata
 from app.object_store.port import ObjectInfo, ObjectStore
 from app.object_store.table_sink import TableSink
 
@@ -56,7 +56,7 @@ SAMPLES = 64
 
 
 @dataclass(slots=True)
-class Seen:
+class TreeSample:
     """What a listing of the tree shows: one object of each day, the newest one of each device, and some by chance."""
 
     days: dict[date, ObjectInfo] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Seen:
     date_formats: dict[date, str] = field(default_factory=dict)
 
 
-def tree_of_data(
+def layout_from_data(
     store: ObjectStore,
     prefix: str,
     *,
@@ -75,14 +75,14 @@ def tree_of_data(
     starts: Iterable[datetime],
     wanted: Layout,
     first_start_at: datetime,
-) -> Tree:
+) -> LayoutDocument:
     """The tree as the data show it, or a new one when there are none.
 
     `kept`: layouts of an older version's state, oldest first; `starts`: the first cursors that the state knows.
     """
     seen = _look(store, prefix, wanted.date_format)
     if seen.oldest_at is None:
-        tree = first_tree(wanted, min([first_start_at, *starts]))
+        tree = new_layout(wanted, min([first_start_at, *starts]))
         return replace(
             tree, layouts=tuple(replace(each, timestamp_unit=wanted.timestamp_unit) for each in kept) or tree.layouts
         )
@@ -100,7 +100,7 @@ def tree_of_data(
         "the layout of the objects is read from %s and kept beside them from now on",
         "the state" if kept else "the objects",
     )
-    return Tree(
+    return LayoutDocument(
         first_start_at=first,
         sealed_day=max(seen.days),
         layouts=tuple(replace(each, timestamp_unit=unit) for each in layouts),
@@ -108,8 +108,8 @@ def tree_of_data(
     )
 
 
-def _look(store: ObjectStore, prefix: str, date_format: str) -> Seen:
-    seen = Seen()
+def _look(store: ObjectStore, prefix: str, date_format: str) -> TreeSample:
+    seen = TreeSample()
     chance = Random(0)  # noqa: S311 - the same sample each time, no secret
     for instant, written_as, device, info in _exported(store, prefix, (date_format, *DATE_FORMATS)):
         day = instant.date()
@@ -128,7 +128,7 @@ def _look(store: ObjectStore, prefix: str, date_format: str) -> Seen:
     return seen
 
 
-def lost_cursor(store: ObjectStore, prefix: str, device: str, tree: Tree, now: datetime) -> datetime | None:
+def lost_cursor(store: ObjectStore, prefix: str, device: str, tree: LayoutDocument, now: datetime) -> datetime | None:
     """Where a device goes on whose cursor is lost or lies ahead of now; None when its objects do not say.
 
     The smaller of the cursor that the writer of its newest object knew to be committed, and of the start of that
@@ -162,7 +162,7 @@ def _exported(
                     break
 
 
-def _layouts(store: ObjectStore, seen: Seen) -> tuple[Layout, ...]:
+def _layouts(store: ObjectStore, seen: TreeSample) -> tuple[Layout, ...]:
     """A layout for each run of days that are cut and named alike, from the metadata of one object a day."""
     layouts: list[Layout] = []
     for day, listed in sorted(seen.days.items()):
@@ -177,7 +177,7 @@ def _layouts(store: ObjectStore, seen: Seen) -> tuple[Layout, ...]:
 def _seconds(store: ObjectStore, listed: ObjectInfo) -> int | None:
     """The window's length, which each writer noted."""
     info = store.head(listed.key)
-    noted = noted_window(info) if info else None
+    noted = window_from_metadata(info) if info else None
     return noted[1] - noted[0] if noted else None
 
 
@@ -256,7 +256,7 @@ def rewrite(opened: OpenedExport, context: Context, device: str, span: Window, d
                 folded = held[0].folded if 0 in held else 0
                 parts = [part for part in held if not part or part > folded]
                 tables = [_rows(sink, columns, keys[part], held[part].version) for part in parts]
-                with closing(opened.source.spooled(device, in_order(tables, columns))) as batch:
+                with closing(opened.source.spooled(device, merge_in_order(tables, columns))) as batch:
                     # What lost tags once has lost them still.
                     batch.has_all_tags = all(held[part].tags == ALL_TAGS for part in parts)
                     record = records.get(window.start)
@@ -264,7 +264,7 @@ def rewrite(opened: OpenedExport, context: Context, device: str, span: Window, d
             context.progress.advance(done=1)
 
 
-def _own(sink: TableSink, key: str) -> Held | None:
+def _own(sink: TableSink, key: str) -> ObjectState | None:
     """What Headwater wrote under this key; what another program put there is left as it is."""
     held = sink.head(key)
     if held is not None and not held.digest:
@@ -279,10 +279,10 @@ def _unit(sink: TableSink, key: str) -> str:
     return info.metadata.get("timestamp-unit", "ns") if info else ""
 
 
-def _rows(sink: TableSink, columns: Columns, key: str, version: str) -> Iterator[pa.Table]:
+def _rows(sink: TableSink, columns: TreeColumns, key: str, version: str) -> Iterator[pa.Table]:
     for table in sink.read(key, version):
         if table.num_rows:
-            yield ordered([of_object(table, columns)], columns)[0]
+            yield merge_ordered([of_object(table, columns)], columns)[0]
 
 
 def _replace(
@@ -291,7 +291,7 @@ def _replace(
     window: Window,
     *,
     keys: Mapping[int, str],
-    held: Mapping[int, Held],
+    held: Mapping[int, ObjectState],
     batch: RowBatch,
     record: Record | None,
 ) -> Report:

@@ -24,8 +24,8 @@ import pyarrow as pa
 from app.core.files import temporary_file
 from app.core.ledger import Tally
 from app.core.pipeline import Sums
-from app.influx_to_s3.layout import COMPUTED, DEVICE, MEASURED, TAGS, TIMESTAMP, Columns
-from app.influx_to_s3.rows import Disagreement, identities_of, instant_of, instants_of
+from app.influx_to_s3.layout import COMPUTED, DEVICE, MEASURED, TAGS, TIMESTAMP, TreeColumns
+from app.influx_to_s3.rows import ConflictingValue, identities_of, instant_of, instants_of
 
 HOUR_NS = 3_600_000_000_000
 THURSDAY, FRIDAY = 3, 4
@@ -68,7 +68,7 @@ class RowBatch:
     tags. `has_nanos`: whether an instant has digits below the microsecond. `schema`: that of the canonical rows.
     """
 
-    def __init__(self, device: str, directory: Path, memory_rows: int, columns: Columns) -> None:
+    def __init__(self, device: str, directory: Path, memory_rows: int, columns: TreeColumns) -> None:
         self.device, self.columns = device, columns
         self.rows = self.new_rows = self.corrected_rows = 0
         self.digest = ""
@@ -79,7 +79,7 @@ class RowBatch:
         self.cells: Mapping[datetime, int] = {}
         self.accounts: Mapping[str, Tally] = {}
         self.sums: dict[str, Sums] = {}
-        self.disagreements: list[Disagreement] = []
+        self.disagreements: list[ConflictingValue] = []
         self._directory, self._memory_rows = directory, max(memory_rows, BLOCK_ROWS)
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
@@ -97,7 +97,7 @@ class RowBatch:
         table: pa.Table,
         read: Mapping[str, Sums] = NO_SUMS,
         twice: Mapping[str, int] = NONE,
-        others: Sequence[Disagreement] = (),
+        others: Sequence[ConflictingValue] = (),
     ) -> None:
         """Add rows in canonical order that are later than all rows before. ValueError when they are not later.
 

@@ -34,11 +34,11 @@ from app.influx_to_s3.layout import (
     TIMESTAMP,
     UNKNOWN,
     UNSIGNED,
-    Columns,
+    TreeColumns,
     kind_of,
     type_of,
 )
-from app.influx_to_s3.reader import Points
+from app.influx_to_s3.reader import PointColumns
 from app.object_store.row_digest import row_lanes
 from app.object_store.table_sink import CSV_ROWS, lost_tags_in
 
@@ -54,7 +54,7 @@ EXACT = 1 << 53  # whole numbers up to here are exact in float64
 
 
 @dataclass(frozen=True, slots=True)
-class Disagreement:
+class ConflictingValue:
     """A value that is in no object, since a point of the same identity has another one for this field."""
 
     tags: Mapping[str, str]
@@ -63,7 +63,7 @@ class Disagreement:
     instant_ns: int
 
 
-def canonical(points: Points, columns: Columns) -> pa.Table:
+def canonical_table(points: PointColumns, columns: TreeColumns) -> pa.Table:
     """Points of one UTC day under their columns' names and types, in the order in which they come.
 
     A value that its column cannot hold moves to the column's overflow, exactly as it is.
@@ -177,7 +177,9 @@ def _whole_numbers(values: Any, target: Any) -> Any:
     return pa.array(np.where(fits, floats, 0).astype(np.int64), mask=~fits).cast(target)
 
 
-def ordered(tables: Sequence[pa.Table], columns: Columns) -> tuple[pa.Table, Sequence[Disagreement], Mapping[str, int]]:
+def merge_ordered(
+    tables: Sequence[pa.Table], columns: TreeColumns
+) -> tuple[pa.Table, Sequence[ConflictingValue], Mapping[str, int]]:
     """The rows of all tables in canonical order, each identity once; what disagreed, and by field how many values were
     there twice.
     """
@@ -222,8 +224,8 @@ def _without_ignored(table: pa.Table) -> pa.Table:
 
 
 def _merged(
-    table: pa.Table, first: Any, columns: Columns
-) -> tuple[pa.Table, Sequence[Disagreement], Mapping[str, int]]:
+    table: pa.Table, first: Any, columns: TreeColumns
+) -> tuple[pa.Table, Sequence[ConflictingValue], Mapping[str, int]]:
     """One row per identity: of each column the first value. `first` is true for the first row of each identity."""
     groups = np.cumsum(first) - 1
     kept = _without_ignored(table)
@@ -231,7 +233,7 @@ def _merged(
     grouped = kept.select(values).append_column(GROUP, pa.array(groups)).group_by(GROUP, use_threads=False)
     united = grouped.aggregate([(name, "first") for name in values])
     result = kept.filter(pa.array(first))
-    disagreements: list[Disagreement] = []
+    disagreements: list[ConflictingValue] = []
     twice: dict[str, int] = {}
     for name in values:
         merged = united.column(f"{name}_first")
@@ -258,7 +260,7 @@ def _first_values(valid: Any, groups: Any) -> Any:
     return found
 
 
-def _disagreements(rows: pa.Table, name: str, field: str, columns: Columns) -> Iterator[Disagreement]:
+def _disagreements(rows: pa.Table, name: str, field: str, columns: TreeColumns) -> Iterator[ConflictingValue]:
     tags = [each for each in rows.column_names if each[0] == IGNORED or each in columns.tags]
     for row, instant in zip(rows.select([name, *tags]).to_pylist(), instants_of(rows).tolist(), strict=True):
         own = {
@@ -266,7 +268,7 @@ def _disagreements(rows: pa.Table, name: str, field: str, columns: Columns) -> I
             for each in tags
             if row[each] is not None and not (each in TAGS and row[each] == UNKNOWN)
         }
-        yield Disagreement(own, field, row[name], instant)
+        yield ConflictingValue(own, field, row[name], instant)
 
 
 def instants_of(table: pa.Table) -> Any:
@@ -296,7 +298,7 @@ def nanoseconds_of(instant: datetime) -> int:
     return (instant.astimezone(UTC) - EPOCH) // timedelta(microseconds=1) * 1000
 
 
-def of_object(table: pa.Table, columns: Columns) -> pa.Table:
+def of_object(table: pa.Table, columns: TreeColumns) -> pa.Table:
     """Rows that were read back from an object, in today's columns: what was computed from them is dropped.
 
     Values of an object with other types move to the overflow as those of the source do. A CSV object holds text only:
@@ -363,7 +365,7 @@ def _guessed(values: Any, kind: str) -> Iterator[Any]:
 FIRST_NS = -(1 << 63)  # of what a timestamp in nanoseconds can hold
 
 
-class Comparison:
+class RowComparison:
     """What the rows of a source are beside those of an object: by field, how many values are new, there already or
     corrected, how many rows are new, and how many were there with other or fewer values.
 
@@ -371,7 +373,7 @@ class Comparison:
     source with its instant and documented tags, and what it held is corrected. `shrink`: see `Source.union`.
     """
 
-    def __init__(self, columns: Columns, shrink: Shrink | None = None) -> None:
+    def __init__(self, columns: TreeColumns, shrink: Shrink | None = None) -> None:
         self.lost_tags = False
         self.new_rows = 0
         self.changed_rows = 0
@@ -433,7 +435,7 @@ class Comparison:
         return changed
 
 
-def _described(rows: pa.Table, columns: Columns) -> Iterator[str]:
+def _described(rows: pa.Table, columns: TreeColumns) -> Iterator[str]:
     """Instant and tags of each row."""
     names = sorted(columns.tags & set(rows.column_names))
     for instant, tags in zip(instants_of(rows), rows.select(names).to_pylist(), strict=True):
@@ -450,8 +452,8 @@ def _places(ours: Any, theirs: Any) -> tuple[Any, Any]:
     return places, theirs[places] == ours
 
 
-def united(
-    new: Iterable[pa.Table], held: Iterable[pa.Table], columns: Columns, comparison: Comparison
+def union_by_identity(
+    new: Iterable[pa.Table], held: Iterable[pa.Table], columns: TreeColumns, comparison: RowComparison
 ) -> Iterator[pa.Table]:
     """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken."""
     streams = [_Ahead(whole_instants(new)), _Ahead(whole_instants(held))]
@@ -462,14 +464,14 @@ def united(
             second = comparison.add(first, first.slice(0, 0) if second is None else second)
         if second is not None:
             second = comparison.kept(second)
-        yield ordered([table for table in (first, second) if table is not None], columns)[0]
+        yield merge_ordered([table for table in (first, second) if table is not None], columns)[0]
 
 
-def in_order(sequences: Sequence[Iterable[pa.Table]], columns: Columns) -> Iterator[pa.Table]:
+def merge_in_order(sequences: Sequence[Iterable[pa.Table]], columns: TreeColumns) -> Iterator[pa.Table]:
     """Several ordered sequences of tables as one; of rows with one identity the first sequence's is taken."""
     first, *others = sequences or [()]
     for other in others:
-        first = united(first, other, columns, Comparison(columns))
+        first = union_by_identity(first, other, columns, RowComparison(columns))
     yield from first
 
 
@@ -493,7 +495,7 @@ def whole_instants(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(rest, promote_options="default")
 
 
-def lacks_further_tags(table: pa.Table, columns: Columns) -> Any:
+def lacks_further_tags(table: pa.Table, columns: TreeColumns) -> Any:
     """For each row, true when it has no tag besides the documented ones; a numpy array."""
     lacks = np.ones(table.num_rows, bool)
     for name in columns.tags & set(table.column_names) - set(TAGS):

@@ -24,12 +24,12 @@ from app.core.errors import Permanent
 from app.core.ledger import Ledger, SetAside, Tally
 from app.core.pipeline import Commit, Count, Pipeline, Position
 from app.core.runs import Context, Report
-from app.core.sync import counted
+from app.core.sync import ledger_of_counts
 from app.core.windows import DAY_SECONDS, Age, Window, age_of, floor_to
-from app.influx_to_s3.reader import Counted, Points, totals
+from app.influx_to_s3.reader import FieldCount, PointColumns, partition_totals
 from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.source import InfluxSource, OpenedExport
-from app.object_store.set_aside import LINES, Kept, SetAsideStore
+from app.object_store.set_aside import LINES, SetAsideResult, SetAsideStore
 from app.object_store.table_sink import EncodedFile
 
 NO_DEVICE_TAG = "no device tag"
@@ -73,7 +73,7 @@ def _value(value: Any) -> str:
     return f'"{value.translate(TEXT_ESCAPES)}"'
 
 
-def lines_of(points: Points, measurement: str, own: Mapping[str, str]) -> Iterator[str]:
+def lines_of(points: PointColumns, measurement: str, own: Mapping[str, str]) -> Iterator[str]:
     """Each point of a block as a line. `own`: the device tag, which `points` leaves out."""
     times = points.times.cast(pa.int64()).to_pylist()
     tags = {name: texts.to_pylist() for name, texts in points.tags.items()}
@@ -85,7 +85,7 @@ def lines_of(points: Points, measurement: str, own: Mapping[str, str]) -> Iterat
             yield line(measurement, {**own, **there}, values, instant_ns)
 
 
-class Aside:
+class SetAsidePoints:
     """Keeps points of one measurement as line protocol, an object for each reason, device and window. It remembers how
     many values of a window this process set aside.
     """
@@ -116,8 +116,8 @@ class Aside:
         return self._store.holds(_owner(device))
 
     def keep_points(
-        self, reason: str, device: str, window: Window, blocks: Iterable[Points]
-    ) -> tuple[Kept, Mapping[str, int]]:
+        self, reason: str, device: str, window: Window, blocks: Iterable[PointColumns]
+    ) -> tuple[SetAsideResult, Mapping[str, int]]:
         """Keep points of one window as they are; what became of them, and by field how many values they hold.
 
         `device` "" = the points without the device tag. Lines wait in a temporary file when they are many.
@@ -185,12 +185,12 @@ class Aside:
         """
         pipeline, source = opened.pipeline, opened.source
         newest = next(pipeline.grid.windows(opened.now, opened.now + datetime.resolution)).end
-        future = totals(source.again(lambda: list(source.reader.outside(Window(newest, NEWEST_AT)))))
-        report = Report(ledger=counted(pipeline.unit, future.values(), "waiting"))
+        future = partition_totals(source.again(lambda: list(source.reader.outside(Window(newest, NEWEST_AT)))))
+        report = Report(ledger=ledger_of_counts(pipeline.unit, future.values(), "waiting"))
         if opened.tree.first_start_at < CLOCKS_SET_AT:
             return report  # an export that begins that early exports these points
         unset = Window(OLDEST_AT, CLOCKS_SET_AT)
-        old = totals(source.again(lambda: list(source.reader.outside(unset))))
+        old = partition_totals(source.again(lambda: list(source.reader.outside(unset))))
         for (device, start), count in old.items():
             new, sample, left = 0, "", count.cells
             if self._known.get((device, start)) != count.cells and not context.dry_run:
@@ -261,7 +261,7 @@ def _named(names: Sequence[str]) -> str:
     return ", ".join([*shown, *([f"and {len(names) - NAMED} more"] if len(names) > NAMED else [])])
 
 
-def _points(source: InfluxSource, device: str, window: Window, count: Count) -> Iterator[Points]:
+def _points(source: InfluxSource, device: str, window: Window, count: Count) -> Iterator[PointColumns]:
     """All points of a window; texts that are empty, which Flux's answer shows as absent, as points of their own."""
     read: Counter[str] = Counter()
     for block in source.reader.rows(device, window):
@@ -279,7 +279,7 @@ def _accounted(pipeline: ExportPipeline, fields: Mapping[str, int], aside: SetAs
 
 def _days(source: InfluxSource, device: str, span: Window) -> Iterable[Window]:
     """The UTC days of a long span in which a device has points, found by halving it."""
-    found: Sequence[Counted] = source.again(lambda: list(source.reader.outside(span)))
+    found: Sequence[FieldCount] = source.again(lambda: list(source.reader.outside(span)))
     if not any(each.device == device and each.values for each in found):
         return
     if span.seconds <= DAY_SECONDS:

@@ -23,22 +23,22 @@ import pyarrow as pa
 from app.core.errors import Permanent, Transient
 from app.core.ledger import Tally
 from app.core.pipeline import NOTHING, Count, Pipeline, Shrink, Sums, covered_since
-from app.core.retry import Pace, Pauses, RetryPolicy, retry
+from app.core.retry import Pauses, RequestPacer, RetryPolicy, retry
 from app.core.windows import EPOCH, Window, windows_between
-from app.influx_to_s3.layout import Columns, Tree
-from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed, totals
+from app.influx_to_s3.layout import LayoutDocument, TreeColumns
+from app.influx_to_s3.reader import FieldCount, FieldSums, PointColumns, QueryTooLarge, Reader, partition_totals
 from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch
 from app.influx_to_s3.rows import (
-    Comparison,
-    canonical,
-    in_order,
+    RowComparison,
+    canonical_table,
     instants_of,
+    merge_in_order,
+    merge_ordered,
     nanoseconds_of,
     of_object,
-    ordered,
     sums_of,
     times_of,
-    united,
+    union_by_identity,
     whole_instants,
 )
 from app.object_store.table_sink import EncodedFile, TableSink, lost_tags_in
@@ -61,14 +61,14 @@ class InfluxSource:
     def __init__(
         self,
         reader: Reader,
-        columns: Columns,
+        columns: TreeColumns,
         *,
         devices: Sequence[str],
         batch_rows: int,
         spool_directory: Path,
         pauses: Pauses,
         policy: RetryPolicy,
-        pace: Pace | None = None,
+        pace: RequestPacer | None = None,
     ) -> None:
         self.reader = reader
         self._columns = columns
@@ -102,12 +102,12 @@ class InfluxSource:
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
         """One question per run of windows of one length. Points without the device tag are partition ""."""
-        counted: list[Counted] = []
+        counted: list[FieldCount] = []
         for span, every_seconds in runs_of_one_length(windows):
             counted += self._counted(partition, span, every_seconds)
-        return totals(counted)
+        return partition_totals(counted)
 
-    def _counted(self, partition: str | None, span: Window, every_seconds: int) -> Sequence[Counted]:
+    def _counted(self, partition: str | None, span: Window, every_seconds: int) -> Sequence[FieldCount]:
         """A server that limits the series of one question is asked for each device."""
         try:
             return self.again(lambda: list(self.reader.counts(partition, span, every_seconds)))
@@ -131,14 +131,14 @@ class InfluxSource:
                 fields[one.field] = fields[one.field] + one.sums if one.field in fields else one.sums
         return found
 
-    def _summed(self, partition: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Sequence[Summed]:
+    def _summed(self, partition: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Sequence[FieldSums]:
         """Counts alone where the server cannot add up, such as numbers whose sum exceeds a double."""
         try:
             return self.again(lambda: list(self.reader.sums(partition, span, every_seconds, numbers)))
         except (Permanent, Transient) as error:
             log.info("%s %s: is compared by its rows, since InfluxDB cannot add it up: %s", partition, span, error)
             counted = self._counted(partition, span, every_seconds)
-            return [Summed(one.start_at, one.field, Sums(one.values)) for one in counted]
+            return [FieldSums(one.start_at, one.field, Sums(one.values)) for one in counted]
 
     def read(self, partition: str, window: Window, count: Count, kept: RowBatch | None) -> RowBatch:
         """The whole window; small ones in one query, large ones slice by slice."""
@@ -155,7 +155,7 @@ class InfluxSource:
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[RowBatch]:
         """Adjacent small windows in one query of a batch at most; what is cut out is held beside the answer."""
         for run in runs_of_few_rows(counted, self._batch_rows):
-            blocks: Sequence[Points] | None = None
+            blocks: Sequence[PointColumns] | None = None
             if len(run) > 1:
                 # What fails for all of them may do for each: then they are asked for one by one.
                 with suppress(Permanent):
@@ -165,13 +165,13 @@ class InfluxSource:
                     yield self.read(partition, window, count, None)
                     continue
                 with self._batch(partition) as batch:
-                    own = [within(block, window) for block in blocks]
+                    own = [points_within(block, window) for block in blocks]
                     check_values(partition, window, self._append(batch, window, own, count), count.fields)
                     yield batch.finish({}, count.fields)
 
     def union(self, batch: RowBatch, held: Sequence[Iterable[pa.Table]], shrink: Shrink | None = None) -> RowBatch:
         """See `app.core.pipeline.Source.union`; each of `held` is the rows of one object, in order."""
-        columns, comparison = self._columns, Comparison(self._columns, shrink)
+        columns, comparison = self._columns, RowComparison(self._columns, shrink)
         objects: list[Iterable[pa.Table]] = []
         for tables in held:
             rows = (table for table in tables if table.num_rows)
@@ -179,7 +179,9 @@ class InfluxSource:
             if first is not None:
                 comparison.lost_tags |= lost_tags_in(first)
                 objects.append(of_object(table, columns) for table in chain([first], rows))
-        whole = self.spooled(batch.device, united(batch.tables(), in_order(objects, columns), columns, comparison))
+        whole = self.spooled(
+            batch.device, union_by_identity(batch.tables(), merge_in_order(objects, columns), columns, comparison)
+        )
 
         def account(name: str, tally: Tally) -> Tally:
             there = tally.already_there + comparison.same[name]
@@ -210,13 +212,13 @@ class InfluxSource:
     def _read_large(self, batch: RowBatch, window: Window, kept: RowBatch | None) -> Mapping[datetime, int]:
         """Slices planned from fine counts, on top of what is kept before the first bucket that changed."""
         every_seconds = bucket_seconds(window)
-        counted = totals(self.again(lambda: list(self.reader.counts(batch.device, window, every_seconds))))
+        counted = partition_totals(self.again(lambda: list(self.reader.counts(batch.device, window, every_seconds))))
         counts = {start: count for (_, start), count in counted.items()}
         cells = {start: count.cells for start, count in counts.items()}
         start = first_change(kept.cells, cells, window, every_seconds) if kept else window.start
         if kept is not None:
             for table in whole_instants(kept.tables()):
-                earlier = before(table, nanoseconds_of(start))
+                earlier = rows_before(table, nanoseconds_of(start))
                 fields = ((name, self._columns.sources.get(name)) for name in earlier.column_names)
                 batch.append(earlier, sums_of((field, earlier.column(name)) for name, field in fields if field))
         if start < window.end:
@@ -243,7 +245,7 @@ class InfluxSource:
         check_values(batch.device, span, read, count.fields)
 
     def _append(
-        self, batch: RowBatch, span: Window, blocks: Sequence[Points], count: Count, *, is_whole: bool = True
+        self, batch: RowBatch, span: Window, blocks: Sequence[PointColumns], count: Count, *, is_whole: bool = True
     ) -> Mapping[str, Sums]:
         """Append what was read of a span, and texts that are empty, which Flux's answer shows as absent; the sums of
         both. What was counted for more than the span cannot tell which texts it lacks: each is asked for then.
@@ -259,17 +261,17 @@ class InfluxSource:
             blocks = [*blocks, *texts]
         if lacking:
             read = sums_of(field for block in blocks for field in block.fields)
-        if tables := [canonical(block, self._columns) for block in blocks if len(block.times)]:
-            table, disagreements, twice = ordered(tables, self._columns)
+        if tables := [canonical_table(block, self._columns) for block in blocks if len(block.times)]:
+            table, disagreements, twice = merge_ordered(tables, self._columns)
             batch.append(table, read, twice, disagreements)
         return read
 
-    def _collect(self, device: str, span: Window) -> Sequence[Points]:
+    def _collect(self, device: str, span: Window) -> Sequence[PointColumns]:
         """One answer, held in memory, within a limit that counts taken too early cannot break."""
         limit = max(self._batch_rows, BLOCK_ROWS) * OVERFLOW
 
-        def collect() -> Sequence[Points]:
-            blocks: list[Points] = []
+        def collect() -> Sequence[PointColumns]:
+            blocks: list[PointColumns] = []
             size_bytes = rows = 0
             for block in self.reader.rows(device, span):
                 blocks.append(block)
@@ -317,9 +319,9 @@ class InfluxSource:
 class OpenedExport:
     """The pipeline of one run, whose pauses end with that run. `now`: no window that starts later may be written."""
 
-    tree: Tree
+    tree: LayoutDocument
     now: datetime
-    columns: Columns
+    columns: TreeColumns
     source: InfluxSource
     sink: TableSink
     pipeline: Pipeline[RowBatch, EncodedFile]
@@ -361,7 +363,7 @@ def runs_of_few_rows(counted: Iterable[tuple[Window, Count]], rows: int) -> Iter
         yield run
 
 
-def within(block: Points, window: Window) -> Points:
+def points_within(block: PointColumns, window: Window) -> PointColumns:
     """The points inside the window, in the order in which they are."""
     instants = times_of(block.times)
     bounds = [nanoseconds_of(window.start), nanoseconds_of(window.end)]
@@ -372,8 +374,8 @@ def within(block: Points, window: Window) -> Points:
     return _each(block, lambda values: values.filter(inside))
 
 
-def _each(block: Points, change: Callable[[pa.Array], pa.Array]) -> Points:
-    return Points(
+def _each(block: PointColumns, change: Callable[[pa.Array], pa.Array]) -> PointColumns:
+    return PointColumns(
         change(block.times),
         {name: change(texts) for name, texts in block.tags.items()},
         [(name, change(values)) for name, values in block.fields],
@@ -397,7 +399,7 @@ def first_change(
     return max(window.start, min(changed) - every) if changed else window.end
 
 
-def before(table: pa.Table, until_ns: int) -> pa.Table:
+def rows_before(table: pa.Table, until_ns: int) -> pa.Table:
     """The ordered rows that are older than `until_ns`."""
     return table.slice(0, int(np.searchsorted(instants_of(table), until_ns, side="left")))
 

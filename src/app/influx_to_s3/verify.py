@@ -16,12 +16,21 @@ import pyarrow as pa
 
 from app.core.errors import Permanent
 from app.core.pipeline import Record
-from app.core.repair import heal_window, look
+from app.core.repair import check_objects, heal_window
 from app.core.runs import Context, Report
-from app.core.verify import NOTHING, Cell, Content, Found, Moment, Slot, cells_of, content_from
+from app.core.verify import (
+    NOTHING,
+    FoundObject,
+    MapCell,
+    MapContext,
+    PartitionWindow,
+    WindowContent,
+    cells_of,
+    content_from,
+)
 from app.core.windows import DAY_SECONDS, Window, floor_to
 from app.db.checkpoints import SqlCheckpoints
-from app.influx_to_s3.layout import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, UNKNOWN, Columns
+from app.influx_to_s3.layout import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, UNKNOWN, TreeColumns
 from app.influx_to_s3.reader import QueryTooLarge, RawCells
 from app.influx_to_s3.row_batch import computed_from
 from app.influx_to_s3.rows import constant
@@ -46,7 +55,7 @@ class ExportEnds:
     opened: OpenedExport
     clock: Callable[[], datetime]
     listed: tuple[tuple[str, str], Listing] = NOT_LISTED
-    looked_at: Slot | None = None
+    looked_at: PartitionWindow | None = None
     slice: timedelta = SLICE
     most_cells: int = CELLS
 
@@ -55,16 +64,16 @@ class ExportEnds:
         known = self.opened.pipeline.checkpoints.cursors(self.opened.pipeline.name)
         return sorted(filter(is_nameable, {*known, *self.opened.source.partitions(span.start)}))
 
-    def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
+    def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
         """See `Ends.slots`: of every device that has a checkpoint or has points since the start of the span."""
         now = self.clock()
         devices = [partition] if partition is not None else self.partitions(span)
         for device in devices:
             for window in self.opened.pipeline.grid.windows(span.start, min(span.end, now)):
                 if window.end <= now:
-                    yield Slot(device, window)
+                    yield PartitionWindow(device, window)
 
-    def source(self, slot: Slot) -> Content:
+    def source(self, slot: PartitionWindow) -> WindowContent:
         """See `Ends.source`."""
         total, start = NOTHING, slot.window.start
         while start < slot.window.end:
@@ -73,12 +82,12 @@ class ExportEnds:
             start = end
         return total
 
-    def _raw(self, device: str, span: Window) -> Content:
+    def _raw(self, device: str, span: Window) -> WindowContent:
         """What the source has in a span, which is halved while it holds too much."""
         influx, ignored = self.opened.source, self.opened.columns.ignored
         as_text = self._as_text(span)
 
-        def read() -> Content:
+        def read() -> WindowContent:
             blocks = influx.reader.cells(device, span)
             return raw_content(blocks, device, ignored=ignored, as_text=as_text, most_cells=self.most_cells)
 
@@ -92,42 +101,46 @@ class ExportEnds:
         middle = span.start + half
         return self._raw(device, Window(span.start, middle)) + self._raw(device, Window(middle, span.end))
 
-    def destination(self, slot: Slot) -> Content:
+    def destination(self, slot: PartitionWindow) -> WindowContent:
         """See `Ends.destination`: the object and deltas of older versions, none of which need a record."""
         total = NOTHING
-        for info in named_in(slot.window, self._listing(slot)):
+        for info in objects_of_window(slot.window, self._listing(slot)):
             for table in self.opened.sink.read(info.key, info.etag):
                 total += object_content(table, self.opened.columns, as_text=self._as_text(slot.window))
         return total
 
-    def heal(self, context: Context, slot: Slot) -> Report:
+    def heal(self, context: Context, slot: PartitionWindow) -> Report:
         """See `Ends.heal`."""
         self.listed = NOT_LISTED
         return heal_window(self.opened.pipeline, context, slot.partition, slot.window, self.clock())
 
-    def cells(self, checkpoints: SqlCheckpoints, partition: str, span: Window) -> Sequence[Cell]:
-        """See `Chart.cells`: one listing per day."""
+    def cells(self, checkpoints: SqlCheckpoints, partition: str, span: Window) -> Sequence[MapCell]:
+        """See `GapMapSource.cells`: one listing per day."""
         now, name = self.clock(), self.opened.pipeline.name
         windows = list(self.opened.pipeline.grid.windows(span.start, min(span.end, now)))
         if not windows:
             return ()
         retired = checkpoints.retired(name, partition, Window(windows[0].start, now))
         cursor_at = checkpoints.cursors(name).get(partition)
-        moment = Moment(now, self.opened.pipeline.grid.grace_seconds, cursor_at, retired=retired)
-        listed, records = looked(self.opened, partition, windows)
-        found = (Found(window.start, info.key, info.etag) for window in windows for info in named_in(window, listed))
+        moment = MapContext(now, self.opened.pipeline.grid.grace_seconds, cursor_at, retired=retired)
+        listed, records = list_days(self.opened, partition, windows)
+        found = (
+            FoundObject(window.start, info.key, info.etag)
+            for window in windows
+            for info in objects_of_window(window, listed)
+        )
         return cells_of(windows, records, found, moment)
 
     def _as_text(self, window: Window) -> bool:
         return self.opened.sink.layout_at(window.start).format == "csv"
 
-    def _listing(self, slot: Slot) -> Listing:
+    def _listing(self, slot: PartitionWindow) -> Listing:
         """The day's listing, cached; a second look at the same window lists again."""
         day = (slot.partition, f"{slot.window.start:%Y%m%d}")
         if self.listed[0] != day or self.looked_at == slot:
             start = floor_to(slot.window.start, DAY_SECONDS)
             windows = list(self.opened.pipeline.grid.windows(start, start + timedelta(days=1)))
-            listed, _ = looked(self.opened, slot.partition, windows)
+            listed, _ = list_days(self.opened, slot.partition, windows)
             self.listed = (day, listed)
         self.looked_at = slot
         return self.listed[1]
@@ -135,7 +148,7 @@ class ExportEnds:
 
 def raw_content(
     blocks: Iterable[RawCells], device: str, *, ignored: frozenset[str], as_text: bool, most_cells: int = CELLS
-) -> Content:
+) -> WindowContent:
     """The cells that the objects of a span must hold. Raises QueryTooLarge for more than `most_cells` of them.
 
     Of values that only ignored tags tell apart, that of the first set of tags in byte order counts; other values are
@@ -193,7 +206,7 @@ def _numbered(tags: "dict[str, Any]", series: dict[bytes, int]) -> Any:
     return np.array(numbers)[inverse.reshape(-1)]
 
 
-def object_content(table: pa.Table, columns: Columns, *, as_text: bool) -> Content:
+def object_content(table: pa.Table, columns: TreeColumns, *, as_text: bool) -> WindowContent:
     """The cells of rows as they stand in an object, under the names that tags and fields have at the source.
 
     Computed columns are checked, so that a row in which one is wrong differs, and are not cells.
@@ -240,16 +253,16 @@ def _or_unknown(texts: pa.Array | pa.ChunkedArray | None, rows: int) -> Any:
     return constant(UNKNOWN, rows) if texts is None else texts.fill_null(UNKNOWN)
 
 
-def looked(opened: OpenedExport, partition: str, windows: Sequence[Window]) -> tuple[Listing, Sequence[Record]]:
+def list_days(opened: OpenedExport, partition: str, windows: Sequence[Window]) -> tuple[Listing, Sequence[Record]]:
     """A listing of each day of these windows, and their records, in which is noted what is gone."""
     pipeline = opened.pipeline
     records = pipeline.checkpoints.records(pipeline.name, partition, windows[0].start, windows[-1].end)
     days = {window.start.date(): window for window in windows}.values()
     listed = tuple(each for day in days for each in opened.sink.unfolded(partition, day))
-    look(pipeline, partition, records, by_window(listed, windows))
+    check_objects(pipeline, partition, records, by_window(listed, windows))
     return listed, records
 
 
-def named_in(window: Window, listed: Listing) -> Sequence[ObjectInfo]:
+def objects_of_window(window: Window, listed: Listing) -> Sequence[ObjectInfo]:
     """The objects of one window out of its day's listing: its own, and deltas of older versions."""
     return [info for named_at, info in listed if window.start <= named_at < window.end]

@@ -25,9 +25,9 @@ from app.core.runs import Stop
 from app.core.windows import DAY_SECONDS
 from app.lake.columns import DEVICE, TIMESTAMP, LakeColumns
 from app.lake.plan import DeviceDay, LakeFile, Rewrite, TreeLayout, closed_days, ends_at, file_name
-from app.object_store.deltas import named_second, unfolded
-from app.object_store.port import ObjectInfo, ObjectStore, Put
-from app.object_store.table_sink import stored
+from app.object_store.deltas import named_second, unfolded_deltas
+from app.object_store.port import ObjectInfo, ObjectStore, PutRequest
+from app.object_store.table_sink import split_nanoseconds
 
 if TYPE_CHECKING:
     from datetime import date
@@ -105,7 +105,7 @@ class Compaction:
     ) -> None:
         covered: dict[str, set[int]] = {}
         seconds = self.layout.window_seconds(rewrite.day)
-        old = _Old(self._old_rows(rewrite.replaced, done), covered, seconds)
+        old = _KeptRows(self._old_rows(rewrite.replaced, done), covered, seconds)
         member = rewrite.members[0]
         for of, info, body in self._fetched(rewrite.members, pool):
             stop.check()
@@ -142,7 +142,7 @@ class Compaction:
             return self.store.head(one if isinstance(one, str) else one.key)
 
         named = [info for info in listed if named_second(info.key) is not None and info.key.endswith(".parquet")]
-        return unfolded(named, head, window_seconds=self.layout.window_seconds(member.day)).infos
+        return unfolded_deltas(named, head, window_seconds=self.layout.window_seconds(member.day)).infos
 
     def _body(self, info: ObjectInfo) -> BinaryIO:
         try:
@@ -186,7 +186,7 @@ class Compaction:
         size_bytes = file.seek(0, 2)
         footer = pq.read_metadata(file)
         file.seek(0)
-        self.store.put(key, file, Put(PARQUET))
+        self.store.put(key, file, PutRequest(PARQUET))
         return NewFile(key, rewrite.day, size_bytes, footer)
 
 
@@ -204,7 +204,7 @@ def _readable(info: ObjectInfo, body: BinaryIO, aside: list[tuple[str, str]]) ->
             yield file
 
 
-class _Old:
+class _KeptRows:
     """Rows of the files that are replaced, by device, in step with the objects: those that no object covers."""
 
     def __init__(self, tables: Iterator[pa.Table], covered: dict[str, set[int]], window_seconds: int) -> None:
@@ -348,7 +348,7 @@ class FileParts:
         if kind.tz is None:
             table = table.set_column(index, TIMESTAMP, pc.assume_timezone(table[TIMESTAMP], "UTC"))
         if kind.unit == "ns":
-            table = stored(
+            table = split_nanoseconds(
                 table.set_column(index, TIMESTAMP, table[TIMESTAMP].cast(pa.timestamp("ns", "UTC"))), with_nanos=True
             )
         elif kind.unit != "us":

@@ -75,7 +75,7 @@ def catalog_of(settings: Settings, store: ObjectStore) -> "Catalog":
 
 
 @dataclass(slots=True)
-class Account:
+class LakeLedger:
     """What becomes of the objects of closed days. `counted` is from the listing, the others from where rows land."""
 
     counted: int = 0
@@ -133,7 +133,7 @@ class LakeDay:
         wait = timedelta(seconds=export.grace_seconds, hours=lake.wait_hours)
         days = list(closed_days(self.store.list(f"{prefix}/"), prefix, layout, (context.now_at - wait).date()))
         made = plan(days, files, self.max_bytes)
-        account = Account(sum(one.objects + one.csv for one in days), sum(one.csv for one in days))
+        account = LakeLedger(sum(one.objects + one.csv for one in days), sum(one.csv for one in days))
         account.kept, account.aside = made.kept - made.kept_aside, made.kept_aside
         missing = sum(file.missing for file in files)
         notes = [*table.notes, *([f"{missing} files of the table are gone or cut"] if missing else [])]
@@ -152,7 +152,7 @@ class LakeDay:
         table: "LakeTable",
         layout: "TreeLayout",
         rewrites: Sequence["Rewrite"],
-        account: Account,
+        account: LakeLedger,
     ) -> Report:
         """Write the slices and commit them together. A slice that fails waits, and hinders no other."""
         from app.lake.day import Compaction, SourceMoved
@@ -205,7 +205,7 @@ class LakeDay:
         )
 
     @staticmethod
-    def _report(account: Account, report: Report) -> Report:
+    def _report(account: LakeLedger, report: Report) -> Report:
         tally = Tally(
             counted=account.counted,
             read=account.new + account.swapped,

@@ -36,7 +36,7 @@ NAIVE_EPOCH = EPOCH.replace(tzinfo=None)
 
 
 @dataclass(frozen=True, slots=True)
-class HeldState:
+class LoadedState:
     """A state with its slices by day, in order. `fresh`: day -> its number of changes then, and bounds of the slices
     that stand for objects.
     """
@@ -55,7 +55,7 @@ class TableReader:
         self._store = store
         self._clock = clock
         self._lock = Lock()
-        self._held: HeldState | None = None
+        self._held: LoadedState | None = None
         self._pointer = ""
         self._is_damaged = True  # or not looked at yet
         self._until = 0.0
@@ -127,7 +127,7 @@ class TableReader:
             ]
         return TableRows(held.state, files, lambda version: self._is_beside(held, version))
 
-    def _is_beside(self, held: HeldState, version: ListedVersion) -> bool:
+    def _is_beside(self, held: LoadedState, version: ListedVersion) -> bool:
         """Whether an object is read itself: another program's, CSV, of a day that is not taken yet, or of a slice that
         does not stand for the objects.
         """
@@ -137,13 +137,13 @@ class TableReader:
         device, day = place
         return _slice_of(held.days[day], device).bound not in held.fresh[day][1]
 
-    def _place(self, held: HeldState, version: ListedVersion) -> tuple[str, int] | None:
+    def _place(self, held: LoadedState, version: ListedVersion) -> tuple[str, int] | None:
         """Device and day of an object that the table can take."""
         place = place_of(version.key, self._settings.s3.prefix, held.layout)
         taken = place is not None and version.key.endswith(".parquet")
         return (place[0], (place[1] - EPOCH.date()).days) if place and taken else None
 
-    def _newest(self) -> HeldState | None:
+    def _newest(self) -> LoadedState | None:
         with self._lock:
             if monotonic() >= self._until:
                 with catalog_of(self._settings, self._store).opened() as table:
@@ -158,16 +158,16 @@ class TableReader:
                 self._until = monotonic() + KEPT_SECONDS
             return self._held
 
-    def _of(self, state: TableState, files: Iterable[LakeFile]) -> HeldState:
+    def _of(self, state: TableState, files: Iterable[LakeFile]) -> LoadedState:
         export = self._settings.export
         layout = read_layout(self._store, self._settings.s3.prefix, export.date_format, export.window_seconds)
         by_day: dict[int, list[LakeFile]] = {}
         for file in files:
             by_day.setdefault((file.day - EPOCH.date()).days, []).append(file)
-        return HeldState(state, {day: slices_of(found) for day, found in by_day.items()}, layout)
+        return LoadedState(state, {day: slices_of(found) for day, found in by_day.items()}, layout)
 
     def _by_day(
-        self, held: HeldState, objects: Callable[[int, int], Sequence[ListedVersion]], days: set[int]
+        self, held: LoadedState, objects: Callable[[int, int], Sequence[ListedVersion]], days: set[int]
     ) -> Mapping[int, Sequence[ListedVersion]]:
         """The objects of these days that the table can take, in the order of a listing."""
         found: dict[int, list[ListedVersion]] = {}
@@ -177,7 +177,7 @@ class TableReader:
                 found.setdefault(place[1], []).append(one)
         return {day: sorted(those, key=lambda one: one.key.encode()) for day, those in found.items()}
 
-    def _fresh(self, held: HeldState, day: int, objects: Iterable[ListedVersion]) -> frozenset[bytes]:
+    def _fresh(self, held: LoadedState, day: int, objects: Iterable[ListedVersion]) -> frozenset[bytes]:
         """Bounds of the slices that stand for all objects of their devices, none set aside, or have none any more."""
         slices = held.days[day]
         members = closed_days(objects, self._settings.s3.prefix, held.layout, date.max)
@@ -187,7 +187,7 @@ class TableReader:
         )
 
     def _windows(
-        self, held: HeldState, day: int, one: Slice, objects: Iterable[ListedVersion]
+        self, held: LoadedState, day: int, one: Slice, objects: Iterable[ListedVersion]
     ) -> Sequence[tuple[str, int, int]]:
         """What the objects of a slice's devices cover, as in `TableFile.without`."""
         seconds = held.layout.window_seconds(EPOCH.date() + timedelta(days=day))

@@ -40,7 +40,7 @@ from app.core.windows import EPOCH
 from app.lake.columns import FIRST, TIMESTAMP, LakeColumns
 from app.lake.day import NewFile
 from app.lake.plan import LakeFile
-from app.object_store.port import ObjectInfo, ObjectStore, Put
+from app.object_store.port import ObjectInfo, ObjectStore, PutRequest
 
 NAMESPACE, TABLE = "headwater", "telemetry"
 METADATA = re.compile(r"(\d+)-[0-9a-f-]+\.metadata\.json")
@@ -136,7 +136,7 @@ class _Stored(io.BytesIO):
     def close(self) -> None:
         if not self.closed:
             self.seek(0)
-            self._store.put(self._key, self, Put("application/octet-stream"))
+            self._store.put(self._key, self, PutRequest("application/octet-stream"))
         super().close()
 
     def __exit__(self, kind: object, *_: object) -> None:

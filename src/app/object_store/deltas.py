@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from app.core.errors import Rejected
-from app.core.pipeline import Held
+from app.core.pipeline import ObjectState
 from app.object_store.port import CONTROL, ObjectInfo
 
 NAME = re.compile(r"(?P<folder>(?:.*/)?)export_(\d\d)(\d\d)(\d\d)\.(?P<format>parquet|csv)", re.DOTALL)
@@ -25,7 +25,7 @@ Head = Callable[[ObjectInfo | str], ObjectInfo | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Unfolded:
+class UnfoldedDeltas:
     """What is left of a listing. An object that was asked has the version that it had then.
 
     `is_whole`: each delta's object is in the listing as well, so that what is left depends on nothing else.
@@ -74,9 +74,9 @@ def is_nameable(device: str) -> bool:
     return True
 
 
-def held_of(info: ObjectInfo) -> Held:
+def state_from_metadata(info: ObjectInfo) -> ObjectState:
     """What an object's metadata says; an object that a person put there says nothing."""
-    return Held(
+    return ObjectState(
         version=info.etag,
         digest=info.metadata.get("digest", ""),
         write=info.metadata.get("write", ""),
@@ -93,13 +93,13 @@ def named_second(key: str) -> int | None:
     return named and _second(*named.groups()[1:4])
 
 
-def noted_window(info: ObjectInfo) -> tuple[int, int] | None:
+def window_from_metadata(info: ObjectInfo) -> tuple[int, int] | None:
     """The window that the object's writer noted, as seconds of its day; None for what another program wrote."""
     noted = WINDOW.fullmatch(info.metadata.get("window", ""))
     return noted and (_second(*noted.groups()[:3]), _second(*noted.groups()[3:]) or DAY)
 
 
-def unfolded(infos: Iterable[ObjectInfo], head: Head, *, window_seconds: int = 60) -> Unfolded:
+def unfolded_deltas(infos: Iterable[ObjectInfo], head: Head, *, window_seconds: int = 60) -> UnfoldedDeltas:
     """`infos` without the deltas whose rows the object of their window holds.
 
     `window_seconds`: what the names of windows are a multiple of; where that is not known, the shortest window.
@@ -119,7 +119,7 @@ def unfolded(infos: Iterable[ObjectInfo], head: Head, *, window_seconds: int = 6
             look.over(window_seconds)
             is_whole &= look.is_whole
     left = (changes.get(info.key, info) for info in listed) if changes else listed
-    return Unfolded([info for info in left if info is not None], is_whole)
+    return UnfoldedDeltas([info for info in left if info is not None], is_whole)
 
 
 @dataclass(slots=True)
@@ -150,7 +150,7 @@ class _Look:
     def _ask(self, second: int) -> _Noted:
         """What the object of this name says of its window; where it is a delta, what its window's object says."""
         info = self.head(self.day[second])
-        window = noted_window(info) if info else None
+        window = window_from_metadata(info) if info else None
         if info is None or window is None:
             return _Noted()
         start, end = window
@@ -164,7 +164,7 @@ class _Look:
             self.is_whole = False
             named = f"{start // 3600:02d}{start // 60 % 60:02d}{start % 60:02d}"
             info = self.head(f"{self.folder}export_{named}.{self.suffix}")
-            if info is None or noted_window(info) != window:
+            if info is None or window_from_metadata(info) != window:
                 return _Noted(start, end)
         return _Noted(start, end, info.number("folded") or 0)
 

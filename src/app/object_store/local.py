@@ -36,15 +36,15 @@ from app.object_store.port import (
     CONTROL,
     MAX_KEY_BYTES,
     BadKey,
-    Limited,
+    LimitedBody,
     ListingBatch,
+    ListingPage,
+    ListingRequest,
     ObjectInfo,
-    Page,
-    PageRequest,
-    Put,
-    Readable,
-    Spliced,
-    Stored,
+    PutRequest,
+    ReadableBody,
+    SplicedBody,
+    StoredObject,
     check_characters,
     check_key,
     in_batches,
@@ -76,8 +76,8 @@ class LocalDirectory:
         self._root = Path(os.path.realpath(root))
         self._hidden = self._root / HIDDEN
         self._temporaries = self._hidden / "tmp"
-        self._notes = Notes(self._hidden / "meta", self._temporaries)
-        self._names = Names(self._root, self._temporaries)
+        self._notes = LocalMetadata(self._hidden / "meta", self._temporaries)
+        self._names = LocalNames(self._root, self._temporaries)
         self._clock_ns = clock_ns
         self._turn = threading.Lock()
         self.conditional = False  # until `probe` has seen that the root can be written and locked
@@ -85,7 +85,7 @@ class LocalDirectory:
     def probe(self) -> None:
         """Write and lock below the root, and remove what killed processes left there more than a day ago."""
         with _translated(str(self._root)):
-            with self._spooled([b"probe"], Put("text/plain")), self._locked():
+            with self._spooled([b"probe"], PutRequest("text/plain")), self._locked():
                 oldest_ns = self._clock_ns() - LEFTOVER_NS
             for leftover in self._temporaries.iterdir():
                 found = _stat(leftover)
@@ -111,7 +111,7 @@ class LocalDirectory:
                     break
             return info
 
-    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+    def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
         """As `write`."""
         return self.write(key, body, put).etag
 
@@ -189,7 +189,7 @@ class LocalDirectory:
         """As `head`, which has all."""
         return self.head(key)
 
-    def write(self, key: str, body: Readable, put: Put) -> Stored:
+    def write(self, key: str, body: ReadableBody, put: PutRequest) -> StoredObject:
         """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
         path = self._path(check_key(key))
         chunks = iter(partial(body.read, CHUNK_BYTES), b"")
@@ -217,28 +217,28 @@ class LocalDirectory:
                 raise
             # Only now it is certain what the file system made of the name.
             self._check_name(key, written=path)
-            return Stored(etag, made.st_size)
+            return StoredObject(etag, made.st_size)
 
-    def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
+    def patch(self, held: ObjectInfo, offset: int, body: ReadableBody) -> StoredObject:
         """The object is written again as a whole: its readers keep what they have."""
         with self.open(held.key, held.etag) as old:
             if old is None:
                 raise Conflict(
                     f"{held.key}: was deleted while it was patched", "look at the object, then send it again"
                 )
-            spliced = Spliced(old, held.size_bytes, offset, body)
-            return self.write(held.key, spliced, Put(held.content_type, held.metadata, held.etag, held.headers))
+            spliced = SplicedBody(old, held.size_bytes, offset, body)
+            return self.write(held.key, spliced, PutRequest(held.content_type, held.metadata, held.etag, held.headers))
 
     @contextmanager
-    def open_span(self, held: ObjectInfo, first: int, count: int) -> Iterator[Readable]:
+    def open_span(self, held: ObjectInfo, first: int, count: int) -> Iterator[ReadableBody]:
         """The open file, from `first` on."""
         with self.open(held.key, held.etag) as stream:
             if stream is None:
                 raise Conflict(f"{held.key}: was deleted", AGAIN_HINT)
             stream.seek(first)
-            yield Limited(stream, count)
+            yield LimitedBody(stream, count)
 
-    def page(self, question: PageRequest) -> Page:
+    def page(self, question: ListingRequest) -> ListingPage:
         """The keys after the last one of the page before."""
         return page_of(self.list(question.prefix), question)
 
@@ -277,7 +277,7 @@ class LocalDirectory:
         return path
 
     @contextmanager
-    def _spooled(self, chunks: Iterable[bytes], put: Put) -> Iterator[tuple[Path, str, bool]]:
+    def _spooled(self, chunks: Iterable[bytes], put: PutRequest) -> Iterator[tuple[Path, str, bool]]:
         """A synced temporary file on the root's file system: path, ETag, and whether it carries its own note."""
         _make_folder(self._temporaries)
         path = self._temporaries / uuid4().hex
@@ -291,7 +291,7 @@ class LocalDirectory:
         finally:
             path.unlink(missing_ok=True)
 
-    def _seal(self, file: BinaryIO, at_ns: int, put: Put) -> tuple[str, bool]:
+    def _seal(self, file: BinaryIO, at_ns: int, put: PutRequest) -> tuple[str, bool]:
         """Give the file its time, the clock's since the kernel's own is coarser, and its note; then make it durable."""
         descriptor = file.fileno()
         os.utime(descriptor, ns=(at_ns, at_ns))
@@ -447,7 +447,7 @@ ATTRIBUTE = "user.headwater"
 UNABLE = {errno.ENOTSUP, errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EPERM}
 
 
-class Notes:
+class LocalMetadata:
     """The notes of one directory; half-written ones are in `temporaries`. All methods may raise OSError.
 
     A note is an extended attribute of the object's file, so that both appear with one rename; where the file system has
@@ -460,7 +460,7 @@ class Notes:
         self._folder = folder
         self._temporaries = temporaries
 
-    def attach(self, descriptor: int, etag: str, put: Put) -> bool:
+    def attach(self, descriptor: int, etag: str, put: PutRequest) -> bool:
         """Keep the note with the open file, durable with its next fsync; False where that cannot be done."""
         if sys.platform != "linux":
             return False
@@ -472,7 +472,7 @@ class Notes:
             raise
         return True
 
-    def write(self, key: str, etag: str, put: Put) -> None:
+    def write(self, key: str, etag: str, put: PutRequest) -> None:
         """Keep the note in a file of its own, before the object that has this ETag gets its name."""
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = self._temporaries / uuid4().hex
@@ -517,7 +517,7 @@ class Notes:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
-def _note(etag: str, put: Put) -> bytes:
+def _note(etag: str, put: PutRequest) -> bytes:
     metadata = {name.lower(): value for name, value in put.metadata.items()}
     note = {"etag": etag, "content_type": put.content_type, "metadata": metadata, "headers": dict(put.headers)}
     return json.dumps(note).encode()
@@ -529,7 +529,7 @@ PROBE = "e\N{COMBINING ACUTE ACCENT}\N{LATIN SMALL LETTER E WITH ACUTE} a."
 NamesIn = Callable[[Path], Collection[str]]
 
 
-class Names:
+class LocalNames:
     """Names below `root`. `scratch` is a folder on the same file system, where names are tried out once it is there.
 
     Where names are kept, as on nearly every server, a look costs nothing; elsewhere each segment is compared with the
@@ -546,7 +546,7 @@ class Names:
         if self._kept is None and self._scratch.is_dir() and os.access(self._scratch, os.W_OK):
             self._kept = self._tried()
         # None: nothing was written here yet, or nothing can be
-        return self._kept is not False or spelled(self._root, key, self._names_in)
+        return self._kept is not False or is_spelled_so(self._root, key, self._names_in)
 
     def _tried(self) -> bool:
         name = uuid4().hex + PROBE
@@ -562,7 +562,7 @@ class Names:
         return kept and not twice
 
 
-def spelled(root: Path, key: str, names_in: NamesIn) -> bool:
+def is_spelled_so(root: Path, key: str, names_in: NamesIn) -> bool:
     """Whether each part of `key` that is there is held by its folder in exactly this spelling."""
     folder = root
     for segment in key.split("/"):

@@ -65,7 +65,7 @@ class ListingBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Put:
+class PutRequest:
     """What to store and under which condition.
 
     `expected`: an ETag that the object must still have; "" = the object must not exist; None = whatever is there.
@@ -99,7 +99,7 @@ class ObjectStore(Protocol):
     def head(self, key: str) -> ObjectInfo | None:
         """The object's properties; None when it does not exist."""
 
-    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+    def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
         """Store the rest of `body` (seekable) and return the new ETag.
 
         Raises Conflict when `put.expected` does not hold, which may be due to our own earlier write whose answer was
@@ -178,7 +178,7 @@ def is_new_form(key: str) -> bool:
     return True
 
 
-def taken_for(key: str) -> str:
+def normalized_key(key: str) -> str:
     """The key that the least careful store could take `key` for: backslashes are slashes, empty and `.` segments are
     nothing, `..` goes up. The same for every key of the form that new ones have.
     """
@@ -193,7 +193,7 @@ def taken_for(key: str) -> str:
     return "/".join(kept) + folder
 
 
-class Readable(Protocol):
+class ReadableBody(Protocol):
     """A body. It need not be seekable, and blocks until there is something."""
 
     def read(self, count: int, /) -> bytes:
@@ -201,7 +201,7 @@ class Readable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredObject:
     """What was stored. `version_id` None = the store keeps no versions.
 
     `guarded` False: the store ignores conditions, so that the version was only looked at before it was replaced.
@@ -214,7 +214,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class PageRequest:
+class ListingRequest:
     """What to list. Keys with `delimiter` after the prefix are rolled up to the part before and with it; "" = none.
 
     `continuation` is what the page before gave; "" = the first page. `limit` counts keys and rolled up prefixes.
@@ -227,7 +227,7 @@ class PageRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class ListingPage:
     """A part of a listing. `continuation` "" = the last one."""
 
     objects: Sequence[ObjectInfo]
@@ -241,27 +241,27 @@ class Transfers(Protocol):
     def properties(self, key: str) -> ObjectInfo | None:
         """As the store's `head`, and its tags."""
 
-    def write(self, key: str, body: Readable, put: Put) -> Stored:
+    def write(self, key: str, body: ReadableBody, put: PutRequest) -> StoredObject:
         """Store a body to its end under the condition of `put`. Raises Conflict, but not for our own lost answer."""
 
-    def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
+    def patch(self, held: ObjectInfo, offset: int, body: ReadableBody) -> StoredObject:
         """Overwrite from `offset` on, at most the size of `held`; what is not overwritten stays, and so do type,
         headers and metadata.
 
         `held` is what `properties` gave. Raises Conflict when that is no longer there.
         """
 
-    def open_span(self, held: ObjectInfo, first: int, count: int) -> AbstractContextManager[Readable]:
+    def open_span(self, held: ObjectInfo, first: int, count: int) -> AbstractContextManager[ReadableBody]:
         """The bytes `[first, first + count)` of exactly this version; Conflict when it is gone, never a short end."""
 
-    def page(self, question: PageRequest) -> Page:
+    def page(self, question: ListingRequest) -> ListingPage:
         """One page. Raises Rejected for an invalid continuation."""
 
 
 # What back ends share: bodies that are put together, and pages of a store that lists its keys in order.
 
 
-class Limited:
+class LimitedBody:
     """The next `count` bytes of a stream, as a body."""
 
     def __init__(self, stream: BinaryIO, count: int) -> None:
@@ -279,13 +279,13 @@ class Limited:
         return data
 
 
-class Spliced:
+class SplicedBody:
     """Bytes of `old` up to `offset`, then a body, then what the body leaves of `old`."""
 
-    def __init__(self, old: BinaryIO, size_bytes: int, offset: int, body: Readable) -> None:
+    def __init__(self, old: BinaryIO, size_bytes: int, offset: int, body: ReadableBody) -> None:
         self._old, self._size_bytes, self._body = old, size_bytes, body
-        self._pieces = iter((Limited(old, offset), body))
-        self._now: Readable | None = next(self._pieces)
+        self._pieces = iter((LimitedBody(old, offset), body))
+        self._now: ReadableBody | None = next(self._pieces)
         self._end = 0
 
     def read(self, count: int, /) -> bytes:
@@ -298,14 +298,14 @@ class Spliced:
             self._now = self._after(self._now)
         return b""
 
-    def _after(self, ended: Readable) -> Readable | None:
+    def _after(self, ended: ReadableBody) -> ReadableBody | None:
         if ended is not self._body:
             return next(self._pieces, None)
         self._old.seek(min(self._end, self._size_bytes))
-        return Limited(self._old, max(self._size_bytes - self._end, 0))
+        return LimitedBody(self._old, max(self._size_bytes - self._end, 0))
 
 
-def page_of(found: Iterable[ObjectInfo], question: PageRequest) -> Page:
+def page_of(found: Iterable[ObjectInfo], question: ListingRequest) -> ListingPage:
     """The page of objects that come in UTF-8 order of their keys, all with the prefix. Raises Rejected."""
     try:
         after = urlsafe_b64decode(question.continuation.encode())
@@ -322,16 +322,16 @@ def page_of(found: Iterable[ObjectInfo], question: PageRequest) -> Page:
             if name.encode() <= after:
                 continue
             if len(objects) + len(prefixes) == question.limit:
-                return Page(objects, prefixes, urlsafe_b64encode(last.encode()).decode())
+                return ListingPage(objects, prefixes, urlsafe_b64encode(last.encode()).decode())
             last = name
             if rolled:
                 prefixes.append(rolled)
                 break
             objects.append(info)
-    return Page(objects, prefixes)
+    return ListingPage(objects, prefixes)
 
 
-def _rolled(key: str, question: PageRequest) -> str:
+def _rolled(key: str, question: ListingRequest) -> str:
     """The common prefix that stands for `key`; "" when it stands for itself."""
     if not question.delimiter:
         return ""

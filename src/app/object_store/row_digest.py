@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from app.core.errors import Permanent
-from app.core.verify import NOTHING, Content, content_from
+from app.core.verify import NOTHING, WindowContent, content_from
 
 LANES = (b"headwater-0", b"headwater-1")
 TRUTH = 0x9E3779B97F4A7C15
@@ -28,7 +28,7 @@ DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 # Rows of text, of pipelines whose rows have no cells that are told apart by a key and an instant.
 
 
-def content_of(rows: Iterable[Mapping[str, str]]) -> Content:
+def content_of(rows: Iterable[Mapping[str, str]]) -> WindowContent:
     """The content of rows of text. An empty cell is the same as none, so that a new column changes no earlier row."""
     total, left = NOTHING, iter(rows)
     while step := list(islice(left, ROWS)):
@@ -74,7 +74,7 @@ def row_lanes(columns: Iterable[tuple[str, Any]]) -> Sequence[Any]:
     return [mixed(each ^ seed_of(lane, "")) for each, lane in zip(sums, LANES, strict=True)]
 
 
-def summed(lanes: Sequence[Any], rows: int) -> Content:
+def summed(lanes: Sequence[Any], rows: int) -> WindowContent:
     """The content of these hashes, which stand for so many rows."""
     return content_from(rows, *(int(np.sum(each, dtype=np.uint64)) for each in lanes))
 

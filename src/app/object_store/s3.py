@@ -27,12 +27,12 @@ from app.object_store.port import (
     BadKey,
     ListingBatch,
     ObjectInfo,
-    Put,
+    PutRequest,
     check_characters,
     check_key,
     date_of,
     is_new_form,
-    taken_for,
+    normalized_key,
 )
 from app.object_store.s3_client import (
     AGAIN_HINT,
@@ -51,7 +51,7 @@ from app.object_store.s3_client import (
     make_client,
     status_of,
     take_entries,
-    translated,
+    translate_s3_errors,
 )
 
 TOOLS_HINT = "use the store's own tools for this object"
@@ -86,12 +86,12 @@ class S3Store:
     """Objects of one bucket. `probe_key` names the object that `probe` writes and removes; each process has its own.
 
     Before `probe` has run, a condition is both sent and checked by a HEAD; where `probe` saw it ignored, only checked.
-    `translated(what)`: exceptions of the SDK in a block become ours.
+    `translate_s3_errors(what)`: exceptions of the SDK in a block become ours.
     """
 
     def __init__(self, target: S3Target, probe_key: str) -> None:
         self.target = target
-        self.translated = partial(translated, target=target)
+        self.translated = partial(translate_s3_errors, target=target)
         self.probe_key = check_key(probe_key)
         self._honours: bool | None = None
         self._bucket_seen = False
@@ -141,11 +141,11 @@ class S3Store:
             raise BadKey(f"object key {key!r}: the store takes it for another object's", TOOLS_HINT)
         return info
 
-    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+    def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
         """One PutObject, up to 5 GiB. Metadata: printable ASCII without outer spaces, 2 KB in all, else Rejected."""
         return self.put_version(key, body, put)[0]
 
-    def put_version(self, key: str, body: BinaryIO, put: Put) -> tuple[str, str | None]:
+    def put_version(self, key: str, body: BinaryIO, put: PutRequest) -> tuple[str, str | None]:
         """As `put`; the new ETag and version id, None where the bucket keeps no versions.
 
         Where it met another write under way, S3 asks to repeat it; before a replacement is repeated, its ETag would
@@ -153,7 +153,7 @@ class S3Store:
         """
         check_key(key)
         check_headers(key, put)
-        rest = Rest(body)
+        rest = RemainingStream(body)
         if rest.size_bytes > MAX_PUT_BYTES:
             raise Rejected(
                 f"{key}: {rest.size_bytes} bytes are more than the 5 GiB that one upload may have",
@@ -184,7 +184,7 @@ class S3Store:
             yield None
             return
         with self.translated(key):
-            raw = Resumed(key, answer, partial(self._get_rest, key, answer["ETag"], ""))
+            raw = ResumingDownload(key, answer, partial(self._get_rest, key, answer["ETag"], ""))
         with io.BufferedReader(raw, READ_BYTES) as stream:
             yield stream
 
@@ -193,7 +193,7 @@ class S3Store:
         """The bytes `[first, first + count)`, `count` > 0, of exactly this version, resumed like a whole object."""
         rest = partial(self._get_rest, held.key, held.etag, str(first + count - 1))
         answer = {"Body": rest(first), "ContentLength": count}
-        raw = Resumed(held.key, answer, lambda position: rest(first + position))
+        raw = ResumingDownload(held.key, answer, lambda position: rest(first + position))
         with io.BufferedReader(raw, READ_BYTES) as stream:
             yield stream
 
@@ -224,7 +224,7 @@ class S3Store:
         odd key and the one that a store could take it for, nothing would tell which the store deletes.
         """
         if not is_new_form(key):
-            held, other = self.head(key), taken_for(key)
+            held, other = self.head(key), normalized_key(key)
             twin = self.head(other) if other != key and is_new_form(other) else None
             if held is not None and twin is not None and twin.etag == held.etag:
                 raise BadKey(f"object key {key!r}: an equal object has the key {other!r}", TOOLS_HINT)
@@ -292,14 +292,14 @@ class S3Store:
                 self.client().list_objects_v2(Bucket=self.target.bucket, Prefix=prefix, MaxKeys=1)
             self._bucket_seen = True
 
-    def _send(self, key: str, rest: "Rest", put: Put, condition: Mapping[str, str]) -> Any:
+    def _send(self, key: str, rest: "RemainingStream", put: PutRequest, condition: Mapping[str, str]) -> Any:
         """PutObject, with the SDK's own exceptions."""
         rest.seek(0)
         return self.client().put_object(
             Bucket=self.target.bucket,
             Key=key,
             Body=rest,
-            **described(put, self.target),
+            **put_arguments(put, self.target),
             **condition,
         )
 
@@ -309,7 +309,9 @@ class S3Store:
         """
         with self.translated(self.probe_key):
             try:
-                answer = self._send(self.probe_key, Rest(io.BytesIO(b"probe")), Put("text/plain"), condition)
+                answer = self._send(
+                    self.probe_key, RemainingStream(io.BytesIO(b"probe")), PutRequest("text/plain"), condition
+                )
             except client_error() as error:
                 if not condition or status_of(error) not in CONDITION_ANSWERS:
                     raise
@@ -321,14 +323,14 @@ class S3Store:
         folder = self.probe_key.rpartition("/")[0] + "/"
         try:
             if folder.endswith(f"{PROBE_FOLDER}/"):
-                for key in old_probes(list(self.list(folder))):
+                for key in stale_probes(list(self.list(folder))):
                     self.delete(key)
             self.delete(self.probe_key)
         except Permanent as error:
             log.warning("the probe object stays in the bucket: %s", error)
 
 
-def old_probes(probes: Sequence[ObjectInfo]) -> Sequence[str]:
+def stale_probes(probes: Sequence[ObjectInfo]) -> Sequence[str]:
     """Keys of probes that no process still uses; the newest of them tells the store's own time."""
     now_at = max((probe.modified_at for probe in probes), default=None)
     return [probe.key for probe in probes if now_at is not None and now_at - probe.modified_at > LEFTOVER]
@@ -342,7 +344,7 @@ def check_unicode(text: str) -> None:
         raise Rejected(f"object key {text!r} is not valid Unicode", "use UTF-8 text") from error
 
 
-def check_headers(key: str, put: Put) -> None:
+def check_headers(key: str, put: PutRequest) -> None:
     """Metadata travels as HTTP headers, where other characters are lost, changed or refused, depending on the store."""
     for text in (put.content_type, *put.metadata, *put.metadata.values(), *put.headers.values()):
         if not (text.isascii() and text.isprintable() and text == text.strip()):
@@ -351,7 +353,7 @@ def check_headers(key: str, put: Put) -> None:
         raise Rejected(f"{key}: its metadata is longer than {MAX_METADATA_BYTES} bytes", "shorten it")
 
 
-def described(put: Put, target: S3Target) -> Mapping[str, Any]:
+def put_arguments(put: PutRequest, target: S3Target) -> Mapping[str, Any]:
     """The SDK's arguments for all that an object keeps beside its bytes. S3_SSE goes before what an object had."""
     given = dict(put.headers)
     if target.sse:
@@ -375,7 +377,7 @@ def headers_of(found: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def condition_of(expected: str | None) -> Mapping[str, str]:
-    """The SDK's arguments for `Put.expected`."""
+    """The SDK's arguments for `PutRequest.expected`."""
     if expected is None:
         return {}
     return {"IfMatch": expected} if expected else {"IfNoneMatch": "*"}
@@ -384,7 +386,7 @@ def condition_of(expected: str | None) -> Mapping[str, str]:
 # Bodies on their way to and from S3.
 
 
-class Rest:
+class RemainingStream:
     """What is left of a stream, as a stream of its own: the SDK rewinds to 0 before it sends a body again."""
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -407,7 +409,7 @@ class Rest:
         return self._stream.seek(offset + start, whence) - self._start
 
 
-class Resumed(io.RawIOBase):
+class ResumingDownload(io.RawIOBase):
     """A download that is asked for again from where it broke off, at most RESUMES times, and ends only at its size.
 
     botocore retries no request after its headers came: `contracts` of S3, GetObject.

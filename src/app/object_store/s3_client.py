@@ -147,7 +147,7 @@ def key_source(target: S3Target) -> Callable[[], tuple[str, str, str]]:
             return target.access_key_id, target.secret_access_key, target.session_token
         import boto3
 
-        with translated(f"keys of bucket {target.bucket!r}", target):
+        with translate_s3_errors(f"keys of bucket {target.bucket!r}", target):
             if not found:
                 found.append(boto3.session.Session().get_credentials())
             frozen = found[0].get_frozen_credentials() if found[0] else None
@@ -179,7 +179,7 @@ def status_of(error: Any) -> int:
 
 
 @contextmanager
-def translated(what: str, target: S3Target, *, replaces: bool = False) -> Iterator[None]:
+def translate_s3_errors(what: str, target: S3Target, *, replaces: bool = False) -> Iterator[None]:
     """Every exception of the SDK as what the caller should do. `replaces`: a missing object is a Conflict."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
@@ -265,7 +265,7 @@ Ask = Callable[[ListQuery], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Entries:
+class ListingEntries:
     """The entries of one page as they came. `head`: all up to the root element's first tag; `encoded`: as in a URL."""
 
     head: bytes
@@ -320,7 +320,7 @@ def take_entries(response_dict: dict[str, Any], customized_response_dict: dict[s
     if root is None or b"<!" in head or any(other in entries for other in OTHERS):
         return
     encoded = ENCODED in head or ENCODED in tail
-    customized_response_dict[TAKEN] = Entries(head[: root.end()], entries, encoded)
+    customized_response_dict[TAKEN] = ListingEntries(head[: root.end()], entries, encoded)
     response_dict["body"] = head + tail
 
 

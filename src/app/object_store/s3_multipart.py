@@ -29,16 +29,16 @@ from app.object_store.port import (
     MARK,
     TAG_COUNT,
     TAGS,
+    ListingPage,
+    ListingRequest,
     ObjectInfo,
-    Page,
-    PageRequest,
-    Put,
-    Readable,
-    Stored,
+    PutRequest,
+    ReadableBody,
+    StoredObject,
     check_characters,
     check_key,
 )
-from app.object_store.s3 import OTHER_ETAG, S3Store, check_headers, check_unicode, condition_of, described
+from app.object_store.s3 import OTHER_ETAG, S3Store, check_headers, check_unicode, condition_of, put_arguments
 from app.object_store.s3_client import AGAIN_HINT, client_error, code_of, following, infos_of, status_of
 
 MIB = 1 << 20
@@ -62,13 +62,13 @@ class S3Transfers:
 
     def __init__(self, store: S3Store) -> None:
         self._store = store
-        self._desk = PartDesk()
+        self._services = UploadPool()
         self._turn = threading.Lock()
         self._guards_parts: bool | None = None
 
     def close(self) -> None:
         """End the threads. Idempotent."""
-        self._desk.close()
+        self._services.close()
 
     def properties(self, key: str) -> ObjectInfo | None:
         """HeadObject, and GetObjectTagging where that counts tags."""
@@ -77,14 +77,14 @@ class S3Transfers:
             return info
         return replace(info, headers={**info.headers, TAGS: self._store.tags(key)})
 
-    def write(self, key: str, body: Readable, put: Put) -> Stored:
+    def write(self, key: str, body: ReadableBody, put: PutRequest) -> StoredObject:
         """PutObject for what fits into one part, otherwise a multipart upload."""
         return self._assembled(key, put, lambda assembly: assembly.take(body))
 
-    def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
+    def patch(self, held: ObjectInfo, offset: int, body: ReadableBody) -> StoredObject:
         """What is large and stays is copied by the store itself; the rest is read and sent again."""
         metadata = {name: value for name, value in held.metadata.items() if name != MARK}
-        put = Put(held.content_type, metadata, held.etag, held.headers)
+        put = PutRequest(held.content_type, metadata, held.etag, held.headers)
 
         def fill(assembly: "_Assembly") -> None:
             assembly.least_part_bytes = -(-held.size_bytes // PARTS_OF_OLD // MIB) * MIB
@@ -94,11 +94,11 @@ class S3Transfers:
 
         return self._assembled(held.key, put, fill)
 
-    def open_span(self, held: ObjectInfo, first: int, count: int) -> AbstractContextManager[Readable]:
+    def open_span(self, held: ObjectInfo, first: int, count: int) -> AbstractContextManager[ReadableBody]:
         """GetObject with a range."""
         return self._store.open_span(held, first, count) if count > 0 else nullcontext(io.BytesIO())
 
-    def page(self, question: PageRequest) -> Page:
+    def page(self, question: ListingRequest) -> ListingPage:
         """ListObjectsV2. The continuation is the store's own token."""
         check_unicode(question.prefix)
         given = {"Delimiter": question.delimiter, "ContinuationToken": question.continuation}
@@ -117,7 +117,7 @@ class S3Transfers:
         # SeaweedFS takes `a//` for `a/`
         prefixes = [prefix for prefix in prefixes if prefix.startswith(question.prefix)]
         more = following(found, query)
-        return Page(infos_of(found, question.prefix), prefixes, more["ContinuationToken"] if more else "")
+        return ListingPage(infos_of(found, question.prefix), prefixes, more["ContinuationToken"] if more else "")
 
     def link(self, key: str, seconds: int, disposition: str) -> str:
         """A presigned GetObject. It ends with temporary credentials, if those are what it was made with."""
@@ -136,27 +136,27 @@ class S3Transfers:
             )
         return str(made["url"]), made["fields"]
 
-    def _assembled(self, key: str, put: Put, fill: "Callable[[_Assembly], Any]") -> Stored:
+    def _assembled(self, key: str, put: PutRequest, fill: "Callable[[_Assembly], Any]") -> StoredObject:
         """What `fill` put together, under a mark that tells the object of this very write from any other."""
         check_key(key)
         # When the answer of the last step is lost, the mark on what is there tells whether the step was done.
         put = replace(put, metadata={**put.metadata, MARK: uuid4().hex})
         check_headers(key, put)
         with ExitStack() as stack:
-            assembly = _Assembly(self._store, self._desk, key, put, stack)
+            assembly = _Assembly(self._store, self._services, key, put, stack)
             fill(assembly)
             if assembly.parts is None:
                 return self._put(key, assembly.rest(), put)
             guarded = put.expected is not None and self._guards()
             return replace(assembly.complete(guarded=guarded), guarded=guarded or put.expected is None)
 
-    def _put(self, key: str, data: bytearray, put: Put) -> Stored:
+    def _put(self, key: str, data: bytearray, put: PutRequest) -> StoredObject:
         guarded = put.expected is None or self._store.conditional
         try:
             etag, version_id = self._store.put_version(key, io.BytesIO(data), put)
         except AppError as error:
-            return Stored(settled(self._store, key, put, error).etag, len(data), None, guarded)
-        return Stored(etag, len(data), version_id, guarded)
+            return StoredObject(confirm_lost_answer(self._store, key, put, error).etag, len(data), None, guarded)
+        return StoredObject(etag, len(data), version_id, guarded)
 
     def _guards(self) -> bool:
         """Whether the store compares versions at a Complete; some do so only at a PutObject. Tried once."""
@@ -166,7 +166,7 @@ class S3Transfers:
             return self._guards_parts
 
 
-def settled(store: S3Store, key: str, put: Put, error: AppError) -> ObjectInfo:
+def confirm_lost_answer(store: S3Store, key: str, put: PutRequest, error: AppError) -> ObjectInfo:
     """The object, if it is that of this write, whose answer was lost; otherwise raises `error`."""
     with suppress(AppError):
         found = store.head(key)
@@ -177,17 +177,17 @@ def settled(store: S3Store, key: str, put: Put, error: AppError) -> ObjectInfo:
 
 def honours_conditions(store: S3Store, key: str) -> bool:
     """Whether a Complete under a wrong condition is refused, tried on an object of our own at `key`."""
-    put = Put("text/plain", {MARK: uuid4().hex}, OTHER_ETAG)
-    desk = PartDesk(1, 1)
-    store.put(key, io.BytesIO(b"probe"), Put("text/plain"))
+    put = PutRequest("text/plain", {MARK: uuid4().hex}, OTHER_ETAG)
+    services = UploadPool(1, 1)
+    store.put(key, io.BytesIO(b"probe"), PutRequest("text/plain"))
     try:
-        with begun(store, desk, key, put) as parts:
+        with begin_upload(store, services, key, put) as parts:
             parts.send(bytearray(b"probe"))
             parts.complete(5, guarded=True)
     except Conflict:
         return True
     finally:
-        desk.close()
+        services.close()
         with suppress(AppError):  # a key that may not delete leaves it to the probes
             store.delete(key)
     return False
@@ -201,7 +201,7 @@ def part_bytes(number: int) -> int:
     raise Rejected("the object would have more than 10,000 parts", "send it with the store's own tools")
 
 
-class PartDesk:
+class UploadPool:
     """What all uploads to one store share: threads and memory."""
 
     def __init__(
@@ -245,10 +245,10 @@ class PartDesk:
 
 
 class S3Parts:
-    """A multipart upload under way; see `begun`. Used from one thread."""
+    """A multipart upload under way; see `begin_upload`. Used from one thread."""
 
-    def __init__(self, store: S3Store, desk: PartDesk, key: str, put: Put, upload_id: str) -> None:
-        self._store, self._desk, self._key, self._put = store, desk, key, put
+    def __init__(self, store: S3Store, services: UploadPool, key: str, put: PutRequest, upload_id: str) -> None:
+        self._store, self._services, self._key, self._put = store, services, key, put
         self._place = {"Bucket": store.target.bucket, "Key": key, "UploadId": upload_id}
         self._sent: list[Future[Any]] = []
         self._under_way: list[Future[Any]] = []
@@ -264,7 +264,7 @@ class S3Parts:
 
     def copy(self, held: ObjectInfo, first: int, count: int) -> bool:
         """The next part, which the store copies itself from the version `held`; False when it does not know how."""
-        if self._desk.copies is False:
+        if self._services.copies is False:
             return False
         source = {
             "CopySource": {"Bucket": self._store.target.bucket, "Key": held.key},
@@ -273,11 +273,11 @@ class S3Parts:
         }
         self._start("upload_part_copy", source)
         # The first copy tells whether the store knows how; its answer is waited for.
-        if self._desk.copies is None:
-            self._desk.copies = self._sent[-1].result() is not None
-            if not self._desk.copies:
+        if self._services.copies is None:
+            self._services.copies = self._sent[-1].result() is not None
+            if not self._services.copies:
                 self._sent.pop()
-        return self._desk.copies
+        return self._services.copies
 
     def _start(self, operation: str, given: Mapping[str, Any]) -> None:
         part_bytes(self.number)  # refuses a number that cannot be
@@ -285,7 +285,7 @@ class S3Parts:
             if future.done():
                 future.result()  # raises early what one of them met
         self._under_way = [future for future in self._under_way if not future.done()]
-        self._sent.append(self._desk.start(partial(self._part, operation, self.number, given)))
+        self._sent.append(self._services.start(partial(self._part, operation, self.number, given)))
         self._under_way.append(self._sent[-1])
 
     def _part(self, operation: str, number: int, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -295,27 +295,27 @@ class S3Parts:
             try:
                 answer = getattr(self._store.client(), operation)(**self._place, PartNumber=number, **given)
             except client_error() as error:
-                if copies and self._desk.copies is None and status_of(error) in NO_COPIES:
+                if copies and self._services.copies is None and status_of(error) in NO_COPIES:
                     return None
                 raise
             told = answer.get("CopyPartResult", answer)
             sums = {name: told[name] for name in told if name.startswith("Checksum") and name != "ChecksumType"}
             return {"PartNumber": number, "ETag": told["ETag"], **sums}
 
-    def complete(self, size_bytes: int, *, guarded: bool) -> Stored:
+    def complete(self, size_bytes: int, *, guarded: bool) -> StoredObject:
         """Make the parts the object. `guarded`: the store is known to compare the version by itself."""
         # What one of the parts met is raised here, before anything is replaced.
         parts = [future.result() for future in self._sent]
         expected = self._put.expected
-        with nullcontext() if expected is None else self._desk.completing(self._key):
+        with nullcontext() if expected is None else self._services.completing(self._key):
             if expected is not None and not guarded:
                 self._store.compare(self._key, expected)
             try:
                 answer = self._complete(parts, condition_of(expected) if guarded else {})
             except AppError as error:
-                found = settled(self._store, self._key, self._put, error)
-                return Stored(found.etag, size_bytes, None, guarded)
-        return Stored(answer["ETag"], size_bytes, answer.get("VersionId"), guarded)
+                found = confirm_lost_answer(self._store, self._key, self._put, error)
+                return StoredObject(found.etag, size_bytes, None, guarded)
+        return StoredObject(answer["ETag"], size_bytes, answer.get("VersionId"), guarded)
 
     def _complete(self, parts: list[Mapping[str, Any]], condition: Mapping[str, str]) -> Any:
         """The SDK repeats a Complete whose answer was lost, and the store has forgotten the upload by then."""
@@ -341,13 +341,13 @@ class S3Parts:
 
 
 @contextmanager
-def begun(store: S3Store, desk: PartDesk, key: str, put: Put) -> Iterator[S3Parts]:
+def begin_upload(store: S3Store, services: UploadPool, key: str, put: PutRequest) -> Iterator[S3Parts]:
     """CreateMultipartUpload; the upload is aborted unless the block comes to its end."""
     with store.translated(key):
         answer = store.client().create_multipart_upload(
-            Bucket=store.target.bucket, Key=key, **described(put, store.target)
+            Bucket=store.target.bucket, Key=key, **put_arguments(put, store.target)
         )
-        parts = S3Parts(store, desk, key, put, answer["UploadId"])
+        parts = S3Parts(store, services, key, put, answer["UploadId"])
     with ExitStack() as undo:
         undo.callback(parts.abort)
         yield parts
@@ -369,8 +369,8 @@ def abort_upload(store: S3Store, key: str, upload_id: str) -> bool:
 class _Assembly:
     """An object put together from front to back. It becomes a multipart upload when it outgrows a part."""
 
-    def __init__(self, store: S3Store, desk: PartDesk, key: str, put: Put, stack: ExitStack) -> None:
-        self._store, self._desk, self._key, self._put, self._stack = store, desk, key, put, stack
+    def __init__(self, store: S3Store, services: UploadPool, key: str, put: PutRequest, stack: ExitStack) -> None:
+        self._store, self._services, self._key, self._put, self._stack = store, services, key, put, stack
         self._held = bytearray()  # room for a whole part once the object is large
         self._held_bytes = 0
         self._size_bytes = 0
@@ -378,7 +378,7 @@ class _Assembly:
         self.least_part_bytes = 0
         self.parts: S3Parts | None = None
 
-    def take(self, body: Readable) -> int:
+    def take(self, body: ReadableBody) -> int:
         """All of `body`; how many bytes it had."""
         before = self._size_bytes
         while data := body.read(min(STEP_BYTES, self._room_bytes())):
@@ -417,7 +417,7 @@ class _Assembly:
     def _add(self, data: bytes) -> None:
         end = self._held_bytes + len(data)
         if end > LARGE_BYTES and not self._large:
-            self._stack.enter_context(self._desk.place())
+            self._stack.enter_context(self._services.place())
             self._large = True
         if self._large and end > len(self._held):
             held, self._held = self._held, bytearray(self._held_bytes + self._room_bytes())
@@ -430,7 +430,7 @@ class _Assembly:
 
     def _begin(self) -> S3Parts:
         if self.parts is None:
-            self.parts = self._stack.enter_context(begun(self._store, self._desk, self._key, self._put))
+            self.parts = self._stack.enter_context(begin_upload(self._store, self._services, self._key, self._put))
         return self.parts
 
     def rest(self) -> bytearray:
@@ -441,7 +441,7 @@ class _Assembly:
             del held[count:]  # gives the memory back without a copy
         return held
 
-    def complete(self, *, guarded: bool) -> Stored:
+    def complete(self, *, guarded: bool) -> StoredObject:
         """Send the rest and make the object."""
         parts = self._begin()
         if self._held_bytes:
@@ -457,7 +457,7 @@ SWEEP_HINT = (
 )
 
 
-def sweep(store: S3Store, before: datetime, ours: Callable[[str], bool]) -> int:
+def abort_stale_uploads(store: S3Store, before: datetime, ours: Callable[[str], bool]) -> int:
     """Abort multipart uploads that were begun before under keys that are `ours`; how many there were. One that ends
     meanwhile is none.
     """

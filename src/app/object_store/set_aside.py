@@ -20,7 +20,7 @@ from urllib.parse import quote
 from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.ledger import KeptFile, SetAside, sampled
 from app.core.runs import Run
-from app.object_store.port import ObjectInfo, ObjectStore, Put
+from app.object_store.port import ObjectInfo, ObjectStore, PutRequest
 
 FOLDER = "_set_aside"
 LINES = "text/plain; charset=utf-8"
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class SetAsideResult:
     """What became of rows that were set aside: `number` in all, `new` of them for the first time.
 
     `key` names the object that holds them; "" = the store could not be written: they are only counted, and all are new
@@ -103,7 +103,7 @@ class SetAsideStore:
         reason: str,
         number: int,
         sample: str = "",
-    ) -> Kept:
+    ) -> SetAsideResult:
         """Keep `content`: `number` values, in the ledger's unit, that were set aside for `reason`.
 
         `name` tells the window or unit from others, in one part or several; any text may stand in it. `reason` is one
@@ -117,11 +117,13 @@ class SetAsideStore:
         # A store that does not answer takes its time at each window: after one failure it is left alone for a while.
         if self._monotonic() >= self._resting_until:
             try:
-                return Kept(reason, number, self._write(key, given, content_type, reason, number), sample, key)
+                return SetAsideResult(
+                    reason, number, self._write(key, given, content_type, reason, number), sample, key
+                )
             except (Transient, Permanent, Rejected) as error:
                 self._resting_until = self._monotonic() + REST_SECONDS
                 log.warning("%s cannot be written: rows set aside (%s) are only counted: %s", key, reason, error)
-        return Kept(reason, number, number, sample, "")
+        return SetAsideResult(reason, number, number, sample, "")
 
     def holds(self, name: str) -> bool:
         """True when something is kept under a name whose first part is this. Raises what the store raises."""
@@ -159,9 +161,9 @@ class SetAsideStore:
                 return 0
             try:
                 if there is not None and content_type in BY_LINE:
-                    return self._add(there, given, Put(content_type), reason, number)
+                    return self._add(there, given, PutRequest(content_type), reason, number)
                 expected, before = (there.etag, there.number("number") or 0) if there else ("", 0)
-                put = Put(content_type, _metadata(given, reason, number), expected)
+                put = PutRequest(content_type, _metadata(given, reason, number), expected)
                 self._store.put(key, io.BytesIO(given.body), put)
                 return max(number - before, 0)
             except Conflict:  # another process keeps rows of the same window: unite with what it wrote
@@ -169,7 +171,7 @@ class SetAsideStore:
                 if not attempts_left:
                     raise
 
-    def _add(self, there: ObjectInfo, given: _Content, put: Put, reason: str, number: int) -> int:
+    def _add(self, there: ObjectInfo, given: _Content, put: PutRequest, reason: str, number: int) -> int:
         """Add the lines that the object does not hold, in their order; how much is new."""
         with self._store.open(there.key, there.etag) as stream:
             held = b"" if stream is None else _ended(stream.read())

@@ -25,11 +25,17 @@ import pyarrow.parquet as pq
 
 from app.core.errors import Conflict, Permanent, Rejected
 from app.core.files import temporary_file
-from app.core.pipeline import ALL_TAGS, SOME_TAGS, Batch, Held, Objects
+from app.core.pipeline import ALL_TAGS, SOME_TAGS, Batch, Objects, ObjectState
 from app.core.windows import Window
 from app.db.checkpoints import Layout
-from app.object_store.deltas import check_device, held_of, named_second, noted_window, unfolded
-from app.object_store.port import STORAGE_CLASS, ObjectInfo, ObjectStore, Put, check_key
+from app.object_store.deltas import (
+    check_device,
+    named_second,
+    state_from_metadata,
+    unfolded_deltas,
+    window_from_metadata,
+)
+from app.object_store.port import STORAGE_CLASS, ObjectInfo, ObjectStore, PutRequest, check_key
 
 ROW_GROUP_ROWS = 128 * 1024
 MEMORY_BYTES = 4 << 20
@@ -141,7 +147,7 @@ class TableSink:
         listed = list(self.listed(partition, window))
         named = {info.key: named_at for named_at, info in listed}
         seconds = self.layout_at(window.start).window_seconds
-        left = unfolded(
+        left = unfolded_deltas(
             (info for _, info in listed),
             lambda one: self.store.head(one if isinstance(one, str) else one.key),
             window_seconds=seconds,
@@ -161,15 +167,15 @@ class TableSink:
         """See `app.core.pipeline.Deltas`."""
         self.store.delete(key)
 
-    def head(self, key: str) -> Held | None:
+    def head(self, key: str) -> ObjectState | None:
         """What is there, with what its writer noted; a copy of another window's object says nothing."""
         info = self.store.head(key)
         if info is None:
             return None
-        second, noted = named_second(key), noted_window(info)
+        second, noted = named_second(key), window_from_metadata(info)
         # What somebody copied here from another window has that window's digest and rows in its metadata.
         is_own = second is not None and noted is not None and noted[0] <= second < noted[1]
-        return held_of(info) if is_own else Held(info.etag, size_bytes=info.size_bytes)
+        return state_from_metadata(info) if is_own else ObjectState(info.etag, size_bytes=info.size_bytes)
 
     def read(self, key: str, version: str) -> Iterator[pa.Table]:
         """The rows of that version, in order, by way of a local copy: Parquet is read from its end.
@@ -222,7 +228,11 @@ class TableSink:
                 in_microseconds = layout.timestamp_unit == "us"
                 schema = stored_schema(batch.output_schema, in_microseconds=in_microseconds, with_nanos=batch.has_nanos)
                 sums = self.summed(schema, layout.format) if self.summed else None
-                tables = (stored(each, with_nanos=batch.has_nanos) for each in rows()) if in_microseconds else rows()
+                tables = (
+                    (split_nanoseconds(each, with_nanos=batch.has_nanos) for each in rows())
+                    if in_microseconds
+                    else rows()
+                )
                 _write_parquet(file, tables, schema.with_metadata(described), self.dictionary)
             else:
                 sums = self.summed(batch.output_schema, layout.format) if self.summed else None
@@ -237,7 +247,9 @@ class TableSink:
         """
         encoded.file.seek(0)
         headers = {STORAGE_CLASS: self.storage_class} if closing and self.storage_class else {}
-        return self.store.put(key, encoded.file, Put(encoded.content_type, encoded.metadata, expected or "", headers))
+        return self.store.put(
+            key, encoded.file, PutRequest(encoded.content_type, encoded.metadata, expected or "", headers)
+        )
 
 
 def by_window(listed: Iterable[tuple[datetime, ObjectInfo]], windows: Sequence[Window]) -> Mapping[datetime, Objects]:
@@ -266,7 +278,7 @@ def stored_schema(schema: pa.Schema, *, in_microseconds: bool, with_nanos: bool)
     return schema.append(pa.field(NANOS, pa.int16())) if with_nanos else schema
 
 
-def stored(table: pa.Table, *, with_nanos: bool) -> pa.Table:
+def split_nanoseconds(table: pa.Table, *, with_nanos: bool) -> pa.Table:
     """Rows with their timestamp in microseconds, and what is below that in a last column."""
     index = table.schema.get_field_index(TIMESTAMP)
     times = table.column(index)
@@ -278,7 +290,7 @@ def stored(table: pa.Table, *, with_nanos: bool) -> pa.Table:
 
 
 def in_nanoseconds(table: pa.Table) -> pa.Table:
-    """The reverse of `stored`, for an object of any unit."""
+    """The reverse of `split_nanoseconds`, for an object of any unit."""
     index = table.schema.get_field_index(TIMESTAMP)
     if index < 0:
         raise pa.ArrowInvalid("it has no column timestamp")

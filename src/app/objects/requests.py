@@ -33,7 +33,7 @@ from app.object_store.port import (
     check_key,
     date_of,
     is_new_form,
-    taken_for,
+    normalized_key,
 )
 from app.web.errors import Refused
 
@@ -47,7 +47,7 @@ POLICY = "POST\n"  # begins what is signed of a form, as an instant does of a li
 LINK_HINT = "ask the sender for a new one"
 
 
-def missing(key: str) -> Refused:
+def not_found(key: str) -> Refused:
     """There is no such object."""
     return Refused(404, f"there is no object {key!r}", "list what there is: GET /s3/objects?prefix=", fault="key")
 
@@ -86,7 +86,7 @@ def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
     return ByteSpan(first, last - first + 1, part=True)
 
 
-def unchanged(fields: Mapping[str, str], held: ObjectInfo) -> bool:
+def is_unchanged(fields: Mapping[str, str], held: ObjectInfo) -> bool:
     """Whether the caller has this version already: 304. ETags decide where both are given, and an invalid date is
     ignored (RFC 9110, 13.1.3).
     """
@@ -117,7 +117,7 @@ def check_unmatched(fields: Mapping[str, str], held: ObjectInfo) -> None:
 
 
 def expected_of(fields: Mapping[str, str], held: ObjectInfo | None) -> str:
-    """`Put.expected` of an upload with conditions, when `held` is what is there now. Raises Refused with 412."""
+    """`PutRequest.expected` of an upload with conditions, when `held` is what is there now. Raises Refused with 412."""
     if held is None:
         if "if-match" in fields:
             raise Refused(412, "there is no object", CHANGED_HINT, fault="If-Match")
@@ -135,7 +135,7 @@ def _named(given: str, etag: str, *, weak: bool) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class KeyPolicy:
     """`allowed` prefixes of the routes and `own` of the caller, "" and none = all; under `read_only` nobody writes, and
     under `exports`, which is the same place also where the routes may write it, no key of an odd form is deleted. Under
     `table` nobody ever writes: a file of a table that is replaced in place gives wrong counts in silence.
@@ -152,7 +152,7 @@ class Reach:
 
     def reads(self, key: str) -> str:
         """`key`, of whatever form: the store looks whether it has exactly that one. Raises Refused."""
-        for form in {key, taken_for(key)}:
+        for form in {key, normalized_key(key)}:
             if form.split("/", 1)[0].startswith(HIDDEN_SEGMENT):
                 hint = "choose another first segment"
                 raise Refused(422, f"keys below {HIDDEN_SEGMENT} are the service's own", hint, fault="key")
@@ -214,7 +214,7 @@ class Reach:
 
 
 def _is_below(prefix: str, key: str) -> bool:
-    return key.startswith(prefix) or taken_for(key).startswith(prefix)
+    return key.startswith(prefix) or normalized_key(key).startswith(prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +274,7 @@ class SignedLinks:
         """Key, type and sizes of a form. Raises Refused unless its fields are exactly those that were made; as on S3,
         their names are compared without case.
         """
-        given = dict(joined(fields))
+        given = dict(join_headers(fields))
         text = given.pop("policy", "")
         if not self._is_ours(POLICY + text, given.pop("signature", "")):
             raise Refused(403, "the policy of the form was changed or is missing", LINK_HINT, fault="policy")
@@ -331,7 +331,7 @@ MAX_TAGS, MAX_TAG_NAME, MAX_TAG_VALUE = 10, 128, 256
 TAG_TEXT = re.compile(r"[\w +\-=.:/@]*")
 
 
-def joined(pairs: Iterable[tuple[str, str]]) -> Mapping[str, str]:
+def join_headers(pairs: Iterable[tuple[str, str]]) -> Mapping[str, str]:
     """Header fields with lower case names; values of a name that comes several times are joined by commas."""
     fields: dict[str, str] = {}
     for name, value in pairs:

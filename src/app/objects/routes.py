@@ -25,46 +25,46 @@ from app.object_store.port import (
     MAX_PAGE,
     TAGS,
     BadKey,
+    ListingPage,
+    ListingRequest,
     ObjectInfo,
     ObjectStore,
-    Page,
-    PageRequest,
-    Put,
-    Readable,
-    Stored,
+    PutRequest,
+    ReadableBody,
+    StoredObject,
     Transfers,
 )
 from app.objects import openapi
 from app.objects.requests import (
     LINK_HINT,
     ByteSpan,
-    Reach,
+    KeyPolicy,
     SignedLinks,
     StoreLinks,
     check_match,
     check_unmatched,
     download_headers,
     expected_of,
-    joined,
-    missing,
+    is_unchanged,
+    join_headers,
+    not_found,
     span_of,
     stored_fields,
-    unchanged,
 )
 from app.objects.streams import (
     LEAN_BYTES,
     PIECE_BYTES,
     ChecksummedBody,
-    Form,
-    Sized,
-    begun,
+    FormReader,
+    SizedBody,
     boundary_of,
     media_type,
-    opened,
+    open_span,
+    peek_body,
 )
-from app.web.api import Streamed, refuse_unknown_parameters
+from app.web.api import StreamedResponse, refuse_unknown_parameters
 from app.web.auth import OPEN, needs
-from app.web.body_bridge import GONE, taken_in
+from app.web.body_bridge import GONE, read_in_thread
 from app.web.errors import Refusal, Refused
 
 READERS, WRITERS, ROOMY = 16, 64, 100
@@ -80,7 +80,7 @@ CONDITIONS = {"if-match", "if-none-match", "if-unmodified-since"}
 GZIP = b"\x1f\x8b"
 T = TypeVar("T")
 Key = Annotated[str, Query(description="the object's key, percent-encoded: a bare + is a space")]
-Work = Callable[[Readable, str, "Sequence[tuple[str, str]]"], Stored]
+Work = Callable[[ReadableBody, str, "Sequence[tuple[str, str]]"], StoredObject]
 """Stores a body that came with this content type, after these fields of a form."""
 
 
@@ -90,7 +90,7 @@ class ObjectRoutes:
 
     store: ObjectStore
     transfers: Transfers
-    reach: Reach
+    reach: KeyPolicy
     links: SignedLinks | StoreLinks
     clock: Callable[[], datetime]
     max_upload_bytes: int = 5 << 30
@@ -114,7 +114,7 @@ class ObjectRoutes:
         """What is at `key`, with its `tags` if they are needed. Raises Refused with 404."""
         found = await self.ask(self.transfers.properties if tags else self.store.head, key)
         if found is None:
-            raise missing(key)
+            raise not_found(key)
         return found
 
 
@@ -155,7 +155,7 @@ class ObjectRoute(APIRoute):
         return answered
 
 
-def _reach(request: Request, serving: ObjectRoutes) -> Reach:
+def _reach(request: Request, serving: ObjectRoutes) -> KeyPolicy:
     return replace(serving.reach, own=request.scope["state"]["grant"].s3_prefix)
 
 
@@ -173,7 +173,7 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
         continuation: Annotated[str, Query(max_length=4096)] = "",
     ) -> Response:
-        question = PageRequest(_reach(request, serving).lists(prefix), delimiter, limit, continuation)
+        question = ListingRequest(_reach(request, serving).lists(prefix), delimiter, limit, continuation)
         return JSONResponse(page_json(question, await serving.ask(serving.transfers.page, question)))
 
     @router.get(
@@ -206,11 +206,11 @@ def _get_and_head(router: APIRouter, path: str, route: Callable[..., Any], scope
 
 async def _download(request: Request, serving: ObjectRoutes, key: str) -> Response:
     """What is replaced between the look and the first byte is looked at again."""
-    fields = joined(request.headers.items())
+    fields = join_headers(request.headers.items())
     for look in range(LOOKS):
         held = await serving.held(key)
         check_match(fields, held)
-        if unchanged(fields, held):
+        if is_unchanged(fields, held):
             told = download_headers(held, ByteSpan(0, 0, part=False))
             return Response(status_code=304, headers={name: told[name] for name in NOT_MODIFIED if name in told})
         span = span_of(fields, held)
@@ -221,7 +221,7 @@ async def _download(request: Request, serving: ObjectRoutes, key: str) -> Respon
         except Conflict:
             if look + 1 == LOOKS:
                 raise
-    raise missing(key)
+    raise not_found(key)
 
 
 async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> Response:
@@ -233,10 +233,10 @@ async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> 
         else:
             await serving.roomy.acquire()
             taken.callback(serving.roomy.release)
-        outgoing = await opened(serving.readers, serving.transfers, held, span, piece_bytes)
+        outgoing = await open_span(serving.readers, serving.transfers, held, span, piece_bytes)
         taken.callback(outgoing.close)
         status, headers = 206 if span.part else 200, download_headers(held, span)
-        return Streamed(outgoing.pieces(), taken.pop_all(), status=status, headers=headers)
+        return StreamedResponse(outgoing.pieces(), taken.pop_all(), status=status, headers=headers)
 
 
 def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -319,9 +319,9 @@ def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
         status_code=204,
     )
     async def shared_upload(request: Request) -> Response:
-        def work(body: Readable, _: str, fields: Sequence[tuple[str, str]]) -> Stored:
+        def work(body: ReadableBody, _: str, fields: Sequence[tuple[str, str]]) -> StoredObject:
             key, content_type, sizes = serving.own_links.check_form(fields, serving.clock())
-            return serving.transfers.write(serving.reach.writes(key), Sized(body, sizes), Put(content_type))
+            return serving.transfers.write(serving.reach.writes(key), SizedBody(body, sizes), PutRequest(content_type))
 
         if boundary_of(request.headers) is None:
             raise Refused(415, "not a form", "send multipart/form-data with the fields of the link, then the file")
@@ -337,7 +337,7 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
         responses=openapi.answers(openapi.ObjectStored, openapi.BODY),
     )
     async def upload(request: Request, key: Key) -> Response:
-        known, fields = _reach(request, serving).writes(key), joined(request.headers.items())
+        known, fields = _reach(request, serving).writes(key), join_headers(request.headers.items())
         expected = None
         if CONDITIONS & fields.keys():
             # of `If-None-Match: *` the store decides, and of anything else the version that is there now
@@ -358,7 +358,7 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
 
 
 async def _to_change(request: Request, serving: ObjectRoutes, key: str) -> ObjectInfo:
-    held, fields = await serving.held(key, tags=request.method != "DELETE"), joined(request.headers.items())
+    held, fields = await serving.held(key, tags=request.method != "DELETE"), join_headers(request.headers.items())
     check_match(fields, held)
     check_unmatched(fields, held)
     return held
@@ -370,35 +370,35 @@ async def _written(
     """Store the body at `key`. What is said of `held`, which it replaces, stays where the request says nothing; of its
     Content-Encoding, which describes the bytes, only that they are still gzip.
     """
-    sent, sent_metadata = stored_fields(joined(request.headers.items()))
+    sent, sent_metadata = stored_fields(join_headers(request.headers.items()))
     old = held.headers if held else {}
     metadata = sent_metadata or {name: value for name, value in (held.metadata if held else {}).items() if name != MARK}
 
-    def work(body: Readable, media: str, _: object) -> Stored:
+    def work(body: ReadableBody, media: str, _: object) -> StoredObject:
         headers = {**old, "content-encoding": "", **sent}
         if old.get("content-encoding") == "gzip" and "content-encoding" not in sent:
-            start, body = begun(body, len(GZIP))
+            start, body = peek_body(body, len(GZIP))
             headers["content-encoding"] = "gzip" if start == GZIP else ""
         headers = {name: value for name, value in headers.items() if value}
         content_type = media_type(media, key, held.content_type if held else "")
-        return serving.transfers.write(key, body, Put(content_type, metadata, expected, headers))
+        return serving.transfers.write(key, body, PutRequest(content_type, metadata, expected, headers))
 
     done = await _received(request, serving, work)
     return GONE if done is None else JSONResponse(stored_json(key, done))
 
 
-async def _received(request: Request, serving: ObjectRoutes, work: Work) -> Stored | None:
+async def _received(request: Request, serving: ObjectRoutes, work: Work) -> StoredObject | None:
     """What `work` makes of the body, which is a form or bare; None when the client disconnected."""
-    boundary, fields = boundary_of(request.headers), joined(request.headers.items())
+    boundary, fields = boundary_of(request.headers), join_headers(request.headers.items())
     ChecksummedBody.check(fields)
 
-    def store(feed: Readable) -> Stored:
+    def store(feed: ReadableBody) -> StoredObject:
         if boundary is None:
             return work(ChecksummedBody(feed, fields), fields.get("content-type", ""), ())
-        form = Form(feed, boundary)
+        form = FormReader(feed, boundary)
         return work(ChecksummedBody(form, fields), form.content_type, form.fields)
 
-    return await taken_in(request, serving.uploads, BUSY, serving.writers, store)
+    return await read_in_thread(request, serving.uploads, BUSY, serving.writers, store)
 
 
 def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -418,7 +418,7 @@ def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
                 fault="offset",
                 headers={"Content-Range": f"bytes */{held.size_bytes}"},
             )
-        stored_fields(joined(request.headers.items()))  # refuses signed chunks, whose frames would be stored
+        stored_fields(join_headers(request.headers.items()))  # refuses signed chunks, whose frames would be stored
         done = await _received(request, serving, lambda body, *_: serving.transfers.patch(held, offset, body))
         return GONE if done is None else JSONResponse(patched_json(held.key, done, offset))
 
@@ -444,7 +444,7 @@ def instant(at: datetime) -> str:
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def page_json(question: PageRequest, page: Page) -> Mapping[str, Any]:
+def page_json(question: ListingRequest, page: ListingPage) -> Mapping[str, Any]:
     """A page of a listing."""
     objects = [
         {"Key": info.key, "LastModified": instant(info.modified_at), "Size": info.size_bytes, "ETag": info.etag}
@@ -475,13 +475,13 @@ def info_json(key: str, held: ObjectInfo | None) -> Mapping[str, Any]:
     }
 
 
-def stored_json(key: str, done: Stored) -> Mapping[str, Any]:
+def stored_json(key: str, done: StoredObject) -> Mapping[str, Any]:
     """An upload."""
     answer = {"key": key, "etag": done.etag, "version_id": done.version_id, "size": done.size_bytes}
     return answer if done.guarded else {**answer, "guarded": False}
 
 
-def patched_json(key: str, done: Stored, offset: int) -> Mapping[str, Any]:
+def patched_json(key: str, done: StoredObject, offset: int) -> Mapping[str, Any]:
     """A patch."""
     answer = {**stored_json(key, done), "offset": offset, "guarded": done.guarded}
     return {**answer, "warning": PARQUET_WARNING} if key.lower().endswith(".parquet") else answer

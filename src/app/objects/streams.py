@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from app.core.errors import Transient
-from app.object_store.port import ObjectInfo, Readable, Transfers
+from app.object_store.port import ObjectInfo, ReadableBody, Transfers
 from app.objects.requests import LINK_HINT, ByteSpan
 from app.web.errors import Refused
 
@@ -28,14 +28,14 @@ STEP_BYTES = 1 << 18
 FORM_HINT = "send one file, as `curl -F file=@name` does, or the bare bytes"
 
 
-class Form:
+class FormReader:
     """Reads to the file when it is created. `content_type` is what the file's own header says, "" for nothing; `fields`
     are the texts that came before it.
 
     Browsers send a file field in which nobody chose a file as an empty file without a name, which is ignored.
     """
 
-    def __init__(self, body: Readable, boundary: str) -> None:
+    def __init__(self, body: ReadableBody, boundary: str) -> None:
         self._body = body
         self._events = self._parsed(boundary)
         self._piece = memoryview(b"")
@@ -113,18 +113,18 @@ def boundary_of(fields: Mapping[str, str]) -> str | None:
     return str(options["boundary"])
 
 
-def begun(body: Readable, count: int) -> tuple[bytes, Readable]:
+def peek_body(body: ReadableBody, count: int) -> tuple[bytes, ReadableBody]:
     """The first `count` bytes of a body, or all of a shorter one, and the whole body."""
     start = b""
     while len(start) < count and (data := body.read(count - len(start))):
         start += data
-    return start, _Again(start, body)
+    return start, _ReplayedBody(start, body)
 
 
-class _Again:
+class _ReplayedBody:
     """A body whose `start` was read before."""
 
-    def __init__(self, start: bytes, body: Readable) -> None:
+    def __init__(self, start: bytes, body: ReadableBody) -> None:
         self._start, self._body = start, body
 
     def read(self, count: int, /) -> bytes:
@@ -197,7 +197,7 @@ class ChecksummedBody:
     end of a body that has another one: whoever stores it has not made it visible by then.
     """
 
-    def __init__(self, body: Readable, fields: Mapping[str, str]) -> None:
+    def __init__(self, body: ReadableBody, fields: Mapping[str, str]) -> None:
         self._body = body
         self._promised = [
             (name, self._promise(name, fields[name]), CHECKSUMS[name][1]()) for name in CHECKSUMS if name in fields
@@ -235,10 +235,10 @@ class ChecksummedBody:
         return data
 
 
-class Sized:
+class SizedBody:
     """A body of one of these sizes. Raises Refused with 400, as S3 does, before a store has made it visible."""
 
-    def __init__(self, body: Readable, sizes: range) -> None:
+    def __init__(self, body: ReadableBody, sizes: range) -> None:
         self._body, self._sizes = body, sizes
         self._size_bytes = 0
 
@@ -261,10 +261,12 @@ class Sized:
 PIECE_BYTES, LEAN_BYTES = 1 << 19, 1 << 16
 
 
-class Outgoing:
+class OpenSpan:
     """A span that is open; `close` it."""
 
-    def __init__(self, threads: Executor, opened: ExitStack, stream: Readable, count: int, piece_bytes: int) -> None:
+    def __init__(
+        self, threads: Executor, opened: ExitStack, stream: ReadableBody, count: int, piece_bytes: int
+    ) -> None:
         self._threads, self._opened, self._stream = threads, opened, stream
         self._left, self._piece_bytes = count, piece_bytes
         self._reading: asyncio.Future[bytes] | None = None
@@ -294,15 +296,15 @@ class Outgoing:
         self._threads.submit(self._opened.close)
 
 
-async def opened(
+async def open_span(
     threads: Executor, transfers: Transfers, held: ObjectInfo, span: ByteSpan, piece_bytes: int
-) -> Outgoing:
+) -> OpenSpan:
     """Open a span in a thread. Raises Conflict when the version is gone."""
 
-    def work() -> tuple[ExitStack, Readable]:
+    def work() -> tuple[ExitStack, ReadableBody]:
         with ExitStack() as stack:
             stream = stack.enter_context(transfers.open_span(held, span.first, span.count))
             return stack.pop_all(), stream
 
     stack, stream = await asyncio.get_running_loop().run_in_executor(threads, work)
-    return Outgoing(threads, stack, stream, span.count, piece_bytes)
+    return OpenSpan(threads, stack, stream, span.count, piece_bytes)

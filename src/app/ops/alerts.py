@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 from app.config.settings import Settings
 from app.core.errors import AppError, Permanent, Stopped, Transient
 from app.core.network import CA_HINT, connection_fault, is_untrusted, proxy_for
-from app.core.repair import HEAL_HINT, said_of
+from app.core.repair import HEAL_HINT, describe_trouble
 from app.core.retry import RetryPolicy, retry
-from app.core.runs import Job, Outcome, Run, Stop, Total
+from app.core.runs import Job, Outcome, Run, RunTotal, Stop
 from app.db.state import State
 
 # Calling addresses outside: one call without surprises, and the thread that calls heartbeats.
@@ -123,7 +123,7 @@ CLOCK_HINT = "check the clocks of the machines; nothing waits for them, and the 
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class AlertRules:
     """Whom to tell, and when a job is stale: no run came to its end for its interval and this grace.
 
     `webhook_url` "" = nobody. `heartbeat_urls` are by job, as are those of `grace_by_job`.
@@ -136,11 +136,11 @@ class Rules:
     grace_by_job: Mapping[str, float] = field(default_factory=dict)
 
 
-def rules_of(settings: Settings) -> Rules:
+def rules_of(settings: Settings) -> AlertRules:
     """The rules as they are configured."""
     alert = settings.alert
     pairs = filter(None, alert.heartbeat_urls.get_secret_value().split(","))
-    return Rules(
+    return AlertRules(
         service=settings.service.name,
         webhook_url=alert.webhook_url.get_secret_value(),
         heartbeat_urls={job: url for job, _, url in (pair.partition("=") for pair in pairs)},
@@ -162,7 +162,7 @@ def is_stale(last_seconds: float | None, up_seconds: float, limits: tuple[float,
     )
 
 
-def last_ends(totals: Sequence[Total], outcomes: Collection[Outcome]) -> Mapping[str, datetime]:
+def last_ends(totals: Sequence[RunTotal], outcomes: Collection[Outcome]) -> Mapping[str, datetime]:
     """Job -> end of its last run with one of these outcomes."""
     last: dict[str, datetime] = {}
     for total in totals:
@@ -185,7 +185,7 @@ class Alerts:
 
     def __init__(
         self,
-        rules: Rules,
+        rules: AlertRules,
         jobs: Sequence[Job],
         state: State,
         clock: Callable[[], datetime],
@@ -283,7 +283,7 @@ class Alerts:
         silent = dict.fromkeys(self._stale, "no run came to its end in time")
         ahead = {name: ahead_message(seconds) for name, seconds in self._ahead.items()}
         troubles = self._state.checkpoints.troubles()
-        objects = {name: ", ".join(said_of(some)) for name, some in troubles.items() if some}
+        objects = {name: ", ".join(describe_trouble(some)) for name, some in troubles.items() if some}
         for event, messages, hint in (
             (STALE, silent, STALE_HINT),
             (CLOCK_AHEAD, ahead, CLOCK_HINT),
@@ -293,7 +293,7 @@ class Alerts:
                 if (name, event) not in known and self._state.alerts.begin(name, event, now):
                     self._tell(event, name, messages[name], {"hint": hint})
 
-    def _tell_over(self, totals: Sequence[Total], now: datetime) -> None:
+    def _tell_over(self, totals: Sequence[RunTotal], now: datetime) -> None:
         """A good run ends all; one that is partial ends a silence, of which nothing is said: it began a failure."""
         good, done, latest = (last_ends(totals, outcomes) for outcomes in ((Outcome.OK,), DONE, tuple(Outcome)))
         for (name, event), told_at in self._state.alerts.told().items():

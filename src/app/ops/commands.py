@@ -26,15 +26,22 @@ from app.config.environment import describe, read_dotenv
 from app.config.rules import VARIABLES, unknown_names, warnings
 from app.core.errors import AppError, Rejected, did_you_mean
 from app.core.ledger import summary_of, to_json
-from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
-from app.core.verify import Sign, Verdict, refuse_unknown
+from app.core.runs import Job, Outcome, Report, Run, RunServices, Stop, execute
+from app.core.verify import ComparedWindow, Verdict, refuse_unknown
 from app.core.verify import verify as compared
 from app.core.windows import Window, refuse_future
-from app.ops.health import look
+from app.ops.health import check_once
 from app.ops.json_views import RUN_NUMBERS, failures_shown, instant_text, run_shown, whole_second
-from app.ops.scheduler import ProgressTally, able, backfill_job, bar, logged, named
+from app.ops.scheduler import (
+    ProgressTally,
+    backfill_job,
+    logging_progress,
+    progress_bar,
+    require_ability,
+    with_run_in_logs,
+)
 from app.ops.service import BuiltService
-from app.ops.verification import NO_VERIFICATION, heal_job, shown, told
+from app.ops.verification import NO_VERIFICATION, format_signs, heal_job, window_json
 
 OK, FAILED = 0, 1
 LEASE_POLL_SECONDS = 0.25
@@ -43,12 +50,12 @@ log = logging.getLogger(__name__)
 # What commands print: tables for people, or one JSON document for programs.
 
 
-def show(document: Mapping[str, Any], told: Callable[[], None], *, as_json: bool) -> None:
-    """The document as JSON, or what `told` prints."""
+def show(document: Mapping[str, Any], print_text: Callable[[], None], *, as_json: bool) -> None:
+    """The document as JSON, or what `print_text` prints."""
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
     else:
-        told()
+        print_text()
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -87,16 +94,16 @@ def check(service: BuiltService, *, settings: bool, as_json: bool) -> int:
     ]
     said, unread = warnings(service.settings, os.environ, in_file), unknown_names(in_file)
     live: list[dict[str, Any]] = [
-        {"system": each.key, "title": each.title, "variable": each.variable, **asdict(look(each.check))}
+        {"system": each.key, "title": each.title, "variable": each.variable, **asdict(check_once(each.check))}
         for each in service.systems
     ]
     ok = all(each["ok"] for each in live)
 
-    def told() -> None:
+    def print_text() -> None:
         line(f"settings: the environment and {env_file or f'no .env file in {Path.cwd()}'}")
         if settings:
-            named = [(each.names[0], values[each.goes_to]) for each in VARIABLES if each.goes_to in values]
-            table(("variable", "value"), named)
+            rows = [(each.names[0], values[each.goes_to]) for each in VARIABLES if each.goes_to in values]
+            table(("variable", "value"), rows)
         for warning in said:
             line(f"warning: {warning}")
         if unread:
@@ -114,7 +121,7 @@ def check(service: BuiltService, *, settings: bool, as_json: bool) -> int:
 
     wiring = {"jobs": jobs, "warnings": said, "unread": unread}
     document = {"ok": ok, "env_file": env_file, "values": values, "wiring": wiring, "live": live}
-    show(document, told, as_json=as_json)
+    show(document, print_text, as_json=as_json)
     return OK if ok else FAILED
 
 
@@ -126,7 +133,7 @@ def runs(service: BuiltService, *, job: str | None, limit: int, as_json: bool) -
     wanted = {name: history for name, history in service.pipelines.histories.items() if job in (None, name)}
     histories = {name: list(history(limit)) for name, history in wanted.items()}
 
-    def told() -> None:
+    def print_text() -> None:
         rows = []
         for run in found:
             error = f"{run.error} ({run.hint})" if run.hint else run.error
@@ -140,7 +147,7 @@ def runs(service: BuiltService, *, job: str | None, limit: int, as_json: bool) -
             table(head, [[cell(value) for value in each.values()] for each in lines])
 
     document = {"runs": [run_shown(run) for run in found], "histories": histories}
-    show(document, told, as_json=as_json)
+    show(document, print_text, as_json=as_json)
     return OK
 
 
@@ -166,7 +173,7 @@ def status(service: BuiltService, *, as_json: bool) -> int:
             }
         )
 
-    def told() -> None:
+    def print_text() -> None:
         rows = []
         for each in lines:
             last = each["last_run"] or {"started_at": "never", "outcome": "", "rows": 0, "error": "", "hint": ""}
@@ -175,7 +182,7 @@ def status(service: BuiltService, *, as_json: bool) -> int:
             rows.append((each["name"], each["state"], began, last["outcome"], str(last["rows"]), why))
         table(("job", "state", "last run", "outcome", "rows", "error"), rows)
 
-    show({"jobs": lines}, told, as_json=as_json)
+    show({"jobs": lines}, print_text, as_json=as_json)
     bad = [each for each in lines if each["state"] != "off" and (each["last_run"] or {}).get("outcome") == "failed"]
     return FAILED if bad else OK
 
@@ -183,7 +190,7 @@ def status(service: BuiltService, *, as_json: bool) -> int:
 def pause(service: BuiltService, *, job: str, as_json: bool) -> int:
     """Suspend scheduled runs of a job, in every process, until it is resumed."""
     _job(service, job, on=False)
-    service.state.pauses.pause(job, service.desk.clock(), f"command line: {os.environ.get('USER', '')}")
+    service.state.pauses.pause(job, service.services.clock(), f"command line: {os.environ.get('USER', '')}")
     show({"job": job, "paused": True}, lambda: line(f"{job} is paused until it is resumed"), as_json=as_json)
     return OK
 
@@ -217,15 +224,15 @@ def backfill(
 ) -> int:
     """Fill the windows of a span, or write them again from the source; the exit code."""
     span, ours = Window(start, end), _job(service, job)
-    refuse_future(span, service.desk.clock())
+    refuse_future(span, service.services.clock())
     if replacing:
-        work = able(
+        work = require_ability(
             service.pipelines.replacements,
             job,
             "cannot replace what it wrote",
             "jobs that can: {}; leave out --replace",
         )
-        ours = named(replace(ours, work=lambda context: work(context, span, allow_shrink)))
+        ours = with_run_in_logs(replace(ours, work=lambda context: work(context, span, allow_shrink)))
     else:
         ours = backfill_job(ours, service.pipelines.backfills, span)
     return _finish(service, ours, dry_run=dry_run, as_json=as_json)
@@ -234,16 +241,18 @@ def backfill(
 def rewrite(service: BuiltService, *, job: str, start: datetime, end: datetime, dry_run: bool, as_json: bool) -> int:
     """Re-encode the objects of a span from themselves; the exit code."""
     span, ours = Window(start, end), _job(service, job)
-    work = able(service.pipelines.rewrites, job, "has no rewrite", "jobs whose objects can be re-encoded: {}")
-    ours = named(replace(ours, work=lambda context: work(context, span)))
+    work = require_ability(
+        service.pipelines.rewrites, job, "has no rewrite", "jobs whose objects can be re-encoded: {}"
+    )
+    ours = with_run_in_logs(replace(ours, work=lambda context: work(context, span)))
     return _finish(service, ours, dry_run=dry_run, as_json=as_json)
 
 
 def undo(service: BuiltService, *, job: str, run: str, yes: bool, as_json: bool) -> int:
     """Take back what run `run` of a job did, or without `yes` only say what that would be; the exit code."""
     ours = _job(service, job)
-    take_back = able(service.pipelines.undos, job, "has no undo", "jobs that keep what it takes: {}")
-    ours = named(replace(ours, work=lambda context: take_back(context, run)))
+    take_back = require_ability(service.pipelines.undos, job, "has no undo", "jobs that keep what it takes: {}")
+    ours = with_run_in_logs(replace(ours, work=lambda context: take_back(context, run)))
     code = _finish(service, ours, dry_run=not yes, as_json=as_json)
     if not yes and code == OK and not as_json:
         line("nothing was changed yet: add --yes to do this")
@@ -262,13 +271,13 @@ def verify(
     as_json: bool,
 ) -> int:
     """Compare both ends window by window; 0 when all are equal or were mended, or nothing is there to compare yet."""
-    ours, verdicts = _job(service, job), list[Verdict]()
+    ours, verdicts = _job(service, job), list[ComparedWindow]()
     span = Window(start, end)
-    verification = able(service.pipelines.verifications, job, *NO_VERIFICATION)
+    verification = require_ability(service.pipelines.verifications, job, *NO_VERIFICATION)
 
-    def seen(verdict: Verdict) -> None:
+    def seen(verdict: ComparedWindow) -> None:
         verdicts.append(verdict)
-        if not as_json and (every or verdict.sign is not Sign.EQUAL):
+        if not as_json and (every or verdict.sign is not Verdict.EQUAL):
             rows = " ".join(str(each.rows) if each else "?" for each in (verdict.source, verdict.destination))
             error = f"  {verdict.error} ({verdict.hint})" if verdict.error else ""
             line(cell(f"{verdict.sign.value} {verdict.slot}  {rows}{'  healed' if verdict.healed else ''}{error}"))
@@ -276,9 +285,9 @@ def verify(
     with _stoppable(service.stop):
         if heal:
             refuse_unknown(verification(service.stop), span, partition)
-            desk = replace(service.desk, ended=_unexpected)
+            services = replace(service.services, ended=_unexpected)
             ended = _waited_for(
-                heal_job(ours, verification, span, partition, seen=seen), desk, service.stop, logged(job)
+                heal_job(ours, verification, span, partition, seen=seen), services, service.stop, logging_progress(job)
             )
             if ended is None:
                 return _busy(service, ours, as_json=as_json)
@@ -290,9 +299,9 @@ def verify(
     return _judged(job, span, verdicts, every=every, as_json=as_json)
 
 
-def _judged(job: str, span: Window, verdicts: Sequence[Verdict], *, every: bool, as_json: bool) -> int:
+def _judged(job: str, span: Window, verdicts: Sequence[ComparedWindow], *, every: bool, as_json: bool) -> int:
     counts = Counter(each.sign.value for each in verdicts)
-    fine = all(each.sign is Sign.EQUAL or each.healed for each in verdicts)
+    fine = all(each.sign is Verdict.EQUAL or each.healed for each in verdicts)
     healed = sum(each.healed for each in verdicts)
     document = {
         "job": job,
@@ -301,9 +310,9 @@ def _judged(job: str, span: Window, verdicts: Sequence[Verdict], *, every: bool,
         "equal": fine if verdicts else None,
         "counts": counts,
         "healed": healed,
-        "windows": [shown(each) for each in verdicts if every or each.sign is not Sign.EQUAL],
+        "windows": [window_json(each) for each in verdicts if every or each.sign is not Verdict.EQUAL],
     }
-    text = f"{job}: {len(verdicts)} windows: {told(counts)}{f'; {healed} healed' if healed else ''}"
+    text = f"{job}: {len(verdicts)} windows: {format_signs(counts)}{f'; {healed} healed' if healed else ''}"
     if not verdicts:
         text = f"{job}: nothing was compared: no window of {span} has ended yet, or nothing is known to look at"
     show(document, lambda: line(text), as_json=as_json)
@@ -313,11 +322,11 @@ def _judged(job: str, span: Window, verdicts: Sequence[Verdict], *, every: bool,
 def once(service: BuiltService, *, as_json: bool) -> int:
     """Run every job that is on until it has nothing left to do, then show what moved; 1 when one did not end well."""
     documents = []
-    desk = replace(service.desk, ended=_unexpected)
+    services = replace(service.services, ended=_unexpected)
     with _stoppable(service.stop):
-        for job in (named(job) for job in service.pipelines.jobs if not job.off):
+        for job in (with_run_in_logs(job) for job in service.pipelines.jobs if not job.off):
             with _shown(job) as tally:
-                last, total = _to_the_end(job, desk, service.stop, tally, dry_run=False)
+                last, total = _to_the_end(job, services, service.stop, tally, dry_run=False)
             documents.append(_document(last, total, dry_run=False) if last else {"job": job.name, "outcome": "busy"})
     settings = service.settings
     s3, data_dir = settings.s3, settings.service.data_dir
@@ -343,13 +352,13 @@ def _job(service: BuiltService, name: str, *, on: bool = True) -> Job:
         raise Rejected(f"no job is named {name!r}", f"{did_you_mean(name, jobs)}jobs: {', '.join(jobs) or 'none'}")
     if on and jobs[name].off:
         raise Rejected(f"job {name} is off", jobs[name].off)
-    return named(jobs[name])
+    return with_run_in_logs(jobs[name])
 
 
 def _finish(service: BuiltService, job: Job, *, dry_run: bool, as_json: bool) -> int:
-    desk = replace(service.desk, ended=_unexpected)
+    services = replace(service.services, ended=_unexpected)
     with _stoppable(service.stop), _shown(job) as tally:
-        last, total = _to_the_end(job, desk, service.stop, tally, dry_run=dry_run)
+        last, total = _to_the_end(job, services, service.stop, tally, dry_run=dry_run)
     if last is None:
         return _busy(service, job, as_json=as_json)
     document = _document(last, total, dry_run=dry_run)
@@ -358,7 +367,7 @@ def _finish(service: BuiltService, job: Job, *, dry_run: bool, as_json: bool) ->
 
 
 def _busy(service: BuiltService, job: Job, *, as_json: bool) -> int:
-    seconds = math.ceil(service.desk.leases.remaining_seconds(job.name))
+    seconds = math.ceil(service.services.leases.remaining_seconds(job.name))
 
     def told_busy() -> None:
         until = "when it is done" + (f", or in {seconds} s if it was killed" if seconds else "")
@@ -369,12 +378,12 @@ def _busy(service: BuiltService, job: Job, *, as_json: bool) -> int:
 
 
 def _to_the_end(
-    job: Job, desk: RunDesk, stop: Stop, tally: ProgressTally, *, dry_run: bool
+    job: Job, services: RunServices, stop: Stop, tally: ProgressTally, *, dry_run: bool
 ) -> tuple[Run | None, Report]:
     """Repeat the job while it says that it has more to do; its last run (None: another holds the lease) and the sum."""
     total = Report()
     while True:
-        run = _waited_for(job, desk, stop, tally, dry_run=dry_run)
+        run = _waited_for(job, services, stop, tally, dry_run=dry_run)
         if run is None:
             return None, total
         if dry_run or not run.report.more or run.outcome is not Outcome.OK:
@@ -382,15 +391,17 @@ def _to_the_end(
         total += replace(run.report, more=False, ledger=run.report.ledger.settled())
 
 
-def _waited_for(job: Job, desk: RunDesk, stop: Stop, tally: ProgressTally, *, dry_run: bool = False) -> Run | None:
+def _waited_for(
+    job: Job, services: RunServices, stop: Stop, tally: ProgressTally, *, dry_run: bool = False
+) -> Run | None:
     """One run, once no other process holds the lease; None when that took longer than `job.busy_seconds`.
 
     A lease that a clock gave out that was ahead is watched here until it can be taken over: the next command would only
     start watching again.
     """
     give_up_at, watched = time.monotonic() + job.busy_seconds, False
-    while (run := execute(job, desk, stop, tally, started_by="command line", dry_run=dry_run)) is None:
-        seconds = 0.0 if watched else desk.leases.watch_seconds(job.name, desk.terms.ttl_seconds)
+    while (run := execute(job, services, stop, tally, started_by="command line", dry_run=dry_run)) is None:
+        seconds = 0.0 if watched else services.leases.watch_seconds(job.name, services.terms.ttl_seconds)
         if seconds:
             watched = True
             give_up_at = max(give_up_at, time.monotonic() + seconds + 2 * LEASE_POLL_SECONDS)
@@ -458,7 +469,7 @@ def _stoppable(stop: Stop) -> Iterator[None]:
 @contextmanager
 def _shown(job: Job) -> Iterator[ProgressTally]:
     if sys.stderr.isatty():
-        with bar(job.name, job.unit) as tally:
+        with progress_bar(job.name, job.unit) as tally:
             yield tally
     else:
-        yield logged(job.name)
+        yield logging_progress(job.name)

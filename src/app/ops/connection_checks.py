@@ -35,7 +35,7 @@ Attempt = tuple[str, Callable[[], object]]
 
 
 @dataclass(frozen=True, slots=True)
-class System:
+class ConnectionCheck:
     """One system. `key` is its name for programs, `variable` what sets it, or would where it is embedded."""
 
     key: str
@@ -44,7 +44,7 @@ class System:
     check: Check
 
 
-def tried(attempts: Sequence[Attempt]) -> str:
+def try_all(attempts: Sequence[Attempt]) -> str:
     """What may be done, when all attempts succeed. Raises Permanent that names those that fail and why."""
     may, refused = [], list[tuple[str, AppError]]()
     for name, attempt in attempts:
@@ -63,7 +63,7 @@ def tried(attempts: Sequence[Attempt]) -> str:
 
 def of_objects(store: "ObjectStore", prefix: str) -> str:
     """Listing below the prefix, reading, and writing with a condition, which the store's own probe does."""
-    said = tried(
+    said = try_all(
         [
             ("list", lambda: next(iter(store.list(f"{prefix}/" if prefix else "")), None)),
             ("read", lambda: store.head(f"{prefix}/{ABSENT}" if prefix else ABSENT)),
@@ -106,7 +106,7 @@ def of_database(database: Database) -> str:
     return f"PostgreSQL {found['version']} as {found['name']}, schema {found['place']}: {creates}"
 
 
-def webhook(settings: Settings) -> Iterator[System]:
+def webhook(settings: Settings) -> Iterator[ConnectionCheck]:
     """The webhook for failures gets a message that says that it is a test."""
     url = settings.alert.webhook_url.get_secret_value()
     if not url:
@@ -117,7 +117,7 @@ def webhook(settings: Settings) -> Iterator[System]:
         post(url, {"event": "check", "service": settings.service.name, "text": text})
         return "took a message of the event check"
 
-    yield System("webhook", "webhook", "ALERT_WEBHOOK_URL", check)
+    yield ConnectionCheck("webhook", "webhook", "ALERT_WEBHOOK_URL", check)
 
 
 def destinations(settings: Settings) -> Mapping[str, str]:
@@ -150,12 +150,12 @@ def _first(once: Callable[[], object], check: Check) -> Check:
     return both
 
 
-def remembered(state: State) -> Check:
+def state_check(state: State) -> Check:
     """At first a look at all that the state holds, then round trips; what a person should know of it."""
     return _first(state.check, state.note)
 
 
-def probed(store: "ObjectStore") -> Check:
+def store_check(store: "ObjectStore") -> Check:
     """A write at first, then a look: the store must not fill with the traces of being watched."""
 
     def look() -> str:
@@ -165,11 +165,11 @@ def probed(store: "ObjectStore") -> Check:
     return _first(store.probe, look)
 
 
-def stores_tried(
+def store_checks(
     settings: Settings, state: State, warehouse: Database, store: "ObjectStore", listed: Sequence[str]
-) -> Iterator[System]:
+) -> Iterator[ConnectionCheck]:
     """The three stores that are always there, embedded or outside, under the names of /ready."""
-    look = remembered(state)
+    look = state_check(state)
     variable = "CHECKPOINT_DB_HOST" if settings.checkpoint.host else "CHECKPOINT_DATABASE_URL"
 
     def kept() -> str:
@@ -183,6 +183,6 @@ def stores_tried(
         old_versions = note_of_versions(cast("S3Store", store), prefix) if bucket else ""  # a directory has none
         return "; ".join(filter(None, (*said, old_versions)))
 
-    yield System("checkpoint_store_connected", "state: checkpoints, runs, leases", variable, kept)
-    yield System("s3_accessible", "objects", "S3_BUCKET", objects)
-    yield System("dwh_connected", "warehouse", "DWH_DATABASE_URL", lambda: of_database(warehouse))
+    yield ConnectionCheck("checkpoint_store_connected", "state: checkpoints, runs, leases", variable, kept)
+    yield ConnectionCheck("s3_accessible", "objects", "S3_BUCKET", objects)
+    yield ConnectionCheck("dwh_connected", "warehouse", "DWH_DATABASE_URL", lambda: of_database(warehouse))

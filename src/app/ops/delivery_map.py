@@ -19,9 +19,9 @@ from typing import Any
 
 from app.core.errors import AppError, Rejected, Transient
 from app.core.pipeline import MISSING
-from app.core.verify import Cell, CellState, Chart
+from app.core.verify import CellState, GapMapSource, MapCell
 from app.core.windows import Window
-from app.db.page_queries import Look, NameFilter, SqlPages
+from app.db.page_queries import NameFilter, PageQuerySession, SqlPages
 
 KEPT_SECONDS = 20.0
 KEPT_MAPS = 64
@@ -67,12 +67,12 @@ OF_STATE = {
 }
 
 
-def letter_of(cell: Cell) -> str:
+def letter_of(cell: MapCell) -> str:
     """The letter of a window. One that is overdue and was never written is late, not missing."""
     return OF_STATE.get(cell.state) or ("m" if cell.rows else "l")
 
 
-def worst(letters: Iterable[str]) -> str:
+def worst_state(letters: Iterable[str]) -> str:
     """The worst of some letters; no data for none."""
     return min(letters, key=RANK.__getitem__, default="n")
 
@@ -188,11 +188,11 @@ class DeliveryMap:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class MapLine:
     """One partition of a list of windows: its cells, oldest first. `error` is empty when it could be listed."""
 
     partition: str
-    cells: Sequence[Cell]
+    cells: Sequence[MapCell]
     error: str = ""
 
 
@@ -207,7 +207,7 @@ class MapFault:
 
 
 @dataclass
-class _Kept:
+class _AnswerCache:
     """Answers by question, the oldest of which go first."""
 
     held: "OrderedDict[tuple[Any, ...], tuple[Any, float]]" = field(default_factory=OrderedDict)
@@ -230,12 +230,12 @@ class _Kept:
 class DeliveryMaps:
     """Maps by job and span. From any thread."""
 
-    def __init__(self, charts: Mapping[str, Chart], pages: SqlPages, clock: Callable[[], datetime]) -> None:
+    def __init__(self, charts: Mapping[str, GapMapSource], pages: SqlPages, clock: Callable[[], datetime]) -> None:
         self._charts = charts
         self._pages = pages
         self._clock = clock
         self._turn = threading.Lock()
-        self._kept = _Kept()
+        self._kept = _AnswerCache()
         self._faults: dict[str, Mapping[tuple[str, Window], MapFault]] = {}
         self._refreshing: dict[str, threading.Thread] = {}
 
@@ -263,16 +263,18 @@ class DeliveryMaps:
             self._faults[job] = faults
             self.forget(job)
 
-    def windows(self, job: str, span: Window, offset: int, limit: int) -> tuple[int, Sequence[Line]]:
+    def windows(self, job: str, span: Window, offset: int, limit: int) -> tuple[int, Sequence[MapLine]]:
         """How many partitions a job has, and the windows of some of them, each from a listing made now.
 
         Raises Rejected for a job without a map, Transient when the destination keeps others waiting.
         """
         key = (job, "windows", span, offset, limit)
-        found: tuple[int, Sequence[Line]] = self._once(key, lambda chart: self._list(job, chart, span, offset, limit))
+        found: tuple[int, Sequence[MapLine]] = self._once(
+            key, lambda chart: self._list(job, chart, span, offset, limit)
+        )
         return found
 
-    def partition(self, job: str, partition: str, span: Window) -> Sequence[Cell]:
+    def partition(self, job: str, partition: str, span: Window) -> Sequence[MapCell]:
         """The windows of one partition, from a listing made now. Raises Rejected for one that is not known."""
         chart = self._chart(job)
         with self._pages.look() as look:
@@ -280,12 +282,12 @@ class DeliveryMaps:
         if not is_known and partition not in chart.partitions():
             raise Rejected(f"{job} has no partition {partition[:80]!r}", "see /ops/partitions for their names")
 
-        def line(_: Chart) -> Line:
+        def line(_: GapMapSource) -> MapLine:
             cells = chart.cells(partition, span)
-            self._note(job, Line(partition, cells), span)
-            return Line(partition, cells)
+            self._note(job, MapLine(partition, cells), span)
+            return MapLine(partition, cells)
 
-        found: Line = self._once((job, "partition", partition, span), line)
+        found: MapLine = self._once((job, "partition", partition, span), line)
         return found.cells
 
     def whole(self, job: str, cells: MapCells, names: NameFilter = NameFilter()) -> DeliveryMap:  # noqa: B008 - it is frozen
@@ -327,7 +329,7 @@ class DeliveryMaps:
             found = self._kept.get(key, float("inf"))
         if found is None:
             return None
-        return "".join(worst(row.cells[place] for row in found.rows) for place in range(len(cells.edges) - 1))
+        return "".join(worst_state(row.cells[place] for row in found.rows) for place in range(len(cells.edges) - 1))
 
     def _refresh(self, job: str, cells: MapCells) -> None:
         try:
@@ -345,12 +347,12 @@ class DeliveryMaps:
         few = number <= LISTED_PARTITIONS and number * days <= LISTED_PARTITION_DAYS
         return number == 0 or (few and days <= LISTED_DAYS)
 
-    def _chart(self, job: str) -> Chart:
+    def _chart(self, job: str) -> GapMapSource:
         if job not in self._charts:
             raise Rejected(f"job {job[:80]!r} has no delivery map", f"jobs that have one: {', '.join(self.jobs)}")
         return self._charts[job]
 
-    def _once(self, key: tuple[Any, ...], make: Callable[[Chart], Any]) -> Any:
+    def _once(self, key: tuple[Any, ...], make: Callable[[GapMapSource], Any]) -> Any:
         """What is kept, or made now while nobody else asks a destination."""
         job = key[0]
         chart = self._chart(job)
@@ -362,14 +364,16 @@ class DeliveryMaps:
         finally:
             self._turn.release()
 
-    def _list(self, job: str, chart: Chart, span: Window, offset: int, limit: int) -> tuple[int, Sequence[Line]]:
+    def _list(
+        self, job: str, chart: GapMapSource, span: Window, offset: int, limit: int
+    ) -> tuple[int, Sequence[MapLine]]:
         partitions = chart.partitions()
 
-        def line(partition: str) -> Line:
+        def line(partition: str) -> MapLine:
             try:
-                return Line(partition, chart.cells(partition, span))
+                return MapLine(partition, chart.cells(partition, span))
             except AppError as error:
-                return Line(partition, (), str(error))
+                return MapLine(partition, (), str(error))
 
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="map") as pool:
             lines = list(pool.map(line, partitions[offset : offset + limit]))
@@ -378,7 +382,7 @@ class DeliveryMaps:
                 self._note(job, each, span)
         return len(partitions), lines
 
-    def _note(self, job: str, line: Line, span: Window) -> None:
+    def _note(self, job: str, line: MapLine, span: Window) -> None:
         """The faults of one partition within `span` are those that its listing shows now."""
         before = self._faults.get(job, {})
         seen = dict(before)
@@ -392,7 +396,7 @@ class DeliveryMaps:
                 seen[key] = MapFault(*key, letter, seen_at)
         self._faults[job] = seen
 
-    def _listed(self, job: str, chart: Chart, cells: MapCells) -> DeliveryMap:
+    def _listed(self, job: str, chart: GapMapSource, cells: MapCells) -> DeliveryMap:
         now = self._clock()
         total, lines = self._list(job, chart, cells.window, 0, LISTED_PARTITIONS)
         painted = {
@@ -419,7 +423,7 @@ def _one_row_a_source(painted: Mapping[str, str]) -> Mapping[str, str]:
         base = name.rpartition(":")[0]
         if base in painted:
             wrong = (each if each in PROBLEMS | {"u"} else "n" for each in text)
-            found[base] = "".join(map(worst, zip(found[base], wrong, strict=True)))
+            found[base] = "".join(map(worst_state, zip(found[base], wrong, strict=True)))
             del found[name]
     return found
 
@@ -427,7 +431,7 @@ def _one_row_a_source(painted: Mapping[str, str]) -> Mapping[str, str]:
 class _Recorded:
     """A map out of the records: a cell is done where the cursor has passed it, but for windows that are marked."""
 
-    def __init__(self, look: Look, job: str, cells: MapCells, now: datetime) -> None:
+    def __init__(self, look: PageQuerySession, job: str, cells: MapCells, now: datetime) -> None:
         self._look = look
         self._job = job
         self._cells = cells
@@ -488,7 +492,7 @@ class _Recorded:
         ]
         marked = self._cells.paint(faults, self._now)
         return "".join(
-            worst((marked[place], self._plain(place, between, cursor_at))) for place in range(len(self._spans))
+            worst_state((marked[place], self._plain(place, between, cursor_at))) for place in range(len(self._spans))
         )
 
     def _plain(self, place: int, between: tuple[str, str] | None, cursor_at: datetime) -> str:

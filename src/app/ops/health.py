@@ -24,7 +24,7 @@ Check = Callable[[], str]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """What a check found. `note` is what the check said when it succeeded; `error` and `hint` are empty then."""
 
     ok: bool
@@ -33,12 +33,12 @@ class Finding:
     hint: str = ""
 
 
-def look(check: Check) -> Finding:
+def check_once(check: Check) -> CheckResult:
     """What one attempt finds."""
     try:
-        return Finding(ok=True, note=check())
+        return CheckResult(ok=True, note=check())
     except AppError as error:
-        return Finding(ok=False, error=error.message, hint=error.hint)
+        return CheckResult(ok=False, error=error.message, hint=error.hint)
 
 
 class Readiness:
@@ -46,7 +46,7 @@ class Readiness:
 
     def __init__(self, checks: Mapping[str, Check]) -> None:
         self._checks = checks
-        self._found: dict[str, tuple[Finding, float]] = {}
+        self._found: dict[str, tuple[CheckResult, float]] = {}
         self._closed = threading.Event()
 
     def start(self) -> None:
@@ -58,22 +58,22 @@ class Readiness:
         """Stop looking; a check that hangs is left behind."""
         self._closed.set()
 
-    def findings(self) -> Mapping[str, Finding]:
+    def findings(self) -> Mapping[str, CheckResult]:
         """The latest answer of each check. No I/O."""
         now = time.monotonic()
         return {name: self._latest(name, now) for name in self._checks}
 
-    def _latest(self, name: str, now: float) -> Finding:
-        finding, at = self._found.get(name, (Finding(ok=False, error=NOT_YET, hint="ask again soon"), now))
+    def _latest(self, name: str, now: float) -> CheckResult:
+        finding, at = self._found.get(name, (CheckResult(ok=False, error=NOT_YET, hint="ask again soon"), now))
         if now - at > EVERY_SECONDS + LIMIT_SECONDS:
-            return Finding(ok=False, error=f"no answer for {now - at:.0f} s", hint="look whether that system hangs")
+            return CheckResult(ok=False, error=f"no answer for {now - at:.0f} s", hint="look whether that system hangs")
         return finding
 
     def _watch(self, name: str) -> None:
         """What is wrong is told once, and again when it is something else."""
         told = ""
         while not self._closed.is_set():
-            finding = look(self._checks[name])
+            finding = check_once(self._checks[name])
             self._found[name] = (finding, time.monotonic())
             if finding.error and finding.error != told:
                 log.error("%s: %s (%s)", name, finding.error, finding.hint)
@@ -105,7 +105,7 @@ class ProbeAnswer:
     body: Mapping[str, Any]
 
 
-class Turning(Protocol):
+class WorkLoop(Protocol):
     """What does the work. No I/O."""
 
     @property
@@ -122,7 +122,7 @@ class Probes:
     """What the two probes look at."""
 
     version: str
-    scheduler: Turning
+    scheduler: WorkLoop
     readiness: Readiness
     clock: Callable[[], datetime]
 

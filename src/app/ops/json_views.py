@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from app.core.ledger import TALLY_NAMES, summary_of, to_json
-from app.core.runs import Outcome, Report, Run, Total
+from app.core.runs import Outcome, Report, Run, RunTotal
 from app.db.checkpoints import Checkpoint
 from app.ops.scheduler import JobView
 
@@ -31,7 +31,7 @@ def instant_text(at: datetime | None) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Calls:
+class ServiceCalls:
     """What a job's service was asked: calls of this day UTC, how many a day may have, and calls of all days."""
 
     today: int
@@ -56,10 +56,10 @@ def view_shown(view: JobView) -> dict[str, Any]:
 def job_shown(
     view: JobView,
     last: Run | None,
-    totals: Sequence[Total] = (),
+    totals: Sequence[RunTotal] = (),
     *,
     stale: bool = False,
-    calls: Calls | None = None,
+    calls: ServiceCalls | None = None,
     clock_ahead_seconds: float = 0.0,
 ) -> Mapping[str, Any]:
     """A job, where it stands and how its `last` run went; `totals` of all its runs. `stale`: it fell silent.

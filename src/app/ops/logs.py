@@ -37,24 +37,24 @@ KINDS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
+class LogAllowance:
     """So many lines at once, and so many more a minute."""
 
     at_once: int
     a_minute: int
 
 
-IN_RUNS = Allowance(1000, 100)
-OF_CALLERS = Allowance(100, 20)
-OF_ANYBODY = Allowance(20, 4)
-OF_ALL_OF_ANYBODY = Allowance(150, 20)
+IN_RUNS = LogAllowance(1000, 100)
+OF_CALLERS = LogAllowance(100, 20)
+OF_ANYBODY = LogAllowance(20, 4)
+OF_ALL_OF_ANYBODY = LogAllowance(150, 20)
 NOBODY = "nobody"
 
 
 class _Bucket:
     """An allowance in use. `record` is the last line that was left out."""
 
-    def __init__(self, allowance: Allowance, at: float) -> None:
+    def __init__(self, allowance: LogAllowance, at: float) -> None:
         self.allowance = allowance
         self._left = float(allowance.at_once)
         self._at = at
@@ -140,8 +140,8 @@ def _summary(bucket: _Bucket) -> logging.LogRecord:
 #
 # Invariants: a record is one line of bounded length whatever is in its message, and of one kind only so many are
 # written in a minute, the others counted; the file is for its owner alone; no known secret and nothing shaped like
-# one leaves; every record made inside `bound`, or in a thread that was given `carried` work there, says which run
-# of which job made it.
+# one leaves; every record made inside `log_context`, or in a thread whose work went through `in_log_context`, says
+# which run of which job made it.
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -179,7 +179,7 @@ _run: ContextVar[tuple[str, str]] = ContextVar("run", default=("", ""))
 
 
 @contextmanager
-def bound(run_id: str, job: str) -> Iterator[None]:
+def log_context(run_id: str, job: str) -> Iterator[None]:
     """Every record of this context says `run_id` and `job` until the end of the block."""
     token = _run.set((run_id, job))
     try:
@@ -188,7 +188,7 @@ def bound(run_id: str, job: str) -> Iterator[None]:
         _run.reset(token)
 
 
-def carried(work: Callable[P, R]) -> Callable[P, R]:
+def in_log_context(work: Callable[P, R]) -> Callable[P, R]:
     """`work`, to be called in another thread as if in this context: threads start with an empty one.
 
     May be called by several threads at once, each call has its own copy.
@@ -403,7 +403,7 @@ def log_run(run: Run, cause: BaseException | None) -> None:
     ledger = report.ledger
     entries = {name: getattr(ledger.total, name) for name in TALLY_NAMES} if ledger else {}
     unexpected = cause is not None and not isinstance(cause, AppError)
-    with bound(run.run_id, run.job):
+    with log_context(run.run_id, run.job):
         log.log(
             LEVELS.get(run.outcome, logging.ERROR),
             "%s %s%s",

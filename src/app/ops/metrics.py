@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from app.core.errors import AppError
 from app.core.ledger import Ledger
 from app.core.pipeline import FOREIGN, MISSING
-from app.core.runs import LedgerTotal, Outcome, Total
+from app.core.runs import LedgerTotal, Outcome, RunTotal
 from app.ops.json_views import lag_seconds
 from app.ops.scheduler import Workload
 from app.ops.service import Operations
@@ -40,7 +40,7 @@ Samples = Sequence[tuple[Labels, float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
+class MetricSeries:
     """One metric with its samples. `kind` is gauge or counter."""
 
     name: str
@@ -49,12 +49,12 @@ class Series:
     samples: Samples
 
 
-def exposition(series: Iterable[Series]) -> str:
+def exposition(series: Iterable[MetricSeries]) -> str:
     """All series as text; those without samples are left out."""
     return "".join(f"{line}\n" for one in series if one.samples for line in _lines(one))
 
 
-def _lines(series: Series) -> Iterator[str]:
+def _lines(series: MetricSeries) -> Iterator[str]:
     yield f"# HELP {series.name} {series.about}"
     yield f"# TYPE {series.name} {series.kind}"
     for labels, value in series.samples:
@@ -67,12 +67,12 @@ def escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
-def series_of(ops: Operations) -> Iterator[Series]:
+def series_of(ops: Operations) -> Iterator[MetricSeries]:
     """All series; while the state is away only those that are known without it, and its check says why."""
     views, ahead, stale = ops.scheduler.views(), ops.alerts.ahead_seconds, ops.alerts.stale
     states = {view.job.name: view.state for view in views if not view.job.off}
     version = [({"version": ops.probes.version}, 1.0)]
-    yield Series("headwater_build_info", "gauge", "Version of Headwater.", version)
+    yield MetricSeries("headwater_build_info", "gauge", "Version of Headwater.", version)
     yield _by_job("job_paused", "1 while a job is paused.", {job: state == "paused" for job, state in states.items()})
     running = {job: state in ("running", "backfill") for job, state in states.items()}
     yield _by_job("job_running", "1 while a run of a job goes on in this process.", running)
@@ -81,12 +81,12 @@ def series_of(ops: Operations) -> Iterator[Series]:
     about = "How far the last run or a cursor of a job lies ahead of now; 0 is well."
     yield _by_job("clock_ahead_seconds", about, {job: ahead.get(job, 0.0) for job in states})
     checks = [({"check": name}, float(ok)) for name, ok in ops.probes.ready().body["checks"].items()]
-    yield Series("headwater_check", "gauge", "1 while a system can be reached.", checks)
+    yield MetricSeries("headwater_check", "gauge", "1 while a system can be reached.", checks)
     with suppress(AppError):
         yield from list(_recorded(ops, states))
 
 
-def _recorded(ops: Operations, states: Mapping[str, str]) -> Iterator[Series]:
+def _recorded(ops: Operations, states: Mapping[str, str]) -> Iterator[MetricSeries]:
     """What the state knows. `states` are by job that is on."""
     now, runs, totals = ops.state.clocks.now(), ops.state.runs, ops.state.runs.totals()
     yield from _totals(totals)
@@ -111,14 +111,16 @@ def _recorded(ops: Operations, states: Mapping[str, str]) -> Iterator[Series]:
     yield from lag_series([(job, name, lag) for job, name, lag in lags if lag is not None])
 
 
-def _by_job(name: str, about: str, values: Mapping[str, float], kind: str = "gauge") -> Series:
-    return Series(f"headwater_{name}", kind, about, [({"job": job}, float(value)) for job, value in values.items()])
+def _by_job(name: str, about: str, values: Mapping[str, float], kind: str = "gauge") -> MetricSeries:
+    return MetricSeries(
+        f"headwater_{name}", kind, about, [({"job": job}, float(value)) for job, value in values.items()]
+    )
 
 
-def _totals(totals: Sequence[Total]) -> Iterator[Series]:
+def _totals(totals: Sequence[RunTotal]) -> Iterator[MetricSeries]:
     """Counters of runs by outcome, and of what they moved: sums of the state, which no restart sets back."""
     by_outcome = [({"job": each.job, "outcome": each.outcome.value}, float(each.runs)) for each in totals]
-    yield Series("headwater_runs_total", "counter", "Runs that ended, by outcome.", by_outcome)
+    yield MetricSeries("headwater_runs_total", "counter", "Runs that ended, by outcome.", by_outcome)
     for name, about in MOVED.items():
         sums: Counter[str] = Counter()
         for each in totals:
@@ -126,7 +128,7 @@ def _totals(totals: Sequence[Total]) -> Iterator[Series]:
         yield _by_job(f"{name}_total", about, sums, "counter")
 
 
-def _ledgers(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> Iterator[Series]:
+def _ledgers(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> Iterator[MetricSeries]:
     """Counters of what ledgers say, which are sums of the state, and gauges of the last ended run of each job."""
     jobs = sorted({each.job for each in totals})
     sums = {(job, entry): 0.0 for job in jobs for entry in ("new", "corrected", "set_aside")}
@@ -134,31 +136,35 @@ def _ledgers(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> Itera
         sums[each.job, each.entry] += each.total
     entries = [({"job": job, "entry": entry}, number) for (job, entry), number in sums.items()]
     about = "What runs found new, corrected, or set aside for the first time, in the unit of the job's ledger."
-    yield Series("headwater_ledger_total", "counter", about, entries)
+    yield MetricSeries("headwater_ledger_total", "counter", about, entries)
     reasons = [({"job": each.job, "reason": each.reason}, float(each.total)) for each in totals if each.reason]
     about = "What runs set aside for the first time, by reason."
-    yield Series("headwater_set_aside_total", "counter", about, reasons)
+    yield MetricSeries("headwater_set_aside_total", "counter", about, reasons)
     for entry, about in ENTRIES.items():
         yield _by_job(entry, about, {job: getattr(ledger.total, entry) for job, ledger in last.items()})
     about = "What the last run counted and cannot account for; 0 is well."
     yield _by_job("ledger_gap", about, {job: ledger.gap for job, ledger in last.items()})
 
 
-def _workload(load: Workload) -> Iterator[Series]:
+def _workload(load: Workload) -> Iterator[MetricSeries]:
     """What workers are at, where jobs are sent to a queue."""
-    yield Series("headwater_workers", "gauge", "Workers that live.", [({}, float(load.workers))])
+    yield MetricSeries("headwater_workers", "gauge", "Workers that live.", [({}, float(load.workers))])
     queued = [({"queue": name}, float(number)) for name, number in load.waiting.items()]
-    yield Series("headwater_queue_depth", "gauge", "What waits for a worker.", queued)
-    yield Series("headwater_shards", "gauge", "Shards that workers share the export in.", [({}, float(load.shards))])
+    yield MetricSeries("headwater_queue_depth", "gauge", "What waits for a worker.", queued)
+    yield MetricSeries(
+        "headwater_shards", "gauge", "Shards that workers share the export in.", [({}, float(load.shards))]
+    )
     going: Samples = [({}, float(load.shards_running))]
-    yield Series("headwater_shards_running", "gauge", "Shards that a worker works on now.", going)
+    yield MetricSeries("headwater_shards_running", "gauge", "Shards that a worker works on now.", going)
 
 
-def lag_series(lags: Sequence[tuple[str, str, float]]) -> Iterator[Series]:
+def lag_series(lags: Sequence[tuple[str, str, float]]) -> Iterator[MetricSeries]:
     """`lags`: (job, partition, seconds). The largest ones singly, and for each job its maximum and number."""
     worst = sorted(lags, key=lambda lag: -lag[2])
     singly = [({"job": job, "partition": name}, seconds) for job, name, seconds in worst[:PARTITIONS]]
-    yield Series("headwater_lag_seconds", "gauge", f"Age of the newest event seen, the {PARTITIONS} largest.", singly)
+    yield MetricSeries(
+        "headwater_lag_seconds", "gauge", f"Age of the newest event seen, the {PARTITIONS} largest.", singly
+    )
     by_job: dict[str, list[float]] = {job: [] for job in sorted({job for job, _, _ in lags})}
     for job, _, seconds in lags:
         by_job[job].append(seconds)

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, AwareDatetime
 from app.core.ledger import KeptFile
 from app.core.pipeline import MISSING
 from app.core.runs import Run
-from app.core.verify import Cell
+from app.core.verify import MapCell
 from app.core.windows import Window
 from app.db.page_queries import NameFilter
 from app.ops.delivery_map import WORDS, DeliveryMap, MapCells, cells_between, cells_of_span, letter_of
@@ -249,7 +249,7 @@ def _shown(found: DeliveryMap, cells: MapCells, now: datetime) -> Mapping[str, A
 
 
 def _window(
-    cell: Cell, records: Sequence[Mapping[str, Any]], run_of: Callable[[Mapping[str, Any] | None], str | None]
+    cell: MapCell, records: Sequence[Mapping[str, Any]], run_of: Callable[[Mapping[str, Any] | None], str | None]
 ) -> Mapping[str, Any]:
     letter = letter_of(cell)
     record = records[0] if records else None

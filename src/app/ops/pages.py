@@ -19,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.core.errors import AppError
 from app.web.api import accepts_gzip
-from app.web.auth import OPEN, Guard, needs
+from app.web.auth import OPEN, AccessGuard, needs
 from app.web.errors import Refused
 
 SCOPE = "ops:read"
@@ -38,7 +38,7 @@ WORDS = {"ok": "OK", "partial": "Partly delivered", "backfill": "Backfilling", "
 Overview = Callable[[], Mapping[str, Any]]
 
 
-def build(guard: Guard, overview: Overview) -> APIRouter:
+def build(guard: AccessGuard, overview: Overview) -> APIRouter:
     """The routes of the pages and their parts."""
     router = APIRouter(include_in_schema=False)
     _overview(router, guard, overview)
@@ -97,7 +97,7 @@ def _gzipped(content: bytes) -> bytes:
     return gzip.compress(content, mtime=0)
 
 
-def _overview(router: APIRouter, guard: Guard, overview: Overview) -> None:
+def _overview(router: APIRouter, guard: AccessGuard, overview: Overview) -> None:
     main, dialogs = _asset("overview.html"), _asset("dialogs.html")
 
     def page(jobs: str, off: str, *, shown: bool) -> Response:
@@ -116,7 +116,7 @@ def _overview(router: APIRouter, guard: Guard, overview: Overview) -> None:
         return page(job_rows(known), off_rows(known), shown=True)
 
 
-async def _may_see(guard: Guard, request: Request) -> bool:
+async def _may_see(guard: AccessGuard, request: Request) -> bool:
     """Whether the caller may see jobs. A wrong key counts as everywhere and sees the page without them."""
     try:
         grant = await guard.grant(request.scope)

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from app.core.errors import Rejected
 from app.core.runs import Outcome
-from app.core.verify import Cell
+from app.core.verify import MapCell
 from app.core.windows import Window, refuse_future
-from app.db.page_queries import RunChoice
+from app.db.page_queries import RunFilter
 from app.ops.health import ProbeAnswer
 from app.ops.json_views import (
     RUNS,
@@ -32,9 +32,9 @@ from app.ops.metrics import exposition, series_of
 from app.ops.page_data import Instant, bounded, recent_span
 from app.ops.scheduler import Scheduler
 from app.ops.service import Operations
-from app.ops.verification import Result, shown
+from app.ops.verification import VerificationResult, window_json
 from app.web.api import refuse_unknown_parameters
-from app.web.auth import COOKIE, OPEN, SESSION, Guard, needs, unauthorized
+from app.web.auth import COOKIE, OPEN, SESSION, AccessGuard, needs, unauthorized
 from app.web.errors import Answers, Refused, faults
 
 READ = needs("ops:read")
@@ -135,7 +135,7 @@ def _answer(answer: ProbeAnswer) -> Response:
     return JSONResponse(dict(answer.body), answer.status)
 
 
-def _session(router: APIRouter, guard: Guard) -> None:
+def _session(router: APIRouter, guard: AccessGuard) -> None:
     refused = {401: "the key is not known", 403: "the key may see no page", 429: "too many failed sign-ins"}
 
     @router.post(
@@ -203,7 +203,7 @@ def _reading(router: APIRouter, ops: Operations) -> None:
         limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50,
     ) -> dict[str, Any]:
         since, until = recent_span(ops.clock(), start, end)
-        choice = RunChoice(since, until, job or "", outcome, news)
+        choice = RunFilter(since, until, job or "", outcome, news)
         with ops.state.pages.look() as look:
             found, total, with_news = look.runs(choice, limit + 1, before or until)
         if not (outcome or start or end or news or before):
@@ -305,7 +305,7 @@ def _back(end: datetime, hours: int) -> Window:
         raise Refused(422, "to is out of range", "give an instant of this century", "query.to") from None
 
 
-def _cell(cell: Cell) -> Mapping[str, Any]:
+def _cell(cell: MapCell) -> Mapping[str, Any]:
     return {
         "start": whole_second(cell.window.start),
         "end": whole_second(cell.window.end),
@@ -315,7 +315,7 @@ def _cell(cell: Cell) -> Mapping[str, Any]:
     }
 
 
-def _result(result: Result) -> Mapping[str, Any]:
+def _result(result: VerificationResult) -> Mapping[str, Any]:
     return {
         "job": result.job,
         "partition": result.partition,
@@ -329,7 +329,7 @@ def _result(result: Result) -> Mapping[str, Any]:
         "total": result.total,
         "healed": result.healed,
         "counts": dict(result.counts),
-        "windows": [shown(each) for each in result.windows],
+        "windows": [window_json(each) for each in result.windows],
         "error": result.error,
         "hint": result.hint,
     }

@@ -24,10 +24,10 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
 from app.core.errors import AppError, Rejected, Transient, did_you_mean
-from app.core.runs import Context, Job, Outcome, Report, Run, RunDesk, Stop, execute
+from app.core.runs import Context, Job, Outcome, Report, Run, RunServices, Stop, execute
 from app.core.windows import Window
 from app.db.state import SqlPauses
-from app.ops.logs import bound
+from app.ops.logs import log_context
 
 # How far long work is: a bar on a terminal, a line in the log now and then elsewhere, and always in memory.
 #
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class ProgressCounts:
     """Units done of those known so far, and rows moved."""
 
     done: int = 0
@@ -49,10 +49,10 @@ class Counts:
 class ProgressTally:
     """Implements `app.core.runs.Progress` in memory; `told` is called with the new counts after each advance."""
 
-    def __init__(self, told: Callable[[Counts], None]) -> None:
+    def __init__(self, told: Callable[[ProgressCounts], None]) -> None:
         self._lock = threading.Lock()
         self._told = told
-        self.counts = Counts()
+        self.counts = ProgressCounts()
 
     def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
         """Add to the counts. From any thread."""
@@ -62,11 +62,11 @@ class ProgressTally:
             self._told(self.counts)
 
 
-def logged(job: str, every_seconds: float = LOG_EVERY_SECONDS) -> ProgressTally:
+def logging_progress(job: str, every_seconds: float = LOG_EVERY_SECONDS) -> ProgressTally:
     """A tally that writes one line to the log every ten seconds of work; short work stays silent."""
     said_at = time.monotonic()
 
-    def told(counts: Counts) -> None:
+    def told(counts: ProgressCounts) -> None:
         nonlocal said_at
         now = time.monotonic()
         if now - said_at >= every_seconds:
@@ -77,7 +77,7 @@ def logged(job: str, every_seconds: float = LOG_EVERY_SECONDS) -> ProgressTally:
 
 
 @contextmanager
-def bar(job: str, unit: str) -> Iterator[ProgressTally]:
+def progress_bar(job: str, unit: str) -> Iterator[ProgressTally]:
     """A tally shown as a progress bar on stderr, removed at the end."""
     from tqdm import tqdm
 
@@ -85,7 +85,7 @@ def bar(job: str, unit: str) -> Iterator[ProgressTally]:
     columns, rows = get_terminal_size()
     with tqdm(desc=job, unit=unit, leave=False, ncols=columns, nrows=rows) as shown:
 
-        def told(counts: Counts) -> None:
+        def told(counts: ProgressCounts) -> None:
             shown.total = max(counts.total, counts.done) or None
             shown.set_postfix(rows=counts.rows, refresh=False)
             shown.update(counts.done - shown.n)
@@ -102,7 +102,7 @@ STORE_AWAY_SECONDS = 5.0
 BACKFILLS = 10
 
 
-def due_in(since_done_seconds: float | None, interval_seconds: float) -> float:
+def seconds_until_due(since_done_seconds: float | None, interval_seconds: float) -> float:
     """Seconds until a job is due whose last finished run began so long ago; 0 when overdue or unknown.
 
     Short intervals are always due at once, since a minute's job costs nothing to repeat.
@@ -126,7 +126,7 @@ def retry_in(run: Run | None, interval_seconds: float) -> float | None:
     return seconds if seconds < interval_seconds else None
 
 
-def more_in(run: Run) -> float:
+def seconds_to_next_step(run: Run) -> float:
     """Seconds until a run goes on that left work: at once, or a little later when a part of it fails each time."""
     spread = random.uniform(0.1, 0.4)  # noqa: S311 - replicas apart, not a secret
     return spread if run.outcome is Outcome.OK else 25 * spread
@@ -142,7 +142,7 @@ class Workload:
     shards_running: int
 
 
-class Elsewhere(Protocol):
+class WorkerPool(Protocol):
     """Other processes, which run jobs for this one. All methods raise AppError."""
 
     def send(self, job: str, by: str) -> None:
@@ -164,13 +164,13 @@ class JobView:
 
     job: Job
     state: str
-    progress: Counts | None
+    progress: ProgressCounts | None
     queued_backfills: int
     next_run_at: datetime | None
     can_backfill: bool
 
 
-class Every(IntervalTrigger):  # type: ignore[misc]  # the library has no types
+class JitteredInterval(IntervalTrigger):  # type: ignore[misc]  # the library has no types
     """Each `seconds`, apart by `jitter`. Intervals that were missed are left out.
 
     APScheduler's own trigger names every one of them before one is run for all: after a jump of the clock by decades
@@ -184,7 +184,7 @@ class Every(IntervalTrigger):  # type: ignore[misc]  # the library has no types
 
 
 @dataclass(slots=True)
-class _Lane:
+class _JobState:
     """What goes on with one job. `running` is "" while nothing of it runs."""
 
     job: Job
@@ -214,19 +214,19 @@ class Scheduler:
     def __init__(
         self,
         jobs: Iterable[Job],
-        desk: RunDesk,
+        services: RunServices,
         stop: Stop,
         backfills: Mapping[str, Backfill],
         pauses: SqlPauses,
         *,
-        elsewhere: Elsewhere | None = None,
+        elsewhere: WorkerPool | None = None,
     ) -> None:
-        self._desk = desk
+        self._services = services
         self._stop = stop
         self._backfills = backfills
         self._pauses = pauses
         self.elsewhere = elsewhere
-        self._lanes = {job.name: _Lane(named(job)) for job in jobs}
+        self._lanes = {job.name: _JobState(with_run_in_logs(job)) for job in jobs}
         self._changed = threading.Condition()
         self._timers = BackgroundScheduler(
             timezone=UTC,
@@ -246,11 +246,13 @@ class Scheduler:
         for lane in self._able():
             name, interval = lane.job.name, lane.job.interval_seconds
             jitter = min(interval / JITTER_PARTS, JITTER_LIMIT_SECONDS)
-            trigger = Every(seconds=interval, jitter=jitter, timezone=UTC)
+            trigger = JitteredInterval(seconds=interval, jitter=jitter, timezone=UTC)
             self._longest_seconds[name] = interval + jitter + TICK_SECONDS
             self._timers.add_executor(ThreadPoolExecutor(1, {"thread_name_prefix": f"job-{name}"}), name)
             self._timers.add_job(self._turn, trigger, [lane], id=name, executor=name, next_run_time=now)
-        self._timers.add_job(self._tick, Every(seconds=TICK_SECONDS, timezone=UTC), id=TICK, next_run_time=now)
+        self._timers.add_job(
+            self._tick, JitteredInterval(seconds=TICK_SECONDS, timezone=UTC), id=TICK, next_run_time=now
+        )
         self._timers.start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
@@ -305,7 +307,7 @@ class Scheduler:
     def pause(self, name: str, by: str) -> None:
         """Skip the timer of `name` in every process until it is resumed. Raises Transient while the state is away."""
         lane = self._lane(name)
-        self._pauses.pause(name, self._desk.clock(), by)
+        self._pauses.pause(name, self._services.clock(), by)
         self._follow(lane, paused=True)
 
     def resume(self, name: str) -> None:
@@ -327,23 +329,23 @@ class Scheduler:
             raise Transient(f"{name}: {BACKFILLS} backfills are waiting already", "try again when one of them is done")
         self._turn_in(0, lane, work, by=by)
 
-    def _able(self) -> Sequence[_Lane]:
+    def _able(self) -> Sequence[_JobState]:
         return [lane for lane in self._lanes.values() if not lane.job.off]
 
-    def _lane(self, name: str) -> _Lane:
+    def _lane(self, name: str) -> _JobState:
         try:
             return self._lanes[name]
         except KeyError:
             hint = f"{did_you_mean(name[:80], self._lanes)}jobs: {', '.join(self._lanes)}"
             raise Rejected(f"no job is named {name[:80]!r}", hint) from None
 
-    def _refuse(self, lane: _Lane) -> None:
+    def _refuse(self, lane: _JobState) -> None:
         if lane.job.off:
             raise Rejected(f"job {lane.job.name} is off", lane.job.off)
         if self._stop.asked:
             raise Transient("the process is stopping: no new run starts", "ask again after the restart")
 
-    def _view(self, lane: _Lane) -> JobView:
+    def _view(self, lane: _JobState) -> JobView:
         name, state = lane.job.name, lane.state
         timer = None if state in ("off", "paused") else self._timers.get_job(name)
         return JobView(
@@ -356,7 +358,7 @@ class Scheduler:
         )
 
     def _turn_in(
-        self, seconds: float, lane: _Lane, other: Job | None = None, *, by: str = "", more: bool = False
+        self, seconds: float, lane: _JobState, other: Job | None = None, *, by: str = "", more: bool = False
     ) -> None:
         """One turn of a job beside its timer. Of ordinary ones that wait, the last takes the place of the others."""
         if self._stop.asked:
@@ -374,7 +376,7 @@ class Scheduler:
             replace_existing=True,
         )
 
-    def _turn(self, lane: _Lane, other: Job | None = None, *, by: str = "", more: bool = False) -> None:
+    def _turn(self, lane: _JobState, other: Job | None = None, *, by: str = "", more: bool = False) -> None:
         """One run, in the thread of its job. `other`: a backfill. `by`: a person wants it, also while paused.
         `more`: it goes on with what a time limit cut short.
         """
@@ -385,13 +387,13 @@ class Scheduler:
         if self.elsewhere is not None and other is None and not lane.job.here:
             self._send(self.elsewhere, lane.job, by or "schedule")
             return
-        tally = logged(lane.job.name)
+        tally = logging_progress(lane.job.name)
         with self._changed:
             if self._stop.asked:
                 return
             lane.running, lane.tally = "backfill" if other else "running", tally
         try:
-            run = execute(other or lane.job, self._desk, self._stop, tally, started_by=by or "schedule")
+            run = execute(other or lane.job, self._services, self._stop, tally, started_by=by or "schedule")
         finally:
             with self._changed:
                 lane.running, lane.tally = "", None
@@ -399,7 +401,7 @@ class Scheduler:
         if run is None:
             log.debug("%s: another process holds the lease", lane.job.name)
         if run is not None and run.report.more:
-            self._turn_in(more_in(run), lane, other, by=by, more=True)
+            self._turn_in(seconds_to_next_step(run), lane, other, by=by, more=True)
         elif other is None:
             early_seconds = retry_in(run, lane.job.interval_seconds)
             if early_seconds is not None and not self._stop.asked:
@@ -407,7 +409,7 @@ class Scheduler:
         elif run is None:
             self._turn_in(HELD_SECONDS, lane, other, by=by)
 
-    def _send(self, elsewhere: Elsewhere, job: Job, by: str) -> None:
+    def _send(self, elsewhere: WorkerPool, job: Job, by: str) -> None:
         """A worker runs it and goes on while there is more. One that dies, or fails, is noticed by looking again."""
         try:
             elsewhere.send(job.name, by)
@@ -416,7 +418,7 @@ class Scheduler:
         if job.interval_seconds > RETRY_SECONDS:
             self._fire_in(RETRY_SECONDS, job.name)
 
-    def _is_paused(self, lane: _Lane) -> bool:
+    def _is_paused(self, lane: _JobState) -> bool:
         """As the state says, which other processes share. While it is away no lease is had either, so nothing runs."""
         try:
             paused = lane.job.name in self._pauses.paused()
@@ -426,13 +428,13 @@ class Scheduler:
         self._follow(lane, paused=paused)
         return paused
 
-    def _is_due(self, lane: _Lane) -> bool:
+    def _is_due(self, lane: _JobState) -> bool:
         """Look at the record of runs, which other processes share; when the job is not due, move the timer instead."""
         name, interval = lane.job.name, lane.job.interval_seconds
         if interval < LONG_SECONDS:
             return True
         try:
-            seconds = due_in(self._desk.runs.since_done_seconds(name), interval)
+            seconds = seconds_until_due(self._services.runs.since_done_seconds(name), interval)
         except AppError as error:
             log.debug("%s: cannot read when it ran last: %s", name, error)
             seconds = STORE_AWAY_SECONDS
@@ -440,7 +442,7 @@ class Scheduler:
             self._fire_in(seconds, name)
         return seconds == 0
 
-    def _follow(self, lane: _Lane, *, paused: bool) -> None:
+    def _follow(self, lane: _JobState, *, paused: bool) -> None:
         """Let the timer pass while `paused`, what runs now runs to its end; then follow it again, beginning at once."""
         with self._changed:
             resumed = lane.paused and not paused
@@ -488,7 +490,7 @@ class Scheduler:
 Work = TypeVar("Work")
 
 
-def able(works: Mapping[str, Work], job: str, refusal: str, hint: str) -> Work:
+def require_ability(works: Mapping[str, Work], job: str, refusal: str, hint: str) -> Work:
     """What `job` has of a kind that only some jobs have. Raises Rejected, whose `hint` names those."""
     if job not in works:
         raise Rejected(f"job {job} {refusal}", hint.format(", ".join(sorted(works)) or "none"))
@@ -497,15 +499,15 @@ def able(works: Mapping[str, Work], job: str, refusal: str, hint: str) -> Work:
 
 def backfill_job(job: Job, backfills: Mapping[str, Backfill], span: Window) -> Job:
     """`job`, under its own name and lease, with the filling of `span` as its work. Raises Rejected when it has none."""
-    fill = able(backfills, job.name, "has no backfill", "jobs that can be filled again: {}")
-    return named(replace(job, work=lambda context: fill(context, span)))
+    fill = require_ability(backfills, job.name, "has no backfill", "jobs that can be filled again: {}")
+    return with_run_in_logs(replace(job, work=lambda context: fill(context, span)))
 
 
-def named(job: Job) -> Job:
+def with_run_in_logs(job: Job) -> Job:
     """`job`, whose log records say which run made them."""
 
     def work(context: Context) -> Report:
-        with bound(context.run_id, job.name):
+        with log_context(context.run_id, job.name):
             return job.work(context)
 
     return replace(job, work=work)

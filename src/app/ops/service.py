@@ -15,26 +15,26 @@ from app.config.rules import warnings
 from app.config.settings import ServiceSettings, Settings
 from app.core.ledger import KeptFile
 from app.core.partitions import Step
-from app.core.runs import Context, Job, Report, Run, RunDesk, Stop
-from app.core.verify import Chart, Verification
+from app.core.runs import Context, Job, Report, Run, RunServices, Stop
+from app.core.verify import GapMapSource, Verification
 from app.core.windows import Window
 from app.db.checkpoints import Checkpoint
 from app.db.state import State
 from app.ops.alerts import Alerts
-from app.ops.connection_checks import System
+from app.ops.connection_checks import ConnectionCheck
 from app.ops.health import Probes, Readiness
-from app.ops.json_views import Calls
+from app.ops.json_views import ServiceCalls
 from app.ops.process import share_the_machine
 from app.ops.request_costs import RequestCosts
 from app.ops.scheduler import Backfill, Scheduler
-from app.web.app import Front
-from app.web.auth import Guard
+from app.web.app import HeadwaterApp
+from app.web.auth import AccessGuard
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
     from app.ops.delivery_map import DeliveryMaps
-    from app.ops.verification import Proofs
+    from app.ops.verification import Verifications
 
 # How the time that a stop may take is shared among its steps, which follow one another.
 #
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
+class ShutdownBudget:
     """The longest that each step may take, in seconds and in this order.
 
     `jobs` come to their next safe point, `requests` to their end, then the `refresh` of the reports; `stuck` is how
@@ -59,10 +59,10 @@ class Steps:
     stuck: float
 
 
-def steps_of(grace_seconds: float) -> Steps:
+def shutdown_budget(grace_seconds: float) -> ShutdownBudget:
     """The steps of a stop within `grace_seconds`."""
     shared = grace_seconds - min(ROOM_SECONDS, grace_seconds / 2)
-    return Steps(jobs=shared / 2, requests=shared / 8, refresh=shared / 8, stuck=shared / 8)
+    return ShutdownBudget(jobs=shared / 2, requests=shared / 8, refresh=shared / 8, stuck=shared / 8)
 
 
 # Nothing in the service as a value has been started.
@@ -89,11 +89,11 @@ class WindowedPipeline(Protocol):
         """See `Pipelines.verifications`."""
 
     @property
-    def chart(self) -> Chart:
+    def chart(self) -> GapMapSource:
         """The gap map."""
 
     @property
-    def checks(self) -> Sequence[System]:
+    def checks(self) -> Sequence[ConnectionCheck]:
         """Of the systems that it needs."""
 
 
@@ -114,13 +114,13 @@ class Pipelines:
     steps: Mapping[str, Step] = field(default_factory=dict)
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
     rewrites: Mapping[str, Backfill] = field(default_factory=dict)
-    systems: Sequence[System] = ()
+    systems: Sequence[ConnectionCheck] = ()
     destinations: Mapping[str, str] = field(default_factory=dict)
     histories: Mapping[str, History] = field(default_factory=dict)
     undos: Mapping[str, Undo] = field(default_factory=dict)
     verifications: Mapping[str, Verification] = field(default_factory=dict)
-    charts: Mapping[str, Chart] = field(default_factory=dict)
-    calls: Mapping[str, Callable[[], Calls]] = field(default_factory=dict)
+    charts: Mapping[str, GapMapSource] = field(default_factory=dict)
+    calls: Mapping[str, Callable[[], ServiceCalls]] = field(default_factory=dict)
     kept: Mapping[str, Callable[[Run], Sequence[KeptFile]]] = field(default_factory=dict)
     listed: Sequence[str] = ()
     routers: Callable[[], Sequence["APIRouter"]] = tuple
@@ -137,9 +137,9 @@ class Operations:
     alerts: Alerts
     costs: RequestCosts
     probes: Probes
-    guard: Guard
+    guard: AccessGuard
     maps: "DeliveryMaps"
-    proofs: "Proofs"
+    proofs: "Verifications"
     clock: Callable[[], datetime]
 
     def partitions(self) -> Iterator[tuple[str, Checkpoint]]:
@@ -158,14 +158,14 @@ class BuiltService:
     settings: Settings
     state: State
     pipelines: Pipelines
-    systems: Sequence[System]
-    desk: RunDesk
+    systems: Sequence[ConnectionCheck]
+    services: RunServices
     stop: Stop
     scheduler: Scheduler
     alerts: Alerts
     readiness: Readiness
     costs: RequestCosts
-    app: Front = field(init=False)
+    app: HeadwaterApp = field(init=False)
 
 
 # The daemon: a built service, served until a signal, and then ended in order.
@@ -173,7 +173,7 @@ class BuiltService:
 CANNOT_LISTEN = 3
 
 
-def link(settings: Settings) -> str:
+def dashboard_url(settings: Settings) -> str:
     """Where a browser on this machine finds the dashboard; a host of all addresses is none to go to."""
     host, port = settings.service.host, settings.service.port
     if host in ("0.0.0.0", "::"):  # noqa: S104 - compared with, not listened on
@@ -222,7 +222,7 @@ def run_daemon(service: BuiltService, environ: Mapping[str, str], dotenv: Path |
     settings = service.settings
     refuse_taken_ports(settings.service)
     announce(service, environ, dotenv)
-    log.info("%s %s on %s", settings.service.title, settings.service.version, link(settings))
+    log.info("%s %s on %s", settings.service.title, settings.service.version, dashboard_url(settings))
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     share_the_machine()
     serve(
@@ -231,7 +231,7 @@ def run_daemon(service: BuiltService, environ: Mapping[str, str], dotenv: Path |
         port=settings.service.port,
         health_port=settings.service.health_port,
         forwarded_allow_ips=settings.access.forwarded_allow_ips,
-        steps=steps_of(settings.service.shutdown_grace_seconds),
+        steps=shutdown_budget(settings.service.shutdown_grace_seconds),
         ask_stop=service.scheduler.ask_stop,
         busy=lambda: service.scheduler.busy,
     )

@@ -13,11 +13,11 @@ from getpass import getpass
 from pathlib import Path
 
 from app.config.environment import load_settings, read_dotenv
-from app.config.reference import meanings
+from app.config.reference import descriptions
 from app.config.rules import VARIABLES
 from app.core.errors import BadSettings
 from app.core.files import write_durably
-from app.ops.health import look
+from app.ops.health import check_once
 from app.ops.service import BuiltService
 
 Answers = Mapping[str, str]
@@ -26,7 +26,7 @@ BARE = re.compile(r"[\w./:@%+,=*~-]*")
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class SetupQuestion:
     """One variable, asked for when `when` holds of the answers so far. `needed`: an empty answer will not do."""
 
     name: str
@@ -47,52 +47,52 @@ def _given(name: str) -> Callable[[Answers], bool]:
 
 
 BUCKET = (
-    Question("S3_BUCKET", needed=False),
-    Question("S3_ENDPOINT_URL", needed=False, when=_given("S3_BUCKET")),
-    Question("S3_REGION", needed=False, when=_given("S3_BUCKET")),
-    Question("S3_ACCESS_KEY_ID", needed=False, when=_given("S3_BUCKET")),
-    Question("S3_SECRET_ACCESS_KEY", when=_given("S3_ACCESS_KEY_ID")),
+    SetupQuestion("S3_BUCKET", needed=False),
+    SetupQuestion("S3_ENDPOINT_URL", needed=False, when=_given("S3_BUCKET")),
+    SetupQuestion("S3_REGION", needed=False, when=_given("S3_BUCKET")),
+    SetupQuestion("S3_ACCESS_KEY_ID", needed=False, when=_given("S3_BUCKET")),
+    SetupQuestion("S3_SECRET_ACCESS_KEY", when=_given("S3_ACCESS_KEY_ID")),
 )
-PIPELINES: Mapping[str, tuple[Sequence[Question], Sequence[str]]] = {
+PIPELINES: Mapping[str, tuple[Sequence[SetupQuestion], Sequence[str]]] = {
     "influx_to_s3": (
         (
-            Question("INFLUXDB_URL"),
-            Question("INFLUXDB_API", needed=False),
-            Question("INFLUXDB_TOKEN", when=_flux),
-            Question("INFLUXDB_ORG", when=_flux),
-            Question("INFLUXDB_BUCKET", when=_flux),
-            Question("INFLUXDB_DATABASE", when=_influxql),
-            Question("INFLUXDB_USERNAME", needed=False, when=_influxql),
-            Question("INFLUXDB_PASSWORD", when=_given("INFLUXDB_USERNAME")),
-            Question("INFLUXDB_MEASUREMENT", needed=False),
+            SetupQuestion("INFLUXDB_URL"),
+            SetupQuestion("INFLUXDB_API", needed=False),
+            SetupQuestion("INFLUXDB_TOKEN", when=_flux),
+            SetupQuestion("INFLUXDB_ORG", when=_flux),
+            SetupQuestion("INFLUXDB_BUCKET", when=_flux),
+            SetupQuestion("INFLUXDB_DATABASE", when=_influxql),
+            SetupQuestion("INFLUXDB_USERNAME", needed=False, when=_influxql),
+            SetupQuestion("INFLUXDB_PASSWORD", when=_given("INFLUXDB_USERNAME")),
+            SetupQuestion("INFLUXDB_MEASUREMENT", needed=False),
             *BUCKET,
         ),
         ("influxdb", "s3_accessible"),
     ),
     "dynamo_to_drive": (
         (
-            Question("DYNAMODB_TABLE_NAME"),
-            Question("AWS_REGION", needed=False),
-            Question("AWS_ACCESS_KEY_ID", needed=False),
-            Question("AWS_SECRET_ACCESS_KEY", when=_given("AWS_ACCESS_KEY_ID")),
-            Question("DYNAMODB_TIMESTAMP_ATTRIBUTE", needed=False),
-            Question("GOOGLE_CREDENTIALS_FILE", needed=False),
-            Question("GOOGLE_DRIVE_FOLDER_ID", needed=False, when=_given("GOOGLE_CREDENTIALS_FILE")),
-            Question("GOOGLE_SHARED_DRIVE_ID", needed=False, when=_given("GOOGLE_CREDENTIALS_FILE")),
+            SetupQuestion("DYNAMODB_TABLE_NAME"),
+            SetupQuestion("AWS_REGION", needed=False),
+            SetupQuestion("AWS_ACCESS_KEY_ID", needed=False),
+            SetupQuestion("AWS_SECRET_ACCESS_KEY", when=_given("AWS_ACCESS_KEY_ID")),
+            SetupQuestion("DYNAMODB_TIMESTAMP_ATTRIBUTE", needed=False),
+            SetupQuestion("GOOGLE_CREDENTIALS_FILE", needed=False),
+            SetupQuestion("GOOGLE_DRIVE_FOLDER_ID", needed=False, when=_given("GOOGLE_CREDENTIALS_FILE")),
+            SetupQuestion("GOOGLE_SHARED_DRIVE_ID", needed=False, when=_given("GOOGLE_CREDENTIALS_FILE")),
         ),
         ("dynamodb", "google_drive"),
     ),
-    "csv_inbox": ((Question("CSV_MONITOR_CONFIG", needed=False),), ()),
+    "csv_inbox": ((SetupQuestion("CSV_MONITOR_CONFIG", needed=False),), ()),
     "amplitude": (
         (
-            Question("AMPLITUDE_WEB_CLIENT_ID", needed=False),
-            Question("AMPLITUDE_WEB_SECRET_KEY", when=_given("AMPLITUDE_WEB_CLIENT_ID")),
-            Question("AMPLITUDE_MOBILE_CLIENT_ID", needed=False),
-            Question("AMPLITUDE_MOBILE_SECRET_KEY", when=_given("AMPLITUDE_MOBILE_CLIENT_ID")),
+            SetupQuestion("AMPLITUDE_WEB_CLIENT_ID", needed=False),
+            SetupQuestion("AMPLITUDE_WEB_SECRET_KEY", when=_given("AMPLITUDE_WEB_CLIENT_ID")),
+            SetupQuestion("AMPLITUDE_MOBILE_CLIENT_ID", needed=False),
+            SetupQuestion("AMPLITUDE_MOBILE_SECRET_KEY", when=_given("AMPLITUDE_MOBILE_CLIENT_ID")),
         ),
         ("amplitude_web", "amplitude_mobile"),
     ),
-    "appmetrica": ((Question("APPMETRICA_API_KEY"), Question("APPMETRICA_APPLICATION_ID")), ("appmetrica",)),
+    "appmetrica": ((SetupQuestion("APPMETRICA_API_KEY"), SetupQuestion("APPMETRICA_APPLICATION_ID")), ("appmetrica",)),
 }
 """What is asked for, and the systems that are tried then."""
 
@@ -113,7 +113,7 @@ def setup(
     service = build(load_settings({**environ, **answers}, dotenv))
     fine = True
     for system in (each for each in service.systems if each.key in systems):
-        found = look(system.check)
+        found = check_once(system.check)
         fine = fine and found.ok
         said = found.note or f"{found.error} ({found.hint})"
         _say(f"{'ok' if found.ok else 'FAILED'}: {system.title}: {said}")
@@ -122,10 +122,10 @@ def setup(
     return merged(text, answers, pipeline), fine
 
 
-def _answer(question: Question, known: Mapping[str, str]) -> str:
+def _answer(question: SetupQuestion, known: Mapping[str, str]) -> str:
     """Ask until the answer is one that the variable takes; "" keeps what is `known`, or the default."""
     variable = next(each for each in VARIABLES if question.name in each.names)
-    meaning, held = meanings()[variable.goes_to], known.get(question.name, "")
+    meaning, held = descriptions()[variable.goes_to], known.get(question.name, "")
     shown = "***" if held and variable.allowed.secret else held or variable.default
     other = f" [{shown}]" if shown else "" if question.needed else f" [enter: {variable.unset or 'unset'}]"
     while True:

@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 from app.core.pipeline import MISSING, NEVER_AFTER, QUIET_AFTER, USUAL_HOURS
 from app.core.runs import Outcome, Run
-from app.core.verify import Sign
-from app.db.page_queries import Look
+from app.core.verify import Verdict
+from app.db.page_queries import PageQuerySession
 from app.ops.delivery_map import MapCells
 from app.ops.json_views import instant_text, run_shown, view_shown
 from app.ops.scheduler import JobView
@@ -109,7 +109,7 @@ class Snapshot:
     now: datetime
     zone: tzinfo
     views: Sequence[JobView]
-    look: Look
+    look: PageQuerySession
     cells: MapCells
     ops: "Operations"
     strips: Mapping[str, str | None] = field(default_factory=dict)
@@ -126,12 +126,12 @@ def file_address(run_id: str, name: str) -> str:
     return f"ops/runs/{run_id}/set-aside/file?name={quote(name, safe='')}"
 
 
-def listed(names: Sequence[str]) -> str:
+def join_words(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def counted(count: int, noun: str) -> str:
+def count_text(count: int, noun: str) -> str:
     """`1 window`, `2,000 windows`."""
     one = noun.removesuffix("s")
     return f"{count:,} {one}" if count == 1 else f"{count:,} {one}s"
@@ -168,7 +168,7 @@ def _failing(seen: Snapshot) -> Iterator[Problem]:
         gap = last.report.ledger.gap
         if gap:
             unit = last.report.ledger.unit
-            title = f"{name}: {counted(gap, unit)} unaccounted for"
+            title = f"{name}: {count_text(gap, unit)} unaccounted for"
             yield Problem("unaccounted", name, title, last.error, last.hint or RERUN, gap, unit, actions=[opened])
         runs, since = seen.look.failures_in_a_row(name)
         failures = last.report.failures
@@ -216,8 +216,8 @@ def _windows(seen: Snapshot) -> Iterator[Problem]:
             since[what] = min(since.get(what, seen.now), fault.seen_at)
     for result in seen.ops.proofs.results():
         for verdict in result.windows:
-            if verdict.sign is not Sign.ERROR and not verdict.healed:
-                kind = "missing" if verdict.sign is Sign.MISSING else "changed"
+            if verdict.sign is not Verdict.ERROR and not verdict.healed:
+                kind = "missing" if verdict.sign is Verdict.MISSING else "changed"
                 found[result.job, kind, verdict.slot.partition].add(verdict.slot.window)
     faulty = {
         what: _Faulty(what[2], len(some), min(w.start for w in some), max(w.end for w in some), since.get(what))
@@ -264,7 +264,7 @@ def _of_windows(
     if job in seen.ops.proofs.jobs and (partition or span[1] - span[0] <= HEALED_TOGETHER):
         part = {"from": instant_text(span[0]), "to": instant_text(span[1])}
         part |= {"partition": partition} if partition else {}
-        label = f"Heal {counted(count, 'window')}"
+        label = f"Heal {count_text(count, 'window')}"
         actions.insert(0, {"kind": "heal", "label": label, "job": job, "part": part})
         hint = HEAL
     message = "Delivered once, and not at the destination any more."
@@ -272,7 +272,7 @@ def _of_windows(
         message = "What is at the destination is not what was delivered."
     names = [each.partition for each in faulty[:NAMED]]
     names += [f"{number - NAMED:,} more"] if number > NAMED else []
-    title = f"{job}, {listed(names)}: {counted(count, 'window')} {WINDOW_WORDS[kind]}"
+    title = f"{job}, {join_words(names)}: {count_text(count, 'window')} {WINDOW_WORDS[kind]}"
     seen_at = min((each.since for each in faulty if each.since), default=None)
     return Problem(kind, job, title, message, hint, count, "window", partition, span, seen_at, actions)
 
@@ -335,7 +335,7 @@ def _rows_aside(job: str, reason: str, runs: Sequence[tuple[Run, int, str]]) -> 
     count, unit = sum(number for _, number, _ in runs), run.report.ledger.unit
     actions = [{"kind": "open", "label": "Open the run", "href": f"run?id={run.run_id}"}, DISMISS]
     title, message = (
-        f"{job}: {counted(count, unit)} set aside",
+        f"{job}: {count_text(count, unit)} set aside",
         f"{reason}{f', for example {sample}' if sample else ''}.",
     )
     since = runs[-1][0].started_at
@@ -358,7 +358,7 @@ def _files_aside(
         count, name, run_id = len(some), some[0]["file"], some[0]["run_id"]
         title = f"{job}: {name} was set aside"
         if count > 1:
-            title = f"{job}: {counted(count, 'file')} were set aside, the latest is {name}"
+            title = f"{job}: {count_text(count, 'file')} were set aside, the latest is {name}"
         hint, since = hints.get(name) or FILE_HINT, datetime.fromisoformat(some[0]["at"])
         href = file_address(run_id, name)
         actions = [{"kind": "open", "label": "Download file", "href": href, "needs": "ops:run"}, DISMISS]
@@ -373,7 +373,7 @@ def verdict_of(seen: Snapshot, problems: Sequence[Problem], complete_up_to: date
     parts = _parts(problems)
     pipelines = [view for view in seen.on if not view.job.helper_of]
     paused = [view.job.name for view in pipelines if view.state == "paused"]
-    more = [f"{listed(paused)} {'is' if len(paused) == 1 else 'are'} paused."] if paused else []
+    more = [f"{join_words(paused)} {'is' if len(paused) == 1 else 'are'} paused."] if paused else []
     if problems:
         title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         mark = problems[0].mark if problems[0].mark != "late" else "warn"
@@ -385,7 +385,7 @@ def verdict_of(seen: Snapshot, problems: Sequence[Problem], complete_up_to: date
         title, text = "Starting", "Headwater is running. No run has ended yet."
     else:
         number = sum(row["partitions"] for row in seen.look.rows("partition_totals"))
-        more.insert(0, f"{counted(len(pipelines), 'pipeline')}, {counted(number, 'partition')}.")
+        more.insert(0, f"{count_text(len(pipelines), 'pipeline')}, {count_text(number, 'partition')}.")
         state, title, text = "ok", "All delivered", "Everything delivered"
     said = {"state": state, "title": title, "parts": [{"text": text, "href": ""}], "more": " ".join(more)}
     return {**said, "complete": complete_up_to is not None} if state == "ok" else said
@@ -406,12 +406,12 @@ def _phrase(kind: str, some: Sequence[Problem]) -> str:
     if kind == "failed":
         return f"{job} failed once" if count == 1 else f"{job} failed {count:,} times"
     if kind in WINDOW_WORDS:
-        return f"{counted(count, 'window')} {verb} {WINDOW_WORDS[kind]} in {job}"
+        return f"{count_text(count, 'window')} {verb} {WINDOW_WORDS[kind]} in {job}"
     if kind == "unaccounted":
-        return f"{counted(count, some[0].noun)} of {job} {verb} unaccounted for"
+        return f"{count_text(count, some[0].noun)} of {job} {verb} unaccounted for"
     if kind == "set_aside":
         whose = "" if some[0].noun == "file" else f" of {job}"
-        return f"{counted(count, some[0].noun)}{whose} {'was' if count == 1 else 'were'} set aside"
+        return f"{count_text(count, some[0].noun)}{whose} {'was' if count == 1 else 'were'} set aside"
     return some[0].title
 
 
@@ -552,11 +552,15 @@ def _state(view: JobView, own: Sequence[Problem]) -> tuple[str, str]:
 
 def _words(problem: Problem, count: int) -> str:
     if problem.kind in WINDOW_WORDS:
-        return f"{counted(count, 'window')} {WINDOW_WORDS[problem.kind].removesuffix(' at the destination')}"
+        return f"{count_text(count, 'window')} {WINDOW_WORDS[problem.kind].removesuffix(' at the destination')}"
     if problem.kind == "failed":
         return "Failed once" if count == 1 else f"Failed {count:,} times"
-    words = {"late": "Late", "clock": "Clock ahead", "unaccounted": f"{counted(count, problem.noun)} unaccounted for"}
-    return words.get(problem.kind, f"{counted(count, problem.noun)} set aside")
+    words = {
+        "late": "Late",
+        "clock": "Clock ahead",
+        "unaccounted": f"{count_text(count, problem.noun)} unaccounted for",
+    }
+    return words.get(problem.kind, f"{count_text(count, problem.noun)} set aside")
 
 
 def _strip(seen: Snapshot, name: str, news: Mapping[str, Any] | None) -> str | None:

@@ -14,9 +14,9 @@ from typing import Any
 
 from app.core.errors import AppError, Transient
 from app.core.runs import Context, Job, Report, Stop
-from app.core.verify import Sign, Slot, Verdict, Verification, heal, refuse_unknown, verify
+from app.core.verify import ComparedWindow, PartitionWindow, Verdict, Verification, heal, refuse_unknown, verify
 from app.core.windows import Window
-from app.ops.scheduler import able, named
+from app.ops.scheduler import require_ability, with_run_in_logs
 
 SHOWN = 500
 NO_VERIFICATION = ("has no verification", "jobs whose two ends can be compared: {}")
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class VerificationResult:
     """What a verification, or the healing of a part of a job, found so far.
 
     `counts` are by sign; `windows` are those that are not equal. `total` windows are to be compared, 0 while
@@ -36,7 +36,7 @@ class Result:
     started_at: datetime
     ended_at: datetime | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
-    windows: Sequence[Verdict] = ()
+    windows: Sequence[ComparedWindow] = ()
     error: str = ""
     hint: str = ""
     total: int = 0
@@ -49,31 +49,31 @@ class Result:
         """Whether all windows are equal; None while that is not known, and when nothing was compared."""
         if self.ended_at is None or self.error or not self.counts:
             return None
-        return self.counts.keys() == {Sign.EQUAL.value}
+        return self.counts.keys() == {Verdict.EQUAL.value}
 
-    def with_verdict(self, verdict: Verdict) -> "Result":
+    def with_verdict(self, verdict: ComparedWindow) -> "VerificationResult":
         """The result with one more window."""
-        sign = Sign.EQUAL if verdict.healed else verdict.sign
+        sign = Verdict.EQUAL if verdict.healed else verdict.sign
         counts = {**self.counts, sign.value: self.counts.get(sign.value, 0) + 1}
-        kept = sign is not Sign.EQUAL and len(self.windows) < SHOWN
+        kept = sign is not Verdict.EQUAL and len(self.windows) < SHOWN
         windows = (*self.windows, verdict) if kept else self.windows
         return replace(self, counts=counts, windows=windows, healed=self.healed + verdict.healed)
 
-    def with_mended(self, verdict: Verdict) -> "Result":
+    def with_mended(self, verdict: ComparedWindow) -> "VerificationResult":
         """The result after healing looked at one of its windows: what is equal now is not among them any more."""
         before = next((each for each in self.windows if each.slot == verdict.slot), None)
         if before is None:
             return self
-        after = Sign.EQUAL if verdict.healed else verdict.sign
+        after = Verdict.EQUAL if verdict.healed else verdict.sign
         counts = Counter(self.counts)
         counts[before.sign.value] -= 1
         counts[after.value] += 1
-        kept = (verdict,) if after is not Sign.EQUAL else ()
+        kept = (verdict,) if after is not Verdict.EQUAL else ()
         windows = [now for each in self.windows for now in ((each,) if each is not before else kept)]
         return replace(self, counts={sign: n for sign, n in counts.items() if n}, windows=windows)
 
 
-class Proofs:
+class Verifications:
     """The latest verification and the latest healing of each job. `looked` is called at the end of one, before it is
     told, and `healed` after a window was written again. From any thread.
     """
@@ -84,7 +84,7 @@ class Proofs:
         stop: Stop,
         clock: Callable[[], datetime],
         looked: Callable[[str], None],
-        healed: Callable[[str, Slot], None] = lambda _, __: None,
+        healed: Callable[[str, PartitionWindow], None] = lambda _, __: None,
     ) -> None:
         self._verifications = verifications
         self._stop = stop
@@ -92,32 +92,32 @@ class Proofs:
         self._looked = looked
         self._healed = healed
         self._lock = threading.Lock()
-        self._results: dict[str, Result] = {}
-        self._heals: dict[str, Result] = {}
+        self._results: dict[str, VerificationResult] = {}
+        self._heals: dict[str, VerificationResult] = {}
 
     @property
     def jobs(self) -> Sequence[str]:
         """Jobs whose two ends can be compared."""
         return sorted(self._verifications)
 
-    def results(self) -> Sequence[Result]:
+    def results(self) -> Sequence[VerificationResult]:
         """The latest verification of each job, also one that goes on."""
         with self._lock:
             return [self._results[name] for name in sorted(self._results)]
 
-    def heals(self) -> Sequence[Result]:
+    def heals(self) -> Sequence[VerificationResult]:
         """The latest healing of each job, also one that waits or goes on."""
         with self._lock:
             return [self._heals[name] for name in sorted(self._heals)]
 
     def start(self, job: str, span: Window, partition: str | None = None, by: str = "") -> None:
         """Begin to compare `span`. Raises Rejected for a job that has no verification, Transient while one goes on."""
-        verification = able(self._verifications, job, *NO_VERIFICATION)
+        verification = require_ability(self._verifications, job, *NO_VERIFICATION)
         with self._lock:
             known = self._results.get(job)
             if known is not None and known.ended_at is None:
                 raise Transient(f"{job} is being verified already", "wait for its result")
-            self._results[job] = Result(job, span, self._clock(), partition=partition, by=by)
+            self._results[job] = VerificationResult(job, span, self._clock(), partition=partition, by=by)
         threading.Thread(target=self._compare, args=(job, verification), name=f"verify-{job}", daemon=True).start()
 
     def heal(self, job: str, span: Window, partition: str | None, by: str) -> Callable[[Job], Job]:
@@ -125,18 +125,18 @@ class Proofs:
 
         Raises Rejected for a job without verification, and for a partition that is not known.
         """
-        verification = able(self._verifications, job, *NO_VERIFICATION)
+        verification = require_ability(self._verifications, job, *NO_VERIFICATION)
         refuse_unknown(verification(self._stop), span, partition)
         with self._lock:
-            self._heals[job] = Result(job, span, self._clock(), partition=partition, by=by)
+            self._heals[job] = VerificationResult(job, span, self._clock(), partition=partition, by=by)
 
-        def seen(verdict: Verdict) -> None:
+        def seen(verdict: ComparedWindow) -> None:
             with self._lock:
                 self._heals[job] = self._heals[job].with_verdict(verdict)
                 known = self._results.get(job)
                 if known is not None and known.ended_at is not None:
                     self._results[job] = known.with_mended(verdict)
-            if verdict.healed or verdict.sign is Sign.EQUAL:
+            if verdict.healed or verdict.sign is Verdict.EQUAL:
                 self._healed(job, verdict.slot)
 
         def ended(error: AppError | None) -> None:
@@ -163,9 +163,9 @@ class Proofs:
         finally:
             self._looked(job)
             self._keep(replace(result, ended_at=self._clock(), error=broken[0], hint=broken[1]))
-        log.info("%s verified: %s", job, told(result.counts))
+        log.info("%s verified: %s", job, format_signs(result.counts))
 
-    def _keep(self, result: Result) -> None:
+    def _keep(self, result: VerificationResult) -> None:
         with self._lock:
             self._results[result.job] = result
 
@@ -176,7 +176,7 @@ def heal_job(
     span: Window,
     partition: str | None,
     *,
-    seen: Callable[[Verdict], None],
+    seen: Callable[[ComparedWindow], None],
     ended: Callable[[AppError | None], None] = lambda _: None,
 ) -> Job:
     """`job`, under its own name and lease, with the mending of `span` as its work, of all partitions or one. `seen` is
@@ -186,7 +186,7 @@ def heal_job(
     def work(context: Context) -> Report:
         counts: Counter[str] = Counter()
 
-        def note(verdict: Verdict) -> None:
+        def note(verdict: ComparedWindow) -> None:
             counts[verdict.sign.value] += 1
             seen(verdict)
 
@@ -196,18 +196,18 @@ def heal_job(
             ended(error)
             raise
         ended(None)
-        log.info("%s %s: %s before it was mended", job.name, span, told(counts))
+        log.info("%s %s: %s before it was mended", job.name, span, format_signs(counts))
         return report
 
-    return named(replace(job, work=work))
+    return with_run_in_logs(replace(job, work=work))
 
 
-def told(counts: Mapping[str, int]) -> str:
+def format_signs(counts: Mapping[str, int]) -> str:
     """Signs and how many windows have each, as text."""
-    return ", ".join(f"{counts[sign.value]} {sign.value}" for sign in Sign if counts.get(sign.value)) or "no window"
+    return ", ".join(f"{counts[sign.value]} {sign.value}" for sign in Verdict if counts.get(sign.value)) or "no window"
 
 
-def shown(verdict: Verdict) -> Mapping[str, Any]:
+def window_json(verdict: ComparedWindow) -> Mapping[str, Any]:
     """One window as JSON."""
     window, source, destination = verdict.slot.window, verdict.source, verdict.destination
     return {

@@ -29,14 +29,14 @@ from app.config.settings import Settings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
 from app.core.files import temporary_file
 from app.core.ledger import SetAside, Tally, ledger_of
-from app.core.pipeline import QUIET_AFTER, Checkpoints, Commit, Held, Record
+from app.core.pipeline import QUIET_AFTER, Checkpoints, Commit, ObjectState, Record
 from app.core.runs import Context, Failure, Report, Stop
-from app.core.verify import Content
+from app.core.verify import WindowContent
 from app.core.windows import HOUR_SECONDS, Window, floor_to
-from app.object_store.deltas import held_of
-from app.object_store.port import ObjectStore, Put
+from app.object_store.deltas import state_from_metadata
+from app.object_store.port import ObjectStore, PutRequest
 from app.object_store.set_aside import LINES, SetAsideStore, folder_of
-from app.product_events.mapping import Events, Loaded, Tables, load_in_turns, lost, uuids_in
+from app.product_events.mapping import EventWarehouse, LoadResult, Tables, load_in_turns, missing_events, uuids_in
 
 HOUR = timedelta(hours=1)
 ABOVE_LIMIT, KEEPS_FAILING = "hour above the service's limit", "hour that keeps failing"
@@ -53,7 +53,7 @@ EVER = Window(datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
 log = logging.getLogger(__name__)
 
 
-class Mode(Enum):
+class PullMode(Enum):
     """How hours are pulled. LIVE: the cursor moves. AGAIN: rows are loaded whatever is recorded."""
 
     LIVE = "live"
@@ -96,7 +96,7 @@ class PulledHour(Protocol):
     def load_each(self, load: Callable[[Tables], None]) -> None:
         """Give each event to `load`, and set that one aside for which it raises Rejected."""
 
-    def content(self) -> Content:
+    def content(self) -> WindowContent:
         """What it holds, to compare it with the other end."""
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class PullContext:
     opened: Callable[["PullContext", str, Window, BinaryIO, Stop], PulledHour]
     checkpoints: Checkpoints
     store: ObjectStore
-    warehouse: Events
+    warehouse: EventWarehouse
     clock: Callable[[], datetime]
 
     @property
@@ -194,7 +194,7 @@ class PullContext:
                     hour.close()
 
 
-def was_had(record: Record | None) -> bool:
+def has_landed(record: Record | None) -> bool:
     """False for a window that has no record, or one that says that it could not be had."""
     return record is not None and record.version != NOT_HAD
 
@@ -224,7 +224,7 @@ def store_rows(
     """
     key, rows, digest, held = wanted.key, wanted.rows, wanted.digest, None
     if over is None and (there := store.head(key)) is not None:
-        held, over = held_of(there), there.etag
+        held, over = state_from_metadata(there), there.etag
         # Services forget, and give fewer rows of an old hour: what was stored then is worth more.
         if held.digest != digest and (held.rows or 0) > rows:
             log.warning("%s holds %s rows, the service now gives %d: it stays", key, held.rows, rows)
@@ -234,7 +234,9 @@ def store_rows(
         size_bytes = file.seek(0, 2)
         file.seek(0)
         metadata = {"pipeline": pipeline, "window": str(wanted.window), "rows": str(rows), "digest": digest}
-        held = Held(store.put(key, file, Put(content_type, metadata, over or "")), digest, rows, size_bytes=size_bytes)
+        held = ObjectState(
+            store.put(key, file, PutRequest(content_type, metadata, over or "")), digest, rows, size_bytes=size_bytes
+        )
     there_rows, refused = rows if held.rows is None else held.rows, wanted.source_cells - rows
     return replace(
         wanted,
@@ -246,7 +248,7 @@ def store_rows(
     )
 
 
-def load(warehouse: Events, hour: PulledHour, *, past: bool) -> Loaded:
+def load_hour(warehouse: EventWarehouse, hour: PulledHour, *, past: bool) -> LoadResult:
     """Load an hour; where the warehouse refuses it, with sanitised values, and at last event by event.
 
     Raises what the warehouse raises when it takes none of its events.
@@ -256,12 +258,12 @@ def load(warehouse: Events, hour: PulledHour, *, past: bool) -> Loaded:
             return load_in_turns(warehouse, hour.tables(careful=careful), past=past)
         except (Permanent, Rejected) as error:
             log.warning("%s: retrying row by row with sanitised values: %s", hour.window, error)
-    loaded, faults = Loaded(), list[Permanent]()
+    loaded, faults = LoadResult(), list[Permanent]()
 
     def load_one(tables: Tables) -> None:
         nonlocal loaded
         try:
-            loaded += Loaded(len(uuids_in(tables)), warehouse.load([tables], past=past))
+            loaded += LoadResult(len(uuids_in(tables)), warehouse.load([tables], past=past))
         except Permanent as error:
             faults.append(error)
             if not loaded.given and len(faults) >= REFUSED_ROWS:
@@ -284,7 +286,7 @@ class PartitionRun:
     name: str
     _works: bool = False
     _failed_in_a_row: int = 0
-    _held: list[tuple[PulledHour, Record | None, Mode, AppError]] = field(default_factory=list)
+    _held: list[tuple[PulledHour, Record | None, PullMode, AppError]] = field(default_factory=list)
 
     @property
     def waiting(self) -> str:
@@ -331,7 +333,9 @@ class PartitionRun:
         except (Transient, Permanent, Rejected) as error:
             return self.failed(what, error)
 
-    def take(self, hour: PulledHour, record: Record | None, mode: Mode, *, final: bool) -> tuple[Report, Loaded]:
+    def take(
+        self, hour: PulledHour, record: Record | None, mode: PullMode, *, final: bool
+    ) -> tuple[Report, LoadResult]:
         """`land`; an hour that the destination refuses is held until it takes another one, and closed then.
 
         Raises its error where so many fail in a row that it is hardly theirs.
@@ -346,7 +350,7 @@ class PartitionRun:
             limit = FAILED_IN_A_ROW if isinstance(error, Transient) else REFUSED_IN_A_ROW
             if self._failed_in_a_row >= limit:
                 raise
-            return (self.settle() if self._works else Report()), Loaded()
+            return (self.settle() if self._works else Report()), LoadResult()
         self._failed_in_a_row = 0
         return report, loaded
 
@@ -366,7 +370,7 @@ class PartitionRun:
         report = Report()
         while self._held:
             hour, record, mode, error = self._held[0]
-            if not self._works and mode is Mode.LIVE:
+            if not self._works and mode is PullMode.LIVE:
                 raise error
             self._held.pop(0)
             with closing(hour):
@@ -382,23 +386,23 @@ class PartitionRun:
             self._held.pop()[0].close()
 
     def land(
-        self, hour: PulledHour, record: Record | None, mode: Mode, *, final: bool = False, over: str | None = None
-    ) -> tuple[Report, Loaded]:
+        self, hour: PulledHour, record: Record | None, mode: PullMode, *, final: bool = False, over: str | None = None
+    ) -> tuple[Report, LoadResult]:
         """Land an hour, and record that; what became of its rows. `final`: it is not looked at once more.
 
         `over`: see `store_rows`. Raises what store and warehouse raise.
         """
-        had, held, is_dry = record if was_had(record) else None, Report(), self.context.dry_run
-        if had is not None and mode is not Mode.AGAIN and had.digest == hour.digest and had.rows >= hour.rows:
+        had, held, is_dry = record if has_landed(record) else None, Report(), self.context.dry_run
+        if had is not None and mode is not PullMode.AGAIN and had.digest == hour.digest and had.rows >= hour.rows:
             source_cells = max(had.source_cells, hour.rows + hour.refused)
-            landed, loaded = replace(had, source_cells=source_cells), Loaded(hour.rows)
+            landed, loaded = replace(had, source_cells=source_cells), LoadResult(hour.rows)
         elif is_dry:
             size_bytes = hour.body.seek(0, 2) if hour.digest and hour.body else 0
-            return Report(rows=hour.rows, bytes=size_bytes, windows=1), Loaded()
+            return Report(rows=hour.rows, bytes=size_bytes, windows=1), LoadResult()
         else:
-            loaded = Loaded()
+            loaded = LoadResult()
             if hour.body is not None and hour.is_loaded:
-                loaded = load(self.pull.warehouse, hour, past=mode is not Mode.LIVE)
+                loaded = load_hour(self.pull.warehouse, hour, past=mode is not PullMode.LIVE)
             landed = self._stored(hour, had, over)
             if not hour.is_loaded:
                 loaded = _told_by_object(hour, landed, had)
@@ -409,7 +413,7 @@ class PartitionRun:
         landed = replace(landed, closed=final or (had is not None and had.closed))
         changed = had is None or landed.version != had.version
         self.context.progress.advance(done=1, rows=loaded.new)
-        if mode is Mode.LIVE or landed != record:
+        if mode is PullMode.LIVE or landed != record:
             self.commit(landed, cursor_at=self._cursor(hour.window, mode))
         if record is not None and had is None:
             self.commit(replace(record, closed=True), pipeline=self.waiting)
@@ -417,7 +421,7 @@ class PartitionRun:
             rows=loaded.new,
             bytes=landed.size_bytes if changed else 0,
             windows=int(changed),
-            late_rows=loaded.new if had is not None and mode is not Mode.AGAIN else 0,
+            late_rows=loaded.new if had is not None and mode is not PullMode.AGAIN else 0,
         )
         return held + report, loaded
 
@@ -426,7 +430,7 @@ class PartitionRun:
         window: Window,
         record: Record | None,
         fault: AppError,
-        mode: Mode,
+        mode: PullMode,
         *,
         number: int,
         counted: int = 0,
@@ -446,7 +450,7 @@ class PartitionRun:
         if self.context.dry_run:
             return failed
         waits = self.ledger(Tally(counted=counted, waiting=number))
-        if record is not None and was_had(record):
+        if record is not None and has_landed(record):
             if record.closed or now - window.end < GIVEN_UP_AFTER:
                 return failed + waits
             log.warning("%s: the service does not give this hour again; it stays as it is", record.key)
@@ -473,13 +477,13 @@ class PartitionRun:
         waiting = record_of_nothing(window, key, closed=gives_up, version=NOT_HAD, min_at=since)
         self.commit(waiting, pipeline=self.waiting)
         self.commit(replace(waiting, min_at=None), cursor_at=self._cursor(window, mode))
-        return failed + waits if mode is Mode.AGAIN or not gives_up else waits
+        return failed + waits if mode is PullMode.AGAIN or not gives_up else waits
 
     def waiting_hours(self) -> Sequence[Window]:
         """Hours that earlier runs could not have, to be tried again."""
         found = []
         for record in self.records(EVER, self.waiting).values():
-            if not record.closed and any(map(was_had, self.records(record.window).values())):
+            if not record.closed and any(map(has_landed, self.records(record.window).values())):
                 self.commit(replace(record, closed=True), pipeline=self.waiting)  # a kill came between its two records
             elif not record.closed:
                 found.append(record.window)
@@ -493,7 +497,7 @@ class PartitionRun:
         """
         found, total, gone = list[tuple[Record, bool | None]](), Report(), list[Record]()
         for record in self._newest_first():
-            if record.rows and was_had(record):
+            if record.rows and has_landed(record):
                 found.append((record, is_there := self._is_known(record)))
                 if is_there:  # perhaps only its first events are
                     break
@@ -505,7 +509,7 @@ class PartitionRun:
             self.context.stop.check()
             try:
                 with self.pull.object_hour(self.name, record.window, self.context.stop) as hour:
-                    loaded = load(self.pull.warehouse, hour, past=False) if hour else None
+                    loaded = load_hour(self.pull.warehouse, hour, past=False) if hour else None
             except DamagedObject as error:
                 log.warning("%s: %s", self.name, error)
                 loaded = None
@@ -534,12 +538,12 @@ class PartitionRun:
                 tables = next(hour.tables(), None) if hour else None
         except DamagedObject:
             return None
-        return None if tables is None else lost(self.pull.warehouse.known, tables) < len(uuids_in(tables))
+        return None if tables is None else missing_events(self.pull.warehouse.known, tables) < len(uuids_in(tables))
 
-    def _cursor(self, window: Window, mode: Mode) -> datetime | None:
+    def _cursor(self, window: Window, mode: PullMode) -> datetime | None:
         """Up to where the partition is finished with this hour; None while an earlier one is held."""
         is_behind = any(hour.window.start < window.start for hour, *_ in self._held)
-        return window.end if mode is Mode.LIVE and not is_behind else None
+        return window.end if mode is PullMode.LIVE and not is_behind else None
 
     def _stored(self, hour: PulledHour, had: Record | None, over: str | None) -> Record:
         """Store the object of an hour, if there is something to store; what is there then."""
@@ -555,9 +559,9 @@ class PartitionRun:
         return store_rows(self.pull.store, body, wanted, pipeline=self.pull.name, over=over)
 
 
-def _told_by_object(hour: PulledHour, landed: Record, had: Record | None) -> Loaded:
+def _told_by_object(hour: PulledHour, landed: Record, had: Record | None) -> LoadResult:
     """What became of rows that land only as an object, told by what the object holds."""
     given = min(landed.rows, hour.rows)
     if landed.version and landed.digest != hour.digest:  # it held more, and stays
-        return Loaded(given)
-    return Loaded(given, max(0, landed.rows - (had.rows if had else 0)))
+        return LoadResult(given)
+    return LoadResult(given, max(0, landed.rows - (had.rows if had else 0)))

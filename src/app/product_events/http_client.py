@@ -55,7 +55,7 @@ class ServiceAnswer:
 
 
 @contextmanager
-def receiving(spool: Path, size: str) -> Iterator[BinaryIO]:
+def body_file(spool: Path, size: str) -> Iterator[BinaryIO]:
     """A temporary file for a body of `size`, in words; its holder closes it after the block.
 
     Raises Transient when the disk refuses it.

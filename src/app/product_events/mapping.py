@@ -266,14 +266,14 @@ EVENTS_TABLE = "events_part"
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class EventRows:
     """Rows of one table. `names` are its columns; those that are not among them stay empty."""
 
     names: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
 
-Tables = Mapping[str, Rows]
+Tables = Mapping[str, EventRows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +313,7 @@ class ProductMapping:
             alone = table == EVENTS_TABLE or "uuid" not in places
             rows = _rows([turned[place] for place in places.values()], alone=alone)
             if rows:
-                found[table] = Rows(tuple(places), rows)
+                found[table] = EventRows(tuple(places), rows)
         return found
 
 
@@ -361,7 +361,7 @@ def _place(text: str) -> ValuePlace:
 LOAD_EVENTS = 50_000
 
 
-class Events(Protocol):
+class EventWarehouse(Protocol):
     """What pulls ask of the warehouse."""
 
     def load(self, chunks: Iterable[Tables], *, past: bool) -> int:
@@ -381,30 +381,30 @@ def uuids_in(chunk: Tables) -> Sequence[str]:
     return [row[0] for row in rows.rows] if rows else []  # the key comes first
 
 
-def lost(known: Callable[[Collection[str]], int], chunk: Tables) -> int:
+def missing_events(known: Callable[[Collection[str]], int], chunk: Tables) -> int:
     """How many events of a chunk the warehouse does not hold."""
     uuids = set(uuids_in(chunk))
     return len(uuids) - known(uuids) if uuids else 0
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadResult:
     """What became of events that were given to the warehouse: `given` of them, `new` for the first time."""
 
     given: int = 0
     new: int = 0
 
-    def __add__(self, other: "Loaded") -> "Loaded":
-        return Loaded(self.given + other.given, self.new + other.new)
+    def __add__(self, other: "LoadResult") -> "LoadResult":
+        return LoadResult(self.given + other.given, self.new + other.new)
 
 
-def load_in_turns(warehouse: Events, tables: Iterator[Tables], *, past: bool) -> Loaded:
+def load_in_turns(warehouse: EventWarehouse, tables: Iterator[Tables], *, past: bool) -> LoadResult:
     """Load all of `tables`, in transactions of about LOAD_EVENTS."""
-    done = Loaded()
+    done = LoadResult()
     for first in tables:
         given: list[int] = []
         new = warehouse.load(_one_turn(first, tables, given), past=past)
-        done += Loaded(sum(given), new)
+        done += LoadResult(sum(given), new)
     return done
 
 

@@ -17,10 +17,10 @@ from app.core.files import temporary_file
 from app.core.ledger import SetAside
 from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS
 from app.core.runs import Context, Failure, Job, Report, ReportSum
-from app.core.verify import Chart, Verification
+from app.core.verify import GapMapSource, Verification
 from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.object_store.set_aside import LINES, SetAsideStore
-from app.ops.connection_checks import System
+from app.ops.connection_checks import ConnectionCheck
 from app.product_events.hours import HOUR, PartitionRun, PullContext
 
 LARGE_BYTES = 1 << 20
@@ -52,9 +52,9 @@ class PullPipeline(Generic[S]):
     off: str
     runs: Callable[[Context], Sequence[PartitionPull]]
     verification: Verification
-    chart: Chart
+    chart: GapMapSource
     service: S
-    checks: Sequence[System] = ()
+    checks: Sequence[ConnectionCheck] = ()
 
     @property
     def name(self) -> str:

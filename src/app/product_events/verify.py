@@ -18,11 +18,20 @@ from app.core.errors import Conflict, Permanent, Transient
 from app.core.pipeline import Record
 from app.core.repair import GONE_HINT
 from app.core.runs import Context, Report, Stop
-from app.core.verify import NOTHING, Cell, CellState, Content, Found, Moment, Slot, cells_of
+from app.core.verify import (
+    NOTHING,
+    CellState,
+    FoundObject,
+    MapCell,
+    MapContext,
+    PartitionWindow,
+    WindowContent,
+    cells_of,
+)
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
 from app.object_store.port import ObjectInfo
 from app.product_events.hours import DamagedObject, PartitionRun, PullContext, PulledHour
-from app.product_events.mapping import lost
+from app.product_events.mapping import missing_events
 
 Given = Callable[[Window], PulledHour]
 """The hours that a service gave. Raises what keeps it from giving one."""
@@ -35,9 +44,9 @@ class PullEnds(ABC):
         self.pull, self.names, self.stop = pull, sorted(names), stop
         self.held = ExitStack()
         self._until = pull.due_at
-        self._asked: Slot | None = None
+        self._asked: PartitionWindow | None = None
         self._versions: Mapping[str, str] = {}
-        self._contents: dict[Slot, Content] = {}
+        self._contents: dict[PartitionWindow, WindowContent] = {}
 
     @abstractmethod
     def ask(self, partition: str, span: Window) -> tuple[Window, Given]:
@@ -51,13 +60,15 @@ class PullEnds(ABC):
         """See `Ends.partitions`: those that are configured."""
         return self.names
 
-    def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
+    def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
         """See `Ends.slots`: hours that can be asked for."""
         self._until = floor_to(min(span.end, self.pull.due_at), HOUR_SECONDS)
         self.pull.spool.mkdir(parents=True, exist_ok=True)
         try:
             for name in self.names if partition is None else [partition]:
-                yield from (Slot(name, hour) for hour in windows_between(span.start, self._until, HOUR_SECONDS))
+                yield from (
+                    PartitionWindow(name, hour) for hour in windows_between(span.start, self._until, HOUR_SECONDS)
+                )
         finally:
             self.let_go()
 
@@ -66,18 +77,18 @@ class PullEnds(ABC):
         self.held.close()
         self._asked = None
 
-    def source(self, slot: Slot) -> Content:
+    def source(self, slot: PartitionWindow) -> WindowContent:
         """See `Ends.source`. A second look sees the same answer."""
         if slot not in self._contents:
             self._contents[slot] = self._hour(slot).content()
         return self._contents[slot]
 
-    def destination(self, slot: Slot) -> Content:
+    def destination(self, slot: PartitionWindow) -> WindowContent:
         """See `Ends.destination`. Raises Permanent for an object that is damaged, or whose events are not loaded."""
         info = self.pull.store.head(self.pull.key(slot.partition, slot.window))
         return self._content(slot, info) if info else NOTHING
 
-    def heal(self, context: Context, slot: Slot) -> Report:
+    def heal(self, context: Context, slot: PartitionWindow) -> Report:
         """See `Ends.heal`. Raises Conflict when the object was stored again since the service was asked, and Permanent
         when it is damaged or foreign and the service has no rows to put in its place.
         """
@@ -100,7 +111,7 @@ class PullEnds(ABC):
             raise Permanent(f"{key}: was changed, and the service has no rows of it", GONE_HINT)
         return self.mend(run, hour, record, None if there == given else version)
 
-    def _hour(self, slot: Slot) -> PulledHour:
+    def _hour(self, slot: PartitionWindow) -> PulledHour:
         """An hour as the service gives it; it is asked for together with what is left of its day and of the span."""
         partition, window, asked = slot.partition, slot.window, self._asked
         if not asked or asked.partition != partition or not asked.window.start <= window.start < asked.window.end:
@@ -112,10 +123,10 @@ class PullEnds(ABC):
             # From before the service is asked: what somebody stores meanwhile is never written over.
             self._versions = {info.key: info.etag for folder in folders for info in self.pull.store.list(folder)}
             span, self._given = self.ask(partition, span)
-            self._asked = Slot(partition, span)
+            self._asked = PartitionWindow(partition, span)
         return self._given(window)
 
-    def _content(self, slot: Slot, info: ObjectInfo, *, load: bool = True) -> Content:
+    def _content(self, slot: PartitionWindow, info: ObjectInfo, *, load: bool = True) -> WindowContent:
         """What an object holds. Raises Permanent for events that the warehouse lacks, unless it is only compared."""
         lacking = 0
         with self.pull.object_hour(slot.partition, slot.window, self.stop, info.etag) as hour:
@@ -123,7 +134,7 @@ class PullEnds(ABC):
                 raise Transient(f"{info.key} went away while it was read", "verify again")
             content = hour.content()
             if load and hour.is_loaded:
-                lacking = sum(lost(self.pull.warehouse.known, tables) for tables in hour.tables())
+                lacking = sum(missing_events(self.pull.warehouse.known, tables) for tables in hour.tables())
         if lacking:
             hint = "heal the window: its events are loaded again"
             raise Permanent(f"{lacking} of {content.rows} events of {info.key} are not in the warehouse", hint)
@@ -136,17 +147,17 @@ def folder_of(key: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class PullChart:
-    """`app.core.verify.Chart` over a pull: a line of hours for each partition."""
+class PullGapMap:
+    """`app.core.verify.GapMapSource` over a pull: a line of hours for each partition."""
 
     pull: PullContext
 
     def partitions(self) -> Sequence[str]:
-        """See `Chart.partitions`."""
+        """See `GapMapSource.partitions`."""
         return sorted(self.pull.checkpoints.cursors(self.pull.name))
 
-    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
-        """See `Chart.cells`: one listing per day."""
+    def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
+        """See `GapMapSource.cells`: one listing per day."""
         hours = windows_between(span.start, min(span.end, self.pull.clock()), HOUR_SECONDS)
         key = partial(self.pull.key, partition)
         return pull_cells(self.pull, partition, hours, key=key, folder=folder_of, by_line=True)
@@ -161,19 +172,19 @@ def pull_cells(
     pipeline: str = "",
     folder: Callable[[str], str] = str,
     by_line: bool = False,
-) -> Sequence[Cell]:
+) -> Sequence[MapCell]:
     """A cell per window that has begun. `key`: the object of a window; `folder`: the prefix under which to list it.
 
     One listing per folder. `by_line`: `source_cells` of the records counts the lines, of which `rows` landed.
     """
     cursor_at = pull.checkpoints.cursors(pull.name).get(partition)
-    at = Moment(pull.clock(), pull.due_after.total_seconds(), cursor_at, pull.overdue_seconds)
+    at = MapContext(pull.clock(), pull.due_after.total_seconds(), cursor_at, pull.overdue_seconds)
     begun = [window for window in windows if window.start < at.now]
     if not begun:
         return ()
     keys = {key(window): window.start for window in begun}
     listed = (info for each in sorted(set(map(folder, keys))) for info in pull.store.list(each))
-    found = [Found(keys[info.key], info.key, info.etag) for info in listed if info.key in keys]
+    found = [FoundObject(keys[info.key], info.key, info.etag) for info in listed if info.key in keys]
     records = pull.checkpoints.records(pipeline or pull.name, partition, begun[0].start, begun[-1].end)
     # Lines that were set aside are counted at the source and are in no object.
     lacking = {record.window.start for record in records if by_line and record.source_cells > record.rows}

@@ -141,7 +141,7 @@ class Queue:
 
 
 class Workers:
-    """See `Elsewhere`. `steps` shares a plan out among them: see `Pass`. `requested`: see `Shards`."""
+    """See `WorkerPool`. `steps` shares a plan out among them: see `PassOptions`. `requested`: see `Shards`."""
 
     def __init__(self, settings: Settings, state: State, requested: Callable[[Mapping[str, float]], None]) -> None:
         self.queue = Queue(state.database, settings.checkpoint.url.get_secret_value())
@@ -153,16 +153,16 @@ class Workers:
         )
 
     def send(self, job: str, by: str) -> None:
-        """See `Elsewhere.send`."""
+        """See `WorkerPool.send`."""
         self.queue.send_job(job, by)
 
     def look(self) -> Workload:
-        """See `Elsewhere.look`."""
+        """See `WorkerPool.look`."""
         known = self._state.workers
         return Workload(known.alive(self._ttl_seconds), self.queue.waiting(), self._shards, known.parts_held(EXPORT))
 
     def close(self) -> None:
-        """See `Elsewhere.close`."""
+        """See `WorkerPool.close`."""
         self.queue.close()
 
 

@@ -77,14 +77,14 @@ def _fields_of(plan: SyncPlan) -> Iterator[str]:
     return chain.from_iterable(count.fields for counts in plan.counts.values() for count in counts.values())
 
 
-class Sender(Protocol):
+class StepSender(Protocol):
     """Where steps are sent to."""
 
     def send_step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> bool:
         """Have it made; False when an older one of this name waits still. Raises Transient."""
 
 
-class Reports(Protocol):
+class StepReports(Protocol):
     """Where what came of steps is kept."""
 
     def take_reports(self, pipeline: str) -> Sequence[StepReport]:
@@ -92,14 +92,14 @@ class Reports(Protocol):
 
 
 class Shards:
-    """See `Pass.steps`. `patience_seconds`: how long a plan waits for its steps, which is as long as a lease lives.
+    """See `PassOptions.steps`. `patience_seconds`: how long a plan waits for its steps, as long as a lease lives.
     `requested` hears of the requests that steps sent.
     """
 
     def __init__(
         self,
-        queue: Sender,
-        reports: Reports,
+        queue: StepSender,
+        reports: StepReports,
         requested: Callable[[Mapping[str, float]], None],
         *,
         shards: int,

@@ -15,13 +15,13 @@ from dataclasses import replace
 from typing import Any, cast
 
 from app.core.errors import AppError
-from app.core.runs import Failure, Job, Outcome, Report, Run, Runs, Stop, Unwatched, execute
+from app.core.runs import Failure, Job, NoProgress, Outcome, Report, Run, Runs, Stop, execute
 from app.db.workers import StepReport
 from app.ops.health import ProbeAnswer, Probes
-from app.ops.logs import bound, log_run
+from app.ops.logs import log_context, log_run
 from app.ops.process import share_the_machine
-from app.ops.scheduler import logged, more_in, named
-from app.ops.service import BuiltService, refuse_taken_ports, steps_of
+from app.ops.scheduler import logging_progress, seconds_to_next_step, with_run_in_logs
+from app.ops.service import BuiltService, refuse_taken_ports, shutdown_budget
 from app.scale.queue import Queue, Workers, consume
 from app.scale.shards import plan_from_json
 from app.web.errors import Receive, Refusal, Scope, Send, send_json, send_refusal
@@ -31,7 +31,7 @@ STALLED_SECONDS = 120.0
 log = logging.getLogger(__name__)
 
 
-class Unrecorded:
+class UnrecordedRuns:
     """See `app.core.runs.Runs`: steps are parts of a run, which is recorded where they were planned."""
 
     def __init__(self, runs: Runs) -> None:
@@ -43,13 +43,13 @@ class Unrecorded:
 
 
 class Worker:
-    """Runs what is sent, from its start until a stop is asked for. See `app.ops.health.Turning`."""
+    """Runs what is sent, from its start until a stop is asked for. See `app.ops.health.WorkLoop`."""
 
     def __init__(self, service: BuiltService, queue: Queue) -> None:
         self._service = service
         self._queue = queue
-        self._jobs = {job.name: named(job) for job in service.pipelines.jobs if not job.off}
-        self._steps_desk = replace(service.desk, runs=Unrecorded(service.state.runs), ended=log_run)
+        self._jobs = {job.name: with_run_in_logs(job) for job in service.pipelines.jobs if not job.off}
+        self._step_services = replace(service.services, runs=UnrecordedRuns(service.state.runs), ended=log_run)
         self._stop: Stop = service.stop
         self._running: set[str] = set()
         self._lock = threading.Lock()
@@ -65,13 +65,13 @@ class Worker:
 
     @property
     def turning(self) -> bool:
-        """See `Turning`."""
+        """See `WorkLoop`."""
         is_late = time.monotonic() - self._seen_at > STALLED_SECONDS
         return self._stop.asked or not self._is_started or (self._thread.is_alive() and not is_late)
 
     @property
     def running(self) -> bool:
-        """See `Turning`."""
+        """See `WorkLoop`."""
         return self._is_started and not self._stop.asked
 
     @property
@@ -100,14 +100,14 @@ class Worker:
         )
 
     def _be_seen(self) -> None:
-        owner, workers = self._service.desk.terms.owner, self._service.state.workers
+        owner, workers = self._service.services.terms.owner, self._service.state.workers
         while not self._stop.asked:
             try:
                 workers.see(owner)
             except AppError as error:
                 log.debug("this worker cannot be noted: %s", error)
             self._seen_at = time.monotonic()
-            threading.Event().wait(self._service.desk.terms.heartbeat_seconds)
+            threading.Event().wait(self._service.services.terms.heartbeat_seconds)
 
     def job(self, name: str, more: bool, by: str) -> None:  # noqa: FBT001 - from the queue
         """Run a job under its lease, and send it again while it left work. `more`: it goes on with what it left."""
@@ -118,20 +118,20 @@ class Worker:
         with self._alone(name) as alone:
             if not alone or self._stop.asked or (more and self._is_paused(name)):
                 return
-            run = execute(job, self._service.desk, self._stop, logged(name), started_by=by)
+            run = execute(job, self._service.services, self._stop, logging_progress(name), started_by=by)
         if run is not None and run.report.more and not self._stop.asked:
             with _told(f"{name} cannot be sent again"):
-                self._queue.send_job(name, by, more_in(run))
+                self._queue.send_job(name, by, seconds_to_next_step(run))
 
     def step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> None:
         """One step of a shard under its own lease; what came of it is kept for the plan."""
         part = plan_from_json(plan)
         work = self._service.pipelines.steps[part.pipeline]
-        with self._alone(step) as alone, bound(plan_id, part.pipeline):
+        with self._alone(step) as alone, log_context(plan_id, part.pipeline):
             run = None
             if alone and not self._stop.asked:
                 job = Job(step, 0, lambda context: work(context, part))
-                run = execute(job, self._steps_desk, self._stop, Unwatched())
+                run = execute(job, self._step_services, self._stop, NoProgress())
         self._service.costs.save()
         with _told(f"what came of {step} cannot be kept: its plan counts it as waiting"):
             done = StepReport(plan_id, step, _of_step(step, run, part.left), run.requests if run else {})
@@ -206,12 +206,12 @@ class WorkerApp:
         self._worker.start()
 
     def _close(self) -> None:
-        self._worker.close(steps_of(self._service.settings.service.shutdown_grace_seconds).stuck)
+        self._worker.close(shutdown_budget(self._service.settings.service.shutdown_grace_seconds).stuck)
         self._service.readiness.close()
         self._service.alerts.close()
         self._service.scheduler.close(0.0)
         with _told("this worker is shown for a while longer"):
-            self._service.state.workers.forget(self._service.desk.terms.owner)
+            self._service.state.workers.forget(self._service.services.terms.owner)
         self._service.state.close()
 
     @staticmethod
@@ -224,7 +224,7 @@ def run_worker(service: BuiltService) -> None:
     settings, workers = service.settings, cast("Workers", service.scheduler.elsewhere)
     refuse_taken_ports(settings.service)
     worker = Worker(service, workers.queue)
-    log.info("worker %s, probes on %s:%d", service.desk.terms.owner, settings.service.host, settings.service.port)
+    log.info("worker %s, probes on %s:%d", service.services.terms.owner, settings.service.host, settings.service.port)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     share_the_machine()
     serve(
@@ -233,7 +233,7 @@ def run_worker(service: BuiltService) -> None:
         port=settings.service.port,
         health_port=settings.service.health_port,
         forwarded_allow_ips=settings.access.forwarded_allow_ips,
-        steps=steps_of(settings.service.shutdown_grace_seconds),
+        steps=shutdown_budget(settings.service.shutdown_grace_seconds),
         ask_stop=service.stop.ask,
         busy=lambda: worker.busy,
     )

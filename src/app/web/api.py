@@ -225,7 +225,7 @@ def _documentation(api: FastAPI) -> APIRouter:
     return router
 
 
-class Streamed(StreamingResponse):
+class StreamedResponse(StreamingResponse):
     """An answer in pieces, from a thread when they are an iterator.
 
     What is `held` (a stream, a place, a lock) is let go however the answer ends, also when the client left before its

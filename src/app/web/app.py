@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from app.core.errors import AppError
 from app.ops.health import ProbeAnswer
-from app.web.auth import LOCKED, SAFE_METHODS, Guard, Methods, RouteScopes
+from app.web.auth import LOCKED, SAFE_METHODS, AccessGuard, Methods, RouteScopes
 from app.web.errors import (
     BROKEN,
     BROKEN_HINT,
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 audit = logging.getLogger("app.audit")
 
 
-class Api(NamedTuple):
+class GuardedApi(NamedTuple):
     """The guarded part: `app`, but for the paths in `fast`; `scopes` are what its routes declare."""
 
     app: Asgi
@@ -60,17 +60,17 @@ class Api(NamedTuple):
     scopes: RouteScopes
 
 
-class Front:
+class HeadwaterApp:
     """See the module. `opened` starts the work, `close` ends it within its time, `api` imports and builds the API."""
 
     def __init__(
         self,
         probes: Mapping[str, Callable[[], ProbeAnswer]],
-        guard: Guard,
+        guard: AccessGuard,
         limits: BodyLimits,
         *,
         opened: Callable[[], None],
-        api: Callable[[], Api],
+        api: Callable[[], GuardedApi],
         close: Callable[[], None],
     ) -> None:
         self._probes = probes
@@ -78,7 +78,7 @@ class Front:
         self._limits = limits
         self._opened, self._make_api, self._close = opened, api, close
         self._building: asyncio.Future[None] | None = None
-        self._api: Api | None = None
+        self._api: GuardedApi | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call. Every answer gets the headers that it lacks, and one to a request for a change a line in the
@@ -189,7 +189,7 @@ async def _send_locked_page(send: Send) -> None:
     await send({"type": "http.response.body", "body": page})
 
 
-def _preflight(scope: Scope, methods: Methods, guard: Guard) -> list[tuple[bytes, bytes]]:
+def _preflight(scope: Scope, methods: Methods, guard: AccessGuard) -> list[tuple[bytes, bytes]]:
     """What a browser that asks before a call of another site's page is told; empty for anything else."""
     fields = dict(scope["headers"])
     asked = fields.get(b"access-control-request-headers", b"")

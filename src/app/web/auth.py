@@ -142,7 +142,7 @@ class RouteScopes:
         return next((methods for pattern, methods in self._templates.items() if pattern.fullmatch(path)), {})
 
 
-class Throttle:
+class SignInThrottle:
     """Failed sign-ins by address in the last minute. Used from the event loop alone; bounded in memory."""
 
     def __init__(self) -> None:
@@ -180,7 +180,7 @@ class KeyRates:
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
+class AccessGuard:
     """`anonymous`: ALLOW_ANONYMOUS is set, so other machines may call without keys. `locked`: nobody may call.
 
     `origins`: the web pages of other sites that may call with a key, "*" for all.
@@ -193,7 +193,7 @@ class Guard:
     anonymous: bool = False
     locked: bool = False
     origins: frozenset[str] = frozenset()
-    throttle: Throttle = field(default_factory=Throttle)
+    throttle: SignInThrottle = field(default_factory=SignInThrottle)
 
     async def authorize(self, scope: Scope, methods: Methods) -> None:
         """Whether the caller may make this call of a path with these `methods`; the caller is then in the state.

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from app.core.errors import Transient
-from app.object_store.port import Readable
+from app.object_store.port import ReadableBody
 from app.web.errors import Refusal, Refused
 
 FIRST_BYTES = 1 << 16
@@ -28,8 +28,8 @@ GONE = Response(status_code=400)  # client disconnected
 T = TypeVar("T")
 
 
-async def taken_in(
-    request: Request, places: asyncio.Semaphore, busy: Refusal, threads: Executor, work: Callable[[Readable], T]
+async def read_in_thread(
+    request: Request, places: asyncio.Semaphore, busy: Refusal, threads: Executor, work: Callable[[ReadableBody], T]
 ) -> T | None:
     """What `work` makes of the body in a thread, at one of the `places`; None when the client disconnected. Raises
     Refused with `busy` when no place becomes free in time.
@@ -47,18 +47,18 @@ async def taken_in(
             if len(first) >= FIRST_BYTES:
                 whole = False
                 break
-        await acquired(places, busy)
+        await acquire_place(places, busy)
         try:
             if whole:
                 return await asyncio.get_running_loop().run_in_executor(threads, work, BytesIO(first))
-            return await carried(all_blocks(), threads, work)
+            return await run_with_body(all_blocks(), threads, work)
         finally:
             places.release()
     except ClientDisconnect:
         return None
 
 
-async def acquired(places: asyncio.Semaphore, busy: Refusal) -> None:
+async def acquire_place(places: asyncio.Semaphore, busy: Refusal) -> None:
     """Take one of the places. Raises Refused with `busy` when none becomes free in time."""
     try:
         async with asyncio.timeout(WAIT_SECONDS):
@@ -67,10 +67,10 @@ async def acquired(places: asyncio.Semaphore, busy: Refusal) -> None:
         raise Refused(*busy) from None
 
 
-async def carried(blocks: AsyncIterator[bytes], threads: Executor, work: Callable[[Readable], T]) -> T:
+async def run_with_body(blocks: AsyncIterator[bytes], threads: Executor, work: Callable[[ReadableBody], T]) -> T:
     """What `work` makes of the body. When it raises, the rest of the body is left unread."""
     loop = asyncio.get_running_loop()
-    feed = Feed(loop)
+    feed = BodyFeed(loop)
     future = loop.run_in_executor(threads, work, feed)
     future.add_done_callback(feed.left)
     try:
@@ -84,7 +84,7 @@ async def carried(blocks: AsyncIterator[bytes], threads: Executor, work: Callabl
         feed.lose()
 
 
-class Feed:
+class BodyFeed:
     """Bytes in between. `offer`, `end`, `lose` and `left` belong to the loop, `read` to the thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

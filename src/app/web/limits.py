@@ -47,13 +47,13 @@ class BodyLimits:
         if length.isdigit() and int(length) > limit_bytes:
             raise Refused(*too_large(limit_bytes))
         body = _Body(receive, send, limit_bytes)
-        with suppress(_Cut):
+        with suppress(_BodyTooLarge):
             await app(scope, body.receive, body.send)
         if body.refusal is not None and not body.started:
             raise Refused(*body.refusal)
 
 
-class _Cut(Exception):
+class _BodyTooLarge(Exception):
     """The body went over a limit."""
 
 
@@ -94,7 +94,7 @@ class _Body:
 
     def _cut(self, refusal: Refusal) -> None:
         self.refusal = refusal
-        raise _Cut
+        raise _BodyTooLarge
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         if self.refusal is None:
@@ -120,7 +120,7 @@ CLOSED_SHARE, CLOSED_LEAST = 20, 32  # at once: one of so many, since to look at
 log = logging.getLogger(__name__)
 
 
-class Waiting(Protocol):
+class WaitingConnection(Protocol):
     """A connection."""
 
     @property
@@ -135,15 +135,17 @@ class Waiting(Protocol):
         """Close it now, whatever it was about to send."""
 
 
-class Room:
+class ConnectionLimits:
     """For so many `connections`, and as many as `descriptors` let in, which the process needs for other things too."""
 
     def __init__(self, connections: int, descriptors: int) -> None:
         self._connections = int(connections * USED)
         self._descriptors = min(int(descriptors * USED), descriptors - SPARE)
-        self._leaving: set[Waiting] = set()
+        self._leaving: set[WaitingConnection] = set()
 
-    def enter(self, newest: Waiting, descriptor: int, all_of: Iterable[Waiting], count: int) -> bool:
+    def enter(
+        self, newest: WaitingConnection, descriptor: int, all_of: Iterable[WaitingConnection], count: int
+    ) -> bool:
         """Whether `newest`, one of `all_of`, may ask for more than probes; makes room for it where it can.
 
         `descriptor` is its own. The kernel gives the lowest that is free, so it tells how many are used.
@@ -152,7 +154,7 @@ class Room:
             return True
         return self.make(each for each in all_of if each is not newest)
 
-    def make(self, all_of: Iterable[Waiting]) -> bool:
+    def make(self, all_of: Iterable[WaitingConnection]) -> bool:
         """Close some connections; whether any could be. Also for when not one more descriptor is to be had."""
         if self._leaving:  # they are about to be free, in the next turn of the event loop
             return True
@@ -168,6 +170,6 @@ class Room:
             log.warning("all connections are at work: new ones are answered 503")
         return bool(victims)
 
-    def left(self, connection: Waiting) -> None:
+    def left(self, connection: WaitingConnection) -> None:
         """It is closed."""
         self._leaving.discard(connection)

@@ -23,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.ops.health import PATHS
 from app.web.errors import Asgi, Receive, Refusal, Scope, Send, send_refusal
-from app.web.limits import Room
+from app.web.limits import ConnectionLimits
 
 HEAD_SECONDS = 15.0
 HEAD_BYTES = 1 << 16
@@ -47,7 +47,7 @@ of_a_request = ContextVar("of_a_request", default=False)
 """True in the context of whatever a request does, and of all that it begins."""
 
 
-class PoliteLoop(asyncio.SelectorEventLoop):
+class FairEventLoop(asyncio.SelectorEventLoop):
     """An event loop that caps how long the steps of requests run between two looks at its sockets, so that a probe
     waits for few of them.
 
@@ -88,7 +88,7 @@ class _HeadRefused(Exception):
     """The parser makes it a 400."""
 
 
-class Lingering:
+class LingeringTransport:
     """The transport of a connection. Closed while its client is still sending, it first sends what there is, and takes
     what comes: a connection that is closed on unread bytes is reset, and its client sees a broken pipe and no answer.
     """
@@ -144,7 +144,7 @@ class Lingering:
 class PunctualProtocol(HttpToolsProtocol):
     """See the module. `room` decides who may ask for more than probes."""
 
-    def __init__(self, room: Room, **named: Any) -> None:
+    def __init__(self, room: ConnectionLimits, **named: Any) -> None:
         super().__init__(**named)
         self._room = room
         self._admitted = True
@@ -152,14 +152,14 @@ class PunctualProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._late: asyncio.TimerHandle | None = None
         self._probe: tuple[Any, Asgi] | None = None
-        self._outgoing: Lingering
+        self._outgoing: LingeringTransport
         self._unsent = (0.0, 0)  # since when, and how many bytes then
         self.asked_at = self.loop.time()
         self.descriptor = -1
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The clock starts with the connection."""
-        self._outgoing = Lingering(transport, self.loop)
+        self._outgoing = LingeringTransport(transport, self.loop)
         super().connection_made(cast("asyncio.Transport", self._outgoing))
         connections = cast("set[PunctualProtocol]", self.connections)
         self.descriptor = transport.get_extra_info("socket").fileno()

@@ -20,9 +20,9 @@ from typing import Any, cast
 import uvicorn
 
 from app.ops.health import PATHS
-from app.ops.service import Steps
+from app.ops.service import ShutdownBudget
 from app.web.errors import Asgi, Receive, Refusal, Scope, Send, send_refusal
-from app.web.limits import Room
+from app.web.limits import ConnectionLimits
 from app.web.protocol import PunctualProtocol
 
 LINGER_SECONDS = 0.5
@@ -42,7 +42,7 @@ class DrainingServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        room: Room,
+        room: ConnectionLimits,
         *,
         health_port: int | None,
         jobs_seconds: float,
@@ -138,7 +138,7 @@ def serve(
     port: int,
     health_port: int | None,
     forwarded_allow_ips: Sequence[str],
-    steps: Steps,
+    steps: ShutdownBudget,
     ask_stop: Callable[[str], None],
     busy: Callable[[], bool],
 ) -> None:
@@ -147,7 +147,7 @@ def serve(
     At `health_port`, None for none, only probes are answered. `ask_stop` must only set flags; `busy` says whether
     work still runs.
     """
-    room = Room(CONNECTIONS, raised_descriptors())
+    room = ConnectionLimits(CONNECTIONS, raised_descriptors())
     config = uvicorn_config(
         app,
         host="" if host.strip("[]") == "::" else host.strip("[]"),  # asyncio binds `::` to IPv6 alone
