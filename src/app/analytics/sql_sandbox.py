@@ -27,8 +27,11 @@ from app.analytics.engine import (
     RELATION,
     Engine,
     EngineLimits,
+    InvalidReport,
     RemoteBucket,
     ReportTooLarge,
+    ReportTooSlow,
+    UnboundName,
     UnreadableObject,
     literal,
     nodes_of,
@@ -217,13 +220,13 @@ def _too_slow(limits: EngineLimits) -> BadParameter:
 
 def _fault(fault: Mapping[str, str] | None, limits: EngineLimits) -> AppError:
     """The error of the process. None: a signal ended it, since it was refused memory inside of DuckDB."""
-    if fault is None or fault["kind"] == "TooLarge":
+    if fault is None or fault["kind"] == ReportTooLarge.__name__:
         return BadParameter(f"the statement needs more than {limits.memory_mb} MB of memory, or 1 GB of disk", NARROW)
-    if fault["kind"] == "TooSlow":
+    if fault["kind"] == ReportTooSlow.__name__:
         return _too_slow(limits)
     if fault["kind"] == "UnreadableObject":
         return UnreadableObject(fault["message"], fault["hint"])
-    if fault["kind"] in ("Wrong", "Unbound"):
+    if fault["kind"] in (InvalidReport.__name__, UnboundName.__name__):
         return BadParameter(fault["message"], "correct the statement")
     known: dict[str, type[AppError]] = {"Transient": Transient, "Permanent": Permanent}
     return known.get(fault["kind"], BadParameter)(fault["message"], fault["hint"])

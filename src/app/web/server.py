@@ -153,7 +153,7 @@ def serve(
         host="" if host.strip("[]") == "::" else host.strip("[]"),  # asyncio binds `::` to IPv6 alone
         port=port,
         http=partial(PunctualProtocol, room),
-        loop="app.web.protocol:PoliteLoop",
+        loop="app.web.protocol:FairEventLoop",
         lifespan="on",
         forwarded_allow_ips=list(forwarded_allow_ips),
         backlog=ACCEPTED_AT_ONCE,
