@@ -439,8 +439,9 @@ def _reading(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState | Non
 def _united(
     pipeline: Pipeline[B, E], task: WindowTask, batch: B, rows: Sequence[Iterable[Any]], shrink: Shrink | None
 ) -> B:
-    """The batch merged with the rows that only the object has. If an object cannot be read while its window is open, it
-    is rewritten from the source. For a closed window the error is raised, since the source may no longer have its rows.
+    """The batch merged with the rows that only the object has. If an object cannot be read and its window is not closed
+    yet, it is rewritten from the source. For a closed window the error is raised, since the source may no longer have
+    its rows.
     """
     try:
         united = pipeline.source.union(batch, rows, shrink)

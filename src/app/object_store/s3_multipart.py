@@ -355,7 +355,7 @@ def begin_upload(store: S3Store, services: UploadPool, key: str, put: PutRequest
 
 
 def abort_upload(store: S3Store, key: str, upload_id: str) -> bool:
-    """False when the upload has already ended."""
+    """Abort an upload; False when it has already ended."""
     with store.translated(key):
         try:
             store.client().abort_multipart_upload(Bucket=store.target.bucket, Key=key, UploadId=upload_id)
