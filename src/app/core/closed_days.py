@@ -1,7 +1,7 @@
-"""The table of closed days as reports read it: which of its files stand for which objects.
+"""The table of closed days as reports read it: which of its files replace which objects.
 
-Invariant: what a report reads through it are the rows of the objects, each once, and those whose objects are gone. So a
-day that changed since it was taken is read from its objects, but for the rows that only the table has.
+Invariant: a report reads each row of the objects once, and the rows whose objects are gone. So a day that changed after
+it was copied to the table is read from its objects, plus the rows that only the table has.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ class ListedVersion(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReportSpan:
-    """What a report is limited to; None = not limited. Instants are UTC without a zone."""
+    """The filters of a report; None = no filter. Timestamps are UTC without a zone."""
 
     device: str | None = None
     since: datetime | None = None
@@ -37,7 +37,7 @@ class ReportSpan:
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """A file, which never changes. `without`: device, first and last microsecond of rows that are read elsewhere."""
+    """An immutable file. `without`: device, first and last microsecond of rows that are read elsewhere."""
 
     key: str
     size_bytes: int
@@ -46,7 +46,7 @@ class TableFile:
 
 @dataclass(frozen=True, slots=True)
 class TableState:
-    """One state of the table: Iceberg's number of it, and since when it holds; `location`: where programs find it."""
+    """One state of the table: its Iceberg snapshot id and when it became valid; `location`: where programs find it."""
 
     snapshot_id: int
     committed_at: datetime
@@ -55,8 +55,8 @@ class TableState:
 
 @dataclass(frozen=True, slots=True)
 class TableRows:
-    """What a report reads: `files` of a state of the table, and the objects that are `beside` them. `state`: None when
-    there is no table.
+    """What a report reads: `files` of one state of the table, and the objects `beside` them. `state`: None when there
+    is no table.
     """
 
     state: TableState | None
@@ -69,7 +69,7 @@ NO_TABLE = TableRows(None, (), beside=lambda _: True)
 
 
 class ClosedDays(Protocol):
-    """The table. All methods may be called from any thread, and raise Transient while it cannot be read."""
+    """The table. Methods are thread-safe and raise Transient while it cannot be read."""
 
     def rows(
         self,
@@ -77,15 +77,15 @@ class ClosedDays(Protocol):
         changes: Mapping[int, int],
         objects: Callable[[int, int], Sequence[ListedVersion]],
     ) -> TableRows:
-        """The newest state beside the objects. `changes`: day -> a number that grows when an object of it comes or
-        goes; `objects(first_day, last_day)`: all of them. Days are counted from 1970-01-01.
+        """The newest state, and the objects to read with it. `changes`: day -> a number that grows when an object of
+        that day is added or removed; `objects(first_day, last_day)`: all of them. Days are counted from 1970-01-01.
         """
 
     def rows_at(self, instant: datetime, span: ReportSpan) -> TableRows:
-        """The state that was valid then, alone. Raises Rejected for an instant of which there is none."""
+        """Only the state that was valid at `instant`. Raises Rejected when there was none."""
 
     def day_counts(self) -> Mapping[int, int]:
-        """Day -> rows of the newest state."""
+        """Day -> rows in the newest state."""
 
     def look_again(self) -> None:
-        """Forget what is remembered: a file is gone."""
+        """Clear the cache: a file is gone."""

@@ -1,16 +1,16 @@
-"""What went wrong, said as what the caller should do about it.
+"""Errors, classified by what the caller should do.
 
     AppError(message, hint)
-    ├── Transient     try again with backoff: the cause may pass by itself
-    │   ├── Conflict      somebody else changed what was to be replaced: read again, then try again
-    │   └── LeaseLost     another process owns this job now: stop, it goes on there
-    ├── Permanent     a person must act: trying again cannot help
-    │   └── BadSettings   the configuration cannot work: the process must not start
-    ├── Rejected      this item is set aside; the others go on (HTTP 4xx)
+    ├── Transient     retry with backoff: the cause may pass
+    │   ├── Conflict      somebody else changed the object to be replaced: re-read, then retry
+    │   └── LeaseLost     another process owns this job now: stop, it continues there
+    ├── Permanent     a person must act: a retry cannot help
+    │   └── BadSettings   the configuration is invalid: the process must not start
+    ├── Rejected      this item is set aside; the others continue (HTTP 4xx)
     └── Stopped       the process was asked to stop; nothing is wrong
 
-Invariant: every SDK's exceptions are translated to one of these once, at the SDK's home, with `raise ... from`.
-The hint is the next thing that an operator should try; logs, the dashboard and HTTP bodies show it.
+Invariant: every SDK's exceptions are translated to one of these once, in the module that owns the SDK, with `raise ...
+from`. The hint is the next thing for an operator to try; logs, the dashboard and HTTP bodies show it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ class AppError(Exception):
 
 
 class Transient(AppError):
-    """May pass by itself. `retry_after_seconds` is what the outside system asked for, None where it said nothing."""
+    """May pass by itself. `retry_after_seconds` is what the outside system asked for, None if it asked for nothing."""
 
     def __init__(self, message: str, hint: str = "", *, retry_after_seconds: float | None = None) -> None:
         super().__init__(message, hint)
@@ -38,7 +38,7 @@ class Transient(AppError):
 
 
 class Conflict(Transient):
-    """The object is not the version that was to be replaced. Rows read before this must not be written again."""
+    """The object is not the version to be replaced. Rows read before this must not be written again."""
 
 
 class LeaseLost(Transient):
@@ -46,7 +46,7 @@ class LeaseLost(Transient):
 
 
 class Permanent(AppError):
-    """Trying again cannot help before a person has acted."""
+    """A retry cannot help until a person has acted."""
 
 
 class BadSettings(Permanent):
@@ -58,15 +58,15 @@ class BadSettings(Permanent):
 
 
 class Rejected(AppError):
-    """This item cannot be taken as it is; it is set aside with the reason, and the others go on."""
+    """This item cannot be accepted; it is set aside with the reason, and the others continue."""
 
 
 class Stopped(AppError):
-    """A safe point was reached after a stop was asked for; the run ends here and the next one goes on."""
+    """A stop was requested and a safe point was reached; this run ends here and the next one continues."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A question for what is nearly one of `known`, or the beginning of one, else an empty text."""
+    """A question, "did you mean ...?", naming the closest of `known` or one that starts with `word`; "" if none."""
     names = list(known)
     meant = get_close_matches(word.lower(), names, n=1) or [name for name in names if name.startswith(word.lower())][:1]
     return f"did you mean {meant[0]}? " if meant else ""

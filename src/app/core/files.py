@@ -1,7 +1,7 @@
 """Files that are whole or absent after a power cut: temp, fsync, rename, fsync the directory.
 
-Invariant: `path` names either the old bytes or all of the new ones at every instant; a failed fsync is raised and never
-repeated, since the kernel may have dropped the dirty pages with the first report.
+Invariant: `path` always names either the old bytes or all of the new ones; a failed fsync is raised and never retried,
+since the kernel may have dropped the dirty pages when it reported the first error.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ CONTINUATION = range(0x80, 0xC0)
 
 
 class LogFile(RotatingFileHandler):
-    """A log that cannot be written, on a full disk for example, costs its lines and stops nothing; stderr says so once,
-    until a line could be written again.
+    """A log file that never stops the program: if it cannot be written, on a full disk for example, the lines are lost.
+    stderr says so once, until a line can be written again.
     """
 
     _is_told = False
@@ -37,7 +37,7 @@ class LogFile(RotatingFileHandler):
         self._is_told = self._has_failed
 
     def handleError(self, record: LogRecord) -> None:  # noqa: N802 - the library's word
-        """The standard answer is a traceback for each record."""
+        """Replaces the standard behaviour, a traceback for each record."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
@@ -48,15 +48,15 @@ class LogFile(RotatingFileHandler):
             print(told, file=sys.stderr)  # noqa: T201 - the log is what fails
 
     def close(self) -> None:
-        """What could not be written goes."""
+        """Close; discard what could not be written."""
         with suppress(OSError):
             super().close()
 
 
 def bounded_name(name: str, suffix: str = "", limit_bytes: int = NAME_BYTES) -> str:
-    """`name` + `suffix` in at most `limit_bytes` bytes: a name that is too long is cut, never inside a character.
+    """`name` + `suffix` in at most `limit_bytes` bytes: a longer name is cut, never inside a character.
 
-    What was cut is stood for by a hash of the whole name, so names that differ stay different; the extension is kept.
+    A hash of the whole name replaces the part cut off, so names that differ stay different; the extension is kept.
     """
     raw, tail = os.fsencode(name), os.fsencode(suffix)
     if len(raw) + len(tail) <= limit_bytes:
@@ -66,16 +66,15 @@ def bounded_name(name: str, suffix: str = "", limit_bytes: int = NAME_BYTES) -> 
         extension = b""
     rest = b"~" + hashlib.sha256(raw).hexdigest()[:16].encode() + extension + tail
     end = limit_bytes - len(rest)
-    for _ in range(3):  # a character of UTF-8 has at most three bytes behind its first
+    for _ in range(3):  # a UTF-8 character has at most three bytes after its first
         end -= raw[end] in CONTINUATION
     return os.fsdecode(raw[:end] + rest)
 
 
 def temporary_file(folder: Path | None = None, memory_bytes: int = 0) -> BinaryIO:
-    """A file without a name, so that a killed process leaves nothing behind; the caller closes it.
+    """An unnamed file, so that a killed process leaves nothing behind; the caller closes it.
 
-    The first `memory_bytes` stay in memory; `folder`, which is made where it is missing, None = the system's own for
-    temporary files.
+    The first `memory_bytes` stay in memory. `folder` is created if missing; None = the system's temporary directory.
     """
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,13 +84,13 @@ def temporary_file(folder: Path | None = None, memory_bytes: int = 0) -> BinaryI
 
 
 def write_durably(path: Path, chunks: Iterable[bytes]) -> None:
-    """Replace `path` by the chunks, keeping the mode of what it replaces. Raises OSError; then `path` is untouched."""
+    """Replace the file with the chunks, keeping its mode. Raises OSError; then `path` is untouched."""
     temporary = path.with_name(bounded_name(f".{path.name}", f".{uuid4().hex}{TEMPORARY_SUFFIX}"))
     try:
         with temporary.open("xb") as file:
             for chunk in chunks:
                 file.write(chunk)
-            file.flush()  # else fsync would not see what Python still holds
+            file.flush()  # flush Python's buffer first: fsync does not see it
             keep_mode(path, file.fileno())
             sync_file(file.fileno())
         replace_durably(temporary, path)
@@ -100,7 +99,7 @@ def write_durably(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def keep_mode(path: Path, descriptor: int) -> None:
-    """Give the open file the mode of `path`; nothing when `path` does not exist yet."""
+    """Give the open file the mode of `path`; do nothing when `path` does not exist yet."""
     if path.exists():
         os.fchmod(descriptor, path.stat().st_mode & 0o7777)
 

@@ -1,10 +1,10 @@
-"""The ledger of a run: every row that was counted at the source is accounted for, or the run is not `ok`.
+"""The ledger of a run: every row counted at the source is accounted for, or the run is not `ok`.
 
     counted = new + already there + corrected + set aside + waiting
 
 The unit is the pipeline's own: field values (by field), items, records, lines. Invariant: the two sides are tallied in
-different places, the left one where the source is asked and the right one where rows land, so that a row that gets lost
-between them leaves a gap.
+different places, the left one where the source is queried and the right one where rows are written, so a row lost in
+between leaves a gap.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +15,12 @@ from typing import Any
 NAMED_PARTITIONS = 20
 NAMED_FIELDS = 100
 SAMPLE_CHARACTERS = 200
-ALL = ""  # the one field of a pipeline whose unit has no fields
+ALL = ""  # the single field of a pipeline whose unit has no fields
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Numbers of one field or partition, in the ledger's unit. `counted` was asked before `read` was read."""
+    """Numbers for one field or partition, in the ledger's unit. `counted` was queried before `read` was read."""
 
     counted: int = 0
     read: int = 0
@@ -32,7 +32,7 @@ class Tally:
 
     @property
     def gap(self) -> int:
-        """What is not accounted for; 0 when the tally closes."""
+        """The amount not accounted for; 0 when the tally balances."""
         return self.counted - self.new - self.already_there - self.corrected - self.set_aside - self.waiting
 
     def __add__(self, other: "Tally") -> "Tally":
@@ -52,9 +52,9 @@ TALLY_NAMES = tuple(asdict(Tally()))
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """What was set aside for one reason: how much in all, how much of it by this run for the first time, one sample.
+    """What was set aside for one reason: the total, how much of it is new in this run, and one sample.
 
-    `reason` is one of few fixed texts ("no device tag"), since it becomes a label of a metric.
+    `reason` is one of a few fixed texts ("no device tag"), since it becomes a metric label.
     """
 
     reason: str
@@ -68,7 +68,7 @@ class SetAside:
 
 @dataclass(frozen=True, slots=True)
 class KeptFile:
-    """Where something lies that was set aside: an object of the store by its `key`, or a file of this machine."""
+    """Where something set aside is kept: an object of the store by its `key`, or a file on this machine."""
 
     name: str
     size_bytes: int
@@ -78,9 +78,9 @@ class KeptFile:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The ledger of a run, or of a part of one; ledgers are added up.
+    """The ledger of a run or of a part of one; ledgers can be added.
 
-    `fields`: by field, or under ALL. `partitions`: those worth naming, at most NAMED_PARTITIONS.
+    `fields`: by field, or under ALL. `partitions`: the notable ones, at most NAMED_PARTITIONS.
     """
 
     unit: str = "rows"
@@ -95,21 +95,21 @@ class Ledger:
 
     @property
     def gap(self) -> int:
-        """How much is not accounted for, or there although never counted, in all fields: they do not cancel out."""
+        """The amount not accounted for, or written without being counted; fields do not cancel each other out."""
         return sum(abs(tally.gap) for tally in self.fields.values())
 
     @property
     def closes(self) -> bool:
-        """True when each field's sum holds."""
+        """True when every field balances."""
         return self.gap == 0
 
     @property
     def newly_set_aside(self) -> Sequence[SetAside]:
-        """The reasons that this run set something aside for that was not set aside before."""
+        """The reasons for which this run set aside something new."""
         return [one for one in self.set_aside if one.new]
 
     def settled(self) -> "Ledger":
-        """The same without what waits, which the next run counts again."""
+        """The same without the waiting part, which the next run counts again."""
         fields, partitions = (
             {name: replace(one, counted=one.counted - one.waiting, waiting=0) for name, one in tallies.items()}
             for tallies in (self.fields, self.partitions)
@@ -117,14 +117,14 @@ class Ledger:
         return replace(self, fields=fields, partitions=partitions)
 
     def of_partition(self, partition: str) -> "Ledger":
-        """The same, with its total named as that of `partition` where a person would want to see it."""
+        """The same, with its total listed under `partition` if a person would want to see it."""
         total = self.total
         if total.gap == 0 and not (total.corrected or total.set_aside or total.waiting):
             return self
         return Ledger(self.unit, self.fields, self.set_aside, {partition or "(unnamed)": total})
 
     def __add__(self, other: "Ledger") -> "Ledger":
-        # A part that kept no ledger has no unit either.
+        # A part without a ledger has no unit either.
         if not other:
             return self
         if not self:
@@ -147,7 +147,7 @@ def ledger_of(tally: Tally, *set_aside: SetAside, unit: str) -> Ledger:
 
 
 def sampled(text: str) -> str:
-    r"""A sample as it is kept: one line of bounded length; what cannot be printed is shown as `\x1b`, `\ud800`."""
+    r"""A sample in stored form: one line of bounded length; unprintable characters are shown as `\x1b`, `\ud800`."""
     words = " ".join(text[: 4 * SAMPLE_CHARACTERS].split())
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
     return line if len(line) <= SAMPLE_CHARACTERS else f"{line[:SAMPLE_CHARACTERS]}..."
@@ -175,7 +175,7 @@ def fault_of(ledger: Ledger) -> tuple[str, str] | None:
 
 
 def summary_of(ledger: Ledger) -> str:
-    """One line for people: `18 values counted: 12 new, 6 already there`; "" for a run that kept no ledger."""
+    """One line for people: `18 values counted: 12 new, 6 already there`; "" for a run without a ledger."""
     if not ledger:
         return ""
     total = ledger.total
@@ -198,7 +198,7 @@ def summary_of(ledger: Ledger) -> str:
 
 
 def to_json(ledger: Ledger) -> Mapping[str, Any]:
-    """As it is recorded and shown: totals first, then what explains them."""
+    """The recorded and displayed form: totals first, then what explains them."""
     total = ledger.total
     return {
         "unit": ledger.unit,
@@ -214,7 +214,7 @@ def to_json(ledger: Ledger) -> Mapping[str, Any]:
 
 
 def from_json(document: Mapping[str, Any]) -> Ledger:
-    """The ledger that `to_json` wrote; an empty document is the ledger of a run that kept none."""
+    """The ledger that `to_json` wrote; an empty document is the ledger of a run without one."""
     if not document:
         return Ledger()
     named = {name: Tally(**tally) for name, tally in document["fields"].items()}
@@ -229,7 +229,7 @@ def from_json(document: Mapping[str, Any]) -> Ledger:
 
 
 def _encodable(text: str) -> str:
-    """Lone surrogates, which no encoding knows, as they are written in Python."""
+    """Lone surrogates, which no encoding accepts, replaced by their Python escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -241,10 +241,10 @@ def _sums(one: Mapping[str, Tally], other: Mapping[str, Tally]) -> Mapping[str, 
 
 
 def _bounded_fields(tallies: Mapping[str, Tally]) -> Mapping[str, Tally]:
-    """Beyond NAMED_FIELDS the rest is one entry, so that a measurement of a thousand fields has a short record."""
+    """Fields beyond NAMED_FIELDS become one entry, so that a measurement with a thousand fields has a short record."""
     if len(tallies) <= NAMED_FIELDS:
         return tallies
-    # Those with a gap first: they are what somebody looks for.
+    # Those with a gap first: people look for them.
     names = sorted(tallies, key=lambda name: (-abs(tallies[name].gap), name))
     kept = {name: tallies[name] for name in names[: NAMED_FIELDS - 1] if name != "..."}
     rest = sum((tally for name, tally in tallies.items() if name not in kept), Tally())

@@ -1,7 +1,7 @@
-"""The network of this machine: proxies, and certificate authorities of its own, for every client of an outside system.
+"""Network settings of this machine for all clients of outside systems: proxies and additional certificate authorities.
 
-The libraries each read a variable of their own for the authorities; `use` sets all of them for this process. Proxies
-they read from HTTPS_PROXY, HTTP_PROXY and NO_PROXY, but for urllib3 alone, which asks `proxy_for`.
+Each library reads its own variable for the authorities; `use` sets all of them for this process. Proxies come from
+HTTPS_PROXY, HTTP_PROXY and NO_PROXY, which all libraries read except urllib3; for it, call `proxy_for`.
 """
 
 import os
@@ -20,8 +20,8 @@ CA_VARIABLES = (
     "SSL_CERT_FILE",  # OpenSSL: urllib3, httpx, DuckDB
     "AWS_CA_BUNDLE",  # boto3
     "HTTPLIB2_CA_CERTS",  # Google Drive
-    "REQUESTS_CA_BUNDLE",  # the sign-in to Google
-    "PGSSLROOTCERT",  # PostgreSQL, with an sslmode that checks
+    "REQUESTS_CA_BUNDLE",  # the Google sign-in
+    "PGSSLROOTCERT",  # PostgreSQL, with an sslmode that verifies
 )
 UNTRUSTED = ("certificate_verify_failed", "certificate verify failed", "root certificate file")
 
@@ -30,8 +30,8 @@ T = TypeVar("T")
 
 
 class SharedClient(Generic[T]):
-    """What `make` makes on first use, for all threads: a library's client, or a part of the program that loads heavy
-    packages. Call it to have it; raises what `make` raises.
+    """A client, or a module that loads heavy packages, created by `make` on first use and shared by all threads. Call
+    it to get the client; raises what `make` raises.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
@@ -48,7 +48,7 @@ class SharedClient(Generic[T]):
             return made
 
     def close(self) -> None:
-        """End idle connections. It may be used again afterwards."""
+        """Close idle connections. The client may be used again afterwards."""
         with self._lock:
             made, self._made = self._made, None
         if made is not None:
@@ -58,12 +58,12 @@ class SharedClient(Generic[T]):
 def use(proxies: Mapping[str, str], ca_file: Path | None, public: Path, bundle: Path) -> None:
     """Set the variables of all libraries. `proxies`: variable -> value, "" for none.
 
-    `bundle` is written: the authorities of `public`, which every library trusts anyway, those of files that the
-    environment names already, as conda does, and those of `ca_file`. Proxies that it names stay. Raises Permanent when
+    Writes `bundle`: the authorities of `public`, which every library trusts anyway, those of files already named in the
+    environment (conda does that), and those of `ca_file`. Proxies set in the environment stay. Raises Permanent when
     the bundle cannot be written.
     """
     for name, value in proxies.items():
-        # Libraries read the name in small letters first: who set it so meant it.
+        # Libraries read the lower-case name first: a user who set it meant it.
         if value and name.lower() not in os.environ:
             os.environ.setdefault(name, value)
     if ca_file is None:
@@ -82,8 +82,8 @@ def use(proxies: Mapping[str, str], ca_file: Path | None, public: Path, bundle: 
 
 
 def proxy_for(url: str) -> str:
-    """The proxy that the environment names for `url`, "" for none; also for what is no URL, which its client says."""
-    from urllib.request import getproxies_environment, proxy_bypass  # 1.6 MiB, which an idle process does without
+    """The proxy that the environment sets for `url`, "" for none or for an invalid URL, which its client reports."""
+    from urllib.request import getproxies_environment, proxy_bypass  # 1.6 MiB, which an idle process does not need
 
     proxies = getproxies_environment()
     try:
@@ -103,8 +103,8 @@ def tunnel_to(url: str) -> tuple[str, int, dict[str, str]]:
 
 
 def connection_fault(error: BaseException, url: str) -> str:
-    """What happened on the way to `url`, such as `cannot connect to 127.0.0.1:8086: connection refused`; "" where the
-    operating system has no word on it. Holds no more of the URL than host and port.
+    """What went wrong on the way to `url`, such as `cannot connect to 127.0.0.1:8086: connection refused`; "" if the
+    operating system reported nothing. Contains only host and port of the URL.
     """
     place = urlsplit(url).netloc.rpartition("@")[2]
     found: BaseException | None = error
@@ -118,7 +118,7 @@ def connection_fault(error: BaseException, url: str) -> str:
 
 
 def is_untrusted(error: BaseException) -> bool:
-    """True where a certificate was not trusted, which trying again does not cure."""
+    """True if a certificate was not trusted; a retry does not help."""
     found: BaseException | None = error
     while found is not None:
         if any(text in str(found).lower() for text in UNTRUSTED):

@@ -1,9 +1,9 @@
-"""One pass over all partitions of a pipeline: who they are, where they start, and that one's failure stays its own.
+"""One pass over all partitions of a pipeline: which there are, where they start, and isolation of their failures.
 
-Invariants: a partition gets its first cursor committed before anything of it is read, so an outage that follows cannot
-move its start. A partition that fails waits longer each time, by itself, and is tried after all others: however many
-fail, they delay nobody. Many windows are committed together, each after its object was written: a crash in between
-repeats those writes onto the same names.
+Invariants: a partition's first cursor is committed before any of its rows are read, so a later outage cannot move its
+start. Each failing partition backs off on its own and is tried after all others, so failures delay no healthy
+partition. Many windows are committed together, each after its object was written; a crash in between repeats those
+writes under the same names.
 """
 
 import logging
@@ -37,7 +37,7 @@ E = TypeVar("E", bound=Encoded)
 
 log = logging.getLogger(__name__)
 
-UNNAMED = ""  # the rows that name no partition; older versions kept the instant of their last discovery there
+UNNAMED = ""  # rows that name no partition; older versions kept the time of their last discovery there
 COMMITS, COMMIT_SECONDS = 64, 5.0
 FIRST_PAUSE = timedelta(minutes=1)
 LONGEST_PAUSE = timedelta(hours=1)
@@ -47,10 +47,10 @@ FIRST_AT_ONCE, JITTER_SECONDS = 2, 0.005
 
 @dataclass(frozen=True, slots=True)
 class _FailingPartition:
-    """A partition that failed: how often in a row, when it did last, and why.
+    """A partition that failed: how often in a row, when last, and why.
 
-    A first failure for a transient cause does not count: when the state or the store was away for a moment, the next
-    run tries again.
+    A first failure with a transient cause does not count: if the state or the store was briefly away, the next run
+    tries again.
     """
 
     times: int
@@ -65,16 +65,17 @@ class _FailingPartition:
 
 
 class Backoff:
-    """Which partitions failed, remembered by this process from run to run. From any thread."""
+    """Which partitions failed; kept in this process between runs. Thread-safe."""
 
     def __init__(self) -> None:
         self._failing: dict[str, _FailingPartition] = {}
         self._lock = threading.Lock()
 
     def turns(self, partitions: Sequence[str], now: datetime) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
-        """Who is well, who failed and is due again (the longest waiting first), and who failed and still waits.
+        """Partitions that are healthy, that failed and are due again (longest waiting first), and that failed and still
+        wait.
 
-        After a clock was set back nobody waits for it to catch up.
+        After a clock was set back, none waits for it to catch up.
         """
         with self._lock:
             failing = {name: self._failing[name] for name in partitions if name in self._failing}
@@ -84,50 +85,50 @@ class Backoff:
         return well, again, [name for name in failing if name not in due]
 
     def last_failure(self, partition: str) -> Failure:
-        """Why a partition failed last that failed."""
+        """Why a failed partition last failed."""
         return self._failing[partition].failure
 
     def failed(self, failure: Failure, now: datetime, *, may_pass: bool = False) -> None:
-        """The partition failed once more."""
+        """Record another failure of the partition."""
         with self._lock:
             before = self._failing.get(failure.partition)
             times = before.times + 1 if before else int(not may_pass)
             self._failing[failure.partition] = _FailingPartition(times, now, failure)
 
     def is_failing(self, partition: str) -> bool:
-        """True when the partition failed when it was tried last."""
+        """True when the partition's last attempt failed."""
         return partition in self._failing
 
     def well(self, partition: str) -> None:
-        """The partition was brought up to date."""
+        """Record that the partition is up to date."""
         with self._lock:
             self._failing.pop(partition, None)
 
 
 class SettlingSchedule:
-    """Which live windows a pass counts: those that ended lately each time, older ones every SETTLING_PAUSE, since few
-    rows come so late. Remembered by this process from run to run.
+    """Which live windows a pass counts: recently ended ones every time, older ones every SETTLING_PAUSE, since few rows
+    come that late. Kept in this process between runs.
     """
 
     def __init__(self) -> None:
         self._all_done_at: datetime | None = None
 
     def counted(self, windows: Sequence[Window], now: datetime) -> Sequence[Window]:
-        """Those of the live windows, oldest first, that are counted now. After a clock was set back, all of them."""
+        """The live windows to count now, oldest first; all of them after a clock was set back."""
         before = self._all_done_at
         if before is None or not before <= now < before + SETTLING_PAUSE:
             return windows
         return [window for window in windows if window.end > now - SETTLING_PAUSE]
 
     def done(self, now: datetime) -> None:
-        """All live windows of all partitions were counted at `now` and brought up to date."""
+        """Record that all live windows of all partitions were counted at `now` and brought up to date."""
         self._all_done_at = now
 
 
 class AdaptiveConcurrency:
-    """How many partitions are worked on at once: two at first, and more while the source answers as fast as before.
+    """How many partitions are processed at once: two at first, more while the source answers as fast as before.
 
-    A source, or this process's one core of Python, that is busy answers later: then it is fewer again. From any thread.
+    A busy source, or a busy Python core in this process, answers later; the number then drops again. Thread-safe.
     """
 
     def __init__(self, ceiling: int, latency_seconds: Callable[[], float | None]) -> None:
@@ -164,9 +165,9 @@ class AdaptiveConcurrency:
 
 @dataclass(frozen=True, slots=True)
 class SyncPlan:
-    """What a pass found to do: where each partition stands that needs a turn, and what its live windows were counted.
+    """What a pass has to do: the position of each partition that needs work, and the counts of its live windows.
 
-    The others are as confirmed and are not in it. `now` was read before the source was; see `Position`.
+    Partitions that match their confirmed state are left out. `now` was read before the source was; see `Position`.
     """
 
     pipeline: str
@@ -178,12 +179,12 @@ class SyncPlan:
     counts: Mapping[str, Mapping[datetime, Count]]
 
     def of(self, partitions: Iterable[str]) -> "SyncPlan":
-        """A shard of it: only these partitions."""
+        """One shard of it: only these partitions."""
         cursors = {name: self.cursors[name] for name in partitions}
         return replace(self, cursors=cursors, counts={name: self.counts.get(name, {}) for name in cursors})
 
     def left(self) -> Report:
-        """All that was counted waits for a later run."""
+        """A report in which everything counted waits for a later run."""
         each = (one for some in self.counts.values() for one in some.values())
         return Report(ledger=ledger_of_counts(self.unit, each, "waiting"))
 
@@ -193,20 +194,20 @@ Step = Callable[[Context, SyncPlan], Report]
 
 
 def run_in_process(context: Context, plan: SyncPlan, step: Step) -> Report:
-    """The whole plan as one shard, at once."""
+    """Run the whole plan as one shard, here and now."""
     with context.part(f"{plan.pipeline}/0") as own:
         return step(own, plan) if own else plan.left()
 
 
 @dataclass(frozen=True, slots=True)
 class PassOptions:
-    """How a pass is made. `first_at` is where a new partition begins. `nothing_found` is asked when no partition has
-    anything in its live windows, and raises when that is not because the source is empty: then no cursor moves.
+    """Options of a pass. `first_at` is where a new partition begins. `nothing_found` is called when no partition has
+    anything in its live windows, and raises unless the source is really empty: then no cursor moves.
 
-    `probe` asks source and sink something cheap, and raises when one of them is away: asked when `transient_limit`
+    `probe` makes a cheap request to source and sink, and raises when one is away; it is called when `transient_limit`
     partitions failed in a row. Partitions that failed before are tried for `retry_seconds` a run. `concurrency` is the
-    most partitions at once; `latency_seconds` gives the mean of the source's answers since it was last asked, if any.
-    `steps(context, plan, step)` has the steps of a plan made, here or by other processes, and adds up their reports.
+    maximum number of partitions at once; `latency_seconds` gives the source's mean latency since the last call, if any.
+    `steps(context, plan, step)` runs the steps of a plan, here or in other processes, and adds up their reports.
     """
 
     now: datetime
@@ -223,8 +224,8 @@ class PassOptions:
 
 
 class BatchedCheckpoints:
-    """The checkpoints of one pass: the records of live windows are read in one query, and commits are made together,
-    COMMITS at a time or after COMMIT_SECONDS. From any thread.
+    """The checkpoints of one pass: records of live windows are read in one query, and commits are batched, COMMITS at a
+    time or after COMMIT_SECONDS. Thread-safe.
     """
 
     def __init__(
@@ -234,7 +235,7 @@ class BatchedCheckpoints:
         live_since: datetime | None,
         partitions: Sequence[str] | None = None,
     ) -> None:
-        # The same in a pass as ever.
+        # Passed through unchanged.
         self.cursors, self.starts, self.live_records = checkpoints.cursors, checkpoints.starts, checkpoints.live_records
         self.mark, self.note_undeleted = checkpoints.mark, checkpoints.note_undeleted
         self._checkpoints = checkpoints
@@ -245,13 +246,13 @@ class BatchedCheckpoints:
         self._lock = threading.RLock()
 
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
-        """See `Checkpoints.records`. Those of live windows are as they were when the pass began."""
+        """See `Checkpoints.records`. Records of live windows are as of the start of the pass."""
         if self._live_since is None or since < self._live_since:
             return self._checkpoints.records(pipeline, partition, since, until)
         return [record for record in self._live.get(partition, ()) if since <= record.window.start < until]
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
-        """See `Checkpoints.commit`. Deltas are deleted after their commit, which is made at once therefore."""
+        """See `Checkpoints.commit`. Commits with folded deltas are made at once, as these are deleted next."""
         with self._lock:
             if not self._waiting:
                 self._flush_at = time.monotonic() + COMMIT_SECONDS
@@ -265,12 +266,12 @@ class BatchedCheckpoints:
             self.commit(pipeline, partition, commit, lease)
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
-        """See `Checkpoints.fail`. A commit clears the error, so those that wait are made first."""
+        """See `Checkpoints.fail`. A commit clears the error, so pending commits are made first."""
         self.flush(pipeline, lease)
         self._checkpoints.fail(pipeline, partition, message, lease)
 
     def flush(self, pipeline: str, lease: Lease) -> None:
-        """Make the commits that wait."""
+        """Make the pending commits."""
         with self._lock:
             if not self._waiting:
                 return
@@ -286,8 +287,8 @@ class BatchedCheckpoints:
 
 
 def sync_all(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Report:
-    """Bring every partition one step forward: plan, then step. Raises Transient when the source or the sink fails for
-    all of them.
+    """Move every partition one step forward: plan, then step. Raises Transient when the source or the sink fails for
+    all partitions.
     """
     every = live_windows(pipeline, how.now)
     windows = how.settling.counted(every, how.now)
@@ -303,7 +304,7 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Re
         how.nothing_found()
 
     def is_idle(name: str) -> bool:
-        """Nothing of the partition is due, and every count is the confirmed one: it needs no turn."""
+        """True when nothing of the partition is due and every count is the confirmed one, so there is nothing to do."""
         if not windows or cursors[name] < every[0].start or how.backoff.is_failing(name):
             return False
         counts, found = live.get(name, {}), checkpoints.records(pipeline.name, name, windows[0].start, how.now)
@@ -333,11 +334,11 @@ def sync_step(
     how: PassOptions,
     checkpoints: BatchedCheckpoints | None = None,
 ) -> Report:
-    """One step of each partition of a plan or of a shard of it. Raises as `sync_all`.
+    """One step of each partition of a plan or of one of its shards. Raises as `sync_all`.
 
-    A plan may be old, as one that waited for its worker is: its counts were taken before what is read now, and what was
-    closed since is closed by its record. `checkpoints`: with the records that the plan was made from, where they are
-    at hand.
+    A plan may be old, for example after waiting for a worker: its counts are older than what is read now, and windows
+    closed since then are recognised by their records. `checkpoints`: holds the records that the plan was made from, if
+    available.
     """
     if checkpoints is None:
         checkpoints = BatchedCheckpoints(pipeline.checkpoints, pipeline.name, plan.live_since, list(plan.cursors))
@@ -348,7 +349,7 @@ def sync_step(
         at = Position(partition, plan.cursors[partition], plan.now, plan.live_since)
         try:
             pipeline.sink.key(partition, next(pipeline.grid.windows(plan.now, plan.now + datetime.resolution)), 0)
-        except Rejected:  # it cannot name an object
+        except Rejected:  # its name cannot be part of an object's name
             if not pipeline.refused:
                 raise
             done(pipeline.refused(context, at, plan.counts[partition]))
@@ -371,10 +372,10 @@ def sync_step(
 
 
 def _cursors(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Mapping[str, datetime]:
-    """Partition -> cursor, for all that are known or newly discovered; new ones are committed first.
+    """Partition -> cursor, for all known and newly discovered partitions; new cursors are committed first.
 
-    One whose cursor is lost, or was set by a clock that was ahead, goes on where the destination says. From the first
-    start it would pass all windows since then again, and its live windows would wait for that.
+    A partition whose cursor is lost, or was set by a clock that was ahead, continues where the destination says.
+    Starting from the first start would repeat all windows since then and keep its live windows waiting.
     """
     cursors = pipeline.checkpoints.cursors(pipeline.name)
     known = {partition: at for partition, at in cursors.items() if at <= how.now}
@@ -404,8 +405,8 @@ def live_windows(pipeline: Pipeline[B, E], now: datetime) -> Sequence[Window]:
 
 
 class _CircuitBreaker:
-    """Tells an outage of the source or the sink from failures that are the partitions' own: when many fail in a row,
-    both are probed, once a pass.
+    """Circuit breaker that separates an outage of the source or the sink from failures of single partitions: when many
+    fail in a row, both are probed, once a pass.
     """
 
     def __init__(self, limit: int, probe: Callable[[], None]) -> None:
@@ -417,7 +418,7 @@ class _CircuitBreaker:
         self._lock = threading.Lock()
 
     def saw(self, error: Transient | None) -> None:
-        """A partition went well (None) or failed for a cause that may pass."""
+        """Record that a partition succeeded (None) or failed for a transient cause."""
         with self._lock:
             self._in_a_row = self._in_a_row + 1 if error else 0
             if error is None or self._is_probed or self._in_a_row < self._limit:
@@ -443,12 +444,12 @@ def run_each_partition(
     how: PassOptions,
     left: Callable[[str], Report] = lambda _: Report(),
 ) -> Report:
-    """Run `one` for each partition, `how.concurrency` at a time; a failing one is reported and the others go on.
+    """Run `one` for each partition, `how.concurrency` at a time; a failing one is reported and the others continue.
 
-    `left` is what a partition that still waits for its turn leaves for a later run.
+    `left` reports what a partition that did not get its turn leaves for a later run.
     """
     outage = _CircuitBreaker(how.transient_limit, how.probe)
-    how.latency_seconds()  # of what was asked before
+    how.latency_seconds()  # discard latencies measured before this pass
     rising = AdaptiveConcurrency(how.concurrency, how.latency_seconds)
 
     def attempt(partition: str) -> Report:
@@ -465,7 +466,7 @@ def run_each_partition(
             failure = Failure(partition, error.message, error.hint)
             how.backoff.failed(failure, how.now, may_pass=isinstance(error, Transient))
             if not context.dry_run:
-                # Beside the cursor, which stays. A lost lease or an absent store ends the whole run.
+                # Record the failure; the cursor stays. A lost lease or an unavailable store ends the whole run.
                 try:
                     pipeline.checkpoints.fail(pipeline.name, partition, str(error), context.lease)
                 except Rejected as unnamed:
@@ -496,8 +497,8 @@ def run_each_partition(
 
 
 def _all(pool: ThreadPoolExecutor, attempt: Callable[[str], Report], partitions: Sequence[str]) -> Report:
-    """The sum over partitions; the first error that is not a partition's own ends the pass."""
-    # Each thread carries the run's context, which the log reads its run id from.
+    """The sum over partitions; the first error that does not belong to a single partition ends the pass."""
+    # Each thread gets the run's context, from which logging reads the run id.
     futures = [pool.submit(copy_context().run, attempt, partition) for partition in partitions]
     total = Report()
     try:

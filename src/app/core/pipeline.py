@@ -1,8 +1,8 @@
-"""A pipeline as a value: its ports, what is known of a window, and which rows may go from an object.
+"""A pipeline as a value: its ports, what is known of a window, and which rows may be removed from an object.
 
-A source yields batches, a sink holds one object per window, checkpoints remember what was confirmed. Each method of a
-port is a contract that every implementation keeps and that one conformance suite checks. Invariant: a row that the
-source's retention may have forgotten is never taken out, whatever is allowed.
+A source yields batches, a sink holds one object per window, checkpoints remember what was confirmed. Each port method
+is a contract that every implementation keeps and one conformance suite checks. Invariant: a row that the source's
+retention may have dropped is never removed, whatever is allowed.
 """
 
 import threading
@@ -28,9 +28,9 @@ LARGE_AT_ONCE = 2
 
 @dataclass(slots=True)
 class Shrink:
-    """One union that may leave rows out. `since`: a row from here on that the source lacks was deleted there.
+    """One merge that may leave rows out. `since`: a row from this time on that the source lacks was deleted there.
 
-    `removes` false: such rows stay, and are only told. `rows` and `examples` tell what was met.
+    If `removes` is false, such rows stay and are only reported. `rows` and `examples` are what was found.
     """
 
     since: datetime = EARLIEST
@@ -39,12 +39,12 @@ class Shrink:
     examples: list[str] = field(default_factory=list)
 
     def note(self, rows: int, examples: Iterable[str]) -> None:
-        """So many rows of the object are not at the source any more; the first of them as text."""
+        """Record that this many rows of the object are no longer at the source, with some of them as text."""
         self.rows += rows
         self.examples += list(examples)[: EXAMPLES - len(self.examples)]
 
     def told(self, key: str, *, dry_run: bool) -> str:
-        """What becomes of these rows, in a line."""
+        """One line that says what happens to these rows."""
         one = self.rows == 1
         verb = "would be removed" if dry_run else "was removed" if one else "were removed"
         if not self.removes:
@@ -55,10 +55,11 @@ class Shrink:
 
 
 def covered_since(now: datetime, retention: timedelta | None, oldest_at: datetime | None) -> datetime:
-    """From when on the source has every row that was not deleted there. `now` must not be before the rows were read.
+    """The time from which the source has every row that was not deleted there. `now` must not be before the rows were
+    read.
 
-    `retention` UNLIMITED: it forgets nothing by itself. None: it cannot be asked; then everything from the oldest point
-    on that it still holds of the measurement, and nothing at all where it holds none.
+    `retention` UNLIMITED: the source drops nothing by itself. None: it cannot be queried; then everything from the
+    oldest point of the measurement that the source still holds, and nothing when it holds none.
     """
     if retention is None:
         return oldest_at or LATEST
@@ -69,10 +70,10 @@ def covered_since(now: datetime, retention: timedelta | None, oldest_at: datetim
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What the source says a window holds, without handing over its rows.
+    """What the source reports about a window without returning its rows.
 
-    `cells` counts single values and tells of any row that came or went; `points` is a lower bound for the rows.
-    `fields`: the values by field, where the source has fields and the window is to be read.
+    `cells` counts single values and changes whenever a row is added or removed; `points` is a lower bound for the rows.
+    `fields`: values by field, if the source has fields and the window will be read.
     """
 
     cells: int
@@ -82,10 +83,10 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Number of values of one field; of numbers also sum, minimum and maximum, which are None for others.
+    """The number of values of one field; for numbers also sum, minimum and maximum, which are None otherwise.
 
-    `magnitude`: the sum of the absolute values, by which it is known how far two sums of the same numbers may differ
-    that were added in another order; no source is asked for it.
+    `magnitude`: the sum of the absolute values. It bounds how far two sums of the same numbers, added in different
+    order, may differ. It is computed here, not by the source.
     """
 
     values: int = 0
@@ -112,7 +113,7 @@ UNCOUNTED = Count(-1, 0)
 
 
 class Batch(Protocol):
-    """The complete rows of one partition and window, in one canonical order, spooled so that memory stays bounded."""
+    """All rows of one partition and window, in one canonical order, spooled so that memory stays bounded."""
 
     @property
     def rows(self) -> int:
@@ -120,7 +121,7 @@ class Batch(Protocol):
 
     @property
     def digest(self) -> str:
-        """The same for the same rows, however they were read. Hex."""
+        """Equal for equal rows, however they were read. Hex."""
 
     @property
     def min_at(self) -> datetime | None:
@@ -132,37 +133,37 @@ class Batch(Protocol):
 
     @property
     def reusable(self) -> bool:
-        """True when a later read of the same window may build on these rows instead of reading them again."""
+        """True when a later read of the same window may extend these rows instead of reading them again."""
 
     @property
     def accounts(self) -> Mapping[str, Tally]:
-        """By field, what was counted and read at the source for these rows; `new` is what the rows hold of it.
+        """By field, what was counted and read at the source for these rows; `new` is the part that the rows hold.
 
-        After a union: what is new, already there and corrected beside the rows that it was united with. Empty where
-        the pipeline keeps its ledger itself.
+        After a merge: what is new, already there and corrected compared with the other rows. Empty if the pipeline
+        keeps its ledger itself.
         """
 
     @property
     def sums(self) -> Mapping[str, Sums]:
-        """By field, the sums of the values that were read at the source. Empty where the source cannot add them up."""
+        """By field, sums of the values read at the source. Empty if the source cannot sum them."""
 
     @property
     def new_rows(self) -> int:
-        """After a union: rows that only the source has. Else all of them."""
+        """After a merge: rows that only the source has. Otherwise all rows."""
 
     @property
     def corrected_rows(self) -> int:
-        """After a union: rows that were there with other values, or fewer. Else 0."""
+        """After a merge: rows that were there with other or fewer values. Otherwise 0."""
 
     @property
     def identities(self) -> Any:
-        """What `holds_all` of a later batch is asked with: 8 bytes a row; None where it is not kept."""
+        """The argument for `holds_all` of a later batch: 8 bytes a row; None if not kept."""
 
     def holds_all(self, identities: Any) -> bool:
         """True when each of these identities has a row in this batch."""
 
     def close(self) -> None:
-        """Free what is spooled. Idempotent."""
+        """Free the spooled rows. Idempotent."""
 
 
 class Encoded(Protocol):
@@ -170,7 +171,7 @@ class Encoded(Protocol):
 
     @property
     def write(self) -> str:
-        """Names this one write: no two writes have the same, so that no two share a version; "" where none is noted."""
+        """A unique id of this write, so that no two writes share a version; "" if the object carries none."""
 
     @property
     def size_bytes(self) -> int:
@@ -186,11 +187,11 @@ MISSING, FOREIGN = "missing", "foreign"
 
 @dataclass(frozen=True, slots=True)
 class ObjectState:
-    """What a sink holds under a window's name: its version, and what its writer said of it ("" and None if unknown).
+    """The object under a window's name: its version, and what its writer noted ("" and None if unknown).
 
-    `tags`: ALL_TAGS when its rows have all that tells rows apart; SOME_TAGS when rows that an older version cut are
-    among them; "" when an older version wrote it.
-    `write` names the one write that made this version; `folded` is the highest delta whose rows it holds.
+    `tags`: ALL_TAGS when its rows have every tag that tells rows apart; SOME_TAGS when some rows lost tags in an older
+    version; "" when an older version wrote it. `write` identifies the write that made this version; `folded` is the
+    highest delta whose rows it holds.
     """
 
     version: str
@@ -206,17 +207,16 @@ class ObjectState:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was confirmed about the object of one window. `part` 0 is the object itself, 1.. are deltas of late rows,
-    which older versions wrote.
+    """What was confirmed about the object of one window. `part` 0 is the object itself, 1 and up are deltas of late
+    rows, which older versions wrote.
 
     `source_cells` was counted before the rows were read, so a difference always means that there is something to read.
-    `fields`: by field, how many values of the source the object holds. `source_digest`: that of the rows that the
-    source answered; `digest` is that of the object, which may hold rows that the source no longer has. Both are empty
-    for a record of an older version. `sums`: what the source's values came to when the window was closed. `folded`: see
-    `ObjectState`.
+    `fields`: by field, how many source values the object holds. `source_digest` covers the rows that the source
+    returned; `digest` covers the object, which may hold rows that the source no longer has. Both are empty in a record
+    of an older version. `sums`: sums of the source's values when the window was closed. `folded`: see `ObjectState`.
 
     `trouble`: what the last listing showed instead of the object, MISSING (nothing) or FOREIGN (a version that
-    Headwater did not write); "" when all is well. `written_at`: when this was confirmed.
+    Headwater did not write); "" if all is well. `written_at`: when this was confirmed.
     """
 
     window: Window
@@ -249,8 +249,8 @@ class Record:
 class Commit:
     """What one transaction confirms for a partition: records of objects, and the cursor when windows are finished.
 
-    `folded`: windows whose deltas are part of the object now, so that their records go. `summaries`: what is known of
-    objects beside their records, for others who would have to read them; see `Pipeline.summarise`.
+    `folded`: windows whose deltas are now part of the object, so that their records are deleted. `summaries`: facts
+    about objects for readers who would otherwise have to read them; see `Pipeline.summarise`.
     """
 
     records: Sequence[Record] = ()
@@ -271,52 +271,54 @@ class Source(Protocol[B]):
         """Every partition that may have rows at or after `since`; each once, sorted."""
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
-        """By (partition, window start); absent = no rows. One partition, or all when it is None.
+        """Counts by (partition, window start); absent = no rows. For one partition, or all when it is None.
 
-        UNCOUNTED for every window where the source cannot count.
+        UNCOUNTED for every window if the source cannot count.
         """
 
     def read(self, partition: str, window: Window, count: Count, kept: B | None) -> B:
-        """All rows of the window, or an error; never a part of them. `count` was taken before this call.
+        """All rows of the window, or an error; never only some of them. `count` was taken before this call.
 
-        `kept` is what this process last wrote as the very version that is to be replaced, else None.
+        `kept` is what this process last wrote as exactly the version to be replaced, otherwise None.
         """
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[B]:
-        """A batch per window, in this order, each as `read` gives it, in fewer questions.
+        """One batch per window, in this order, equal to what `read` returns but with fewer queries.
 
-        Rows may be read before their batch is taken, so versions must be known before the first one is taken.
+        Rows may be read before their batch is taken, so versions must be known before the first batch is taken.
         """
 
     def union(self, batch: B, held: Sequence[Iterable[Any]], shrink: Shrink | None) -> B:
-        """`batch` with the rows of `held` whose key it lacks; where several have a key, the first one's row. Of those
-        that `shrink` covers it is told, and they are left out where it removes them.
+        """`batch` plus the rows of `held` whose key it lacks; if several have a key, the first one's row. Rows that
+        `shrink` covers are reported to it, and left out if it removes them.
 
-        Its accounts tell what of `batch` is new, already there or corrected beside `held`. Closes neither; the caller
-        closes the result.
+        The accounts of the result say what of `batch` is new, already there or corrected compared with `held`. Closes
+        neither; the caller closes the result.
         """
 
 
 class Sink(Protocol[B_contra, E]):
-    """Where rows land: one object per partition, window and part, replaced only by compare-and-swap on its version."""
+    """Where rows are written: one object per partition, window and part, replaced only by compare-and-swap on its
+    version.
+    """
 
     def key(self, partition: str, window: Window, part: int) -> str:
-        """The object's name, a function of the arguments alone. Raises Rejected when the partition cannot be named."""
+        """The object's name, derived from the arguments alone. Raises Rejected when the partition cannot be named."""
 
     def head(self, key: str) -> ObjectState | None:
-        """What is there now; None when nothing is."""
+        """The current state of the object; None when there is none."""
 
     def read(self, key: str, version: str) -> Iterable[Any]:
-        """The rows of that very version, in order, as the source's `union` and `missing` take them. Raises Conflict."""
+        """The rows of exactly that version, in order, in the form that the source's `union` takes. Raises Conflict."""
 
     def encode(self, partition: str, window: Window, batch: B_contra) -> E:
         """The batch as bytes in a temporary file. The caller closes it."""
 
     def put(self, key: str, encoded: E, expected: str | None, *, closing: bool = False) -> str:
-        """Store under `key` if its version is still `expected` (None: if it does not exist); the new version. A
-        `closing` write is of a past window, which is not expected to change again.
+        """Store under `key` if its version is still `expected` (None: if it does not exist); returns the new version. A
+        `closing` write is for a past window, which is not expected to change again.
 
-        All or nothing. Raises Conflict when the version is another, also when it is our own lost answer.
+        All or nothing. Raises Conflict when the version differs, even if that is our own write whose response was lost.
         """
 
 
@@ -325,26 +327,26 @@ Objects = Mapping[int, tuple[str, str]]
 
 
 class Deltas(Protocol[E]):
-    """The further objects of a window that older versions wrote for late rows. Nothing writes them any more."""
+    """Additional objects of a window that older versions wrote for late rows. Nothing writes them any more."""
 
     def objects(self, partition: str, windows: Sequence[Window]) -> Mapping[datetime, Objects]:
-        """By window start, every object that is there, deltas or not, from a listing for each day made in this call."""
+        """All existing objects by window start, deltas or not, from one listing per day made in this call."""
 
     def noted(self, encoded: E, folded: int) -> E:
-        """`encoded` with the note, beside its bytes, that the rows of all deltas up to part `folded` are in it."""
+        """`encoded` with metadata saying that it holds the rows of all deltas up to part `folded`."""
 
     def delete(self, key: str) -> None:
-        """Remove one whose rows are in the window's object. Nothing when it is gone."""
+        """Delete a delta whose rows are in the window's object. Does nothing when it is gone."""
 
 
 class Checkpoints(Protocol):
-    """What is confirmed. Each commit is one transaction, refused with LeaseLost when the lease is not ours any more."""
+    """What is confirmed. Each commit is one transaction, refused with LeaseLost when the lease is no longer ours."""
 
     def cursors(self, pipeline: str) -> Mapping[str, datetime]:
-        """Partition -> everything before this instant is finished."""
+        """Partition -> time before which everything is finished."""
 
     def starts(self, pipeline: str) -> Mapping[str, datetime]:
-        """Partition -> the first cursor that was ever committed; nothing before it was asked for."""
+        """Partition -> the first cursor ever committed; nothing before it was requested."""
 
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         """Records of windows that start in `[since, until)`, by window start, then part."""
@@ -352,30 +354,30 @@ class Checkpoints(Protocol):
     def live_records(
         self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
     ) -> Mapping[str, Sequence[Record]]:
-        """`records` of windows that start at or after `since`, of every partition or of these, in one query."""
+        """`records` of windows that start at or after `since`, of these partitions or of all, in one query."""
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """Store records (insert or replace) and cursor together. Idempotent. Clears the partition's error."""
 
     def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
-        """`commit` of many (partition, commit), in this order, in one transaction."""
+        """`commit` for many (partition, commit) pairs, in this order, in one transaction."""
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
-        """Note why the partition could not go on; its cursor stays."""
+        """Record why the partition failed; its cursor stays."""
 
     def mark(self, pipeline: str, partition: str, troubles: Sequence[tuple[Record, str]]) -> None:
-        """Note what a listing showed of recorded objects: see `Record.trouble`. Needs no lease.
+        """Record what a listing showed of recorded objects: see `Record.trouble`. Needs no lease.
 
-        Nothing happens to a record that names another version by now. Storing the record again ends its trouble.
+        A record that names another version by now is left alone. Storing the record again clears its trouble.
         """
 
     def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
-        """An object could not be deleted, and why; "" when it is gone. Needs no lease."""
+        """Record why an object could not be deleted; "" when it is gone. Needs no lease."""
 
 
 class WrittenRows:
-    """Which rows the objects of open windows have, as far as this process wrote them: a memory that may be lost at any
-    time. Bounded: the windows that were written longest ago are forgotten first. From any thread.
+    """Which rows the objects of open windows hold, as far as this process wrote them. A cache that may be lost at any
+    time. Bounded: the windows written longest ago are dropped first. Thread-safe.
     """
 
     def __init__(self, max_bytes: int = 48 << 20) -> None:
@@ -385,7 +387,7 @@ class WrittenRows:
         self._lock = threading.Lock()
 
     def keep(self, slot: tuple[str, datetime], version: str, identities: Any) -> None:
-        """The object of a window has these rows in this version; None forgets what is known."""
+        """Remember that the object of a window has these rows in this version; None forgets the window."""
         with self._lock:
             _, before = self._known.pop(slot, ("", None))
             self._size_bytes -= getattr(before, "nbytes", 0)
@@ -398,16 +400,16 @@ class WrittenRows:
                 self._size_bytes -= getattr(oldest, "nbytes", 0)
 
     def of(self, slot: tuple[str, datetime], version: str) -> Any:
-        """The identities of that very version, None when they are not known."""
-        # Without the lock: one look into a dictionary is whole, and what is not known is read.
+        """The identities of exactly that version, None when unknown."""
+        # No lock needed: a dict lookup is atomic, and unknown rows are read again.
         known, identities = self._known.get(slot, ("", None))
         return identities if known == version else None
 
 
 NOTHING = Count(0, 0)
 
-# A source that answers and gives no rows may be another one than was meant: when it never gave any for so long, or
-# none for so long after as many hours with rows as half of a week has.
+# A source that answers but returns no rows may be the wrong one: it never returned any for NEVER_AFTER, or none for
+# QUIET_AFTER after USUAL_HOURS hours with rows (half a week).
 NEVER_AFTER, QUIET_AFTER = timedelta(days=1), timedelta(days=3)
 USUAL_HOURS = 84
 
@@ -417,8 +419,8 @@ class Grid:
     """The windows of a pipeline. `windows(start, end)` gives every window that overlaps the interval, oldest first.
 
     One step of a partition counts at most `count_windows` and writes at most `step_windows`, so that partitions take
-    turns however long the backlog is. An object of an open window is written again `rewrite_seconds` after the last
-    time at the earliest; closing never waits for that.
+    turns even with a long backlog. An open window's object is rewritten at most every `rewrite_seconds`; closing does
+    not wait for that.
     """
 
     windows: Callable[[datetime, datetime], Iterator[Window]]
@@ -430,25 +432,24 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline(Generic[B, E]):
-    """One source joined to one sink, named once.
+    """One source joined to one sink, under one name.
 
-    `kept` is what this process last wrote, as (version, batch) by partition and window start: a memory that may be lost
-    at any time. A kept batch belongs to the pipeline; every other one is closed by who read it.
+    `kept` is what this process last wrote, as (version, batch) by partition and window start; a cache that may be lost
+    at any time. The pipeline owns a kept batch; whoever read any other batch closes it.
 
-    `asks_sink`: what a window's object is at is asked of the sink before each read, not of the records, so that what a
-    person did to it is seen. `by_digest`: the sink's own digest is the checkpoint: an object with the same digest is
-    never written again, and rows are united only where some are certainly gone from the source. `deltas`: those of
-    older versions, which are folded into their window's object. `shrink`: which rows that only the object has may go,
-    asked after the source was read; None: all stay.
+    `asks_sink`: before each read, the window's version comes from the sink instead of the records, so that manual
+    changes are noticed. `by_digest`: the sink's own digest is the checkpoint: an object with the same digest is never
+    rewritten, and rows are merged only if some are certainly gone from the source. `deltas`: those of older versions,
+    which are folded into their window's object. `shrink`: which rows that only the object has may be removed, called
+    after the source was read; None: all stay.
 
-    Windows of more than `large_points` are written LARGE_AT_ONCE at a time, however many partitions are worked on,
-    since memory grows with them. `lost_cursor(partition)` tells from the destination where a partition without a cursor
-    goes on; None = at the first start. `set_aside(partition, window, batch)` keeps what the batch could not take into
-    its rows and says what it was.
-    `rewrite_seconds(partitions)`: `Grid.rewrite_seconds` of a pass in which so many partitions have rows.
-    `summarise(encoded, key, version)`: what is committed with the record of an object that was just written, of those
-    of open windows only where `summarises_open`.
-    `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
+    Windows of more than `large_points` are written LARGE_AT_ONCE at a time, however many partitions are in progress,
+    since memory grows with them. `lost_cursor(partition)` derives from the destination where a partition without a
+    cursor continues; None = at the first start. `set_aside(partition, window, batch)` stores what the batch could not
+    take into its rows and returns what it was. `rewrite_seconds(partitions)`: `Grid.rewrite_seconds` of a pass in which
+    that many partitions have rows. `summarise(encoded, key, version)`: what is committed with the record of an object
+    just written; for open windows only if `summarises_open`. `refused(context, at, live)` handles the rows of a
+    partition that the sink cannot name, and of the partition "".
     """
 
     name: str
@@ -473,18 +474,18 @@ class Pipeline(Generic[B, E]):
     summarises_open: bool = False
 
     def keep(self, task: "WindowTask", version: str, batch: B) -> None:
-        """Remember which rows `version` has, while its window is open, and the rows themselves when that pays."""
+        """Remember which rows `version` has while its window is open, and the rows themselves when that pays off."""
         slot = (task.partition, task.window.start)
         self.identities.keep(slot, version, None if task.final or self.by_digest else batch.identities)
         if batch.reusable and not task.final:
             self.kept[slot] = (version, batch)
 
     def keeps(self, batch: B) -> bool:
-        """True when `batch` belongs to the pipeline."""
+        """True when the pipeline owns `batch`."""
         return any(batch is mine for _, mine in list(self.kept.values()))
 
     def take(self, task: "WindowTask", version: str) -> B | None:
-        """Hand over the rows that this process wrote as `version`; any other memory of the window is dropped."""
+        """Hand over the rows that this process wrote as `version`; anything else cached for the window is dropped."""
         known, batch = self.kept.pop((task.partition, task.window.start), ("", None))
         if batch is None or (known == version and not task.final):
             return batch
@@ -496,10 +497,10 @@ class Pipeline(Generic[B, E]):
 class WindowTask:
     """One window to bring up to date. `count` was taken before; `record` is what is confirmed so far.
 
-    `asks`: the destination is asked what it holds, deltas of older versions included, whatever the record says.
-    `mends`: what another program put in the place of a delta goes. `replaces`: the object itself is not what was
-    confirmed, and none of its rows is kept. `always_writes`: the object is put also where it is right.
-    `ahead` gives the rows when they may be read together with those of other windows, after all their records.
+    `asks`: query the destination for what it holds, including deltas of older versions, whatever the record says.
+    `mends`: delete another program's object found in place of a delta. `replaces`: the object is not what was
+    confirmed, and none of its rows is kept. `always_writes`: write the object even if it is right. `ahead` yields the
+    rows if they may be read together with those of other windows, after all their records.
     """
 
     partition: str
@@ -516,9 +517,9 @@ class WindowTask:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a partition stands: everything before `cursor_at` is finished. `now` was read before the source was.
+    """The progress of a partition: everything before `cursor_at` is finished. `now` was read before the source was.
 
-    `live_since`: live windows that start earlier were not counted in this pass and are not looked at.
+    `live_since`: live windows that start earlier were not counted in this pass and are skipped.
     """
 
     partition: str

@@ -1,7 +1,7 @@
-"""Past windows: late and corrected rows, what was never written, what was taken away or damaged since, and the daily
-reconcile of records with both ends.
+"""Past windows: late and corrected rows, windows that were never written, objects that were removed or damaged later,
+and the daily reconcile of records with both ends.
 
-All of it is the one protocol of `sync`, with the destination asked what it holds. No live cursor is moved here.
+All of it uses the protocol of `sync`, with the destination queried for what it holds. Live cursors do not move here.
 """
 
 import logging
@@ -47,12 +47,13 @@ def fill(
     always_writes: bool = False,
     told: Done | None = None,
 ) -> Report:
-    """Bring every due window of `span` up to the source: what was never written is written and closed, and late rows go
-    into the object of their window.
+    """Bring every due window of `span` up to date: missing windows are written and closed, late rows are merged into
+    the object of their window.
 
-    `by_content`: also where the count is as confirmed, since values may have changed. `always_writes`: also what is
-    right is written again; rows that only an object has are told in the notes, and stay unless the pipeline's `shrink`
-    takes them out. `told` has heard of what was done when a failure of several windows in a row is raised.
+    `by_content`: also windows whose count is confirmed, since values may have changed. `always_writes`: also rewrites
+    objects that are right; rows that only an object has are listed in the notes, and stay unless the pipeline's
+    `shrink` removes them. `told` has already received what was done when a failure of several windows in a row is
+    raised.
     """
     done, failed = ReportSum(told), FailedWindows()
     for step in _steps(pipeline, span, now):
@@ -64,7 +65,7 @@ def fill(
             context.stop.check()
             count = counts.get((partition, window.start), NOTHING)
             record = records.get(window.start)
-            # A count that did not move means that no row came or went; values may have changed all the same.
+            # An unchanged count means that no row was added or removed; values may still have changed.
             confirmed = record is not None and record.closed and record.source_cells == count.cells
             is_new = record is None
             if always_writes and count == NOTHING:
@@ -88,7 +89,7 @@ def _failures(partition: str, failed: FailedWindows) -> Report:
 
 
 def _steps(pipeline: Pipeline[B, E], span: Window, now: datetime) -> Iterator[Sequence[Window]]:
-    """The due windows of `span`, as many at a time as the source counts at once."""
+    """The due windows of `span`, in groups as large as the source counts at once."""
     due = (window for window in pipeline.grid.windows(span.start, span.end) if _is_due(pipeline, window, now))
     while step := list(islice(due, pipeline.grid.count_windows)):
         yield step
@@ -99,17 +100,18 @@ def _is_due(pipeline: Pipeline[B, E], window: Window, now: datetime) -> bool:
 
 
 def heal_window(pipeline: Pipeline[B, E], context: Context, partition: str, window: Window, now: datetime) -> Report:
-    """Make the window's object hold what the source returns and what only it still has; take out what is there twice.
+    """Make the window's object hold what the source returns plus what only the object still has, without duplicate
+    rows.
 
-    An object that cannot be read, or that another program put there, is replaced. Idempotent. Raises Permanent when
-    rows are lost at both ends, and what the ports raise.
+    An object that cannot be read, or that another program wrote, is replaced. Idempotent. Raises Permanent when rows
+    are lost at both ends, and what the ports raise.
     """
     count = pipeline.source.counts(partition, [window]).get((partition, window.start), NOTHING)
     found = pipeline.checkpoints.records(pipeline.name, partition, window.start, window.end)
     record = next((each for each in found if not each.part), None)
     task = WindowTask(partition, window, count, record, final=_is_due(pipeline, window, now), asks=True, mends=True)
     there = pipeline.sink.head(pipeline.sink.key(partition, window, 0))
-    # Only what Headwater wrote notes a digest: this is another program's, and its rows are none of ours.
+    # Only Headwater notes a digest. Without one, another program wrote the object and its rows are not ours.
     if record is not None and there is not None and there.version != record.version and not there.digest:
         return _replace(pipeline, context, task)
     try:
@@ -126,15 +128,14 @@ def _replace(pipeline: Pipeline[B, E], context: Context, task: WindowTask) -> Re
     return sync_window(pipeline, context, replace(task, replaces=True))
 
 
-# The reconcile: past windows in a listing of the destination and in sums of the source, compared with their
-# records.
+# The reconcile: past windows in a listing of the destination and in sums of the source, compared with their records.
 #
-# Invariants: nothing is believed that the state alone says; what differs goes through the one protocol of `sync`.
-# An object that vanished, or that another program replaced, is told and left alone unless damage is to be healed: a
-# lifecycle rule may have wanted it.
+# Invariants: the state alone is never trusted; differences go through the protocol of `sync`. An object that vanished,
+# or that another program replaced, is reported and left alone unless healing is on: a lifecycle rule may have removed
+# it on purpose.
 
 
-ROUNDING = 2.0**-53  # what adding up may lose of a number, at most
+ROUNDING = 2.0**-53  # maximum relative rounding error of one addition
 HEAL_HINT = "if nobody wanted that, run verify with --heal, or set EXPORT_HEAL=auto"
 
 Asked = Callable[[str, Sequence[Window], Collection[str]], Mapping[datetime, Mapping[str, Sums]]]
@@ -142,7 +143,7 @@ Asked = Callable[[str, Sequence[Window], Collection[str]], Mapping[datetime, Map
 
 
 def same_sums(asked: Mapping[str, Sums], known: Mapping[str, Sums]) -> bool:
-    """True when these may be the sums of the same values. Values that were exchanged have the same sums."""
+    """True when these may be sums of the same values. Swapped values have the same sums."""
     return asked.keys() == known.keys() and all(_same(each, known[name]) for name, each in asked.items())
 
 
@@ -155,7 +156,7 @@ def _same(asked: Sums, known: Sums) -> bool:
 
 
 def describe_trouble(troubles: Mapping[str, int]) -> Sequence[str]:
-    """What is wrong with so many objects, for people."""
+    """Describe for people what is wrong with how many objects."""
     words = {MISSING: "missing at the destination", FOREIGN: "replaced by another program"}
     return [f"{troubles[trouble]} objects {said}" for trouble, said in words.items() if troubles.get(trouble)]
 
@@ -168,8 +169,8 @@ def check_objects(
     *,
     dry_run: bool = False,
 ) -> Mapping[datetime, str]:
-    """The trouble of each recorded window, noted in its record: an object that is gone, replaced by another program, or
-    back. For every listing, whoever made it after `records` were read.
+    """The trouble of each recorded window, stored in its record: an object that is gone, replaced by another program,
+    or back. Works with any listing made after `records` were read.
     """
     found = troubles_of(pipeline, records, listed)
     changed = [(record, trouble) for record, trouble in found if trouble != record.trouble]
@@ -187,7 +188,7 @@ def check_objects(
 def troubles_of(
     pipeline: Pipeline[B, E], records: Sequence[Record], listed: Mapping[datetime, Objects]
 ) -> Sequence[tuple[Record, str]]:
-    """The record of each window's own object, and its trouble. Only an object in another version is asked about."""
+    """The record of each window's own object, and its trouble. Only objects with another version need a request."""
 
     def trouble(record: Record) -> str:
         objects = listed.get(record.window.start, {})
@@ -214,10 +215,10 @@ def reconcile(
     heals: bool,
     told: Done | None = None,
 ) -> Report:
-    """Compare every due window of `span` with its record, and bring it up to the source where one of them differs.
+    """Compare every due window of `span` with its record, and bring it up to date where they differ.
 
-    `by_content`: windows that start in it are read at the source also where the sums are as confirmed. `heals`: objects
-    that are gone or another program's are written again. `told`: see `fill`.
+    `by_content`: windows that start in it are re-read at the source even if their sums match. `heals`: objects that are
+    gone or foreign are rewritten. `told`: see `fill`.
     """
     done, failed = ReportSum(told), FailedWindows()
     for step in _steps(pipeline, span, now):
@@ -264,14 +265,14 @@ def _reconciled(
     reads: bool,
     heals: bool,
 ) -> Report:
-    """Whatever has to be done about one window; one that cannot be mended is a failure of its own.
+    """Do whatever one window needs; a window that cannot be repaired is a failure of its own.
 
     `records`, `objects`: those of the window; `sums`: of the source; `trouble`: see `Record.trouble`.
     """
     record = next((each for each in records if not each.part), None)
     fields = {name: each.values for name, each in sums.items()}
     count = Count(sum(fields.values()), max(fields.values(), default=0), fields)
-    # The destination holds the version that was confirmed, closed, and no delta: then it was asked already.
+    # The destination holds exactly the confirmed, closed version and no delta, so it need not be queried again.
     versions = {part: version for part, (_, version) in objects.items()}
     is_as_recorded = (
         record is not None
@@ -303,7 +304,7 @@ def _reconciled(
 
 
 def _unfolded(pipeline: Pipeline[B, E], context: Context, objects: Objects) -> Objects:
-    """Without deltas whose rows the object holds: those that could not be deleted, which is tried again."""
+    """`objects` without deltas whose rows the object holds and whose deletion failed; the deletion is retried here."""
     parts = [part for part in objects if part]
     held = pipeline.sink.head(objects[0][0]) if parts and 0 in objects else None
     folded = [part for part in parts if held is not None and part <= held.folded]

@@ -1,6 +1,6 @@
-"""Bounded retries with full jitter for `Transient` errors; everything else passes through at once.
+"""Bounded retries with full jitter for `Transient` errors; all other errors pass through at once.
 
-Invariant: a retry never outlasts the policy's attempts, and a stop that was asked for ends the waiting.
+Invariant: a retry never exceeds the policy's attempts, and a requested stop ends the waiting.
 """
 
 import math
@@ -27,16 +27,15 @@ class RetryPolicy:
 
 
 class Pauses(Protocol):
-    """Waiting as an argument: the stop signal in the product, a counter in tests."""
+    """Waiting as a parameter: the stop signal in production, a counter in tests."""
 
     def pause(self, seconds: float) -> None:
-        """Wait; raise `Stopped` as soon as a stop is asked for."""
+        """Wait; raise `Stopped` as soon as a stop is requested."""
 
 
 class RequestPacer:
-    """Questions one after the other with rests between them, so that whatever they cost the other side, it is at most
-    `share` of one core. Rests are gathered until they come to LEAST_REST_SECONDS, and other work in between counts.
-    From any thread.
+    """Spaces out sequential requests so that they take at most `share` of one core on the other side, whatever they
+    cost. Short rests are accumulated up to LEAST_REST_SECONDS, and other work in between counts as rest. Thread-safe.
     """
 
     def __init__(self, pauses: Pauses, share: float) -> None:
@@ -46,7 +45,7 @@ class RequestPacer:
         self._rested_at = -math.inf
 
     def ask(self, question: Callable[[], T]) -> T:
-        """The answer, after a rest where one is owed."""
+        """The answer, after a rest if one is due."""
         with self._turn:
             owed = self._rested_at - time.monotonic()
             if owed >= LEAST_REST_SECONDS:
@@ -62,8 +61,8 @@ class RequestPacer:
 def retry(action: Callable[[], T], policy: RetryPolicy, pauses: Pauses, draw: Callable[[], float] = random.random) -> T:
     """Call `action` until it returns. `draw` gives a number in [0, 1), which is jitter only and not security-sensitive.
 
-    `Conflict` and `LeaseLost` are not repeated here: their cure is to read again or to give up, which the caller does.
-    Raises the last `Transient` when the attempts are used up.
+    `Conflict` and `LeaseLost` are not retried here: the caller has to re-read or give up. Raises the last `Transient`
+    when the attempts are used up.
     """
     for attempt in range(policy.attempts):
         try:
@@ -78,14 +77,14 @@ def retry(action: Callable[[], T], policy: RetryPolicy, pauses: Pauses, draw: Ca
 
 
 def asked_seconds(text: str) -> float | None:
-    """How long a Retry-After asks to wait; None where there is none, or a date, which proxies may give."""
+    """The delay in seconds of a Retry-After header; None if absent or a date, which proxies may send."""
     bare = text.strip()
     return float(bare) if bare.isascii() and bare.isdigit() else None
 
 
 def pause_seconds(policy: RetryPolicy, attempt: int, asked_seconds: float | None, drawn: float) -> float:
-    """How long to wait after the failed call number `attempt` (from 0); at least what the other side asked for."""
+    """How long to wait after failed call number `attempt` (from 0); at least what the other side asked for."""
     ceiling = min(policy.cap_seconds, policy.first_seconds * 2.0**attempt)
-    # Bounded too: a service that asks for an hour must not hold a run for that long.
+    # Capped too: a service that asks for an hour must not block a run for that long.
     asked = min(asked_seconds or 0.0, policy.cap_seconds)
     return max(asked, drawn * ceiling)

@@ -1,7 +1,7 @@
-"""Runs of jobs: who may run (lease), what happened (run record), and the one place where any exception ends.
+"""Runs of jobs: who may run (lease), what happened (run record), and the one place where every exception ends.
 
-Invariants: a job runs in one process at a time as far as leases can tell, and stays right when they cannot, since the
-lease's generation is checked again inside each commit; every started run gets an outcome.
+Invariants: leases let a job run in one process at a time; results stay correct even if a lease fails, since its
+generation is checked again inside each commit; every started run gets an outcome.
 """
 
 import logging
@@ -19,16 +19,14 @@ from uuid import uuid4
 from app.core.errors import AppError, LeaseLost, Stopped, Transient
 from app.core.ledger import Ledger, fault_of
 
-VALUES = "values"  # the unit of a ledger that counts the fields of a row one by one
+VALUES = "values"  # the unit of a ledger that counts single values of rows
 current_run: ContextVar[str] = ContextVar("current_run", default="")
 """The id of the run that this thread works for; "" outside of runs."""
 log = logging.getLogger(__name__)
 
 
 class Outcome(Enum):
-    """How a run ended. PARTIAL: some partitions failed or rows were set aside, the others are done. STOPPED: goes on
-    next time.
-    """
+    """How a run ended. PARTIAL: some partitions failed or rows were set aside. STOPPED: the next run continues."""
 
     RUNNING = "running"
     OK = "ok"
@@ -39,9 +37,9 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to run `name`. `generation` grows by one with each new holder and fences off the earlier ones.
+    """The right to run `name`. `generation` grows by one with each new holder and fences off earlier ones.
 
-    `acquired_at` is by the clock of a store that has one of its own, None where that is this machine's.
+    `acquired_at` is by the clock of the store if it has its own; None if that is this machine's clock.
     """
 
     name: str
@@ -52,35 +50,35 @@ class Lease:
 
 
 class Leases(Protocol):
-    """Leases on the checkpoint store, timed by the store's own clock where it has one."""
+    """Leases in the checkpoint store, timed by the store's own clock if it has one."""
 
     def acquire(self, name: str, owner: str, ttl_seconds: float) -> Lease | None:
-        """A fresh generation, or None while another owner's lease lives. The same owner may acquire again.
+        """A lease of a new generation, or None while another owner's lease is valid. The same owner may acquire again.
 
-        A lease that was given back is free whatever its time says. One that ends later than its TTL explains, since the
-        clock was set back, is taken over when it stays as it is while this process sees it for its TTL, by a clock that
-        nobody sets: a holder that lives would have renewed it.
+        A released lease is free whatever its expiry. A lease that ends later than its TTL allows, since the clock was
+        set back, is taken over once this process has seen it unchanged for its TTL, by a monotonic clock: a live holder
+        would have renewed it.
         """
 
     def remaining_seconds(self, name: str) -> float:
-        """Until the lease is free by its time; 0 when it is."""
+        """Seconds until the lease expires; 0 when it has."""
 
     def watch_seconds(self, name: str, ttl_seconds: float) -> float:
-        """For how long the lease has to be seen unchanged before it is taken over; 0 when its time is right.
+        """How long the lease must be seen unchanged before it is taken over; 0 when its expiry is plausible.
 
-        `ttl_seconds` stands for the TTL of a lease whose own is not known.
+        `ttl_seconds` is assumed for a lease that did not record its TTL.
         """
 
     def renew(self, lease: Lease, ttl_seconds: float) -> Lease:
-        """The same generation with a later expiry. Raises LeaseLost when it expired or is another's."""
+        """The same generation with a later expiry. Raises LeaseLost when it has expired or belongs to another owner."""
 
     def release(self, lease: Lease) -> None:
-        """Let others acquire at once. Idempotent; does nothing when the lease is another's by now."""
+        """Let others acquire at once. Idempotent; does nothing when the lease belongs to another owner by now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One partition that could not be finished; its cursor stayed."""
+    """One partition that could not be finished; its cursor did not move."""
 
     partition: str
     message: str
@@ -91,9 +89,9 @@ class Failure:
 class Report:
     """What a job did. `more` is true when it stopped at its time limit with work left: run it again at once.
 
-    `late_rows` and `corrected_rows`: those of windows that were closed before. `removed_rows` left the destination: the
-    source has them no more, and that was allowed. `notes` are lines for the person who ran it by hand. Neither of these
-    two is recorded. `ledger` accounts for every row that was counted at the source.
+    `late_rows` and `corrected_rows` count rows of windows that were closed before. `removed_rows` were removed from the
+    destination because the source no longer has them and removal was allowed. `notes` are lines for the person who ran
+    it by hand. Neither of these two is recorded. `ledger` accounts for every row counted at the source.
     """
 
     rows: int = 0
@@ -110,7 +108,7 @@ class Report:
 
     @property
     def new_rows(self) -> int:
-        """Rows that appeared at the destination: counted where they are written, else what a ledger of rows says."""
+        """Rows that are new at the destination: counted when written, otherwise taken from a ledger of rows."""
         return self.written_new_rows or (0 if self.ledger.unit == VALUES else self.ledger.total.new)
 
     def __add__(self, other: "Report") -> "Report":
@@ -133,9 +131,7 @@ Done = Callable[[Report], None]
 
 
 class ReportSum:
-    """What was done, added up. Each part is `told` at once, so that an error that follows cannot hide it. From any
-    thread.
-    """
+    """A sum of reports. Each part is passed to `told` at once, so that a later error cannot hide it. Thread-safe."""
 
     def __init__(self, told: Done | None = None) -> None:
         self.total = Report()
@@ -143,7 +139,7 @@ class ReportSum:
         self._lock = threading.Lock()
 
     def __call__(self, part: Report) -> None:
-        """One more part."""
+        """Add a part."""
         with self._lock:
             self.total += part
         if self._told:
@@ -152,10 +148,10 @@ class ReportSum:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One execution of a job, as it is recorded. `error` and `hint` are empty unless something failed.
+    """One execution of a job, as recorded. `error` and `hint` are empty unless something failed.
 
-    `started_by` is "schedule", "command line" or who asked for it, "" in records of earlier versions. `requests`: what
-    was sent for it to systems that charge for requests, by kind.
+    `started_by` is "schedule", "command line" or the user who requested it, "" in records of earlier versions.
+    `requests`: requests sent during the run to systems that charge for them, by kind.
     """
 
     run_id: str
@@ -172,7 +168,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class RunTotal:
-    """All runs of a job that ever ended with one outcome: how many, what they did together, and when the last ended."""
+    """All ended runs of a job with one outcome: how many, their sums, and when the last one ended."""
 
     job: str
     outcome: Outcome
@@ -183,7 +179,7 @@ class RunTotal:
 
 @dataclass(frozen=True, slots=True)
 class LedgerTotal:
-    """What the ledgers of all runs of a job add up to in one entry: `new`, `corrected`, or newly `set_aside` for one
+    """The sum over the ledgers of all runs of a job for one entry: `new`, `corrected`, or newly `set_aside` for one
     reason ("" for the other entries).
     """
 
@@ -194,23 +190,23 @@ class LedgerTotal:
 
 
 class Runs(Protocol):
-    """The record of runs."""
+    """The run records."""
 
     def save(self, run: Run) -> None:
         """Insert or replace the record of `run.run_id`. Idempotent."""
 
     def recent(self, job: str | None, limit: int) -> Sequence[Run]:
-        """Newest first, and last those that a clock recorded that was ahead; all jobs when `job` is None."""
+        """Newest first, with runs recorded by a clock that was ahead at the end; all jobs when `job` is None."""
 
     def since_done_seconds(self, job: str) -> float | None:
-        """Since the newest run began that came to its end, ok or partial; None when there is none.
+        """Seconds since the start of the newest run that ended ok or partial; None when there is none.
 
-        By the store's own clock where it has one. A run that lies ahead of now does not count.
+        By the store's own clock if it has one. A run in the future does not count.
         """
 
 
 class Stop:
-    """A stop signal that long work asks at its safe points, and that ends every pause at once."""
+    """A stop signal that long work checks at its safe points, and that ends every pause at once."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -218,7 +214,7 @@ class Stop:
         self._inner: list[Stop] = []
 
     def ask(self, reason: str) -> None:
-        """Ask for a stop; the first reason is kept."""
+        """Request a stop; the first reason is kept."""
         if not self._event.is_set():
             self._reason = reason
             self._event.set()
@@ -227,22 +223,22 @@ class Stop:
 
     @property
     def asked(self) -> bool:
-        """True once a stop was asked for."""
+        """True once a stop was requested."""
         return self._event.is_set()
 
     def check(self) -> None:
-        """A safe point: raises Stopped when a stop was asked for."""
+        """A safe point: raises Stopped when a stop was requested."""
         if self._event.is_set():
             raise Stopped(f"stopped: {self._reason}", "no action needed; the next run continues from the checkpoint")
 
     def pause(self, seconds: float) -> None:
-        """Wait, or raise Stopped as soon as a stop is asked for."""
+        """Wait, or raise Stopped as soon as a stop is requested."""
         self._event.wait(seconds)
         self.check()
 
     @contextmanager
     def inner(self) -> Iterator["Stop"]:
-        """A signal of its own for a block: it is asked with this one, and may be asked alone."""
+        """A separate signal for a block: it is set together with this one, but can also be set alone."""
         inner = Stop()
         self._inner.append(inner)
         if self._event.is_set():
@@ -254,24 +250,24 @@ class Stop:
 
 
 class Progress(Protocol):
-    """Where long work says how far it is: a bar on a terminal, counts in the log and on the dashboard elsewhere."""
+    """Where long work reports progress: a bar on a terminal, otherwise counts in the log and on the dashboard."""
 
     def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
-        """`done` more units finished, `total` more known to be ahead, `rows` more rows moved. From any thread."""
+        """Report `done` more units finished, `total` more units known, `rows` more rows moved. Thread-safe."""
 
 
 class NoProgress:
-    """Progress that nobody looks at."""
+    """Progress that is not shown."""
 
     def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
-        """Nothing to show."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a running job is given. `now_at` is when the run began, by the clock that all processes on one state share:
-    the database's where it has one, else this machine's. `done` hears of what was done, for the record of a run that an
-    error or a stop ends: what its work returns is not known then.
+    """What a running job receives. `now_at` is when the run began, by the clock shared by all processes on one state:
+    the database's if it has one, otherwise this machine's. `done` receives each part of the work as it is done, for the
+    record of a run that ends with an error or a stop and so returns no report.
     """
 
     run_id: str
@@ -286,8 +282,8 @@ class Context:
 
     @contextmanager
     def part(self, name: str) -> Iterator["Context | None"]:
-        """This run under the lease `name` instead of its own, for a part of its work; None while another process has
-        that. Without services to ask, the run's own lease covers its parts.
+        """This run under the lease `name` instead of its own, for a part of its work; None while another process holds
+        it. Without services, the run's own lease covers its parts.
         """
         if self.services is None:
             yield self
@@ -300,13 +296,13 @@ class Context:
             yield replace(self, lease=lease, stop=stop)
 
     def clock(self) -> datetime:
-        """`now_at` and the time that has passed since. Never goes back, also when this machine's clock is set."""
+        """`now_at` plus the time elapsed since. Never goes back, even when this machine's clock is set."""
         return self.now_at + timedelta(seconds=time.monotonic() - self._since)
 
 
 @dataclass(frozen=True, slots=True)
 class ExitCodes:
-    """Exit codes of a command that ran a job and did not end well; `busy`: another process holds its lease."""
+    """Exit codes of a command whose job did not end well; `busy`: another process holds its lease."""
 
     partial: int = 1
     failed: int = 1
@@ -319,7 +315,7 @@ class Job:
 
     `work` is synchronous and may be called again at any time; it raises AppError. `unit` is what its progress counts.
     `busy_seconds`: how long a command waits while another process runs the job. `helper_of`: the pipeline it serves.
-    `here`: what it works on is on the disk of the process that has the schedule, so that no worker runs it.
+    `here`: its data is on the disk of the process that runs the schedule, so no worker runs it.
     """
 
     name: str
@@ -335,7 +331,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class LeaseTerms:
-    """Who asks for leases, for how long, and how often they are renewed."""
+    """The owner of leases, their TTL, and how often they are renewed."""
 
     owner: str
     ttl_seconds: float = 30.0
@@ -344,9 +340,9 @@ class LeaseTerms:
 
 @dataclass(frozen=True, slots=True)
 class RunServices:
-    """What executing a run needs from outside: the clock, the records, the leases, and who is told of the end.
+    """What a run needs from outside: the clock, the records, the leases, and who is notified at the end.
 
-    `requests` takes what was counted for a run, given its id.
+    `requests` takes the request counts of a run, given its id.
     """
 
     clock: Callable[[], datetime]
@@ -366,9 +362,9 @@ def execute(
     started_by: str = "schedule",
     dry_run: bool = False,
 ) -> Run | None:
-    """Run `job` once under its lease and record what happened; None when another process holds the lease.
+    """Run `job` once under its lease and record the outcome; None when another process holds the lease.
 
-    Never raises for anything the job does: this is the one place where any exception ends as a recorded outcome.
+    Never raises for anything the job does: this is the one place where every exception becomes a recorded outcome.
     """
     run = Run(uuid4().hex, job.name, services.clock(), started_by=started_by)
     cause: BaseException | None = None
@@ -378,8 +374,8 @@ def execute(
         if lease is None:
             return None
         with _renewed(lease, services, stop) as own_stop:
-            # Both times are taken while the lease is held, and the clock is asked once: no two recorded runs of a job
-            # overlap, and none ends before it began, whatever is done to the clock meanwhile.
+            # Both times are taken while the lease is held, and the clock is read once: no two recorded runs of a job
+            # overlap, and none ends before it began, even if the clock is changed meanwhile.
             run = replace(run, started_at=lease.acquired_at or services.clock())
             context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at, services, done)
             if not dry_run:
@@ -398,7 +394,7 @@ def execute(
     if not dry_run:
         try:
             services.runs.save(run)
-        except AppError as error:  # a store that is away must not hide how the run ended
+        except AppError as error:  # an unavailable store must not hide how the run ended
             cause = error
     services.ended(run, cause)
     return run
@@ -427,7 +423,7 @@ def _failed(run: Run, error: Exception) -> Run:
 
 @contextmanager
 def _renewed(lease: Lease, services: RunServices, stop: Stop) -> Iterator[Stop]:
-    """Keep the lease alive from a thread of its own; losing it asks this run, and only this run, to stop."""
+    """Renew the lease from a background thread; losing it stops this run, and only this run."""
     done = threading.Event()
 
     def beat(own_stop: Stop) -> None:
@@ -439,7 +435,7 @@ def _renewed(lease: Lease, services: RunServices, stop: Stop) -> Iterator[Stop]:
                 own_stop.ask(error.message)
                 return
             except Transient as error:
-                # The store is away. The lease may still live, and each commit checks it: keep trying.
+                # The store is unavailable. The lease may still be valid, and each commit checks it: keep trying.
                 log.warning("the lease of %s could not be renewed: %s", lease.name, error)
             except AppError as error:
                 own_stop.ask(error.message)
@@ -455,5 +451,5 @@ def _renewed(lease: Lease, services: RunServices, stop: Stop) -> Iterator[Stop]:
             heart.join()
             try:
                 services.leases.release(lease)
-            except AppError as error:  # away: it expires by itself, which costs others at most its TTL
+            except AppError as error:  # unavailable: the lease expires by itself, so others wait its TTL at most
                 log.warning("the lease of %s could not be given back and runs out by itself: %s", lease.name, error)

@@ -1,14 +1,14 @@
-"""The one loop: bring each window's object up to what the source holds, then commit.
+"""The sync protocol: make each window's object match the source, then commit.
 
-Order, per window: the object's version first, then the source, then compare-and-swap on that version, then the
-transaction. A crash at any line repeats the write onto the same name. Rows that were read before a version was known
-are never written over it. Whether a window may be closed is decided from the clock before the source is read.
+For each window: read the object's version, read the source, compare-and-swap on that version, commit the transaction. A
+crash at any point only repeats the write under the same name. Rows read before a version was known never overwrite it.
+Whether a window may be closed is decided from the clock before the source is read.
 
-One window, one object: what comes late or was corrected is united with the object by identity, the source's row wins,
-and a row that only the object has stays. A pass that closes a window writes it also unchanged, so that whoever read an
-earlier version, however long ago, is refused. Deltas of older versions are folded into the object and deleted.
+One window, one object: late and corrected rows are merged into the object by identity. The source's row wins, and a row
+that only the object has stays. The pass that closes a window writes its object even if unchanged, so that a writer
+holding any earlier version gets a conflict. Deltas of older versions are folded into the object and deleted.
 
-A window that fails keeps no other of its partition waiting; the cursor stays before it.
+A failing window does not block the others of its partition; the cursor stays before it.
 """
 
 import logging
@@ -50,14 +50,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Settled(Generic[B]):
-    """A window while it is settled: the rows that its object has to hold, and then what came of writing them.
+    """A window being written: the rows that its object must hold, then the result of the write.
 
-    `source_digest` and `sums` are those of what the source answered. `deltas`: keys whose rows are among these, or were
-    already in the object; `folded` the highest of their parts. `is_united`: the accounts tell what is new beside the
-    object. `is_confirmed`: the record knows the answer already. `shrink`: rows that the source lacks.
+    `source_digest` and `sums` describe what the source returned. `deltas`: keys of deltas whose rows are in the batch
+    or already in the object; `folded`: the highest of their parts. `is_united`: the accounts already say what is new
+    compared with the object. `is_confirmed`: the source returned what the record has. `shrink`: rows that the source
+    lacks.
 
-    `record`: of the object as it is now. `stored_bytes`: what had to be stored for it (0 = it was right already).
-    `new_rows`: rows that it did not hold before, and `corrected_rows` those that it held with other values.
+    `record` describes the object after the write. `stored_bytes`: bytes written (0 = the object was already right).
+    `new_rows`: rows that it did not hold before; `corrected_rows`: rows that it held with other values.
     """
 
     batch: B
@@ -79,13 +80,14 @@ class _Settled(Generic[B]):
 def sync_partition(
     pipeline: Pipeline[B, E], context: Context, at: Position, live: Mapping[datetime, Count], told: Done | None = None
 ) -> Report:
-    """One step of one partition: its oldest due windows, and when none is left behind, the live ones.
+    """Run one step of one partition: its oldest due windows, then, when none is left, the live ones.
 
-    `live` holds the counts of open and settling windows by start, taken before this call. Raises what the ports raise,
-    that of a window after the others had their turn; what was committed stays, and `told` has heard of it.
+    `live` holds the counts of open and settling windows by start, taken before this call. Raises what the ports raise;
+    an error of one window is raised after the others have been tried. What was committed stays, and was already
+    reported to `told`.
     """
     done = ReportSum(told)
-    left = dict(live)  # what was counted and is not brought up to date yet
+    left = dict(live)  # counted but not yet up to date
     failed, passed = FailedWindows(), at.cursor_at
     try:
         windows = pipeline.grid.windows(at.cursor_at, at.now)
@@ -107,7 +109,7 @@ def sync_partition(
 
 
 def ledger_of_counts(unit: str, counts: Iterable[Count], entry: str) -> Ledger:
-    """The ledger of what was counted and is all one `entry`: "waiting" for a later run, or "already_there"."""
+    """The ledger of counts that all belong to one `entry`: "waiting" for a later run, or "already_there"."""
     fields: dict[str, int] = {}
     for one in counts:
         for name, number in one.fields.items():
@@ -125,8 +127,8 @@ def _close_due(
     done: Done,
     failed: FailedWindows,
 ) -> datetime:
-    """Close due windows, oldest first; up to where that went without a failure. Runs of empty ones cost one count and
-    one commit.
+    """Close due windows, oldest first; returns the end of the last one before any failure. A run of empty windows costs
+    one count and one commit.
     """
     counts = {start: count for (_, start), count in pipeline.source.counts(partition, due).items()}
     left |= counts
@@ -146,7 +148,7 @@ def _close_due(
             break
         if window.start in work:
             with failed.one():
-                known = None if failed.first else ahead  # after a failure, it is behind
+                known = None if failed.first else ahead  # after a failure, the iterator is out of step
                 task = WindowTask(partition, *work[window.start], records.get(window.start), final=True, ahead=known)
                 report = sync_window(pipeline, context, task, moves_cursor=failed.first is None)
                 done(report)
@@ -172,10 +174,10 @@ def _refresh(
     done: Done,
     failed: FailedWindows,
 ) -> None:
-    """Bring open and settling windows up to date; one whose count did not move costs nothing."""
+    """Update open and settling windows; a window whose count is unchanged costs nothing."""
     grid = pipeline.grid
     windows = list(grid.windows(max(at.cursor_at, at.live_since), at.now))
-    if failed.first:  # due windows had their turn, and stand behind the cursor all the same
+    if failed.first:  # due windows were already tried, but are still after the cursor
         windows = [window for window in windows if age_of(window, at.now, grid.grace_seconds) is not Age.DUE]
     records = _records(pipeline, at.partition, windows) if windows else {}
     later: dict[datetime, Count] = {}
@@ -188,7 +190,7 @@ def _refresh(
             log.debug("%s %s: %d values counted, as confirmed: nothing to write", at.partition, window, count.cells)
             done(Report(ledger=ledger_of_counts(pipeline.unit, [count], "already_there")))
         elif record and record.written_at and 0 <= (at.now - record.written_at).total_seconds() < grid.rewrite_seconds:
-            # Each write is charged. A time ahead of now counts as long ago.
+            # Each write is charged. A time in the future counts as long ago.
             there = {name: min(number, record.fields.get(name, 0)) for name, number in count.fields.items()}
             rest = {name: number - there[name] for name, number in count.fields.items()}
             later[window.start] = replace(count, fields=rest)
@@ -200,14 +202,14 @@ def _refresh(
             continue
         left.pop(window.start, None)
     for start in [start for start in left if start < at.cursor_at]:
-        del left[start]  # what is before the cursor was closed earlier
+        del left[start]  # windows before the cursor were closed earlier
     left |= later
 
 
 def is_as_confirmed(record: Record | None, count: Count) -> bool:
-    """True when there is nothing to read in a live window: what was counted is what was counted for the record.
+    """True when a live window need not be read: its count is the one that its record was made from.
 
-    An open object that an older version wrote, perhaps without what tells its rows apart, is read once.
+    An open object of an older version, which may lack tags that tell its rows apart, is read once.
     """
     if record is None:
         return count == NOTHING
@@ -223,8 +225,8 @@ def _records(pipeline: Pipeline[B, E], partition: str, windows: Sequence[Window]
 def sync_window(pipeline: Pipeline[B, E], context: Context, task: WindowTask, *, moves_cursor: bool = False) -> Report:
     """Make the window's object equal to the source and commit it, closed when `task.final`. Idempotent.
 
-    Order: the object with the rows of its deltas, the commit, then the deltas go. Killed in between, the object says
-    itself which deltas it holds.
+    Order: write the object with the rows of its deltas, commit, delete the deltas. After a crash in between, the
+    object's metadata says which deltas it holds.
     """
     with pipeline.large_turns if task.count.points > pipeline.large_points else nullcontext():
         written = _write(pipeline, context, task)
@@ -264,8 +266,8 @@ def sync_window(pipeline: Pipeline[B, E], context: Context, task: WindowTask, *,
 
 
 def delete_deltas(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
-    """Remove deltas whose rows the window's object holds. One that may not be deleted is skipped from now on: the
-    object says what it holds.
+    """Delete deltas whose rows the window's object holds. One that cannot be deleted is skipped from then on, since the
+    object records that it holds its rows.
     """
     for key in keys if pipeline.deltas else ():
         try:
@@ -279,7 +281,9 @@ def delete_deltas(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
 
 
 def _write(pipeline: Pipeline[B, E], context: Context, task: WindowTask) -> _Settled[B]:
-    """Version, source, compare-and-swap; after a conflict all three again. Raises Transient when it never settles."""
+    """Read the version and the source, then compare-and-swap; repeat all three on conflict. Raises Transient when
+    conflicts persist.
+    """
     key = pipeline.sink.key(task.partition, task.window, 0)
     held = pipeline.sink.head(key) if pipeline.asks_sink or task.asks else task.record.held if task.record else None
     for _ in range(CONFLICTS):
@@ -296,7 +300,7 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: WindowTask) -> _Set
                 )
                 before, fields = task.record.fields if task.record else {}, {}
                 for name, tally in one.batch.accounts.items():
-                    # What an unchanged object, or its record, holds is not new.
+                    # Rows that an unchanged object, or its record, already holds are not new.
                     known = 0 if one.is_united else min(before.get(name, 0), tally.new)
                     there = known if one.stored_bytes else tally.new
                     fields[name] = replace(tally, new=tally.new - there, already_there=tally.already_there + there)
@@ -307,7 +311,7 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: WindowTask) -> _Set
                 return one
         except Conflict:
             held = pipeline.sink.head(key)
-            task = replace(task, ahead=None, asks=True)  # those rows are older than the version that is there now
+            task = replace(task, ahead=None, asks=True)  # the rows read ahead are older than the current version
     raise Transient(
         f"{key}: changed {CONFLICTS} times while it was being replaced",
         "give each Headwater its own S3_PREFIX, or one PostgreSQL: another writer uses the same bucket and prefix",
@@ -317,12 +321,12 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: WindowTask) -> _Set
 def _put(
     pipeline: Pipeline[B, E], context: Context, task: WindowTask, held: ObjectState | None, one: _Settled[B]
 ) -> None:
-    """Encode and swap, unless the object holds these rows and nothing has to be closed."""
+    """Encode and swap, unless the object already holds these rows and need not be closed."""
     batch, key = one.batch, pipeline.sink.key(task.partition, task.window, 0)
     same = batch.rows == 0 if held is None else batch.digest == held.digest
     closes = task.final and held is not None and not pipeline.by_digest and not (task.record and task.record.closed)
     already_folded = held.folded if held is not None else 0
-    folded = max(one.folded, already_folded)  # also of a delta that may not be deleted, and is skipped for good
+    folded = max(one.folded, already_folded)  # includes a delta that cannot be deleted and is always skipped
     folds = folded > already_folded
     if held is not None and task.record is not None and one.is_confirmed and not folds:
         sums = one.sums if task.final else {}
@@ -349,10 +353,11 @@ def _put(
 def _swap(
     pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState | None, batch: B, encoded: E, *, folded: int
 ) -> tuple[str, bool]:
-    """The new version, and whether it has these very bytes. A lost answer is adopted; any other conflict is raised.
+    """Returns the new version, and whether it has exactly these bytes. A write whose response was lost is adopted; any
+    other conflict is raised.
 
-    While a window is open the same rows are as good as our own write. To close it they are not: who read the version
-    of that other write could still replace it.
+    While a window is open, another write of the same rows is as good as ours. To close it, it is not: a writer that
+    read the version before ours could still replace it.
     """
     key = pipeline.sink.key(task.partition, task.window, 0)
     try:
@@ -384,20 +389,22 @@ def _record(task: WindowTask, key: str, held: ObjectState, one: _Settled[B]) -> 
         closed=False,
         fields={name: tally.new + tally.already_there + tally.corrected for name, tally in batch.accounts.items()},
         source_digest=one.source_digest,
-        sums=one.sums if task.final else {},  # only past windows are compared by them
+        sums=one.sums if task.final else {},  # sums are compared for past windows only
         folded=held.folded,
     )
 
 
 @contextmanager
 def _reading(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState | None) -> Iterator[_Settled[B]]:
-    """The window's rows, closed at the end unless they were kept; rows that only the sink still has are put back in."""
+    """Yield the window's rows, merged with rows that only the sink still has. The batch is closed at the end unless the
+    pipeline keeps it.
+    """
     kept = pipeline.take(task, held.version if held else "")
     try:
         batch: B | None = None
         try:
             batch = next(task.ahead, None) if task.ahead else None
-        except (Transient, Permanent, Rejected) as error:  # perhaps because of another window
+        except (Transient, Permanent, Rejected) as error:  # another window may be the cause
             log.debug("%s %s: is read alone: %s", task.partition, task.window, error)
         if batch is None:
             batch = pipeline.source.read(task.partition, task.window, task.count, kept)
@@ -432,8 +439,9 @@ def _reading(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState | Non
 def _united(
     pipeline: Pipeline[B, E], task: WindowTask, batch: B, rows: Sequence[Iterable[Any]], shrink: Shrink | None
 ) -> B:
-    """The batch with what only the object has. While its window is not closed, an object that cannot be read is written
-    again from the source; of a closed one a person is told first, since the source may have forgotten its rows.
+    """The batch merged with the rows that only the object has. If an object cannot be read and its window is not closed
+    yet, it is rewritten from the source. For a closed window the error is raised, since the source may no longer have
+    its rows.
     """
     try:
         united = pipeline.source.union(batch, rows, shrink)
@@ -447,22 +455,23 @@ def _united(
 
 
 def _is_confirmed(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState, source_digest: str) -> bool:
-    """True when nothing has to be closed, and the source answers what it did when this very version was confirmed: its
-    rows stand in the object, whatever else does.
+    """True when the window need not be closed and the source returns the same rows as when this version was confirmed:
+    the object then holds them all, whatever else it holds.
     """
     record = task.record
     if record is None or task.replaces or task.always_writes or pipeline.by_digest:
         return False
     if pipeline.shrink is not None and record.digest != source_digest:
-        return False  # the object has more than that, of which some may go by now
+        return False  # the object has additional rows, some of which may now be removable
     same = (record.version, record.source_digest) == (held.version, source_digest)
     return same and (record.closed or not task.final)
 
 
 def _needs_union(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState, batch: B) -> bool:
-    """Whether the version that is replaced may hold rows that the source does not answer any more.
+    """Whether the version to be replaced may hold rows that the source no longer returns.
 
-    Neither counts nor first and last row can tell that, only the identities of what this process wrote as that version.
+    Counts and the first and last row cannot answer that; only the identities of the rows that this process wrote as
+    that version can.
     """
     if batch.digest == held.digest:
         return False
@@ -475,11 +484,11 @@ def _needs_union(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState, 
 def _deltas(
     pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState | None
 ) -> tuple[Sequence[str], Sequence[str], int]:
-    """Of a window's deltas, which only a pass looks for that asks what is there: the keys of those that go afterwards,
-    of those whose rows the object does not hold yet, and the highest part.
+    """A window's deltas: the keys to delete afterwards, the keys whose rows the object does not hold yet, and the
+    highest part. They are looked up only when the task asks the destination.
 
-    What another program put there is left alone, and where damage is mended it goes. Then deltas that cannot be read
-    are left out as well; the source may have their rows.
+    Objects of other programs are left alone, but deleted when damage is being repaired. In a repair, unreadable deltas
+    are also left out of the merge; the source may have their rows.
     """
     folded = held.folded if held is not None and not task.replaces else 0
     keys: list[str] = []

@@ -1,10 +1,9 @@
-"""Both ends of a pipeline window by window: compared by content and mended on request, and the gap map of what a
-destination holds.
+"""Compare both ends of a pipeline window by window, by content; repair on request; the gap map of a destination.
 
-Invariants: both ends are re-read, so nothing that was remembered can hide a fault; a digest does not depend on the
-order of rows nor on how they are spread over objects, and a row that is there twice changes it; a look writes nothing.
-A cell of the map is decided from the listing; a record only says what should be there, so an object that somebody took
-away or changed shows although the checkpoints believe in it.
+Invariants: both ends are re-read, so cached state cannot hide a fault; a digest is independent of the order of rows and
+of how they are spread over objects, but a duplicate row changes it; comparing writes nothing. A cell of the map is
+derived from the listing; a record only says what should be there, so a removed or changed object shows even if the
+checkpoints disagree.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ NAMED = 20
 class WindowContent:
     """What one end holds of a window: the number of rows, and two sums of 64-bit hashes.
 
-    `set_aside`: values of the source that no object can hold, by a rule that both ends follow; not part of the rest.
+    `set_aside`: source values that no object can hold, by a rule that both ends follow; not part of the rest.
     """
 
     rows: int = 0
@@ -47,7 +46,7 @@ NOTHING = WindowContent()
 
 
 def content_from(rows: int, *sums: int) -> WindowContent:
-    """The content with these sums, whatever they grew to."""
+    """The content with these sums, reduced modulo 2**64."""
     return WindowContent(rows, tuple(each % LANE for each in sums))
 
 
@@ -63,7 +62,7 @@ class PartitionWindow:
 
 
 class Verdict(Enum):
-    """The result for one window, in the signs that `rclone check` made known."""
+    """The result for one window, in the symbols of `rclone check`."""
 
     EQUAL = "="
     MISSING = "-"
@@ -74,7 +73,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ComparedWindow:
-    """One window compared. An end that could not be read is None, and `error` and `hint` say why."""
+    """The comparison of one window. An end that could not be read is None; `error` and `hint` say why."""
 
     slot: PartitionWindow
     sign: Verdict
@@ -86,25 +85,27 @@ class ComparedWindow:
 
 
 class Ends(Protocol):
-    """Both ends of one pipeline, for one verification. For one thread. Methods raise AppError.
+    """Both ends of one pipeline, for one verification. Not thread-safe. Methods raise AppError.
 
-    `Stopped` ends the verification; any other error counts for the window alone.
+    `Stopped` ends the verification; any other error affects only its window.
     """
 
     def partitions(self, span: Window) -> Sequence[str]:
         """Every partition that may have windows in `span`, sorted."""
 
     def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
-        """Every ended window of `span` by partition, oldest first; of one partition, or of all when it is None."""
+        """Every ended window of `span` by partition, oldest first; for one partition, or for all when it is None."""
 
     def source(self, slot: PartitionWindow) -> WindowContent:
-        """What the source returns now for the window and a destination must hold, read on another way than the sync."""
+        """What the source returns now for the window and a destination must hold, read by a different path than the
+        sync.
+        """
 
     def destination(self, slot: PartitionWindow) -> WindowContent:
-        """What the destination really holds under the window's names, read to the last byte."""
+        """What the destination actually holds under the window's names, read in full."""
 
     def heal(self, context: Context, slot: PartitionWindow) -> Report:
-        """Make the destination hold what the source returns, and commit that. Under the job's lease. Idempotent."""
+        """Make the destination hold what the source returns, and commit it. Runs under the job's lease. Idempotent."""
 
 
 Verification = Callable[[Stop], Ends]
@@ -112,9 +113,9 @@ Verification = Callable[[Stop], Ends]
 
 
 def verify(ends: Ends, span: Window, stop: Stop, partition: str | None = None) -> Iterator[ComparedWindow]:
-    """A verdict per window. What is not equal is looked at twice, since a run may have written in between.
+    """A verdict per window. A mismatch is compared a second time, since a run may have written in between.
 
-    Raises Rejected for a partition that is not known.
+    Raises Rejected for an unknown partition.
     """
     refuse_unknown(ends, span, partition)
     for slot in ends.slots(span, partition):
@@ -124,7 +125,7 @@ def verify(ends: Ends, span: Window, stop: Stop, partition: str | None = None) -
 
 
 def refuse_unknown(ends: Ends, span: Window, partition: str | None) -> None:
-    """Raises Rejected for a partition that is not known: comparing nothing must not look as if all were well."""
+    """Raises Rejected for an unknown partition: comparing nothing must not look like success."""
     if partition is None or partition in (known := ends.partitions(span)):
         return
     others = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
@@ -133,7 +134,9 @@ def refuse_unknown(ends: Ends, span: Window, partition: str | None) -> None:
 
 
 def compare(ends: Ends, slot: PartitionWindow) -> ComparedWindow:
-    """Both ends of one window, the destination first: rows that come in between are then late, never extra."""
+    """Compare both ends of one window, the destination first: rows that arrive in between count as late, never as
+    extra.
+    """
     destination = source = None
     try:
         destination = ends.destination(slot)
@@ -146,7 +149,7 @@ def compare(ends: Ends, slot: PartitionWindow) -> ComparedWindow:
 
 
 def sign_of(source: WindowContent, destination: WindowContent) -> Verdict:
-    """The one sign that says how the two ends stand to each other."""
+    """The verdict for the contents of two ends."""
     if source == destination:
         return Verdict.EQUAL
     if not destination.rows:
@@ -157,7 +160,7 @@ def sign_of(source: WindowContent, destination: WindowContent) -> Verdict:
 def heal(
     ends: Ends, span: Window, context: Context, told: Callable[[ComparedWindow], None], partition: str | None = None
 ) -> Report:
-    """Verify `span` and mend what differs; a window that is still not equal afterwards is a failure of the report."""
+    """Verify `span` and repair mismatches; a window that still differs afterwards is a failure in the report."""
     report = Report()
     for verdict in verify(ends, span, context.stop, partition):
         context.progress.advance(done=1)
@@ -197,10 +200,10 @@ def why(verdict: ComparedWindow) -> tuple[str, str]:
 
 
 class CellState(Enum):
-    """EMPTY: no data. STALE: not the version that was confirmed. PARTIAL: some objects are gone.
+    """EMPTY: no data. STALE: not the confirmed version. PARTIAL: some objects are gone.
 
-    OPEN: not finished yet, so that what is there may still change. WAITING: due, and a coming run writes it.
-    MISSING also: overdue, and not written yet.
+    OPEN: not finished yet, so its content may still change. WAITING: due, and a later run writes it. MISSING: gone, or
+    overdue and not yet written.
     """
 
     EMPTY = "empty"
@@ -214,7 +217,7 @@ class CellState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FoundObject:
-    """One object in a listing: the start of the window that it is named by, and its version."""
+    """One object in a listing: the start of the window that its name gives, and its version."""
 
     window_start: datetime
     key: str
@@ -232,21 +235,21 @@ class MapCell:
 
 
 class GapMapSource(Protocol):
-    """What the gap map asks of a pipeline. Raises AppError. From any thread."""
+    """What the gap map reads from a pipeline. Raises AppError. Thread-safe."""
 
     def partitions(self) -> Sequence[str]:
         """Every partition that has a checkpoint, sorted."""
 
     def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
-        """Every window of `span` up to now, oldest first, from a listing of the destination made in this call."""
+        """Every window of `span` up to now, oldest first, from a new listing of the destination."""
 
 
 @dataclass(frozen=True, slots=True)
 class MapContext:
-    """When the map is made, how long windows take late rows, and up to where the partition is finished.
+    """The time of the map, how long windows accept late rows, and up to where the partition is finished.
 
-    A window is overdue when it was due for `overdue_seconds` and nothing of it was written. `retired`: start ->
-    rows of windows that are not recorded any more: what is there of them is right.
+    A window is overdue when it has been due for `overdue_seconds` and nothing of it was written. `retired`: start ->
+    rows of windows that are no longer recorded; any object found for them counts as right.
     """
 
     now: datetime
@@ -259,7 +262,7 @@ class MapContext:
 def cells_of(
     windows: Iterable[Window], records: Sequence[Record], found: Iterable[FoundObject], at: MapContext
 ) -> Sequence[MapCell]:
-    """A cell per window. `records` are those of the windows; `found` may hold objects of other windows too."""
+    """A cell per window. `records` are those of the windows; `found` may include objects of other windows."""
     expected: dict[datetime, list[Record]] = {}
     for record in records:
         expected.setdefault(record.window.start, []).append(record)
@@ -276,7 +279,7 @@ def cells_of(
 
 
 def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], at: MapContext) -> CellState:
-    # Nothing is promised yet behind the cursor.
+    # Nothing is promised yet after the cursor.
     if at.cursor_at is None or window.end > at.cursor_at:
         if there or not (records or age_of(window, at.now, at.grace_seconds) is Age.DUE):
             return CellState.OPEN

@@ -1,7 +1,7 @@
 """Windows: half-open UTC intervals `[start, end)` on a fixed grid, and what their age allows.
 
 Invariants: the grid is counted from the epoch, so it does not depend on when the process runs; a window length divides
-a day, so no window crosses midnight UTC; every instant is an aware datetime in UTC.
+a day, so no window crosses midnight UTC; every timestamp is an aware datetime in UTC.
 """
 
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Age(Enum):
-    """OPEN: rows still arrive. SETTLING: late rows still find their place. DUE: it can be closed for good."""
+    """OPEN: rows still arrive. SETTLING: late rows are still accepted. DUE: it can be closed."""
 
     OPEN = "open"
     SETTLING = "settling"
@@ -51,19 +51,19 @@ class Window:
 
 
 def floor_to(instant: datetime, seconds: int) -> datetime:
-    """The start of the grid cell of `seconds` that holds `instant`."""
+    """The start of the grid cell of `seconds` that contains `instant`."""
     elapsed = (instant - EPOCH) // timedelta(seconds=seconds)
     return EPOCH + timedelta(seconds=seconds * elapsed)
 
 
 def window_at(instant: datetime, seconds: int) -> Window:
-    """The window of length `seconds` that holds `instant`."""
+    """The window of length `seconds` that contains `instant`."""
     start = floor_to(instant, seconds)
     return Window(start, start + timedelta(seconds=seconds))
 
 
 def windows_between(start: datetime, end: datetime, seconds: int) -> Iterator[Window]:
-    """Every window that overlaps `[start, end)`, oldest first; nothing when start is not before end."""
+    """Every window that overlaps `[start, end)`, oldest first; none unless start is before end."""
     at, length = floor_to(start, seconds) if start < end else end, timedelta(seconds=seconds)
     while at < end:
         yield Window(at, at + length)
@@ -80,8 +80,8 @@ def age_of(window: Window, now: datetime, grace_seconds: float) -> Age:
 
 
 def refuse_future(span: Window, now: datetime) -> None:
-    """Raise Rejected for a span to be filled that has not begun, or that ends after today: that is a wrong year or day,
-    and an answer of `0 rows` would hide it.
+    """Raise Rejected for a span to fill that starts in the future or ends after today: the year or day is wrong, and a
+    result of `0 rows` would hide that.
     """
     if span.start >= now or span.end > next_midnight(now):
         raise Rejected(
@@ -96,8 +96,8 @@ def next_midnight(now: datetime) -> datetime:
 
 
 class FailedWindows:
-    """Windows of one partition that fail, each by itself. When two in a row do, the cause is hardly their own: `stops`
-    says so, and what is left waits for the next run.
+    """Failures of single windows of one partition. After two in a row the cause is probably not the windows: `stops` is
+    then true, and the rest waits for the next run.
     """
 
     def __init__(self) -> None:
@@ -106,12 +106,12 @@ class FailedWindows:
 
     @property
     def stops(self) -> bool:
-        """Whether to try no further window."""
+        """Whether to skip the remaining windows."""
         return self._in_a_row >= FAILURES_IN_A_ROW
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """The work on one window. Its error is held back; a lost lease is not."""
+        """The work on one window. Its error is kept for later; a lost lease is raised at once."""
         try:
             yield
         except LeaseLost:
@@ -124,15 +124,15 @@ class FailedWindows:
             self._in_a_row = 0
 
     def check_outage(self) -> None:
-        """Raise the first error where so many failed in a row."""
+        """Raise the first error if too many failed in a row."""
         if self.stops:
             self.check()
 
     def go_on(self) -> None:
-        """Other windows get their turn, whatever failed before them."""
+        """Allow other windows to be tried despite earlier failures."""
         self._in_a_row = 0
 
     def check(self) -> None:
-        """Raise the first error, after all that could be done was done."""
+        """Raise the first error, once everything else is done."""
         if self.first is not None:
             raise self.first

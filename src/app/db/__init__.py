@@ -1,1 +1,1 @@
-"""The state and the warehouse in SQL: SQLite and PostgreSQL, migrations, checkpoints, leases and the record of runs."""
+"""The state and the warehouse in SQL: SQLite and PostgreSQL, migrations, checkpoints, leases and run records."""

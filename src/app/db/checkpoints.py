@@ -1,9 +1,9 @@
 """Checkpoints in the state database: what was confirmed, per pipeline and partition; and the layouts of older versions.
 
-Invariants: a commit is one transaction that starts with the lease, so a process that lost it changes nothing; a cursor
-and a high watermark never move back, so a repeated older commit undoes nothing. What a clock recorded that was ahead is
-not believed: no cursor lies ahead of the database's clock, and no window is closed before it has ended, or by a commit
-of a time that has not come.
+Invariants: a commit is one transaction that begins by checking the lease, so a process that lost it changes nothing; a
+cursor and a high watermark never move back, so repeating an older commit undoes nothing. Records of a clock that was
+ahead are ignored: no cursor is ahead of the database's clock, and no window counts as closed before it has ended, or by
+a commit dated in the future.
 """
 
 import json
@@ -23,9 +23,9 @@ from app.db.object_summaries import SqlSummaries
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How objects of windows that start at or after `effective_at` are cut, named and encoded.
+    """How objects of windows that start at or after `effective_at` are split, named and encoded.
 
-    `timestamp_unit` "us" or "ns" is that of the column timestamp in Parquet; older versions knew nanoseconds only.
+    `timestamp_unit` "us" or "ns" is the unit of the timestamp column in Parquet; older versions only had nanoseconds.
     """
 
     effective_at: datetime
@@ -35,7 +35,7 @@ class Layout:
     timestamp_unit: str = "ns"
 
 
-# The columns of a record as the query live_records names them, after the partition.
+# The columns of the query live_records, after the partition.
 OF_RECORD = (
     *("starts_at", "ends_at", "part", "s3_key", "version", "digest", "record_count", "size_bytes", "source_cells"),
     *("min_at", "max_at", "status", "source_fields", "source_digest", "source_sums", "trouble", "folded", "updated_at"),
@@ -44,7 +44,7 @@ OF_RECORD = (
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """How far one partition is: what is finished, the newest event time seen, and why it stands still if it does."""
+    """The progress of one partition: what is finished, the newest event time seen, and why it is stuck if it is."""
 
     partition: str
     cursor_at: datetime | None
@@ -81,7 +81,7 @@ class SqlCheckpoints:
     def live_records(
         self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
     ) -> Mapping[str, Sequence[Record]]:
-        """See `Checkpoints.live_records`. Row by row: those of many devices at once are most of a plan's memory."""
+        """See `Checkpoints.live_records`. Streamed, since the rows of many devices would dominate a plan's memory."""
         found: dict[str, list[Record]] = {}
         with self._queries.database.transaction(read_only=True) as session:
             now = now_of(session, self._queries)
@@ -96,7 +96,7 @@ class SqlCheckpoints:
         return found
 
     def layouts(self, pipeline: str) -> Sequence[Layout]:
-        """As older versions kept them, oldest first: read once, when the layout moves beside the data."""
+        """Layouts stored by older versions, oldest first: read once, when the layout history moves next to the data."""
         return [Layout(**row) for row in self._queries.rows("layouts", pipeline=pipeline)]
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
@@ -145,15 +145,15 @@ class SqlCheckpoints:
             session.run_many(self._queries["mark"], marks)
 
     def troubles(self) -> Mapping[str, Mapping[str, int]]:
-        """Pipeline -> trouble -> how many objects it is with; see `Record.trouble`."""
+        """Pipeline -> trouble -> number of objects; see `Record.trouble`."""
         found: dict[str, dict[str, int]] = {}
         for row in self._queries.rows("troubles"):
             found.setdefault(row["pipeline"], {})[row["trouble"]] = row["objects"]
         return found
 
     def retire(self, pipeline: str, partition: str, before: datetime, until: datetime, lease: Lease) -> int:
-        """Forget closed windows that start before the UTC day of `before` and end by `until`; how many. What their
-        objects do not say, which windows there were, is kept by day. Raises LeaseLost.
+        """Delete records of closed windows that start before the UTC day of `before` and end by `until`; returns how
+        many. Which windows there were, which their objects do not say, is kept by day. Raises LeaseLost.
         """
         of = {"pipeline": pipeline, "partition": partition}
         with self._queries.database.transaction() as session:
@@ -171,7 +171,7 @@ class SqlCheckpoints:
         return len(gone)
 
     def retired(self, pipeline: str, partition: str, span: Window) -> Mapping[datetime, int]:
-        """Start -> rows of the windows that `retire` forgot, of all days that `span` touches."""
+        """Start -> rows of the windows retired by `retire`, for all days that `span` touches."""
         of = {"pipeline": pipeline, "partition": partition, "until_at": span.end}
         return _retired(self._queries.rows("days", **of, since_at=floor_to(span.start, DAY_SECONDS)))
 
@@ -184,7 +184,7 @@ class SqlCheckpoints:
             self._queries.run("forget_undeleted", **of)
 
     def undeleted(self, pipeline: str) -> Mapping[str, str]:
-        """Key -> why it could not be deleted, of objects that should be gone."""
+        """Key -> why the deletion failed, for objects that should be gone."""
         return {row["s3_key"]: row["error"] for row in self._queries.rows("undeleted", pipeline=pipeline)}
 
     def of(self, pipeline: str) -> Sequence[Checkpoint]:
@@ -203,7 +203,7 @@ class SqlCheckpoints:
         ]
 
     def _fence(self, session: Session, lease: Lease) -> datetime:
-        """The database's clock; the lease is ours until the transaction ends. Raises LeaseLost."""
+        """Lock the lease until the transaction ends; returns the database's clock. Raises LeaseLost."""
         rows = session.rows(self._queries["fence"], **identity(lease))
         if not rows:
             raise lease_lost_error(lease)
@@ -211,7 +211,7 @@ class SqlCheckpoints:
         return now_at
 
     def _known(self, query: str, pipeline: str) -> list[Row]:
-        """What lies ahead of the database's clock is left out by the query."""
+        """Rows of the query, which leaves out those ahead of the database's clock."""
         with self._queries.database.transaction(read_only=True) as session:
             until_at = now_of(session, self._queries) + AHEAD
             return session.rows(self._queries[query], pipeline=pipeline, until_at=until_at)
@@ -230,9 +230,9 @@ def _retired(rows: Sequence[Row]) -> dict[datetime, int]:
     }
 
 
-# A record of a window takes a kilobyte, and there are many: what the rest of it says is left out. Of `Sums` a list
-# holds the values in their order, without those that mean nothing for a field of texts, and without the sum of the
-# absolute values where it is that of the values; "=" are the numbers of values that the sums have.
+# Records take a kilobyte each and there are many, so they are stored compactly. `Sums` becomes a list of its values in
+# order, with only the count for a text field, and without the sum of absolute values if it equals the sum. "=" as
+# fields means that they equal the counts in the sums.
 
 
 def _listed(sums: Sums) -> Sequence[Any]:

@@ -1,8 +1,8 @@
-"""One surface over SQLite and PostgreSQL, the named queries that run on it, and how values go in and come out.
+"""One interface over SQLite and PostgreSQL, the named queries that run on it, and the conversion of values.
 
-Invariants: queries are written with `:name` parameters for both dialects; instants go in and come out as aware UTC
-datetimes, and SQLite's text form of them has a fixed width, so that its order as text is its order in time; text is
-what every database can hold; no exception of a driver leaves this surface, only Transient, Permanent and Rejected.
+Invariants: queries use `:name` parameters for both dialects; timestamps are passed and returned as aware UTC datetimes,
+and their text form in SQLite has a fixed width, so it sorts by time; text is limited to what every database can store;
+driver exceptions never leave this module, only Transient, Permanent and Rejected.
 """
 
 import re
@@ -20,9 +20,9 @@ INSTANT_SUFFIX = "_at"
 
 
 def bound(params: Mapping[str, Any], *, as_text: bool = False) -> dict[str, Any]:
-    """The parameters with instants in UTC, `as_text` in SQLite's form. Raises Rejected for text with a NUL or a lone
-    surrogate, which PostgreSQL refuses and SQLite would keep: both dialects take the same values. Raises ValueError for
-    a naive datetime.
+    """The parameters with timestamps in UTC, `as_text` in SQLite's form. Raises Rejected for text with a NUL or a lone
+    surrogate, which PostgreSQL refuses and SQLite would store: both dialects accept the same values. Raises ValueError
+    for a naive datetime.
     """
     checked = dict(params)
     for name, value in params.items():
@@ -40,12 +40,12 @@ def bound(params: Mapping[str, Any], *, as_text: bool = False) -> dict[str, Any]
 
 
 def storable(text: str) -> str:
-    r"""Text for a message column: what no database stores is shown as `\x00`, `\ud800`."""
+    r"""Text for a message column: characters that no database stores are escaped as `\x00`, `\ud800`."""
     return UNSTORABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def instant_text(instant: datetime) -> str:
-    """`YYYY-MM-DDTHH:MM:SS.ffffffZ` of an instant in UTC."""
+    """A UTC timestamp as `YYYY-MM-DDTHH:MM:SS.ffffffZ`."""
     return instant.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
@@ -58,9 +58,9 @@ BROKEN_INSTALLATION = "reinstall Headwater: the installation is damaged or a que
 
 
 class DamagedDatabase(Permanent):
-    """What the database holds is not what was written to it.
+    """The database does not hold what was written to it.
 
-    `file` is the identity of the file in which that is certain; None where a fresh look has to confirm it.
+    `file` identifies the file in which that is certain; None if a new check has to confirm it.
     """
 
     def __init__(self, message: str, *, file: object = None) -> None:
@@ -69,54 +69,55 @@ class DamagedDatabase(Permanent):
 
 
 class Session(Protocol):
-    """One open transaction. For the thread that opened it, until its block ends.
+    """One open transaction. Used by the thread that opened it, until its block ends.
 
-    Raises Transient (connection lost, server away, timeout, deadlock), Permanent (access), Damaged (tables or their
-    content are gone) and Rejected (a value that cannot be stored, such as text with a NUL).
+    Raises Transient (connection lost, server unavailable, timeout, deadlock), Permanent (access), `DamagedDatabase`
+    (tables or their content are gone) and Rejected (a value that cannot be stored, such as text with a NUL).
     """
 
     def rows(self, sql: str, **params: Any) -> list[Row]:
-        """All rows, by column name. A column whose name ends in `_at` is an instant; name others so with AS."""
+        """All rows, by column name. A column named `*_at` is a timestamp; use AS to name other columns so."""
 
     def run(self, sql: str, **params: Any) -> int:
         """The number of rows changed."""
 
     def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
-        """The statement once per set of parameters; the number of rows changed."""
+        """Run the statement once per set of parameters; returns the number of rows changed."""
 
     def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
-        """The statement once per row, whose values stand for its `?`, as they are; in bounded memory. See `append`.
+        """Run the statement once per row, with the row's values for its `?`, unconverted; in bounded memory. See
+        `append`.
 
-        The number of rows changed.
+        Returns the number of rows changed.
         """
 
     def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
-        """Put rows into a table by the quickest means of the database, in bounded memory; how many there were.
+        """Insert rows by the fastest means of the database, in bounded memory; returns how many there were.
 
-        Values are None, bool, int, float and str, each in the form that the column reads; instants are text. `table`
-        and `columns` are names of the program's own.
+        Values are None, bool, int, float and str, each in the form that the column accepts; timestamps are text.
+        `table` and `columns` are trusted names, not user input.
         """
 
     def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
-        """As `append`, of blocks of rows by column. None, and nothing of it stored, when a key is there already: the
-        transaction goes on as if it had not been asked for.
+        """As `append`, for blocks of rows by column. If a key already exists, returns None and stores nothing; the
+        transaction continues as if this had not been called.
         """
 
     def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
-        """Rows as tuples of what the database holds, instants not turned, in bounded memory however many there are."""
+        """Rows as tuples of raw database values, timestamps unconverted, in bounded memory."""
 
     def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
-        """As `stream`, some rows at a time, since each step of a generator costs as much as a value."""
+        """As `stream`, but several rows at a time, since each generator step costs as much as a value."""
 
     def script(self, sql: str) -> None:
-        """Several statements without parameters, inside this transaction."""
+        """Run several statements without parameters inside this transaction."""
 
     def check(self) -> None:
-        """Look at all that is stored, where that is ours to look after. Raises Damaged."""
+        """Check all stored data, if that is our job and not the server's. Raises `DamagedDatabase`."""
 
 
 class Database(Protocol):
-    """A database that many threads share. Opening it does not connect: the first transaction does."""
+    """A database shared by many threads. Creating it does not connect; the first transaction does."""
 
     @property
     def dialect(self) -> Dialect:
@@ -124,21 +125,21 @@ class Database(Protocol):
 
     @property
     def place(self) -> str:
-        """Where it is, for messages. Never holds a password."""
+        """Its location, for messages. Never contains a password."""
 
     def transaction(self, *, read_only: bool = False) -> AbstractContextManager[Session]:
         """Commits when the block ends, rolls back when it raises. Do not nest. A lost connection is replaced next time.
-        All that a `read_only` one reads is of one instant.
+        A `read_only` transaction reads one consistent snapshot.
 
-        Transient out of the commit itself means that it may or may not have happened: repeat what is idempotent.
+        Transient raised by the commit itself means that it may or may not have happened: repeat what is idempotent.
         """
 
     def close(self) -> None:
-        """Close all connections; a transaction that is still open keeps its own until it ends. Idempotent."""
+        """Close all connections; an open transaction keeps its own until it ends. Idempotent."""
 
 
 def sql_directory() -> Path:
-    """The folder of migrations and queries: inside the installed package, else at the root of the checkout."""
+    """The directory of migrations and queries: inside the installed package, otherwise at the root of the checkout."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "sql"
     return installed if installed.is_dir() else package.parent.parent / "sql"
@@ -147,7 +148,7 @@ def sql_directory() -> Path:
 def load_queries(folder: Path, dialect: Dialect) -> Mapping[str, str]:
     """Name -> SQL of every `-- name: x` section in the folder's files; `-- name: x (postgres)` is for one dialect only.
 
-    Raises Permanent when a query is missing for this dialect, named twice, empty, or has an unknown dialect.
+    Raises Permanent when a query is missing for this dialect, duplicate, empty, or has an unknown dialect.
     """
     queries: dict[str, str] = {}
     names: set[str] = set()
@@ -167,7 +168,7 @@ def load_queries(folder: Path, dialect: Dialect) -> Mapping[str, str]:
 
 
 def _sections(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Name, dialect ("" for all) and SQL of each section; the comment lines that describe it are left out."""
+    """Name, dialect ("" for all) and SQL of each section, without the comment lines that describe it."""
     text = path.read_text(encoding="utf-8")
     heads = list(NAMED.finditer(text))
     for number, head in enumerate(heads):
@@ -181,7 +182,7 @@ def _sections(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 class NamedQueries(dict[str, str]):
-    """The named queries of a folder on one database: SQL by name, for callers that hold a session. Each call is one
+    """The named queries of a folder for one database: SQL by name, for callers with a session. Each method call is one
     transaction; raises what `Session` raises.
     """
 
@@ -190,7 +191,7 @@ class NamedQueries(dict[str, str]):
         self.database = database
 
     def rows(self, query: str, /, **params: Any) -> list[Row]:
-        """What the query finds."""
+        """The rows that the query returns."""
         with self.database.transaction(read_only=True) as session:
             return session.rows(self[query], **params)
 
@@ -202,15 +203,16 @@ class NamedQueries(dict[str, str]):
 
 # A bounded pool of connections that threads borrow one at a time.
 #
-# Invariants: a connection is in one thread's hands or idle, never both; one that failed is closed, never given back;
-# after one was found lost, all idle ones are dropped too, so that one outage is one error and not one per connection.
+# Invariants: a connection is either borrowed by one thread or idle; a failed one is closed, never returned to the pool;
+# when one turns out to be lost, all idle ones are dropped too, so that an outage causes one error and not one per
+# connection.
 
 C = TypeVar("C")
 
 
 class Connections(Generic[C]):
-    """`connect` opens one, `disconnect` closes one and does not raise, `alive` says cheaply if an idle one still is,
-    `rolled_back` whether a transaction that failed left it in order.
+    """`connect` opens a connection, `disconnect` closes one without raising, `alive` is a cheap check of an idle one,
+    `rolled_back` rolls back a failed transaction and returns whether that worked.
     """
 
     def __init__(
@@ -233,8 +235,8 @@ class Connections(Generic[C]):
 
     @contextmanager
     def lent(self, timeout_seconds: float = 10.0) -> Iterator[C]:
-        """An idle connection or a new one for a block, which commits at its end; when the block raises it is rolled
-        back, and where that fails it is lost, and all idle ones with it.
+        """Lend an idle connection or a new one for a block. When the block raises, the transaction is rolled back; if
+        that fails, this connection and all idle ones are closed.
 
         Raises Transient when all are busy for too long, and what `connect` raises.
         """
@@ -275,7 +277,7 @@ class Connections(Generic[C]):
             self._disconnect(connection)
 
     def close(self) -> None:
-        """Close the idle ones; borrowed ones are closed when they come back."""
+        """Close idle connections; borrowed ones are closed when they are returned."""
         with self._lock:
             self._closed = True
             gone, self._idle = self._idle, []

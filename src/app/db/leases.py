@@ -1,11 +1,10 @@
-"""Leases in the state database, and the clock that they and everything else in it go by.
+"""Leases in the state database, and the clock that they and everything else in it use.
 
-Leases are timed by the database's own clock: the clocks of the replicas may differ as they like. Invariants: each
-change is one statement; the generation of a name grows with every acquisition and is never used again; owners are
-stored with the mark of this format of the state, so that a process of an older version, which writes none, takes no
-lease (see migration 0006); a clock that was set back keeps no lease from being taken over. A clock that was ahead
-leaves runs and cursors in the future: nothing waits until the clock has come to them; they are told of until a run has
-set them right.
+Leases are timed by the database's own clock, so the clocks of the replicas may differ. Invariants: each change is one
+statement; the generation of a name grows with every acquisition and is never reused; owners are stored with a mark of
+this state format, so that a process of an older version, which writes none, cannot take a lease (see migration 0006); a
+clock that was set back does not prevent a takeover. A clock that was ahead leaves runs and cursors in the future:
+nothing waits for the clock to reach them, and they are reported until a run has corrected them.
 """
 
 import logging
@@ -18,26 +17,26 @@ from app.core.errors import LeaseLost
 from app.core.runs import Lease
 from app.db.database import NamedQueries, Row, Session
 
-AHEAD = timedelta(seconds=60)  # clocks of machines that are in order differ by less
+AHEAD = timedelta(seconds=60)  # clocks of healthy machines differ by less
 
 
 class StateClock:
-    """The clock that jobs go by: this machine's, or the database's as the last lease told it, carried on from then by
-    a clock that nobody sets. From any thread, without I/O.
+    """The clock that jobs use: the database's as of the last lease, advanced by a monotonic clock; this machine's
+    before the first lease or with SQLite. Thread-safe, no I/O.
     """
 
     def __init__(self) -> None:
         self._known: tuple[datetime, float] | None = None
 
     def __call__(self) -> datetime:
-        """Now."""
+        """The current time."""
         if self._known is None:
             return datetime.now(UTC)
         at, since = self._known
         return at + timedelta(seconds=time.monotonic() - since)
 
     def follow(self, at: datetime) -> None:
-        """The database says that it is `at` now."""
+        """Set the clock: the database reports `at` as the current time."""
         self._known = (at, time.monotonic())
 
 
@@ -48,12 +47,12 @@ class SqlClocks:
         self._queries = queries
 
     def now(self) -> datetime:
-        """The database's clock; of SQLite, this machine's."""
+        """The database's clock; for SQLite, this machine's."""
         with self._queries.database.transaction(read_only=True) as session:
             return now_of(session, self._queries)
 
     def ahead_seconds(self) -> Mapping[str, float]:
-        """Job -> how far its last run or one of its cursors lies ahead of now, for those where it is over a minute."""
+        """Job -> how far its last run or one of its cursors is in the future, if more than a minute."""
         with self._queries.database.transaction(read_only=True) as session:
             now = now_of(session, self._queries)
             rows = session.rows(self._queries["ahead"], until_at=now + AHEAD)
@@ -63,7 +62,7 @@ class SqlClocks:
         return ahead
 
     def note(self) -> str:
-        """What is wrong with clocks, for a person; "" for nothing."""
+        """What is wrong with clocks, as text for people; "" for nothing."""
         skew = (datetime.now(UTC) - self.now()).total_seconds()
         notes = [f"{job} stands {duration_text(seconds)} ahead of now" for job, seconds in self.ahead_seconds().items()]
         if abs(skew) > AHEAD.total_seconds():
@@ -73,7 +72,7 @@ class SqlClocks:
 
 
 def duration_text(seconds: float) -> str:
-    """A length of time in the largest unit that it has two of."""
+    """A duration in the largest unit of which it has at least two."""
     for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
@@ -81,13 +80,13 @@ def duration_text(seconds: float) -> str:
 
 
 def now_of(session: Session, queries: NamedQueries) -> datetime:
-    """The clock of the session's database."""
+    """The current time by the session's database."""
     now: datetime = session.rows(queries["now"])[0]["now_at"]
     return now
 
 
 FORMAT = "v3|"
-FREE = FORMAT  # the owner of a lease that was given back
+FREE = FORMAT  # the owner of a released lease
 LOST_HINT = "no action needed: the process that holds it goes on; several takeovers in a row mean a stalled machine"
 ROUNDING_SECONDS = 0.1
 log = logging.getLogger(__name__)
@@ -95,9 +94,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Sighting:
-    """A lease whose time lies too far ahead, as it was first seen, at a monotonic instant.
+    """A lease whose expiry is too far in the future, and the monotonic time when it was first seen.
 
-    A holder that lives renews it within its TTL.
+    A live holder would renew it within its TTL.
     """
 
     generation: int
@@ -163,7 +162,7 @@ class SqlLeases:
         return next(iter(self._queries.rows("held", name=name, free=FREE)), None)
 
     def _watch(self, name: str, held: Row | None, ttl_seconds: float) -> None:
-        """Remember a lease that no living holder can have, from now on if it is not the one that was seen before."""
+        """Start watching a lease that no live holder can have, unless exactly this one is already being watched."""
         ttl = _unexplained_ttl_seconds(held, ttl_seconds) if held else 0.0
         if held is None or not ttl:
             self._seen.pop(name, None)
@@ -179,16 +178,18 @@ def _remaining_seconds(held: Row) -> float:
 
 
 def _unexplained_ttl_seconds(held: Row, ttl_seconds: float) -> float:
-    """The TTL of a lease that ends later than that from now; 0 when its time fits. `ttl_seconds` if not recorded."""
+    """The TTL of a lease that expires later than its TTL allows; 0 when its expiry fits. `ttl_seconds` if none is
+    recorded.
+    """
     ttl: float = held["ttl_seconds"] or ttl_seconds
     return ttl if _remaining_seconds(held) > ttl + ROUNDING_SECONDS else 0.0
 
 
 def identity(lease: Lease) -> dict[str, object]:
-    """What tells a lease from those before and after it. Its expiry is the database's to know."""
+    """The parameters that identify a lease among its predecessors and successors. The database tracks its expiry."""
     return {"name": lease.name, "owner": FORMAT + lease.owner, "generation": lease.generation}
 
 
 def lease_lost_error(lease: Lease) -> LeaseLost:
-    """The error that says which lease is gone."""
+    """The error for a lost lease."""
     return LeaseLost(f"the lease {lease.name} (generation {lease.generation}) expired or was taken over", LOST_HINT)

@@ -1,9 +1,9 @@
-"""Opening a database: migrations, which are SQL files applied once, in order, each in one transaction; and what
-happens when the state's file or tables are damaged.
+"""Opening a database: migrations, which are SQL files applied once, in order, each in one transaction; and recovery
+when the file or tables of the state are damaged.
 
 Invariants: an applied migration is recorded in the same transaction, so it is applied whole or not at all; its file
-must not change afterwards; two processes that start at once apply each migration once; a database that a newer version
-has migrated is not touched.
+must not change afterwards; two processes that start at once apply each migration once; a database migrated by a newer
+version is not touched.
 """
 
 import logging
@@ -24,20 +24,20 @@ from app.core.errors import Permanent, Transient
 from app.db.database import BROKEN_INSTALLATION, DIALECTS, DamagedDatabase, Database, Dialect, Session
 from app.db.sqlite import SqliteDatabase, file_id, folder_lock
 
-LOCK = 4_937_238_650_112  # any number that no other program uses for its advisory locks
+LOCK = 4_937_238_650_112  # arbitrary; must not clash with the advisory locks of other programs
 CREATE_TABLE = """
 CREATE TABLE headwater_migrations (name TEXT NOT NULL PRIMARY KEY, checksum TEXT NOT NULL)
 """
 RECORD = "INSERT INTO headwater_migrations (name, checksum) VALUES (:name, :checksum)"
 TABLE_EXISTS: dict[Dialect, str] = {
     "sqlite": "SELECT 1 AS found FROM sqlite_master WHERE type = 'table' AND name = 'headwater_migrations'",
-    # Not by to_regclass, which a session may answer from what it knew before it waited for the lock.
+    # Not to_regclass: a session may answer it from a cache that is older than its wait for the lock.
     "postgres": (
         "SELECT 1 AS found FROM pg_class WHERE relname = 'headwater_migrations' AND relkind = 'r'"
         " AND pg_table_is_visible(oid)"
     ),
 }
-# Another process may be migrating for a while, and a migration may take longer than a statement is given otherwise.
+# Another process may be migrating, and a migration may take longer than the usual statement timeout.
 LOCK_POSTGRES = """
 SELECT set_config('lock_timeout', '50s', true), set_config('statement_timeout', '0', true)
 """
@@ -45,7 +45,7 @@ SELECT set_config('lock_timeout', '50s', true), set_config('statement_timeout', 
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """One file. `name` is folder and file name without suffixes."""
+    """One migration file. `name` is folder and file name without suffixes."""
 
     name: str
     sql: str
@@ -57,25 +57,26 @@ class Migration:
 
 
 class RebuildableDatabase(Protocol):
-    """A database that can be re-created when it is damaged, since what it holds can be found again."""
+    """A database that can be re-created when it is damaged, since its content can be recovered."""
 
     def check(self, wanted: Sequence[Migration]) -> None:
-        """Raises Damaged when it is not as the recorded migrations left it."""
+        """Raises `DamagedDatabase` when it is not as the recorded migrations left it."""
 
     def move_aside(self, error: DamagedDatabase, look: Callable[[], None]) -> None:
-        """Make place for a new one, unless `look`, which raises Damaged, no longer finds anything wrong."""
+        """Make room for a new one, unless `look`, which raises `DamagedDatabase`, no longer finds a fault."""
 
     def made(self) -> None:
-        """The new one is in order."""
+        """Called when the new one is ready."""
 
 
 class MigratedDatabase:
-    """A `Database` whose migrations are applied before its first transaction, so that a daemon starts while it is away.
+    """A `Database` whose migrations are applied before its first transaction, so a daemon starts while it is
+    unavailable.
 
-    `folder` holds `migrations/0001_name.sql`, or one file per dialect such as `0001_name.postgres.sql`. Tables that are
-    gone, as in a database that was emptied, are made again before the next transaction; what is damaged is replaced
-    when it is `rebuilt`, and refused otherwise. `before_first` raises when the database is another program's; it is
-    asked while no migration of the folder has been applied.
+    `folder` holds `migrations/0001_name.sql`, or one file per dialect such as `0001_name.postgres.sql`. Missing tables,
+    as in a database that was emptied, are re-created before the next transaction; a damaged database is replaced if
+    `rebuilt` is given, otherwise refused. `before_first` raises when the database belongs to another program; it is
+    called while no migration of the folder has been applied.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class MigratedDatabase:
 
     @contextmanager
     def transaction(self, *, read_only: bool = False) -> Iterator[Session]:
-        """See `Database.transaction`; the first one applies the migrations before."""
+        """See `Database.transaction`; the first one applies the migrations first."""
         self.prepare()
         try:
             with self._database.transaction(read_only=read_only) as session:
@@ -111,9 +112,9 @@ class MigratedDatabase:
             ) from error
 
     def prepare(self, suspicion: DamagedDatabase | None = None) -> None:
-        """Apply what is missing. Idempotent; after it succeeded once it costs nothing.
+        """Apply missing migrations. Idempotent; free after the first success.
 
-        A database that is damaged is moved aside before. With a suspicion all that is stored is looked at.
+        A damaged database is moved aside first. If damage is suspected, all stored data is checked.
         """
         if self._prepared:
             return
@@ -157,7 +158,7 @@ class MigratedDatabase:
 
 
 def migrations(folder: Path, dialect: Dialect) -> Sequence[Migration]:
-    """The folder's migrations for a dialect, in order. Raises Permanent when one is missing, or there twice."""
+    """The folder's migrations for a dialect, in order. Raises Permanent for a missing or duplicate one."""
     found: dict[str, Migration] = {}
     stems: set[str] = set()
     for path in sorted((folder / "migrations").glob("*.sql")):
@@ -173,9 +174,9 @@ def migrations(folder: Path, dialect: Dialect) -> Sequence[Migration]:
 
 
 def apply(database: Database, wanted: Sequence[Migration]) -> None:
-    """Apply and record what is missing of a folder's migrations, all or none: one commit makes a first start fast.
+    """Apply and record a folder's missing migrations, all or none: a single commit makes the first start fast.
 
-    Raises Permanent when an applied one had another text, and when one was applied that is not among them.
+    Raises Permanent when an applied migration has a different text, or is not among `wanted`.
     """
     with database.transaction() as session:
         lock(session, database.dialect)
@@ -186,7 +187,7 @@ def apply(database: Database, wanted: Sequence[Migration]) -> None:
         checksums = {row["name"]: row["checksum"] for row in found}
         others = checksums.keys() - {each.name for each in wanted}
         newer = sorted(name for name in others if name.startswith(f"{folder}/"))
-        if newer:  # an older version would write what the newer one no longer understands, or read it wrongly
+        if newer:  # an older version would misread or overwrite what the newer one wrote
             raise Permanent(
                 f"{database.place}: a newer version of Headwater has migrated this database ({', '.join(newer)})",
                 "start that version, or restore a backup from before the upgrade",
@@ -203,14 +204,14 @@ def apply(database: Database, wanted: Sequence[Migration]) -> None:
 
 
 def lock(session: Session, dialect: Dialect) -> None:
-    """One process at a time, until the transaction ends; one that writes to SQLite is alone anyway."""
+    """Let one process at a time in, until the transaction ends; SQLite allows only one writer anyway."""
     if dialect == "postgres":
         session.rows(LOCK_POSTGRES)
         session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCK)
 
 
 def recorded(session: Session, dialect: Dialect) -> Collection[str]:
-    """The names of the migrations that were applied, of all folders."""
+    """The names of the applied migrations, of all folders."""
     if not session.rows(TABLE_EXISTS[dialect]):
         return ()
     return [row["name"] for row in session.rows("SELECT name FROM headwater_migrations ORDER BY name")]
@@ -222,9 +223,9 @@ def open_database(
     """The database of a URL: `sqlite:///path` (absolute with a fourth slash) or `postgresql://...`; without a URL the
     SQLite file `default`.
 
-    `variables` names the settings to look at in hints; at most `connections` to PostgreSQL are open at once. Raises
-    Permanent for any other URL, which may hold a password and is therefore not repeated. `read_only`: a file of SQLite
-    is neither made nor changed in any way.
+    `variables` names the settings to mention in hints; at most `connections` to PostgreSQL are open at once. Raises
+    Permanent for any other URL, without quoting it, since it may contain a password. `read_only`: an SQLite file is
+    neither created nor changed.
     """
     if default and not url:
         return SqliteDatabase(default)
@@ -232,7 +233,7 @@ def open_database(
     if scheme == "sqlite" and len(rest) > 1 and rest.startswith("/"):
         return SqliteDatabase(Path(rest[1:]), read_only=read_only)
     if scheme in ("postgresql", "postgres"):
-        from app.db.postgres import PostgresDatabase  # psycopg is imported only where it is used
+        from app.db.postgres import PostgresDatabase  # import psycopg only when it is used
 
         return PostgresDatabase(url, variables=variables, connections=connections)
     raise Permanent(
@@ -241,10 +242,10 @@ def open_database(
     )
 
 
-# The SQLite file of the state. The state is a cache, so a damaged file is moved aside and a new one is made.
+# The SQLite file of the state. The state is a cache, so a damaged file is moved aside and a new one is created.
 #
-# Invariants: nothing is deleted; a file is moved only while no process opens or moves it, and only when it is still
-# the file that was found damaged; a file that is locked, may not be read, or has no space left is not damaged.
+# Invariants: nothing is deleted; a file is moved only while no process opens or moves it, and only if it is still the
+# file that was found damaged; a file that is locked, not readable, or on a full disk is not damaged.
 
 MARK = ".damaged-"
 COMPANIONS = ("-wal", "-shm", "-journal")
@@ -263,17 +264,17 @@ class StateFile:
 
     def __init__(self, database: SqliteDatabase) -> None:
         self._database = database
-        self._path = Path(os.path.realpath(database.path))  # what a link names is moved, not the link
+        self._path = Path(os.path.realpath(database.path))  # of a symbolic link, move the target, not the link
         self._moved_at: float | None = None
 
     def check(self, wanted: Sequence[Migration]) -> None:
-        """Raises Damaged when the tables are not those of the migrations that are recorded. Nothing is changed."""
+        """Raises `DamagedDatabase` when the tables do not match the recorded migrations. Read-only."""
         with self._database.transaction(read_only=True) as session:
             names = recorded(session, self._database.dialect)
             actual = {(row["type"], row["name"], row["col"]) for row in session.rows(SQLITE_COLUMNS)}
         done = [each for each in wanted if each.name in names]
         if len(done) < sum(name.partition("/")[0] == wanted[0].name.partition("/")[0] for name in names):
-            return  # a newer version's, which is refused and left alone
+            return  # from a newer version: refused later and left alone
         before, after = schema_after(done), schema_after(wanted)
         if missing := before - actual:
             raise self._damaged(f"{_named(missing)} missing, though its migration was applied")
@@ -282,9 +283,9 @@ class StateFile:
             raise self._damaged(f"{_named(extra)} there already, though no applied migration makes it")
 
     def move_aside(self, error: DamagedDatabase, look: Callable[[], None]) -> None:
-        """Move the file with its companions, unless another process has done so or `look` finds nothing wrong.
+        """Move the file and its companions, unless another process has done so or `look` finds no fault.
 
-        Raises `error` when a file that was made a minute ago is damaged again, and Permanent when it cannot be moved.
+        Raises `error` when a file created a minute ago is damaged again, and Permanent when it cannot be moved.
         """
         if self._moved_at is not None and time.monotonic() - self._moved_at < AGAIN_SECONDS:
             raise error
@@ -304,12 +305,12 @@ class StateFile:
         log.error("%s; moved to %s and re-created: jobs go on from what the destinations hold", error.message, name)
 
     def made(self) -> None:
-        """The new file is in order."""
+        """Called when the new file is ready."""
         self._moved_at = None
 
     @property
     def note(self) -> str:
-        """Which files were moved aside and are still there; "" for none."""
+        """Which files were moved aside and still exist; "" for none."""
         moved = self._path.parent.glob(f"{self._path.name}{MARK}*")
         names = sorted({re.sub(f"({'|'.join(COMPANIONS)})$", "", path.name) for path in moved})
         if not names:
@@ -323,7 +324,7 @@ class StateFile:
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         names = (f"{self._path.name}{MARK}{stamp}{f'-{number}' if number else ''}" for number in range(1000))
         name = next(name for name in names if not list(self._path.parent.glob(f"{name}*")))
-        # The database itself first: a log that is left behind by a crash here is found alone, and moved then.
+        # The database first: after a crash here, the remaining -wal file is noticed and moved later.
         for suffix in ("", *COMPANIONS):
             try:
                 Path(f"{self._path}{suffix}").rename(self._path.parent / f"{name}{suffix}")
@@ -338,7 +339,7 @@ class StateFile:
 
 
 def schema_after(wanted: Sequence[Migration]) -> Schema:
-    """What an SQLite database has after these migrations."""
+    """The schema of an SQLite database after these migrations."""
     with closing(sqlite3.connect(":memory:")) as model:
         for migration in wanted:
             model.executescript(migration.sql)
@@ -352,8 +353,7 @@ def _named(schema: Schema) -> str:
 
 # The tables of the state in PostgreSQL, after somebody emptied or dropped some of them.
 #
-# Invariant: nothing is made, changed or removed here but the record of migrations, and that only where all tables
-# and columns are there.
+# Invariant: only the record of migrations is changed here, and only if all tables and columns exist.
 
 OTHER_PROGRAM_HINT = (
     "set CHECKPOINT_DB_NAME or CHECKPOINT_DATABASE_URL to an empty database, or give Headwater a schema of its own: "
@@ -367,23 +367,23 @@ WHERE c.relkind = 'r' AND pg_table_is_visible(c.oid) AND a.attnum > 0 AND NOT a.
 
 
 class StateTables:
-    """See `RebuildableDatabase`. Tables that are gone while others are there are a person's to bring back."""
+    """See `RebuildableDatabase`. If only some tables are gone, a person has to restore them."""
 
     def __init__(self, database: Database, folder: Path) -> None:
         self._database = database
         self._folder = folder
 
     def check(self, wanted: Sequence[Migration]) -> None:
-        """Record the migrations of tables that are all there without any record: to make them again would fail.
+        """Record the migrations of tables that all exist without any record, since creating them again would fail.
 
-        Raises Damaged when a table or a column is missing though its migration was applied.
+        Raises `DamagedDatabase` when a table or a column is missing though its migration was applied.
         """
         with self._database.transaction() as session:
             session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCK)
             names = recorded(session, "postgres")
             there = {(row["name"], row["col"]) for row in session.rows(POSTGRES_COLUMNS)}
             done = {each.name for each in wanted if each.name in names}
-            # The tables and columns of both dialects are the same.
+            # Tables and columns are the same in both dialects.
             model = [each for each in migrations(self._folder, "sqlite") if not done or each.name in done]
             missing = {(name, col) for kind, name, col in schema_after(model) if kind == "table"} - there
             if done and missing:
@@ -402,7 +402,7 @@ class StateTables:
                 session.run_many(RECORD, [{"name": each.name, "checksum": each.checksum} for each in wanted])
 
     def move_aside(self, error: DamagedDatabase, look: Callable[[], None]) -> None:  # noqa: ARG002 - the port's
-        """Nothing is moved. Raises Damaged unless `look` finds everything in order by now."""
+        """Nothing is moved. Raises `DamagedDatabase` unless `look` finds no fault by now."""
         look()
 
     def made(self) -> None:

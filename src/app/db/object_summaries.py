@@ -1,11 +1,11 @@
-"""Summaries in the state database: what is known of each version of each object, so that none is read twice.
+"""Summaries in the state database: facts about each version of each object, so that none is read twice.
 
 Invariants: facts belong to a version (key and ETag) and never change, so any process may write them and all may use
-them; which versions are current is not kept here, every process knows that from its own listing. Facts that are gone
-are noticed by the count of sweeps.
+them; which versions are current is not stored here, each process knows it from its own listing. Removed facts are
+noticed by the count of sweeps.
 
-Facts of days that are over are packed: of all versions of one device and day only their sum is kept, and what they are.
-A version may be known both ways, when its object was written once more as it was: the pack counts.
+Facts of past days are packed: for each device and day, only the sum of all versions is kept, and which versions they
+are. A version may be both packed and unpacked, when its object was rewritten unchanged: the pack counts.
 """
 
 import json
@@ -20,10 +20,10 @@ from typing import Any
 
 from app.db.database import NamedQueries, Row, Session, storable
 
-NO_DAY = -(1 << 30)  # of rows without an instant
+NO_DAY = -(1 << 30)  # for rows without a timestamp
 SOME = 500
-PACKED_AT_ONCE = 5000  # versions, in a transaction of less than a second
-DIGEST = re.compile(r'"[0-9a-f]{32}"')  # as most stores make an ETag
+PACKED_AT_ONCE = 5000  # versions, in a transaction of under a second
+DIGEST = re.compile(r'"[0-9a-f]{32}"')  # the form of an ETag in most stores
 
 Version = bytes
 """One version of one object, see `version_of`."""
@@ -34,9 +34,9 @@ Pair = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class DaySummary:
-    """Aggregates of the rows of one device and one UTC day in one version; instants in microseconds since 1970.
+    """Aggregates of the rows of one device and one UTC day in one version; timestamps in microseconds since 1970.
 
-    `latest` holds the values of the newest reading, None when no row has an instant.
+    `latest` holds the values of the newest reading, None when no row has a timestamp.
     """
 
     device: str
@@ -54,8 +54,8 @@ class DaySummary:
 
 @dataclass(frozen=True, slots=True)
 class ObjectFacts:
-    """What was found in one version. `columns`: name -> type. `fault` says why it is left out, and then there are no
-    parts; beside parts, what of it is not understood; "" when all is well.
+    """The facts about one version. `columns`: name -> type. `fault`: without parts, why the object is left out; with
+    parts, what in it was not understood; "" when all is well.
     """
 
     key: str
@@ -74,7 +74,7 @@ class ObjectFacts:
 
 @dataclass(frozen=True, slots=True)
 class KnownObject:
-    """Facts as they are kept, without their parts."""
+    """Stored facts, without their parts."""
 
     key: str
     size_bytes: int
@@ -85,7 +85,7 @@ class KnownObject:
 
 @dataclass(frozen=True, slots=True)
 class VersionToRead:
-    """A version that a query has to read. `columns`: name -> type as JSON, one text for all that have the same."""
+    """A version that a query has to read. `columns`: name -> type as JSON, one string shared by equal schemas."""
 
     version: Version
     key: str
@@ -100,9 +100,9 @@ PART_FIELDS = tuple(each.name for each in fields(DaySummary))[:-1]
 
 @dataclass(frozen=True)
 class DayPack:
-    """Versions that have rows of one device and day alone, and the sum of all of them.
+    """Versions whose rows are all of one device and day, and the sum of all of them.
 
-    `keys`, `etags`, `sizes` (in bytes) and `schemas` (ids of their columns) are in one order.
+    `keys`, `etags`, `sizes` (in bytes) and `schemas` (ids of their columns) are in the same order.
     """
 
     part: DaySummary
@@ -113,17 +113,17 @@ class DayPack:
 
     @property
     def pair(self) -> Pair:
-        """Of all of its rows."""
+        """The device and day of all its rows."""
         return self.part.device, self.part.day
 
     @cached_property
     def versions(self) -> Sequence[Version]:
-        """In the same order."""
+        """The ids of the versions, in the same order."""
         return [version_of(key, etag) for key, etag in zip(self.keys, self.etags, strict=True)]
 
     @property
     def row(self) -> Row:
-        """As it is stored."""
+        """The row to store."""
         digests = all(DIGEST.fullmatch(etag) for etag in self.etags)
         device, day, *numbers = astuple(self.part)
         etags = [] if digests else self.etags
@@ -137,7 +137,7 @@ class DayPack:
 
 
 def unpacked(device: str, day: int, digests: bytes, packed: bytes) -> DayPack:
-    """The pack of a stored row."""
+    """The pack in a stored row."""
     (*numbers, latest), keys, etags, sizes, schemas = _loaded(zlib.decompress(packed))
     found = digests.hex()
     etags = etags or [f'"{found[start : start + 32]}"' for start in range(0, len(found), 32)]
@@ -150,7 +150,7 @@ Merged = Callable[[Iterable[DaySummary]], Mapping[Pair, DaySummary]]
 
 
 def version_of(key: str, etag: str) -> Version:
-    """16 bytes that stand for one version of one object: small in memory, and no two versions share them."""
+    """A 16-byte id of one version of one object: small in memory, and unique."""
     return blake2b(f"{key}\n{etag}".encode(), digest_size=16).digest()
 
 
@@ -161,7 +161,7 @@ class SqlSummaries:
         self._queries = queries
 
     def known(self, versions: Collection[Version]) -> Mapping[Version, KnownObject]:
-        """Those of `versions` that are known and not packed."""
+        """The facts of those of `versions` that are known and not packed."""
         found: dict[Version, KnownObject] = {}
         with self._queries.database.transaction(read_only=True) as session:
             for ids in _id_lists(versions):
@@ -170,18 +170,18 @@ class SqlSummaries:
         return found
 
     def save(self, many: Sequence[ObjectFacts]) -> None:
-        """Add what was found. Idempotent, also against other processes."""
+        """Add facts. Idempotent, also against other processes."""
         with self._queries.database.transaction() as session:
             self.add_to(session, many)
 
     def add_to(self, session: Session, many: Sequence[ObjectFacts]) -> None:
-        """As `save`, in a transaction of somebody else's."""
+        """As `save`, in the caller's transaction."""
         schemas = [storable(json.dumps(dict(facts.columns), ensure_ascii=True)) for facts in many]
         ids = {each: blake2b(each.encode(), digest_size=16).hexdigest() for each in schemas}
         session.run_many(
             self._queries["save_schema"], [{"schema_id": id_, "columns": each} for each, id_ in ids.items()]
         )
-        # Parts first: whoever sees a version sees them all, in whatever order the database shows its commits.
+        # Parts first: a reader that sees a version then sees all its parts, in whatever order commits become visible.
         session.run_many(self._queries["save_part"], [row for facts in many for row in _part_rows(facts)])
         objects = [
             {
@@ -198,17 +198,19 @@ class SqlSummaries:
         session.run_many(self._queries["save_object"], objects)
 
     def every(self) -> Iterator[tuple[Version, KnownObject]]:
-        """All that are known and not packed."""
+        """All known versions that are not packed."""
         with self._queries.database.transaction(read_only=True) as session:
             for version, key, size_bytes, rows, fault, columns in session.stream(self._queries["all_facts"]):
                 yield bytes.fromhex(version), KnownObject(key, size_bytes, rows, fault, columns or "{}")
 
     def schemas(self) -> Mapping[str, str]:
-        """Columns with their types as JSON, by the id that packs have."""
+        """Columns with their types as JSON, by the schema id used in packs."""
         return {row["schema_id"]: row["columns"] for row in self._queries.rows("schemas")}
 
     def packs(self, pairs: Collection[Pair] | None = None) -> Iterator[DayPack]:
-        """Those of these pairs, or all. To know all facts ask for them last: what is packed meanwhile is seen twice."""
+        """The packs of these pairs, or all. To get all facts, read packs last: facts packed meanwhile are then seen
+        twice, not missed.
+        """
         with self._queries.database.transaction(read_only=True) as session:
             query, of = ("all_packs", {}) if pairs is None else ("packs_of_pairs", {"pairs": json.dumps(list(pairs))})
             for row in session.stream(self._queries[query], **of):
@@ -220,8 +222,8 @@ class SqlSummaries:
         is_current: Callable[[Sequence[Version]], Sequence[bool]],
         merged: Merged,
     ) -> int:
-        """Pack some versions that have rows of one pair alone, of a day before `before_day`, and no fault; how many.
-        `is_current` tells which may be packed, `merged` adds up parts.
+        """Pack some versions without fault whose rows are all of one pair, of a day before `before_day`; returns how
+        many. `is_current` says which may be packed, `merged` adds up parts.
         """
         with self._queries.database.transaction() as session:
             session.run(self._queries["count_sweep"], removed=0)  # one process at a time
@@ -232,7 +234,7 @@ class SqlSummaries:
             held = {}
             for pack in starmap(unpacked, session.stream(self._queries["packs_of_pairs"], pairs=pairs)):
                 held[pack.pair] = pack
-                if not all(is_current(pack.versions)):  # it is about to go
+                if not all(is_current(pack.versions)):  # the pack is about to be removed
                     rows = {version: row for version, row in rows.items() if tuple(row[1:3]) != pack.pair}
             made = [
                 _packed(held.get(pair), list(some), merged)
@@ -243,7 +245,7 @@ class SqlSummaries:
         return len(rows)
 
     def pairs(self, versions: Collection[Version]) -> set[Pair]:
-        """Device and day of every part of these versions, where they are not packed."""
+        """Device and day of every part of these versions that is not packed."""
         with self._queries.database.transaction(read_only=True) as session:
             return {
                 (row["device"], row["day"])
@@ -257,13 +259,13 @@ class SqlSummaries:
             return {(device, day) for device, day in session.stream(self._queries["all_pairs"])}
 
     def parts(self, pairs: Collection[Pair]) -> Sequence[tuple[Version, DaySummary]]:
-        """Version and part of all parts of these pairs that are not packed, also of versions that are not current."""
+        """Version and part of all unpacked parts of these pairs, including versions that are not current."""
         with self._queries.database.transaction(read_only=True) as session:
             rows = session.stream(self._queries["parts_of_pairs"], pairs=json.dumps(list(pairs)))
             return [(bytes.fromhex(row[0]), _part(row)) for row in rows]
 
     def keys(self, device: str | None, first_day: int | None, last_day: int | None) -> Sequence[VersionToRead]:
-        """All that have rows of this device in these days, by key."""
+        """All versions that have rows of this device in these days, by key."""
         of = {"device": device, "first_day": first_day, "last_day": last_day}
         schemas = self.schemas()
         with self._queries.database.transaction(read_only=True) as session:
@@ -279,7 +281,7 @@ class SqlSummaries:
         return sorted(found.values(), key=lambda each: each.key)
 
     def versions(self) -> Iterator[Version]:
-        """Every version that is known; one may come twice."""
+        """Every known version; one may appear twice."""
         with self._queries.database.transaction(read_only=True) as session:
             for row in session.stream(self._queries["object_ids"]):
                 yield bytes.fromhex(row[0])
@@ -287,15 +289,15 @@ class SqlSummaries:
             yield from pack.versions
 
     def is_asked(self) -> bool:
-        """Whether anybody ever asked /analytics."""
+        """Whether /analytics was ever requested."""
         return bool(self._queries.rows("is_asked")[0]["asked"])
 
     def note_asked(self) -> None:
-        """Somebody asks. Idempotent."""
+        """Record that /analytics was requested. Idempotent."""
         self._queries.run("note_asked")
 
     def forget_unasked(self, day: int) -> None:
-        """Remove versions with rows of days before `day`, unless somebody ever asked. Idempotent."""
+        """Remove versions with rows of days before `day`, unless /analytics was ever requested. Idempotent."""
         if not self.is_asked():
             with self._queries.database.transaction() as session:
                 session.run(self._queries["count_sweep"], removed=1)
@@ -303,12 +305,12 @@ class SqlSummaries:
                 session.run(self._queries["forget_old_parts"], day=day)
 
     def sweeps(self) -> int:
-        """How often versions were forgotten, by anybody."""
+        """How often versions were removed, by any process."""
         return int(self._queries.rows("sweeps")[0]["sweeps"])
 
     def forget(self, versions: Collection[Version], packs: Collection[Pair] = ()) -> int:
-        """Remove what is known of these versions, where they are not packed, and these packs; how many sweeps then.
-        Idempotent.
+        """Remove the facts of these versions that are not packed, and these packs; returns the number of sweeps
+        afterwards. Idempotent.
         """
         with self._queries.database.transaction() as session:
             session.run(self._queries["count_sweep"], removed=1)
@@ -334,7 +336,7 @@ def _part(row: Sequence[Any]) -> DaySummary:
 
 
 def _packed(held: DayPack | None, rows: Sequence[Sequence[Any]], merged: Merged) -> DayPack:
-    """What is packed already and rows of `packable`, all of one pair."""
+    """The pack that adds rows of `packable`, all of one pair, to `held`."""
     known = set(zip(held.keys, held.etags, strict=True)) if held else set()
     objects = [*zip(held.keys, held.etags, held.sizes, held.schemas, strict=True)] if held else []
     parts = [held.part] if held else []
@@ -347,12 +349,12 @@ def _packed(held: DayPack | None, rows: Sequence[Sequence[Any]], merged: Merged)
 
 
 def _loaded(text: str | bytes) -> Any:
-    import msgspec  # a year of objects has a million of these: json would take a third of the time of all else
+    import msgspec  # a year of objects has a million of these: json would take a third of the total time
 
     try:
         return msgspec.json.decode(text)
     except msgspec.DecodeError:
-        return json.loads(text)  # NaN, as older versions wrote it, and sums that are infinite
+        return json.loads(text)  # NaN, which older versions wrote, and infinite sums
 
 
 def _part_rows(facts: ObjectFacts) -> Iterator[Row]:

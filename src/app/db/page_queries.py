@@ -1,7 +1,7 @@
-"""What the pages ask of the state database: faults, groups of partitions, pages of runs, new rows by time.
+"""Queries of the pages on the state database: faults, groups of partitions, pages of runs, new rows by time.
 
-Invariant: no question reads a row for each window of a pipeline; what is asked of many partitions is one look into an
-index for each, or a sum that the database makes.
+Invariant: no query reads a row for each window of a pipeline; a query over many partitions is one index lookup for
+each, or a sum made by the database.
 """
 
 import json
@@ -19,7 +19,7 @@ from app.db.leases import AHEAD, now_of
 
 FAULTS = 200
 FAULTY_WINDOWS = 20_000
-NUMBERS = ("rows", "bytes", "windows", "late_rows", "corrected_rows")  # of a report, as columns of runs and totals
+NUMBERS = ("rows", "bytes", "windows", "late_rows", "corrected_rows")  # report fields stored as columns
 WRITTEN = 500
 PARTIAL_RUNS = 200
 SHORT_ID_CHARACTERS = 8
@@ -27,7 +27,9 @@ SHORT_ID_CHARACTERS = 8
 
 @dataclass(frozen=True, slots=True)
 class RunFilter:
-    """Which runs: `[since, until)` by their start; "" and None stand for all. `news`: those that found something."""
+    """A filter for runs: `[since, until)` by start time; "" and None match all. `news`: only those that found
+    something.
+    """
 
     since: datetime
     until: datetime
@@ -37,26 +39,26 @@ class RunFilter:
 
 
 class SqlPages:
-    """Questions of the pages. Raises what `Session` raises. From any thread."""
+    """The queries of the pages. Raises what `Session` raises. Thread-safe."""
 
     def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
 
     @contextmanager
     def look(self) -> "Iterator[PageQuerySession]":
-        """Several questions in one transaction."""
+        """Several queries in one transaction."""
         with self._queries.database.transaction(read_only=True) as session:
             yield PageQuerySession(session, self._queries)
 
     def dismiss(self, problem_id: str, at: datetime, by: str) -> None:
-        """A person has seen a problem that only time ends. Idempotent."""
+        """Record that a person has dismissed a problem that otherwise ends only with time. Idempotent."""
         with self._queries.database.transaction() as session:
             session.run(self._queries["forget_dismissed"], before_at=at - timedelta(days=60))
             session.run(self._queries["dismiss"], problem_id=problem_id, at=at, by=by)
 
 
 class PageQuerySession:
-    """One transaction of `SqlPages`. For the thread that opened it."""
+    """One transaction of `SqlPages`. Used by the thread that opened it."""
 
     def __init__(self, session: Session, queries: NamedQueries) -> None:
         self._session = session
@@ -71,13 +73,13 @@ class PageQuerySession:
         return now_of(self._session, self._queries)
 
     def failures_in_a_row(self, job: str) -> tuple[int, datetime | None]:
-        """How often a job failed since its last good run, and when that began."""
+        """How often a job failed since its last good run, and when the failures began."""
         (row,) = self.rows("failures_in_a_row", job=job, epoch_at=EPOCH)
         return row["runs"], row["since_at"]
 
     def runs(self, choice: RunFilter, limit: int, before: datetime) -> tuple[Sequence[Run], int, int]:
-        """The newest runs of that choice that began before an instant, how many it has in all, and how many of these
-        found something.
+        """The newest matching runs that began before `before`, the number of matching runs, and how many of those found
+        something.
         """
         outcome = choice.outcome.value if choice.outcome else ""
         of = {"job": choice.job, "outcome": outcome, "since_at": choice.since, "until_at": choice.until}
@@ -87,31 +89,31 @@ class PageQuerySession:
         return [run_of(row) for row in found], count["runs"], count["with_news"] or 0
 
     def run(self, run_id: str) -> Run | None:
-        """One run, by its id or its first characters, as `runs` prints them; None where none or several begin so."""
+        """One run, by its id or a prefix of it, as `runs` prints them; None when no or several runs match."""
         found = self.rows("run_by_id", run_id=run_id)
         if not found and len(run_id) >= SHORT_ID_CHARACTERS:
             found = self.rows("runs_that_begin_with", start=run_id)
         return run_of(found[0]) if len(found) == 1 else None
 
     def beside(self, run: Run) -> tuple[Run | None, Run | None]:
-        """The runs of the same job before and after."""
+        """The previous and the next run of the same job."""
         of = {"job": run.job, "at": run.started_at}
         before, after = (self.rows(query, **of) for query in ("run_before", "run_after"))
         return next(map(run_of, before), None), next(map(run_of, after), None)
 
     def partial_runs(self, since: datetime) -> Sequence[Run]:
-        """The latest runs that were partly delivered."""
+        """The latest runs with a partial outcome."""
         return [run_of(row) for row in self.rows("partial_runs", since_at=since, limit=PARTIAL_RUNS)]
 
     def last_runs(self, job: str) -> tuple[Run | None, Run | None]:
-        """The newest run of a job, and the newest that has ended."""
+        """The newest run of a job, and its newest ended run."""
         until = self.now() + AHEAD
         newest = self.rows("recent_runs_of_job", job=job, limit=1, until_at=until)
         ended = self.rows("last_ended", job=job, limit=1, until_at=until)
         return next(map(run_of, newest), None), next(map(run_of, ended), None)
 
     def written_by(self, run: Run, pipeline: str) -> Sequence[Row]:
-        """What a run wrote and no later one has replaced."""
+        """What a run wrote and no later run has replaced."""
         until = run.ended_at or self.now()
         since = run.started_at - timedelta(days=1)
         of = {"from_at": run.started_at, "to_at": until, "since_at": since, "limit": WRITTEN}
@@ -123,13 +125,13 @@ class PageQuerySession:
         return self.rows("partition_groups", **of, limit=limit, offset=offset)
 
     def partitions(self, pipeline: str, names: "NameFilter") -> int:
-        """How many partitions have such names."""
+        """The number of partitions that match."""
         found: int = self.rows("count_partitions", pipeline=pipeline, **names.params)[0]["partitions"]
         return found
 
     def any_rows(self, pipeline: str, since: datetime, until: datetime, between: tuple[str, str] | None = None) -> bool:
-        """Whether there is an object of that span: of any partition, or of one of those from first to last. Of old days
-        only the day is known.
+        """Whether there is an object in that span: of any partition, or of one from first to last. For old windows only
+        the day is known.
         """
         day = floor_to(since, DAY_SECONDS)
         of: dict[str, Any] = {"pipeline": pipeline, "since_at": since, "until_at": until, "since_day_at": day}
@@ -138,14 +140,14 @@ class PageQuerySession:
         return bool(self.rows("any_rows_between", **of, first=between[0], last=between[1]))
 
     def faulty_windows(self, pipeline: str, since: datetime, until: datetime) -> Sequence[Row]:
-        """device_id, starts_at, ends_at and trouble of the windows with which something is wrong."""
+        """device_id, starts_at, ends_at and trouble of the windows that have a problem."""
         found = self.rows("trouble_windows", pipeline=pipeline, limit=FAULTY_WINDOWS)
         return [row for row in found if row["ends_at"] > since and row["starts_at"] < until]
 
 
 @dataclass(frozen=True, slots=True)
 class NameFilter:
-    """Partitions from `first` to `last` ("" = no end) whose name holds `find`, whatever its case."""
+    """Partitions from `first` to `last` ("" = unbounded) whose name contains `find`, case-insensitive."""
 
     first: str = ""
     last: str = ""
@@ -153,18 +155,18 @@ class NameFilter:
 
     @property
     def params(self) -> Mapping[str, str]:
-        """As the queries take them."""
+        """As query parameters."""
         escaped = self.find.lower().replace("!", "!!").replace("%", "!%").replace("_", "!_")
         return {"first": self.first, "last": self.last, "pattern": f"%{escaped}%"}
 
 
 def numbers_of(row: Row) -> dict[str, Any]:
-    """What a report adds up to, as its row records it."""
+    """The numbers of a report in a row."""
     return {name: row[name] for name in NUMBERS} | {"written_new_rows": row["new_rows"]}
 
 
 def run_of(row: Row) -> Run:
-    """A run as its row records it."""
+    """The run in a row."""
     document = json.loads(row["ledger"])
     report = Report(
         **numbers_of(row),

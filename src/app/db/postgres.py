@@ -1,7 +1,7 @@
-"""PostgreSQL as a `Database`: the store that several replicas share. psycopg has its home here.
+"""PostgreSQL as a `Database`: the store that several replicas share. The only module that uses psycopg.
 
 Imported by `open_database` only when a PostgreSQL URL is set, so psycopg costs nothing elsewhere. Invariants: a message
-never holds the URL or the password; no call waits for ever, whatever the network and the server do.
+never contains the URL or the password; no call waits forever, whatever the network and the server do.
 """
 
 import re
@@ -25,24 +25,23 @@ from app.db.database import Connections, DamagedDatabase, Dialect, Row, bound
 T = TypeVar("T")
 
 STREAMED_ROWS = 1000
-ANSWER_SECONDS = 60.0  # longer than the server gives a statement, so that its own answer comes first
+ANSWER_SECONDS = 60.0  # longer than the server's statement timeout, so that the server's error comes first
 CONNECTION = {
     "connect_timeout": "5",
     "application_name": "headwater",
-    # A peer that vanished is noticed within about 20 s instead of the system's hours.
+    # Notice a vanished peer within about 20 s; the system default is hours.
     "keepalives": "1",
     "keepalives_idle": "10",
     "keepalives_interval": "5",
     "keepalives_count": "2",
     "tcp_user_timeout": "20000",
 }
-# Whatever the URL, the environment, the role or the database says: this is the encoding of the bytes that we send.
+# Overrides the URL, the environment, the role and the database: we always send UTF-8.
 ENCODING = {"client_encoding": "UTF8"}
-# Set by a statement and not by `options`, which connection poolers refuse. Those that change how values look are set
-# against defaults of the role or the database: with `extra_float_digits` below 1 floats come back rounded, psycopg
-# reads only ISO dates, and in a stricter isolation who waited for a lock does not see what was done under it. The last
-# one frees the locks of a process that was paused in mid-transaction, before those who wait to take over its lease give
-# up.
+# Set by a statement and not by `options`, which connection poolers refuse. Some override defaults of the role or the
+# database: with `extra_float_digits` below 1 floats come back rounded, psycopg reads only ISO dates, and under stricter
+# isolation a transaction that waited for a lock does not see the changes made under it. The last one frees the locks of
+# a process that was paused in mid-transaction before those who wait to take over its lease give up.
 SESSION = """
 SELECT
     current_setting('server_encoding') AS encoding,
@@ -55,7 +54,7 @@ SELECT
     set_config('default_transaction_isolation', 'read committed', false),
     set_config('idle_in_transaction_session_timeout', '10s', false)
 """
-# What must be left alone (quoted text, comments, casts), a parameter, or a percent sign, which psycopg wants doubled.
+# Text to leave alone (quoted text, comments, casts), a parameter, or a percent sign, which psycopg wants doubled.
 TOKEN = re.compile(
     r"""(?P<kept>'(?:[^']|'')*'|"(?:[^"]|"")*"|--[^\n]*|/\*.*?\*/|(?P<tag>\$\w*\$).*?(?P=tag)|::)"""
     r"""|:(?P<name>[A-Za-z_]\w*)|%""",
@@ -71,18 +70,18 @@ SQLSTATE_ACCESS = ("28", "3D", "42501")
 SQLSTATE_VALUE = ("22",)
 SQLSTATE_GONE = ("42P01", "42703")  # a table or a column
 SQLSTATE_NO_EQUIVALENT = "22P05"
-# It keeps bytes and knows no characters, so that each client reads them as another text.
+# This encoding stores bytes without a character set, so each client reads them as different text.
 NO_TEXT = "SQL_ASCII"
 ENCODING_HINT = "move to a database made with CREATE DATABASE ... TEMPLATE template0 ENCODING 'UTF8'"
 
 
 class BoundedConnection(psycopg.Connection[DictRow]):
-    """A connection that gives up waiting: a frozen server keeps its sockets alive and would hold us for ever."""
+    """A connection with a read timeout: a frozen server keeps its sockets open and would block us forever."""
 
     answer_seconds = ANSWER_SECONDS
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """See psycopg; without a timeout of the caller's, ours."""
+        """See psycopg; without a timeout from the caller, ours applies."""
         return super().wait(gen, interval, timeout or self.answer_seconds)
 
 
@@ -104,8 +103,8 @@ class PostgresSession:
             return self._connection.execute(_pyformat(sql), bound(params)).rowcount
 
     def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
-        """See `Session.run_many`. One by one: `executemany` is a pipeline, and a process paused inside one is no
-        idle session to the server, so that its locks would stay for as long as it is paused.
+        """See `Session.run_many`. One by one: `executemany` uses a pipeline, and the server does not count a process
+        paused inside a pipeline as an idle session, so its locks would stay for as long as it is paused.
         """
         with self._errors.translated():
             return sum(self._connection.execute(_pyformat(sql), bound(params)).rowcount for params in many)
@@ -117,12 +116,12 @@ class PostgresSession:
             return cursor.rowcount
 
     def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
-        """See `Session.append`: by COPY."""
+        """See `Session.append`: uses COPY."""
         with self._errors.translated():
             return self._copied(table, columns, rows)
 
     def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
-        """See `Session.append_new`: by COPY, inside a savepoint."""
+        """See `Session.append_new`: uses COPY inside a savepoint."""
         with self._errors.translated():
             self._connection.execute(b"SAVEPOINT appending")
             try:
@@ -146,7 +145,7 @@ class PostgresSession:
         return chain.from_iterable(self.blocks(sql, **params))
 
     def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
-        """See `Session.blocks`: by a cursor of the server, so that it holds what was not asked for yet."""
+        """See `Session.blocks`: uses a server-side cursor, so the server holds the rows not yet fetched."""
         with (
             self._errors.translated(),
             self._connection.cursor(f"stream_{uuid4().hex}", row_factory=tuple_row) as cursor,
@@ -161,13 +160,13 @@ class PostgresSession:
             self._connection.execute(sql.encode())
 
     def check(self) -> None:
-        """See `Session.check`: the server looks after what it stores."""
+        """See `Session.check`: the server checks its own storage."""
 
 
 class PostgresDatabase:
-    """See `Database`. Raises Permanent when the URL cannot be read.
+    """See `Database`. Raises Permanent for an invalid URL.
 
-    A database of encoding SQL_ASCII is refused with each connection: what it stores is nobody's text. At most
+    Every connection refuses a database with encoding SQL_ASCII, since its text has no defined meaning. At most
     `connections` are open at once.
     """
 
@@ -200,7 +199,7 @@ class PostgresDatabase:
 
     def _connect(self) -> BoundedConnection:
         with self._errors.translated():
-            # Never prepared on the server: behind a pooler the next statement may meet another server session.
+            # Never prepare on the server: behind a pooler the next statement may run in another server session.
             connection = BoundedConnection.connect(self._conninfo, prepare_threshold=None, row_factory=dict_row)
             with ExitStack() as undo:
                 undo.callback(connection.close)
@@ -214,12 +213,12 @@ class PostgresDatabase:
 
 
 def conninfo_of(url: str, variables: str) -> str:
-    """How a library that makes its own connections is told to make them. Raises Permanent as `PostgresDatabase`."""
+    """The connection string for a library that opens its own connections. Raises Permanent as `PostgresDatabase`."""
     return make_conninfo("", **{**CONNECTION, **_given(url, variables), **ENCODING})
 
 
 def errors_of(url: str, variables: str) -> "PsycopgErrors":
-    """The translation for such a library."""
+    """The error translation for such a library."""
     return PsycopgErrors(_place(_given(url, variables)), variables)
 
 
@@ -227,7 +226,7 @@ def _given(url: str, variables: str) -> Mapping[str, Any]:
     try:
         return conninfo_to_dict(url)
     except psycopg.Error:
-        # Without the cause: its text repeats parts of the URL.
+        # No cause: its text repeats parts of the URL.
         raise Permanent(
             "the PostgreSQL URL cannot be read", f"check {variables}; special characters in it are %-encoded"
         ) from None
@@ -250,7 +249,7 @@ class PsycopgErrors:
 
     def _error(self, error: psycopg.Error) -> AppError:
         state = error.sqlstate or ""
-        # What happened, without the values that PostgreSQL adds in its detail lines.
+        # The primary message, without the values that PostgreSQL adds in its detail lines.
         text = error.diag.message_primary or str(error).strip() or type(error).__name__
         message = f"{self.place}: {text.splitlines()[0]}"
         if state == SQLSTATE_NO_EQUIVALENT:
@@ -278,7 +277,9 @@ def _place(given: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=512)
 def _pyformat(sql: str) -> bytes:
-    """`:name` as psycopg's `%(name)s`; quoted text, comments and `::` casts stay. Slices such as [1:n] do not."""
+    """`:name` as psycopg's `%(name)s`; quoted text, comments and `::` casts stay. Slices such as [1:n] are not
+    supported.
+    """
 
     def replaced(token: re.Match[str]) -> str:
         if token["name"]:
@@ -289,7 +290,7 @@ def _pyformat(sql: str) -> bytes:
 
 
 def _alive(connection: BoundedConnection) -> bool:
-    """False when the server has said or closed something on an idle connection, which it does only to end it."""
+    """False when an idle connection has data or was closed: the server only does that to end it."""
     if connection.closed:
         return False
     idle: select.poll = select.poll()
@@ -299,7 +300,7 @@ def _alive(connection: BoundedConnection) -> bool:
 
 
 def _rolled_back(connection: BoundedConnection) -> bool:
-    """False for a connection that is lost or still waits for an answer."""
+    """Roll back; False when the connection is lost or still waits for an answer."""
     try:
         if connection.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE:
             connection.close()

@@ -1,8 +1,8 @@
 """SQLite as a `Database`: the embedded store of one machine.
 
-Invariants: write transactions take the write lock when they begin, so none fails half-way for want of it; a process
-that is killed at any instruction, or a power cut, leaves a database that opens again with every committed
-transaction; a connection whose file was replaced is not used again; its files are for their owner alone.
+Invariants: write transactions take the write lock at the start, so none fails half-way because it cannot get it; after
+a kill at any instruction, or a power cut, the database opens again with every committed transaction; a connection whose
+file was replaced is not reused; its files are readable by their owner only.
 """
 
 import os
@@ -39,13 +39,14 @@ LASTING = {
     sqlite3.SQLITE_PERM: "let the user of this process write the database file and its directory",
 }
 DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
-# Detailed codes of a log that was cut beside living processes. A disk that fails has others, such as IOERR_READ.
+# Extended codes for a -wal file that was truncated under running processes. A failing disk gives others, such as
+# IOERR_READ.
 CUT = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_IOERR_SHORT_READ)
 GONE = ("no such table", "no such column", "has no column named", "Could not decode to UTF-8")
 
 
 class FileConnection(sqlite3.Connection):
-    """A connection that knows which file it opened, and which log beside it: others may lie in their place by now."""
+    """A connection that knows which database file and -wal file it opened; other files may have replaced them since."""
 
     file: tuple[int, int] | None = None
     log: tuple[int, int] | None = None
@@ -116,7 +117,7 @@ class SqliteSession:
                 yield rows
 
     def script(self, sql: str) -> None:
-        """See `Session.script`. Not `executescript`, which commits what is open before it starts."""
+        """See `Session.script`. Not `executescript`, which first commits the open transaction."""
         statement = ""
         for line in (*sql.splitlines(keepends=True), "\n;"):
             statement += line
@@ -133,7 +134,7 @@ class SqliteSession:
 
 
 class SqliteDatabase:
-    """See `Database`. The file and its folder are made on first use; of `read_only` ones nothing is made or changed."""
+    """See `Database`. The file and its directory are created on first use; `read_only` creates and changes nothing."""
 
     dialect: Dialect = "sqlite"
 
@@ -150,7 +151,7 @@ class SqliteDatabase:
     def transaction(self, *, read_only: bool = False) -> Iterator[SqliteSession]:
         """See `Database.transaction`."""
         with self._connections.lent(self._busy_seconds) as connection:
-            # IMMEDIATE: a lock that is asked for only at the first write cannot be waited for once the snapshot is old.
+            # IMMEDIATE: a lock requested only at the first write cannot be waited for once the snapshot is old.
             with _translated(self.path):
                 connection.execute("BEGIN" if read_only else "BEGIN IMMEDIATE")
             yield SqliteSession(connection, self.path)
@@ -176,8 +177,8 @@ class SqliteDatabase:
             return _opened(self.path, self._busy_seconds)
 
     def _is_current(self, connection: FileConnection) -> bool:
-        """False when the file or its log was moved, deleted or replaced since: what is committed to it would be seen by
-        nobody. Closing the last connection writes a log that was deleted into its file.
+        """False when the file or its -wal was moved, deleted or replaced: nobody would see what is committed to it.
+        Closing the last connection writes a deleted -wal into its database file.
         """
         log = None if connection.log is None else file_id(Path(f"{self.path}-wal"))
         return (connection.file, connection.log) == (file_id(self.path), log)
@@ -193,10 +194,10 @@ def _rolled_back(connection: FileConnection) -> bool:
 
 @contextmanager
 def folder_lock(folder: Path, *, exclusive: bool = False) -> Iterator[None]:
-    """Files of the folder are opened under the shared lock and moved under the exclusive one: of a database that was
-    moved while it was opened, two processes would hold different parts. The kernel releases it when a process dies.
+    """Files in the folder are opened under the shared lock and moved under the exclusive one: if a database were moved
+    while it is opened, two processes would hold different parts. The kernel releases the lock when a process dies.
     """
-    import fcntl  # not on Windows, which is told so in one line before anything is opened
+    import fcntl  # not on Windows, which an earlier check refuses with one line
 
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -210,7 +211,7 @@ def folder_lock(folder: Path, *, exclusive: bool = False) -> Iterator[None]:
 
 
 def file_id(path: Path) -> tuple[int, int] | None:
-    """What tells a file from another one that takes its place; None when there is none."""
+    """Device and inode, which tell a file from its replacement; None when it does not exist."""
     try:
         found = path.stat()
     except OSError:
@@ -219,7 +220,9 @@ def file_id(path: Path) -> tuple[int, int] | None:
 
 
 def _refuse_lone_wal(path: Path) -> None:
-    """SQLite takes an empty file for a new database, and deletes the log of one that was emptied. Raises Damaged."""
+    """Raises `DamagedDatabase` for a -wal file next to an empty or missing database: SQLite would take that for a new
+    database and delete the -wal.
+    """
     with suppress(OSError):
         if Path(f"{path}-wal").stat().st_size and not (path.exists() and path.stat().st_size):
             raise DamagedDatabase(f"SQLite at {path}: the file is empty or gone, while its -wal is there")
@@ -242,14 +245,14 @@ def _opened(path: Path, busy_seconds: float) -> FileConnection:
     connection = _connected(path, busy_seconds)
     with ExitStack() as undo:
         undo.callback(connection.close)
-        connection.execute("PRAGMA schema_version")  # makes the file
+        connection.execute("PRAGMA schema_version")  # creates the file
         _keep_to_owner(path)
         _use_wal(connection, busy_seconds)
-        # FULL: what was committed is there after a power cut. With less, state and warehouse could come back from
-        # one at different instants, and the state would vouch for rows that the warehouse has lost.
+        # FULL: committed data survives a power cut. With less, state and warehouse could come back from different
+        # points in time, and the state would vouch for rows that the warehouse has lost.
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
-        # SQLite's own lower() knows ASCII only.
+        # SQLite's own lower() only handles ASCII.
         connection.create_function("lower_text", 1, lambda text: text.lower() if text else text, deterministic=True)
         connection.create_function("sha256_hex", 1, lambda text: sha256(text.encode()).hexdigest(), deterministic=True)
         connection.file, connection.log = file_id(path), file_id(Path(f"{path}-wal"))
@@ -258,8 +261,8 @@ def _opened(path: Path, busy_seconds: float) -> FileConnection:
 
 
 def _keep_to_owner(path: Path) -> None:
-    """0600 for a file of ours and, when it is from an earlier version, those that SQLite keeps beside it; new ones have
-    the mode of the file. By name: to open and close the file here would give up the locks of other connections.
+    """Set mode 0600 on a file of ours and, if an earlier version made it, on SQLite's companion files; new ones inherit
+    the mode. By name: opening and closing the file here would release the locks of other connections.
     """
     for name in (path, *(path.with_name(path.name + suffix) for suffix in BESIDE)):
         try:
@@ -267,12 +270,12 @@ def _keep_to_owner(path: Path) -> None:
             if found.st_uid == os.geteuid() and found.st_mode & OTHERS:
                 name.chmod(OWNER_ONLY)
         except FileNotFoundError:
-            pass  # SQLite has none, or has just removed it
+            pass  # SQLite has no such file, or has just removed it
 
 
 def _use_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:
-    """WAL lets readers go on while one writes. The switch of a new file to it is refused without any wait while another
-    process writes or switches (the busy timeout does not cover that), so the waiting is done here.
+    """WAL lets readers continue during a write. Switching a new file to WAL fails at once while another process writes
+    or switches (the busy timeout does not cover that), so the wait is done here.
     """
     deadline = time.monotonic() + busy_seconds
     while True:
@@ -287,7 +290,7 @@ def _use_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:
 
 
 def _read(name: str, value: Any) -> Any:
-    """Raises ValueError for what was never stored: text with a NUL is refused, and blank sectors read as such."""
+    """Raises ValueError for text with a NUL: it was never stored, but zeroed disk sectors read as such."""
     if not isinstance(value, str):
         return value
     if "\0" in value:
@@ -309,7 +312,7 @@ def _error(path: Path, error: sqlite3.Error | OverflowError) -> AppError:
     if isinstance(error, OverflowError | sqlite3.DataError):
         return Rejected(message, "correct the value: it is outside the range of the column")
     detailed = getattr(error, "sqlite_errorcode", None) or 0
-    code = detailed & 0xFF  # the low byte; the others tell details
+    code = detailed & 0xFF  # the low byte; the others hold details
     if code in DAMAGED or detailed in CUT or any(sign in str(error) for sign in GONE):
         return DamagedDatabase(message)
     if code in PASSING:

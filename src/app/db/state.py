@@ -1,4 +1,4 @@
-"""The state of the product in one database: runs, pauses, alerts and pulls, together with checkpoints and leases."""
+"""The state of the product in one database: runs, pauses, alerts and exports, together with checkpoints and leases."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +22,13 @@ from app.db.workers import SqlWorkers
 
 
 class SqlPauses:
-    """Which jobs are paused: known to every process, and after every restart. Raises what `Session` raises."""
+    """Which jobs are paused: shared by all processes, survives restarts. Raises what `Session` raises."""
 
     def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
 
     def paused(self) -> Mapping[str, datetime]:
-        """Job -> since when."""
+        """Job -> when it was paused."""
         return {row["job"]: row["paused_at"] for row in self._queries.rows("paused")}
 
     def pause(self, job: str, at: datetime, by: str) -> None:
@@ -36,13 +36,13 @@ class SqlPauses:
         self._queries.run("pause", job=job, at=at, by=by)
 
     def resume(self, job: str) -> None:
-        """End the pause. Idempotent."""
+        """Resume a job. Idempotent."""
         self._queries.run("resume", job=job)
 
 
 @dataclass(frozen=True, slots=True)
 class DashboardSession:
-    """A sign-in by a key, which is known by its name and SHA-256 (hex)."""
+    """A sign-in with a key, identified by its name and SHA-256 (hex)."""
 
     key_name: str
     key_hash: str
@@ -50,17 +50,17 @@ class DashboardSession:
 
 
 class SqlSessions:
-    """Who is signed in, by the SHA-256 of a token. Raises what `Session` raises."""
+    """Sign-in sessions, by the SHA-256 of a token. Raises what `Session` raises."""
 
     def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
 
     def find(self, token_hash: str) -> DashboardSession | None:
-        """The session, also one that has ended by itself; None when there is none."""
+        """The session, even if it has expired; None when there is none."""
         return next((DashboardSession(**row) for row in self._queries.rows("session", token_hash=token_hash)), None)
 
     def begin(self, token_hash: str, begun: DashboardSession, now: datetime) -> None:
-        """Keep a session; those that ended before `now` are forgotten."""
+        """Store a session; delete those that expired before `now`."""
         self._queries.run("forget_sessions", now=now)
         self._queries.run(
             "begin_session",
@@ -71,30 +71,30 @@ class SqlSessions:
         )
 
     def end(self, token_hash: str) -> None:
-        """Forget a session. Idempotent."""
+        """Delete a session. Idempotent."""
         self._queries.run("end_session", token_hash=token_hash)
 
 
 class SqlAlerts:
-    """What people were told of a job and is not over yet, shared by all processes. Raises what `Session` raises.
+    """Active alerts of jobs, shared by all processes. Raises what `Session` raises.
 
-    Beginning and ending an alert is each one statement that only one caller gets a True for, so of several processes
-    one sends it.
+    Beginning and ending an alert is each one statement that returns True to only one caller, so only one of several
+    processes sends it.
     """
 
     def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
 
     def told(self) -> Mapping[tuple[str, str], datetime]:
-        """Job and event -> since when."""
+        """Job and event -> when the alert began."""
         return {(row["job"], row["event"]): row["told_at"] for row in self._queries.rows("open_alerts")}
 
     def begin(self, job: str, event: str, at: datetime) -> bool:
-        """True for the one caller who is first and has to tell; False while it is told already."""
+        """True for the one caller that begins the alert and has to send it; False while it is active already."""
         return self._changed("begin_alert", job=job, event=event, at=at)
 
     def end(self, job: str, before: datetime, event: str | None = None) -> bool:
-        """What was told of its runs before that instant is over, or only `event`. True for the one who ended it."""
+        """End the alerts of its runs begun before that time, or only `event`. True for the caller that ended them."""
         if event is None:
             return self._changed("end_alerts", job=job, before=before)
         return self._changed("end_alert", job=job, event=event, before=before)
@@ -104,17 +104,17 @@ class SqlAlerts:
             return bool(session.rows(self._queries[query], **params))
 
 
-# What pulls remember: the requests sent to export services, and how many calls each day has had.
+# State of exports: the requests sent to export services, and how many calls each day has had.
 #
 # Invariants: a request keeps its number and its text, since the text identifies the export on the server; a call is
-# counted before it is made, so a day never has more of them than it allows, whatever happens to their answers.
+# counted before it is made, so a day never exceeds its limit, whatever happens to the responses.
 
 ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class PendingExport:
-    """One request. `asked_at` None: the service is not known to have received it. `done`: its file was ingested."""
+    """One request. `asked_at` None: the service may not have received it. `done`: its file was ingested."""
 
     export_id: int
     request: str
@@ -125,13 +125,13 @@ class PendingExport:
 
 
 class SqlPulls:
-    """Exports by service and owner, calls by service and day UTC. Raises what `Session` raises."""
+    """Exports by service and owner, calls by service and UTC day. Raises what `Session` raises."""
 
     def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
 
     def add(self, service: str, owner: str, request: str, now: datetime) -> PendingExport:
-        """The export of this request, new or known. Idempotent."""
+        """The export of this request, new or existing. Idempotent."""
         named = {"service": service, "owner": owner, "request": request}
         for _ in range(ATTEMPTS):  # another process may take the same number at the same time
             with self._queries.database.transaction() as session:
@@ -142,16 +142,16 @@ class SqlPulls:
         raise Transient("other processes number their exports at the same time", "send the same request again")
 
     def find(self, service: str, export_id: int) -> PendingExport | None:
-        """The export of that number; None for one that was never given."""
+        """The export with that number; None when it was never assigned."""
         found = self._queries.rows("export_by_id", service=service, export_id=export_id)
         return _export(found[0]) if found else None
 
     def open(self, service: str, owner: str) -> Sequence[PendingExport]:
-        """Exports of an owner that are not done, oldest first."""
+        """Unfinished exports of an owner, oldest first."""
         return [_export(row) for row in self._queries.rows("open_exports", service=service, owner=owner)]
 
     def save(self, export: PendingExport) -> None:
-        """Store how far it is. Idempotent."""
+        """Store the progress of an export. Idempotent."""
         self._queries.run(
             "save_export",
             export_id=export.export_id,
@@ -161,11 +161,11 @@ class SqlPulls:
         )
 
     def forget(self, service: str, owner: str, before: datetime) -> None:
-        """Drop exports of an owner that are done and older."""
+        """Delete finished exports of an owner that are older than `before`."""
         self._queries.run("forget_exports", service=service, owner=owner, before_at=before)
 
     def count_call(self, service: str, limit: int, now: datetime) -> None:
-        """Count a call that is about to be made. Raises Transient when the day has had `limit` of them."""
+        """Count a call before it is made. Raises Transient when the day has reached `limit`."""
         day = floor_to(now, DAY_SECONDS)
         if not self._queries.run("count_call", service=service, day_at=day, limit_calls=limit):
             raise Transient(
@@ -175,11 +175,11 @@ class SqlPulls:
             )
 
     def calls(self, service: str, now: datetime) -> int:
-        """How many calls this day has had."""
+        """The number of calls on this day."""
         return self.calls_ever(service, now)[0]
 
     def calls_ever(self, service: str, now: datetime) -> tuple[int, int]:
-        """How many calls this day has had, and all days together, which never falls."""
+        """The number of calls on this day, and over all days, which never falls."""
         (found,) = self._queries.rows("calls_of", service=service, day_at=floor_to(now, DAY_SECONDS))
         return int(found["calls"]), int(found["calls_ever"])
 
@@ -197,12 +197,12 @@ def _export(row: Row) -> PendingExport:
 
 # The record of runs.
 #
-# Invariants: a job's latest runs are kept and older ones go when a run is saved, so the table cannot grow for ever;
-# each run that ends is added to the totals once, in the transaction that says so.
+# Invariants: a job's latest runs are kept and older ones deleted when a run is saved, so the table stays bounded; each
+# run that ends is added to the totals once, in the transaction that records its end.
 
 KEPT_RUNS = 1000
 KEPT_SLOTS = timedelta(days=35)
-SLOT_SECONDS = 900  # every time zone begins its day on a quarter of an hour
+SLOT_SECONDS = 900  # in every time zone the day begins on a quarter of an hour
 
 
 class SqlRuns:
@@ -213,7 +213,7 @@ class SqlRuns:
         self._kept = kept
 
     def save(self, run: Run) -> None:
-        """See `Runs.save`; the job's oldest runs beyond the kept number go."""
+        """See `Runs.save`; deletes the job's oldest runs beyond the number to keep."""
         columns = _columns(run)
         with self._queries.database.transaction() as session:
             ends = run.ended_at is not None and not session.rows(self._queries["is_counted"], run_id=run.run_id)
@@ -231,7 +231,7 @@ class SqlRuns:
                     slot_at=floor_to(run.ended_at, SLOT_SECONDS),
                     new_rows=run.report.new_rows,
                     updated_rows=run.report.corrected_rows or corrected,
-                    # What was set aside is told as such; the run has not failed.
+                    # Rows set aside are reported as such; the run has not failed.
                     failed_runs=int(
                         run.outcome is Outcome.FAILED or bool(run.report.failures and not ledger.newly_set_aside)
                     ),
@@ -248,7 +248,7 @@ class SqlRuns:
         return self._runs("recent_runs_of_job", job=job, limit=limit)
 
     def last_ended(self, job: str) -> Run | None:
-        """The latest run that has ended, whatever its outcome; None when none has."""
+        """The latest ended run, whatever its outcome; None when there is none."""
         return next(iter(self._runs("last_ended", job=job, limit=1)), None)
 
     def since_done_seconds(self, job: str) -> float | None:
@@ -276,7 +276,7 @@ class SqlRuns:
 
 
 def _ledger_sums(run: Run) -> Iterator[dict[str, Any]]:
-    """What a run adds to the sums. A job whose run kept a ledger has its entries also while they are 0."""
+    """What a run adds to the sums. A job whose run kept a ledger has its entries even while they are 0."""
     ledger = run.report.ledger
     if ledger:
         of = {"job": run.job, "reason": ""}
@@ -298,7 +298,7 @@ def _columns(run: Run) -> dict[str, Any]:
         "more": run.report.more,
         "error": storable(run.error),
         "hint": storable(run.hint),
-        # Beside the ledger in its document, in which earlier versions look for the keys of a ledger.
+        # More keys in the ledger's document: earlier versions read only the ledger's own keys from it.
         "ledger": json.dumps(
             {
                 **to_json(run.report.ledger),
@@ -331,7 +331,7 @@ class SqlRequestCounts:
         self._queries = queries
 
     def add(self, by_kind: Mapping[str, float], first_at: datetime, last_at: datetime) -> None:
-        """Add what was sent between two moments, and drop hours that are no longer of use."""
+        """Add what was sent between two moments, and delete hours that are no longer needed."""
         hour_at = floor_to(last_at, HOUR_SECONDS)
         with self._queries.database.transaction() as session:
             for kind, number in sorted(by_kind.items()):
@@ -359,16 +359,16 @@ class SqlRequestCounts:
 
 # All of it on one database.
 #
-# Invariant: nothing is connected or migrated before the first use, so the daemon starts while PostgreSQL is away.
+# Invariant: no connection or migration before the first use, so the daemon starts while PostgreSQL is unavailable.
 
 FILE = "state.db"
 VARIABLES = "CHECKPOINT_DATABASE_URL or CHECKPOINT_DB_HOST, _PORT, _NAME, _USER, _PASSWORD"
-CONNECTIONS = 4  # of a process: commits are batched, and a server has about a hundred for all
+CONNECTIONS = 4  # per process: commits are batched, and a server has about a hundred for all
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Everything that the product remembers, on one database."""
+    """All persistent state of the product, on one database."""
 
     database: MigratedDatabase
     file: StateFile | None
@@ -391,12 +391,12 @@ class State:
         self.database.ping()
 
     def check(self) -> None:
-        """As `ping`, and look at all that is stored. Transient when that was damaged: it was replaced."""
+        """As `ping`, and check all stored data. Transient when it was damaged: it was replaced."""
         with self.database.transaction(read_only=True) as session:
             session.check()
 
     def note(self) -> str:
-        """What an operator should know of the state though it can be used; "" for nothing."""
+        """What an operator should know about the state although it works; "" for nothing."""
         notes = [self.file.note if self.file else "", self.clocks.note()]
         return "; ".join(filter(None, notes))
 
@@ -406,9 +406,9 @@ class State:
 
 
 def open_state(url: str, data_dir: Path, *, run_records: int = KEPT_RUNS) -> State:
-    """The state at a database URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL.
+    """The state at a database URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for an invalid URL.
 
-    `run_records`: runs of each job that are remembered.
+    `run_records`: the number of runs to keep for each job.
     """
     folder = sql_directory() / "state"
     plain = open_database(url, variables=VARIABLES, default=data_dir / FILE, connections=CONNECTIONS)

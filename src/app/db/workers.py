@@ -1,6 +1,6 @@
-"""Workers in the state database: who is alive, and what came of the steps that they made of plans.
+"""Workers in the state database: which are alive, and their reports on steps of plans.
 
-Invariant: a report is taken by one plan only, so that no row is counted twice.
+Invariant: only one plan takes a report, so that no row is counted twice.
 """
 
 import json
@@ -21,7 +21,7 @@ NUMBERS = (
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What came of one step. `plan_id`: the run that planned it, which may be over. `requests`: see `Run`."""
+    """The report of one step. `plan_id`: the run that planned it, which may have ended. `requests`: see `Run`."""
 
     plan_id: str
     step: str
@@ -36,32 +36,32 @@ class SqlWorkers:
         self._queries = queries
 
     def see(self, owner: str) -> None:
-        """A worker is alive."""
+        """Record that a worker is alive."""
         with self._queries.database.transaction() as session:
             now_at = now_of(session, self._queries)
             session.run(self._queries["see_worker"], owner=owner, now_at=now_at)
 
     def forget(self, owner: str) -> None:
-        """A worker ended; those that did not say so are forgotten after a day."""
+        """Record that a worker ended; those that did not report it are deleted after a day."""
         with self._queries.database.transaction() as session:
             before_at = now_of(session, self._queries) - KEPT
             session.run(self._queries["forget_workers"], owner=owner, before_at=before_at)
 
     def alive(self, seconds: float) -> int:
-        """How many were seen in the last `seconds`."""
+        """The number of workers seen in the last `seconds`."""
         with self._queries.database.transaction(read_only=True) as session:
             since_at = now_of(session, self._queries) - timedelta(seconds=seconds)
             return int(session.rows(self._queries["workers_alive"], since_at=since_at)[0]["workers"])
 
     def parts_held(self, pipeline: str) -> int:
-        """How many parts of a pipeline's work go on now."""
+        """How many parts of a pipeline's work are in progress."""
         with self._queries.database.transaction(read_only=True) as session:
             now_at = now_of(session, self._queries)
             of = {"prefix": f"{pipeline}/", "free": FREE, "now_at": now_at}
             return int(session.rows(self._queries["parts_held"], **of)[0]["parts"])
 
     def save_report(self, pipeline: str, done: StepReport) -> None:
-        """Keep it until a plan takes it. Idempotent."""
+        """Store a report until a plan takes it. Idempotent."""
         report = done.report
         document = {name: getattr(report, name) for name in NUMBERS} | {
             "failures": [asdict(each) for each in report.failures],
@@ -79,7 +79,7 @@ class SqlWorkers:
             )
 
     def take_reports(self, pipeline: str) -> Sequence[StepReport]:
-        """All reports that no plan has taken."""
+        """Take all reports that no plan has taken."""
         with self._queries.database.transaction() as session:
             rows = session.rows(self._queries["take_step_reports"], pipeline=pipeline)
         return [_step_report(row["plan_id"], row["step"], json.loads(row["report"])) for row in rows]
@@ -87,7 +87,7 @@ class SqlWorkers:
 
 def _step_report(plan_id: str, step: str, document: dict[str, object]) -> StepReport:
     failures, ledger = document.pop("failures"), document.pop("ledger")
-    requests = document.pop("requests", {})  # earlier versions did not keep them
+    requests = document.pop("requests", {})  # earlier versions did not store requests
     report = Report(
         failures=tuple(Failure(**each) for each in failures),  # type: ignore[attr-defined]
         ledger=from_json(ledger),  # type: ignore[arg-type]

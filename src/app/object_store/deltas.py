@@ -1,10 +1,10 @@
-"""How the objects of an export are named, and what their writers noted of them.
+"""How the objects of an export are named, and the metadata that their writers stored.
 
-Deltas: further objects of a window, which older versions wrote for late rows, named by the seconds after its start.
+Deltas: additional objects of a window, which older versions wrote for late rows, named by the seconds after its start.
 
-One rule for every reader: a delta whose rows the object of its window holds is skipped, since it stays for good where
-deletion is refused. The object says which these are (`folded`, the highest second) in its metadata, and is asked only
-where a window may have both. Invariant: a window is known from what its writers noted, never guessed from names.
+One rule for every reader: skip a delta whose rows the object of its window holds, since the delta stays forever where
+deletion is refused. The object's metadata says which these are (`folded`, the highest second), and is requested only
+where a window may have both. Invariant: a window is known from its writers' metadata, never guessed from names.
 """
 
 import re
@@ -26,9 +26,9 @@ Head = Callable[[ObjectInfo | str], ObjectInfo | None]
 
 @dataclass(frozen=True, slots=True)
 class UnfoldedDeltas:
-    """What is left of a listing. An object that was asked has the version that it had then.
+    """A listing without folded deltas. An object whose metadata was requested has its version at that time.
 
-    `is_whole`: each delta's object is in the listing as well, so that what is left depends on nothing else.
+    `is_whole`: the listing includes the object of each delta, so the result depends on nothing else.
     """
 
     infos: Sequence[ObjectInfo]
@@ -37,7 +37,7 @@ class UnfoldedDeltas:
 
 @dataclass(frozen=True, slots=True)
 class _Noted:
-    """What a window's object says: seconds of the day from `start` to before `end`, and the highest folded part."""
+    """Metadata of a window's object: seconds of the day from `start` to before `end`, and the highest folded part."""
 
     start: int = 0
     end: int = 0
@@ -48,7 +48,7 @@ class _Noted:
 
 
 def check_device(device: str) -> None:
-    """Raises Rejected for an id that cannot be part of a key as it is."""
+    """Raises Rejected for an id that cannot be part of a key unchanged."""
     problem = ""
     if not device or "/" in device or ".." in device:
         problem = "is empty or holds '/' or '..'"
@@ -66,7 +66,7 @@ def check_device(device: str) -> None:
 
 
 def is_nameable(device: str) -> bool:
-    """True for a device whose id can stand in a key."""
+    """True for a device whose id can be part of a key."""
     try:
         check_device(device)
     except Rejected:
@@ -75,7 +75,7 @@ def is_nameable(device: str) -> bool:
 
 
 def state_from_metadata(info: ObjectInfo) -> ObjectState:
-    """What an object's metadata says; an object that a person put there says nothing."""
+    """The state in an object's metadata; empty fields if a person put the object there."""
     return ObjectState(
         version=info.etag,
         digest=info.metadata.get("digest", ""),
@@ -88,13 +88,13 @@ def state_from_metadata(info: ObjectInfo) -> ObjectState:
 
 
 def named_second(key: str) -> int | None:
-    """The second of the day that an object of a window, or a delta, is named by; None for any other key."""
+    """The second of the day in the name of a window's object or a delta; None for any other key."""
     named = NAME.fullmatch(key)
     return named and _second(*named.groups()[1:4])
 
 
 def window_from_metadata(info: ObjectInfo) -> tuple[int, int] | None:
-    """The window that the object's writer noted, as seconds of its day; None for what another program wrote."""
+    """The window in the object's metadata, as seconds of its day; None for another program's object."""
     noted = WINDOW.fullmatch(info.metadata.get("window", ""))
     return noted and (_second(*noted.groups()[:3]), _second(*noted.groups()[3:]) or DAY)
 
@@ -102,8 +102,8 @@ def window_from_metadata(info: ObjectInfo) -> tuple[int, int] | None:
 def unfolded_deltas(infos: Iterable[ObjectInfo], head: Head, *, window_seconds: int = 60) -> UnfoldedDeltas:
     """`infos` without the deltas whose rows the object of their window holds.
 
-    `window_seconds`: what the names of windows are a multiple of; where that is not known, the shortest window.
-    Whatever is named otherwise is looked at. Raises what `head` raises.
+    `window_seconds`: the names of windows are multiples of it; if unknown, the shortest window. Objects with other
+    names are checked. Raises what `head` raises.
     """
     listed = list(infos)
     days: dict[tuple[str, str], dict[int, ObjectInfo]] = {}
@@ -124,7 +124,7 @@ def unfolded_deltas(infos: Iterable[ObjectInfo], head: Head, *, window_seconds: 
 
 @dataclass(slots=True)
 class _Look:
-    """A look at one day of one device. `changes`: what takes the place of a key's entry, None for a folded delta."""
+    """A check of one day of one device. `changes`: the replacement for a key's entry, None for a folded delta."""
 
     folder: str
     suffix: str
@@ -134,7 +134,7 @@ class _Look:
     is_whole: bool = True
 
     def over(self, window_seconds: int) -> None:
-        """Look at everything whose name may be that of a delta, and before it at the object that is named before."""
+        """Check every object whose name may be that of a delta, after the object before it."""
         noted, before = _Noted(), None
         for second, info in sorted(self.day.items()):
             if not noted.covers(second) and second % window_seconds == 0:
@@ -148,7 +148,7 @@ class _Look:
                 self.changes[info.key] = None
 
     def _ask(self, second: int) -> _Noted:
-        """What the object of this name says of its window; where it is a delta, what its window's object says."""
+        """The window metadata of the object with this name; for a delta, that of its window's object."""
         info = self.head(self.day[second])
         window = window_from_metadata(info) if info else None
         if info is None or window is None:
@@ -159,7 +159,7 @@ class _Look:
         elif not start < second < end:
             return _Noted()  # a copy of another window's object
         elif start in self.day:
-            return _Noted(start, end)  # it was asked already, and says nothing
+            return _Noted(start, end)  # already checked: it has no window metadata
         else:
             self.is_whole = False
             named = f"{start // 3600:02d}{start // 60 % 60:02d}{start % 60:02d}"

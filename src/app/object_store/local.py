@@ -1,12 +1,12 @@
-"""The object store port on a directory of this machine: a key is a path below the root, readable by any other program.
+"""The object store port on a local directory: a key is a path below the root, readable by any other program.
 
-Invariants: a name holds the whole old object or the whole new one, also after a kill or a power cut; check and rename
-happen under one lock of all threads and processes, which is never held while a body is streamed; no symbolic link
-below the root is followed. What has no place in a plain file is kept below `.headwater/`, which no listing shows:
+Invariants: a name always holds the whole old object or the whole new one, even after a kill or a power cut; check and
+rename happen under one lock for all threads and processes, which is never held while a body is streamed; symbolic links
+below the root are not followed. What a plain file cannot hold is kept below `.headwater/`, which no listing shows:
 
-    lock      taken around check and rename
+    lock      held during check and rename
     tmp/      objects that are still being written; `probe` removes what killed processes left there
-    meta/     content type and metadata of objects that cannot carry them themselves, see Notes
+    meta/     content type and metadata of objects whose file cannot carry them, see `LocalMetadata`
 """
 
 import errno
@@ -57,7 +57,7 @@ POLL_SECONDS = 0.005
 LEFTOVER_NS = 24 * 3600 * 10**9
 CHUNK_BYTES = 1 << 20
 ABSENT = (FileNotFoundError, NotADirectoryError)
-# Another disk, a file of another user (fs.protected_hardlinks), a folder, a file system without links, too many.
+# Another disk, another user's file (fs.protected_hardlinks), a directory, no hard links here, too many.
 UNLINKABLE = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 AGAIN_HINT = "no action needed; it is retried"
 
@@ -67,9 +67,9 @@ log = logging.getLogger(__name__)
 class LocalDirectory:
     """Both ports on the files below `root`, which the first write creates. `clock_ns`: nanoseconds since the epoch.
 
-    An ETag is inode, modification time and size of the file: it needs no store of its own, and a change by another
-    program is seen. Each write is a new file with a later time than the one it replaces, so that no ETag comes back.
-    Reading a key that is a folder, or below a file, finds nothing; writing it is Rejected.
+    An ETag is the inode, modification time and size of the file: it needs no separate storage, and changes by another
+    program are detected. Each write is a new file with a later time than the one it replaces, so no ETag is reused.
+    Reading a key that is a directory, or below a file, finds nothing; writing it is Rejected.
     """
 
     def __init__(self, root: Path, clock_ns: Callable[[], int] = time.time_ns) -> None:
@@ -80,7 +80,7 @@ class LocalDirectory:
         self._names = LocalNames(self._root, self._temporaries)
         self._clock_ns = clock_ns
         self._turn = threading.Lock()
-        self.conditional = False  # until `probe` has seen that the root can be written and locked
+        self.conditional = False  # until `probe` has confirmed that the root can be written and locked
 
     def probe(self) -> None:
         """Write and lock below the root, and remove what killed processes left there more than a day ago."""
@@ -100,7 +100,7 @@ class LocalDirectory:
             return None
 
         with _translated(key):
-            # Again where a writer may stand between the note and the rename: then there is none.
+            # Without the lock first; if a writer may be between note and rename, again under the lock.
             for turn in (nullcontext(), self._locked()):
                 with turn:
                     found = _stat(path)
@@ -117,7 +117,7 @@ class LocalDirectory:
 
     @contextmanager
     def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
-        """The file itself: it keeps its bytes for this reader when it is replaced or deleted meanwhile."""
+        """The open file: it keeps its bytes for this reader even if it is replaced or deleted meanwhile."""
         path = self._held_path(key)
         with _translated(key):
             file = None if path is None else _open(path)
@@ -130,15 +130,15 @@ class LocalDirectory:
             yield file
 
     def pin(self, key: str, target: Path) -> str | None:
-        """A second name for the version that is there, which stays as it is when the key is replaced or deleted; a copy
-        where there can be no second name. The version's ETag, None when there is no object.
+        """Hard-link the current version to `target`, where it stays when the key is replaced or deleted; copy it where
+        a hard link is impossible. Returns the version's ETag, None when there is no object.
         """
         path = self._held_path(key)
         if path is None:
             return None
         with _translated(key):
             try:
-                # The ETag is that of the link: by now the name may lead to a later version.
+                # Use the ETag of the link: the name may already lead to a later version.
                 target.hardlink_to(path)
             except ABSENT:
                 return None
@@ -152,10 +152,10 @@ class LocalDirectory:
             return None if found is None else _etag(found)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Depth first in UTF-8 order of the keys; one folder's names are in memory at a time."""
+        """Depth first in UTF-8 order of the keys; holds the names of one directory at a time in memory."""
         folder = prefix.rpartition("/")[0]
         segments = folder.split("/") if folder else []
-        # prefixes that no key starts with must not be turned into a path
+        # prefixes that no key starts with must not become a path
         if (
             prefix.startswith("/")
             or any(segment in ("", ".", "..") for segment in segments)
@@ -169,11 +169,11 @@ class LocalDirectory:
             yield from self._walk(f"{folder}/" if folder else "", prefix)
 
     def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:  # noqa: ARG002 - the port's
-        """As listed: each file is looked at."""
+        """As listed: every file is read with stat."""
         return in_batches(self.list(prefix))
 
     def delete(self, key: str) -> None:
-        """Remove the file, its metadata, and the folders that are empty then."""
+        """Remove the file, its metadata, and directories that are then empty."""
         path = self._held_path(key)
         with _translated(key):
             if path is None or _stat(path) is None:
@@ -186,7 +186,7 @@ class LocalDirectory:
                 self._prune(path.parent)
 
     def properties(self, key: str) -> ObjectInfo | None:
-        """As `head`, which has all."""
+        """Same as `head`, which returns everything."""
         return self.head(key)
 
     def write(self, key: str, body: ReadableBody, put: PutRequest) -> StoredObject:
@@ -201,8 +201,8 @@ class LocalDirectory:
             if put.expected not in (None, found):
                 raise Conflict(f"{key}: expected {put.expected or 'no object'}, found {found or 'none'}", AGAIN_HINT)
             if held is not None and made.st_mtime_ns <= held.st_mtime_ns:
-                # Made newer than what it replaces, also when the clock was set back: the inode may have belonged to an
-                # earlier version, so the time alone tells them apart. Inode, time and size outlive the rename.
+                # Make it newer than the replaced file even if the clock was set back: the inode may have belonged to an
+                # earlier version, so only the time tells them apart. Inode, time and size survive the rename.
                 with spooled.open("rb+") as file:
                     etag, noted = self._seal(file, held.st_mtime_ns + 1, put)
             try:
@@ -210,17 +210,17 @@ class LocalDirectory:
                 if not noted:
                     self._notes.write(key, etag, put)
                 if path.is_dir():
-                    path.rmdir()  # an empty one was left by a killed writer; any other is another key's folder
+                    path.rmdir()  # an empty one was left by a killed writer; others hold another key's objects
                 replace_durably(spooled, path)
             except OSError:
                 self._prune(path.parent)
                 raise
-            # Only now it is certain what the file system made of the name.
+            # Only now is it certain which name the file system stored.
             self._check_name(key, written=path)
             return StoredObject(etag, made.st_size)
 
     def patch(self, held: ObjectInfo, offset: int, body: ReadableBody) -> StoredObject:
-        """The object is written again as a whole: its readers keep what they have."""
+        """Rewrites the whole object: its current readers keep the old bytes."""
         with self.open(held.key, held.etag) as old:
             if old is None:
                 raise Conflict(
@@ -231,7 +231,7 @@ class LocalDirectory:
 
     @contextmanager
     def open_span(self, held: ObjectInfo, first: int, count: int) -> Iterator[ReadableBody]:
-        """The open file, from `first` on."""
+        """The open file, positioned at `first`."""
         with self.open(held.key, held.etag) as stream:
             if stream is None:
                 raise Conflict(f"{held.key}: was deleted", AGAIN_HINT)
@@ -239,12 +239,12 @@ class LocalDirectory:
             yield LimitedBody(stream, count)
 
     def page(self, question: ListingRequest) -> ListingPage:
-        """The keys after the last one of the page before."""
+        """The keys after the last one of the previous page."""
         return page_of(self.list(question.prefix), question)
 
     def _held_path(self, key: str) -> Path | None:
-        """Where the object is, if there is one; None where the file system has it under another name. Of keys that no
-        new object may have only those that a listing holds, where each comes before all others that begin with it.
+        """The path of the object, if it exists; None if the file system has it under another name. A key that no new
+        object may have must be in the listing, where it comes before all others that begin with it.
         """
         try:
             check_key(key)
@@ -256,10 +256,10 @@ class LocalDirectory:
             return path if self._names.same(key) else None
 
     def _check_name(self, key: str, written: Path | None = None) -> None:
-        """Raises BadKey where the file system would give, or gave what was `written`, another name than its key's."""
+        """Raises BadKey where the file system would store the key, or stored `written`, under a different name."""
         if not self._names.same(key):
             if written is not None:
-                written.unlink()  # nobody else's: the name was checked before the write too
+                written.unlink()  # safe: the name was checked before the write too, so the file is ours
                 self._prune(written.parent)
             raise BadKey(
                 f"object key {key!r} has another name on this disk, whose file system changes case or Unicode",
@@ -292,7 +292,7 @@ class LocalDirectory:
             path.unlink(missing_ok=True)
 
     def _seal(self, file: BinaryIO, at_ns: int, put: PutRequest) -> tuple[str, bool]:
-        """Give the file its time, the clock's since the kernel's own is coarser, and its note; then make it durable."""
+        """Set the file's time (from the clock, as the kernel's is coarser) and its note, then make it durable."""
         descriptor = file.fileno()
         os.utime(descriptor, ns=(at_ns, at_ns))
         etag = _etag(os.fstat(descriptor))
@@ -302,8 +302,8 @@ class LocalDirectory:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One writer at a time: threads wait for each other, processes on the file, which the kernel frees with its
-        descriptor.
+        """One writer at a time: a lock between threads, a file lock between processes, which the kernel releases when
+        the descriptor is closed.
         """
         from filelock import lock_descriptor
 
@@ -323,12 +323,12 @@ class LocalDirectory:
                 os.close(descriptor)
 
     def _walk(self, base: str, prefix: str) -> Iterator[ObjectInfo]:
-        """All below the folder `base`. Its folders have a slash at the end, which is what sorts them right: `a-b` comes
-        before all of `a/`. Text sorts by code point, and so does UTF-8.
+        """Everything below the directory `base`. Directories get a trailing slash, so that they sort correctly: `a-b`
+        comes before all of `a/`. Python sorts text by code point, which is the order of UTF-8.
         """
         names = []
         with _translated(base), suppress(*ABSENT), os.scandir(f"{self._root}/{base}") as entries:
-            for entry in entries:  # nothing of a folder that was removed since its parent was read
+            for entry in entries:  # empty if the directory was removed since its parent was read
                 if entry.is_dir(follow_symlinks=False):
                     names.append(f"{base}{entry.name}/")
                 elif entry.is_file(follow_symlinks=False):
@@ -364,7 +364,7 @@ def _info(key: str, found: os.stat_result) -> ObjectInfo:
 
 
 def _is_key(name: str) -> bool:
-    """Whether a key can name a file that somebody put here, even a key that no new object may have."""
+    """Whether a file found here can be a key, including keys that no new object may have."""
     if name == HIDDEN:
         return False
     if name.isascii() and name.isprintable() and len(name) <= MAX_KEY_BYTES:
@@ -378,7 +378,7 @@ def _is_key(name: str) -> bool:
 
 
 def _stat(path: Path | str) -> os.stat_result | None:
-    """A regular file's properties; None for anything else and for nothing."""
+    """A regular file's properties; None for anything else, or if it does not exist."""
     try:
         found = os.lstat(path)
     except ABSENT:
@@ -388,7 +388,7 @@ def _stat(path: Path | str) -> os.stat_result | None:
 
 def _open(path: Path) -> BinaryIO | None:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO must not hang the reader
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # do not block on a FIFO
     except ABSENT:
         return None
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -398,7 +398,7 @@ def _open(path: Path) -> BinaryIO | None:
 
 
 def _copied(path: Path, target: Path) -> str | None:
-    """The ETag of what was copied, which is one version: an open file keeps its bytes when its name is replaced."""
+    """Copy one version and return its ETag: an open file keeps its bytes when its name is replaced."""
     file = _open(path)
     if file is None:
         return None
@@ -426,7 +426,7 @@ def _translated(what: str) -> Iterator[None]:
 
 
 def _refusal(text: str, number: int | None) -> AppError:
-    """The file system's refusal as what the caller should do."""
+    """The file system's error as an `AppError`."""
     match number:
         case errno.ENOSPC | errno.EDQUOT:
             return Transient(text, "free space on the disks that hold the object directory and DATA_DIR")
@@ -442,18 +442,18 @@ def _refusal(text: str, number: int | None) -> AppError:
             return Transient(text, "check the disk that holds the object directory")
 
 
-# Content type and metadata of an object, which a plain file has no place for.
+# Content type and metadata of an object, which a plain file cannot hold.
 ATTRIBUTE = "user.headwater"
 UNABLE = {errno.ENOTSUP, errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EPERM}
 
 
 class LocalMetadata:
-    """The notes of one directory; half-written ones are in `temporaries`. All methods may raise OSError.
+    """The notes of one directory; unfinished ones are in `temporaries`. All methods may raise OSError.
 
-    A note is an extended attribute of the object's file, so that both appear with one rename; where the file system has
-    none, or the note is too long for one, a file below `folder` named by the key's SHA-256: a name built from the key
-    itself could be too long, or be where another key needs a folder. Invariant: a note names the ETag that it belongs
-    to and counts for no other, so a crash or a change by another program loses metadata and gives no object another's.
+    A note is an extended attribute of the object's file, so that both appear with one rename. Where the file system has
+    none, or the note is too long, it is a file below `folder` named by the key's SHA-256: a name built from the key
+    itself could be too long, or be where another key needs a directory. Invariant: a note names its ETag and is valid
+    for no other, so a crash or a change by another program may lose metadata, but no object gets another's.
     """
 
     def __init__(self, folder: Path, temporaries: Path) -> None:
@@ -461,7 +461,7 @@ class LocalMetadata:
         self._temporaries = temporaries
 
     def attach(self, descriptor: int, etag: str, put: PutRequest) -> bool:
-        """Keep the note with the open file, durable with its next fsync; False where that cannot be done."""
+        """Attach the note to the open file, durable with its next fsync; False if that is not possible."""
         if sys.platform != "linux":
             return False
         try:
@@ -473,7 +473,7 @@ class LocalMetadata:
         return True
 
     def write(self, key: str, etag: str, put: PutRequest) -> None:
-        """Keep the note in a file of its own, before the object that has this ETag gets its name."""
+        """Write the note to a separate file, before the object with this ETag gets its name."""
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = self._temporaries / uuid4().hex
         try:
@@ -486,12 +486,12 @@ class LocalMetadata:
             temporary.unlink(missing_ok=True)
 
     def read(self, key: str, path: Path, info: ObjectInfo) -> tuple[ObjectInfo, bool]:
-        """`info` with what is noted of it, and whether that is certain: it is not while a writer may stand between the
-        note of the next version and its rename.
+        """`info` with its note, and whether that is certain: it is not while a writer may be between writing the note
+        of the next version and renaming.
         """
         note = attached = None
         if sys.platform == "linux":
-            with suppress(OSError):  # no attribute, no support, or the file is gone, which its caller sees as well
+            with suppress(OSError):  # no attribute, no support, or the file is gone, which the caller notices as well
                 note = attached = os.getxattr(path, ATTRIBUTE, follow_symlinks=False)
         if note is None:
             try:
@@ -501,16 +501,16 @@ class LocalMetadata:
         try:
             found = json.loads(note)
         except ValueError:
-            return info, True  # a power cut tore it
+            return info, True  # truncated by a power cut
         if not isinstance(found, dict):
             return info, True
         if found.get("etag") != info.etag:
             return info, attached is not None
-        headers = found.get("headers", {})  # version 1.0 noted none
+        headers = found.get("headers", {})  # version 1.0 stored none
         return replace(info, content_type=found["content_type"], metadata=found["metadata"], headers=headers), True
 
     def remove(self, key: str) -> None:
-        """Forget the note of a deleted object."""
+        """Delete the note of a deleted object."""
         self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
@@ -523,17 +523,17 @@ def _note(etag: str, put: PutRequest) -> bytes:
     return json.dumps(note).encode()
 
 
-# Whether a file system keeps names as they are given: some ignore case, some rewrite Unicode or drop a last dot.
+# Whether a file system stores names unchanged: some ignore case, some normalize Unicode or drop a trailing dot.
 PROBE = "e\N{COMBINING ACUTE ACCENT}\N{LATIN SMALL LETTER E WITH ACUTE} a."
 
 NamesIn = Callable[[Path], Collection[str]]
 
 
 class LocalNames:
-    """Names below `root`. `scratch` is a folder on the same file system, where names are tried out once it is there.
+    """Names below `root`. `scratch` is a directory on the same file system, where names are tested once it exists.
 
-    Where names are kept, as on nearly every server, a look costs nothing; elsewhere each segment is compared with the
-    names that its folder really holds.
+    If names are stored unchanged, as on nearly every server, a check is free; otherwise each segment is compared with
+    the names that its directory actually holds.
     """
 
     def __init__(self, root: Path, scratch: Path, names_in: NamesIn = os.listdir) -> None:
@@ -542,10 +542,10 @@ class LocalNames:
         self._kept: bool | None = None
 
     def same(self, key: str) -> bool:
-        """False where a part of `key` leads to a file or folder of another name. Raises OSError."""
+        """False where a part of `key` leads to a file or directory of another name. Raises OSError."""
         if self._kept is None and self._scratch.is_dir() and os.access(self._scratch, os.W_OK):
             self._kept = self._tried()
-        # None: nothing was written here yet, or nothing can be
+        # None: nothing was written here yet, or the directory is not writable
         return self._kept is not False or is_spelled_so(self._root, key, self._names_in)
 
     def _tried(self) -> bool:
@@ -558,12 +558,12 @@ class LocalNames:
             twice = any((self._scratch / twin).exists() for twin in twins)
             path.unlink()
         except OSError:
-            return False  # not even this name: each one is looked at
+            return False  # not even this name works: check each one
         return kept and not twice
 
 
 def is_spelled_so(root: Path, key: str, names_in: NamesIn) -> bool:
-    """Whether each part of `key` that is there is held by its folder in exactly this spelling."""
+    """Whether each existing part of `key` is in its directory with exactly this spelling."""
     folder = root
     for segment in key.split("/"):
         try:

@@ -1,12 +1,12 @@
-"""The object store ports: whole objects that are replaced by compare-and-swap, and transfers of bodies and parts.
+"""The object store ports: whole objects replaced by compare-and-swap, and transfers of bodies and parts.
 
-Back ends: `local.LocalDirectory` is both; `s3.S3Store` and `s3_multipart.S3Transfers`; in the tests `MemoryObjects`.
-Their methods come in the order of the ports, so that they can be read side by side.
+Back ends: `local.LocalDirectory` implements both; `s3.S3Store` and `s3_multipart.S3Transfers`; in the tests
+`MemoryObjects`. Their methods are in the order of the ports, so that they can be compared.
 
 Invariants of every implementation: a reader sees a whole object or none, never a part; a write either stores all bytes
-with their metadata or changes nothing; an ETag is compared as it was received and differs after each change of content.
-Of transfers also: memory is bounded whatever the size; what a change was made on is what it replaces, and `guarded`
-says whether the store itself saw to that.
+with their metadata or changes nothing; an ETag is compared exactly as received and differs after each change of
+content. For transfers also: memory is bounded whatever the size; a change replaces only the version that it was based
+on, and `guarded` says whether the store itself checked that.
 """
 
 import binascii
@@ -36,7 +36,7 @@ CONTROL = frozenset(map(chr, (*range(0x20), 0x7F)))
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """What is known of an object without its bytes. Names in `metadata` and `headers` (see CONTENT_HEADERS) are lower
+    """The properties of an object, without its bytes. Names in `metadata` and `headers` (see CONTENT_HEADERS) are lower
     case ASCII; listings leave both empty.
     """
 
@@ -49,15 +49,15 @@ class ObjectInfo:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def number(self, name: str) -> int | None:
-        """A whole number that its writer noted in the metadata; None for what a person put there."""
+        """An integer from the metadata; None if missing or not a number, as in an object put there by a person."""
         text = self.metadata.get(name, "")
         return int(text) if text.isascii() and text.isdigit() else None
 
 
 @dataclass(frozen=True, slots=True)
 class ListingBatch:
-    """Some objects of a listing, read when they are asked for. Batches of one store with the same digest hold the same
-    objects in the same versions; an empty digest says nothing.
+    """Some objects of a listing, read on demand. Batches of one store with the same digest hold the same objects in the
+    same versions; an empty digest says nothing.
     """
 
     digest: bytes
@@ -68,8 +68,8 @@ class ListingBatch:
 class PutRequest:
     """What to store and under which condition.
 
-    `expected`: an ETag that the object must still have; "" = the object must not exist; None = whatever is there.
-    `headers`: see CONTENT_HEADERS; a store leaves out what it does not know, as TAG_COUNT.
+    `expected`: an ETag that the object must still have; "" = the object must not exist; None = unconditional.
+    `headers`: see CONTENT_HEADERS; a store leaves out those it does not know, as TAG_COUNT.
     """
 
     content_type: str
@@ -79,19 +79,19 @@ class PutRequest:
 
 
 class ObjectStore(Protocol):
-    """All methods are safe to repeat and may be called from any thread.
+    """All methods are safe to repeat and thread-safe.
 
-    They raise Transient (try again), Permanent (credentials, missing bucket), Rejected (the key cannot be used) and
+    They raise Transient (retry), Permanent (credentials, missing bucket), Rejected (the key cannot be used) and
     Conflict (the condition does not hold).
 
-    One rule for keys: `put` takes what `check_key` lets pass; case and Unicode stay as they are. Any other key, which
-    an older version or another program made, is read, asked about and deleted only where a listing has exactly that
-    key; else BadKey, since stores resolve such keys to others.
+    One rule for keys: `put` accepts what `check_key` accepts; case and Unicode stay unchanged. Any other key, which an
+    older version or another program made, is read, queried and deleted only if a listing has exactly that key;
+    otherwise BadKey, since stores may resolve such keys to others.
     """
 
     @property
     def conditional(self) -> bool:
-        """True when the store was seen to honour conditions. `probe` finds out; False before it has run."""
+        """True when `probe` found that the store honours conditions; False before it has run."""
 
     def probe(self) -> None:
         """Check that the store can be reached and written, and whether it honours conditions."""
@@ -102,26 +102,27 @@ class ObjectStore(Protocol):
     def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
         """Store the rest of `body` (seekable) and return the new ETag.
 
-        Raises Conflict when `put.expected` does not hold, which may be due to our own earlier write whose answer was
-        lost: compare metadata. With "" or an ETag on a store that is not `conditional`, the check is a HEAD before.
+        Raises Conflict when `put.expected` does not hold, possibly because of our own earlier write whose response was
+        lost: compare metadata. With "" or an ETag on a store that is not `conditional`, a HEAD before the write is the
+        check.
         """
 
     def open(self, key: str, etag: str | None = None) -> AbstractContextManager[BinaryIO | None]:
         """A stream over the bytes, None when the object does not exist; Conflict when it no longer has that ETag.
 
-        A body that breaks off is resumed or raises Transient; it never ends early in silence.
+        An interrupted body is resumed or raises Transient; it never ends early without an error.
         """
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object whose key starts with `prefix`, in UTF-8 order, all pages. A page that fails is an error."""
+        """Every object whose key starts with `prefix`, in UTF-8 order, over all pages. A failed page is an error."""
 
     def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:
-        """The same objects in batches, in no order; about so many `objects` are expected. Cheaper than `list` for a
-        caller who knows most batches by their digests, and faster over a network.
+        """The same objects in batches, in no order; `objects` is the expected number. Cheaper than `list` for a caller
+        that knows most batches by their digests, and faster over a network.
         """
 
     def delete(self, key: str) -> None:
-        """Remove the object; nothing when it does not exist."""
+        """Delete the object; does nothing when it does not exist."""
 
 
 def in_batches(infos: Iterator[ObjectInfo]) -> Iterator[ListingBatch]:
@@ -131,13 +132,13 @@ def in_batches(infos: Iterator[ObjectInfo]) -> Iterator[ListingBatch]:
 
 
 class BadKey(Rejected):
-    """A key that some store would refuse or take for another one."""
+    """A key that some store would refuse or resolve to another one."""
 
 
 def check_key(key: str) -> str:
-    """`key` itself, when a new object may have it. Raises BadKey for what some store rewrites, refuses or resolves:
-    nothing, over 1024 bytes of UTF-8, no Unicode, a backslash (SeaweedFS: a slash), an empty, `.` or `..` segment, so
-    also a slash at either end, control characters.
+    """Returns `key` if a new object may have it. Raises BadKey for what some store rewrites, refuses or resolves: an
+    empty key, over 1024 bytes of UTF-8, invalid Unicode, a backslash (SeaweedFS: a slash), an empty, `.` or `..`
+    segment, thus also a slash at either end, control characters.
     """
     segments = key.split("/")
     if not key or any(segment in ("", ".", "..") for segment in segments):
@@ -149,7 +150,7 @@ def check_key(key: str) -> str:
 
 
 def check_characters(key: str) -> None:
-    """Raises BadKey for text that no listing holds, whatever its segments are."""
+    """Raises BadKey for text that no listing contains, whatever its segments are."""
     if not CONTROL.isdisjoint(key):
         raise BadKey(f"object key {key!r} holds a control character", "remove it")
     try:
@@ -170,7 +171,7 @@ def date_of(text: str) -> datetime | None:
 
 
 def is_new_form(key: str) -> bool:
-    """Whether `check_key` lets it pass."""
+    """Whether `check_key` accepts it."""
     try:
         check_key(key)
     except BadKey:
@@ -179,8 +180,8 @@ def is_new_form(key: str) -> bool:
 
 
 def normalized_key(key: str) -> str:
-    """The key that the least careful store could take `key` for: backslashes are slashes, empty and `.` segments are
-    nothing, `..` goes up. The same for every key of the form that new ones have.
+    """The key that the least careful store could resolve `key` to: backslashes become slashes, empty and `.` segments
+    are dropped, `..` goes up. Keys of the form that new ones have are unchanged.
     """
     segments = key.replace("\\", "/").split("/")
     kept: list[str] = []
@@ -194,17 +195,17 @@ def normalized_key(key: str) -> str:
 
 
 class ReadableBody(Protocol):
-    """A body. It need not be seekable, and blocks until there is something."""
+    """A body. It need not be seekable, and blocks until data is available."""
 
     def read(self, count: int, /) -> bytes:
-        """At most `count` bytes, `count` > 0; none at the end only. What it raises ends the transfer."""
+        """At most `count` bytes, `count` > 0; empty only at the end. An exception ends the transfer."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What was stored. `version_id` None = the store keeps no versions.
+    """The result of a write. `version_id` None = the store keeps no versions.
 
-    `guarded` False: the store ignores conditions, so that the version was only looked at before it was replaced.
+    `guarded` False: the store ignores conditions, so the version was only checked before it was replaced.
     """
 
     etag: str
@@ -215,9 +216,9 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class ListingRequest:
-    """What to list. Keys with `delimiter` after the prefix are rolled up to the part before and with it; "" = none.
+    """What to list. Keys with `delimiter` after the prefix are grouped into the part up to and including it; "" = none.
 
-    `continuation` is what the page before gave; "" = the first page. `limit` counts keys and rolled up prefixes.
+    `continuation` comes from the previous page; "" = the first page. `limit` counts keys and grouped prefixes.
     """
 
     prefix: str = ""
@@ -228,7 +229,7 @@ class ListingRequest:
 
 @dataclass(frozen=True, slots=True)
 class ListingPage:
-    """A part of a listing. `continuation` "" = the last one."""
+    """One page of a listing. `continuation` "" = the last one."""
 
     objects: Sequence[ObjectInfo]
     prefixes: Sequence[str] = ()
@@ -236,29 +237,31 @@ class ListingPage:
 
 
 class Transfers(Protocol):
-    """Raises what the object store raises; may be called from any thread."""
+    """Raises what the object store raises; thread-safe."""
 
     def properties(self, key: str) -> ObjectInfo | None:
         """As the store's `head`, and its tags."""
 
     def write(self, key: str, body: ReadableBody, put: PutRequest) -> StoredObject:
-        """Store a body to its end under the condition of `put`. Raises Conflict, but not for our own lost answer."""
+        """Store a whole body under the condition of `put`. Raises Conflict, but not for our own write whose response
+        was lost.
+        """
 
     def patch(self, held: ObjectInfo, offset: int, body: ReadableBody) -> StoredObject:
-        """Overwrite from `offset` on, at most the size of `held`; what is not overwritten stays, and so do type,
-        headers and metadata.
+        """Overwrite from `offset` on, at most the size of `held`; the other bytes stay, and so do type, headers and
+        metadata.
 
-        `held` is what `properties` gave. Raises Conflict when that is no longer there.
+        `held` comes from `properties`. Raises Conflict when that version is no longer there.
         """
 
     def open_span(self, held: ObjectInfo, first: int, count: int) -> AbstractContextManager[ReadableBody]:
-        """The bytes `[first, first + count)` of exactly this version; Conflict when it is gone, never a short end."""
+        """The bytes `[first, first + count)` of exactly this version; Conflict when it is gone, never fewer bytes."""
 
     def page(self, question: ListingRequest) -> ListingPage:
         """One page. Raises Rejected for an invalid continuation."""
 
 
-# What back ends share: bodies that are put together, and pages of a store that lists its keys in order.
+# Shared by back ends: bodies composed of others, and pages of a store that lists its keys in order.
 
 
 class LimitedBody:
@@ -269,7 +272,7 @@ class LimitedBody:
         self._left = count
 
     def read(self, count: int, /) -> bytes:
-        """See Readable. Raises Conflict when the stream ends before: somebody cut the file."""
+        """See `ReadableBody`. Raises Conflict when the stream ends early because somebody truncated the file."""
         if not self._left:
             return b""
         data = self._stream.read(min(count, self._left))
@@ -280,7 +283,7 @@ class LimitedBody:
 
 
 class SplicedBody:
-    """Bytes of `old` up to `offset`, then a body, then what the body leaves of `old`."""
+    """Bytes of `old` up to `offset`, then a body, then the bytes of `old` after the body's end."""
 
     def __init__(self, old: BinaryIO, size_bytes: int, offset: int, body: ReadableBody) -> None:
         self._old, self._size_bytes, self._body = old, size_bytes, body
@@ -289,7 +292,7 @@ class SplicedBody:
         self._end = 0
 
     def read(self, count: int, /) -> bytes:
-        """See Readable."""
+        """See `ReadableBody`."""
         while self._now is not None:
             data = self._now.read(count)
             if data:
@@ -306,7 +309,7 @@ class SplicedBody:
 
 
 def page_of(found: Iterable[ObjectInfo], question: ListingRequest) -> ListingPage:
-    """The page of objects that come in UTF-8 order of their keys, all with the prefix. Raises Rejected."""
+    """One page of objects in UTF-8 order of their keys, all with the prefix. Raises Rejected."""
     try:
         after = urlsafe_b64decode(question.continuation.encode())
         after.decode()
@@ -318,7 +321,7 @@ def page_of(found: Iterable[ObjectInfo], question: ListingRequest) -> ListingPag
     for rolled, group in groupby(found, lambda info: _rolled(info.key, question)):
         for info in group:
             name = rolled or info.key
-            # In bytes, which is the order of the listing.
+            # compare bytes, the order of the listing
             if name.encode() <= after:
                 continue
             if len(objects) + len(prefixes) == question.limit:
@@ -332,7 +335,7 @@ def page_of(found: Iterable[ObjectInfo], question: ListingRequest) -> ListingPag
 
 
 def _rolled(key: str, question: ListingRequest) -> str:
-    """The common prefix that stands for `key`; "" when it stands for itself."""
+    """The common prefix that groups `key`; "" when it is listed itself."""
     if not question.delimiter:
         return ""
     head, delimiter, _ = key[len(question.prefix) :].partition(question.delimiter)

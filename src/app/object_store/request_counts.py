@@ -1,4 +1,4 @@
-"""Counts of the requests that an outside system charges for, as this process sends them."""
+"""Counts of the requests that an outside system charges for, as sent by this process."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ FREE = frozenset({"DeleteObject", "DeleteObjects", "AbortMultipartUpload", "Dele
 
 
 def kind_of(operation: str) -> str:
-    """The price class of an S3 operation by the SDK's name of it.
+    """The price class of an S3 operation, given the SDK's name for it.
 
     Source: Amazon S3 pricing, "Requests and data retrievals": PUT, COPY, POST and LIST are one class, GET and all
     others are the other; DELETE is free.
@@ -29,7 +29,7 @@ def kind_of(operation: str) -> str:
 
 
 class RequestCounter:
-    """Sums by kind since they were last taken, in all and for each run that goes on. Safe from several threads."""
+    """Sums by kind since they were last taken, in total and for each current run. Thread-safe."""
 
     def __init__(self) -> None:
         self._counts = defaultdict[str, float](float)
@@ -45,22 +45,22 @@ class RequestCounter:
                 self._of_runs[run_id][kind] += number
 
     def add_elsewhere(self, counts: Mapping[str, float]) -> None:
-        """What another process sent, and charges itself, for the run that goes on here."""
+        """Count for the current run what another process sent and records itself."""
         with self._lock:
             for kind, number in counts.items():
                 self._of_runs[current_run.get()][kind] += number
 
     def count_sent(self, event_name: str, **_: Any) -> None:
-        """An S3 request on its way, as the SDK's event `before-send.s3.<Operation>`; changes nothing about it."""
+        """Count an S3 request on the SDK's event `before-send.s3.<Operation>`; does not change the request."""
         self.add(kind_of(event_name.rpartition(".")[2]))
 
     def take(self) -> dict[str, float]:
-        """What was counted since the last call."""
+        """The counts since the last call."""
         with self._lock:
             taken, self._counts = dict(self._counts), defaultdict(float)
         return taken
 
     def take_run(self, run_id: str) -> dict[str, float]:
-        """What was counted for a run, once it has come to its end."""
+        """The counts of a run that has ended."""
         with self._lock:
             return dict(self._of_runs.pop(run_id, {}))

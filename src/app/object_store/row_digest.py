@@ -1,7 +1,7 @@
-"""Order-free digests: one 128-bit hash for each row or cell, added up. The one digest of all verifications.
+"""Order-free digests: one 128-bit hash for each row or cell, summed. All verifications use this digest.
 
-Invariants: the order of rows and columns and the cutting into tables do not matter; a null is the same as no column; a
-number is the same whatever numeric type holds it. It tells of accidents; forgers are kept out by the bucket's own keys.
+Invariants: the order of rows and columns and the split into tables do not matter; a null is the same as no column; a
+number is the same whatever numeric type holds it. It detects accidents; the bucket's access keys keep forgers out.
 """
 
 import re
@@ -25,31 +25,31 @@ WHOLE = re.compile(r"-?(0|[1-9]\d{0,19})")
 DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 
 
-# Rows of text, of pipelines whose rows have no cells that are told apart by a key and an instant.
+# Rows of text, for pipelines whose rows are not cells identified by a key and a timestamp.
 
 
 def content_of(rows: Iterable[Mapping[str, str]]) -> WindowContent:
-    """The content of rows of text. An empty cell is the same as none, so that a new column changes no earlier row."""
+    """The content of rows of text. An empty cell equals a missing one, so a new column changes no earlier row."""
     total, left = NOTHING, iter(rows)
     while step := list(islice(left, ROWS)):
         names = {name for row in step for name, text in row.items() if text}
         cells = {
             name: [(row.get(name) or "").encode("utf-8", "surrogatepass") or None for row in step] for name in names
         }
-        # Bytes, since text of a file may hold what is no Unicode.
+        # Bytes, since text from a file may not be valid Unicode.
         columns = {name: pa.array(some, pa.binary()) for name, some in cells.items()}
         total += summed(row_lanes((columns or {"": pa.nulls(len(step), pa.binary())}).items()), len(step))
     return total
 
 
-# Cells: (identity of the row, field, value). No row has to be put together before two ends are compared.
+# Cells: (identity of the row, field, value). Rows need not be assembled before two ends are compared.
 
 
 def cell_lanes(rows: Sequence[Any], field: str, values: Any, *, as_text: bool = False) -> Sequence[Any]:
-    """Two hashes per row: of its value of `field` and the row's own two, which are from `row_lanes`; 0 for a null.
+    """Two hashes per row, each combining its value of `field` with the row's hash from `row_lanes`; 0 for a null.
 
-    A whole number and a truth value are the same in a column of text. `as_text`: so is any number, as in a CSV object,
-    where an empty text is a null too.
+    An integer or boolean has the same hash in a text column. `as_text`: so does any number, as in a CSV object, where
+    empty text also counts as null.
     """
     if as_text and pa.types.is_string(values.type):
         values = pc.if_else(pc.equal(values, ""), None, values)
@@ -62,7 +62,7 @@ def cell_lanes(rows: Sequence[Any], field: str, values: Any, *, as_text: bool = 
 
 
 def row_lanes(columns: Iterable[tuple[str, Any]]) -> Sequence[Any]:
-    """The hashes of rows that are told apart by these columns; uint64 arrays."""
+    """The hashes of rows that these columns identify; uint64 arrays."""
     sums: list[Any] = [np.uint64(0) for _ in LANES]
     for name, column in columns:
         try:
@@ -75,7 +75,7 @@ def row_lanes(columns: Iterable[tuple[str, Any]]) -> Sequence[Any]:
 
 
 def summed(lanes: Sequence[Any], rows: int) -> WindowContent:
-    """The content of these hashes, which stand for so many rows."""
+    """The content of these hashes, which stand for `rows` rows."""
     return content_from(rows, *(int(np.sum(each, dtype=np.uint64)) for each in lanes))
 
 
@@ -87,7 +87,9 @@ def _unknown_type(name: str, column: Any, error: Exception) -> Permanent:
 
 
 def value_bits(column: Any, *, hashed: Callable[[str | bytes], int] | None = None) -> tuple[Any, Any]:
-    """64 bits per value, and which values there are; both numpy arrays. `hashed`: of one text, else its plain hash."""
+    """64 bits per value, and which values are not null; both numpy arrays. `hashed`: hash of one text, default
+    `text_hash`.
+    """
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.timestamp("ns", "UTC")).cast(pa.int64())
     elif pa.types.is_dictionary(column.type):
@@ -99,27 +101,29 @@ def value_bits(column: Any, *, hashed: Callable[[str | bytes], int] | None = Non
         return truth.astype(np.uint64) ^ np.uint64(TRUTH), valid
     if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
         return _number_bits(array.fill_null(pa.scalar(0).cast(array.type)).to_numpy()), valid
-    # Dates, decimals and the like are compared by their text.
+    # Dates, decimals and the like are compared as text.
     if not pa.types.is_binary(array.type):
         array = array.cast(pa.string())
     return text_bits(array, hashed or text_hash), valid
 
 
 def text_bits(array: Any, hashed: Callable[[str | bytes], int]) -> Any:
-    """64 bits per text by way of the distinct ones."""
+    """64 bits per text; each distinct text is hashed once."""
     encoded = array.dictionary_encode()
     hashes = np.array([hashed(text) for text in encoded.dictionary.to_pylist() if text is not None] or [0], np.uint64)
     return hashes[encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)]
 
 
 def text_hash(text: str | bytes) -> int:
-    """64 bits of one text."""
+    """The 64-bit hash of one text."""
     content = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
     return int.from_bytes(blake2b(content, digest_size=8).digest()) ^ TEXT
 
 
 def _as_whole(text: str | bytes) -> int:
-    """Of a whole number or a truth value that was written as text, since its column could not hold it, its own bits."""
+    """The bits of an integer or boolean that was stored as text because its column could not hold it; else the text's
+    hash.
+    """
     if text in ("true", "false"):
         return int(text == "true") ^ TRUTH
     if isinstance(text, str) and WHOLE.fullmatch(text) and -(1 << 63) <= (number := int(text)) < 1 << 64:
@@ -128,31 +132,31 @@ def _as_whole(text: str | bytes) -> int:
 
 
 def _as_number(text: str | bytes) -> int:
-    """The same of any number: in a CSV object every value is text."""
+    """The same for any number: in a CSV object every value is text."""
     if isinstance(text, str) and not WHOLE.fullmatch(text) and DECIMAL.fullmatch(text):
         return int(_number_bits(np.array([float(text)]))[0])
     return _as_whole(text)
 
 
 def _number_bits(values: Any) -> Any:
-    """Of a whole number that float64 holds exactly, the bits of that; so 5 and 5.0 are one, and -0.0 is 0.0."""
+    """An integer that float64 holds exactly has the float's bits; so 5 equals 5.0, and -0.0 equals 0.0."""
     floats = values.astype(np.float64) + 0.0
     floats = np.where(np.isnan(floats), np.nan, floats)
     bits = floats.view(np.uint64)
     if values.dtype.kind == "f":
         return bits
-    fits = np.abs(floats) < float(np.iinfo(values.dtype).max)  # beyond that the way back is not defined
+    fits = np.abs(floats) < float(np.iinfo(values.dtype).max)  # beyond that the conversion back is undefined
     exact = fits & (np.where(fits, floats, 0).astype(values.dtype) == values)
     return np.where(exact, bits, values.astype(np.uint64))
 
 
 def seed_of(lane: bytes, name: str) -> Any:
-    """64 bits for a column's name."""
+    """A 64-bit seed for a column's name."""
     return np.uint64(int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8, key=lane).digest()))
 
 
 def mixed(bits: Any) -> Any:
-    """The finaliser of splitmix64: each bit of the input moves half of the output's. Wraps at 64 bits."""
+    """The finaliser of splitmix64: each input bit flips half of the output bits on average. Wraps at 64 bits."""
     with np.errstate(over="ignore"):
         mixed = bits + np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

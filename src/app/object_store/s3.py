@@ -1,9 +1,8 @@
-"""The object store port on S3 and on stores that speak its protocol; with `dynamo_to_drive.source` the home of boto3.
+"""The object store port on S3 and compatible stores; besides `dynamo_to_drive.source` the only user of boto3.
 
-Invariants: no exception of the SDK leaves this package; a conditional write is sent with its condition, so the store
-decides it atomically; a read stays on the version it began with, however often it is resumed, and ends at the size that
-was promised or raises. Where a fact about the protocol is used, it comes from the S3 API reference or was seen on a
-real server.
+Invariants: SDK exceptions never leave this package; a conditional write is sent with its condition, so the store
+decides it atomically; a read stays on the version it began with, however often it is resumed, and ends at the promised
+size or raises. Facts about the protocol come from the S3 API reference or were observed on a real server.
 """
 
 import io
@@ -85,8 +84,8 @@ log = logging.getLogger(__name__)
 class S3Store:
     """Objects of one bucket. `probe_key` names the object that `probe` writes and removes; each process has its own.
 
-    Before `probe` has run, a condition is both sent and checked by a HEAD; where `probe` saw it ignored, only checked.
-    `translate_s3_errors(what)`: exceptions of the SDK in a block become ours.
+    Before `probe` has run, a condition is both sent and checked by a HEAD; if `probe` found it ignored, only checked.
+    `translate_s3_errors(what)`: translates SDK exceptions raised in a block to ours.
     """
 
     def __init__(self, target: S3Target, probe_key: str) -> None:
@@ -99,7 +98,7 @@ class S3Store:
 
     @property
     def conditional(self) -> bool:
-        """True when `probe` saw wrong conditions refused and a right one taken."""
+        """True when `probe` saw wrong conditions refused and a right one accepted."""
         return self._honours is True
 
     def close(self) -> None:
@@ -109,13 +108,13 @@ class S3Store:
     def probe(self) -> None:
         """List, write, and try each condition on the probe object.
 
-        A listing stands for HeadBucket: it needs no right outside the prefix, and its errors say what is wrong.
+        The listing replaces HeadBucket: it needs no right outside the prefix, and its errors say what is wrong.
         """
         self._bucket_seen = False
         self._see_bucket(self.probe_key.rpartition("/")[0])
         _, etag = self._probed({})
         try:
-            # A store that ignores conditions takes the wrong ones; one that knows none refuses the right one as well.
+            # A store that ignores conditions accepts the wrong ones; one without support refuses the right one as well.
             self._honours = (
                 self._probed({"IfNoneMatch": "*"})[0] == HTTPStatus.PRECONDITION_FAILED
                 and self._probed({"IfMatch": OTHER_ETAG})[0] == HTTPStatus.PRECONDITION_FAILED
@@ -142,14 +141,14 @@ class S3Store:
         return info
 
     def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
-        """One PutObject, up to 5 GiB. Metadata: printable ASCII without outer spaces, 2 KB in all, else Rejected."""
+        """One PutObject, up to 5 GiB. Metadata: printable ASCII without outer spaces, 2 KB in total, else Rejected."""
         return self.put_version(key, body, put)[0]
 
     def put_version(self, key: str, body: BinaryIO, put: PutRequest) -> tuple[str, str | None]:
-        """As `put`; the new ETag and version id, None where the bucket keeps no versions.
+        """As `put`; returns the new ETag and version id, None if the bucket keeps no versions.
 
-        Where it met another write under way, S3 asks to repeat it; before a replacement is repeated, its ETag would
-        have to be read again, so that is a Conflict.
+        On a concurrent write S3 asks to retry. A replacement would have to re-read its ETag first, so there it is a
+        Conflict.
         """
         check_key(key)
         check_headers(key, put)
@@ -175,9 +174,9 @@ class S3Store:
 
     @contextmanager
     def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
-        """GetObject. A body that breaks off is asked for from there on, under the condition of the same ETag."""
+        """GetObject. An interrupted body is resumed from that position, on condition of the same ETag."""
         entry = self._entry(key)
-        # Of an odd key, the version that the listing showed: the store may take the key for another one.
+        # For a key not in the new form, require the listed version: the store may resolve the key to another one.
         version = entry.etag if entry is not None and etag is None else etag
         answer = self._asked("get_object", key, **({} if version is None else {"IfMatch": version}))
         if answer is None:
@@ -198,7 +197,7 @@ class S3Store:
             yield stream
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """ListObjectsV2, in the order of the store: S3's is UTF-8; SeaweedFS sorts a slash before all else."""
+        """ListObjectsV2, in the order of the store: UTF-8 on S3; SeaweedFS sorts a slash before all else."""
         check_unicode(prefix)
         query: ListQuery | None = {"Prefix": prefix}
         while query is not None:
@@ -207,12 +206,12 @@ class S3Store:
             query = following(page, query)
 
     def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:
-        """A page is a batch; the folders of a large listing are asked for side by side."""
+        """A page is a batch; the folders of a large listing are requested in parallel."""
         check_unicode(prefix)
         return batches(self.page, prefix, objects // self.target.page_keys)
 
     def page(self, query: ListQuery) -> Mapping[str, Any]:
-        """One ListObjectsV2. Its entries are read by `infos_of`."""
+        """One ListObjectsV2. `infos_of` parses its entries."""
         with self.translated(f"listing of {query['Prefix']!r}"):
             page: Mapping[str, Any] = self.client().list_objects_v2(
                 **{"Bucket": self.target.bucket, "MaxKeys": self.target.page_keys, **query}
@@ -220,8 +219,9 @@ class S3Store:
         return page
 
     def delete(self, key: str) -> None:
-        """DeleteObject; S3 answers the same whether or not there was one. Of two objects with the same bytes, under an
-        odd key and the one that a store could take it for, nothing would tell which the store deletes.
+        """DeleteObject; S3 responds the same whether or not the object existed. Refused if the key is not in the new
+        form and an object with the same bytes has the key that a store could resolve it to: which one is deleted would
+        be unknown.
         """
         if not is_new_form(key):
             held, other = self.head(key), normalized_key(key)
@@ -231,7 +231,7 @@ class S3Store:
         self._asked("delete_object", key)
 
     def tags(self, key: str) -> str:
-        """GetObjectTagging, as in a URL; "" when the object is gone. Raises Permanent."""
+        """GetObjectTagging, encoded as in a URL; "" when the object is gone. Raises Permanent."""
         try:
             found = self._asked("get_object_tagging", key)
         except Permanent as error:
@@ -240,7 +240,7 @@ class S3Store:
         return urlencode(pairs, quote_via=quote)
 
     def compare(self, key: str, expected: str) -> None:
-        """What a store without conditions cannot do itself: Conflict when the object has another version."""
+        """The check that a store without conditions cannot do itself: Conflict when the object has another version."""
         held = self.head(key)
         found = "" if held is None else held.etag
         if found != expected:
@@ -248,13 +248,13 @@ class S3Store:
 
     def _make(self) -> Any:
         client = make_client(self.target)
-        # In this form it comes before the SDK's own handler, which parses the whole body to look for an error.
+        # Register first: the SDK's own handler parses the whole body to look for an error.
         client.meta.events.register_first("before-parse.*.ListObjectsV2", take_entries)
         return client
 
     def _entry(self, key: str) -> ObjectInfo | None:
-        """What a listing says of a key that no new object may have; None for every other key. Raises BadKey when it
-        does not hold exactly that key, which comes before all others that begin with it.
+        """The listing's entry of a key that no new object may have; None for every other key. Raises BadKey when the
+        listing does not have exactly that key, which comes before all others that begin with it.
         """
         if is_new_form(key):
             return None
@@ -269,14 +269,14 @@ class S3Store:
         answer = self._asked("get_object", key, IfMatch=etag, Range=f"bytes={position}-{last}")
         if answer is None:
             raise Conflict(f"{key}: was deleted while it was read", AGAIN_HINT)
-        # A whole body in place of the rest would double what was read already.
+        # A whole body instead of the rest would duplicate what was already read.
         if answer["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.PARTIAL_CONTENT:
             answer["Body"].close()
             raise Transient(f"{key}: the store ignores Range", REACH_HINT)
         return answer["Body"]
 
     def _asked(self, operation: str, key: str, **given: str) -> Any:
-        """The answer, None for a missing key. A 404 may mean the bucket or a wrong endpoint too: asked once."""
+        """The response, None for a missing key. A 404 may mean a missing bucket or wrong endpoint too: checked once."""
         with self.translated(key):
             try:
                 return getattr(self.client(), operation)(Bucket=self.target.bucket, Key=key, **given)
@@ -304,8 +304,8 @@ class S3Store:
         )
 
     def _probed(self, condition: Mapping[str, str]) -> tuple[int, str]:
-        """How the store answers a write of the probe object, 200, 412, or 400 and 501 where it knows no conditions, and
-        its ETag.
+        """The store's status for a write of the probe object (200, 412, or 400 and 501 if it does not support
+        conditions) and its ETag.
         """
         with self.translated(self.probe_key):
             try:
@@ -319,7 +319,7 @@ class S3Store:
             return HTTPStatus.OK, str(answer["ETag"])
 
     def _remove_probes(self) -> None:
-        """Ours, and in PROBE_FOLDER, which holds nothing else, those of processes that were killed in mid-probe."""
+        """Delete our probe, and in PROBE_FOLDER, which holds nothing else, those of processes killed in mid-probe."""
         folder = self.probe_key.rpartition("/")[0] + "/"
         try:
             if folder.endswith(f"{PROBE_FOLDER}/"):
@@ -331,13 +331,13 @@ class S3Store:
 
 
 def stale_probes(probes: Sequence[ObjectInfo]) -> Sequence[str]:
-    """Keys of probes that no process still uses; the newest of them tells the store's own time."""
+    """Keys of probes that no process uses any more; the newest of them gives the store's time."""
     now_at = max((probe.modified_at for probe in probes), default=None)
     return [probe.key for probe in probes if now_at is not None and now_at - probe.modified_at > LEFTOVER]
 
 
 def check_unicode(text: str) -> None:
-    """Raises Rejected for text that has no UTF-8."""
+    """Raises Rejected for text that cannot be encoded in UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -345,7 +345,7 @@ def check_unicode(text: str) -> None:
 
 
 def check_headers(key: str, put: PutRequest) -> None:
-    """Metadata travels as HTTP headers, where other characters are lost, changed or refused, depending on the store."""
+    """Metadata is sent as HTTP headers, where other characters are lost, changed or refused, depending on the store."""
     for text in (put.content_type, *put.metadata, *put.metadata.values(), *put.headers.values()):
         if not (text.isascii() and text.isprintable() and text == text.strip()):
             raise Rejected(f"{key}: {text!r} cannot be object metadata", "use printable ASCII without outer spaces")
@@ -354,18 +354,18 @@ def check_headers(key: str, put: PutRequest) -> None:
 
 
 def put_arguments(put: PutRequest, target: S3Target) -> Mapping[str, Any]:
-    """The SDK's arguments for all that an object keeps beside its bytes. S3_SSE goes before what an object had."""
+    """The SDK's arguments for everything an object keeps besides its bytes. S3_SSE overrides what the object had."""
     given = dict(put.headers)
     if target.sse:
         given = {**given, SSE_KMS_KEY: "", **target.encryption}
     headers: dict[str, Any] = {STORED_HEADERS[name]: given[name] for name in STORED_HEADERS if given.get(name)}
-    if "Expires" in headers:  # the SDK sends dates only; any other text means that the object has expired already
+    if "Expires" in headers:  # the SDK only sends dates; any other text means that the object has already expired
         headers["Expires"] = date_of(headers["Expires"]) or EPOCH
     return {"ContentType": put.content_type, "Metadata": dict(put.metadata), **headers}
 
 
 def headers_of(found: Mapping[str, Any]) -> Mapping[str, str]:
-    """What HeadObject says of them, and how many tags there are.
+    """The content headers in a HeadObject response, and the number of tags.
 
     Encryption with the bucket's own key is left to the bucket, whose default may have changed since.
     """
@@ -383,11 +383,11 @@ def condition_of(expected: str | None) -> Mapping[str, str]:
     return {"IfMatch": expected} if expected else {"IfNoneMatch": "*"}
 
 
-# Bodies on their way to and from S3.
+# Bodies sent to and received from S3.
 
 
 class RemainingStream:
-    """What is left of a stream, as a stream of its own: the SDK rewinds to 0 before it sends a body again."""
+    """The rest of a stream as a separate stream: the SDK rewinds to 0 before it resends a body."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -400,19 +400,19 @@ class RemainingStream:
         return self._stream.read(count)
 
     def tell(self) -> int:
-        """The position in the rest."""
+        """The position within the rest."""
         return self._stream.tell() - self._start
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a position in the rest."""
+        """Seek within the rest."""
         start = self._start if whence == io.SEEK_SET else 0
         return self._stream.seek(offset + start, whence) - self._start
 
 
 class ResumingDownload(io.RawIOBase):
-    """A download that is asked for again from where it broke off, at most RESUMES times, and ends only at its size.
+    """A download that is resumed where it was interrupted, at most RESUMES times, and ends only at its size.
 
-    botocore retries no request after its headers came: `contracts` of S3, GetObject.
+    botocore does not retry a request once its headers have arrived: `contracts` of S3, GetObject.
     """
 
     def __init__(self, key: str, answer: Mapping[str, Any], resume: Callable[[int], Any]) -> None:
@@ -439,7 +439,7 @@ class ResumingDownload(io.RawIOBase):
         return len(chunk)
 
     def _read(self, count: int) -> bytes:
-        """Some of the next bytes; none when the connection broke and a new one was made."""
+        """Some of the next bytes; empty when the connection broke and a new one was made."""
         from botocore.exceptions import BotoCoreError
         from urllib3.exceptions import HTTPError
 
@@ -460,7 +460,7 @@ class ResumingDownload(io.RawIOBase):
         return chunk
 
     def _verify(self) -> None:
-        """The SDK compares the checksum, where the store sent one, when it is asked for more than there is."""
+        """Read past the end, which makes the SDK compare the checksum if the store sent one."""
         from botocore.exceptions import FlexibleChecksumError
 
         try:
@@ -469,7 +469,7 @@ class ResumingDownload(io.RawIOBase):
             raise Transient(f"{self._key}: what arrived is not what was stored: {error}", AGAIN_HINT) from error
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         if not self.closed:
             self._body.close()
         super().close()

@@ -1,7 +1,7 @@
-"""How S3 is reached, what its refusals mean, and its listings.
+"""Access to S3: the client, the meaning of its errors, and listings.
 
-Invariants: making a client asks nobody on the network while keys are given; each exception of the SDK becomes exactly
-one of the errors that say what the caller should do, with a hint that names the setting to look at.
+Invariants: creating a client makes no network request while keys are given; each SDK exception becomes exactly one of
+our errors, with a hint that names the setting to check.
 """
 
 import re
@@ -40,7 +40,7 @@ HINTS: Mapping[str, str] = {
     "ExpiredToken": "the temporary credentials expired: renew them",
     "InvalidToken": "check AWS_SESSION_TOKEN; leave it out for keys that do not expire",
     "AccessDenied": RIGHTS_HINT,
-    "403": RIGHTS_HINT,  # the codes of HEAD, which has no body, are its status
+    "403": RIGHTS_HINT,  # HEAD responses have no body: the code is the status
     "RequestTimeTooSkewed": "set this machine's clock (NTP)",
     "InvalidBucketName": BUCKET_HINT,
     "PermanentRedirect": REGION_HINT,
@@ -70,7 +70,9 @@ SSE, SSE_KMS_KEY = "x-amz-server-side-encryption", "x-amz-server-side-encryption
 
 @dataclass(frozen=True, slots=True)
 class S3Target:
-    """Which bucket, where, and how patiently. Without keys the SDK's own chain is asked: environment, profile, role."""
+    """The bucket, its endpoint, and timeouts. Without keys the SDK's own credential chain is used: environment,
+    profile, role.
+    """
 
     bucket: str
     region: str = "us-east-1"
@@ -90,17 +92,17 @@ class S3Target:
 
     @property
     def encryption(self) -> Mapping[str, str]:
-        """Headers of every write; none = as the bucket does by itself."""
+        """Encryption headers of every write; empty = the bucket's default."""
         headers = {SSE: self.sse, SSE_KMS_KEY: self.sse_kms_key_id}
         return {name: value for name, value in headers.items() if value}
 
 
 def make_client(target: S3Target) -> Any:
-    """A client of its own session: sessions are not safe to share between threads, clients are."""
+    """A client with a session of its own: clients are thread-safe, sessions are not."""
     import boto3
     from botocore.config import Config
 
-    # Compatible stores may not know the SDK's newer checksums, and some keep their framing as data.
+    # Compatible stores may not support the SDK's newer checksums, and some store their framing as data.
     needed = "when_required" if target.endpoint_url else "when_supported"
     config = Config(
         retries={"mode": "standard", "total_max_attempts": target.attempts},
@@ -109,7 +111,7 @@ def make_client(target: S3Target) -> Any:
         max_pool_connections=target.connections,
         request_checksum_calculation=needed,
         response_checksum_validation=needed,
-        signature_version="s3v4",  # links too: the older way of signing them is refused for keys that are escaped
+        signature_version="s3v4",  # for links too: the older signature is refused for keys that are escaped
         s3={"addressing_style": target.addressing_style},
     )
     try:
@@ -126,9 +128,9 @@ def make_client(target: S3Target) -> Any:
         raise Permanent(f"the S3 client cannot be created: {error}", "correct S3_ENDPOINT_URL or S3_REGION") from error
 
     def redirect_no_further(context: Mapping[str, Any], **_: Any) -> None:
-        # On a redirect the SDK asks HeadBucket for the region, on whose redirect it asks HeadBucket, and so on: an
-        # address that redirects everything (http to https, say) would cost hundreds of requests. Nothing else here
-        # calls HeadBucket.
+        # On a redirect the SDK calls HeadBucket for the region; if that is redirected, it calls HeadBucket again, and
+        # so on: an endpoint that redirects everything (http to https, say) would cost hundreds of requests. Nothing
+        # else here calls HeadBucket.
         context.get("s3_redirect", {})["redirected"] = True
 
     client.meta.events.register("before-call.s3.HeadBucket", redirect_no_further)
@@ -137,8 +139,9 @@ def make_client(target: S3Target) -> Any:
 
 
 def key_source(target: S3Target) -> Callable[[], tuple[str, str, str]]:
-    """Access key, secret key and session token as they are at each call: those of the target, else of the SDK's own
-    chain, which may change from hour to hour. The call raises Permanent when there are none.
+    """Returns a function that gives the current access key, secret key and session token: those of the target,
+    otherwise from the SDK's own chain, which may change from hour to hour. The call raises Permanent when there are
+    none.
     """
     found: list[Any] = []
 
@@ -158,18 +161,18 @@ def key_source(target: S3Target) -> Callable[[], tuple[str, str, str]]:
     return keys
 
 
-# What the SDK's exceptions mean.
+# The meaning of the SDK's exceptions.
 
 
 def client_error() -> type[Exception]:
-    """The SDK's exception for an answer that is an error. Imported here, so that a start loads no SDK."""
+    """The SDK's exception for an error response. Imported here, so that startup loads no SDK."""
     from botocore.exceptions import ClientError
 
     return ClientError  # type: ignore[no-any-return]
 
 
 def code_of(error: Any) -> str:
-    """S3's name for the error in a ClientError; of HEAD, whose answer has no body, the status as text."""
+    """S3's error code in a ClientError; for HEAD, whose response has no body, the status as text."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
@@ -180,7 +183,7 @@ def status_of(error: Any) -> int:
 
 @contextmanager
 def translate_s3_errors(what: str, target: S3Target, *, replaces: bool = False) -> Iterator[None]:
-    """Every exception of the SDK as what the caller should do. `replaces`: a missing object is a Conflict."""
+    """Translate every SDK exception to ours. `replaces`: a missing object is a Conflict."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
 
@@ -197,7 +200,7 @@ def translate_s3_errors(what: str, target: S3Target, *, replaces: bool = False) 
 
 
 def _answered(what: str, error: Any, target: S3Target) -> AppError:
-    """The store's refusal as what the caller should do. Its message is quoted; it never repeats the secret."""
+    """The error for a response that is an error. Quotes the store's message, never the secret."""
     code, status = code_of(error), status_of(error)
     text = f"{what}: {code}: {error.response.get('Error', {}).get('Message', '')}"[:TEXT_LIMIT]
     headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
@@ -207,7 +210,7 @@ def _answered(what: str, error: Any, target: S3Target) -> AppError:
         return Permanent(f"bucket {target.bucket!r} does not exist at {target.endpoint_url or 'AWS'}", BUCKET_HINT)
     if code in REFUSED:
         return Rejected(text, "change the key or the object; an archived object has to be restored first")
-    # 502, 503 and 504 come from proxies as well, which say nothing about the object.
+    # 502, 503 and 504 also come from proxies and say nothing about the object.
     if code in PASSING or status in PASSING_STATUS or status > HTTPStatus.NOT_IMPLEMENTED:
         return Transient(text, AGAIN_HINT, retry_after_seconds=asked_seconds(headers.get("retry-after", "")))
     region = headers.get("x-amz-bucket-region", target.region)
@@ -217,7 +220,7 @@ def _answered(what: str, error: Any, target: S3Target) -> AppError:
 
 
 def _failed(text: str, error: Exception) -> AppError:
-    """A call that got no answer as what the caller should do."""
+    """The error for a call that got no response."""
     from botocore import exceptions as sdk
 
     if isinstance(error, sdk.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text:
@@ -230,15 +233,15 @@ def _failed(text: str, error: Exception) -> AppError:
     return Permanent(text, BUCKET_HINT if isinstance(error, sdk.ParamValidationError) else KEYS_HINT)
 
 
-# Listings of a bucket: entries parsed without the SDK, pages compared by digest, and several folders at once.
+# Listings of a bucket: entries parsed without the SDK, pages compared by digest, and several folders in parallel.
 #
-# What it earns (docs/benchmarks.md, /analytics): 12 µs of CPU an object where the SDK's parser takes 220, and 6 µs an
-# object in a refresh of known pages, which decides how soon /analytics sees a new object. Without `take_entries` the
-# SDK parses every page, and all else here works the same.
+# Why (docs/benchmarks.md, /analytics): 12 µs of CPU an object where the SDK's parser takes 220, and 6 µs an object in a
+# refresh of known pages, which determines how soon /analytics sees a new object. Without `take_entries` the SDK parses
+# every page, and everything else here works the same.
 #
-# Invariants: only the entries of a page are taken, as bytes; tokens, folders, refusals and whatever looks unusual stay
-# the SDK's, with its retries; a page that cannot be read is an error and never fewer objects. Nothing here relies on
-# the order in which a store lists.
+# Invariants: only the entries of a page are extracted, as bytes; tokens, folders, errors and anything unusual are left
+# to the SDK, with its retries; an unreadable page is an error and never fewer objects. Nothing here relies on the order
+# in which a store lists.
 
 TAKEN = "HeadwaterEntries"
 FIRST, LAST = b"<Contents>", b"</Contents>"
@@ -266,7 +269,7 @@ Ask = Callable[[ListQuery], Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class ListingEntries:
-    """The entries of one page as they came. `head`: all up to the root element's first tag; `encoded`: as in a URL."""
+    """The raw entries of one page. `head`: everything up to the root element's first tag; `encoded`: as in a URL."""
 
     head: bytes
     entries: bytes
@@ -278,14 +281,16 @@ class ListingEntries:
         return sha256(b"%s%d%s" % (self.head, self.encoded, self.entries)).digest()
 
     def infos(self) -> Sequence[ObjectInfo]:
-        """The objects. Raises Transient for what is not of S3's form."""
+        """The objects. Raises Transient for a page that is not in S3's format."""
         read = _unquoted if self.encoded else str
         with _readable():
             fields = self._plain() or self._parsed()
             return [ObjectInfo(read(key), int(size), etag, _instant(modified)) for key, modified, etag, size in fields]
 
     def _plain(self) -> Sequence[Fields]:
-        """Nothing unless all of it is in the one form that S3 itself writes: a tenth of the parser's cost."""
+        """Fast path at a tenth of the parser's cost: empty unless everything is in the exact form that S3 itself
+        writes.
+        """
         if not self.entries.isascii():
             return ()
         *entries, rest = self.entries.decode("ascii").replace("&quot;", '"').split(LAST.decode())
@@ -307,9 +312,9 @@ class ListingEntries:
 
 
 def take_entries(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-    """A handler for botocore's `before-parse`: the entries are put aside as bytes, all else is the SDK's as ever.
+    """A handler for botocore's `before-parse`: extracts the entries as bytes and leaves the rest to the SDK.
 
-    An answer of another form is left alone, so that the SDK reads it or says what is wrong with it.
+    A response in another form is left unchanged, so that the SDK reads it or reports what is wrong with it.
     """
     body = response_dict["body"]
     begin, end = body.find(FIRST), body.rfind(LAST) + len(LAST)
@@ -325,8 +330,8 @@ def take_entries(response_dict: dict[str, Any], customized_response_dict: dict[s
 
 
 def infos_of(page: Mapping[str, Any], prefix: str = "") -> Sequence[ObjectInfo]:
-    """The objects of a page, whether its entries were put aside or the SDK read them. SeaweedFS takes `a//` for `a/`:
-    those without the prefix are left out.
+    """The objects of a page, whether its entries were extracted or parsed by the SDK. SeaweedFS treats `a//` as `a/`:
+    objects without the prefix are left out.
     """
     taken = page.get(TAKEN)
     with _readable():
@@ -335,13 +340,13 @@ def infos_of(page: Mapping[str, Any], prefix: str = "") -> Sequence[ObjectInfo]:
 
 
 def info_of(key: str, size_bytes: int, found: Mapping[str, Any]) -> ObjectInfo:
-    """An entry of a listing or the head of an object, as the SDK reads it."""
+    """An entry of a listing or the head of an object, as parsed by the SDK."""
     return ObjectInfo(key, size_bytes, found["ETag"], found["LastModified"].astimezone(UTC))
 
 
 def batches(ask: Ask, prefix: str, pages: int) -> Iterator[ListingBatch]:
-    """Every object below `prefix`, a page at a time in no order. Where about so many `pages` are expected and not many
-    more folders, the folders are listed side by side.
+    """Every object below `prefix`, one page at a time, in no order. `pages` is the expected number; if it is large and
+    there are not many more folders, the folders are listed in parallel.
     """
     queries: Sequence[ListQuery] = [{"Prefix": prefix}]
     if pages >= WIDE_PAGES:
@@ -355,7 +360,7 @@ def batches(ask: Ask, prefix: str, pages: int) -> Iterator[ListingBatch]:
 
 
 def following(page: Mapping[str, Any], query: ListQuery) -> ListQuery | None:
-    """What to ask for the next page; None after the last. Raises Transient when the store does not say how."""
+    """The query for the next page; None after the last. Raises Transient when the store gives no usable token."""
     if not _truncated(page):
         return None
     token = page.get("NextContinuationToken")
@@ -379,12 +384,12 @@ def _readable() -> Iterator[None]:
 
 
 def _side_by_side(ask: Ask, queries: Sequence[ListQuery]) -> Iterator[tuple[ListQuery, Mapping[str, Any]]]:
-    """All pages of all queries as they come; the next ones are on their way while the caller looks at one."""
+    """All pages of all queries in order of arrival; further pages are requested while the caller processes one."""
     waiting = deque(queries)
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="listing") as pool:
         running: dict[Any, ListQuery] = {}
         while waiting or running:
-            # Bounded: each page on its way holds up to a thousand entries.
+            # Bounded: each page in flight holds up to a thousand entries.
             while waiting and len(running) < AT_ONCE:
                 query = waiting.popleft()
                 running[pool.submit(copy_context().run, ask, query)] = query
@@ -397,14 +402,14 @@ def _side_by_side(ask: Ask, queries: Sequence[ListQuery]) -> Iterator[tuple[List
 
 
 def _batch(prefix: str, page: Mapping[str, Any]) -> ListingBatch:
-    """Without a digest where the SDK read entries."""
+    """A batch, without a digest if the SDK parsed the entries."""
     taken = page.get(TAKEN)
     digest = b"" if taken is None or page.get("Contents") else taken.digest
     return ListingBatch(digest, lambda: infos_of(page, prefix))
 
 
 def _unquoted(key: str) -> str:
-    """Folder and name apart, since both are the same again and again."""
+    """Unquote folder and name separately, since both repeat often and are cached."""
     folder, slash, name = key.rpartition("/")
     return f"{_part(folder)}{slash}{_part(name)}"
 
@@ -415,7 +420,7 @@ def _part(text: str) -> str:
 
 
 def _instant(text: str) -> datetime:
-    """S3's form directly, others as the SDK reads them."""
+    """Parse S3's form directly, others as the SDK does."""
     try:
         at = datetime.fromisoformat(text)
     except ValueError:

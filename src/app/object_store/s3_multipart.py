@@ -1,13 +1,13 @@
-"""The transfers of an S3 bucket: bodies in parts, patches from copied parts, pages, links; the sweep of leftovers.
+"""Transfers of an S3 bucket: bodies in parts, patches from copied parts, pages, links; cleanup of abandoned uploads.
 
-Why not boto3's own `upload_fileobj`: it completes under no condition, and copies no parts of the old version. What
-these parts earn (docs/benchmarks.md, /s3): 0.9 to 1.7 of the SDK's speed with 40 MiB of memory instead of 80, and a
-patch of one byte in a third of the time of get, splice, put, with 10 MiB instead of twice the object.
+Why not boto3's own `upload_fileobj`: it completes without a condition, and cannot copy parts of the old version.
+Measured (docs/benchmarks.md, /s3): 0.9 to 1.7 of the SDK's speed with 40 MiB of memory instead of 80, and a patch of
+one byte in a third of the time of get, splice, put, with 10 MiB instead of twice the object.
 
-Invariants: an object is replaced in one step of the store, a PutObject or a Complete, under the condition that it was
-begun with; no upload outlives its `with` block; parts that are under way, and uploads that hold one, are bounded over
-all uploads together, so memory is as well; a failure of the last step is a failure only when the object that is there
-afterwards is not ours.
+Invariants: an object is replaced in one operation of the store, a PutObject or a Complete, under the condition it was
+begun with; no upload outlives its `with` block; parts in flight, and uploads that hold one, are bounded over all
+uploads together, and so is memory; a failure of the last operation counts only if the object that is there afterwards
+is not ours.
 """
 
 import io
@@ -43,7 +43,7 @@ from app.object_store.s3_client import AGAIN_HINT, client_error, code_of, follow
 
 MIB = 1 << 20
 MOST_PARTS = 10_000
-# Up to 31 GiB all parts but the last are alike, which some stores ask for; then they grow, and 171 GiB fit.
+# Up to 31 GiB all parts but the last have the same size, which some stores require; then they grow, up to 171 GiB.
 GROWTH = ((4_000, 8 * MIB), (7_000, 16 * MIB), (MOST_PARTS, 32 * MIB))
 PARTS_OF_OLD = 4_000
 LARGE_BYTES = MIB
@@ -67,22 +67,22 @@ class S3Transfers:
         self._guards_parts: bool | None = None
 
     def close(self) -> None:
-        """End the threads. Idempotent."""
+        """Stop the threads. Idempotent."""
         self._services.close()
 
     def properties(self, key: str) -> ObjectInfo | None:
-        """HeadObject, and GetObjectTagging where that counts tags."""
+        """HeadObject, and GetObjectTagging if there are tags."""
         info = self._store.head(key)
         if info is None or TAG_COUNT not in info.headers:
             return info
         return replace(info, headers={**info.headers, TAGS: self._store.tags(key)})
 
     def write(self, key: str, body: ReadableBody, put: PutRequest) -> StoredObject:
-        """PutObject for what fits into one part, otherwise a multipart upload."""
+        """PutObject for a body that fits into one part, otherwise a multipart upload."""
         return self._assembled(key, put, lambda assembly: assembly.take(body))
 
     def patch(self, held: ObjectInfo, offset: int, body: ReadableBody) -> StoredObject:
-        """What is large and stays is copied by the store itself; the rest is read and sent again."""
+        """Large unchanged ranges are copied by the store itself; the rest is read and sent again."""
         metadata = {name: value for name, value in held.metadata.items() if name != MARK}
         put = PutRequest(held.content_type, metadata, held.etag, held.headers)
 
@@ -114,20 +114,20 @@ class S3Transfers:
             hint = "begin the listing again without it"
             raise Rejected(f"invalid continuation: {code_of(refused)}", hint) from error
         prefixes = [entry["Prefix"] for entry in found.get("CommonPrefixes", ())]
-        # SeaweedFS takes `a//` for `a/`
+        # SeaweedFS treats `a//` as `a/`
         prefixes = [prefix for prefix in prefixes if prefix.startswith(question.prefix)]
         more = following(found, query)
         return ListingPage(infos_of(found, question.prefix), prefixes, more["ContinuationToken"] if more else "")
 
     def link(self, key: str, seconds: int, disposition: str) -> str:
-        """A presigned GetObject. It ends with temporary credentials, if those are what it was made with."""
+        """A presigned GetObject. If made with temporary credentials, it expires with them."""
         check_characters(key)
         place = {"Bucket": self._store.target.bucket, "Key": key, "ResponseContentDisposition": disposition}
         with self._store.translated(key):
             return str(self._store.client().generate_presigned_url("get_object", Params=place, ExpiresIn=seconds))
 
     def form(self, key: str, content_type: str, sizes: range, seconds: int) -> tuple[str, Mapping[str, str]]:
-        """A presigned POST of one file with exactly this key and type and one of these sizes: URL and form fields."""
+        """A presigned POST of one file with exactly this key and type and a size in `sizes`: URL and form fields."""
         fields = {"Content-Type": content_type, **self._store.target.encryption}
         conditions = [*({name: value} for name, value in fields.items()), ["content-length-range", sizes[0], sizes[-1]]]
         with self._store.translated(key):
@@ -137,9 +137,9 @@ class S3Transfers:
         return str(made["url"]), made["fields"]
 
     def _assembled(self, key: str, put: PutRequest, fill: "Callable[[_Assembly], Any]") -> StoredObject:
-        """What `fill` put together, under a mark that tells the object of this very write from any other."""
+        """Write the object that `fill` assembles, with a mark that identifies this write."""
         check_key(key)
-        # When the answer of the last step is lost, the mark on what is there tells whether the step was done.
+        # If the response of the last operation is lost, the mark on the current object tells whether it succeeded.
         put = replace(put, metadata={**put.metadata, MARK: uuid4().hex})
         check_headers(key, put)
         with ExitStack() as stack:
@@ -159,7 +159,7 @@ class S3Transfers:
         return StoredObject(etag, len(data), version_id, guarded)
 
     def _guards(self) -> bool:
-        """Whether the store compares versions at a Complete; some do so only at a PutObject. Tried once."""
+        """Whether the store checks conditions at a Complete; some only do at a PutObject. Tested once."""
         with self._turn:
             if self._guards_parts is None:
                 self._guards_parts = self._store.conditional and honours_conditions(self._store, self._store.probe_key)
@@ -167,7 +167,7 @@ class S3Transfers:
 
 
 def confirm_lost_answer(store: S3Store, key: str, put: PutRequest, error: AppError) -> ObjectInfo:
-    """The object, if it is that of this write, whose answer was lost; otherwise raises `error`."""
+    """The object, if it is from this write, whose response was lost; otherwise raises `error`."""
     with suppress(AppError):
         found = store.head(key)
         if found is not None and found.metadata.get(MARK) == put.metadata[MARK]:
@@ -176,7 +176,7 @@ def confirm_lost_answer(store: S3Store, key: str, put: PutRequest, error: AppErr
 
 
 def honours_conditions(store: S3Store, key: str) -> bool:
-    """Whether a Complete under a wrong condition is refused, tried on an object of our own at `key`."""
+    """Whether a Complete with a wrong condition is refused, tested on an object of our own at `key`."""
     put = PutRequest("text/plain", {MARK: uuid4().hex}, OTHER_ETAG)
     services = UploadPool(1, 1)
     store.put(key, io.BytesIO(b"probe"), PutRequest("text/plain"))
@@ -188,13 +188,13 @@ def honours_conditions(store: S3Store, key: str) -> bool:
         return True
     finally:
         services.close()
-        with suppress(AppError):  # a key that may not delete leaves it to the probes
+        with suppress(AppError):  # without the right to delete, the object is left to the probes
             store.delete(key)
     return False
 
 
 def part_bytes(number: int) -> int:
-    """How large part `number`, from 1, should be. Raises Rejected when there can be no such part."""
+    """The size of part `number`, counted from 1. Raises Rejected when there can be no such part."""
     for last, size_bytes in GROWTH:
         if number <= last:
             return size_bytes
@@ -202,7 +202,7 @@ def part_bytes(number: int) -> int:
 
 
 class UploadPool:
-    """What all uploads to one store share: threads and memory."""
+    """Threads and memory shared by all uploads to one store."""
 
     def __init__(
         self, at_once: int = AT_ONCE, large_at_once: int = LARGE_AT_ONCE, wait_seconds: float = WAIT_SECONDS
@@ -217,7 +217,7 @@ class UploadPool:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """The right to hold a part in memory. Raises Transient when none becomes free in time."""
+        """A permit to hold a part in memory. Raises Transient when none becomes free in time."""
         if not self._large.acquire(timeout=self._wait_seconds):
             raise Transient("too many large uploads at once", "send the same request again later")
         try:
@@ -226,7 +226,7 @@ class UploadPool:
             self._large.release()
 
     def completing(self, key: str) -> threading.Lock:
-        """One at a time for each key: SeaweedFS looks at the version and makes the object in two steps."""
+        """A lock for each key: SeaweedFS checks the version and creates the object in two steps."""
         return self._completing[hash(key) % COMPLETING]
 
     def start(self, call: Callable[[], Any]) -> "Future[Any]":
@@ -240,12 +240,12 @@ class UploadPool:
         return future
 
     def close(self) -> None:
-        """End the threads. Idempotent."""
+        """Stop the threads. Idempotent."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class S3Parts:
-    """A multipart upload under way; see `begin_upload`. Used from one thread."""
+    """A multipart upload in progress; see `begin_upload`. Not thread-safe."""
 
     def __init__(self, store: S3Store, services: UploadPool, key: str, put: PutRequest, upload_id: str) -> None:
         self._store, self._services, self._key, self._put = store, services, key, put
@@ -259,11 +259,11 @@ class S3Parts:
         return len(self._sent) + 1
 
     def send(self, data: bytearray) -> None:
-        """The next part."""
+        """Send the next part."""
         self._start("upload_part", {"Body": data})
 
     def copy(self, held: ObjectInfo, first: int, count: int) -> bool:
-        """The next part, which the store copies itself from the version `held`; False when it does not know how."""
+        """Have the store copy the next part from the version `held`; False when it does not support that."""
         if self._services.copies is False:
             return False
         source = {
@@ -272,7 +272,7 @@ class S3Parts:
             "CopySourceIfMatch": held.etag,
         }
         self._start("upload_part_copy", source)
-        # The first copy tells whether the store knows how; its answer is waited for.
+        # Wait for the first copy, which tells whether the store supports it.
         if self._services.copies is None:
             self._services.copies = self._sent[-1].result() is not None
             if not self._services.copies:
@@ -280,16 +280,16 @@ class S3Parts:
         return self._services.copies
 
     def _start(self, operation: str, given: Mapping[str, Any]) -> None:
-        part_bytes(self.number)  # refuses a number that cannot be
+        part_bytes(self.number)  # raises for an invalid number
         for future in self._under_way:
             if future.done():
-                future.result()  # raises early what one of them met
+                future.result()  # raise the error of a finished part early
         self._under_way = [future for future in self._under_way if not future.done()]
         self._sent.append(self._services.start(partial(self._part, operation, self.number, given)))
         self._under_way.append(self._sent[-1])
 
     def _part(self, operation: str, number: int, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """What Complete has to know of the part; None when the store does not know the operation."""
+        """The part's entry for Complete; None when the store does not support the operation."""
         copies = "CopySource" in given
         with self._store.translated(self._key, replaces=copies):
             try:
@@ -303,8 +303,8 @@ class S3Parts:
             return {"PartNumber": number, "ETag": told["ETag"], **sums}
 
     def complete(self, size_bytes: int, *, guarded: bool) -> StoredObject:
-        """Make the parts the object. `guarded`: the store is known to compare the version by itself."""
-        # What one of the parts met is raised here, before anything is replaced.
+        """Turn the parts into the object. `guarded`: the store is known to check the version itself."""
+        # The error of any part is raised here, before anything is replaced.
         parts = [future.result() for future in self._sent]
         expected = self._put.expected
         with nullcontext() if expected is None else self._services.completing(self._key):
@@ -318,7 +318,7 @@ class S3Parts:
         return StoredObject(answer["ETag"], size_bytes, answer.get("VersionId"), guarded)
 
     def _complete(self, parts: list[Mapping[str, Any]], condition: Mapping[str, str]) -> Any:
-        """The SDK repeats a Complete whose answer was lost, and the store has forgotten the upload by then."""
+        """The SDK retries a Complete whose response was lost, but the store has dropped the upload by then."""
         with self._store.translated(self._key, replaces=bool(condition)):
             try:
                 return self._store.client().complete_multipart_upload(
@@ -330,7 +330,7 @@ class S3Parts:
                 raise
 
     def abort(self) -> None:
-        """Give the parts back. Those under way are waited for, since they would outlive it."""
+        """Abort the upload. Waits for parts in flight, since they would outlive it."""
         for future in [each for each in self._sent if not each.cancel()]:
             with suppress(AppError):
                 future.result()
@@ -342,7 +342,7 @@ class S3Parts:
 
 @contextmanager
 def begin_upload(store: S3Store, services: UploadPool, key: str, put: PutRequest) -> Iterator[S3Parts]:
-    """CreateMultipartUpload; the upload is aborted unless the block comes to its end."""
+    """CreateMultipartUpload; the upload is aborted if the block raises."""
     with store.translated(key):
         answer = store.client().create_multipart_upload(
             Bucket=store.target.bucket, Key=key, **put_arguments(put, store.target)
@@ -355,7 +355,7 @@ def begin_upload(store: S3Store, services: UploadPool, key: str, put: PutRequest
 
 
 def abort_upload(store: S3Store, key: str, upload_id: str) -> bool:
-    """False when it has ended meanwhile."""
+    """Abort an upload; False when it has already ended."""
     with store.translated(key):
         try:
             store.client().abort_multipart_upload(Bucket=store.target.bucket, Key=key, UploadId=upload_id)
@@ -367,11 +367,11 @@ def abort_upload(store: S3Store, key: str, upload_id: str) -> bool:
 
 
 class _Assembly:
-    """An object put together from front to back. It becomes a multipart upload when it outgrows a part."""
+    """An object assembled from front to back. It becomes a multipart upload when it outgrows a part."""
 
     def __init__(self, store: S3Store, services: UploadPool, key: str, put: PutRequest, stack: ExitStack) -> None:
         self._store, self._services, self._key, self._put, self._stack = store, services, key, put, stack
-        self._held = bytearray()  # room for a whole part once the object is large
+        self._held = bytearray()  # allocated for a whole part once the object is large
         self._held_bytes = 0
         self._size_bytes = 0
         self._large = False
@@ -379,16 +379,17 @@ class _Assembly:
         self.parts: S3Parts | None = None
 
     def take(self, body: ReadableBody) -> int:
-        """All of `body`; how many bytes it had."""
+        """Append all of `body`; returns its size in bytes."""
         before = self._size_bytes
         while data := body.read(min(STEP_BYTES, self._room_bytes())):
             self._add(data)
         return self._size_bytes - before
 
     def keep(self, held: ObjectInfo, first: int, count: int, *, last: bool = False) -> None:
-        """The bytes `[first, first + count)` of the version that is replaced; nothing when `count` is not positive.
+        """Append the bytes `[first, first + count)` of the version to be replaced; nothing unless `count` is positive.
 
-        What fills a part is copied; what shares one with other bytes is read, since all parts but the `last` are alike.
+        Whole parts are copied. Bytes that share a part with others are read, since all parts but the `last` have the
+        same size.
         """
         started = min(self._room_bytes(), count) if self._held_bytes else 0
         self._read(held, first, started)
@@ -401,7 +402,9 @@ class _Assembly:
                 self.take(stream)
 
     def _copy(self, held: ObjectInfo, first: int, count: int, *, last: bool) -> int:
-        """How many of the bytes the store copied; fewer when they fill no part, or when it cannot copy at all."""
+        """The number of bytes that the store copied; fewer than `count` if they do not fill a part, or if it cannot
+        copy.
+        """
         copied = 0
         while (size_bytes := self._room_bytes()) <= count - copied or (copied and last and copied < count):
             size_bytes = min(size_bytes, count - copied)
@@ -434,22 +437,22 @@ class _Assembly:
         return self.parts
 
     def rest(self) -> bytearray:
-        """What is held and was not sent; it is not held any more."""
+        """Take the bytes that were not sent yet."""
         held, count = self._held, self._held_bytes
         self._held, self._held_bytes = bytearray(), 0
         if count < len(held):
-            del held[count:]  # gives the memory back without a copy
+            del held[count:]  # shrinks without a copy
         return held
 
     def complete(self, *, guarded: bool) -> StoredObject:
-        """Send the rest and make the object."""
+        """Send the rest and complete the object."""
         parts = self._begin()
         if self._held_bytes:
             parts.send(self.rest())
         return parts.complete(self._size_bytes, guarded=guarded)
 
 
-# What killed uploads left in a bucket: parts that nobody sees and everybody pays for.
+# Parts that killed uploads left in a bucket: invisible, but charged.
 
 SWEEP_HINT = (
     "let the key list and abort multipart uploads (s3:ListBucketMultipartUploads, s3:AbortMultipartUpload), "
@@ -458,8 +461,8 @@ SWEEP_HINT = (
 
 
 def abort_stale_uploads(store: S3Store, before: datetime, ours: Callable[[str], bool]) -> int:
-    """Abort multipart uploads that were begun before under keys that are `ours`; how many there were. One that ends
-    meanwhile is none.
+    """Abort multipart uploads begun before `before` under keys that are `ours`; returns how many. Uploads that end
+    meanwhile are not counted.
     """
     try:
         old = [
@@ -485,7 +488,7 @@ def _uploads(store: S3Store) -> Iterator[Any]:
         asked = {name: value for name, value in marks.items() if value}
 
 
-# Whether a bucket keeps old versions of its objects for ever: each replacement of an object would then be paid for.
+# Whether a bucket keeps old versions of its objects forever: then every replacement of an object adds cost.
 #
 # Source: the S3 API reference, GetBucketVersioning and GetBucketLifecycleConfiguration.
 
@@ -496,7 +499,7 @@ KEPT = "old versions are kept for ever: add a lifecycle rule with NoncurrentVers
 def note_of_versions(store: S3Store, prefix: str) -> str:
     """A warning for a bucket with versions that no lifecycle rule removes below `prefix`; "" when all is well.
 
-    Raises Transient. A store that knows no versions has none.
+    Raises Transient. A store without versioning support has no versions.
     """
     try:
         versions = _answer(store, "get_bucket_versioning", HTTPStatus.NOT_IMPLEMENTED)
@@ -509,7 +512,7 @@ def note_of_versions(store: S3Store, prefix: str) -> str:
 
 
 def removes_old_versions(rules: Sequence[Mapping[str, Any]], prefix: str) -> bool:
-    """True when one of a bucket's lifecycle rules removes old versions of everything below `prefix`."""
+    """True when one of the lifecycle rules removes old versions of everything below `prefix`."""
     for rule in rules:
         only = rule.get("Filter") or {"Prefix": rule.get("Prefix", "")}
         is_for_all = set(only) <= {"Prefix"} and f"{prefix}/".lstrip("/").startswith(only.get("Prefix", ""))
@@ -519,7 +522,7 @@ def removes_old_versions(rules: Sequence[Mapping[str, Any]], prefix: str) -> boo
 
 
 def _answer(store: S3Store, method: str, nothing: HTTPStatus) -> Mapping[str, Any]:
-    """What the store says of its bucket; nothing where it answers with this status."""
+    """The store's response about its bucket; empty if it responds with the status `nothing`."""
     with store.translated(f"bucket {store.target.bucket!r}"):
         try:
             found: Mapping[str, Any] = getattr(store.client(), method)(Bucket=store.target.bucket)

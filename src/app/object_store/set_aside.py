@@ -1,8 +1,8 @@
-"""What runs set aside, kept beside the data: one object per window or unit and reason, below a folder `_set_aside`.
+"""Rows set aside by runs, kept next to the data: one object per window or unit and reason, below a folder `_set_aside`.
 
-Invariants: the same rows have the same name, so that a repeat writes nothing; no object grows beyond the limit, the
-rest is only counted; a store that cannot be written never fails the run. The leading underscore of the folder keeps
-pandas, Spark and DuckDB from reading these objects as data.
+Invariants: the same rows get the same name, so a repeat writes nothing; no object grows beyond the limit, the rest is
+only counted; a store that cannot be written never fails the run. The leading underscore of the folder keeps pandas,
+Spark and DuckDB from reading these objects as data.
 """
 
 import hashlib
@@ -44,10 +44,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SetAsideResult:
-    """What became of rows that were set aside: `number` in all, `new` of them for the first time.
+    """The result of setting rows aside: `number` in total, `new` of them for the first time.
 
-    `key` names the object that holds them; "" = the store could not be written: they are only counted, and all are new
-    since nobody can tell.
+    `key` names the object that holds them; "" = the store could not be written: they are only counted, and all count as
+    new since that cannot be checked.
     """
 
     reason: str
@@ -58,13 +58,13 @@ class SetAsideResult:
 
     @property
     def entry(self) -> SetAside:
-        """This as an entry of the run's ledger."""
+        """The ledger entry for this."""
         return SetAside(self.reason, self.number, self.new, sampled(self.sample))
 
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """The bytes to keep. `digest` is that of the whole content, `is_cut` when `body` is only its beginning."""
+    """The bytes to keep. `digest` covers the whole content, `is_cut` when `body` is only its beginning."""
 
     body: bytes
     digest: str
@@ -77,7 +77,7 @@ def folder_of(start: str) -> str:
 
 
 class SetAsideStore:
-    """One pipeline's folder. May be used from any thread. `monotonic` gives seconds."""
+    """One pipeline's folder. Thread-safe. `monotonic` gives seconds."""
 
     def __init__(
         self,
@@ -106,15 +106,15 @@ class SetAsideStore:
     ) -> SetAsideResult:
         """Keep `content`: `number` values, in the ledger's unit, that were set aside for `reason`.
 
-        `name` tells the window or unit from others, in one part or several; any text may stand in it. `reason` is one
-        of few fixed texts. LINES and NDJSON are kept line by line: what an object holds stays, only lines that it does
-        not hold are added, and those are new. Content of other types replaces what is there.
-        Raises only what reading `content` raises. After a failure the store is left alone for half a minute, so that a
-        store that does not answer does not hold up the run at each window.
+        `name` identifies the window or unit, in one or several parts; it may contain any text. `reason` is one of a few
+        fixed texts. LINES and NDJSON are kept line by line: existing lines stay, only missing lines are added, and
+        those count as new. Content of other types replaces the object. Raises only what reading `content` raises. After
+        a failure the store is not used for half a minute, so that an unresponsive store does not delay the run at each
+        window.
         """
         key = self.key_of(name, content_type=content_type, reason=reason)
         given = _read(content, self._max_bytes, by_line=content_type in BY_LINE)
-        # A store that does not answer takes its time at each window: after one failure it is left alone for a while.
+        # An unresponsive store would cost its timeout at each window, so it is skipped for a while after a failure.
         if self._monotonic() >= self._resting_until:
             try:
                 return SetAsideResult(
@@ -126,7 +126,7 @@ class SetAsideStore:
         return SetAsideResult(reason, number, number, sample, "")
 
     def holds(self, name: str) -> bool:
-        """True when something is kept under a name whose first part is this. Raises what the store raises."""
+        """True when something is kept under a name whose first part is `name`. Raises what the store raises."""
         part = _shortened(_encoded(name), MAX_PART_CHARACTERS)
         return any(True for _ in self._store.list(f"{self._folder}/{part}/"))
 
@@ -139,21 +139,21 @@ class SetAsideStore:
         return f"{self._folder}/{_shortened(path, MAX_NAME_CHARACTERS)}.{why[:MAX_PART_CHARACTERS]}{suffix}"
 
     def sweep(self, before: datetime) -> int:
-        """Delete the folder's objects that were last modified before; how many. Raises what the store raises."""
+        """Delete the folder's objects last modified before `before`; returns how many. Raises what the store raises."""
         old = [info.key for info in self._store.list(f"{self._folder}/") if info.modified_at < before]
         for key in old:
             self._store.delete(key)
         return len(old)
 
     def kept_by(self, run: Run) -> Sequence[KeptFile]:
-        """The objects that were last written during a run, by key. Raises what the store raises."""
+        """The objects last written during a run, by key. Raises what the store raises."""
         since, start = run.started_at - CLOCKS_APART, len(self._folder) + 1
         until = (run.ended_at or datetime.max.replace(tzinfo=UTC) - CLOCKS_APART) + CLOCKS_APART
         infos = self._store.list(f"{self._folder}/")
         return [KeptFile(i.key[start:], i.size_bytes, i.key) for i in infos if since <= i.modified_at <= until]
 
     def _write(self, key: str, given: _Content, content_type: str, reason: str, number: int) -> int:
-        """Write what the object does not hold yet; how much is new. Raises what the store raises."""
+        """Write what the object does not hold yet; returns how much is new. Raises what the store raises."""
         attempts_left = ATTEMPTS
         while True:
             there = self._store.head(key)
@@ -166,17 +166,17 @@ class SetAsideStore:
                 put = PutRequest(content_type, _metadata(given, reason, number), expected)
                 self._store.put(key, io.BytesIO(given.body), put)
                 return max(number - before, 0)
-            except Conflict:  # another process keeps rows of the same window: unite with what it wrote
+            except Conflict:  # another process keeps rows of the same window: merge with what it wrote
                 attempts_left -= 1
                 if not attempts_left:
                     raise
 
     def _add(self, there: ObjectInfo, given: _Content, put: PutRequest, reason: str, number: int) -> int:
-        """Add the lines that the object does not hold, in their order; how much is new."""
+        """Add the lines that the object lacks, in their order; returns how much is new."""
         with self._store.open(there.key, there.etag) as stream:
             held = b"" if stream is None else _ended(stream.read())
         added = _lines_beyond(held, given.body)
-        was_cut = there.metadata.get("cut") == "yes"  # then it cannot be told which lines it stands for
+        was_cut = there.metadata.get("cut") == "yes"  # then the lines beyond the cut are unknown
         before = there.number("number") or 0
         new = min(max(number - before, 0 if was_cut else len(added)), number)
         if new:
@@ -189,7 +189,7 @@ class SetAsideStore:
 
 
 def _read(content: bytes | BinaryIO, max_bytes: int, *, by_line: bool) -> _Content:
-    """The first bytes are held, all are read, for the digest."""
+    """Keep the first bytes, but read all of them for the digest."""
     stream = io.BytesIO(content) if isinstance(content, bytes) else content
     first = stream.read(max_bytes + 1)
     digest = hashlib.sha256(first)
@@ -205,7 +205,7 @@ def _ended(lines: bytes) -> bytes:
 
 
 def _cut(body: bytes, max_bytes: int, *, by_line: bool) -> bytes:
-    """The beginning of `body`, up to the end of a line where there is one."""
+    """The beginning of `body`, cut at the end of a line if there is one."""
     if len(body) <= max_bytes:
         return body
     end = body.rfind(b"\n", 0, max_bytes) + 1 if by_line else max_bytes
@@ -213,7 +213,7 @@ def _cut(body: bytes, max_bytes: int, *, by_line: bool) -> bytes:
 
 
 def _lines_beyond(held: bytes, given: bytes) -> list[bytes]:
-    """The lines of `given` that `held` does not have, or has less often."""
+    """The lines of `given` that `held` lacks, or has fewer times."""
     if given.startswith(held):
         return list(io.BytesIO(given[len(held) :]))
     left = Counter(io.BytesIO(held))
@@ -227,20 +227,20 @@ def _lines_beyond(held: bytes, given: bytes) -> list[bytes]:
 
 
 def _metadata(content: _Content, reason: str, number: int) -> dict[str, str]:
-    """What `keep` and a reader need to know without reading the object."""
+    """What `keep` and readers need to know without reading the object."""
     said = reason.encode("ascii", "backslashreplace").decode().strip()
     cut = {"cut": "yes"} if content.is_cut else {}
     return {"reason": said[:MAX_PART_CHARACTERS], "number": str(number), "digest": content.digest, **cut}
 
 
 def _encoded(part: str) -> str:
-    """One to one: letters, digits and `_.-=` stand for themselves. No segment is empty, `.` or `..`."""
+    """A reversible encoding: letters, digits and `_.-=` stay as they are. No segment is empty, `.` or `..`."""
     quoted = quote(part.encode("utf-8", "surrogatepass"), safe="=").replace("~", "%7E")
     return (quoted.replace(".", "%2E") if not quoted.strip(".") else quoted) or "%"
 
 
 def _shortened(text: str, limit: int) -> str:
-    """`text`, or its beginning with a digest of it; `~` stands in no text that was not shortened."""
+    """`text`, or its beginning plus a digest of it; only shortened text contains `~`."""
     if len(text) <= limit:
         return text
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,9 +1,9 @@
-"""The shared sink of the pipelines that land rows as objects: Parquet or CSV, one object per window and part.
+"""The shared sink of the pipelines that write rows as objects: Parquet or CSV, one object per window and part.
 
 Key: `{prefix}/device_id={id}/date={date}/export_{HHMMSS}.{parquet|csv}`, all UTC, HHMMSS being the start of the window;
-deltas, which older versions wrote for late rows, take the seconds after it. Invariants: the key is a function of
-partition, window and part alone; an object is replaced only while it is the version that was read; metadata names
-digest and rows of its content.
+deltas, which older versions wrote for late rows, take the seconds after it. Invariants: the key depends on partition,
+window and part alone; an object is replaced only while it is the version that was read; metadata holds digest and row
+count of its content.
 """
 
 import csv
@@ -58,29 +58,29 @@ class TableBatch(Batch, Protocol):
 
     @property
     def has_nanos(self) -> bool:
-        """True when an instant has digits below the microsecond."""
+        """True when a timestamp has digits below the microsecond."""
 
     @property
     def has_all_tags(self) -> bool:
-        """False when rows of an older version are among them, which lost tags."""
+        """False if it contains rows of an older version, which lost tags."""
 
     def output(self) -> Iterator[pa.Table]:
         """The rows with `output_schema`, in order, in tables of moderate size."""
 
 
 class TableSummary(Protocol):
-    """Sums of the rows of an object, taken while they are written."""
+    """Sums over the rows of an object, taken while they are written."""
 
     def add(self, table: pa.Table) -> None:
-        """Rows as they are written, with their instants in nanoseconds and in order of these."""
+        """Add rows as they are written, sorted by their timestamps, which are in nanoseconds."""
 
     def facts(self, key: str, etag: str, size_bytes: int) -> Any:
-        """What is known of the object in the version that it got; None for nothing."""
+        """The facts about the object in its new version; None for none."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
-    """An object's bytes in memory or an unnamed temporary file, with the metadata that says what they are."""
+    """An object's bytes in memory or an unnamed temporary file, with its metadata."""
 
     file: BinaryIO
     size_bytes: int
@@ -102,9 +102,9 @@ class EncodedFile:
 class TableSink:
     """`app.core.pipeline.Sink` for tables on an object store. `layout_at` gives the layout of a window's start.
 
-    `run` and a counter name each write inside the bytes, so that no two writes share a version. `cursors`: what was
-    committed of each partition when the run began, from which a lost cursor can be found again.
-    `summed(schema, format)` takes sums of the rows of an object.
+    `run` and a counter put a unique id of each write into the bytes, so that no two writes share a version. `cursors`:
+    what was committed for each partition when the run began, from which a lost cursor can be recovered. `summed(schema,
+    format)` creates the summary of an object's rows.
     """
 
     store: ObjectStore
@@ -134,7 +134,7 @@ class TableSink:
         return check_key(f"{self.prefix}/{name}" if self.prefix else name)
 
     def listed(self, partition: str, window: Window) -> Iterator[tuple[datetime, ObjectInfo]]:
-        """Every object of the partition on the day of `window`, with the instant of its name. One listing."""
+        """Every object of the partition on the day of `window`, with the time in its name. One listing."""
         folder = self.key(partition, window, 0).rpartition("/")[0]
         midnight = window.start.replace(hour=0, minute=0, second=0, microsecond=0)
         for info in self.store.list(f"{folder}/"):
@@ -168,17 +168,17 @@ class TableSink:
         self.store.delete(key)
 
     def head(self, key: str) -> ObjectState | None:
-        """What is there, with what its writer noted; a copy of another window's object says nothing."""
+        """The current object, with its writer's metadata; a copy of another window's object has none."""
         info = self.store.head(key)
         if info is None:
             return None
         second, noted = named_second(key), window_from_metadata(info)
-        # What somebody copied here from another window has that window's digest and rows in its metadata.
+        # An object copied here from another window still has that window's digest and rows in its metadata.
         is_own = second is not None and noted is not None and noted[0] <= second < noted[1]
         return state_from_metadata(info) if is_own else ObjectState(info.etag, size_bytes=info.size_bytes)
 
     def read(self, key: str, version: str) -> Iterator[pa.Table]:
-        """The rows of that version, in order, by way of a local copy: Parquet is read from its end.
+        """The rows of that version, in order, from a local copy, since Parquet is read from its end.
 
         Timestamps are in nanoseconds, whatever unit the object has. See LOST_TAGS and CSV_ROWS.
         """
@@ -192,14 +192,14 @@ class TableSink:
             if key.endswith(".parquet"):
                 yield from _readable(key, _parquet_tables(file))
             else:
-                # A CSV object has no schema: what it lacks is noted beside it.
+                # A CSV object has no schema, so its tags are noted in its metadata.
                 held = self.head(key)
                 mark = CSV_ROWS if held and held.tags == ALL_TAGS else {**CSV_ROWS, **LOST_TAGS}
                 for table in _readable(key, _csv_tables(file)):
                     yield table.replace_schema_metadata(mark)
 
     def encode(self, partition: str, window: Window, batch: TableBatch) -> EncodedFile:
-        """Write the batch to memory, from MEMORY_BYTES on to a temporary file. In Parquet each write differs."""
+        """Write the batch to memory, above MEMORY_BYTES to a temporary file. In Parquet each write is unique."""
         layout = self.layout_at(window.start)
         metadata = {
             "pipeline": self.pipeline,
@@ -242,8 +242,8 @@ class TableSink:
         return EncodedFile(file, size_bytes, CONTENT_TYPES[layout.format], metadata, sums)
 
     def put(self, key: str, encoded: EncodedFile, expected: str | None, *, closing: bool = False) -> str:
-        """Compare-and-swap: see `app.core.pipeline.Sink`. Only a closing write takes `storage_class`: stores bill at
-        least thirty days of an object of another class, and an open window is replaced every minute.
+        """Compare-and-swap: see `app.core.pipeline.Sink`. Only a closing write uses `storage_class`: stores bill at
+        least thirty days for an object of another class, and an open window is replaced every minute.
         """
         encoded.file.seek(0)
         headers = {STORAGE_CLASS: self.storage_class} if closing and self.storage_class else {}
@@ -253,7 +253,7 @@ class TableSink:
 
 
 def by_window(listed: Iterable[tuple[datetime, ObjectInfo]], windows: Sequence[Window]) -> Mapping[datetime, Objects]:
-    """A listing, as `TableSink.listed` makes it, by the starts of these windows, which are in order."""
+    """The listing of `TableSink.listed`, grouped by the starts of these windows, which are in order."""
     starts = [window.start for window in windows]
     found: dict[datetime, dict[int, tuple[str, str]]] = {}
     for named_at, info in listed:
@@ -270,7 +270,7 @@ def lost_tags_in(table: pa.Table) -> bool:
 
 
 def stored_schema(schema: pa.Schema, *, in_microseconds: bool, with_nanos: bool) -> pa.Schema:
-    """The columns of a Parquet object. Digits below the microsecond stand in a last column of their own, 0 to 999."""
+    """The columns of a Parquet object. Digits below the microsecond go into a separate last column, 0 to 999."""
     if not in_microseconds:
         return schema
     index = schema.get_field_index(TIMESTAMP)
@@ -279,12 +279,12 @@ def stored_schema(schema: pa.Schema, *, in_microseconds: bool, with_nanos: bool)
 
 
 def split_nanoseconds(table: pa.Table, *, with_nanos: bool) -> pa.Table:
-    """Rows with their timestamp in microseconds, and what is below that in a last column."""
+    """Rows with their timestamp in microseconds, and the remaining nanoseconds in a last column."""
     index = table.schema.get_field_index(TIMESTAMP)
     times = table.column(index)
     times = times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()
     instants = times.view(pa.int64()).to_numpy()
-    micros = instants // 1000  # rounds down, also before 1970, so that the rest is never negative
+    micros = instants // 1000  # rounds down, also before 1970, so the rest is never negative
     table = table.set_column(index, TIMESTAMP, pa.array(micros).view(pa.timestamp("us", "UTC")))
     return table.append_column(NANOS, pa.array((instants - micros * 1000).astype(np.int16))) if with_nanos else table
 
@@ -304,9 +304,9 @@ def in_nanoseconds(table: pa.Table) -> pa.Table:
 
 
 def _write_parquet(file: BinaryIO, rows: Iterator[pa.Table], schema: pa.Schema, dictionary: tuple[str, ...]) -> None:
-    """Row groups of equal size whatever the size of the tables that come; dictionary only where values repeat.
+    """Row groups of equal size whatever the size of the incoming tables; dictionary only where values repeat.
 
-    Each page's few writes are gathered on Arrow's side: a call into Python for every one costs a fifth of a small file.
+    The small writes of each page are buffered in Arrow: a call into Python for each one costs a fifth of a small file.
     """
     names = [name for name in dictionary if name in schema.names]
     gathered = pa.BufferedOutputStream(pa.PythonFile(file, mode="w"), WRITE_BYTES)
@@ -319,7 +319,7 @@ def _write_parquet(file: BinaryIO, rows: Iterator[pa.Table], schema: pa.Schema, 
 
 
 def row_groups(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of exactly `rows`, the last one shorter."""
+    """The same rows in tables of exactly `rows` rows, the last one shorter."""
     waiting: list[pa.Table] = []
     size = 0
     for table in tables:
@@ -348,7 +348,7 @@ def _write_csv(file: BinaryIO, names: Sequence[str], rows: Iterator[pa.Table]) -
 
 
 def _readable(key: str, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The tables of a local copy. What cannot be parsed was not written by this sink, or was damaged since."""
+    """The tables of a local copy. A parse error means that the object is not from this sink, or was damaged."""
     try:
         yield from tables
     except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
@@ -368,8 +368,8 @@ def _parquet_tables(file: BinaryIO) -> Iterator[pa.Table]:
 
 
 def _csv_tables(file: BinaryIO) -> Iterator[pa.Table]:
-    """Instants, and everything else as the text that it is: inference would look at the first block only, and make
-    numbers of texts such as 007.
+    """Timestamps, and all other columns as text: type inference would only look at the first block, and turn text such
+    as 007 into numbers.
     """
     names = next(csv.reader(io.StringIO(_first_record(file), newline="")), [])
     options: Mapping[str, Any] = {
@@ -387,7 +387,7 @@ def _csv_tables(file: BinaryIO) -> Iterator[pa.Table]:
 
 
 def _first_record(file: BinaryIO) -> str:
-    """The header, which ends at the first newline outside quotes. The file stands at its start again."""
+    """The header, which ends at the first newline outside quotes. Rewinds the file."""
     record = file.readline()
     while record.count(b'"') % 2 and (line := file.readline()):
         record += line
