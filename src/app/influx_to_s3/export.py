@@ -1,7 +1,7 @@
 """The export itself: one run of its job, its daily reconcile, its backfill and its rewrite.
 
 Invariants: the job owns the live windows, from the cursor on. Reconcile, backfill and rewrite touch only windows before
-the cursor, so no two of them work on the same window. Nothing is connected before the first run.
+the cursor, so they never work on the same window as the job. Nothing is connected before the first run.
 """
 
 import logging

@@ -164,7 +164,7 @@ class InfluxQlReader:
                 yield from batch.add(series)
             yield from batch.finish()
 
-    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[PointColumns]:  # noqa: ARG002 - none whatever is asked
+    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[PointColumns]:  # noqa: ARG002 - always empty
         """See `Reader`: JSON distinguishes an empty string from a missing value."""
         return iter(())
 

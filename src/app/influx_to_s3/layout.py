@@ -93,7 +93,7 @@ def new_layout(wanted: Layout, first_start_at: datetime) -> LayoutDocument:
 
 
 def with_layout(tree: LayoutDocument, wanted: Layout, today: date) -> LayoutDocument:
-    """Apply `wanted` from the day after both today and the sealed day, unless it already is the last layout."""
+    """Apply `wanted` from the day after the later of today and the sealed day, unless it is already the last layout."""
     if replace(tree.layouts[-1], effective_at=EPOCH) == replace(wanted, effective_at=EPOCH):
         return tree
     effective_at = _midnight(max(tree.sealed_day, today) + timedelta(days=1))
@@ -104,7 +104,7 @@ def with_layout(tree: LayoutDocument, wanted: Layout, today: date) -> LayoutDocu
 
 
 def with_types(tree: LayoutDocument, wanted: Mapping[str, str], today: date) -> LayoutDocument:
-    """Give the columns named in `wanted` these types from the day after both today and the sealed day."""
+    """Give the columns in `wanted` these types from the day after the later of today and the sealed day."""
     day = max(tree.sealed_day, today) + timedelta(days=1)
 
     def retyped(column: Column) -> Column:

@@ -386,7 +386,7 @@ def _message(body: str) -> str:
 T = TypeVar("T")
 
 DAY = timedelta(seconds=DAY_SECONDS)
-SHARDS_FROM = datetime(1, 1, 1, tzinfo=UTC)  # Go cuts a time to a multiple of a duration since then: weeks from Mondays
+SHARDS_FROM = datetime(1, 1, 1, tzinfo=UTC)  # Go truncates times to multiples since then; weeks start on Mondays
 
 
 def one_type_spans(span: Window, shard: timedelta) -> Iterator[Window]:

@@ -348,7 +348,7 @@ def _parsed(name: str, values: Any, kind: str) -> Any:
 
 
 def _guessed(values: Any, kind: str) -> Iterator[Any]:
-    """Text of a CSV object as `kind`; otherwise as a number or boolean where it looks like one, else as text."""
+    """Text of a CSV object by what it looks like: number, boolean, else text. All text if `kind` is TEXT."""
     rest = values
     for each, pattern in GUESSES if kind != TEXT else ():
         fits = pc.fill_null(pc.match_substring_regex(rest, pattern), False)  # noqa: FBT003 - Arrow's own signature

@@ -120,7 +120,7 @@ class SetAsidePoints:
     ) -> tuple[SetAsideResult, Mapping[str, int]]:
         """Keep points of one window unchanged. Returns the result and the number of values per field.
 
-        `device` "" = the points without the device tag. Large amounts of lines are buffered in a temporary file.
+        `device` "" = the points without the device tag. Many lines are buffered in a temporary file.
         """
         read: dict[str, int] = {}
         sample = ""

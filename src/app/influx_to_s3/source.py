@@ -252,7 +252,7 @@ class InfluxSource:
     ) -> Mapping[str, Sums]:
         """Append what was read of a span, plus empty strings, which Flux returns as absent. Returns the sums of both.
 
-        If the counts cover more than this span, they do not show which strings are missing, so each text field is
+        If the counts cover more than this span, they do not show which strings are missing: each possible text field is
         queried.
         """
         read = sums_of(field for block in blocks for field in block.fields)

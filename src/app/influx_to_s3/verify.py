@@ -135,7 +135,7 @@ class ExportEnds:
         return self.opened.sink.layout_at(window.start).format == "csv"
 
     def _listing(self, slot: PartitionWindow) -> Listing:
-        """The day's listing, cached; asking for the same window again lists anew."""
+        """The day's listing, cached; asking twice in a row for the same window lists the day again."""
         day = (slot.partition, f"{slot.window.start:%Y%m%d}")
         if self.listed[0] != day or self.looked_at == slot:
             start = floor_to(slot.window.start, DAY_SECONDS)
