@@ -1,9 +1,9 @@
-"""InfluxDB's annotated CSV to Arrow columns, in memory bounded by the block size and not by the response.
+"""Parse InfluxDB's annotated CSV into Arrow columns; memory is bounded by the block size, not by the response.
 
-Bytes are cut into blocks at row ends outside quotes, and each block is parsed by Arrow's compiled reader with the types
-of the annotations in force. Rows of many small tables with one schema are collected and parsed together, since a
-response may hold a table per series. Invariants: the same tables come out however the bytes were chunked; a response
-that is cut, malformed or ends in an error table raises, it never yields less in silence.
+Bytes are cut into blocks at row ends outside quotes. Arrow's compiled reader parses each block with the types of the
+annotations in force. A response may hold one table per series, so rows of many small tables with the same schema are
+collected and parsed together. Invariants: the result does not depend on how the bytes were chunked; a response that is
+truncated, malformed or ends in an error table raises and never silently yields fewer rows.
 
 Format: https://docs.influxdata.com/influxdb/v2/reference/syntax/annotated-csv/, details as in flux `csv/result.go`.
 """
@@ -42,9 +42,9 @@ ENVELOPE = 3  # the annotation's name, `result` and `table` come before the data
 
 @dataclass(frozen=True, slots=True)
 class CsvBlock:
-    """Rows of one schema: three parallel sequences. A name may occur more than once, so columns are taken by place.
+    """Rows of one schema as three parallel sequences. Names may repeat, so columns are addressed by position.
 
-    `grouped`: whether the column belongs to the group key, which after a pivot are the tags of the series.
+    `grouped`: whether the column is part of the group key. After a pivot those columns are the tags of the series.
     """
 
     names: Sequence[str]
@@ -55,10 +55,10 @@ class CsvBlock:
 def read_blocks(
     chunks: Iterable[bytes], block_bytes: int = BLOCK_BYTES, known: frozenset[str] = frozenset()
 ) -> Iterator[CsvBlock]:
-    """Parse a response body, given as pieces of any size. Columns of the group key that are `known` are left out.
+    """Parse a response body, given as chunks of any size. Group key columns named in `known` are left out.
 
     Raises Transient when the body ends inside a header or a quoted value and for in-band errors that may pass,
-    QueryTooLarge where a smaller question would do, Permanent for answers that are not annotated CSV.
+    QueryTooLarge where a smaller query would succeed, Permanent for responses that are not annotated CSV.
     """
     schemas: dict[bytes, _Schema] = {}
     schema: _Schema | None = None
@@ -73,7 +73,7 @@ def read_blocks(
             if head or rows.startswith(b"#", position):
                 end = _line_end(rows, position)
                 head += rows[position:end]
-                if not rows.startswith(b"#", position):  # the header row, which ends the annotations
+                if not rows.startswith(b"#", position):  # the header row ends the annotations
                     schema = schemas.get(head) or schemas.setdefault(head, _Schema(head, known))
                     head = b""
             else:
@@ -91,7 +91,7 @@ def read_blocks(
 
 
 def error_of(message: str) -> AppError:
-    """An in-band error, sorted by whether repeating or asking for less can help."""
+    """Classify an in-band error by whether a retry or a smaller query can help."""
     shown = message[:300]
     if any(word in message.lower() for word in TOO_MUCH):
         return QueryTooLarge(
@@ -118,7 +118,7 @@ class _Schema:
             )
         groups = [word == "true" for word in annotations.get("#group", ())] or [False] * len(header)
         defaults = annotations.get("#default") or [""] * len(header)
-        # Data may be called `result` or `table` too, so the envelope is told by its place and not by its names.
+        # Data columns may also be called `result` or `table`, so the envelope is identified by position, not by name.
         kept = [at for at in range(ENVELOPE, len(header)) if not (groups[at] and header[at] in known)]
         self.names = [header[at] for at in kept]
         self.grouped = [groups[at] for at in kept]
@@ -139,7 +139,7 @@ class _Schema:
         try:
             table = pacsv.read_csv(
                 pa.BufferReader(rows),
-                # One block holds all rows, so that newlines inside quotes never meet a block's edge.
+                # A single block holds all rows, so that no newline inside quotes falls on a block boundary.
                 read_options=pacsv.ReadOptions(
                     column_names=self._places, block_size=max(len(rows) + 1, 1 << 16), use_threads=False
                 ),
@@ -155,7 +155,7 @@ class _Schema:
                 f"InfluxDB's answer holds a row that does not fit its header: {error}",
                 "no action needed: the window is read again; if it stays, set INFLUXDB_API=influxql",
             ) from error
-        # The server's writer turns a newline inside a value into CRLF; it is turned back here.
+        # The server writes a newline inside a value as CRLF; convert it back.
         if QUOTE in rows and rows.count(b"\n") > table.num_rows:
             columns = [
                 pc.replace_substring(column, "\r\n", "\n") if column.type == pa.string() else column
@@ -165,7 +165,10 @@ class _Schema:
 
 
 def _put_off(schema: _Schema | None, rows: bytes) -> int:
-    """Keep data rows until a block is full; how many bytes. Raises for those of an error table, or without a header."""
+    """Buffer data rows until a block is full. Returns the number of bytes.
+
+    Raises for rows of an error table and for rows without a header.
+    """
     if not rows:
         return 0
     if schema is None:
@@ -219,7 +222,7 @@ def _closed(block: bytes, start: int, end: int) -> bool:
 
 
 def _line_end(rows: bytes, position: int) -> int:
-    """The offset just past the row that begins there."""
+    """The offset just past the row that begins at `position`."""
     end = rows.find(b"\n", position) + 1
     while not _closed(rows, position, end):
         end = rows.find(b"\n", end) + 1
@@ -236,10 +239,10 @@ def _last_row_end(block: bytes) -> int:
 
 
 def _next_head(rows: bytes, position: int) -> int:
-    """The offset of the next blank or annotation line outside quotes, else the length."""
+    """The offset of the next blank or annotation line outside quotes, or the length if there is none."""
     if BLANK_ROWS.match(rows, position):
         return position
-    # Most blocks hold no annotation: one look for its mark is much cheaper than a look at the start of every row.
+    # Most blocks hold no annotation: one search for `#` is much cheaper than checking the start of every row.
     pattern = BLANK_ROW if rows.find(b"#", position) < 0 else HEAD_ROW
     for found in pattern.finditer(rows, position):
         if _closed(rows, position, found.start()):

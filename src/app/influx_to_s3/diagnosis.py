@@ -1,6 +1,7 @@
-"""What an InfluxDB token may do, and what a setting that finds nothing probably meant. For commands, never the daemon.
+"""Explain a refused connection: what the InfluxDB token may do and which settings were probably meant.
 
-influxdb-client has its home here. Importing it costs 0.3 s and 41 MiB, so only a question that has failed loads it.
+For commands only, never the daemon. This is the only module that imports influxdb-client: the import costs 0.3 s and 41
+MiB, so it is loaded only after a query has failed.
 """
 
 import os
@@ -23,8 +24,10 @@ TIMEOUT_MS = 10_000
 
 
 def check_access(ping: Callable[[], str], influx: "InfluxSettings") -> str:
-    """What `ping` says. Where the server refuses it, the error also says which organisations, buckets and rights the
-    token has, and which of them was probably meant. Raises what `ping` raises.
+    """The result of `ping`. Raises what `ping` raises.
+
+    If the server refuses, the error also lists the token's organisations, buckets and permissions, and suggests the
+    setting that was probably meant.
     """
     try:
         return ping()
@@ -42,7 +45,7 @@ def check_access(ping: Callable[[], str], influx: "InfluxSettings") -> str:
 
 
 def explain_refusal(error: Permanent, client: Any, *, org: str, bucket: str) -> Permanent:
-    """The refusal with what the token has, as `client` finds it; the refusal itself where nothing can be found."""
+    """The refusal extended with what `client` finds out about the token; unchanged where nothing can be found."""
     orgs = {each.id: each.name for each in _asked(lambda: client.organizations_api().find_organizations())}
     buckets = [
         (each.name, orgs.get(each.org_id, each.org_id))
@@ -62,8 +65,9 @@ def explain_refusal(error: Permanent, client: Any, *, org: str, bucket: str) -> 
 
 
 def _meant(org: str, bucket: str, *, orgs: Sequence[str], buckets: Sequence[tuple[str, str]]) -> Mapping[str, str]:
-    """The settings that were probably meant, by variable; none where nothing is near, or the settings name what is
-    there.
+    """The settings that were probably meant, by variable name.
+
+    Empty where nothing is similar, or where the configured names exist.
     """
     found: dict[str, str] = {}
     if org not in orgs:
@@ -81,7 +85,7 @@ def _meant(org: str, bucket: str, *, orgs: Sequence[str], buckets: Sequence[tupl
 
 
 def _rights(client: Any) -> Iterator[str]:
-    """What the token itself may do; nothing where it may not look at tokens."""
+    """The permissions of the token itself; empty where it may not read authorizations."""
     own = client.token
     for each in _asked(lambda: client.authorizations_api().find_authorizations()):
         if each.token == own:
@@ -91,7 +95,7 @@ def _rights(client: Any) -> Iterator[str]:
 
 
 def _asked(question: Callable[[], Sequence[Any] | None]) -> Sequence[Any]:
-    """The answer; nothing where the token may not ask, or the server does not know the question."""
+    """The result of the API call; empty where the token lacks permission or the server does not know the endpoint."""
     try:
         return question() or ()
     except (ApiException, urllib3.exceptions.HTTPError):

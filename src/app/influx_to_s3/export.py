@@ -1,7 +1,7 @@
 """The export itself: one run of its job, its daily reconcile, its backfill and its rewrite.
 
-Invariants: the job owns the live windows, from the cursor on; reconcile, backfill and rewrite touch only windows before
-the cursor, so they never work on one window at once. Nothing is connected before the first run.
+Invariants: the job owns the live windows, from the cursor on. Reconcile, backfill and rewrite touch only windows before
+the cursor, so they never work on the same window as the job. Nothing is connected before the first run.
 """
 
 import logging
@@ -44,8 +44,8 @@ from app.object_store.set_aside import SetAsideStore
 from app.object_store.table_sink import EncodedFile, TableSink
 
 RECONCILE_SHARE = 0.1
-# Each night the oldest day is compared by content, just before it is looked at no more, so that what came until then is
-# found. An hour more, since the next night's run may start later.
+# Each night the oldest day is compared by content, just before it leaves the reconcile range, to find everything that
+# arrived until then. The extra hour allows for a later start of the next night's run.
 CONTENT_SPAN = timedelta(hours=25)
 SPOOL = "spool"
 LOOK_KEY = "headwater-readiness"
@@ -54,8 +54,9 @@ log = logging.getLogger(__name__)
 
 
 class Export:
-    """See `job.build`. For one process: what it remembers from run to run may be lost at any time. `reader` asks the
-    source.
+    """See `job.build`. One instance per process; its in-memory state between runs may be lost at any time.
+
+    `reader` queries the source.
     """
 
     def __init__(
@@ -89,12 +90,12 @@ class Export:
         self._is_warned = False
 
     def step(self, context: Context, plan: SyncPlan) -> Report:
-        """One step of each device of a shard, whose plan another process has made."""
+        """Run one step for each device of a shard, following a plan made by another process."""
         opened = self._open(context.stop, dry_run=context.dry_run, cursors=plan.cursors)
         return sync_step(opened.pipeline, context, plan, self._pass(opened))
 
     def sync(self, context: Context) -> Report:
-        """Bring every device up to date, and account for points that no window of this run holds."""
+        """Bring every device up to date, and account for points outside all windows of this run."""
         opened = self._open(context.stop, dry_run=context.dry_run)
         report = sync_all(opened.pipeline, context, self._pass(opened))
         if self._settings.export.device_ids:
@@ -103,12 +104,12 @@ class Export:
         return report + self._aside.account_outside(opened, context)
 
     def reconcile(self, context: Context) -> Report:
-        """Compare the last days' windows of every device with both ends, and bring what differs."""
+        """Compare the windows of the last days with both ends, for every device, and export what differs."""
         opened = self._open(context.stop, dry_run=context.dry_run, share=RECONCILE_SHARE)
         export = self._settings.export
         since = max(opened.now - timedelta(days=export.reconcile_days), opened.tree.first_start_at)
         by_content = Window(since, since + CONTENT_SPAN)
-        # A device without a cursor is new: the job closes its windows from the first start on.
+        # A device without a cursor is new: the job closes its windows, beginning at the first start.
         cursors = {device: at for device, at in self._checkpoints.cursors(NAME).items() if is_nameable(device)}
 
         def one(device: str, done: Done) -> None:
@@ -134,22 +135,23 @@ class Export:
         return report + Report(notes=[f"{said}: {HEAL_HINT}" for said in describe_trouble(troubles)])
 
     def backfill(self, context: Context, span: Window) -> Report:
-        """Bring the due windows of `span` up to the source; the live cursor does not move."""
+        """Bring the due windows of `span` in line with the source; the live cursor does not move."""
         return self._fill(self._open(context.stop, dry_run=context.dry_run), context, span, always_writes=False)
 
     def replace(self, context: Context, span: Window, *, allow_shrink: bool) -> Report:
-        """Write the due windows of `span` again from the source. Rows that only an object has are told, and stay unless
-        `allow_shrink`, whatever the settings allow.
+        """Write the due windows of `span` again from the source.
+
+        Rows that exist only in an object are reported. They are kept unless `allow_shrink` is set, regardless of the
+        settings.
         """
         opened = self._open(context.stop, dry_run=context.dry_run)
         pipeline = replace(opened.pipeline, shrink=self._shrinking(opened.source, removes=allow_shrink))
         return self._fill(replace(opened, pipeline=pipeline), context, span, always_writes=True)
 
     def rewrite(self, context: Context, span: Window) -> Report:
-        """Re-encode the objects of closed windows from themselves, in today's unit, names and types.
+        """Re-encode the objects of closed windows from themselves, with the current unit, names and types.
 
-        The layout says so first, for whole days of which every window is due: what is written there later is then
-        alike.
+        The layout is changed first, for whole days whose windows are all due, so that later writes to those days match.
         """
 
         def change(tree: LayoutDocument, now: datetime) -> LayoutDocument:
@@ -167,7 +169,7 @@ class Export:
         return self._isolated(opened, context, devices, one)
 
     def ends(self, stop: Stop) -> ExportEnds:
-        """Both ends as they are now; a look must not depend on a run going on, and changes nothing."""
+        """Both ends as they are now. Does not depend on a run in progress and changes nothing."""
         return ExportEnds(self._open(stop, dry_run=True), self._clock)
 
     def _open(
@@ -179,8 +181,10 @@ class Export:
         share: float | None = None,
         cursors: Mapping[str, datetime] | None = None,
     ) -> OpenedExport:
-        """`change(tree, now)` is made to the layout before anything is read or written. `share`: of one core of the
-        source, to be taken by questions at most. `cursors`: those that matter, where they are known.
+        """Open the pipeline for one run.
+
+        `change(tree, now)` is applied to the layout before anything is read or written. `share`: the maximum share of
+        one core of the source that queries may use. `cursors`: the relevant cursors, where they are already known.
         """
         settings, export = self._settings, self._settings.export
         known = self._checkpoints.cursors(NAME) if cursors is None else cursors
@@ -221,10 +225,11 @@ class Export:
     def _tree(
         self, *, is_new: bool, dry_run: bool, change: Callable[[LayoutDocument, datetime], LayoutDocument] | None
     ) -> tuple[LayoutDocument, datetime]:
-        """The layout in force, and up to when this run may write windows.
+        """The layout in force, and the time up to which this run may write windows.
 
-        A store that was not reached yet is probed first: conditions must be known to hold before they are relied on.
-        EXPORT_START may be set earlier until the first device was found; later it has no effect and is warned of.
+        The store is probed first if that has not happened yet: conditional writes must be known to work before they are
+        relied on. EXPORT_START may be moved earlier until the first device is found; after that it has no effect and
+        logs a warning.
         """
         if not self._store.conditional:
             self._store.probe()
@@ -273,7 +278,8 @@ class Export:
             refused=lambda context, at, live: self._aside.sync_refused(pipeline, source, context, at, live),
             rewrite_seconds=(lambda devices: spaced(devices, window_seconds)) if spaced else None,
             summarise=_summaries,
-            # Where nobody ever asked for reports, only past windows are summed: an open object is replaced each minute.
+            # If no report was ever requested, only past windows are summarised: an open object is replaced every
+            # minute.
             summarises_open=sums is not None and sums.stored.is_asked(),
         )
         return pipeline
@@ -298,7 +304,7 @@ class Export:
     def _isolated(
         self, opened: OpenedExport, context: Context, devices: Sequence[str], one: Callable[[str, Done], None]
     ) -> Report:
-        """`one` for each device, whatever failed in the job's passes."""
+        """Call `one` for each device, ignoring the backoff of the job's passes."""
         return run_each_partition(
             opened.pipeline, context, devices, one, how=replace(self._pass(opened), backoff=Backoff())
         )
@@ -324,7 +330,7 @@ class Export:
         return self._isolated(opened, context, devices, one)
 
     def _retire(self, context: Context, cursors: Mapping[str, datetime], now: datetime) -> None:
-        """Forget records of closed windows that no reconcile looks at any more: the destination has what they said."""
+        """Delete records of closed windows that reconcile no longer checks; the destination holds the same facts."""
         export = self._settings.export
         before = now - timedelta(days=max(export.record_days, export.reconcile_days + 2))
         for device, cursor_at in cursors.items():
@@ -345,13 +351,16 @@ class Export:
         )
 
     def _wanted(self, tree: LayoutDocument | None) -> Layout:
-        """The layout that the settings ask for; an existing tree keeps its unit until one is set."""
+        """The layout that the settings request; an existing tree keeps its timestamp unit until one is set."""
         export = self._settings.export
         unit = export.timestamp_unit or (tree.layouts[-1].timestamp_unit if tree else "us")
         return Layout(EPOCH, export.window_seconds, export.format, export.date_format, unit)
 
     def _lost_cursors(self, tree: LayoutDocument, now: datetime) -> Callable[[str], datetime | None]:
-        """Asks the destination about each device without a cursor; in a new tree, where all have none, only once."""
+        """A function that looks up a missing cursor of a device in the destination.
+
+        In a new tree, where no device has a cursor, the destination is listed only once.
+        """
         start = f"{prefix}/" if (prefix := self._settings.s3.prefix) else ""
         written: list[bool] = []
 
@@ -363,7 +372,7 @@ class Export:
         return find
 
     def _shrinking(self, source: InfluxSource, *, removes: bool) -> Callable[[], Shrink]:
-        """What may go: what the source lacks although its retention still covers it."""
+        """What may be removed: rows that the source lacks although its retention still covers them."""
         return lambda: Shrink(source.covered_since(self._clock), removes=removes)
 
 
@@ -373,7 +382,7 @@ def _summaries(encoded: EncodedFile, key: str, version: str) -> Sequence[ObjectF
 
 
 def reader_of(settings: Settings) -> Reader:
-    """What asks the source, by the query language that the settings name."""
+    """The reader for the query language in the settings."""
     influx = settings.influx
     by_influxql = influx.api == "influxql"
     connection = InfluxConnection(
@@ -382,7 +391,7 @@ def reader_of(settings: Settings) -> Reader:
         username=influx.username if by_influxql else "",
         password=influx.password.get_secret_value() if by_influxql else "",
         timeout_seconds=influx.timeout_seconds,
-        connections=2 * settings.export.concurrency + 2,  # a backfill may run beside the job
+        connections=2 * settings.export.concurrency + 2,  # a backfill may run at the same time as the job
     )
     if by_influxql:
         return InfluxQlReader(

@@ -1,7 +1,7 @@
-"""Reading InfluxDB 2 by Flux over `/api/v2/query`; answers are streamed into `annotated_csv`.
+"""Read InfluxDB 2 with Flux over `/api/v2/query`; responses are streamed into `annotated_csv`.
 
-Invariants: every value from outside enters a query as an escaped string literal; a complete answer or an error; no
-question crosses the bound of a shard group, behind which the server would leave out a field whose type differs there.
+Invariants: every external value enters a query as an escaped string literal. A response is complete or an error. No
+query crosses a shard group boundary: beyond it the server would omit a field whose type differs there.
 """
 
 import json
@@ -40,11 +40,11 @@ HEADERS = {"Content-Type": "application/json", "Accept": "application/csv"}
 DIALECT = {"header": True, "delimiter": ",", "annotations": ["datatype", "group", "default"], "commentPrefix": "#"}
 ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "\0": "\\x00", "$": "\\x24"})
 KEYWORD = re.compile(
-    "and|or|not|exists|if|then|else|in|empty|return|import|package|option|builtin|test|testcase"  # those of its scanner
+    "and|or|not|exists|if|then|else|in|empty|return|import|package|option|builtin|test|testcase"  # scanner keywords
 )
 DROPPED = 'drop(columns: ["_start", "_stop", "_measurement"])'
 SCHEMA = 'import "influxdata/influxdb/schema"\n'
-# Flux keeps times as nanoseconds in 64 bits; what lies beyond would wrap around.
+# Flux stores times as 64-bit nanoseconds; anything beyond that range would wrap around.
 FIRST_TIME, LAST_TIME = "1677-09-21T00:12:43.145224194Z", "2262-04-11T23:47:16.854775806Z"
 FIRST_INSTANT = datetime(1677, 9, 21, 0, 12, 44, tzinfo=UTC)
 LAST_INSTANT = datetime(2262, 4, 11, 23, 47, 16, tzinfo=UTC)
@@ -59,12 +59,12 @@ OWN_COLUMNS = frozenset({"_start", "_stop", "_measurement", "_field", "_time", "
 
 
 def literal(text: str) -> str:
-    """A Flux string literal. `${` would start an interpolation, and its scanner takes no escape right after a `$`."""
+    """A Flux string literal. `${` starts an interpolation, and the scanner accepts no escape right after a `$`."""
     return f'"{text.translate(ESCAPES)}"'
 
 
 def time_literal(instant: datetime) -> str:
-    """An absolute Flux time literal in UTC, inside what Flux can hold."""
+    """An absolute Flux time literal in UTC, clamped to the range of Flux."""
     if instant <= FIRST_INSTANT:
         return FIRST_TIME
     if instant >= LAST_INSTANT:
@@ -73,7 +73,7 @@ def time_literal(instant: datetime) -> str:
 
 
 def column_of_row(name: str) -> str:
-    """The value of a column in a predicate over `r`."""
+    """The expression for a column's value in a predicate over `r`."""
     plain = name.isascii() and name.isidentifier() and not KEYWORD.fullmatch(name)
     return f"r.{name}" if plain else f"r[{literal(name)}]"
 
@@ -81,9 +81,9 @@ def column_of_row(name: str) -> str:
 class FluxReader:
     """`Reader` over Flux.
 
-    Before the pivot a token that nobody can guess is put before every column but `_field` and `_value`, after it
-    before every column. So a field may bear the name of a tag, which the pivot would refuse otherwise, and a tag or
-    field the name of a column of the answer itself: time and tags have the token twice, fields once.
+    Columns are prefixed with an unguessable token: before the pivot every column except `_field` and `_value`, after
+    the pivot every column. So time and tags carry the token twice, fields once. This allows a field with the name of a
+    tag, which the pivot would otherwise refuse, and a tag or field with the name of one of the response's own columns.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class FluxReader:
         self._variables = f"INFLUXDB_BUCKET={bucket!r}, INFLUXDB_ORG={org!r}"
         self._path = f"/api/v2/query?{urlencode({'org': org})}"
         self._token = f"h{secrets.token_hex(6)}_"
-        # The name of the column of the device's tag, by a server that renames columns and by one that does not.
+        # The column name of the device tag, on servers that rename columns and on servers that do not.
         self._device_columns = frozenset({self._token * 2 + device_tag, device_tag})
 
     def devices(self, since: datetime) -> Sequence[str]:
-        """See `Reader`. Without explicit bounds the server would look back 30 days and not into the future."""
+        """See `Reader`. Without explicit bounds the server looks back 30 days and ignores the future."""
         return self._schema("tagValues", since, tag=self._device_tag)
 
     def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterator[FieldCount]:
@@ -118,7 +118,7 @@ class FluxReader:
         return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
     def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterator[FieldSums]:
-        """See `Reader`. Four aggregates in one query, each pushed down; Flux adds up numbers only."""
+        """See `Reader`. Four aggregates in one query, each pushed down; Flux can sum numbers only."""
         tag = literal(self._device_tag)
         are_numbers = " or ".join(f"r._field == {literal(name)}" for name in numbers)
 
@@ -144,7 +144,7 @@ class FluxReader:
         return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
     def rows(self, device: str, span: Window) -> Iterator[PointColumns]:
-        """See `Reader`. The group key keeps the tags through the pivot, so each series is a table of its own."""
+        """See `Reader`. The group key keeps the tags through the pivot, so each series is a separate table."""
         token = self._token
         keep_key = f'if column == "_field" or column == "_value" then column else {literal(token)} + column'
         return self._series(
@@ -157,7 +157,7 @@ class FluxReader:
         )
 
     def empty_texts(self, device: str, span: Window, field: str) -> Iterator[PointColumns]:
-        """See `Reader`. Without a pivot no value is null, so an empty cell of a text is an empty text."""
+        """See `Reader`. Without a pivot no value is null, so an empty cell of a string column is an empty string."""
         token = literal(self._token)
         named = f'if column == "_value" then {token} + column else {literal(self._token * 2)} + column'
         steps = ('drop(columns: ["_start", "_stop", "_measurement", "_field"])', f"rename(fn: (column) => {named})")
@@ -170,14 +170,14 @@ class FluxReader:
                 yield PointColumns(points.times.filter(empty), tags, [(field, texts)])
 
     def cells(self, device: str, span: Window) -> Iterator[RawCells]:
-        """See `Reader`. Without a pivot each table is one series of one field, and an empty cell is an empty text."""
+        """See `Reader`. Without a pivot each table is one series of one field, and an empty cell is an empty string."""
         token = literal(self._token)
         named = (
             f'if column == "_value" or column == "_field" then {token} + column'
             f" else {literal(self._token * 2)} + column"
         )
         for points in self._series(device, span, DROPPED, f"rename(fn: (column) => {named})"):
-            # `_field` is part of the group key: a server that renames nothing has it among the tags
+            # `_field` is part of the group key: a server that does not rename columns returns it among the tags
             columns = {"_field": points.tags.get("_field"), **dict(points.fields)}
             values = columns["_value"]
             values = values.fill_null("") if values.type == pa.string() else values
@@ -203,13 +203,13 @@ class FluxReader:
         return Retention(timedelta(seconds=kept_seconds) if kept_seconds else UNLIMITED, told_at=told_at)
 
     def _oldest_at(self) -> datetime | None:
-        """The first point of each series is pushed down to the storage engine."""
+        """`first()` of each series is pushed down to the storage engine."""
         try:
             times = [
                 at for block in self._ask(self._first()) for at in _column(block, "_time").cast(pa.int64()).to_pylist()
             ]
         except Permanent:
-            return None  # too many series, say
+            return None  # for example too many series
         return EPOCH + timedelta(microseconds=-(-min(times) // 1000)) if times else None
 
     def inventory(self) -> SourceInventory:
@@ -224,14 +224,14 @@ class FluxReader:
         )
 
     def ping(self) -> str:
-        """See `Reader`. A token without the right to read the bucket sees 404, which no health endpoint would tell."""
+        """See `Reader`. A token without read permission on the bucket gets 404, which no health endpoint would show."""
         query = f"from(bucket: {literal(self._bucket)}) |> range(start: -1m) |> limit(n: 1)"
         for _ in self._ask(query):
             pass
         return f"may read bucket {self._bucket} at {self._connection.url} by Flux"
 
     def _has_points(self) -> bool:
-        """The schema also knows what was deleted; a first point is one that is there."""
+        """The schema also lists deleted data, so check for an actual first point."""
         blocks = self._ask(f"{self._first()} |> limit(n: 1)")
         return any(len(column) for block in blocks for column in block.columns)
 
@@ -239,7 +239,7 @@ class FluxReader:
         return f'{self._from(Window(FIRST_INSTANT, LAST_INSTANT), None)} |> first() |> keep(columns: ["_time"])'
 
     def _schema(self, function: str, since: datetime, most: int = 0, **arguments: str) -> Sequence[str]:
-        """Sorted names from the index of the bucket, at most `most` of them unless that is 0."""
+        """Sorted names from the bucket's index, at most `most` of them; 0 means no limit."""
         given = "".join(f"{name}: {literal(value)}, " for name, value in arguments.items())
         predicate = "" if function == "measurements" else f"predicate: (r) => {self._where(None)}, "
         query = (
@@ -266,16 +266,16 @@ class FluxReader:
 
     @cached_property
     def _shard(self) -> timedelta:
-        """How long the bucket's shard groups are; a day where the token may not look at buckets."""
+        """Duration of the bucket's shard groups; one day where the token may not read buckets."""
         rules, _ = self._rules()
         seconds = min((seconds for _, seconds in rules or ()), default=0)
         return timedelta(seconds=seconds) if seconds > 0 else DAY
 
     def _rules(self) -> tuple[Sequence[tuple[int, int]] | None, datetime | None]:
-        """The bucket's retention rules, as seconds that points are kept (0: for ever) and those of a shard group, and
-        the server's clock. Without any rule the bucket keeps everything.
+        """The bucket's retention rules as (retention seconds, shard group seconds), and the server's clock.
 
-        None where the token may not look at buckets, or the server has no such route, as 1.x.
+        0 retention seconds means forever, as does an empty list. The rules are None where the token may not read
+        buckets or the server has no such route, as in 1.x.
         """
         where = urlencode({"org": self._org, "name": self._bucket})
         try:
@@ -291,14 +291,15 @@ class FluxReader:
         return rules, told_at
 
     def _ask(self, query: str, known: frozenset[str] = frozenset()) -> Iterator[CsvBlock]:
-        """Stream the answer, without columns of the `known` tags."""
+        """Stream the response, leaving out columns of the `known` tags."""
         question = json.dumps({"query": query, "dialect": DIALECT, "type": "flux"}).encode()
         with self._connection.ask(self._path, question, HEADERS, self._variables) as answer:
             yield from read_blocks(_body(answer), known=known)
 
     def _series(self, device: str, span: Window, *steps: str, also: str = "") -> Iterator[PointColumns]:
-        """What these steps make of the points of a device, by what the columns are. A server that renames nothing has
-        the group key to tell tags by.
+        """Apply `steps` to the points of a device and sort the resulting columns into time, tags and fields.
+
+        Where the server does not rename columns, the group key identifies the tags.
         """
         token = self._token
         for one in one_type_spans(span, self._shard):
@@ -328,7 +329,7 @@ class FluxReader:
             yield FieldSums(start_at, field, PARTS[name](value))
 
     def _counted(self, block: CsvBlock, starts: Iterable[datetime]) -> Iterator[FieldCount]:
-        """Points without the device tag come in tables without that column."""
+        """Points without the device tag arrive in tables without that column."""
         is_named = self._device_tag in block.names
         devices = _texts(block, self._device_tag) if is_named else repeat("")
         numbers = _column(block, "_value").to_pylist()
@@ -337,9 +338,9 @@ class FluxReader:
 
 
 def _starts(block: CsvBlock, every_seconds: int) -> Iterator[datetime]:
-    """A bucket that began before the question's span has the span's start as its time; it gets its own back.
+    """The start of each row's bucket. The server reports a bucket that began before the span with the span's start.
 
-    Times are taken as numbers: Arrow loads a database of time zones to make datetimes of them.
+    Times are handled as integers: for datetimes Arrow would load a time zone database.
     """
     instants = _column(block, "_time").cast(pa.int64()).to_pylist()
     starts = {each: floor_to(EPOCH + timedelta(microseconds=each // 1000), every_seconds) for each in set(instants)}
@@ -347,7 +348,7 @@ def _starts(block: CsvBlock, every_seconds: int) -> Iterator[datetime]:
 
 
 def _texts(block: CsvBlock, name: str) -> list[str | None]:
-    """Through numpy: Arrow itself takes a microsecond for each value of a dictionary, and counts have ten a device."""
+    """Convert through numpy: Arrow takes a microsecond per dictionary value, and counts have ten values per device."""
     found: list[str | None] = _column(block, name).cast(pa.string()).to_numpy().tolist()
     return found
 
@@ -366,8 +367,9 @@ def _place(block: CsvBlock, name: str) -> int:
 
 
 def _body(answer: ServerAnswer) -> Iterator[bytes]:
-    """The body's bytes, which are a blank line at least. Where neither chunks nor a length tell its end, the last blank
-    line has to.
+    """The body's bytes, which hold at least a blank line.
+
+    Without chunked encoding or a length, the closing blank line is the only sign that the response is complete.
     """
     tail = b""
     for chunk in answer.chunks:

@@ -1,9 +1,9 @@
-"""Reading InfluxDB by InfluxQL over `/query`: 1.x, 2.x with a mapped database, and 3.
+"""Read InfluxDB with InfluxQL over `/query`: 1.x, 2.x with a mapped database, and 3.
 
-Answers are asked for as chunked JSON, a document per line: as CSV a failed statement would be an empty 200. Types come
-from SHOW FIELD KEYS, since JSON writes 21.0 as 21; they are asked after the counts and before the rows, so a field
-that is new is never counted as read. Every column says whether a tag or a field is meant, since both may bear one name.
-Invariants: as for `flux`; an answer that ends while saying `partial` is an error.
+Responses are requested as chunked JSON, one document per line: in CSV a failed statement would be an empty 200. Types
+come from SHOW FIELD KEYS, since JSON writes 21.0 as 21. They are queried after the counts and before the rows, so a new
+field is never counted as read. Every column states whether it is a tag or a field, since both may have the same name.
+Invariants: as for `flux`; a response whose last part is marked `partial` is an error.
 """
 
 import json
@@ -43,11 +43,11 @@ from app.influx_to_s3.reader import (
 )
 
 CHUNK_ROWS = 10_000
-STATEMENTS = 31  # of one request: the days of a month
+STATEMENTS = 31  # per request: the days of a month
 HEADERS = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
 FIRST_NS, LAST_NS = -(2**63) + 2, 2**63 - 2
 NUMERIC = ("float", "integer", "unsigned")
-UNWRITABLE = re.compile("[\0\r]")  # the server takes these for the end of the text and of the line, also inside quotes
+UNWRITABLE = re.compile("[\0\r]")  # the server treats these as the end of the text or line, even inside quotes
 NEGATIVE_ZERO = re.compile(rb"[,\[]-0[,\]]")
 PASSING = ("timeout", "shutdown", "engine", "max-concurrent-queries")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h|d|w)")
@@ -59,7 +59,7 @@ UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60
 
 @dataclass(frozen=True, slots=True)
 class SelectedField:
-    """A field as one of the types that it has in some shard. `heading`: its column in the answer."""
+    """A field with one of the types that it has in some shard. `heading`: its column in the response."""
 
     name: str
     kind: str
@@ -77,7 +77,7 @@ def identifier(name: str) -> str:
 
 
 def exact_pattern(text: str) -> str:
-    """A regular expression that matches just this text: the way to name what no literal can hold."""
+    """A regular expression that matches only this text: the way to name what no literal can hold."""
     return "/^" + re.sub(r"[^A-Za-z0-9_ ]", lambda found: f"\\x{{{ord(found.group()):x}}}", text) + "$/"
 
 
@@ -103,8 +103,8 @@ class InfluxQlReader:
     def devices(self, since: datetime) -> Sequence[str]:
         """See `Reader`. Without a condition InfluxDB 3 looks back one day.
 
-        1.x knows the time of a value by its shard at best; with its index in memory it gives every value as soon as the
-        database has a shard that late.
+        1.x knows the time of a tag value at shard precision at best. With its in-memory index it returns every value as
+        soon as the database has a shard in the range.
         """
         query = f"SHOW TAG VALUES {self._from()} WITH KEY = {self._tag} WHERE time >= {_nanoseconds(since)}"
         return sorted({row[1] for series in self._ask(query) for row in series["values"] if row[1]})
@@ -118,7 +118,7 @@ class InfluxQlReader:
         device: str,
         span: Window,
         every_seconds: int,
-        numbers: Sequence[str],  # noqa: ARG002 - InfluxQL's wildcards take those that are numbers
+        numbers: Sequence[str],  # noqa: ARG002 - InfluxQL's wildcards select the numeric fields
     ) -> Iterator[FieldSums]:
         """See `Reader`."""
         return self._in_buckets(AGGREGATES, device, span, every_seconds, summed)
@@ -131,7 +131,7 @@ class InfluxQlReader:
         every_seconds: int,
         taken: Callable[[Mapping[str, Any]], Iterator[T]],
     ) -> Iterator[T]:
-        """What is `taken` of each series of an answer that has a row for each bucket."""
+        """Yield what `taken` extracts from each series of a response that has one row per bucket."""
 
         def ask(spans: Sequence[Window]) -> Iterator[T | None]:
             statements = "; ".join(
@@ -148,7 +148,7 @@ class InfluxQlReader:
         return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask, STATEMENTS)
 
     def rows(self, device: str, span: Window) -> Iterator[PointColumns]:
-        """See `Reader`. A field that has several types in several shards is selected once as each of them."""
+        """See `Reader`. A field with different types in different shards is selected once per type."""
         selected = self._fields()
         named = [one for one in selected if not UNWRITABLE.search(one.name)]
         patterned = [one for one in selected if UNWRITABLE.search(one.name)]
@@ -156,7 +156,7 @@ class InfluxQlReader:
         columns += sorted({exact_pattern(one.name) for one in patterned})
         if not columns:
             return
-        # What a pattern selects has no cast: it is read under one type, so a question must not span several.
+        # Columns selected by a pattern cannot be cast: they are read as one type, so a query must not span several.
         for one in one_type_spans(span, self._shard) if patterned else (span,):
             query = f"SELECT {', '.join(columns)} {self._from()} WHERE {self._where(device, one)} GROUP BY *"
             batch = _Batch(self._device_tag, named, patterned)
@@ -164,12 +164,12 @@ class InfluxQlReader:
                 yield from batch.add(series)
             yield from batch.finish()
 
-    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[PointColumns]:  # noqa: ARG002 - none whatever is asked
-        """See `Reader`: JSON tells an empty text from none."""
+    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[PointColumns]:  # noqa: ARG002 - always empty
+        """See `Reader`: JSON distinguishes an empty string from a missing value."""
         return iter(())
 
     def cells(self, device: str, span: Window) -> Iterator[RawCells]:
-        """See `Reader`. A statement for each field, without a cast: in one shard a field has one type."""
+        """See `Reader`. One statement per field, without a cast: within one shard a field has one type."""
         kinds: dict[str, set[str]] = {}
         for one in self._fields():
             kinds.setdefault(one.name, set()).add(one.kind)
@@ -190,7 +190,7 @@ class InfluxQlReader:
                     yield from self._cells(name, kinds[name], series)
 
     def _cells(self, name: str, kinds: set[str], series: Mapping[str, Any]) -> Iterator[RawCells]:
-        """The values of one series, or a part of them, by type: JSON does not say which type a number has."""
+        """The values of one series or part of it, grouped by type: JSON does not say which type a number has."""
         times, column = zip(*series["values"], strict=True)
         tags = {tag: text for tag, text in (series.get("tags") or {}).items() if text and tag != self._device_tag}
         for _, values in _untyped(name, [_read_as(kinds, value) for value in column], kinds):
@@ -210,23 +210,23 @@ class InfluxQlReader:
             yield from self._counted(series, span.start)
 
     def retention(self) -> Retention:
-        """See `Reader`. Only 1.x tells: 2.x answers `0s` for every bucket, whatever its retention is."""
+        """See `Reader`. Only 1.x reports it: 2.x answers `0s` for every bucket, whatever its retention is."""
         policies, told_at, version = self._policies()
         own = next((row for row in policies if self._is_own(row)), None)
         if own is None or not version.startswith("1."):
             return Retention(None, self._oldest_at(), told_at)
         text = str(own.get("duration", ""))
         seconds = _seconds(text)
-        # What cannot be read keeps nothing for sure.
+        # An unreadable duration guarantees nothing.
         period = timedelta(seconds=seconds) if seconds or re.search("[1-9]", text) else UNLIMITED
         return Retention(period, told_at=told_at)
 
     def _oldest_at(self) -> datetime | None:
-        """The rows of all series come in the order of time."""
+        """The rows of all series are returned in time order."""
         try:
             times = [row[0] for series in self._ask(f"SELECT * {self._from()} LIMIT 1") for row in series["values"]]
         except Permanent:
-            return None  # too many series, say
+            return None  # for example too many series
         return EPOCH + timedelta(microseconds=-(-min(times) // 1000)) if times else None
 
     def inventory(self) -> SourceInventory:
@@ -244,14 +244,14 @@ class InfluxQlReader:
         )
 
     def ping(self) -> str:
-        """See `Reader`. Unlike SHOW MEASUREMENTS, this tells a database that does not exist from an empty one."""
+        """See `Reader`. Unlike SHOW MEASUREMENTS, this distinguishes a missing database from an empty one."""
         self._fields()
         return f"may read database {self._database} at {self._connection.url} by InfluxQL"
 
     def _has_points(self, policy: str) -> bool:
         try:
             return any(True for _ in self._ask(f"SELECT * {self._from(policy)} LIMIT 1"))
-        except QueryTooLarge:  # there are more series than the server may read at once
+        except QueryTooLarge:  # more series than the server may read at once
             return True
 
     def _names(self, query: str) -> Sequence[str]:
@@ -272,7 +272,7 @@ class InfluxQlReader:
         return f"{bounds} AND {self._tag}::tag {equals}"
 
     def _policies(self) -> tuple[Sequence[Mapping[str, Any]], datetime | None, str]:
-        """The retention policies by column, none where nobody may ask; the server's clock and version."""
+        """The retention policies by column name, empty without permission; the server's clock and version."""
         found: list[Mapping[str, Any]] = []
         try:
             with self._question(f"SHOW RETENTION POLICIES ON {identifier(self._database)}") as answer:
@@ -284,12 +284,12 @@ class InfluxQlReader:
             return (), None, ""
 
     def _is_own(self, policy: Mapping[str, Any]) -> bool:
-        """Whether it is the one that is read: the configured one, or else the default."""
+        """Whether this is the policy that is read: the configured one, or else the default."""
         return policy["name"] == self._retention_policy if self._retention_policy else bool(policy.get("default"))
 
     @cached_property
     def _shard(self) -> timedelta:
-        """How long the shard groups are; a day where that cannot be asked or read."""
+        """Duration of the shard groups; one day where it cannot be queried or parsed."""
         own = next((row for row in self._policies()[0] if self._is_own(row)), {})
         seconds = _seconds(str(own.get("shardGroupDuration", "")))
         return timedelta(seconds=seconds) if seconds >= 1 else DAY
@@ -301,12 +301,12 @@ class InfluxQlReader:
                 kinds.setdefault(name, set()).add(kind)
         for some in kinds.values():
             if len(some & set(NUMERIC)) > 1:
-                some.add("float")  # it tells apart what several types of whole numbers read
+                some.add("float")  # needed to tell apart values that are read as several integer types
         columns = [(name, kind) for name in sorted(kinds) for kind in sorted(kinds[name])]
         return [SelectedField(name, kind, f"c{number}") for number, (name, kind) in enumerate(columns)]
 
     def _counted(self, series: Mapping[str, Any], start_at: datetime | None) -> Iterator[FieldCount]:
-        """The counts of a series; all at `start_at` where that is given, else at the starts of their buckets."""
+        """The counts of a series, all at `start_at` if given, otherwise at the start of their buckets."""
         fields = [column.removeprefix("count_") for column in series["columns"][1:]]
         device = (series.get("tags") or {}).get(self._device_tag, "")
         for nanoseconds, *values in series["values"]:
@@ -316,11 +316,11 @@ class InfluxQlReader:
                     yield FieldCount(device, at, name, int(value))
 
     def _ask(self, query: str) -> Iterator[Mapping[str, Any]]:
-        """The series of one statement's answer that have values, chunk by chunk."""
+        """The series with values in the response to one statement, chunk by chunk."""
         return (series for series in self._answers(query, 1) if series is not None)
 
     def _answers(self, statements: str, number: int) -> Iterator[Mapping[str, Any] | None]:
-        """The series that have values, statement by statement, with None at the end of each."""
+        """The series with values, statement by statement, with None after each statement."""
         ended = 0
         with self._question(statements) as answer:
             for result in self._results(_lines(answer.chunks)):
@@ -342,7 +342,7 @@ class InfluxQlReader:
         return self._connection.ask("/query", urlencode(form).encode(), HEADERS, self._variables)
 
     def _results(self, lines: Iterator[bytes]) -> Iterator[Mapping[str, Any]]:
-        """A statement's result, or a part of it that says so by `partial`."""
+        """The result of each statement, in parts where it is marked `partial`."""
         for line in filter(bytes.strip, lines):
             document = self._document(line)
             if "error" in document:
@@ -356,7 +356,7 @@ class InfluxQlReader:
         if line.startswith(b"json: "):
             raise Permanent(f"InfluxDB cannot write its answer: {line[:200].decode(errors='replace')}", CANNOT_HINT)
         try:
-            # JSON's -0 is an integer to Python, which knows a negative zero as a float only.
+            # Python parses JSON's -0 as an integer, but only a float can be negative zero.
             document = json.loads(line, parse_int=_integer if NEGATIVE_ZERO.search(line) else None)
         except ValueError as error:
             raise Transient("InfluxDB's answer ends inside a document", "no action needed: it is read again") from error
@@ -368,14 +368,14 @@ class InfluxQlReader:
         return document
 
     def _failed(self, message: str) -> AppError:
-        """A statement error, which comes with status 200."""
+        """A statement error, which arrives with status 200."""
         if any(word in message for word in PASSING):
             return Transient(f"InfluxDB reports: {message}", "no action needed: it is retried")
         return error_of_status(self._connection.url, OK, message, where=self._variables)
 
 
 def summed(series: Mapping[str, Any]) -> Iterator[FieldSums]:
-    """The aggregates of a series, a part of a field's sums for each cell. MIN and MAX also come of truth values."""
+    """The aggregates of a series: each cell is one part of a field's sums. MIN and MAX also return booleans."""
     for nanoseconds, *values in series["values"]:
         at = EPOCH + timedelta(microseconds=nanoseconds // 1000)
         for column, value in zip(series["columns"][1:], values, strict=True):
@@ -392,9 +392,9 @@ def summed(series: Mapping[str, Any]) -> Iterator[FieldSums]:
 
 @dataclass(slots=True)
 class _Batch:
-    """Collects the rows of many series, so that a series of few rows does not make columns of its own.
+    """Collects the rows of many series, so that short series do not each produce columns of their own.
 
-    Invariant: every row that was added is given once, by `add` or by `finish`.
+    Invariant: every added row is returned exactly once, by `add` or by `finish`.
     """
 
     device_tag: str
@@ -405,7 +405,7 @@ class _Batch:
     columns: Sequence[str] = ()
 
     def add(self, series: Mapping[str, Any]) -> Iterator[PointColumns]:
-        """The rows of one series, or a part of them."""
+        """Add the rows of one series or part of it."""
         if self.values and (series["columns"] != self.columns or len(self.values) >= CHUNK_ROWS):
             yield from self.finish()
         self.columns = series["columns"]
@@ -413,7 +413,7 @@ class _Batch:
         self.tags.append((series.get("tags") or {}, len(series["values"])))
 
     def finish(self) -> Iterator[PointColumns]:
-        """What has not been given yet."""
+        """Yield what has not been returned yet."""
         if self.values:
             import pyarrow as pa
 
@@ -427,7 +427,7 @@ class _Batch:
         self.values, self.tags = [], []
 
     def _tag_columns(self) -> Mapping[str, pa.Array]:
-        """An empty value of a tag means that the series does not have it."""
+        """An empty tag value means that the series lacks the tag."""
         names = sorted({name for tags, _ in self.tags for name, value in tags.items() if value} - {self.device_tag})
         numbers = pa.array(np.repeat(np.arange(len(self.tags)), [rows for _, rows in self.tags]))
         return {
@@ -439,7 +439,7 @@ class _Batch:
 def _numeric_and_other(
     selected: Sequence[SelectedField], cells: Mapping[str, Sequence[Any]]
 ) -> Iterator[tuple[str, pa.Array]]:
-    """Each field's columns, by type; the several readings of one number meet in the exact one."""
+    """Each field's columns, by type. A number that was read as several types is yielded once, as the exact one."""
     by_name: dict[str, dict[str, pa.Array]] = {}
     for one in selected:
         if one.heading in cells:
@@ -451,9 +451,9 @@ def _numeric_and_other(
 
 
 def _exact(arrays: dict[str, pa.Array]) -> Iterator[pa.Array]:
-    """Of a number that was read as several types, the whole number where it is one, else the float.
+    """For a number that was read as several types: the integer if it is whole, otherwise the float.
 
-    Every numeric cast reads all numeric shards: `::integer` cuts 1.5 to 1, `::float` rounds whole numbers from 2**53.
+    Every numeric cast reads all numeric shards: `::integer` truncates 1.5 to 1, `::float` rounds integers from 2**53.
     """
     numeric = {kind: arrays[kind] for kind in NUMERIC if kind in arrays}
     yield from (array for kind, array in arrays.items() if kind not in NUMERIC)
@@ -479,7 +479,7 @@ def _array(column: Sequence[Any], kind: str) -> pa.Array:
 
 
 def _untyped(name: str, column: Sequence[Any], kinds: set[str]) -> Iterator[tuple[str, pa.Array]]:
-    """The column of a field that could not be cast, by what its cells are; JSON writes the float 21.0 as 21."""
+    """The column of an uncast field, split by the type of its cells; JSON writes the float 21.0 as 21."""
     whole = next((kind for kind in ("integer", "unsigned") if kind in kinds), "float")
     words: dict[type, str] = {bool: "boolean", str: "string", int: whole, float: "float"}
     for word in dict.fromkeys(words.values()):
@@ -489,7 +489,7 @@ def _untyped(name: str, column: Sequence[Any], kinds: set[str]) -> Iterator[tupl
 
 
 def _read_as(kinds: set[str], value: Any) -> Any:
-    """A whole number in JSON may be a float, which Go writes without an exponent and filled up with zeros."""
+    """An integer in JSON may be a float: Go writes large floats without an exponent, padded with zeros."""
     if not isinstance(value, int) or isinstance(value, bool) or "float" not in kinds:
         return value
     is_float = len(kinds & set(NUMERIC)) == 1 or value == int(Decimal(repr(float(value))))
@@ -497,12 +497,12 @@ def _read_as(kinds: set[str], value: Any) -> Any:
 
 
 def _nanoseconds(instant: datetime) -> int:
-    """A plain integer in a time condition means nanoseconds since the epoch; inside what the server can hold."""
+    """Nanoseconds since the epoch, as a plain integer in a time condition means, clamped to the server's range."""
     return min(max((instant - EPOCH) // timedelta(microseconds=1) * 1000, FIRST_NS), LAST_NS)
 
 
 def _seconds(text: str) -> float:
-    """Of `168h0m0s`; 0 for what cannot be read."""
+    """Seconds of a duration such as `168h0m0s`; 0 if it cannot be parsed."""
     return sum(float(number) * UNIT_SECONDS[unit] for number, unit in DURATION.findall(text))
 
 
@@ -511,7 +511,7 @@ def _integer(digits: str) -> int | float:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The documents of a chunked answer, which end in newlines."""
+    """The newline-terminated documents of a chunked response."""
     rest = b""
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")

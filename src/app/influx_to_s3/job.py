@@ -1,5 +1,6 @@
-"""The door of the export: its jobs and what else `main` wires. The export itself, with the heavy packages that it
-needs, is loaded when it is first used.
+"""Entry point of the export: its jobs and everything else that `main` wires.
+
+The export itself and the heavy packages it needs are loaded on first use.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ OFF = "set INFLUXDB_URL"
 
 @dataclass(frozen=True, slots=True)
 class ObjectSums:
-    """What is summed of each object while it is written (see `TableSink.summed`), and who keeps that."""
+    """What is summed for each object while it is written (see `TableSink.summed`), and where that is stored."""
 
     take: "Callable[[pa.Schema, str], TableSummary]"
     stored: "SqlSummaries"
@@ -42,7 +43,7 @@ class ObjectSums:
 
 @dataclass(frozen=True, slots=True)
 class InfluxExport:
-    """What `main` wires, see `WindowedPipeline`. `step`: one step of a shard of a plan that another process made."""
+    """What `main` wires, see `WindowedPipeline`. `step` runs one step of a shard of a plan made by another process."""
 
     jobs: Sequence[Job]
     step: Step
@@ -81,14 +82,14 @@ def build(
     steps: Callable[[Context, SyncPlan, Step], Report] = run_in_process,
     sums: ObjectSums | None = None,
 ) -> InfluxExport:
-    """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set. `steps`: see `PassOptions`.
+    """The configured pipeline; its jobs are `off` while INFLUXDB_URL is not set. `steps`: see `PassOptions`.
 
-    `rewrite_seconds(devices, window_seconds)`: how far apart the writes of an open window's object have to be.
+    `rewrite_seconds(devices, window_seconds)`: the minimum interval between writes of an open window's object.
     """
 
     def make() -> "Export":
         from app.influx_to_s3.export import (
-            Export,  # pyarrow and the query languages, which an idle daemon does not load
+            Export,  # pyarrow and the query languages: an idle daemon does not load them
         )
 
         return Export(
@@ -103,7 +104,7 @@ def build(
         )
 
     def check() -> str:
-        from app.influx_to_s3.diagnosis import check_access  # the client that finds out what a token may do is heavy
+        from app.influx_to_s3.diagnosis import check_access  # imports a heavy client library
 
         return check_access(export().reader.ping, settings.influx)
 

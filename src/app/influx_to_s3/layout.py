@@ -1,13 +1,13 @@
-"""The layout beside the data, `_headwater/layout.json`: the only truth of how a tree's objects are cut, named and
-typed, and which column each tag and field has.
+"""The layout file `_headwater/layout.json`, stored with the data.
 
-It holds the history of window length, format, date format and timestamp unit, the columns with their types, the first
-start of the installation and the sealed day. The state's copy is never asked, so a state that is lost or older than the
-bucket cannot cut the same rows a second time under other names.
+It is the only source of truth for how a tree's objects are cut, named and typed, and which column each tag and field
+has. It holds the history of window length, format, date format and timestamp unit, the columns with their types, the
+first start of the installation and the sealed day. The copy in the state is never read, so a state that is lost or
+older than the bucket cannot cause the same rows to be written again under other names.
 
-Invariants: the file changes by compare-and-swap only. A run writes no window of a later day than the sealed day that it
-read, and a change of what stands takes effect on a later day than that, so no day is ever cut in two ways. What is
-first seen (a column) is added before it is first written and holds for all days.
+Invariants: the file changes by compare-and-swap only. A run writes no window of a day later than the sealed day it
+read, and a layout change takes effect after that day, so no day is ever cut in two ways. A new column is added to the
+file before it is first written and applies to all days.
 """
 
 import io
@@ -48,10 +48,11 @@ ARROW_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column. `kind` "tag" and "field": `source` is the name at the source. "text of" and "double of": `source` is
-    the column whose values that it cannot hold stand here.
+    """One column.
 
-    `types`: (first UTC day, type) pairs, oldest first, the first one from EVER on.
+    `kind` "tag" and "field": `source` is the name at the source. "text of" and "double of": `source` is the column
+    whose unrepresentable values this column holds. `types`: (first UTC day, type) pairs, oldest first, the first one
+    from EVER on.
     """
 
     name: str
@@ -60,13 +61,13 @@ class Column:
     types: tuple[tuple[date, str], ...]
 
     def type_on(self, day: date) -> str:
-        """The type of values of a day."""
+        """The type of the values of a day."""
         return next(kind for since, kind in reversed(self.types) if since <= day or since == EVER)
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutDocument:
-    """What the file holds. `sealed_day`: no day up to it may be cut or typed in another way any more."""
+    """The content of the file. `sealed_day`: the cut and types of days up to this one may no longer change."""
 
     first_start_at: datetime
     sealed_day: date
@@ -78,7 +79,7 @@ class LayoutDocument:
         return next(each for each in reversed(self.layouts) if each.effective_at <= instant or each is self.layouts[0])
 
     def windows(self, start: datetime, end: datetime) -> Iterator[Window]:
-        """Every window that overlaps `[start, end)`, oldest first, each of the length in force at its start."""
+        """Every window that overlaps `[start, end)`, oldest first, with the length in force at its start."""
         ends = [*(later.effective_at for later in self.layouts[1:]), end]
         for layout, until in zip(self.layouts, ends, strict=True):
             since = start if layout is self.layouts[0] else max(start, layout.effective_at)
@@ -86,24 +87,24 @@ class LayoutDocument:
 
 
 def new_layout(wanted: Layout, first_start_at: datetime) -> LayoutDocument:
-    """The tree of a new installation, which begins on the grid. No day is sealed: nothing was written yet."""
+    """The layout of a new installation, starting on the grid. No day is sealed, since nothing has been written."""
     layout = replace(wanted, effective_at=EPOCH)
     return LayoutDocument(floor_to(first_start_at, layout.window_seconds), EVER, (layout,))
 
 
 def with_layout(tree: LayoutDocument, wanted: Layout, today: date) -> LayoutDocument:
-    """`wanted` from the day after the later of today and the sealed day on, unless it is what stands last already."""
+    """Apply `wanted` from the day after the later of today and the sealed day, unless it is already the last layout."""
     if replace(tree.layouts[-1], effective_at=EPOCH) == replace(wanted, effective_at=EPOCH):
         return tree
     effective_at = _midnight(max(tree.sealed_day, today) + timedelta(days=1))
     earlier = tuple(each for each in tree.layouts if each.effective_at < effective_at)
     if replace(earlier[-1], effective_at=EPOCH) == replace(wanted, effective_at=EPOCH):
-        return replace(tree, layouts=earlier)  # a change that was still to come is taken back
+        return replace(tree, layouts=earlier)  # reverts a change that had not taken effect yet
     return replace(tree, layouts=(*earlier, replace(wanted, effective_at=effective_at)))
 
 
 def with_types(tree: LayoutDocument, wanted: Mapping[str, str], today: date) -> LayoutDocument:
-    """The columns named in `wanted` have these types from the day after the later of today and the sealed day on."""
+    """Give the columns in `wanted` these types from the day after the later of today and the sealed day."""
     day = max(tree.sealed_day, today) + timedelta(days=1)
 
     def retyped(column: Column) -> Column:
@@ -118,9 +119,9 @@ def with_types(tree: LayoutDocument, wanted: Mapping[str, str], today: date) -> 
 
 
 def with_types_of(tree: LayoutDocument, today: date, *, first: date, end: date) -> LayoutDocument:
-    """The days in `[first, end)`, all before `today`, with the unit and the types of `today`: for a rewrite.
+    """Give the days in `[first, end)`, all before `today`, the unit and types of `today`: for a rewrite.
 
-    Neither is part of a name or of how days are cut, so a sealed day may change in them.
+    Neither affects names or how days are cut, so both may change for a sealed day.
     """
     unit = tree.layout_at(_midnight(today)).timestamp_unit
     since, until = max(_midnight(first), EPOCH), _midnight(end)
@@ -147,7 +148,7 @@ def _midnight(day: date) -> datetime:
 
 
 class LayoutFile:
-    """Reads and changes the file. `make(now)` gives the tree when there is none yet, new or as the data show it."""
+    """Reads and changes the file. `make(now)` creates the first layout, new or derived from existing data."""
 
     def __init__(self, store: ObjectStore, prefix: str, make: Callable[[datetime], LayoutDocument]) -> None:
         self._store = store
@@ -157,10 +158,10 @@ class LayoutFile:
     def begin(
         self, now: datetime, *, wanted: Callable[[LayoutDocument], Layout], types: Mapping[str, str], dry_run: bool
     ) -> tuple[LayoutDocument, datetime]:
-        """The tree with what the settings want and with today sealed, and up to when this run may write windows.
+        """The current layout, and the time up to which this run may write windows.
 
-        A day is sealed by the store's own clock at the earliest: a host whose clock is ahead waits, so that one wrong
-        clock cannot seal a year. A dry run changes nothing.
+        The settings are applied and today is sealed, but no earlier than the store's own clock allows: a host whose
+        clock is ahead waits, so that one wrong clock cannot seal a year. A dry run changes nothing.
         """
         today = now.date()
 
@@ -178,7 +179,7 @@ class LayoutFile:
         return tree, min(now, _midnight(tree.sealed_day + timedelta(days=1)))
 
     def change(self, change: Callable[[LayoutDocument], LayoutDocument]) -> LayoutDocument:
-        """Change the tree by compare-and-swap; `change` is pure and may be called again. The tree that stands then."""
+        """Change the layout by compare-and-swap and return the result. `change` is pure and may be called again."""
         for _ in range(CONFLICTS):
             found = self._read()
             if found is None:
@@ -190,16 +191,17 @@ class LayoutFile:
             try:
                 self._put(changed, etag)
             except Conflict:
-                continue  # another process, or our own write whose answer was lost: read again and see
+                continue  # another process, or our own write whose response was lost: re-read and retry
             return changed
         raise Transient(
             f"{self.key}: changed {CONFLICTS} times while it was replaced", "no action needed; it is retried"
         )
 
     def _create(self, now: datetime) -> LayoutDocument:
-        """The first tree, unless another process was quicker.
+        """Create the first layout, unless another process was faster.
 
-        The first start is counted from the store's clock where the host's is ahead: rows before it are never exported.
+        If the host's clock is ahead, the first start is derived from the store's clock: rows before it are never
+        exported.
         """
         tree = self._make(now)
         try:
@@ -216,10 +218,10 @@ class LayoutFile:
         return self.change(lambda each: replace(each, first_start_at=first_start_at))
 
     def _store_day(self) -> date:
-        """Today as the store's clock says, told by a write of what is there anyway."""
+        """Today by the store's clock, found by rewriting the existing file unchanged."""
         found = self._read()
         if found is not None:
-            with suppress(Conflict):  # another process wrote it just now, which tells the time as well
+            with suppress(Conflict):  # another process just wrote it, which shows the time as well
                 self._put(*found)
         info = self._store.head(self.key)
         return info.modified_at.astimezone(UTC).date() if info else EVER
@@ -233,7 +235,7 @@ class LayoutFile:
                 with self._store.open(self.key, info.etag) as body:
                     text = body.read() if body else None
             except Conflict:
-                continue  # replaced between the two questions
+                continue  # replaced between the two requests
             if text is None:
                 continue
             try:
@@ -254,7 +256,7 @@ class LayoutFile:
 
 
 def to_json(tree: LayoutDocument) -> Mapping[str, Any]:
-    """As the file holds it."""
+    """The JSON document stored in the file."""
     return {
         "version": VERSION,
         "first_start": f"{tree.first_start_at:%Y-%m-%dT%H:%M:%SZ}",
@@ -282,7 +284,7 @@ def to_json(tree: LayoutDocument) -> Mapping[str, Any]:
 
 
 def from_json(document: Mapping[str, Any]) -> LayoutDocument:
-    """The tree of a file. Raises ValueError, KeyError or TypeError for anything else."""
+    """Parse the JSON document. Raises ValueError, KeyError or TypeError if it is invalid."""
     if document["version"] != VERSION:
         raise ValueError(f"it is of version {document['version']!r}; this Headwater knows version {VERSION}")
     layouts = tuple(
@@ -320,16 +322,16 @@ def _column(each: Mapping[str, Any]) -> Column:
 
 
 def add_columns(tree: LayoutDocument, columns: Sequence[Column]) -> LayoutDocument:
-    """With columns that are first seen; one that another process added meanwhile stays as that process made it."""
+    """Add newly seen columns; a column that another process added meanwhile stays as it is."""
     known = {(each.kind, each.source) for each in tree.columns}
     new = tuple(each for each in columns if (each.kind, each.source) not in known)
     return replace(tree, columns=(*tree.columns, *new)) if new else tree
 
 
-# The documented columns are fixed. Any other name is the source's own, unless it is taken: a field called like a
-# tag or a column of ours becomes `{name}_field`, such a tag `{name}_tag`, and names that differ in case only get a
-# number, since engines such as Spark and DuckDB do not tell them apart. Invariant: what has a column keeps it,
-# whatever comes later.
+# The documented columns are fixed. Any other column keeps its name from the source, unless that is taken: a field with
+# the name of a tag or a built-in column becomes `{name}_field`, such a tag `{name}_tag`. Names that differ only in case
+# get a number, since engines such as Spark and DuckDB do not distinguish them. Invariant: once a tag or field has a
+# column, it keeps it.
 
 TIMESTAMP = "timestamp"
 NANOS = "timestamp_nanos"
@@ -343,15 +345,15 @@ log = logging.getLogger(__name__)
 
 
 class TreeColumns:
-    """The columns of one tree for one run. From any thread.
+    """The columns of one tree for one run. Thread-safe.
 
-    `ignored`: tags that are neither a column nor part of a row's identity. `types`: types that the settings name, by
-    column; they decide for a column that is first seen. `file` None: a look that must not change anything.
+    `ignored`: tags that are neither a column nor part of a row's identity. `types`: configured types by column, used
+    when a column is first seen. `file`: None for a read-only view.
 
-    Look-ups of what was seen: `tags`, the names of all tag columns, which with the timestamp are a row's identity;
-    `tag_columns`, tag -> column, and `tag_names` the other way round; `fields`, field -> column, and `by_name` the same
-    columns by their names; `sources`, column -> field; of columns for what another one cannot hold `overflow_of`, that
-    column, and `overflow_kinds`, TEXT or DOUBLE. They are replaced as a whole, so that readers need no lock.
+    Lookups: `tags`, the names of all tag columns, which together with the timestamp identify a row; `tag_columns`, tag
+    -> column, and `tag_names`, the reverse; `fields`, field -> column, and `by_name`, the same columns by name;
+    `sources`, column -> field. For overflow columns: `overflow_of`, the column whose values they take, and
+    `overflow_kinds`, TEXT or DOUBLE. Lookups are replaced as a whole, so readers need no lock.
     """
 
     def __init__(
@@ -372,14 +374,14 @@ class TreeColumns:
         self._take(tree)
 
     def see(self, tags: Iterable[str], fields: Mapping[str, str]) -> None:
-        """Make sure that these tags, and fields with the type that they have now, have columns."""
+        """Ensure that these tags, and these fields with their current types, have columns."""
         new = [("tag", name, TEXT) for name in tags if name not in self.tag_columns and name not in self.ignored]
         new += [("field", name, kind) for name, kind in fields.items() if name not in self.fields]
         if new:
             self._add(new)
 
     def overflow(self, column: Column, kind: str) -> str:
-        """The column for values that `column` cannot hold, as TEXT or DOUBLE; made when it is first needed."""
+        """The overflow column, TEXT or DOUBLE, for values that `column` cannot hold; created on first use."""
         key = (f"{kind} of", column.name)
         if key not in self._overflows:
             self._add([(*key, kind)])
@@ -399,12 +401,12 @@ class TreeColumns:
         return self._overflows[key]
 
     def describe(self, name: str) -> Mapping[bytes, bytes]:
-        """What a column stands for, as metadata of its Parquet field, so that the layout can be made from objects."""
+        """Parquet field metadata with a column's origin, so that the layout can be rebuilt from objects."""
         kind, source = self._descriptions.get(name, ("", ""))
         return {b"headwater": f"{kind}={source}".encode("utf-8", "surrogatepass")} if kind else {}
 
     def _add(self, new: Sequence[tuple[str, str, str]]) -> None:
-        """Add columns of (kind, source, type) to the file before anything is written into them."""
+        """Add columns of (kind, source, type) to the file before any object uses them."""
         with self._lock:
 
             def change(tree: LayoutDocument) -> LayoutDocument:
@@ -418,7 +420,10 @@ class TreeColumns:
             self._take(self._file.change(change) if self._file else change(self._tree))
 
     def _take(self, tree: LayoutDocument) -> None:
-        """Those that tell that a column is there come last: a thread that finds it finds everything else about it."""
+        """Replace the lookups; those that `see` and `overflow` test come last.
+
+        A thread that finds an entry there then finds everything else about it.
+        """
         fixed = [Column(name, "field", name, ((EVER, DOUBLE),)) for name in MEASURED]
         fields = [*fixed, *(each for each in tree.columns if each.kind == "field")]
         by_name = {each.name: each for each in fields}
@@ -449,7 +454,7 @@ def free_column_name(kind: str, source: str, taken: AbstractSet[str]) -> str:
 
 
 def type_of(kinds: Iterable[str]) -> str:
-    """The type of a field that is first seen with several types: numbers meet in double, else the first counts."""
+    """The type of a field first seen with several types: mixed numbers become double, otherwise the first one wins."""
     kinds = list(dict.fromkeys(kinds))
     if DOUBLE in kinds:
         return DOUBLE
@@ -459,7 +464,7 @@ def type_of(kinds: Iterable[str]) -> str:
 
 
 def kind_of(arrow_type: Any) -> str:
-    """The type of a column, as the layout names it, for values of an Arrow type."""
+    """The layout's type name for values of an Arrow type."""
     if pa.types.is_floating(arrow_type):
         return DOUBLE
     if pa.types.is_boolean(arrow_type):

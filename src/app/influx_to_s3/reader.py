@@ -1,7 +1,7 @@
-"""How InfluxDB is asked: the port of both query languages, the connection, and the spans of one question.
+"""Querying InfluxDB: the port for both query languages, the connection, and how a span is split into queries.
 
-Implementations of the port: `flux` (`/api/v2/query`) and `influxql` (`/query`); both give the same points for the same
-data.
+Implementations of the port: `flux` (`/api/v2/query`) and `influxql` (`/query`); both return the same points for the
+same data.
 """
 
 import base64
@@ -28,7 +28,7 @@ from app.core.retry import asked_seconds
 from app.core.windows import DAY_SECONDS, EPOCH, Window, floor_to
 from app.object_store.port import date_of
 
-# `schema collision`: a field has several types in the span. `max-select`: limits of 1.x on series, buckets and points.
+# `schema collision`: a field has several types in the span. `max-select`: 1.x limits on series, buckets and points.
 TOO_MUCH = ("memory", "resource exhausted", "schema collision", "max-select")
 UNAUTHORIZED, FORBIDDEN, NOT_FOUND, TIMED_OUT, THROTTLED, CLIENT_CLOSED, SERVER_ERROR, NOT_IMPLEMENTED = (
     401,
@@ -44,12 +44,12 @@ INVENTORY_DEVICES = 20
 
 
 class QueryTooLarge(Permanent):
-    """The server gave up on the size of the question: repeating it cannot help, a shorter range can."""
+    """The query was too large for the server: a retry cannot help, a shorter range can."""
 
 
 @dataclass(frozen=True, slots=True)
 class FieldCount:
-    """How often one field of one device occurs in a bucket of time. `device` is "" for points without a device tag."""
+    """How often one field of one device occurs in a time bucket. `device` is "" for points without a device tag."""
 
     device: str
     start_at: datetime
@@ -59,7 +59,7 @@ class FieldCount:
 
 @dataclass(frozen=True, slots=True)
 class FieldSums:
-    """The sums of one field in a bucket of time, or of a part of it; parts add up."""
+    """The sums of one field in a time bucket or part of one; parts add up."""
 
     start_at: datetime
     field: str
@@ -68,11 +68,11 @@ class FieldSums:
 
 @dataclass(frozen=True, slots=True)
 class PointColumns:
-    """Points of one or more series as columns of one length, in any order.
+    """Points of one or more series as columns of equal length, in any order.
 
     `times`: timestamp("ns", "UTC"). `tags`: tag key -> text column, null = the series lacks the tag; the device tag
-    itself is left out. `fields`: (field key, column) of float64, int64, uint64, string or bool, null = absent; a key
-    stands there once for each of its types, and at most one of them is not null in a row.
+    itself is left out. `fields`: (field key, column) of float64, int64, uint64, string or bool, null = absent. A key
+    occurs once for each of its types, and at most one of these columns has a value in any row.
     """
 
     times: pa.Array | pa.ChunkedArray
@@ -90,9 +90,9 @@ class PointColumns:
 
 @dataclass(frozen=True, slots=True)
 class RawCells:
-    """Raw values as columns of one length, in any order: each is the value of one field at one instant.
+    """Raw values as columns of equal length, in any order: each is the value of one field at one timestamp.
 
-    `times` and `tags` as for `PointColumns`; `fields`: names of fields, as text; `values`: one type, none null.
+    `times` and `tags` as for `PointColumns`; `fields`: field names, as text; `values`: one type, no nulls.
     """
 
     times: pa.Array | pa.ChunkedArray
@@ -105,8 +105,8 @@ class RawCells:
 class Retention:
     """How long the source keeps points: `period`, which may be UNLIMITED (see `app.core.pipeline`).
 
-    None where it cannot be asked; then `oldest_at` is the oldest point of the measurement, None where there is none or
-    it cannot be found. `told_at`: the server's clock at the answer, None where it does not tell.
+    `period` is None where it cannot be queried; then `oldest_at` is the oldest point of the measurement, None where
+    there is none or it cannot be found. `told_at`: the server's clock at the response, None where it is not reported.
     """
 
     period: timedelta | None
@@ -116,11 +116,11 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class SourceInventory:
-    """What the source holds, to tell a wrong setting from an empty source. All names are sorted.
+    """The contents of the source, to distinguish a wrong setting from an empty source. All names are sorted.
 
-    `has_points`: of the configured measurement, in the configured bucket or retention policy, at any time. `tags` and
-    `fields` are those of the measurement, `devices` at most INVENTORY_DEVICES values of the device tag at any time.
-    `policies`: other retention policies in which the measurement has points (InfluxQL only).
+    `has_points`: whether the configured measurement has points in the configured bucket or retention policy, at any
+    time. `tags` and `fields` are those of the measurement, `devices` at most INVENTORY_DEVICES values of the device tag
+    at any time. `policies`: other retention policies in which the measurement has points (InfluxQL only).
     """
 
     measurements: Sequence[str]
@@ -132,7 +132,7 @@ class SourceInventory:
 
 
 def partition_totals(counted: Iterable[FieldCount]) -> Mapping[tuple[str, datetime], Count]:
-    """Counts per partition and bucket: all values, and as a lower bound of the points those of the fullest field."""
+    """Counts per partition and bucket: all values, and the fullest field's count as a lower bound of the points."""
     fields: dict[tuple[str, datetime], dict[str, int]] = {}
     for one in counted:
         bucket = fields.setdefault((intern(one.device), one.start_at), {})
@@ -142,9 +142,9 @@ def partition_totals(counted: Iterable[FieldCount]) -> Mapping[tuple[str, dateti
 
 
 class Reader(Protocol):
-    """All methods raise Transient, QueryTooLarge (ask for less) or Permanent. Bounds are `[start, end)`, any thread.
+    """All methods raise Transient, QueryTooLarge (query less) or Permanent. Bounds are `[start, end)`. Thread-safe.
 
-    The device "" stands for the points without the device tag. Values keep the type under which they are stored.
+    The device "" stands for the points without a device tag. Values keep the type in which they are stored.
     """
 
     def devices(self, since: datetime) -> Sequence[str]:
@@ -153,52 +153,54 @@ class Reader(Protocol):
     def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterable[FieldCount]:
         """Values per device, field and bucket of `every_seconds` on the epoch's grid; empty buckets are left out.
 
-        None asks for all devices. Exact also where the type of a field differs between shards: one field of one bucket
-        may then come in several parts, which add up.
+        `device` None means all devices. Counts are exact even where a field's type differs between shards: a field may
+        then occur in several parts per bucket, which add up.
         """
 
     def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterable[FieldSums]:
-        """As `counts` of one device, with sum, least and greatest of the numeric fields `numbers`, perhaps of others.
+        """Like `counts` for one device, with sum, min and max of the numeric fields `numbers`, and possibly of others.
 
-        Permanent or Transient also where a sum cannot be written, or one of `numbers` is not a number in the span.
+        Also raises Permanent or Transient where a sum cannot be represented, or where one of `numbers` is not numeric
+        in the span.
         """
 
     def rows(self, device: str, span: Window) -> Iterator[PointColumns]:
         """All points of the device, complete or an error."""
 
     def empty_texts(self, device: str, span: Window, field: str) -> Iterator[PointColumns]:
-        """The points whose text `field` is "", with that field alone, where `rows` gives null for them.
+        """The points whose string `field` is "", with only that field, where `rows` returns null for them.
 
-        Flux's pivoted CSV writes both as an empty cell. InfluxQL tells them apart: nothing comes then.
+        Flux's pivoted CSV writes both as an empty cell. InfluxQL distinguishes them and yields nothing here.
         """
 
     def cells(self, device: str, span: Window) -> Iterator[RawCells]:
-        """Every value of the device as the server has it, complete or an error; nothing is joined to rows, here or
-        there. For verification: it shares no more with `rows` than the connection and the parser.
+        """Every value of the device as the server has it, complete or an error; neither side joins values into rows.
+
+        For verification: it shares only the connection and the parser with `rows`.
         """
 
     def outside(self, span: Window) -> Iterable[FieldCount]:
-        """Values per device and field of a long span as one bucket that starts with it; the far future or 1970, say.
+        """Values per device and field, with a long span as one bucket that starts with it: for the far future or 1970.
 
-        A field that has several types in the span may be counted under one of them only.
+        A field with several types in the span may be counted under only one of them.
         """
 
     def retention(self) -> Retention:
-        """How long points are kept; asked each time, since it may be changed."""
+        """How long points are kept; queried each time, since it may change."""
 
     def inventory(self) -> SourceInventory:
-        """What there is; costs several questions, to be asked when nothing was found."""
+        """The contents of the source. Takes several queries; call it when nothing was found."""
 
     def ping(self) -> str:
-        """Ask one cheap question with the configured credentials; what answered, in a few words."""
+        """Run one cheap query with the configured credentials. Returns a short description of what answered."""
 
 
 def error_of_status(
     url: str, status: int, message: str, *, where: str, retry_after: str = "", advice: str = ""
 ) -> AppError:
-    """What to do about an HTTP error; the cases are InfluxDB's own (see `kit/transport/http/error_handler.go`).
+    """Classify an HTTP error; the cases are InfluxDB's own (see `kit/transport/http/error_handler.go`).
 
-    `where` names the variables to look at; `advice` is a better hint than its status gives.
+    `where` names the variables to check; `advice` replaces the status code's general hint.
     """
     told = f"InfluxDB at {url} answers {status}: {message}"
     said = message.lower()
@@ -216,12 +218,12 @@ def error_of_status(
     return Permanent(told, advice or hints.get(status, general))
 
 
-# HTTP to an InfluxDB server, over one pool of connections for all threads; both query languages ask through it.
+# HTTP to an InfluxDB server, with one connection pool for all threads and both query languages.
 #
-# urllib3 alone: of the vendor's library only the connection and the token would be used here, and importing it
-# costs more than every other part of this pipeline (docs/decisions/telemetry.md). Invariants: a body is complete or
-# an error; urllib3's exceptions become ours here and nowhere else; redirects are not followed, so a token goes to
-# the configured host only.
+# urllib3 only: of the vendor's library just the connection and the token would be used, and importing it costs more
+# than every other part of this pipeline (docs/decisions/telemetry.md). Invariants: a body is complete or an error;
+# urllib3's exceptions are converted to ours only here; redirects are not followed, so a token goes only to the
+# configured host.
 
 CHUNK_BYTES = 1 << 18
 HTML = re.compile(r"\s*<(?:!doctype|html|head|body)\b", re.IGNORECASE)
@@ -232,9 +234,9 @@ OK = 200
 
 @dataclass(frozen=True, slots=True)
 class ServerAnswer:
-    """A body in pieces of at most CHUNK_BYTES. `framed`: HTTP itself tells its end, by chunks or by a length.
+    """A body in chunks of at most CHUNK_BYTES. `framed`: HTTP marks its end, by chunked encoding or a length.
 
-    `version` of the server, "" where it does not say; `told_at`: its own clock, None where it does not tell.
+    `version` of the server, "" where not reported; `told_at`: the server's clock, None where not reported.
     """
 
     chunks: Iterator[bytes]
@@ -244,8 +246,9 @@ class ServerAnswer:
 
 
 class InfluxConnection:
-    """Asks one server, with the first question. `url` without credentials; `token` wins over `username` and `password`;
-    all empty = none sent.
+    """Connects to one server on the first query.
+
+    `url` has no credentials; `token` takes precedence over `username` and `password`; all empty = none sent.
     """
 
     def __init__(
@@ -261,25 +264,25 @@ class InfluxConnection:
         self.url = url
         self._timeout_seconds, self._connections = timeout_seconds, connections
         self._variables = "INFLUXDB_TOKEN" if token else "INFLUXDB_USERNAME and INFLUXDB_PASSWORD" if username else ""
-        # Answers are compressed on their way through the internet; in a plain network that would only cost both ends
-        # CPU time.
+        # Compress responses over https, which may cross the internet; on a local network that only costs both ends CPU
+        # time.
         encoding = "gzip" if url.lower().startswith("https://") else "identity"
         self._headers: dict[str, str] = urllib3.make_headers(accept_encoding=encoding)
         if token:
             self._headers["Authorization"] = f"Token {token}"
         elif username:
-            # In UTF-8, as Go's servers read it; urllib3 would encode latin-1 and fail beyond it.
+            # UTF-8, as Go servers expect; urllib3 would encode latin-1 and fail on other characters.
             credentials = base64.b64encode(f"{username}:{password}".encode()).decode()
             self._headers["Authorization"] = f"Basic {credentials}"
 
     @contextmanager
     def ask(self, path: str, body: bytes | None, headers: Mapping[str, str], where: str) -> Iterator[ServerAnswer]:
-        """POST the body, or GET where there is none, and stream the answer.
+        """POST the body, or GET if there is none, and stream the response.
 
-        Its connection goes back to the pool only when the answer was read to its end.
+        The connection returns to the pool only after the response was read to its end.
 
-        Raises Transient when the server is away, slow or breaks off, and what `error_of_status` returns for any status
-        but 200; `where` names the variables to look at then.
+        Raises Transient when the server is unreachable, slow or disconnects, and what `error_of_status` returns for any
+        status but 200; `where` names the variables to check then.
         """
         with self._translated():
             response = self._pool.request(
@@ -299,7 +302,7 @@ class InfluxConnection:
             yield ServerAnswer(self._chunks(response), framed, version, date_of(response.headers.get("Date", "")))
 
     def _chunks(self, response: Any) -> Iterator[bytes]:
-        """`read` rather than `stream`, which gives every chunk of the server, often 4 KiB, a round of its own."""
+        """Uses `read` rather than `stream`, which yields each of the server's chunks, often 4 KiB, separately."""
         while True:
             with self._translated():
                 chunk = response.read(CHUNK_BYTES, decode_content=True)
@@ -320,7 +323,7 @@ class InfluxConnection:
         )
 
     def _advice(self, response: Any, path: str, body: str) -> str:
-        """The next step that the server itself points to, "" where it does not."""
+        """The next step that the response itself suggests, "" if none."""
         version = response.headers.get("X-Influxdb-Version", "").lstrip("v")
         if path.startswith("/api/v2") and (version.startswith("1.") or body.strip() == "404 page not found"):
             return f"set INFLUXDB_API=influxql: InfluxDB {version or '1'} answers no Flux here"
@@ -361,7 +364,7 @@ class InfluxConnection:
 
 
 def _message(body: str) -> str:
-    """The server's own words: `error` of 1.x, `message` of 2.x and 3, else what the body begins with."""
+    """The server's own message: `error` in 1.x, `message` in 2.x and 3, otherwise the start of the body."""
     try:
         parsed = json.loads(body)
     except ValueError:
@@ -374,20 +377,20 @@ def _message(body: str) -> str:
     return str(parsed.get("error") or parsed.get("message") or body)[:300]
 
 
-# Spans of time that can be asked in one query: inside one shard group, and small enough for the server's limits.
+# Time spans that fit one query: inside one shard group, and small enough for the server's limits.
 #
-# A field has one type per shard. A question over two shards in which it has two types loses one of them: InfluxQL's
-# `COUNT(*)` counts one type, Flux gives the first shard's part. So nothing is asked across the bound of a shard
-# group, nor across midnight UTC, which is such a bound wherever the shard group's duration is whole days.
+# A field has one type per shard. A query over two shards in which the types differ loses one of them: InfluxQL's
+# `COUNT(*)` counts one type, Flux returns the first shard's part. So no query crosses a shard group boundary, or
+# midnight UTC, which is such a boundary wherever shard groups last whole days.
 
 T = TypeVar("T")
 
 DAY = timedelta(seconds=DAY_SECONDS)
-SHARDS_FROM = datetime(1, 1, 1, tzinfo=UTC)  # Go cuts a time to a multiple of a duration since then: weeks from Mondays
+SHARDS_FROM = datetime(1, 1, 1, tzinfo=UTC)  # Go truncates times to multiples since then; weeks start on Mondays
 
 
 def one_type_spans(span: Window, shard: timedelta) -> Iterator[Window]:
-    """The parts of `span` that cross neither midnight UTC nor the bound of a shard group of that duration."""
+    """The parts of `span` that cross neither midnight UTC nor a boundary of shard groups of duration `shard`."""
     start = span.start
     while start < span.end:
         midnight = EPOCH + ((start - EPOCH) // DAY + 1) * DAY
@@ -403,10 +406,10 @@ def counted_in_parts(
     ask: Callable[[Sequence[Window]], Iterator[T | None]],
     spans_per_question: int = 1,
 ) -> Iterator[T]:
-    """What `ask` counts over the spans; they are cut, down to one bucket, while the server finds them too long.
+    """What `ask` counts over the spans; spans that are too large for the server are split, down to one bucket.
 
-    `ask` gives the counts of its spans in their order, and None at the end of each. Raises QueryTooLarge when one
-    bucket is still too much, or the server gave up on a span of which counts had already come.
+    `ask` yields the counts of its spans in order, and None after each. Raises QueryTooLarge when a single bucket is
+    still too large, or when the server gave up on a span after returning some of its counts.
     """
     waiting = deque(spans)
     while waiting:

@@ -1,7 +1,8 @@
-"""What is made from the objects themselves: the layout of a tree whose file is gone, and objects in today's form.
+"""Work from the objects themselves: rebuild a lost layout, and re-encode objects in the current form.
 
-The layout of data that have no `_headwater/layout.json`, of an older version or because the file was lost, is made from
-the state's table of an older version where there is one, else from the names and metadata of the objects.
+Data may lack `_headwater/layout.json` because an older version wrote them or because the file was lost. The layout is
+then rebuilt from the older version's table in the state, if there is one, otherwise from the names and metadata of the
+objects.
 """
 
 import io
@@ -57,7 +58,7 @@ SAMPLES = 64
 
 @dataclass(slots=True)
 class TreeSample:
-    """What a listing of the tree shows: one object of each day, the newest one of each device, and some by chance."""
+    """A sample of a tree's listing: one object per day, the newest of each device, and some random ones."""
 
     days: dict[date, ObjectInfo] = field(default_factory=dict)
     newest: dict[str, tuple[datetime, ObjectInfo]] = field(default_factory=dict)
@@ -76,9 +77,9 @@ def layout_from_data(
     wanted: Layout,
     first_start_at: datetime,
 ) -> LayoutDocument:
-    """The tree as the data show it, or a new one when there are none.
+    """The layout derived from the data, or a new one when there are none.
 
-    `kept`: layouts of an older version's state, oldest first; `starts`: the first cursors that the state knows.
+    `kept`: layouts from an older version's state, oldest first; `starts`: the first cursors in the state.
     """
     seen = _look(store, prefix, wanted.date_format)
     if seen.oldest_at is None:
@@ -110,13 +111,13 @@ def layout_from_data(
 
 def _look(store: ObjectStore, prefix: str, date_format: str) -> TreeSample:
     seen = TreeSample()
-    chance = Random(0)  # noqa: S311 - the same sample each time, no secret
+    chance = Random(0)  # noqa: S311 - a reproducible sample; not security-sensitive
     for instant, written_as, device, info in _exported(store, prefix, (date_format, *DATE_FORMATS)):
         day = instant.date()
         seen.days.setdefault(day, info)
         seen.date_formats.setdefault(day, written_as)
         seen.oldest_at = min(seen.oldest_at or instant, instant)
-        # A sample in which each object of a tree of any size has the same chance to be.
+        # Reservoir sampling: each object has the same chance, whatever the size of the tree.
         seen.number += 1
         place = chance.randrange(seen.number)
         if len(seen.some) < SAMPLES:
@@ -129,10 +130,10 @@ def _look(store: ObjectStore, prefix: str, date_format: str) -> TreeSample:
 
 
 def lost_cursor(store: ObjectStore, prefix: str, device: str, tree: LayoutDocument, now: datetime) -> datetime | None:
-    """Where a device goes on whose cursor is lost or lies ahead of now; None when its objects do not say.
+    """Where to resume a device whose cursor is lost or ahead of now; None when its objects do not show it.
 
-    The smaller of the cursor that the writer of its newest object knew to be committed, and of the start of that
-    object's window. Objects of older versions carry no such stamp; of those without one, at most SAMPLES are asked.
+    The earlier of two times: the last committed cursor that the newest object's writer recorded, and the start of that
+    object's window. Objects of older versions record no cursor; at most SAMPLES objects are checked.
     """
     formats = (*(each.date_format for each in tree.layouts), *DATE_FORMATS)
     objects = _exported(store, prefix, formats, device)
@@ -147,7 +148,7 @@ def lost_cursor(store: ObjectStore, prefix: str, device: str, tree: LayoutDocume
 def _exported(
     store: ObjectStore, prefix: str, date_formats: Iterable[str], device: str = ""
 ) -> Iterator[tuple[datetime, str, str, ObjectInfo]]:
-    """Every object of a tree, or of one device: the instant of its name, how its date is written, and its device."""
+    """Every object of a tree or of one device: the timestamp in its name, its date format, and its device."""
     start = f"{prefix}/" if prefix else ""
     formats = dict.fromkeys(date_formats)
     for info in store.list(f"{start}device_id={device}{'/' if device else ''}"):
@@ -163,7 +164,7 @@ def _exported(
 
 
 def _layouts(store: ObjectStore, seen: TreeSample) -> tuple[Layout, ...]:
-    """A layout for each run of days that are cut and named alike, from the metadata of one object a day."""
+    """One layout per run of consecutive days that are cut and named alike, from the metadata of one object per day."""
     layouts: list[Layout] = []
     for day, listed in sorted(seen.days.items()):
         seconds = _seconds(store, listed) or (layouts[-1].window_seconds if layouts else 3600)
@@ -175,14 +176,14 @@ def _layouts(store: ObjectStore, seen: TreeSample) -> tuple[Layout, ...]:
 
 
 def _seconds(store: ObjectStore, listed: ObjectInfo) -> int | None:
-    """The window's length, which each writer noted."""
+    """The window length, which every writer records."""
     info = store.head(listed.key)
     noted = window_from_metadata(info) if info else None
     return noted[1] - noted[0] if noted else None
 
 
 def _schema(store: ObjectStore, info: ObjectInfo) -> Any:
-    """The Arrow schema of a Parquet object; None for CSV, and for what cannot be read, which verify tells of."""
+    """The Arrow schema of a Parquet object; None for CSV, and for unreadable objects, which verify reports."""
     if not info.key.endswith(".parquet"):
         return None
     with store.open(info.key, info.etag) as body:
@@ -196,7 +197,7 @@ def _schema(store: ObjectStore, info: ObjectInfo) -> Any:
 
 
 def columns_of(schemas: Iterable[Any]) -> tuple[Column, ...]:
-    """Columns with the type that most objects give them; numbers of both kinds make a double."""
+    """Columns with the type that most objects give them; a mix of integers and doubles becomes double."""
     kinds: dict[str, Counter[str]] = {}
     described: dict[str, tuple[str, str]] = {}
     for schema in schemas:
@@ -208,7 +209,7 @@ def columns_of(schemas: Iterable[Any]) -> tuple[Column, ...]:
             kind, equals, source = (
                 (each.metadata or {}).get(b"headwater", b"").decode("utf-8", "surrogatepass").partition("=")
             )
-            # Older versions described no column, and renamed only fields called like a column of ours.
+            # Older versions wrote no column metadata, and renamed only fields that clashed with a built-in column.
             stem = each.name.removesuffix("_field")
             guessed = "field", stem if stem in OURS else each.name
             described[each.name] = (kind, source) if equals else described.get(each.name, guessed)
@@ -222,12 +223,12 @@ def _most_common(counts: Counter[str]) -> str:
     return DOUBLE if kind == INTEGER and counts[DOUBLE] else kind
 
 
-# `python -m app rewrite influx_to_s3`: objects re-encoded from themselves, in today's unit, names and types.
+# `python -m app rewrite influx_to_s3`: re-encode objects from themselves, with the current unit, names and types.
 #
-# The source is not asked, since it may have forgotten these rows. Invariants: each object is replaced by compare-
-# and-swap on the version that was read, and its record follows; a rewrite that was interrupted goes on where it
-# stopped, since an object that is as it should be is left alone. Deltas of older versions are folded into the
-# object of their window.
+# The source is not queried, since it may have dropped these rows. Invariants: each object is replaced by
+# compare-and-swap on the version that was read, then its record is updated. An interrupted rewrite resumes where it
+# stopped, since objects that are already up to date are left alone. Deltas of older versions are folded into their
+# window's object.
 
 
 def devices_in(sink: TableSink) -> Sequence[str]:
@@ -257,7 +258,7 @@ def rewrite(opened: OpenedExport, context: Context, device: str, span: Window, d
                 parts = [part for part in held if not part or part > folded]
                 tables = [_rows(sink, columns, keys[part], held[part].version) for part in parts]
                 with closing(opened.source.spooled(device, merge_in_order(tables, columns))) as batch:
-                    # What lost tags once has lost them still.
+                    # Tags that were lost once stay lost.
                     batch.has_all_tags = all(held[part].tags == ALL_TAGS for part in parts)
                     record = records.get(window.start)
                     done(_replace(opened, context, window, keys=keys, held=held, batch=batch, record=record))
@@ -265,7 +266,7 @@ def rewrite(opened: OpenedExport, context: Context, device: str, span: Window, d
 
 
 def _own(sink: TableSink, key: str) -> ObjectState | None:
-    """What Headwater wrote under this key; what another program put there is left as it is."""
+    """What Headwater wrote under this key; None for an object of another program, which is left as it is."""
     held = sink.head(key)
     if held is not None and not held.digest:
         log.warning("%s: was not written by Headwater, left as it is: run verify with --heal first", key)
@@ -274,7 +275,7 @@ def _own(sink: TableSink, key: str) -> ObjectState | None:
 
 
 def _unit(sink: TableSink, key: str) -> str:
-    """Unit of the object's timestamps; older versions noted none and wrote nanoseconds."""
+    """The unit of the object's timestamps; older versions recorded none and wrote nanoseconds."""
     info = sink.store.head(key)
     return info.metadata.get("timestamp-unit", "ns") if info else ""
 
@@ -295,7 +296,7 @@ def _replace(
     batch: RowBatch,
     record: Record | None,
 ) -> Report:
-    """Put the re-encoded object, unless it is so already; its record follows, and the deltas go."""
+    """Write the re-encoded object unless it is up to date, update its record and delete the deltas."""
     pipeline, sink = opened.pipeline, opened.sink
     base, key = held.get(0), keys.get(0) or sink.key(batch.device, window, 0)
     is_done = (
@@ -318,7 +319,7 @@ def _replace(
         log.info("%s: rewritten, %d rows", key, batch.rows)
     deltas = [keys[part] for part in held if part]
     if record is not None and (record.version, record.digest) != (version, batch.digest):
-        # A rewrite that was killed between the two finds the object done and the record behind.
+        # A rewrite that was killed between the two steps leaves a new object with an outdated record.
         is_confirmed = base is not None and record.version == base.version
         after = replace(
             record,

@@ -1,14 +1,12 @@
-"""A batch of this pipeline: ordered rows of one device and window, digested, with bounded memory; and the documented
-columns, which are computed from them.
+"""A batch of this pipeline: digested, ordered rows of one device and window in bounded memory, and computed columns.
 
-Rows come in order and are cut into blocks of a fixed number of rows. The columns of an object are timestamp, device_id,
-device_type, location, voltage, current, power, temperature, hour, day_of_week, is_weekend, power_factor, then further
-tags and further fields, each alphabetically.
+Rows arrive in order and are cut into blocks of a fixed number of rows. The columns of an object are timestamp,
+device_id, device_type, location, voltage, current, power, temperature, hour, day_of_week, is_weekend, power_factor,
+then further tags and further fields, each alphabetically.
 
-Invariants: the digest depends on the rows alone, not on how they were cut when they were read; blocks beyond
-`memory_rows` wait in a temporary file that has no name, so nothing is left behind by a crash; a column has the same
-type in every object of a layout, whatever a window holds, and the documented ones exist even without such a field (then
-null).
+Invariants: the digest depends on the rows alone, not on how they were split when read. Blocks beyond `memory_rows` wait
+in an unnamed temporary file, so a crash leaves nothing behind. A column has the same type in every object of a layout,
+whatever a window holds. The documented columns always exist, and are null where the source has no such field.
 """
 
 import hashlib
@@ -39,8 +37,8 @@ NONE: Mapping[str, int] = {}
 def computed_from(rows: pa.Table) -> dict[str, Any]:
     """The computed columns of rows that have the documented ones, as numbers or as text.
 
-    hour 0-23 and day_of_week (Monday = 0) are of the UTC instant. power_factor is power / (voltage * current) clipped
-    to [0, 1]; null where an input is null or the quotient is not a number.
+    hour 0-23 and day_of_week (Monday = 0) are in UTC. power_factor is power / (voltage * current) clipped to [0, 1];
+    null where an input is null or the quotient is not a number.
     """
     hours = instants_of(rows) // HOUR_NS
     day = ((hours // 24 + THURSDAY) % 7).astype(np.int32)  # 1970-01-01 was a Thursday
@@ -58,14 +56,14 @@ def computed_from(rows: pa.Table) -> dict[str, Any]:
 
 
 class RowBatch:
-    """See `app.core.pipeline.Batch`. Rows are collected by `append`; all else is there after `finish`.
+    """See `app.core.pipeline.Batch`. Rows are added with `append`; everything else is available after `finish`.
 
-    `cells`: the source's counts by bucket, taken before. `sums`: by field, of what was read. `accounts`: by field, what
-    was counted, read, and (as `new`) what the rows hold, (as `already_there`) what points that differ in ignored tags
-    only have twice, and (as `set_aside`) what disagrees between these, which is `disagreements`.
+    `cells`: the source's counts per bucket, taken before reading. `sums`: per field, of what was read. `accounts`: per
+    field, the values counted, read, held by the rows (`new`), repeated in points that differ only in ignored tags
+    (`already_there`), and in conflict between such points (`set_aside`; these are `disagreements`).
 
     `has_all_tags`: false when some rows were read back from an object of an older version, which dropped their further
-    tags. `has_nanos`: whether an instant has digits below the microsecond. `schema`: that of the canonical rows.
+    tags. `has_nanos`: whether a timestamp has digits below the microsecond. `schema`: that of the canonical rows.
     """
 
     def __init__(self, device: str, directory: Path, memory_rows: int, columns: TreeColumns) -> None:
@@ -99,9 +97,10 @@ class RowBatch:
         twice: Mapping[str, int] = NONE,
         others: Sequence[ConflictingValue] = (),
     ) -> None:
-        """Add rows in canonical order that are later than all rows before. ValueError when they are not later.
+        """Add rows in canonical order that are later than all previous rows. Raises ValueError when they are not later.
 
-        By field: what was `read` for them, and how many of these values stand in no row of their own.
+        Per field: the sums of what was `read` for these rows, and how many values occurred `twice`. `others`:
+        conflicting values.
         """
         for name, sums in read.items():
             self.sums[name] = self.sums[name] + sums if name in self.sums else sums
@@ -122,8 +121,9 @@ class RowBatch:
             self._cut(whole_blocks_only=True)
 
     def finish(self, cells: Mapping[datetime, int], counted: Mapping[str, int]) -> "RowBatch":
-        """No more rows come. `counted`: by field, at the source before; rows that came between the count and the
-        reading were counted by the reading.
+        """Complete the batch. `counted`: values per field that the source counted before reading.
+
+        Rows that arrived between counting and reading are counted from what was read.
         """
         self._cut(whole_blocks_only=False)
         others = sorted(name for name in self._types if name not in (TIMESTAMP, *TAGS))
@@ -154,7 +154,7 @@ class RowBatch:
 
     @property
     def identities(self) -> Any:
-        """64 bits a row, a numpy array; see `rows.identities_of`."""
+        """64 bits per row, a numpy array; see `rows.identities_of`."""
         parts = [identities_of(table, self.columns.tags) for table in self.tables()]
         return np.concatenate(parts) if parts else np.empty(0, np.uint64)
 
@@ -164,9 +164,9 @@ class RowBatch:
 
     @property
     def reusable(self) -> bool:
-        """Large windows are spooled; reading only their tail is what saves the source work.
+        """True for large, spooled windows, where reading only the tail saves the source work.
 
-        Where points were merged, the values that stand in no row of their own cannot be told by their time any more.
+        False where points were merged: repeated or conflicting values can no longer be assigned to a time.
         """
         merged = self.disagreements or any(each.already_there for each in self.accounts.values())
         return self._file is not None and not merged
@@ -175,7 +175,8 @@ class RowBatch:
     def output_schema(self) -> pa.Schema:
         """The documented columns, then this batch's further tags and fields. Timestamps are in nanoseconds.
 
-        device_id has dictionary type, as pandas takes the `device_id=` in paths: it merges the two only then.
+        device_id has dictionary type, because pandas reads the `device_id=` in paths as such and merges the two only
+        then.
         """
         others = [column for column in self.schema if column.name not in (TIMESTAMP, *TAGS, *MEASURED)]
         return pa.schema(
@@ -193,7 +194,7 @@ class RowBatch:
         )
 
     def output(self) -> Iterator[pa.Table]:
-        """The rows as they are written to an object, with the computed columns."""
+        """The rows as written to an object, with the computed columns."""
         schema = self.output_schema
         for table in self.tables():
             columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
@@ -219,7 +220,7 @@ class RowBatch:
             yield pa.table(aligned, schema=self.schema)
 
     def close(self) -> None:
-        """Remove what was spooled. Idempotent."""
+        """Delete the spooled rows. Idempotent."""
         self.blocks = []
         if self._file is not None:
             self._file.close()
@@ -235,7 +236,7 @@ class RowBatch:
         self._waiting, self._waiting_rows = ([rest], rest.num_rows) if rest.num_rows else ([], 0)
 
     def _add(self, block: pa.Table) -> None:
-        """Digest and keep a block, without the columns that hold nothing; names, types and values are digested."""
+        """Digest and keep a block without its empty columns; the digest covers names, types and values."""
         names = [name for name in block.column_names if block.column(name).null_count < block.num_rows]
         block = block.select(names)
         for name in sorted(names):
@@ -243,7 +244,7 @@ class RowBatch:
             self._types[name] = column.type
             if name != TIMESTAMP and name not in self.columns.tags:
                 self._landed[name] += len(column) - column.null_count
-            array = column.chunk(0)  # the only one of a block
+            array = column.chunk(0)  # a block has one chunk
             self._digest.update(f"{name}\0{array.type}\0{len(array)}\0{array.null_count}\0".encode())
             for part in _value_bytes(array):
                 self._digest.update(part)

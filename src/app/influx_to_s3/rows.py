@@ -1,10 +1,10 @@
-"""Rows of one device in canonical form, and the operations on them: order, identity, and unions with what an object
-holds.
+"""Rows of one device in canonical form: ordering, identity, and unions with an object's rows.
 
 Canonical: `timestamp` in nanoseconds, the tag columns, then the fields under their columns' names and types (see
-`layout`). A row is unique by its timestamp and all its tags, and rows stand in that order. Points that differ only in
-ignored tags are one row: their fields are united, and where values disagree, that of the tag set first in byte order
-stands and the others are set aside. Invariant: what comes out does not depend on the order in which the source sent it.
+`layout`). A row is identified by its timestamp and all its tags, and rows are sorted by these. Points that differ only
+in ignored tags form one row with the fields of all of them. Where their values conflict, the value of the first tag set
+in byte order is kept and the others are set aside. Invariant: the result does not depend on the order in which the
+source sent the points.
 """
 
 from collections import Counter
@@ -42,7 +42,7 @@ from app.influx_to_s3.reader import PointColumns
 from app.object_store.row_digest import row_lanes
 from app.object_store.table_sink import CSV_ROWS, lost_tags_in
 
-IGNORED = "\0"  # before the name of an ignored tag, while rows are put in order; no name at a source begins with it
+IGNORED = "\0"  # prefix of an ignored tag's name while rows are sorted; no name at a source begins with it
 GROUP = "\0\0group"
 DAY_NS = 86_400_000_000_000
 GUESSES = (
@@ -50,12 +50,12 @@ GUESSES = (
     (DOUBLE, r"^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$"),
     (BOOLEAN, "^(true|false)$"),
 )
-EXACT = 1 << 53  # whole numbers up to here are exact in float64
+EXACT = 1 << 53  # integers up to here are exact in float64
 
 
 @dataclass(frozen=True, slots=True)
 class ConflictingValue:
-    """A value that is in no object, since a point of the same identity has another one for this field."""
+    """A value that is in no object, because a point with the same identity has another value for this field."""
 
     tags: Mapping[str, str]
     field: str
@@ -64,9 +64,9 @@ class ConflictingValue:
 
 
 def canonical_table(points: PointColumns, columns: TreeColumns) -> pa.Table:
-    """Points of one UTC day under their columns' names and types, in the order in which they come.
+    """Points of one UTC day under their columns' names and types, in their original order.
 
-    A value that its column cannot hold moves to the column's overflow, exactly as it is.
+    A value that its column cannot hold moves unchanged to the column's overflow.
     """
     kinds: dict[str, list[str]] = {}
     for name, values in points.fields:
@@ -90,7 +90,7 @@ def canonical_table(points: PointColumns, columns: TreeColumns) -> pa.Table:
 
 
 def sums_of(columns: Iterable[tuple[str, Any]]) -> Mapping[str, Sums]:
-    """The sums of columns, by name; a name may occur once for each of its types."""
+    """The sums of columns, by name; a name may occur once per type."""
     sums: dict[str, Sums] = {}
     for name, values in columns:
         added = _sums(values)
@@ -113,19 +113,19 @@ def _sums(values: Any) -> Sums:
 
 
 def constant(text: str, rows: int) -> Any:
-    """A column of the same text in each row."""
+    """A column with the same text in each row."""
     return pa.repeat(pa.scalar(text), rows)
 
 
 def _put(table: dict[str, Any], name: str, parts: Iterable[tuple[str, Any]]) -> None:
-    """Add values and their overflow; where a column is there already, at most one of both has a value in a row."""
+    """Add values and their overflow; where a column exists already, at most one of the two has a value in any row."""
     for overflow, values in parts:
         key = overflow or name
         table[key] = pc.coalesce(table[key], values) if key in table else values
 
 
 def _fitting(values: Any, kind: str, overflow: Any) -> Iterator[tuple[str, Any]]:
-    """(overflow column or "" for the column itself, values): each value once, none of them changed."""
+    """Pairs of (overflow column, or "" for the column itself, and values): each value once, unchanged."""
     if values.type == ARROW_TYPES[kind]:
         yield "", values
         return
@@ -147,14 +147,14 @@ def _fitting(values: Any, kind: str, overflow: Any) -> Iterator[tuple[str, Any]]
 
 
 def _held(values: Any, kind: str) -> Any:
-    """The values as `kind` where that changes none of them, else null; a number is the same whatever type holds it."""
+    """The values converted to `kind` where that is lossless, else null; numbers count as equal across types."""
     target = ARROW_TYPES[kind]
     if values.type == target:
         return values
     whole, unsigned = pa.types.is_integer(values.type), pa.types.is_unsigned_integer(values.type)
     low, high = (-EXACT, EXACT) if kind == DOUBLE else (0, (1 << 63) - 1)
     if whole and kind in (DOUBLE, INTEGER, UNSIGNED):
-        # Bounds of the values' own type: Arrow compares unsigned with plain Python integers as signed ones.
+        # Bounds have the type of the values: Arrow compares unsigned values with plain Python integers as signed.
         exact = pc.and_(
             pc.less_equal(values, pa.scalar(high, values.type)),
             pc.greater_equal(values, pa.scalar(max(low, 0) if unsigned else low, values.type)),
@@ -166,7 +166,7 @@ def _held(values: Any, kind: str) -> Any:
 
 
 def _whole_numbers(values: Any, target: Any) -> Any:
-    """Floats that are whole numbers which float64 tells apart, and not the negative zero."""
+    """Floats that are integers exactly representable in float64, except negative zero."""
     array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     floats = array.to_numpy(zero_copy_only=False)
     low = 0 if target == pa.uint64() else -EXACT
@@ -180,8 +180,9 @@ def _whole_numbers(values: Any, target: Any) -> Any:
 def merge_ordered(
     tables: Sequence[pa.Table], columns: TreeColumns
 ) -> tuple[pa.Table, Sequence[ConflictingValue], Mapping[str, int]]:
-    """The rows of all tables in canonical order, each identity once; what disagreed, and by field how many values were
-    there twice.
+    """The rows of all tables in canonical order, each identity once.
+
+    Also returns the conflicting values, and the number of repeated values per field.
     """
     table = pa.concat_tables(tables, promote_options="default").combine_chunks()
     instants = instants_of(table)
@@ -198,8 +199,9 @@ def merge_ordered(
 
 
 def _codes(table: pa.Table, names: Sequence[str]) -> Any:
-    """A number per row for its values in these text columns, in the byte order of `name=value,...` (absent ones left
-    out), as InfluxDB writes a series' key. int64.
+    """An int64 per row that ranks its values in these text columns.
+
+    Ranks follow the byte order of `name=value,...` (absent ones left out), as InfluxDB writes a series key.
     """
     if not names:
         return np.zeros(table.num_rows, np.int64)
@@ -226,7 +228,7 @@ def _without_ignored(table: pa.Table) -> pa.Table:
 def _merged(
     table: pa.Table, first: Any, columns: TreeColumns
 ) -> tuple[pa.Table, Sequence[ConflictingValue], Mapping[str, int]]:
-    """One row per identity: of each column the first value. `first` is true for the first row of each identity."""
+    """One row per identity, with the first value of each column. `first` is true for the first row of each identity."""
     groups = np.cumsum(first) - 1
     kept = _without_ignored(table)
     values = [name for name in kept.column_names if name != TIMESTAMP and name not in columns.tags]
@@ -272,24 +274,24 @@ def _disagreements(rows: pa.Table, name: str, field: str, columns: TreeColumns) 
 
 
 def instants_of(table: pa.Table) -> Any:
-    """Timestamps as int64 nanoseconds since the epoch, a numpy array; a view where the column is in one piece."""
+    """Timestamps as int64 nanoseconds since the epoch, a numpy array; a view where the column has a single chunk."""
     return times_of(table.column(TIMESTAMP))
 
 
 def times_of(times: Any) -> Any:
-    """A timestamp[ns] column as int64, a numpy array; a view where it is in one piece."""
+    """A timestamp[ns] column as int64, a numpy array; a view where it has a single chunk."""
     if isinstance(times, pa.ChunkedArray):
         times = times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()
     return times.view(pa.int64()).to_numpy()
 
 
 def day_of(times: Any) -> date:
-    """The UTC day of the first of some timestamps in nanoseconds, which all are of that day."""
+    """The UTC day of timestamps in nanoseconds, which must all be on the same day."""
     return (EPOCH + timedelta(days=times[0].value // DAY_NS)).date() if len(times) else EPOCH.date()
 
 
 def instant_of(nanoseconds: int | None) -> datetime | None:
-    """Nanoseconds since the epoch as an aware datetime, cut to microseconds."""
+    """Nanoseconds since the epoch as an aware datetime, truncated to microseconds."""
     return None if nanoseconds is None else EPOCH + timedelta(microseconds=nanoseconds // 1000)
 
 
@@ -299,11 +301,11 @@ def nanoseconds_of(instant: datetime) -> int:
 
 
 def of_object(table: pa.Table, columns: TreeColumns) -> pa.Table:
-    """Rows that were read back from an object, in today's columns: what was computed from them is dropped.
+    """Rows read back from an object, in the current columns; computed columns are dropped.
 
-    Values of an object with other types move to the overflow as those of the source do. A CSV object holds text only:
-    what a column of numbers holds there is read as that. Raises Permanent for a value that cannot be read so, unless
-    an older version wrote it, whose columns had another type in each object.
+    Values whose type differs from the column's move to the overflow, like those of the source. A CSV object holds only
+    text, which is parsed as the column's type. Raises Permanent for a value that cannot be parsed, unless an older
+    version wrote it: there a column could have another type in each object.
     """
     rows: dict[str, Any] = {TIMESTAMP: table.column(TIMESTAMP)}
     for tag in TAGS:
@@ -320,7 +322,7 @@ def of_object(table: pa.Table, columns: TreeColumns) -> pa.Table:
             continue
         column = columns.overflow_of.get(name) or columns.by_name.get(name)
         if column is None:
-            columns.see((), {name: kind_of(values.type)})  # written by an older version, and not by the source since
+            columns.see((), {name: kind_of(values.type)})  # from an older version; not sent since
             column = columns.by_name.get(name) or columns.fields[name]
         kind = column.type_on(day)
         parts = [values]
@@ -328,14 +330,14 @@ def of_object(table: pa.Table, columns: TreeColumns) -> pa.Table:
             parts = list(_guessed(values, kind))
         elif is_csv:
             parts = [_parsed(name, values, columns.overflow_kinds.get(name) or kind)]
-        # What did not fit when it was written may fit the type that the column has for this day by now.
+        # What did not fit when it was written may fit the type that the column now has for this day.
         for part in parts:
             _put(rows, column.name, _fitting(part, kind, partial(columns.overflow, column)))
     return pa.table(rows)
 
 
 def _parsed(name: str, values: Any, kind: str) -> Any:
-    """Text of a CSV object as what it was written from."""
+    """Text of a CSV object, converted back to the type it was written from."""
     try:
         return values.cast(ARROW_TYPES[kind])
     except pa.ArrowInvalid as error:
@@ -346,7 +348,7 @@ def _parsed(name: str, values: Any, kind: str) -> Any:
 
 
 def _guessed(values: Any, kind: str) -> Iterator[Any]:
-    """Text of a CSV object as `kind`; what it cannot be as a number or truth value, and else as text."""
+    """Text of a CSV object by what it looks like: number, boolean, else text. All text if `kind` is TEXT."""
     rest = values
     for each, pattern in GUESSES if kind != TEXT else ():
         fits = pc.fill_null(pc.match_substring_regex(rest, pattern), False)  # noqa: FBT003 - Arrow's own signature
@@ -357,20 +359,21 @@ def _guessed(values: Any, kind: str) -> Iterator[Any]:
         yield rest
 
 
-# Unions of rows by identity: what the source answers, with what only an object has.
+# Unions of rows by identity: what the source returns, plus what only an object has.
 #
-# A row is told by its timestamp and all its tags. Invariant: where both sides have an identity, the first side's
-# row is taken; whatever the sizes, only the rows of one stretch of time are in memory.
+# A row is identified by its timestamp and all its tags. Invariants: where both sides have an identity, the first side's
+# row wins; only the rows of one time span are in memory, whatever the sizes.
 
-FIRST_NS = -(1 << 63)  # of what a timestamp in nanoseconds can hold
+FIRST_NS = -(1 << 63)  # lower bound of a nanosecond timestamp
 
 
 class RowComparison:
-    """What the rows of a source are beside those of an object: by field, how many values are new, there already or
-    corrected, how many rows are new, and how many were there with other or fewer values.
+    """Compares the source's rows with an object's.
 
-    `lost_tags`: held rows were written without their further tags, so one that has none gives way to any row of the
-    source with its instant and documented tags, and what it held is corrected. `shrink`: see `Source.union`.
+    Counts values per field that are new, unchanged (`same`) or corrected; rows that are new; and rows that are changed,
+    because they had other or fewer values before. `lost_tags`: the object's rows were written without their further
+    tags. Such a row is replaced by any row of the source with its timestamp and documented tags, and its values count
+    as corrected. `shrink`: see `Source.union`.
     """
 
     def __init__(self, columns: TreeColumns, shrink: Shrink | None = None) -> None:
@@ -384,7 +387,7 @@ class RowComparison:
         self._shrink = shrink
 
     def kept(self, held: pa.Table) -> pa.Table:
-        """Those of the rows that only an object has which stay in it."""
+        """Filter rows that only an object has to those that stay in it."""
         if self._shrink is None or self._shrink.since == LATEST:
             return held
         lacking = instants_of(held) >= max(nanoseconds_of(self._shrink.since), FIRST_NS)
@@ -393,7 +396,7 @@ class RowComparison:
         return held.filter(pa.array(~lacking)) if self._shrink.removes else held
 
     def add(self, new: pa.Table, held: pa.Table) -> pa.Table:
-        """Rows of one stretch of time; the held ones that none of the new ones stands for."""
+        """Compare rows of one time span. Returns the held rows that no new row replaces."""
         tags = self._columns.tags
         ours, theirs = identities_of(new, tags), identities_of(held, tags)
         places, exact = _places(ours, theirs)
@@ -411,8 +414,9 @@ class RowComparison:
         return held.filter(pa.array(~superseded))
 
     def _count(self, new: pa.Table, beside: pa.Table, exact: pa.Array) -> Any:
-        """Count values of the new rows, and of the held row beside each (nulls where there is none). For each row, true
-        when it has a value that is not there; a numpy array.
+        """Count the values of new rows against the held row `beside` each (nulls where there is none).
+
+        Returns a numpy array: for each row, true when it has a value that the held row lacks.
         """
         changed = np.zeros(new.num_rows, bool)
         for name in new.column_names:
@@ -436,7 +440,7 @@ class RowComparison:
 
 
 def _described(rows: pa.Table, columns: TreeColumns) -> Iterator[str]:
-    """Instant and tags of each row."""
+    """Timestamp and tags of each row."""
     names = sorted(columns.tags & set(rows.column_names))
     for instant, tags in zip(instants_of(rows), rows.select(names).to_pylist(), strict=True):
         described = (f"{columns.tag_names[name]}={tags[name]}" for name in names if tags[name] not in (None, UNKNOWN))
@@ -444,7 +448,7 @@ def _described(rows: pa.Table, columns: TreeColumns) -> Iterator[str]:
 
 
 def _places(ours: Any, theirs: Any) -> tuple[Any, Any]:
-    """For each of our identities, where it stands among theirs, and whether it does; numpy arrays."""
+    """For each of our identities, its position among theirs, and whether it occurs there; numpy arrays."""
     if not len(theirs):
         return np.zeros(len(ours), np.int64), np.zeros(len(ours), bool)
     order = np.argsort(theirs)
@@ -455,7 +459,7 @@ def _places(ours: Any, theirs: Any) -> tuple[Any, Any]:
 def union_by_identity(
     new: Iterable[pa.Table], held: Iterable[pa.Table], columns: TreeColumns, comparison: RowComparison
 ) -> Iterator[pa.Table]:
-    """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken."""
+    """Merge two ordered sequences of tables; where both have an identity, the row of `new` wins."""
     streams = [_Ahead(whole_instants(new)), _Ahead(whole_instants(held))]
     while live := [stream for stream in streams if stream.fill()]:
         until = min(stream.last_ns for stream in live)
@@ -468,7 +472,7 @@ def union_by_identity(
 
 
 def merge_in_order(sequences: Sequence[Iterable[pa.Table]], columns: TreeColumns) -> Iterator[pa.Table]:
-    """Several ordered sequences of tables as one; of rows with one identity the first sequence's is taken."""
+    """Merge several ordered sequences of tables; where several have an identity, the earliest sequence wins."""
     first, *others = sequences or [()]
     for other in others:
         first = union_by_identity(first, other, columns, RowComparison(columns))
@@ -476,7 +480,7 @@ def merge_in_order(sequences: Sequence[Iterable[pa.Table]], columns: TreeColumns
 
 
 def whole_instants(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same ordered rows in tables that do not end between rows of one instant, as blocks of a fixed size may."""
+    """The same ordered rows, re-split so that no table ends between rows of one timestamp, as fixed-size blocks may."""
     rest: list[pa.Table] = []
     for table in tables:
         if table.num_rows == 0:
@@ -496,7 +500,7 @@ def whole_instants(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def lacks_further_tags(table: pa.Table, columns: TreeColumns) -> Any:
-    """For each row, true when it has no tag besides the documented ones; a numpy array."""
+    """For each row, true when it has no tags other than the documented ones; a numpy array."""
     lacks = np.ones(table.num_rows, bool)
     for name in columns.tags & set(table.column_names) - set(TAGS):
         lacks &= table.column(name).is_null().to_numpy()
@@ -504,16 +508,17 @@ def lacks_further_tags(table: pa.Table, columns: TreeColumns) -> Any:
 
 
 def identities_of(table: pa.Table, tags: Iterable[str]) -> Any:
-    """64 bits per row for timestamp and these tags, a numpy array. Rows of one set of tags never share a number.
+    """64 bits per row for timestamp and these tags, a numpy array. Rows of one tag set never share a number.
 
-    A tag that a row lacks counts as one that its table lacks, so tables with different columns can be compared.
+    A tag missing from a row counts the same as one missing from the table, so tables with different columns are
+    comparable.
     """
     names = set(tags) & set(table.column_names)
     return row_lanes((name, table.column(name)) for name in (TIMESTAMP, *names))[0]
 
 
 class _Ahead:
-    """An ordered sequence of tables of which the next one is at hand."""
+    """An ordered sequence of tables with one table read ahead."""
 
     def __init__(self, tables: Iterator[pa.Table]) -> None:
         self._tables = tables
@@ -521,7 +526,7 @@ class _Ahead:
         self.last_ns = 0
 
     def fill(self) -> bool:
-        """True while there are rows."""
+        """Read ahead if needed. True while there are rows."""
         while self._table is None or self._table.num_rows == 0:
             self._table = next(self._tables, None)
             if self._table is None:
@@ -530,7 +535,7 @@ class _Ahead:
         return True
 
     def take(self, until_ns: int) -> pa.Table | None:
-        """The rows up to and including `until_ns`, None when there are none."""
+        """The rows up to and including `until_ns`, None if there are none."""
         if self._table is None:
             return None
         count = int(np.searchsorted(instants_of(self._table), until_ns, side="right"))

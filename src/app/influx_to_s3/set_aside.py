@@ -1,12 +1,11 @@
-"""What an object cannot hold, as line protocol beside the data, and the points that have no place in the windows of a
-device: none of them goes without a word.
+"""Set aside what no object can hold, as line protocol stored with the data, so that nothing is dropped silently.
 
-Line protocol is InfluxDB's own form of a point, so nothing about it is lost: all tags, the type of each value, and the
-instant in nanoseconds. Source: the InfluxDB documentation, "Line protocol".
+Line protocol is InfluxDB's own form of a point, so it loses nothing: all tags, the type of each value, and the
+timestamp in nanoseconds. Source: the InfluxDB documentation, "Line protocol".
 
-Points without the device tag, and those of devices whose id cannot name an object, are set aside. Points of the far
-future wait for their window; those of a clock that was never set are set aside. A run that finds nothing asks what
-there is, and fails when a setting is wrong.
+Points without the device tag, and those of devices whose id cannot name an object, are set aside. Points in the far
+future wait for their window; those of a clock that was never set are set aside. A run that finds no points queries the
+inventory, and fails when a setting is wrong.
 """
 
 import logging
@@ -44,16 +43,16 @@ TEXT_ESCAPES = str.maketrans({'"': '\\"', "\\": "\\\\"})
 
 ExportPipeline = Pipeline[RowBatch, EncodedFile]
 
-OLDEST_AT = datetime(1678, 1, 1, tzinfo=UTC)  # InfluxDB's instants are int64 nanoseconds
+OLDEST_AT = datetime(1678, 1, 1, tzinfo=UTC)  # InfluxDB's timestamps are int64 nanoseconds
 NEWEST_AT = datetime(2262, 4, 11, tzinfo=UTC)
 CLOCKS_SET_AT = datetime(2000, 1, 1, tzinfo=UTC)
 NAMED = 20
-DAYS = 64  # at most so many days of unset clocks are read in one run
+DAYS = 64  # maximum days of unset clocks read in one run
 log = logging.getLogger(__name__)
 
 
 def line(measurement: str, tags: Mapping[str, str], fields: Mapping[str, Any], instant_ns: int) -> str:
-    """One point. `fields`: bool, int, float and str values; none of them null."""
+    """One point. `fields`: bool, int, float and str values, never null."""
     series = "".join(
         f",{name.translate(NAME_ESCAPES)}={text.translate(NAME_ESCAPES)}" for name, text in sorted(tags.items())
     )
@@ -74,7 +73,7 @@ def _value(value: Any) -> str:
 
 
 def lines_of(points: PointColumns, measurement: str, own: Mapping[str, str]) -> Iterator[str]:
-    """Each point of a block as a line. `own`: the device tag, which `points` leaves out."""
+    """Each point of a block as a line. `own`: the device tag, which `points` omits."""
     times = points.times.cast(pa.int64()).to_pylist()
     tags = {name: texts.to_pylist() for name, texts in points.tags.items()}
     fields = [(name, values.to_pylist()) for name, values in points.fields]
@@ -86,8 +85,9 @@ def lines_of(points: PointColumns, measurement: str, own: Mapping[str, str]) -> 
 
 
 class SetAsidePoints:
-    """Keeps points of one measurement as line protocol, an object for each reason, device and window. It remembers how
-    many values of a window this process set aside.
+    """Keeps points of one measurement as line protocol, one object per reason, device and window.
+
+    Remembers how many values of each window this process has set aside.
     """
 
     def __init__(self, store: SetAsideStore, *, measurement: str, device_tag: str) -> None:
@@ -97,7 +97,7 @@ class SetAsidePoints:
         self._known: dict[tuple[str, datetime], int] = {}
 
     def keep_values(self, device: str, window: Window, batch: RowBatch) -> Sequence[SetAside]:
-        """Keep the values that disagree with others of the batch of one window, each as a point of its own."""
+        """Keep the values that conflict with others in the batch of one window, each as a separate point."""
         if not batch.disagreements:
             return ()
         own = self._own(device)
@@ -112,15 +112,15 @@ class SetAsidePoints:
         return (kept.entry,)
 
     def knows(self, device: str) -> bool:
-        """True when points of this device were set aside before."""
+        """True when points of this device have been set aside before."""
         return self._store.holds(_owner(device))
 
     def keep_points(
         self, reason: str, device: str, window: Window, blocks: Iterable[PointColumns]
     ) -> tuple[SetAsideResult, Mapping[str, int]]:
-        """Keep points of one window as they are; what became of them, and by field how many values they hold.
+        """Keep points of one window unchanged. Returns the result and the number of values per field.
 
-        `device` "" = the points without the device tag. Lines wait in a temporary file when they are many.
+        `device` "" = the points without the device tag. Many lines are buffered in a temporary file.
         """
         read: dict[str, int] = {}
         sample = ""
@@ -150,8 +150,10 @@ class SetAsidePoints:
         at: Position,
         live: Mapping[datetime, Count],
     ) -> Report:
-        """One step of a partition that cannot have objects: the points of its due windows from the cursor on, and of
-        live ones whose count moved, are set aside. The cursor follows.
+        """One step of a partition that cannot have objects.
+
+        Sets aside the points of its due windows from the cursor on, and of live windows whose count changed. The cursor
+        follows.
         """
         grid, device = pipeline.grid, at.partition
         windows = list(islice(grid.windows(at.cursor_at, at.now), grid.count_windows))
@@ -167,7 +169,7 @@ class SetAsidePoints:
             if self._known.get((device, window.start)) == count.cells or context.dry_run:
                 report += _accounted(pipeline, count.fields, SetAside(reason, count.cells, 0, sample))
                 continue
-            # A device that cannot have objects is news once, and not with each of its points.
+            # A device that cannot have objects is reported as new once, not with every point.
             is_known = bool(device) and self.knows(device)
             kept, read = self.keep_points(reason, device, window, _points(source, device, window, count))
             if kept.key:
@@ -180,15 +182,16 @@ class SetAsidePoints:
         return report
 
     def account_outside(self, opened: OpenedExport, context: Context) -> Report:
-        """Points that no window of a run holds. The future waits for its windows; what is from before CLOCKS_SET_AT is
-        kept as line protocol, by day.
+        """Account for points outside all windows of a run.
+
+        Future points wait for their windows; points from before CLOCKS_SET_AT are kept as line protocol, by day.
         """
         pipeline, source = opened.pipeline, opened.source
         newest = next(pipeline.grid.windows(opened.now, opened.now + datetime.resolution)).end
         future = partition_totals(source.again(lambda: list(source.reader.outside(Window(newest, NEWEST_AT)))))
         report = Report(ledger=ledger_of_counts(pipeline.unit, future.values(), "waiting"))
         if opened.tree.first_start_at < CLOCKS_SET_AT:
-            return report  # an export that begins that early exports these points
+            return report  # an export that starts this early includes these points
         unset = Window(OLDEST_AT, CLOCKS_SET_AT)
         old = partition_totals(source.again(lambda: list(source.reader.outside(unset))))
         for (device, start), count in old.items():
@@ -217,7 +220,7 @@ def _name(device: str, window: Window) -> tuple[str, ...]:
 
 
 def absent_devices(opened: OpenedExport, settings: Settings) -> Mapping[str, tuple[str, str]]:
-    """Configured devices without any point, each with message and hint."""
+    """Configured devices without any points, each with message and hint."""
     source = opened.source
     absent = source.absent(opened.tree.first_start_at)
     influx, inventory = settings.influx, source.again(source.reader.inventory) if absent else None
@@ -229,8 +232,10 @@ def absent_devices(opened: OpenedExport, settings: Settings) -> Mapping[str, tup
 
 
 def refuse_wrong_settings(opened: OpenedExport, settings: Settings) -> None:
-    """To be asked when nothing was found. Raises Permanent, with what there is, when a setting names something that
-    does not exist while others do; an empty source, or one without points in the span asked, is not a fault.
+    """Check the settings when nothing was found.
+
+    Raises Permanent, listing what exists, when a setting names something that does not exist while others do. An empty
+    source, or one without points in the queried span, is not an error.
     """
     measurement, tag = settings.influx.measurement, settings.influx.device_tag
     wanted = settings.export.device_ids
@@ -256,13 +261,13 @@ def refuse_wrong_settings(opened: OpenedExport, settings: Settings) -> None:
 
 
 def _named(names: Sequence[str]) -> str:
-    """Some names for a person; those that would not be read as one word are quoted."""
+    """Names for display; those that would not be read as one word are quoted."""
     shown = [name if name.isprintable() and not {" ", ","} & set(name) else repr(name) for name in names[:NAMED]]
     return ", ".join([*shown, *([f"and {len(names) - NAMED} more"] if len(names) > NAMED else [])])
 
 
 def _points(source: InfluxSource, device: str, window: Window, count: Count) -> Iterator[PointColumns]:
-    """All points of a window; texts that are empty, which Flux's answer shows as absent, as points of their own."""
+    """All points of a window; empty strings, which Flux returns as absent, as separate points."""
     read: Counter[str] = Counter()
     for block in source.reader.rows(device, window):
         read.update(block.numbers)
@@ -278,7 +283,7 @@ def _accounted(pipeline: ExportPipeline, fields: Mapping[str, int], aside: SetAs
 
 
 def _days(source: InfluxSource, device: str, span: Window) -> Iterable[Window]:
-    """The UTC days of a long span in which a device has points, found by halving it."""
+    """The UTC days of a long span in which a device has points, found by bisection."""
     found: Sequence[FieldCount] = source.again(lambda: list(source.reader.outside(span)))
     if not any(each.device == device and each.values for each in found):
         return

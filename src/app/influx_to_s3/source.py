@@ -1,8 +1,8 @@
 """The source of this pipeline: windows of one device as complete batches, with memory bounded by `batch_rows`.
 
-A window is read in slices of about `batch_rows` rows, planned from counts; one that turns out far larger is halved. Of
-a large open window that this very process last wrote, only the part from the first changed bucket on is read again.
-Invariant: a batch holds at least as many values of each field as the source counted before, or it is an error.
+A window is read in slices of about `batch_rows` rows, planned from counts; a slice that turns out far larger is halved.
+Of a large open window that this process wrote last, only the part from the first changed bucket on is re-read.
+Invariant: a batch holds at least as many values of each field as the source counted before; otherwise it is an error.
 """
 
 import logging
@@ -54,8 +54,8 @@ log = logging.getLogger(__name__)
 class InfluxSource:
     """`app.core.pipeline.Source` over a `Reader`.
 
-    `devices` empty = every value of the device tag. `batch_rows` rows are held at a time. `pauses` ends waiting for a
-    retry when a stop is asked for. `pace` bounds what questions cost the server.
+    `devices` empty = every value of the device tag. At most about `batch_rows` rows are held at a time. `pauses` ends a
+    wait for a retry when a stop is requested. `pace` limits the load that queries put on the server.
     """
 
     def __init__(
@@ -82,33 +82,33 @@ class InfluxSource:
         self._known: dict[datetime, Sequence[str]] = {}
 
     def partitions(self, since: datetime) -> Sequence[str]:
-        """The configured devices that exist, or every one that has points at or after `since`."""
+        """The configured devices that exist, or all devices with points at or after `since`."""
         found, wanted = self._found(since), set(self._devices)
         if not wanted:
             return found
-        # A configured device may have been silent for long; it exists all the same.
+        # A configured device exists even if it has long been silent.
         older = self._found(EPOCH) if wanted - set(found) else ()
         return sorted(wanted & {*found, *older})
 
     def absent(self, since: datetime) -> Sequence[str]:
-        """The configured devices without any point, ever."""
+        """The configured devices that never had a point."""
         return sorted(set(self._devices) - set(self.partitions(since)))
 
     def _found(self, since: datetime) -> Sequence[str]:
-        """Every value of the device tag, asked once in the life of this source, which is a run."""
+        """Every value of the device tag, queried once in the life of this source, which is one run."""
         if since not in self._known:
             self._known[since] = self.again(lambda: self.reader.devices(since))
         return self._known[since]
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
-        """One question per run of windows of one length. Points without the device tag are partition ""."""
+        """One query per run of windows of equal length. Points without the device tag are partition ""."""
         counted: list[FieldCount] = []
         for span, every_seconds in runs_of_one_length(windows):
             counted += self._counted(partition, span, every_seconds)
         return partition_totals(counted)
 
     def _counted(self, partition: str | None, span: Window, every_seconds: int) -> Sequence[FieldCount]:
-        """A server that limits the series of one question is asked for each device."""
+        """Falls back to one query per device where the server limits the number of series per query."""
         try:
             return self.again(lambda: list(self.reader.counts(partition, span, every_seconds)))
         except QueryTooLarge:
@@ -120,9 +120,9 @@ class InfluxSource:
     def sums(
         self, partition: str, windows: Sequence[Window], numbers: Collection[str]
     ) -> Mapping[datetime, Mapping[str, Sums]]:
-        """By window start and field, the sums of adjacent windows; totals only of the fields `numbers`.
+        """The sums of adjacent windows, by window start and field; totals only for the fields `numbers`.
 
-        One question per run of windows of one length.
+        One query per run of windows of equal length.
         """
         found: dict[datetime, dict[str, Sums]] = {}
         for span, every_seconds in runs_of_one_length(windows):
@@ -132,7 +132,7 @@ class InfluxSource:
         return found
 
     def _summed(self, partition: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Sequence[FieldSums]:
-        """Counts alone where the server cannot add up, such as numbers whose sum exceeds a double."""
+        """Returns counts only where the server cannot sum, for example when a sum exceeds a double."""
         try:
             return self.again(lambda: list(self.reader.sums(partition, span, every_seconds, numbers)))
         except (Permanent, Transient) as error:
@@ -148,16 +148,19 @@ class InfluxSource:
                 self._read_span(batch, window, count)
             else:
                 cells = self._read_large(batch, window, kept)
-                # What is counted anew for its slices may be less by then.
+                # The counts repeated for the slices may be lower by then.
                 check_values(partition, window, batch.sums, count.fields)
             return batch.finish(cells, count.fields)
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[RowBatch]:
-        """Adjacent small windows in one query of a batch at most; what is cut out is held beside the answer."""
+        """Read adjacent small windows together, at most one batch per query.
+
+        The parts cut out for each window are in memory together with the response.
+        """
         for run in runs_of_few_rows(counted, self._batch_rows):
             blocks: Sequence[PointColumns] | None = None
             if len(run) > 1:
-                # What fails for all of them may do for each: then they are asked for one by one.
+                # A query that fails for all windows may succeed for each: fall back to single windows.
                 with suppress(Permanent):
                     blocks = self._collect(partition, Window(run[0][0].start, run[-1][0].end))
             for window, count in run:
@@ -170,7 +173,7 @@ class InfluxSource:
                     yield batch.finish({}, count.fields)
 
     def union(self, batch: RowBatch, held: Sequence[Iterable[pa.Table]], shrink: Shrink | None = None) -> RowBatch:
-        """See `app.core.pipeline.Source.union`; each of `held` is the rows of one object, in order."""
+        """See `app.core.pipeline.Source.union`; each of `held` is the ordered rows of one object."""
         columns, comparison = self._columns, RowComparison(self._columns, shrink)
         objects: list[Iterable[pa.Table]] = []
         for tables in held:
@@ -195,7 +198,7 @@ class InfluxSource:
 
     @contextmanager
     def _batch(self, device: str) -> Iterator[RowBatch]:
-        """A batch to be filled; it is closed when the block raises."""
+        """A batch to be filled; closed if the block raises."""
         batch = RowBatch(device, self._spool_directory, self._batch_rows, self._columns)
         with ExitStack() as undo:
             undo.callback(batch.close)
@@ -203,14 +206,14 @@ class InfluxSource:
             undo.pop_all()
 
     def spooled(self, device: str, tables: Iterable[pa.Table]) -> RowBatch:
-        """A batch of rows that stand in canonical order already."""
+        """A batch of rows that are already in canonical order."""
         with self._batch(device) as batch:
             for table in whole_instants(tables):
                 batch.append(table)
             return batch.finish({}, {})
 
     def _read_large(self, batch: RowBatch, window: Window, kept: RowBatch | None) -> Mapping[datetime, int]:
-        """Slices planned from fine counts, on top of what is kept before the first bucket that changed."""
+        """Read slices planned from fine counts, after the part of `kept` before the first changed bucket."""
         every_seconds = bucket_seconds(window)
         counted = partition_totals(self.again(lambda: list(self.reader.counts(batch.device, window, every_seconds))))
         counts = {start: count for (_, start), count in counted.items()}
@@ -227,7 +230,7 @@ class InfluxSource:
         return cells
 
     def _read_span(self, batch: RowBatch, span: Window, count: Count) -> None:
-        """Append a span, which must hold at least what was counted; halved while the server finds it too large."""
+        """Append a span, which must hold at least what was counted; halve it while it is too large for the server."""
         waiting, read = deque([span]), dict[str, Sums]()
         while waiting:
             part = waiting.popleft()
@@ -247,8 +250,10 @@ class InfluxSource:
     def _append(
         self, batch: RowBatch, span: Window, blocks: Sequence[PointColumns], count: Count, *, is_whole: bool = True
     ) -> Mapping[str, Sums]:
-        """Append what was read of a span, and texts that are empty, which Flux's answer shows as absent; the sums of
-        both. What was counted for more than the span cannot tell which texts it lacks: each is asked for then.
+        """Append what was read of a span, plus empty strings, which Flux returns as absent. Returns the sums of both.
+
+        If the counts cover more than this span, they do not show which strings are missing: each possible text field is
+        queried.
         """
         read = sums_of(field for block in blocks for field in block.fields)
         if is_whole:
@@ -267,7 +272,7 @@ class InfluxSource:
         return read
 
     def _collect(self, device: str, span: Window) -> Sequence[PointColumns]:
-        """One answer, held in memory, within a limit that counts taken too early cannot break."""
+        """One response, held in memory, with a limit that holds even if the counts are outdated."""
         limit = max(self._batch_rows, BLOCK_ROWS) * OVERFLOW
 
         def collect() -> Sequence[PointColumns]:
@@ -287,7 +292,7 @@ class InfluxSource:
         return self.again(collect)
 
     def again(self, action: Callable[[], T]) -> T:
-        """`action`, which asks a question, retried while it fails for a cause that may pass."""
+        """Run the query `action`, retrying while it fails for a transient reason."""
 
         def ask() -> T:
             began = time.monotonic()
@@ -298,26 +303,25 @@ class InfluxSource:
         return retry(ask, self._policy, self._pauses, random)
 
     def covered_since(self, clock: Callable[[], datetime]) -> datetime:
-        """From when on the source has every point, so that one it lacks since then was deleted there and not forgotten;
-        to be called after the rows were read.
+        """The time from which the source is complete: a point missing since then was deleted, not expired.
 
-        It is asked each time: retention may be changed while a run goes on, and the oldest point moves with each shard
-        group that is dropped. A clock that is behind the server's would take forgotten points for deleted ones, so the
-        later of both counts.
+        Call it after reading the rows. It is queried each time, since retention may change during a run and the oldest
+        point moves whenever a shard group is dropped. A clock behind the server's would mistake expired points for
+        deleted ones, so the later of the two clocks counts.
         """
         found = self.again(self.reader.retention)
         now = clock()
         return covered_since(max(now, found.told_at or now), found.period, found.oldest_at)
 
     def latency_seconds(self) -> float | None:
-        """The mean of the questions since this was asked last, None without any."""
+        """The mean query time since the last call, None if there were no queries."""
         seconds = [self._seconds.popleft() for _ in range(len(self._seconds))]
         return sum(seconds) / len(seconds) if seconds else None
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedExport:
-    """The pipeline of one run, whose pauses end with that run. `now`: no window that starts later may be written."""
+    """The pipeline of one run, whose pauses end with that run. `now`: windows that start later may not be written."""
 
     tree: LayoutDocument
     now: datetime
@@ -328,7 +332,7 @@ class OpenedExport:
 
 
 def check_values(device: str, span: Window, read: Mapping[str, Sums], counted: Mapping[str, int]) -> None:
-    """Raises Transient when fewer values of a field came than were counted before."""
+    """Raises Transient when fewer values of a field arrived than were counted before."""
     for field, values in counted.items():
         found = read[field].values if field in read else 0
         if found < values:
@@ -339,16 +343,16 @@ def check_values(device: str, span: Window, read: Mapping[str, Sums], counted: M
 
 
 def runs_of_one_length(windows: Sequence[Window]) -> Iterator[tuple[Window, int]]:
-    """Adjacent windows of one length as one span each, with that length: a grid may change at a midnight."""
+    """Merge adjacent windows of equal length into spans, each with that length: the grid may change at a midnight."""
     for seconds, run in groupby(windows, key=lambda window: window.seconds):
         together = list(run)
         yield Window(together[0].start, together[-1].end), seconds
 
 
 def runs_of_few_rows(counted: Iterable[tuple[Window, Count]], rows: int) -> Iterator[Sequence[tuple[Window, Count]]]:
-    """Adjacent windows of one day together while they have at most `rows` points, any other window alone.
+    """Group adjacent windows of one day while they have at most `rows` points; any other window is alone.
 
-    A day at most: a field may change its type only between shards of the source, and one question must not meet both.
+    At most one day: a field may change its type between shards of the source, and one query must not span both types.
     """
     run: list[tuple[Window, Count]] = []
     points = 0
@@ -364,7 +368,7 @@ def runs_of_few_rows(counted: Iterable[tuple[Window, Count]], rows: int) -> Iter
 
 
 def points_within(block: PointColumns, window: Window) -> PointColumns:
-    """The points inside the window, in the order in which they are."""
+    """The points inside the window, in their original order."""
     instants = times_of(block.times)
     bounds = [nanoseconds_of(window.start), nanoseconds_of(window.end)]
     if np.all(instants[1:] >= instants[:-1]):
@@ -383,16 +387,16 @@ def _each(block: PointColumns, change: Callable[[pa.Array], pa.Array]) -> PointC
 
 
 def bucket_seconds(window: Window) -> int:
-    """The finest length, in whole seconds, of at most BUCKETS buckets that divide the window."""
+    """The shortest bucket length, in whole seconds, that divides the window into at most BUCKETS buckets."""
     return next(n for n in range(max(1, window.seconds // BUCKETS), window.seconds + 1) if window.seconds % n == 0)
 
 
 def first_change(
     before_cells: Mapping[datetime, int], cells: Mapping[datetime, int], window: Window, every_seconds: int
 ) -> datetime:
-    """From where a window must be read again: one bucket before the first whose count moved, its end if none did.
+    """From where a window must be re-read: one bucket before the first whose count changed; its end if none did.
 
-    The bucket of overlap is for points of the newest instants that were overwritten field by field.
+    The extra bucket covers points with the latest timestamps that were overwritten field by field.
     """
     every = timedelta(seconds=every_seconds)
     changed = [start for start in {*before_cells, *cells} if before_cells.get(start) != cells.get(start)]
@@ -407,7 +411,7 @@ def rows_before(table: pa.Table, until_ns: int) -> pa.Table:
 def slices(
     span: Window, every_seconds: int, counts: Mapping[datetime, Count], batch_rows: int
 ) -> Iterator[tuple[Window, Count]]:
-    """Parts that cover `span` without a gap, each of about `batch_rows` points, and what was counted in it."""
+    """Parts that cover `span` without gaps, each of about `batch_rows` points, with their counts."""
     start, total = span.start, NOTHING
     for bucket in windows_between(span.start, span.end, every_seconds):
         here = counts.get(bucket.start, NOTHING)

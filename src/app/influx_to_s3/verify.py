@@ -1,9 +1,9 @@
-"""Both ends of the export compared cell by cell, read on another way than the export reads; and the gap map.
+"""Compare both ends of the export cell by cell, on a different path than the export reads; and the gap map.
 
-A cell is one value: tags, instant in nanoseconds, field, value. The source is asked for raw series, which nobody joined
-to rows or widened to a column's type; the objects are taken apart into the same cells, by the names in the layout. So a
-fault of the export's reader or of what it makes of the answer shows. Invariants: cells are hashed and added up, so
-memory does not grow with a window; what is set aside by the rule for ignored tags is counted and left out.
+A cell is one value: tags, timestamp in nanoseconds, field, value. The source is queried for raw series, not joined into
+rows or widened to a column's type; the objects are split into the same cells, using the names in the layout. So faults
+in the export's reader or in its processing of responses show up. Invariants: cells are hashed and summed, so memory
+does not grow with a window; values that the rule for ignored tags sets aside are counted and left out.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,15 +42,15 @@ from app.object_store.table_sink import by_window, lost_tags_in
 
 Listing = Sequence[tuple[datetime, ObjectInfo]]
 NOT_LISTED: tuple[tuple[str, str], Listing] = (("", ""), ())
-CELLS = 1 << 19  # of one slice, which are 40 bytes each
+CELLS = 1 << 19  # per slice; each takes 40 bytes
 SLICE, SHORTEST = timedelta(hours=1), timedelta(milliseconds=2)  # no shard group is shorter than an hour
-# Beside the tags in what tells rows apart; no tag's name begins with this.
+# Identify rows together with the tags; no tag name starts with this.
 AT, OWNER = "\0at", "\0device"
 
 
 @dataclass(slots=True)
 class ExportEnds:
-    """`app.core.verify.Ends` over the export. Holds the listing of one partition and day."""
+    """`app.core.verify.Ends` over the export. Caches the listing of one partition and day."""
 
     opened: OpenedExport
     clock: Callable[[], datetime]
@@ -65,7 +65,7 @@ class ExportEnds:
         return sorted(filter(is_nameable, {*known, *self.opened.source.partitions(span.start)}))
 
     def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
-        """See `Ends.slots`: of every device that has a checkpoint or has points since the start of the span."""
+        """See `Ends.slots`: for every device that has a checkpoint, or points since the start of the span."""
         now = self.clock()
         devices = [partition] if partition is not None else self.partitions(span)
         for device in devices:
@@ -83,7 +83,7 @@ class ExportEnds:
         return total
 
     def _raw(self, device: str, span: Window) -> WindowContent:
-        """What the source has in a span, which is halved while it holds too much."""
+        """The source's content of a span, which is halved while it is too large."""
         influx, ignored = self.opened.source, self.opened.columns.ignored
         as_text = self._as_text(span)
 
@@ -102,7 +102,7 @@ class ExportEnds:
         return self._raw(device, Window(span.start, middle)) + self._raw(device, Window(middle, span.end))
 
     def destination(self, slot: PartitionWindow) -> WindowContent:
-        """See `Ends.destination`: the object and deltas of older versions, none of which need a record."""
+        """See `Ends.destination`: the object and deltas of older versions; neither needs a record."""
         total = NOTHING
         for info in objects_of_window(slot.window, self._listing(slot)):
             for table in self.opened.sink.read(info.key, info.etag):
@@ -135,7 +135,7 @@ class ExportEnds:
         return self.opened.sink.layout_at(window.start).format == "csv"
 
     def _listing(self, slot: PartitionWindow) -> Listing:
-        """The day's listing, cached; a second look at the same window lists again."""
+        """The day's listing, cached; asking twice in a row for the same window lists the day again."""
         day = (slot.partition, f"{slot.window.start:%Y%m%d}")
         if self.listed[0] != day or self.looked_at == slot:
             start = floor_to(slot.window.start, DAY_SECONDS)
@@ -151,8 +151,8 @@ def raw_content(
 ) -> WindowContent:
     """The cells that the objects of a span must hold. Raises QueryTooLarge for more than `most_cells` of them.
 
-    Of values that only ignored tags tell apart, that of the first set of tags in byte order counts; other values are
-    set aside, and the same value is there once.
+    Where values differ only in ignored tags, the one with the first tag set in byte order counts. Conflicting values
+    are set aside, and repeated values count once.
     """
     found, number, numbered = list[Sequence[Any]](), 0, dict[bytes, int]()
     for block in blocks:
@@ -168,7 +168,7 @@ def raw_content(
             found += _cells(block, rows, _numbered(tags, numbered), as_text=as_text)
     if not number:
         return NOTHING
-    ranks = np.empty(len(numbered), np.int64)  # the place of each series in byte order
+    ranks = np.empty(len(numbered), np.int64)  # the rank of each series in byte order
     ranks[[numbered[key] for key in sorted(numbered)]] = np.arange(len(numbered))
     identities, keys, *lanes, series = (np.concatenate(each) for each in zip(*found, strict=True))
     order = np.lexsort((ranks[series], keys))
@@ -181,8 +181,9 @@ def raw_content(
 
 
 def _cells(block: RawCells, rows: Sequence[Any], series: Any, *, as_text: bool) -> Iterator[Sequence[Any]]:
-    """The cells of a block, field by field, as arrays: hash of the row, of row and field, two of the cell, and number
-    of the series.
+    """The cells of a block, field by field, as arrays.
+
+    Each is: hash of the row, hash of row and field, two hashes of the cell, and number of the series.
     """
     fields = block.fields.combine_chunks() if isinstance(block.fields, pa.ChunkedArray) else block.fields
     encoded = fields.dictionary_encode()
@@ -195,7 +196,7 @@ def _cells(block: RawCells, rows: Sequence[Any], series: Any, *, as_text: bool) 
 
 
 def _numbered(tags: "dict[str, Any]", series: dict[bytes, int]) -> Any:
-    """The number of each row's set of tags in `series`, by its key as InfluxDB writes it; new ones are added."""
+    """The number of each row's tag set in `series`, keyed as InfluxDB writes it; new ones are added."""
     hashes = row_lanes(sorted(tags.items()))[0]
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     numbers = []
@@ -207,9 +208,9 @@ def _numbered(tags: "dict[str, Any]", series: dict[bytes, int]) -> Any:
 
 
 def object_content(table: pa.Table, columns: TreeColumns, *, as_text: bool) -> WindowContent:
-    """The cells of rows as they stand in an object, under the names that tags and fields have at the source.
+    """The cells of an object's rows, under the names that tags and fields have at the source.
 
-    Computed columns are checked, so that a row in which one is wrong differs, and are not cells.
+    Computed columns are not cells; they are checked, and a row with a wrong one makes the content differ.
     """
     try:
         is_owned = DEVICE in table.column_names
@@ -236,7 +237,7 @@ def object_content(table: pa.Table, columns: TreeColumns, *, as_text: bool) -> W
 
 
 def _wrongly_computed(table: pa.Table) -> Any:
-    """For each row, true when a computed column is not what today's rule gives; a numpy array."""
+    """For each row, true when a computed column differs from what the current rule gives; a numpy array."""
     wrong = np.zeros(table.num_rows, bool)
     for name, expected in computed_from(table).items():
         if name not in table.column_names:
@@ -249,12 +250,12 @@ def _wrongly_computed(table: pa.Table) -> Any:
 
 
 def _or_unknown(texts: pa.Array | pa.ChunkedArray | None, rows: int) -> Any:
-    """A documented tag, which every row has in an object."""
+    """A documented tag; in an object every row has it."""
     return constant(UNKNOWN, rows) if texts is None else texts.fill_null(UNKNOWN)
 
 
 def list_days(opened: OpenedExport, partition: str, windows: Sequence[Window]) -> tuple[Listing, Sequence[Record]]:
-    """A listing of each day of these windows, and their records, in which is noted what is gone."""
+    """A listing of each day of these windows, and their records, in which missing objects are marked."""
     pipeline = opened.pipeline
     records = pipeline.checkpoints.records(pipeline.name, partition, windows[0].start, windows[-1].end)
     days = {window.start.date(): window for window in windows}.values()
@@ -264,5 +265,5 @@ def list_days(opened: OpenedExport, partition: str, windows: Sequence[Window]) -
 
 
 def objects_of_window(window: Window, listed: Listing) -> Sequence[ObjectInfo]:
-    """The objects of one window out of its day's listing: its own, and deltas of older versions."""
+    """The objects of one window from its day's listing: its own, and deltas of older versions."""
     return [info for named_at, info in listed if window.start <= named_at < window.end]

@@ -1,8 +1,8 @@
-"""The columns of the table: which one takes the values of an object's column, as which type.
+"""The columns of the table: maps each column of an object to a column and type of the table.
 
-Invariants: a column keeps its type but for what Iceberg can widen (int to long, float to double); values of another
-type go to a column of their own, so that no value is rounded, cut or lost; a type that the table cannot hold is an
-error of its object.
+Invariants: a column keeps its type, except for the widenings that Iceberg supports (int to long, float to double).
+Values of another type go to a separate column, so that no value is rounded, truncated or lost. A type that the table
+cannot hold is an error of its object.
 """
 
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ WIDER = {"int": ("long",), "float": ("double",)}
 
 
 def kind_of(arrow: Any) -> str:
-    """The type in which the table holds values of an Arrow type; "" where it cannot."""
+    """The table's type for values of an Arrow type; "" if there is none."""
     checks = pa.types
     if checks.is_dictionary(arrow):
         return kind_of(arrow.value_type)
@@ -72,9 +72,9 @@ def kind_of(arrow: Any) -> str:
 
 
 class LakeColumns:
-    """The columns so far, in order; `kinds` grows with what objects bring, and so does `ids` (column -> Iceberg's id).
+    """The columns so far, in order. New columns of objects are added to `kinds` and `ids` (column -> Iceberg field id).
 
-    The files carry the ids, since some readers know columns by nothing else.
+    The files carry the ids, since some readers identify columns only by id.
     """
 
     def __init__(self, kinds: Mapping[str, str], ids: Mapping[str, int], last_id: int) -> None:
@@ -83,7 +83,7 @@ class LakeColumns:
         self._last_id = last_id
 
     def schema(self) -> Any:
-        """As Arrow has it."""
+        """The columns as an Arrow schema with field ids."""
         return pa.schema(
             [
                 pa.field(name, ARROW[kind], metadata={"PARQUET:field_id": str(self.ids[name])})
@@ -92,7 +92,7 @@ class LakeColumns:
         )
 
     def take(self, schema: Any) -> tuple[Mapping[str, str], bool]:
-        """Column of the table -> column of an object with this Arrow schema, and whether columns came or were widened.
+        """Map table columns to the columns of an object with this Arrow schema; and whether any were added or widened.
 
         Raises Rejected for what the table cannot hold; then nothing has changed.
         """
@@ -119,11 +119,11 @@ class LakeColumns:
 
 
 def _target(name: str, kind: str, kinds: Mapping[str, str]) -> tuple[str, str]:
-    """The column for values of this kind, and its type then."""
+    """The column for values of this type, and its resulting type."""
     held = kinds.get(name, kind)
     if held == kind or held in WIDER.get(kind, ()):
         return name, held
     if kind in WIDER.get(held, ()):
         return name, kind
-    # The same name each time, so that all values of one type of a field stand in one column.
+    # The name is deterministic, so that all values of one type of a field are in one column.
     return f"{name}_as_{kind.partition('(')[0]}", kind

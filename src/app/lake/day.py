@@ -1,8 +1,8 @@
-"""A slice of a day: its objects, in order of devices, as few sorted Parquet files below the table's folder.
+"""A slice of a day: its objects, ordered by device, as a few sorted Parquet files in the table's folder.
 
-Rows flow from object to file in bounded memory. Invariants: each row of an object that can be read is in exactly one
-file, which is counted; rows of the files that are replaced stay where no object of their device and window is left any
-more; one object that cannot be read is set aside, and hinders no other.
+Rows flow from object to file in bounded memory. Invariants: each row of a readable object is in exactly one file, and
+this is checked by count. Rows of replaced files are kept where no object of their device and window is left. An
+unreadable object is set aside and does not block others.
 """
 
 import io
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from datetime import date
 
 GROUP_ROWS = 64 * 1024
-GROUP_CELLS = 2 << 20  # fewer rows where there are very many columns
+GROUP_CELLS = 2 << 20  # limits the rows of very wide tables
 AHEAD, READERS = 16, 4
 WHOLE_BYTES = COPY_BYTES = 1 << 20
 PARQUET = "application/vnd.apache.parquet"
@@ -41,12 +41,12 @@ US = pa.timestamp("us", "UTC")
 
 
 class SourceMoved(Conflict):
-    """An object of the slice changed since it was listed: a later run takes the slice."""
+    """An object of the slice changed since it was listed: a later run handles the slice."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewFile:
-    """A Parquet file that was stored; `footer` is pyarrow's metadata of it."""
+    """A stored Parquet file; `footer` is its pyarrow metadata."""
 
     key: str
     day: "date"
@@ -56,8 +56,10 @@ class NewFile:
 
 @dataclass(slots=True)
 class Compacted:
-    """What was written of a slice. `kept_rows`: those of objects that are gone; `damaged`: files of the table where
-    they cannot be looked for. `aside`: key and reason of each object that was set aside.
+    """What was written of a slice.
+
+    `kept_rows`: rows kept although their objects are gone; `damaged`: unreadable files of the table, which may have
+    held such rows. `aside`: key and reason of each object that was set aside.
     """
 
     files: list[NewFile] = field(default_factory=list)
@@ -69,7 +71,7 @@ class Compacted:
 
 @dataclass(frozen=True, slots=True)
 class Compaction:
-    """Where objects come from and files go. `folder` is the table's folder in the store; `nonce` names this run."""
+    """Where objects come from and files go. `folder`: the table's folder in the store; `nonce` identifies this run."""
 
     store: ObjectStore
     prefix: str
@@ -80,7 +82,7 @@ class Compaction:
     nonce: str
 
     def run(self, rewrite: Rewrite, columns: LakeColumns, stop: Stop) -> Compacted:
-        """Write the files of a slice. Raises SourceMoved when an object is another than when the slice was planned."""
+        """Write the files of a slice. Raises SourceMoved when an object changed since the slice was planned."""
         done = Compacted()
         self.spool.mkdir(parents=True, exist_ok=True)
         try:
@@ -94,7 +96,7 @@ class Compaction:
                 for number, file in enumerate(written):
                     stop.check()
                     done.files.append(self._put(file, rewrite, len(done.aside), number))
-        except OSError as error:  # of the store all are ours already
+        except OSError as error:  # the store raises our own errors only
             raise Transient(f"{self.spool} cannot be used: {error}"[:300], "make room in DATA_DIR") from error
         if sum(file.footer.num_rows for file in done.files) != done.rows:
             raise Permanent(f"{rewrite.day}: the files have other rows than the objects", "please report it")
@@ -120,7 +122,7 @@ class Compaction:
     def _fetched(
         self, members: Sequence[DeviceDay], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[DeviceDay, ObjectInfo, BinaryIO]]:
-        """Each object of the slice, in order, a few read ahead; a large one lies in a temporary file."""
+        """Each object of the slice, in order, with a few read ahead; large ones are in temporary files."""
         waiting: deque[tuple[DeviceDay, ObjectInfo, Future[BinaryIO]]] = deque()
         for member, infos in zip(members, pool.map(self._listed, members), strict=True):
             for info in infos:
@@ -132,7 +134,7 @@ class Compaction:
             yield of, first, body.result()
 
     def _listed(self, member: DeviceDay) -> Sequence[ObjectInfo]:
-        """The Parquet objects of a device day, without deltas whose rows another object holds."""
+        """The Parquet objects of a device day, without deltas whose rows are also in another object."""
         listed = list(self.store.list(member.folder))
         found = next(closed_days(listed, self.prefix, self.layout, ends_at(member.day).date()), None)
         if found is None or found.digest != member.digest:
@@ -163,11 +165,11 @@ class Compaction:
         return file
 
     def _temporary(self) -> BinaryIO:
-        """A file without a name, of which a killed process leaves nothing."""
+        """An unnamed file: a killed process leaves nothing behind."""
         return tempfile.TemporaryFile(dir=self.spool)
 
     def _old_rows(self, files: Sequence[LakeFile], done: Compacted) -> Iterator[pa.Table]:
-        """The rows of files that are replaced, as far as they are still there and can be read."""
+        """The rows of replaced files, as far as they still exist and can be read."""
         for held in sorted(files, key=lambda file: file.key):
             if held.missing:
                 continue
@@ -192,7 +194,7 @@ class Compaction:
 
 @contextmanager
 def _readable(info: ObjectInfo, body: BinaryIO, aside: list[tuple[str, str]]) -> Iterator[pq.ParquetFile | None]:
-    """The object's Parquet file; None, and set aside, where it is none."""
+    """The object's Parquet file; None, with the object set aside, where it is not valid."""
     with body:
         try:
             file = pq.ParquetFile(body)
@@ -205,7 +207,7 @@ def _readable(info: ObjectInfo, body: BinaryIO, aside: list[tuple[str, str]]) ->
 
 
 class _KeptRows:
-    """Rows of the files that are replaced, by device, in step with the objects: those that no object covers."""
+    """Rows of the replaced files that no object covers, by device, read in step with the objects."""
 
     def __init__(self, tables: Iterator[pa.Table], covered: dict[str, set[int]], window_seconds: int) -> None:
         self._runs = (run for table in tables for run in _by_device(table))
@@ -214,7 +216,7 @@ class _KeptRows:
         self._next: tuple[str, pa.Table] | None = next(self._runs, None)
 
     def until(self, done: str, device: str | None) -> Iterator[pa.Table]:
-        """Rows up to those of the device `done`, whose objects were read, and of all before `device`."""
+        """Uncovered rows of the device `done`, whose objects were read, and of all devices before `device`."""
         while self._next is not None:
             own, table = self._next
             if device is not None and own != done and own.encode() >= device.encode():
@@ -233,7 +235,7 @@ class _KeptRows:
 
 
 def _by_device(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    """Runs of rows of one device."""
+    """Consecutive rows of the same device."""
     devices = table[DEVICE].combine_chunks().dictionary_encode()
     codes = devices.indices.to_numpy()
     starts = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist()] if len(codes) else []
@@ -242,10 +244,10 @@ def _by_device(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
 
 
 class FileParts:
-    """The files of a slice on this machine's disk. A new one begins when columns come or one is large enough.
+    """The files of a slice on the local disk. A new file starts when columns are added or one is large enough.
 
-    Tables of one schema are gathered before their columns are put in order, since objects are small. `rows` is counted
-    where they are taken, not where they are written.
+    Since objects are small, tables with the same schema are collected before they are aligned. `rows` is counted when
+    rows are accepted, not when they are written.
     """
 
     def __init__(
@@ -265,7 +267,7 @@ class FileParts:
         self.rows = 0
 
     def add(self, key: str, device: str, file: pq.ParquetFile) -> bool:
-        """All rows of an object; False when it was set aside."""
+        """Add all rows of an object; False when it was set aside."""
         size = _group_rows(max(file.metadata.num_columns, len(self._columns.kinds)))
         if file.metadata.num_rows > size:
             for table in _pieces(key, device, file, size):
@@ -281,7 +283,7 @@ class FileParts:
         return True
 
     def add_kept(self, tables: Iterator[pa.Table]) -> int:
-        """Rows of a file of the table; how many."""
+        """Add rows of a file of the table. Returns their number."""
         rows = 0
         for table in tables:
             rows += table.num_rows
@@ -298,7 +300,7 @@ class FileParts:
             self._flush()
 
     def _flush(self) -> None:
-        """Write what was gathered; where it does not fit, each object alone, so that the one that does not is known."""
+        """Write the collected tables. If that fails, write each object alone, to find the faulty one."""
         waiting, self._waiting, self._waiting_rows = self._waiting, [], 0
         if not waiting:
             return
@@ -327,7 +329,7 @@ class FileParts:
         self._writer.write_table(table, row_group_size=GROUP_ROWS)
 
     def _shaped(self, table: pa.Table) -> tuple[pa.Table, bool]:
-        """With the columns of the table, and whether some of them are new. Raises Rejected or ArrowException."""
+        """The rows with the columns of the table, and whether columns changed. Raises Rejected or ArrowException."""
         table = self._in_microseconds(table)
         targets, changed = self._columns.take(table.schema)
         schema = self._columns.schema()
@@ -363,11 +365,11 @@ class FileParts:
     def _end_part(self) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._stream.detach()  # closing it would close the file as well
+            self._stream.detach()  # closing it would also close the file
             self._writer = None
 
     def close(self) -> list[BinaryIO]:
-        """All files; one without rows where there is none, so that the slice is not tried again."""
+        """All files; an empty one if there is none, so that the slice is not retried."""
         self._flush()
         if not self._files:
             self._write(self._columns.schema().empty_table())
@@ -380,7 +382,7 @@ def _group_rows(columns: int) -> int:
 
 
 def _pieces(key: str, device: str, file: pq.ParquetFile, rows: int) -> Iterator[pa.Table]:
-    """A large object in tables of so many rows. Some may be written already when one cannot be read."""
+    """A large object in tables of at most `rows` rows. Some may already be written when a later one cannot be read."""
     try:
         for batch in file.iter_batches(rows):
             yield _of_device(pa.Table.from_batches([batch]), device)
@@ -389,7 +391,7 @@ def _pieces(key: str, device: str, file: pq.ParquetFile, rows: int) -> Iterator[
 
 
 def _of_device(table: pa.Table, device: str) -> pa.Table:
-    """With the device that the key names, which is what tells later whose rows these are. Raises Rejected."""
+    """The table with the device from the key, which later shows whose rows these are. Raises Rejected."""
     table = table.replace_schema_metadata()
     index = table.schema.get_field_index(DEVICE)
     if index < 0:

@@ -1,8 +1,8 @@
-"""The job `lake_day`: closed days of the export become files of one Iceberg table, in one snapshot a run.
+"""The job `lake_day`: closed days of the export become files of one Iceberg table, in one snapshot per run.
 
-The table is loaded before the objects are listed, and a commit that another process was quicker with is planned anew.
-So what is committed was made from objects that are at least as new as those that the table had. A process that dies
-leaves files that nothing names, which a later run removes.
+The table is loaded before the objects are listed, and when another process commits first, the run plans again. So a
+commit is always made from objects at least as new as those in the table. A process that dies leaves unreferenced files,
+which a later run removes.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ IS_CSV = "CSV object: the table takes Parquet"
 
 
 def build(settings: Settings, store: ObjectStore) -> Job:
-    """The job. Nothing of pyiceberg is imported before it runs."""
+    """The job. pyiceberg is not imported before it runs."""
     lake = settings.lake
     work = LakeDay(settings, store).run
     off = "" if lake.catalog == "iceberg" else "set CATALOG=iceberg"
@@ -45,7 +45,7 @@ def build(settings: Settings, store: ObjectStore) -> Job:
 
 
 def table_for_reports(settings: Settings, store: ObjectStore, clock: Callable[[], datetime]) -> ClosedDays | None:
-    """What /analytics reads closed days from; None where there is no table, or what opens it is not installed."""
+    """The closed days for /analytics; None where there is no table, or pyiceberg is not installed."""
     if settings.lake.catalog != "iceberg" or find_spec(EXTRA) is None:
         return None
     from app.lake.reader import TableReader
@@ -54,7 +54,7 @@ def table_for_reports(settings: Settings, store: ObjectStore, clock: Callable[[]
 
 
 def catalog_uri(settings: Settings) -> str:
-    """Of the catalog for SQLAlchemy: tables beside the checkpoints, or a file of its own where these are in SQLite."""
+    """The SQLAlchemy URI of the catalog: in the checkpoint database, or in a separate file if that is SQLite."""
     url = settings.checkpoint.url.get_secret_value()
     if url:
         return "postgresql+psycopg://" + url.partition("://")[2]
@@ -62,7 +62,7 @@ def catalog_uri(settings: Settings) -> str:
 
 
 def location_base(settings: Settings) -> str:
-    """What comes before an object's key in a location that other programs read too."""
+    """The prefix that turns an object's key into a location that other programs can read."""
     bucket = settings.s3.bucket
     return f"s3://{bucket}/" if bucket else f"file://{settings.service.data_dir.resolve() / 'objects'}/"
 
@@ -76,7 +76,7 @@ def catalog_of(settings: Settings, store: ObjectStore) -> "Catalog":
 
 @dataclass(slots=True)
 class LakeLedger:
-    """What becomes of the objects of closed days. `counted` is from the listing, the others from where rows land."""
+    """What happens to the objects of closed days. `counted` is from the listing, the rest from the slices written."""
 
     counted: int = 0
     csv: int = 0
@@ -89,7 +89,7 @@ class LakeLedger:
     sample: str = ""
 
     def landed(self, rewrite: "Rewrite", done: "Compacted") -> None:
-        """A slice is written: it is new, or takes the place of files."""
+        """Account for a written slice: it is new, or replaces files."""
         good = rewrite.objects - len(done.aside)
         self.swapped += good if rewrite.replaced else 0
         self.new += 0 if rewrite.replaced else good
@@ -101,9 +101,9 @@ class LakeLedger:
 
 @dataclass(frozen=True, slots=True)
 class LakeDay:
-    """The work of the job. `run_seconds`: a run commits what it has after so long; the next one goes on.
+    """The work of the job. `run_seconds`: after this time a run commits what it has; the next run continues.
 
-    `max_bytes`: of the objects of a slice, unless one device has more, and about of a file.
+    `max_bytes`: maximum size of a slice's objects, unless one device has more, and approximate size of a file.
     """
 
     settings: Settings
@@ -112,14 +112,14 @@ class LakeDay:
     max_bytes: int = MAX_BYTES
 
     def run(self, context: Context) -> Report:
-        """One run. Raises Transient when others changed the table each time."""
+        """One run. Raises Transient when other processes changed the table on every attempt."""
         catalog = catalog_of(self.settings, self.store)
         for _ in range(ATTEMPTS):
             try:
                 with catalog.opened() as table:
                     return self._once(context, table)
             except Conflict:
-                context.stop.check()  # another process committed: what is right now is to be seen again
+                context.stop.check()  # another process committed: plan again
         raise Transient("other processes changed the table each time", "no action needed; it is retried")
 
     def _once(self, context: Context, table: "LakeTable") -> Report:
@@ -154,7 +154,7 @@ class LakeDay:
         rewrites: Sequence["Rewrite"],
         account: LakeLedger,
     ) -> Report:
-        """Write the slices and commit them together. A slice that fails waits, and hinders no other."""
+        """Write the slices and commit them together. A slice that fails waits and does not block others."""
         from app.lake.day import Compaction, SourceMoved
 
         columns = table.columns()

@@ -1,9 +1,9 @@
-"""What a run has to do: the objects of closed days, the files of the table, and which files have to be written anew.
+"""What a run has to do: compare the objects of closed days with the table's files, and plan which files to rewrite.
 
-A day of the table is cut into slices: ranges of devices, each with the files of one compaction. A file's name carries
-the day, where its range begins, and a digest of the keys and ETags of the objects that it was made from. Invariants:
-the plan is a function of the two listings alone, so there is no state that could be lost; a slice none of whose
-objects is left stays as it is, since a lifecycle rule may have wanted that.
+A day of the table is cut into slices: ranges of devices, each with the files of one compaction. A file name holds the
+day, the start of its range, and a digest of the keys and ETags of its source objects. Invariants: the plan depends only
+on the two listings, so there is no state to lose. A slice with no objects left stays as it is, since a lifecycle rule
+may have removed them on purpose.
 """
 
 import json
@@ -23,15 +23,13 @@ from app.object_store.port import ObjectStore
 
 OBJECT = re.compile(r"device_id=([^/]+)/date=(.+)/export_\d{6}\.(parquet|csv)")
 FILE = re.compile(r"date=(\d{4}-\d\d-\d\d)/(-|(?:[0-9a-f]{2})+)\.([0-9a-f]{32})\.(\d+)\.\d+\.[0-9a-f]+\.parquet")
-MAX_BOUND_BYTES = 64  # twice as many characters of a file's name
+MAX_BOUND_BYTES = 64  # in hex, twice as many characters of a file name
 LAYOUT = "_headwater/layout.json"
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceDay:
-    """The Parquet objects of one device and UTC day, which lie in `folder` (it ends with a slash), and how many CSV
-    objects lie beside them.
-    """
+    """The Parquet objects of one device and UTC day in `folder` (ends with a slash); `csv` counts its CSV objects."""
 
     device: str
     day: date
@@ -44,7 +42,7 @@ class DeviceDay:
 
 @dataclass(frozen=True, slots=True)
 class LakeFile:
-    """A file of the table. `entry` is pyiceberg's. `missing`: it is not in the store any more, or not all of it."""
+    """A file of the table. `entry`: its pyiceberg entry. `missing`: it is gone from the store, or truncated."""
 
     key: str
     day: date
@@ -53,13 +51,13 @@ class LakeFile:
 
     @property
     def named(self) -> "re.Match[str] | None":
-        """The parts of a name of ours: day, bound, digest, number set aside. None for another program's file."""
+        """The parts of our file name: day, bound, digest, number set aside. None for another program's file."""
         return FILE.search(self.key)
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The files of a range of devices of a day, from `bound` on."""
+    """The files of a range of devices of a day, starting at `bound`."""
 
     bound: bytes
     files: Sequence[LakeFile]
@@ -70,7 +68,7 @@ class Slice:
         return max((int(file.named[4]) for file in self.files if file.named), default=0)
 
     def is_made_from(self, members: Sequence[DeviceDay]) -> bool:
-        """Whether it is from just these objects; it may hold rows beside whose objects are gone."""
+        """Whether it is made from exactly these objects; it may also hold rows whose objects are gone."""
         wanted = slice_digest(members)
         as_named = (not file.missing and file.named and file.named[3] == wanted for file in self.files)
         return bool(self.files) and all(as_named)
@@ -78,7 +76,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """A slice to be written: its devices, all from `bound` on, in order, and the table's files that it replaces."""
+    """A slice to be written: its ordered devices, all from `bound` on, and the table's files that it replaces."""
 
     day: date
     bound: bytes
@@ -87,13 +85,13 @@ class Rewrite:
 
     @property
     def objects(self) -> int:
-        """How many it is made from."""
+        """The number of source objects."""
         return sum(member.objects for member in self.members)
 
 
 @dataclass(slots=True)
 class LakePlan:
-    """What to do. `kept`: objects whose slice is as it should be; `kept_aside`: those of them that were set aside."""
+    """What to do. `kept`: objects whose slice is up to date; `kept_aside`: those of them that were set aside."""
 
     rewrites: list[Rewrite] = field(default_factory=list)
     kept: int = 0
@@ -102,18 +100,18 @@ class LakePlan:
 
 @dataclass(frozen=True, slots=True)
 class TreeLayout:
-    """What the layout beside the data says of names: all date formats that it had, and window lengths by first day."""
+    """What the tree's layout file says about names: all date formats ever used, and window lengths by first day."""
 
     date_formats: tuple[str, ...]
     windows: Sequence[tuple[date, int]]
 
     def window_seconds(self, day: date) -> int:
-        """The length of the windows of a day."""
+        """The window length of a day."""
         return next((seconds for since, seconds in reversed(self.windows) if since <= day), self.windows[0][1])
 
 
 def read_layout(store: ObjectStore, prefix: str, date_format: str, window_seconds: int) -> TreeLayout:
-    """From `_headwater/layout.json` in the tree; what the settings say where there is none. Raises Permanent."""
+    """Read `_headwater/layout.json` of the tree, or use the settings if there is none. Raises Permanent."""
     key = f"{prefix}/{LAYOUT}"
     with store.open(key) as body:
         text = body.read() if body else None
@@ -128,14 +126,14 @@ def read_layout(store: ObjectStore, prefix: str, date_format: str, window_second
 
 
 def place_of(key: str, prefix: str, layout: TreeLayout) -> tuple[str, date] | None:
-    """Device and day of an object of the export; None for any other key."""
+    """Device and day of an exported object; None for any other key."""
     named = OBJECT.fullmatch(key, len(prefix) + 1)
     day = _day(named[2], layout.date_formats) if named else None
     return (named[1], day) if named and day else None
 
 
 def closed_days(infos: Iterable[ListedVersion], prefix: str, layout: TreeLayout, before: date) -> Iterator[DeviceDay]:
-    """The device days in a listing of the tree, in its order, of days earlier than `before`."""
+    """The device days before `before` in a listing of the tree, in its order."""
     start = len(prefix) + 1
 
     def folder_of(info: ListedVersion) -> str:
@@ -151,7 +149,7 @@ def closed_days(infos: Iterable[ListedVersion], prefix: str, layout: TreeLayout,
 
 
 def digest_of(infos: Iterable[ListedVersion]) -> bytes:
-    """Of the keys and versions of a device day's objects."""
+    """A digest of the keys and versions of a device day's objects."""
     digest = blake2b(digest_size=16)
     for info in infos:
         digest.update(f"{info.key}\n{info.etag}\n".encode())
@@ -159,7 +157,7 @@ def digest_of(infos: Iterable[ListedVersion]) -> bytes:
 
 
 def slice_digest(members: Iterable[DeviceDay]) -> str:
-    """Of all objects of a slice, as it stands in the names of its files."""
+    """A digest of all objects of a slice, as used in its file names."""
     digest = blake2b(digest_size=16)
     for member in members:
         digest.update(member.digest)
@@ -167,12 +165,12 @@ def slice_digest(members: Iterable[DeviceDay]) -> str:
 
 
 def ends_at(day: date) -> datetime:
-    """The midnight that ends it."""
+    """The midnight at the end of the day."""
     return datetime.combine(day, time(), UTC) + timedelta(days=1)
 
 
 def plan(days: Iterable[DeviceDay], files: Iterable[LakeFile], max_bytes: int) -> LakePlan:
-    """What has to be done so that the table is what the objects are; the oldest day first."""
+    """What to do so that the table matches the objects, oldest day first."""
     held: dict[date, list[LakeFile]] = {}
     for file in files:
         held.setdefault(file.day, []).append(file)
@@ -186,17 +184,17 @@ def plan(days: Iterable[DeviceDay], files: Iterable[LakeFile], max_bytes: int) -
 
 
 def slices_of(files: Sequence[LakeFile]) -> Sequence[Slice]:
-    """Those of a day, in order; the first begins before every device, and may have no files."""
+    """The slices of a day, in order; the first one starts before every device, and may have no files."""
     by_bound: dict[bytes, list[LakeFile]] = {b"": []}
     for file in files:
-        # A day with another program's file is one slice: whatever that file holds is part of it.
+        # A day with another program's file is a single slice, since that file may hold any device.
         ours = file.named if all(each.named for each in files) else None
         by_bound.setdefault(bytes.fromhex(ours[2].strip("-")) if ours else b"", []).append(file)
     return [Slice(bound, by_bound[bound]) for bound in sorted(by_bound)]
 
 
 def in_slices(members: Iterable[DeviceDay], slices: Sequence[Slice]) -> Sequence[Sequence[DeviceDay]]:
-    """The members with Parquet objects of a day, in order of devices, for each of its slices."""
+    """For each slice of a day, its members that have Parquet objects, ordered by device."""
     bounds = [one.bound for one in slices]
     found: list[list[DeviceDay]] = [[] for _ in slices]
     for member in sorted(members, key=lambda one: (one.device.encode(), one.folder)):
@@ -222,9 +220,7 @@ def _plan_day(
 def _cut(
     day: date, bound: bytes, members: Sequence[DeviceDay], replaced: Sequence[LakeFile], max_bytes: int
 ) -> Iterator[Rewrite]:
-    """Slices of at most `max_bytes` of objects, unless one device has more. The first one takes the place of all that
-    is replaced.
-    """
+    """Slices of at most `max_bytes` of objects, unless one device has more. The first replaces all of `replaced`."""
     part: list[DeviceDay] = []
     size_bytes = 0
     for member in members:
@@ -238,14 +234,14 @@ def _cut(
 
 
 def separator(before: str, device: str) -> bytes:
-    """The shortest start of `device` that is greater than `before`; empty where there is none that a name can hold."""
+    """The shortest prefix of `device` that is greater than `before`; empty if there is none short enough for a name."""
     lower, upper = before.encode(), device.encode()
     shortest = next((upper[:size] for size in range(1, len(upper) + 1) if upper[:size] > lower), b"")
     return shortest if len(shortest) <= MAX_BOUND_BYTES else b""
 
 
 def file_name(rewrite: Rewrite, aside: int, part: int, nonce: str) -> str:
-    """The name of a file, below the table's folder of data; never used a second time."""
+    """A file name below the table's data folder; never reused."""
     bound = rewrite.bound.hex() or "-"
     digest = slice_digest(rewrite.members)
     return f"date={rewrite.day.isoformat()}/{bound}.{digest}.{aside}.{part}.{nonce}.parquet"

@@ -1,7 +1,7 @@
-"""The table for reports: the newest state, or the one that was valid at an instant, and what of it stands for objects.
+"""The table for reports: its newest state or the one valid at a given time, and which objects it stands in for.
 
-A slice whose name carries the digest of the objects that are there now stands for all of them. Where it does not, they
-are read themselves, and of the slice's files only the rows of windows that have no object any more.
+A slice whose name has the digest of the current objects stands in for all of them. Otherwise the objects are read
+themselves, and of the slice's files only the rows of windows without any object.
 """
 
 import math
@@ -37,8 +37,9 @@ NAIVE_EPOCH = EPOCH.replace(tzinfo=None)
 
 @dataclass(frozen=True, slots=True)
 class LoadedState:
-    """A state with its slices by day, in order. `fresh`: day -> its number of changes then, and bounds of the slices
-    that stand for objects.
+    """A state with its slices by day, in order.
+
+    `fresh`: day -> its change count when it was checked, and the bounds of the slices that stand in for objects.
     """
 
     state: TableState
@@ -48,7 +49,7 @@ class LoadedState:
 
 
 class TableReader:
-    """See `app.core.closed_days.ClosedDays`. The state is looked for anew when it is older than KEPT_SECONDS."""
+    """See `app.core.closed_days.ClosedDays`. The state is checked again after KEPT_SECONDS."""
 
     def __init__(self, settings: Settings, store: ObjectStore, clock: Callable[[], datetime]) -> None:
         self._settings = settings
@@ -57,7 +58,7 @@ class TableReader:
         self._lock = Lock()
         self._held: LoadedState | None = None
         self._pointer = ""
-        self._is_damaged = True  # or not looked at yet
+        self._is_damaged = True  # or not loaded yet
         self._until = 0.0
 
     def look_again(self) -> None:
@@ -128,8 +129,10 @@ class TableReader:
         return TableRows(held.state, files, lambda version: self._is_beside(held, version))
 
     def _is_beside(self, held: LoadedState, version: ListedVersion) -> bool:
-        """Whether an object is read itself: another program's, CSV, of a day that is not taken yet, or of a slice that
-        does not stand for the objects.
+        """Whether an object is read directly instead of through the table.
+
+        True for an object of another program, a CSV object, a day that is not in the table yet, and a slice that does
+        not stand in for its objects.
         """
         place = self._place(held, version)
         if place is None or place[1] not in held.fresh:
@@ -138,7 +141,7 @@ class TableReader:
         return _slice_of(held.days[day], device).bound not in held.fresh[day][1]
 
     def _place(self, held: LoadedState, version: ListedVersion) -> tuple[str, int] | None:
-        """Device and day of an object that the table can take."""
+        """Device and day of an object that the table can hold."""
         place = place_of(version.key, self._settings.s3.prefix, held.layout)
         taken = place is not None and version.key.endswith(".parquet")
         return (place[0], (place[1] - EPOCH.date()).days) if place and taken else None
@@ -148,7 +151,7 @@ class TableReader:
             if monotonic() >= self._until:
                 with catalog_of(self._settings, self._store).opened() as table:
                     pointer = table.pointer()
-                    # Each load lists the table's folder and reads all of its manifests.
+                    # Each load lists the table's folder and reads all manifests.
                     if pointer != self._pointer or self._is_damaged:
                         table.load(self._clock(), repair=False)
                         found = table.valid_at(None)
@@ -169,7 +172,7 @@ class TableReader:
     def _by_day(
         self, held: LoadedState, objects: Callable[[int, int], Sequence[ListedVersion]], days: set[int]
     ) -> Mapping[int, Sequence[ListedVersion]]:
-        """The objects of these days that the table can take, in the order of a listing."""
+        """The objects of these days that the table can hold, in listing order."""
         found: dict[int, list[ListedVersion]] = {}
         for one in objects(min(days), max(days)) if days else ():
             place = self._place(held, one)
@@ -178,7 +181,7 @@ class TableReader:
         return {day: sorted(those, key=lambda one: one.key.encode()) for day, those in found.items()}
 
     def _fresh(self, held: LoadedState, day: int, objects: Iterable[ListedVersion]) -> frozenset[bytes]:
-        """Bounds of the slices that stand for all objects of their devices, none set aside, or have none any more."""
+        """Bounds of the slices that hold all objects of their devices, none set aside, or that have no objects left."""
         slices = held.days[day]
         members = closed_days(objects, self._settings.s3.prefix, held.layout, date.max)
         found = zip(slices, in_slices(members, slices), strict=True)
@@ -189,7 +192,7 @@ class TableReader:
     def _windows(
         self, held: LoadedState, day: int, one: Slice, objects: Iterable[ListedVersion]
     ) -> Sequence[tuple[str, int, int]]:
-        """What the objects of a slice's devices cover, as in `TableFile.without`."""
+        """The windows covered by the objects of a slice's devices, as in `TableFile.without`."""
         seconds = held.layout.window_seconds(EPOCH.date() + timedelta(days=day))
         found = []
         for version in objects:
@@ -201,12 +204,12 @@ class TableReader:
 
 
 def _slice_of(slices: Sequence[Slice], device: str) -> Slice:
-    """That of a device."""
+    """The slice of a device."""
     return slices[bisect_right([one.bound for one in slices], device.encode()) - 1]
 
 
 def _within(days: Mapping[int, Sequence[Slice]], span: ReportSpan) -> Iterator[tuple[int, Slice]]:
-    """Days and slices that may have rows of a span, the oldest first."""
+    """Days and slices that may have rows in a span, oldest first."""
     first = -math.inf if span.since is None else (span.since - NAIVE_EPOCH).days
     for day in sorted(days):
         start = NAIVE_EPOCH + timedelta(days=day)

@@ -1,9 +1,9 @@
-"""The Iceberg table: its catalog in a SQL database, its files by way of the object store, commits, repair and expiry.
+"""The Iceberg table: catalog in a SQL database, files in the object store, commits, repair and expiry.
 
-pyiceberg has its home here. Invariants: the table in the store is the truth and the catalog only points into it, so a
-catalog that is lost or older than the table is set to the newest metadata file; everything that a run changes is one
-commit, refused when another process committed since the table was loaded; files are deleted only when no snapshot that
-is kept names them, and never when they are young.
+Only this module imports pyiceberg. Invariants: the table in the store is the truth and the catalog only points to it,
+so a catalog that is lost or outdated is set to the newest metadata file. All changes of a run are one commit, which is
+refused when another process committed since the table was loaded. Files are deleted only when no retained snapshot
+references them, and never when they are young.
 """
 
 import io
@@ -50,7 +50,7 @@ COMMIT_AGE = timedelta(minutes=10)
 MAPPING, TREE = "schema.name-mapping.default", "headwater.tree"
 PROPERTIES = {
     "format-version": "2",
-    "commit.retry.num-retries": "0",  # a commit that was refused is planned anew, from the objects
+    "commit.retry.num-retries": "0",  # a refused commit is planned again, from the objects
     "write.metadata.previous-versions-max": "20",
     "write.metadata.delete-after-commit.enabled": "true",
     "write.metadata.metrics.default": "truncate(64)",
@@ -58,7 +58,7 @@ PROPERTIES = {
 
 
 class StoreFileIO(FileIO):
-    """pyiceberg's files as objects of the store: its keys, encryption, network and counted requests are ours."""
+    """pyiceberg's files as objects of the store, so that its keys, encryption, network and request counting apply."""
 
     def new_input(self, location: str) -> "StoreInput":
         """See FileIO."""
@@ -81,7 +81,7 @@ def _at(location: str, properties: Mapping[str, Any]) -> tuple[ObjectStore, str]
 
 
 class StoreInput(InputFile):
-    """One object, read whole: the table's own files are small."""
+    """One object, read as a whole: the table's own files are small."""
 
     def __init__(self, location: str, properties: Mapping[str, Any]) -> None:
         super().__init__(location)
@@ -106,7 +106,7 @@ class StoreInput(InputFile):
 
 
 class StoreOutput(OutputFile):
-    """One object, stored when its stream is closed. Names hold a random number, so that none is there before."""
+    """One object, stored when its stream is closed. Names contain a random number, so they never collide."""
 
     def __init__(self, location: str, properties: Mapping[str, Any]) -> None:
         super().__init__(location)
@@ -141,14 +141,15 @@ class _Stored(io.BytesIO):
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
-            super().close()  # what was not written whole is not stored
+            super().close()  # an incomplete file is not stored
         self.close()
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """Where the table is: `uri` is SQLAlchemy's, `base` what a key follows in a location, such as `s3://bucket/`; and
-    `tree`, the prefix of the objects that it is made from.
+    """Where the table is. `uri`: for SQLAlchemy; `base`: what precedes a key in a location, such as `s3://bucket/`.
+
+    `tree`: the prefix of the objects that the table is made from.
     """
 
     uri: str
@@ -159,19 +160,19 @@ class Catalog:
 
     @property
     def folder(self) -> str:
-        """The table's folder of the store."""
+        """The table's folder in the store."""
         return f"{self.prefix}/{TABLE}"
 
     @contextmanager
     def opened(self) -> Iterator["LakeTable"]:
-        """The table, until the block ends. Raises Transient while the database is away."""
+        """The table, for the duration of the block. Raises Transient while the database is unreachable."""
         properties = {
             "uri": self.uri,
             "py-io-impl": f"{__name__}.{StoreFileIO.__name__}",
             STORE: self.store,
             BASE: self.base,
         }
-        logging.getLogger("pyiceberg").setLevel(logging.WARNING)  # it tells of each file that it opens
+        logging.getLogger("pyiceberg").setLevel(logging.WARNING)  # it logs every file it opens
         with _translated():
             catalog = SqlCatalog("headwater", **cast("dict[str, str]", properties))
             try:
@@ -183,7 +184,7 @@ class Catalog:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """The exceptions of both packages as ours."""
+    """Convert the exceptions of both packages to ours."""
     try:
         yield
     except (CommitFailedException, NoSuchTableError, TableAlreadyExistsError) as error:
@@ -196,7 +197,7 @@ def _translated() -> Iterator[None]:
 
 
 class LakeTable:
-    """The table in its catalog. `notes` says what was repaired."""
+    """The table in its catalog. `notes` lists repairs."""
 
     def __init__(self, catalog: SqlCatalog, where: Catalog) -> None:
         self._catalog = catalog
@@ -214,15 +215,15 @@ class LakeTable:
 
     @property
     def folder(self) -> str:
-        """The table's folder of the store."""
+        """The table's folder in the store."""
         return self._where.folder
 
     def load(self, now: datetime, *, repair: bool) -> None:
-        """The table at its newest metadata file that can be read. `repair`: the catalog is set to that, and what cannot
-        be read is removed; without any, the table is made anew by the next commit. Nothing is created here.
+        """Load the table from its newest readable metadata file. Nothing is created here.
 
-        A file that is newer than the catalog, and young, may be part of a commit that another process is about to make:
-        it is left alone. The catalog is asked before files are listed, so that what it names is in the listing or gone.
+        `repair`: set the catalog to that file and remove unreadable ones; if none is readable, the next commit
+        re-creates the table. A young file newer than the catalog may belong to a commit in progress and is left alone.
+        The catalog is queried before files are listed, so that what it names is either in the listing or gone.
         """
         held = self.pointer()
         self.stored = {info.key: info for info in self._where.store.list(f"{self._where.folder}/")}
@@ -244,7 +245,7 @@ class LakeTable:
             except Permanent:
                 if repair:
                     raise
-                return  # whoever only reads does without
+                return  # readers do without the table
             if is_read:
                 if repair:
                     self._settle(held, key, known[:place])
@@ -253,17 +254,17 @@ class LakeTable:
             self._settle(held, "", known)
 
     def pointer(self) -> str:
-        """The metadata file that the catalog names, whether it is there or not; "" for none."""
+        """The metadata file that the catalog names, whether it exists or not; "" for none."""
         with self._catalog.engine.connect() as connection:
             return str(connection.execute(select(IcebergTables.metadata_location).where(*self._row)).scalar() or "")
 
     def _read(self, location: str) -> bool:
-        """Take the table of this metadata file and its entries; False when one of its files is gone."""
+        """Load the table and its entries from this metadata file; False when one of its files is gone."""
         files = StoreFileIO(self._catalog.properties)
         try:
             metadata = FromInputFile.table_metadata(files.new_input(location))
             self._check_ours(metadata, location)
-            _at(metadata.location, self._catalog.properties)  # where it writes
+            _at(metadata.location, self._catalog.properties)  # the location it writes to
             table = Table(self._name, metadata, location, files, self._catalog)
             self._entries = [task.file for task in table.scan().plan_files()]
         except FileNotFoundError:
@@ -273,9 +274,9 @@ class LakeTable:
         return True
 
     def _check_ours(self, metadata: Any, location: str) -> None:
-        """Raises Permanent for a table of another program, or of another tree: neither is written over or removed."""
+        """Raises Permanent for the table of another program or tree, which must be neither overwritten nor removed."""
         spec = metadata.spec()
-        tree = metadata.properties.get(TREE, self._where.tree)  # earlier versions did not say it
+        tree = metadata.properties.get(TREE, self._where.tree)  # earlier versions did not record it
         if [(each.name, str(each.transform)) for each in spec.fields] != [("day", "day")]:
             raise Permanent(f"{location} is another program's table", "set S3_LAKE_PREFIX to a prefix of its own")
         if tree != self._where.tree:
@@ -285,7 +286,7 @@ class LakeTable:
             )
 
     def _settle(self, held: str, key: str, unreadable: Sequence[str]) -> None:
-        """Set the catalog to the metadata file `key`, "" for none, and remove those that are of no use."""
+        """Set the catalog to the metadata file `key`, "" for none, and remove the unreadable ones."""
         location = f"{self._where.base}{key}" if key else ""
         if unreadable:
             self.notes.append(f"{len(unreadable)} states of the table cannot be read, since files of theirs are gone")
@@ -300,7 +301,7 @@ class LakeTable:
             self._where.store.delete(each)
 
     def _point(self, held: str, location: str) -> None:
-        """Let the catalog name `location` ("" = nothing), if it still names `held`. Raises Conflict."""
+        """Set the catalog to `location` ("" = nothing) if it still names `held`. Raises Conflict."""
         if not held:
             self._catalog.register_table(self._name, location)
             return
@@ -322,7 +323,7 @@ class LakeTable:
         return LakeFile(key, day, entry, missing=held is None or held.size_bytes != entry.file_size_in_bytes)
 
     def valid_at(self, instant: datetime | None) -> tuple[TableState, list[LakeFile]] | None:
-        """The snapshot that was the newest at `instant` (None: now), and its files; None where there was none."""
+        """The snapshot that was newest at `instant` (None: now), and its files; None if there was none."""
         table, newest = self._table, self._table.current_snapshot() if self._table else None
         if table is None or newest is None:
             return None
@@ -331,7 +332,7 @@ class LakeTable:
         valid = [each for each in table.snapshots() if _taken_at(each) <= instant]
         if not valid:
             return None
-        # Not the latest instant: that of a clock that was ahead is not believed once another snapshot came after it.
+        # Not by timestamp: one from a clock that was ahead does not count once another snapshot followed.
         found = max(valid, key=lambda each: each.sequence_number or 0)
         files = [self._file(task.file) for task in table.scan(snapshot_id=found.snapshot_id).plan_files()]
         return self._state(found), files
@@ -340,11 +341,11 @@ class LakeTable:
         return TableState(snapshot.snapshot_id, _taken_at(snapshot), f"{self._where.base}{self._where.folder}")
 
     def oldest_at(self) -> datetime | None:
-        """When the oldest snapshot that is kept was taken."""
+        """When the oldest retained snapshot was taken."""
         return min(map(_taken_at, self._table.snapshots()), default=None) if self._table else None
 
     def columns(self) -> LakeColumns:
-        """Those of the table, or of the one that the first commit creates."""
+        """The columns of the table, or of the one that the first commit creates."""
         if self._table is None:
             return LakeColumns(FIRST, {name: number for number, name in enumerate(FIRST, 1)}, len(FIRST))
         fields = self._table.schema().fields
@@ -352,7 +353,7 @@ class LakeTable:
         return LakeColumns(kinds, {each.name: each.field_id for each in fields}, self._table.metadata.last_column_id)
 
     def commit(self, columns: LakeColumns, new: Sequence[NewFile], replaced: Sequence[LakeFile]) -> None:
-        """One snapshot with `new` in the place of `replaced`, and the columns that they need. Raises Conflict."""
+        """One snapshot that replaces `replaced` with `new` and adds the columns they need. Raises Conflict."""
         table = self._table or self._created()
         with table.transaction() as transaction:
             self._widen(transaction, columns)
@@ -392,7 +393,7 @@ class LakeTable:
             raise Conflict("another process added columns", "no action needed; it is retried")
 
     def _entry(self, metadata: Any, file: NewFile) -> DataFile:
-        """What the table says of a file. Its day is known, whatever rows it has."""
+        """The table's entry for a file. The day comes from the file, not from its rows."""
         schema = metadata.schema()
         statistics = data_file_statistics_from_parquet_metadata(
             parquet_metadata=file.footer,
@@ -413,7 +414,7 @@ class LakeTable:
         )
 
     def expire(self, now: datetime, keep: timedelta) -> int:
-        """Forget snapshots that are older than `keep`, then delete old files that nothing names; how many files."""
+        """Expire snapshots older than `keep`, then delete old unreferenced files. Returns the number of files."""
         table = self._table
         if table is None:
             return 0
@@ -427,7 +428,7 @@ class LakeTable:
         return len(unnamed)
 
     def _named(self, table: Table) -> set[str]:
-        """Every key that a snapshot of the table, or its history of metadata, names."""
+        """Every key that a snapshot of the table or its metadata log references."""
         locations = {table.metadata_location, *(each.metadata_file for each in table.metadata.metadata_log)}
         seen: set[str] = set()
         for snapshot in table.snapshots():
@@ -441,7 +442,7 @@ class LakeTable:
 
 
 def _number(location: str) -> int:
-    """The number of a metadata file, which grows by one with each commit; -1 for any other file."""
+    """The version number of a metadata file, which grows by one per commit; -1 for any other file."""
     named = METADATA.fullmatch(location.rpartition("/")[2])
     return int(named[1]) if named else -1
 

@@ -1,1 +1,1 @@
-"""Work on many processes: a queue in the PostgreSQL that holds the state, and the workers that it feeds."""
+"""Work in many processes: a queue in the PostgreSQL database that holds the state, and the workers it feeds."""

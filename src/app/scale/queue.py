@@ -1,8 +1,8 @@
-"""The queue, whose only home this is: Procrastinate's, in the PostgreSQL that holds the state.
+"""The queue: Procrastinate in the PostgreSQL database that holds the state. Only this module imports it.
 
-Invariants: only what waits is unique (`queueing_lock`); what runs is not locked here but by our leases, so a worker
-that died blocks nothing. The queue's tables are made and changed under the same lock as ours, and recorded with ours.
-Any error of the queue is one of ours when it leaves this module.
+Invariants: only waiting tasks are unique (`queueing_lock`). Running tasks are locked by our leases, not here, so a dead
+worker blocks nothing. The queue's tables are migrated under the same lock as ours and recorded with ours. Every error
+of the queue leaves this module as one of ours.
 """
 
 import asyncio
@@ -29,17 +29,17 @@ from app.db.state import VARIABLES, State
 from app.ops.scheduler import Workload
 from app.scale.shards import Shards
 
-EXPORT = "influx_to_s3"  # the one pipeline whose plans are shared out
+EXPORT = "influx_to_s3"  # the only pipeline whose plans are sharded
 JOBS, STEPS = "jobs", "steps"
 FOLDER = "procrastinate"
-JOBS_AT_ONCE = 32  # more than there are jobs: each may run beside all others, as in one process
+JOBS_AT_ONCE = 32  # more than there are jobs: any may run at the same time, as in one process
 POLL_SECONDS = 1.0
 LOOK_AGAIN_SECONDS = 1.0
 STOP_LOOK_SECONDS = 0.25
-DEAD_TTLS = 10  # what a dead worker had blocks nothing and is in no hurry; one that is only slow should not lose it
+DEAD_TTLS = 10  # a dead worker's tasks block nothing, so clearing them can wait; a slow worker should keep its own
 NEVER_SECONDS = 86_400.0
 AWAY_HINT = "no action needed if it passes; otherwise look at the server's log and load"
-# What workers had that died. Their leases say when others may go on, and a plan sends anew what is due.
+# Tasks of dead workers. Their leases decide when others may continue, and a plan sends again what is due.
 CLEAR = """
 DELETE FROM procrastinate_jobs
 WHERE status = 'doing' AND (
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 def install(database: Database) -> None:
-    """Make the queue's tables, or bring them to this version. Idempotent; of several processes one does it.
+    """Create the queue's tables or migrate them. Idempotent; of several processes one does it.
 
     Raises Permanent when a newer version of Headwater has changed them.
     """
@@ -62,14 +62,14 @@ def install(database: Database) -> None:
     with database.transaction() as session:
         lock(session, "postgres")
         if not any(name.startswith(f"{FOLDER}/") for name in recorded(session, "postgres")):
-            session.script(SchemaManager.get_schema())  # what all of them together make
+            session.script(SchemaManager.get_schema())  # the result of all migrations
             session.run_many(RECORD, [{"name": each.name, "checksum": each.checksum} for each in wanted])
             return
     apply(database, wanted)
 
 
 class Queue:
-    """Sends work to workers and counts what waits. From any thread. Nothing is connected before the first use.
+    """Sends work to workers and counts what is waiting. Thread-safe. Connects on first use.
 
     Raises Transient or Permanent when the database cannot be used.
     """
@@ -85,9 +85,9 @@ class Queue:
         self._is_installed = self._is_open = False
 
     def prepare(self, *, again: bool = False) -> None:
-        """Make the tables and open the connections. Idempotent; after it succeeded once it costs nothing.
+        """Create the tables and open the connections. Idempotent, and free after the first success.
 
-        `again`: look at the tables once more, since the database may have been made anew.
+        `again`: check the tables again, since the database may have been re-created.
         """
         with self._lock:
             if again or not self._is_installed:
@@ -99,7 +99,7 @@ class Queue:
                 self._is_open = True
 
     def send_job(self, name: str, by: str, after_seconds: float = 0.0) -> None:
-        """Have a worker run a job. Nothing is added while the same waits already. `by`: see `Run.started_by`."""
+        """Queue a job for a worker, unless the same is already waiting. `by`: see `Run.started_by`."""
         task = self._app.configure_task(
             "job",
             queue=JOBS,
@@ -109,7 +109,7 @@ class Queue:
         self._send(task.defer, name=name, more=after_seconds > 0, by=by)
 
     def send_step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> bool:
-        """Have a worker make a step of a plan; False when an older one of this name waits still."""
+        """Queue a step of a plan for a worker; False when an older one with this name is still waiting."""
         task = self._app.configure_task("step", queue=STEPS, queueing_lock=f"{STEPS}/{step}")
         return self._send(task.defer, step=step, plan_id=plan_id, plan=dict(plan))
 
@@ -126,7 +126,7 @@ class Queue:
         return True
 
     def waiting(self) -> Mapping[str, int]:
-        """By queue, how much waits for a worker."""
+        """The number of tasks waiting for a worker, by queue."""
         self.prepare()
         with _translated(self._errors.translated):
             found = {row["name"]: int(row["todo"]) for row in self._app.job_manager.list_queues()}
@@ -141,7 +141,7 @@ class Queue:
 
 
 class Workers:
-    """See `WorkerPool`. `steps` shares a plan out among them: see `PassOptions`. `requested`: see `Shards`."""
+    """See `WorkerPool`. `steps` distributes a plan among the workers: see `PassOptions`. `requested`: see `Shards`."""
 
     def __init__(self, settings: Settings, state: State, requested: Callable[[Mapping[str, float]], None]) -> None:
         self.queue = Queue(state.database, settings.checkpoint.url.get_secret_value())
@@ -167,8 +167,9 @@ class Workers:
 
 
 def _quieten() -> None:
-    """The library writes what it sends into the log, which may be megabytes, and tells of a lost connection with a
-    traceback; here that is one line.
+    """Reduce the library's logging of task arguments, which may be megabytes.
+
+    It also logs a traceback for a lost connection; here that is one line.
     """
     for name, level in (
         ("procrastinate", logging.CRITICAL),
@@ -181,7 +182,7 @@ def _quieten() -> None:
 
 
 def _short(record: logging.LogRecord) -> bool:
-    """A task that failed for what its program did not expect, without its arguments."""
+    """Log an unexpected task failure without the task's arguments."""
     record.msg, record.args = record.getMessage().partition("(")[0], None
     for name in ("job", "worker"):
         record.__dict__.pop(name, None)
@@ -190,7 +191,7 @@ def _short(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _translated(ours: Callable[[], Any]) -> Iterator[None]:
-    """The library wraps most errors of the driver, and not all."""
+    """The library wraps most of the driver's errors, but not all."""
     try:
         with ours():
             yield
@@ -213,10 +214,10 @@ def consume(
     heartbeat_seconds: float,
     ttl_seconds: float,
 ) -> None:
-    """Call `job` and `step` for what is sent, in threads, until a stop is asked for. Steps are made one at a time.
+    """Call `job` and `step` in threads for queued tasks, until a stop is requested. Steps run one at a time.
 
-    A database that restarts or is away is waited for; what runs meanwhile goes on under its lease. `prepare` is called
-    before each connection.
+    Waits for a database that restarts or is unreachable; running tasks continue under their leases meanwhile. `prepare`
+    is called before each connection.
     """
     errors = errors_of(url, VARIABLES)
     threads = ThreadPoolExecutor(JOBS_AT_ONCE + 16, thread_name_prefix="task")
@@ -238,9 +239,7 @@ def _app(
     job: Callable[[str, bool, str], None],
     step: Callable[[str, str, Mapping[str, Any]], None],
 ) -> App:
-    """The queue with its two tasks. A task that is given up, since its connection is lost, leaves its thread to come to
-    its end.
-    """
+    """The queue with its two tasks. If the connection is lost, a task is abandoned but its thread runs to the end."""
     app = App(connector=PsycopgConnector(conninfo=conninfo_of(url, VARIABLES), min_size=1, max_size=4, timeout=10.0))
 
     @app.task(name="job")
@@ -256,8 +255,9 @@ def _app(
 
 
 async def _work(app: App, stop: Stop, heartbeat_seconds: float, dead_seconds: float) -> None:
-    """Until a stop is asked for, or the connection is lost. Each queue has a worker of its own, so that a plan that
-    waits for its steps never takes their place.
+    """Run until a stop is requested or the connection is lost.
+
+    Each queue has its own worker, so that a plan waiting for its steps never blocks them.
     """
     asyncio.get_running_loop().set_exception_handler(_told)
     async with app.open_async():
@@ -268,7 +268,7 @@ async def _work(app: App, stop: Stop, heartbeat_seconds: float, dead_seconds: fl
                     concurrency=concurrency,
                     install_signal_handlers=False,
                     fetch_job_polling_interval=POLL_SECONDS,
-                    abort_job_polling_interval=NEVER_SECONDS,  # nothing asks for that
+                    abort_job_polling_interval=NEVER_SECONDS,  # nothing aborts jobs
                     shutdown_graceful_timeout=0.1,
                     delete_jobs="always",
                     update_heartbeat_interval=heartbeat_seconds,
@@ -291,7 +291,7 @@ async def _work(app: App, stop: Stop, heartbeat_seconds: float, dead_seconds: fl
 async def _watched(
     app: App, workers: "Sequence[asyncio.Task[None]]", stop: Stop, heartbeat_seconds: float, dead_seconds: float
 ) -> None:
-    """Until one of the workers ends; what dead ones of other processes had is dropped meanwhile."""
+    """Wait until one of the workers ends; meanwhile clear tasks of dead workers in other processes."""
     cleared_at = 0.0
     while not stop.asked and not any(each.done() for each in workers):
         if time.monotonic() - cleared_at > heartbeat_seconds:
@@ -301,5 +301,5 @@ async def _watched(
 
 
 def _told(_: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
-    """The end of a task could not be noted: its connection is lost, or it was taken for dead and dropped."""
+    """The end of a task could not be recorded: the connection is lost, or it was presumed dead and cleared."""
     log.info("%s: %s", context["message"], context.get("exception"))

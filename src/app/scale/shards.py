@@ -1,8 +1,8 @@
-"""A plan in shards: sent to workers, and their reports added up.
+"""A plan in shards: send the shards to workers and add up their reports.
 
-Invariants: every row that a plan counted is in its ledger, as what a step reports of it or as waiting; a plan waits for
-its steps no longer than a lease lives, so that a worker that died delays nobody for long; what reports later is taken
-by the next plan.
+Invariants: every row counted by a plan is in its ledger, either reported by a step or as waiting. A plan waits for its
+steps at most for the lifetime of a lease, so that a dead worker causes no long delay. Reports that arrive later go to
+the next plan.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ FIRST_LOOK_SECONDS, LONGEST_LOOK_SECONDS = 0.05, 0.5
 
 
 def plan_to_json(plan: SyncPlan) -> Mapping[str, Any]:
-    """As it is sent: names of fields and instants are written once."""
+    """The plan as it is sent: field names and timestamps are written once and referenced by index."""
     fields = {name: place for place, name in enumerate(sorted(set(_fields_of(plan))))}
     instants = {at: place for place, at in enumerate(sorted({*plan.cursors.values(), *chain(*plan.counts.values())}))}
     return {
@@ -78,22 +78,23 @@ def _fields_of(plan: SyncPlan) -> Iterator[str]:
 
 
 class StepSender(Protocol):
-    """Where steps are sent to."""
+    """Where steps are sent."""
 
     def send_step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> bool:
-        """Have it made; False when an older one of this name waits still. Raises Transient."""
+        """Queue a step; False when an older one with this name is still waiting. Raises Transient."""
 
 
 class StepReports(Protocol):
-    """Where what came of steps is kept."""
+    """Where reports of steps are stored."""
 
     def take_reports(self, pipeline: str) -> Sequence[StepReport]:
-        """All that no plan has taken, each to one caller only. Raises Transient."""
+        """All reports that no plan has taken, each returned to one caller only. Raises Transient."""
 
 
 class Shards:
-    """See `PassOptions.steps`. `patience_seconds`: how long a plan waits for its steps, as long as a lease lives.
-    `requested` hears of the requests that steps sent.
+    """See `PassOptions.steps`. `patience_seconds`: how long a plan waits for its steps, the lifetime of a lease.
+
+    `requested` is called with the request counts of the steps.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Shards:
         self._patience_seconds = patience_seconds
 
     def __call__(self, context: Context, plan: SyncPlan, step: Step) -> Report:
-        """Send the plan and add up what is reported in time; the rest waits for the next plan, which is due at once."""
+        """Send the plan and add up the reports that arrive in time. The rest waits for the next plan, due at once."""
         if context.dry_run:
             return step(context, plan)
         by_shard: dict[int, list[str]] = {}
@@ -130,7 +131,7 @@ class Shards:
         return report + self._gathered(context, plan.pipeline, sent)
 
     def _shard_of(self, partition: str) -> int:
-        """Always the same, so that a shard's lease keeps two workers from the same partition."""
+        """Always the same shard, so that its lease keeps two workers from working on the same partition."""
         return crc32(partition.encode()) % self._shards
 
     def _gathered(self, context: Context, pipeline: str, sent: dict[str, SyncPlan]) -> Report:
@@ -156,6 +157,6 @@ class Shards:
 
 
 def _can_be_sent(plan: SyncPlan, partition: str) -> bool:
-    """False for what no database stores: points without the device tag are "", ids may hold NUL or lone surrogates."""
+    """False for "" (no device tag), and for ids and fields with NUL or lone surrogates, which no database stores."""
     texts = (partition, *chain.from_iterable(count.fields for count in plan.counts[partition].values()))
     return bool(partition) and all(storable(text) == text for text in texts)

@@ -1,8 +1,8 @@
-"""A worker: it runs the jobs and makes the steps that are sent to the queue, and answers probes.
+"""A worker: runs the jobs and steps that are sent to the queue, and answers probes.
 
-Invariants: everything here happens under a lease, so a worker that is killed or paused at any moment leaves nothing
-that others wait for longer than that lives; within one process no job and no step overlaps itself. The queue is asked
-for work only by a worker: a daemon without SCALE_ENGINE=procrastinate imports none of this.
+Invariants: everything here runs under a lease, so a worker that is killed or paused at any moment blocks others no
+longer than a lease lives. Within one process no job or step overlaps itself. Only a worker polls the queue for work; a
+daemon without SCALE_ENGINE=procrastinate imports none of this.
 """
 
 import asyncio
@@ -32,18 +32,18 @@ log = logging.getLogger(__name__)
 
 
 class UnrecordedRuns:
-    """See `app.core.runs.Runs`: steps are parts of a run, which is recorded where they were planned."""
+    """See `app.core.runs.Runs`: steps are parts of a run, which is recorded by the process that planned it."""
 
     def __init__(self, runs: Runs) -> None:
         self.recent = runs.recent
         self.since_done_seconds = runs.since_done_seconds
 
     def save(self, run: Run) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class Worker:
-    """Runs what is sent, from its start until a stop is asked for. See `app.ops.health.WorkLoop`."""
+    """Runs queued work from `start` until a stop is requested. See `app.ops.health.WorkLoop`."""
 
     def __init__(self, service: BuiltService, queue: Queue) -> None:
         self._service = service
@@ -58,7 +58,7 @@ class Worker:
         self._is_started = False
 
     def start(self) -> None:
-        """Begin to ask for work."""
+        """Start polling for work."""
         self._is_started = True
         self._thread.start()
         threading.Thread(target=self._be_seen, name="seen", daemon=True).start()
@@ -76,11 +76,11 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """True while a job or a step goes on."""
+        """True while a job or step is running."""
         return bool(self._running)
 
     def close(self, seconds: float) -> None:
-        """Ask for a stop, and wait so long for what goes on."""
+        """Request a stop, and wait up to `seconds` for running work."""
         self._stop.ask("the process ends")
         ends_at = time.monotonic() + seconds
         self._thread.join(seconds)
@@ -110,7 +110,7 @@ class Worker:
             threading.Event().wait(self._service.services.terms.heartbeat_seconds)
 
     def job(self, name: str, more: bool, by: str) -> None:  # noqa: FBT001 - from the queue
-        """Run a job under its lease, and send it again while it left work. `more`: it goes on with what it left."""
+        """Run a job under its lease, and queue it again if it left work. `more`: this run continues such work."""
         job = self._jobs.get(name)
         if job is None:
             log.warning("no job that is on is named %r here: do all processes have the same settings?", name[:80])
@@ -124,7 +124,7 @@ class Worker:
                 self._queue.send_job(name, by, seconds_to_next_step(run))
 
     def step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> None:
-        """One step of a shard under its own lease; what came of it is kept for the plan."""
+        """Run one step of a shard under its own lease; its report is stored for the plan."""
         part = plan_from_json(plan)
         work = self._service.pipelines.steps[part.pipeline]
         with self._alone(step) as alone, log_context(plan_id, part.pipeline):
@@ -139,7 +139,7 @@ class Worker:
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[bool]:
-        """False while the same goes on in this process, whose lease would not keep it out."""
+        """False while the same task is running in this process, which its lease would not prevent."""
         with self._lock:
             alone = name not in self._running
             self._running.add(name)
@@ -154,11 +154,11 @@ class Worker:
         try:
             return name in self._service.state.pauses.paused()
         except AppError:
-            return False  # while the state is away no lease is had either
+            return False  # without the state no lease can be taken either
 
 
 def _of_step(step: str, run: Run | None, left: Callable[[], Report]) -> Report:
-    """What a step did. All that was counted waits where another process has the lease, or an error ended it."""
+    """The report of a step. All that was counted is waiting if another process has the lease or an error ended it."""
     if run is None or run.outcome is Outcome.STOPPED:
         return left() + Report(more=True)
     if run.outcome is Outcome.FAILED:
@@ -195,7 +195,7 @@ class WorkerApp:
         elif scope["path"] == "/health":
             await self._answer(send, self._probes.health())
         elif scope["path"] == "/ready":
-            found = self._probes.ready()  # without names of systems: anybody may ask
+            found = self._probes.ready()  # public, so without names of systems
             await self._answer(send, ProbeAnswer(found.status, {"ready": found.body["ready"], "checks": {}}))
         else:
             await send_refusal(send, Refusal(404, "a worker answers probes only", "ask the process that serves HTTP"))
@@ -220,7 +220,7 @@ class WorkerApp:
 
 
 def run_worker(service: BuiltService) -> None:
-    """Work until a signal; ends by raising it again. `service` was built for a queue."""
+    """Work until a signal arrives, then re-raise it. `service` was built for a queue."""
     settings, workers = service.settings, cast("Workers", service.scheduler.elsewhere)
     refuse_taken_ports(settings.service)
     worker = Worker(service, workers.queue)
