@@ -1,10 +1,10 @@
-"""Rows that are written to a file after it was merged, by a writer that paused for longer than a file has to be steady.
+"""Rows appended to a file after it was merged, by a writer that paused for longer than `checksum_wait_seconds`.
 
-Such a writer holds the file open, so its rows end up in the archived file. Each run looks at the files that were
-merged last: what has grown behind what was merged becomes a file of its own in the inbox, below the same header.
+Such a writer holds the file open, so its rows end up in the archived file. Each run checks the files in the load
+history: appended rows become a new file in the inbox, below the same header.
 
-Invariant: the new file and the note of how far the old one was taken in are one transaction, so every added row
-comes back to the inbox once. Only what was appended does: a file in the archive that was edited is a person's.
+Invariant: the new file and the record of how far the old one was ingested are one transaction, so every appended row
+returns to the inbox exactly once. Only appended rows do: an archived file that was edited is left to its user.
 """
 
 import logging
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def ingest_appended_rows(inbox: InboxRun, each: GrownFile) -> Candidate | None:
-    """Put what was added into the inbox as a file of its own; None when nothing was. Raises OSError."""
+    """Put appended rows into the inbox as a new file; None if there are none. Raises OSError."""
     name = printable(each.path.name)
     try:
         with open_regular(each.path) as file, name_folder_in_errors(inbox.config.watch_dir):
@@ -55,16 +55,16 @@ def ingest_appended_rows(inbox: InboxRun, each: GrownFile) -> Candidate | None:
 
 
 def _dealt_with(each: GrownFile, file: IO[bytes], unended_bytes: int = 0) -> LoadRecord:
-    """The record of the merge once all of the file is dealt with."""
+    """The record of the merge after the whole file, as found, was processed."""
     found = each.found
     return replace(each.load, source=found, source_md5=md5_of(file, found.size), unended_bytes=unended_bytes)
 
 
 def _moved_back(inbox: InboxRun, each: GrownFile, file: IO[bytes]) -> Candidate | None:
     start = each.merged.size
-    if each.load.unended_bytes:  # the last row that was merged may go on in what was added
+    if each.load.unended_bytes:  # the last merged row may continue in the appended bytes
         file.seek(start)
-        # A line end comes first: then the last row was whole, and only its line end was lacking.
+        # If a line end comes first, the last row was complete and only lacked its line end.
         if read_some(file, 2).lstrip(b"\r")[:1] != b"\n":
             start -= each.load.unended_bytes
     temporary = inbox.paths.temporary(each.load.load_id, "tail", inbox.config.watch_dir)
@@ -92,7 +92,7 @@ def _moved_back(inbox: InboxRun, each: GrownFile, file: IO[bytes]) -> Candidate 
 
 
 def _unended_bytes(inbox: InboxRun, path: Path, tail_bytes: int) -> int:
-    """The size of a last row without a line end; of the whole tail where that cannot be told."""
+    """The size of a last row without a line end; `tail_bytes` if the file ends inside quotes."""
     dialect = CsvDialect(inbox.config.csv_delimiter, inbox.config.csv_encoding)
     with path.open("rb") as file:
         try:
@@ -101,7 +101,7 @@ def _unended_bytes(inbox: InboxRun, path: Path, tail_bytes: int) -> int:
             unended = 0
             for block in blocks(file.read, own, 1):
                 unended = 0 if block.data.endswith(b"\n") else len(block.data) - int(block.starts[-1])
-        except MalformedCsv:  # cut inside quotes: the file is set aside, and comes again with what follows
+        except MalformedCsv:  # cut inside quotes: the file is rejected, and its rows come again with what follows
             return tail_bytes
     return unended
 

@@ -1,7 +1,7 @@
-"""The configuration of the CSV inbox, `config.json` or the file that CSV_MONITOR_CONFIG names, and its errors.
+"""The configuration of the CSV inbox (`config.json`, or the file named by CSV_MONITOR_CONFIG), and the inbox's errors.
 
-Invariant: a configuration is complete and checked: every key has its documented default, every path is absolute, and
-what cannot work is one BadSettings with one line per fault. Nothing is created here.
+Invariant: a configuration is complete and valid: every key has its documented default and every path is absolute.
+Invalid settings raise one BadSettings with one line per fault. No files or folders are created here.
 """
 
 import codecs
@@ -21,7 +21,7 @@ from app.core.files import NAME_BYTES
 
 
 class FaultKind(StrEnum):
-    """Few fixed texts, since the ledger and the metrics count by them."""
+    """A small fixed set of texts, since the ledger and the metrics count by them."""
 
     NOT_REGULAR = "not a regular file"
     NO_ACCESS = "cannot be opened"
@@ -40,7 +40,7 @@ class FaultKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FileFault:
-    """One thing that is wrong with a file; `line`, `column` and `value` where they are known."""
+    """One fault of a file; `line`, `column` and `value` are set where known."""
 
     reason: str
     line: int | None = None
@@ -49,9 +49,9 @@ class FileFault:
 
 
 class UnmergeableFile(Rejected):
-    """This file goes to quarantine. `records` are the bad rows as they stand, below the header line `header`.
+    """This file goes to quarantine. `records` are the raw bad rows, for the file of bad rows below the line `header`.
 
-    `rows` is how many rows were seen before the file was given up.
+    `more` is the number of faults beyond `faults`; `rows` is the number of rows read before the file was rejected.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class UnmergeableFile(Rejected):
 
 
 class FileStillChanging(Transient):
-    """The file changed while it was looked at; it is left for the next run."""
+    """The file changed or vanished while it was processed; it is left for the next run."""
 
 
 class StuckFile(Transient):
-    """This one file can be neither read nor moved now; it stays in the inbox, and every run names it."""
+    """This file cannot be read or moved at the moment; it stays in the inbox, and every run reports it."""
 
 
 MOST_KEPT = 1000
@@ -93,12 +93,12 @@ def _placed(name: Any, info: ValidationInfo[Any]) -> Path:
     if not isinstance(name, str | Path) or not str(name) or "\0" in str(name):
         raise ValueError
     folder: Path = info.context
-    # Resolved, since the master is replaced by renaming: a link must lead to the same file afterwards.
+    # Resolved, since a rename replaces the master: a symbolic link must still lead to it afterwards.
     return (folder / name).expanduser().resolve()
 
 
 def _encoding(name: str) -> str:
-    """UTF-8, or one byte for each character: only there can rows be told apart without decoding all of them."""
+    """UTF-8 or a single-byte encoding: only in these can rows be split without decoding them."""
     lower, upper = bytes(range(128)), bytes(range(128, 256))
     try:
         found = codecs.lookup(name).name
@@ -131,9 +131,9 @@ Megabytes = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class InboxConfig(BaseModel):
-    """Every key of the file, under its own name; a description says what is allowed. Paths are absolute.
+    """The keys of the file, under their own names; a field's description says what is allowed. Paths are absolute.
 
-    `csv_encoding` is the codec's own name, of one in which a byte below 128 is always that ASCII character.
+    `csv_encoding` is Python's codec name; the encoding is ASCII-compatible: bytes below 128 are ASCII characters.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True)
@@ -166,7 +166,7 @@ FIELDS = InboxConfig.model_fields
 
 
 def load_config(named: Path | None, data_dir: Path) -> InboxConfig:
-    """The configuration of `named`, else of `config.json` in the working directory, else the defaults below `data_dir`.
+    """Load `named`, else `config.json` in the working directory, else the defaults below `data_dir`.
 
     Raises BadSettings with one line per fault.
     """
@@ -186,7 +186,10 @@ def load_config(named: Path | None, data_dir: Path) -> InboxConfig:
 
 
 def configured(given: Mapping[str, Any], folder: Path, where: str) -> InboxConfig:
-    """`given` with the defaults, paths relative to `folder`; each fault begins with `where`. Raises BadSettings."""
+    """Validate `given` and fill in defaults; paths are relative to `folder`, faults begin with `where`.
+
+    Raises BadSettings.
+    """
     faults = []
     try:
         config = InboxConfig.model_validate(given, context=folder)
@@ -212,7 +215,10 @@ def _nearest(key: str) -> str:
 
 
 def _clashes(config: InboxConfig) -> list[str]:
-    """Places that must differ: a rejected or archived file would come back as a new one, a log would overwrite data."""
+    """Faults for equal paths: a rejected or archived file would be ingested again, a log would overwrite data.
+
+    Also faults for file names that are too long.
+    """
     folders = (config.watch_dir, config.archive_dir, config.rejected_dir)
     files = (config.merged_file, config.metadata_file, config.log_file)
     found = []
@@ -220,7 +226,7 @@ def _clashes(config: InboxConfig) -> list[str]:
         found.append("watch_dir, archive_dir and rejected_dir; allowed: three different folders")
     if len({*folders, *files}) < len(set(folders)) + len(files):
         found.append("merged_file, metadata_file and log_file; allowed: three different files, none of them a folder")
-    # The log moves aside as `{name}.1`.
+    # The log is rotated to `{name}.1`.
     limits = {"merged_file": NAME_BYTES, "metadata_file": NAME_BYTES, "log_file": NAME_BYTES - 2}
     for key, limit in limits.items():
         size = len(os.fsencode(getattr(config, key).name))

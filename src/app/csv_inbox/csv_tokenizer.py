@@ -1,8 +1,8 @@
-"""CSV as bytes: the dialect's plain rules, and where records and fields end, found with numpy block by block.
+"""A CSV tokenizer on bytes: the dialect's rules, and record and field bounds found with numpy block by block.
 
 Invariants: quotes follow the csv module: one opens only at the start of a field, elsewhere it is text. A block holds
-whole records, so memory is bounded by the block and by the longest record. What cannot be read as records is an error
-that names the line, never a guess.
+whole records, so memory is bounded by the block and the longest record. Malformed input is an error that names the
+line, never a guess.
 """
 
 import re
@@ -33,7 +33,7 @@ NONE = np.zeros(0, np.int64)
 
 
 class MalformedCsv(AppError):
-    """Not CSV of one width. `line` is that of the file, None where it is not known; `record` the raw record."""
+    """Malformed CSV. `line` is the line in the file, None if unknown; `record` is the raw record."""
 
     def __init__(self, message: str, line: int | None = None, record: bytes = b"", *, kind: FaultKind) -> None:
         super().__init__(message)
@@ -43,14 +43,14 @@ class MalformedCsv(AppError):
 
 
 class CsvDialect:
-    """How records are written. `encoding` keeps ASCII as it is; `delimiter` is one ASCII character."""
+    """Delimiter, encoding and quoting. `encoding` is ASCII-compatible; `delimiter` is one ASCII character."""
 
     def __init__(self, delimiter: str, encoding: str) -> None:
         self.delimiter = delimiter
         self.encoding = "utf-8" if encoding == "utf-8-sig" else encoding
         self.bom = BOM if encoding == "utf-8-sig" else b""
         d = re.escape(delimiter.encode("ascii"))
-        # Possessive (`*+`, `++`): after a quote that is never closed nothing else is tried, which would take for ever.
+        # Possessive quantifiers (`*+`, `++`): an unclosed quote would otherwise cause endless backtracking.
         quoted = rb'"(?:[^"]++|"")*+"[^' + d + rb"\n]*+"
         plain = rb'(?!")[^' + d + rb"\n]*+"
         self._field = re.compile(rb"(?:" + quoted + rb"|" + plain + rb")")
@@ -62,7 +62,7 @@ class CsvDialect:
         self._needs_quotes = re.compile(rb'["\r\n' + d + rb"]")
 
     def fields(self, record: bytes) -> list[bytes]:
-        """The raw fields of one record without its line end, quotes and all."""
+        """The raw fields, with their quotes, of one record without its line end."""
         d = self.delimiter.encode("ascii")
         if b'"' not in record:
             return record.split(d)
@@ -79,12 +79,12 @@ class CsvDialect:
                 return found
 
     def blank(self, record: bytes) -> bool:
-        """True when nothing but delimiters, blanks and empty quotes is there, as spreadsheets write an empty row."""
+        """True if there are only delimiters, blanks and empty quotes, as spreadsheets write an empty row."""
         blanks = self._blank.fullmatch(record) is not None
         return blanks and not any(self.unquoted(field).strip(b" \t") for field in self.fields(record))
 
     def written(self, value: bytes) -> bytes:
-        """A raw field with this value, quoted where that is needed."""
+        """The value as a raw field, quoted if necessary."""
         return b'"' + value.replace(b'"', b'""') + b'"' if self._needs_quotes.search(value) else value
 
     def unquoted(self, field: bytes) -> bytes:
@@ -93,20 +93,21 @@ class CsvDialect:
         return match[1].replace(b'""', b'"') + match[2] if match else field
 
     def outside(self, field: bytes) -> bytes:
-        """What of a raw field is not inside its quotes."""
+        """The part of a raw field outside its quotes."""
         match = self._value.fullmatch(field)
         return match[2] if match else field
 
     def record_end(self, data: bytes, at: int) -> int:
-        """The offset behind the record that begins at `at`, line end included; -1 when it does not end in `data`."""
+        """The end offset, after the line end, of the record that begins at `at`; -1 if it does not end in `data`."""
         match = self._record.match(data, at)
         return match.end() if match else -1
 
 
 @dataclass(frozen=True, slots=True)
 class FieldBounds:
-    """Where fields end: `at` are offsets of delimiters and line feeds outside quotes, `lasts` the places in it of the
-    line feeds, `quotes` the offsets of all quotes. `inner` counts line feeds inside quotes; `returns`: there are some.
+    """Where fields end. `at` has the offsets of delimiters and line feeds outside quotes, `lasts` the positions in `at`
+    of the line feeds, `quotes` the offsets of all quotes. `inner` counts line feeds inside quotes; `returns` is True if
+    there are carriage returns.
     """
 
     at: Offsets
@@ -117,12 +118,12 @@ class FieldBounds:
 
 
 def find_field_bounds(data: bytes, dialect: CsvDialect, line: int = 1) -> FieldBounds:
-    """The marks of bytes that begin where a record begins, on that line, and may end anywhere. Raises MalformedCsv."""
+    """The field bounds in `data`, which begins with a record on `line` and may end anywhere. Raises MalformedCsv."""
     array = np.frombuffer(data, np.uint8)
     found = array == ord(dialect.delimiter)
     found |= array == LF
     quotes = np.flatnonzero(array == QUOTE) if b'"' in data else NONE
-    # Where all quotes are as writers set them, a byte is quoted when an odd number of them stands before it.
+    # If all quotes are regular, a byte is quoted when an odd number of quotes precede it.
     if len(quotes) and not _strict(array, quotes, dialect):
         return walked(data, dialect, quotes, line)
     at = np.flatnonzero(found)
@@ -138,24 +139,24 @@ def find_field_bounds(data: bytes, dialect: CsvDialect, line: int = 1) -> FieldB
 
 
 def spread(starts: Offsets, lengths: Offsets) -> Offsets:
-    """All numbers from each start on, as many as its length says."""
+    """The ranges `start` to `start + length`, concatenated."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
 
 
 def pairs(starts: Offsets, stops: Offsets) -> Iterator[tuple[int, int]]:
-    """Each start with its stop, as plain numbers."""
+    """Each start with its stop, as Python integers."""
     return zip(starts.tolist(), stops.tolist(), strict=True)
 
 
 def cut(data: bytes | memoryview, starts: Offsets, stops: Offsets) -> bytes:
-    """The ranges from each of `starts` to that of `stops`, joined."""
+    """The bytes from each start to its stop, joined."""
     held = memoryview(data)
     return b"".join([held[start:stop] for start, stop in pairs(starts, stops)])
 
 
 def _strict(array: Octets, quotes: Offsets, dialect: CsvDialect) -> bool:
-    """True when every quote opens, closes or doubles as writers do it: then counting them tells what is quoted."""
+    """True if every quote is a regular opening, closing or doubled one: then counting quotes shows what is quoted."""
     opening, closing = quotes[0::2], quotes[1::2]
     before = array[opening[opening > 0] - 1]
     after = array[closing[closing < len(array) - 1] + 1]
@@ -183,7 +184,7 @@ def _lone_return(line: int) -> MalformedCsv:
 
 
 def walked(data: bytes, dialect: CsvDialect, quotes: Offsets, line: int = 1) -> FieldBounds:
-    """The same, record by record: for quotes inside plain fields, such as 5" in a list of sizes."""
+    """As `find_field_bounds`, record by record: for quotes inside unquoted fields, such as 5" in a list of sizes."""
     at: list[int] = []
     lasts: list[int] = []
     start = 0
@@ -215,17 +216,17 @@ class CellSlices:
         return self.data[start : start + int(self.lengths[place])].tobytes()
 
     def taken(self, places: Offsets) -> "CellSlices":
-        """Those at these places."""
+        """The values at these positions."""
         return CellSlices(self.data, self.starts[places], self.lengths[places])
 
 
 class RecordBlock:
-    """Whole records, the first on `line` of the file; the last one of a file may lack its line end, which `marks` then
-    have behind the data.
+    """Whole records, the first on `line` of the file. If the file's last record lacks its line end, `marks` has one
+    just past the data.
 
-    Of each record: `starts`, `ends` with its line end and `stops` without; `rows` are the positions of those that are
-    rows, which lines with nothing in them and `skipped` ones are not, and `widths` their numbers of fields. `begins`: a
-    byte order mark stood before it, here begins a file that was appended to another one.
+    Per record: `starts`, `ends` (after the line end) and `stops` (before it). `rows` are the positions of the records
+    that are rows, which excludes empty lines and `skipped` ones; `widths` are their field counts. `begins`: a byte
+    order mark preceded the block, so a file that was appended to another begins here.
     """
 
     def __init__(
@@ -240,7 +241,7 @@ class RecordBlock:
         feeds = marks.at[marks.lasts]
         self.ends: Offsets = np.minimum(feeds + 1, len(data))
         self.starts: Offsets = np.append(0, self.ends[:-1]) if len(feeds) else NONE
-        # In an empty line the byte before the line feed belongs to the record before.
+        # In an empty line the byte before the line feed belongs to the previous record.
         crlf = (feeds > self.starts) & (self.array[feeds - 1] == CR) if marks.returns else 0
         self.stops: Offsets = feeds - crlf
         self.rows: Offsets = np.flatnonzero(self.stops > self.starts)
@@ -249,37 +250,37 @@ class RecordBlock:
         self.widths: Offsets = np.diff(marks.lasts, prepend=-1)[self.rows]
 
     def without(self, positions: Offsets) -> "RecordBlock":
-        """The same; the records at these positions are not rows."""
+        """The same block, with the records at these positions not counted as rows."""
         skipped = np.append(self.skipped, positions)
         return RecordBlock(self.data, self.marks, self.line, begins=self.begins, skipped=skipped)
 
     def without_bytes(self, firsts: Offsets, lasts: Offsets, dialect: CsvDialect) -> "RecordBlock":
-        """The same without the ranges from each of `firsts` to that of `lasts`, no line end among them."""
+        """The same block without the bytes from each of `firsts` to its `lasts`; these contain no line ends."""
         data = cut(self.data, np.append(0, lasts), np.append(firsts, len(self.data)))
         marks = find_field_bounds(data if data.endswith(b"\n") else data + b"\n", dialect, self.line)
         return RecordBlock(data, marks, self.line, begins=self.begins, skipped=self.skipped)
 
     def tails(self, places: Offsets, width: int) -> Offsets:
-        """The offsets behind the first `width` fields of the rows at these places, all of which have more."""
+        """The end offset of the first `width` fields of each of these rows, all of which have more fields."""
         rows = self.rows[places]
         found: Offsets = self.marks.at[self.marks.lasts[rows] - self.widths[places] + width]
         return found
 
     def uneven(self, width: int) -> Iterator[tuple[int, int]]:
-        """Position and number of fields of each row that has not `width` of them."""
+        """The position and field count of each row that does not have `width` fields."""
         places = self.widths != width
         return pairs(self.rows[places], self.widths[places])
 
     def check_width(self, width: int) -> None:
-        """Raises MalformedCsv, with the line, when a row has not `width` fields."""
+        """Raises MalformedCsv, with the line, if a row does not have `width` fields."""
         for position, found in self.uneven(width):
             told = f"{found} fields where the header has {width}"
             raise MalformedCsv(told, self.line_of(position), self.record(position)[:1000], kind=FaultKind.RAGGED)
 
     def cells(self, place: int, dialect: CsvDialect) -> CellSlices:
-        """The values of a column, one for each of `rows`, all of which have that column and the same width."""
+        """The values of a column, one per row; all rows must have that column and the same width."""
         at, lasts = self.marks.at, self.marks.lasts[self.rows]
-        before = lasts - self.widths + place  # the mark before the field, none before the first one of the block
+        before = lasts - self.widths + place  # the mark before the field; the block's first field has none
         starts = self.starts[self.rows] if place == 0 else at[before] + 1
         stops = np.where(before + 1 == lasts, self.stops[self.rows], at[before + 1])
         if not len(self.marks.quotes):
@@ -291,7 +292,7 @@ class RecordBlock:
         bare = CellSlices(self.array, starts + quoted, stops - starts - 2 * quoted)
         quotes = self.marks.quotes
         inner = np.searchsorted(quotes, stops[places] - 1) - np.searchsorted(quotes, starts[places] + 1)
-        # Only values with doubled quotes are made anew, behind the data; all others stay slices of it.
+        # Only values with doubled quotes are copied, to the end of the data; all others are slices of it.
         doubled = places[inner > 0]
         if not len(doubled):
             return bare
@@ -302,7 +303,7 @@ class RecordBlock:
         return CellSlices(np.frombuffer(self.data + b"".join(values), np.uint8), bare.starts, bare.lengths)
 
     def first_invalid(self, encoding: str) -> int:
-        """The offset of the first byte that is no text in this encoding, -1 when there is none."""
+        """The offset of the first byte that is invalid in this encoding; -1 if there is none."""
         try:
             if not self.data.isascii():
                 self.data.decode(encoding)
@@ -311,7 +312,7 @@ class RecordBlock:
         return -1
 
     def line_at(self, offset: int) -> int:
-        """The line of the file on which this byte is."""
+        """The line of the file that has this byte."""
         return self.line + self.data.count(b"\n", 0, offset)
 
     def line_of(self, position: int) -> int:
@@ -332,12 +333,12 @@ def blocks(
     longest_bytes: int = MASTER_RECORD_BYTES,
     bom: bytes = b"",
 ) -> Iterator[RecordBlock]:
-    """The records that `read` gives from here on; where one begins with `bom`, a new block begins without it.
+    """The records from `read`, in blocks; a record that begins with `bom` starts a new block, without the mark.
 
-    Raises MalformedCsv for a quote that is never closed and for a record of more than `longest_bytes`.
+    Raises MalformedCsv for an unclosed quote and for a record longer than `longest_bytes`.
     """
     tail, longer = b"", f"a record longer than {longest_bytes >> 20} MiB"
-    # As much as is held already: a record of many pieces is not looked through again for each of them.
+    # Read at least as much as is held: otherwise a long record would be rescanned for each piece.
     while piece := read(max(size, len(tail))):
         end = piece.rfind(b"\n") + 1
         data, rest = b"".join((tail, memoryview(piece)[:end])), piece[end:]
@@ -359,7 +360,7 @@ def blocks(
 
 
 def _first_block(data: bytes, dialect: CsvDialect, line: int, bom: bytes) -> tuple[RecordBlock | None, bytes, bool]:
-    """The whole records of `data` up to the next `bom`, what is left, and whether that begins with `bom`."""
+    """The whole records of `data` up to the next `bom`, the rest, and whether the rest begins with `bom`."""
     body = data.removeprefix(bom)
     marks = find_field_bounds(body, dialect, line)
     if not len(marks.lasts):
@@ -369,7 +370,7 @@ def _first_block(data: bytes, dialect: CsvDialect, line: int, bom: bytes) -> tup
     at = _next_bom(block, bom)
     if not at:
         return block, body[cut:], False
-    # What follows was taken apart with the mark as text, which hides a quote behind it: that is done again.
+    # Re-tokenize the rest without the mark: with the mark as text, a quote after it was not seen as opening.
     return (
         RecordBlock(body[:at], find_field_bounds(body[:at], dialect, line), line, begins=block.begins),
         body[at:],
@@ -387,13 +388,13 @@ def _next_bom(block: RecordBlock, bom: bytes) -> int:
 
 
 def _refuse_longer(block: RecordBlock, longest_bytes: int, told: str) -> None:
-    """Raises MalformedCsv, with the line, for a record above the limit."""
+    """Raises MalformedCsv, with the line, for a record longer than the limit."""
     if len(block.data) > longest_bytes and (long := block.ends - block.starts > longest_bytes).any():
         raise MalformedCsv(told, block.line_of(int(long.argmax())), kind=FaultKind.LONG_RECORD)
 
 
 def _last(tail: bytes, dialect: CsvDialect, line: int, bom: bytes) -> RecordBlock:
-    """The last record of a file, which lacks its line end."""
+    """The last record of a file, without a line end."""
     body = tail.removeprefix(bom)
     marks = find_field_bounds(body + b"\n", dialect, line)
     if len(marks.lasts) != 1:

@@ -1,4 +1,4 @@
-"""Where everything of one inbox lies, and which files wait in it."""
+"""The paths of one inbox, and the files that wait in it."""
 
 import errno
 import hashlib
@@ -36,31 +36,31 @@ log = logging.getLogger(__name__)
 
 
 class InboxPaths:
-    """Where everything of one inbox lies. Several masters can share a folder: what belongs to one begins with its name.
+    """The paths of one inbox. Several masters can share a folder: each one's files begin with its name.
 
-    Temporary files can be told by their names, so a restart can remove them. No name is too long for a directory.
+    A restart recognises temporary files by their names and removes them. No name exceeds the file system's limit.
     """
 
     def __init__(self, config: InboxConfig) -> None:
         master = config.merged_file
         self.config = config
         self.folder = master.parent
-        # Keeps two processes apart; the kernel releases it when its holder dies.
+        # Only one process at a time; the kernel releases the lock when its holder dies.
         self.lock = master.with_name(bounded_name(master.name, ".lock"))
         self._prefix = f".{bounded_name(master.name, limit_bytes=STEM_BYTES)}."
-        # What was committed and may not be carried out yet.
+        # The committed transaction, until it is carried out.
         self.journal = master.with_name(f"{self._prefix}merge-journal.json")
-        # The load history, and what it takes to undo.
+        # The load history and the undo files.
         self.loads = master.with_name(f"{self._prefix}loads")
-        # The index of a large master; without it the next merge takes longer.
+        # The key index of a large master; without it the next merge takes longer.
         self.index = master.with_name(f"{self._prefix}index")
 
     def temporary(self, load_id: str, what: str, folder: Path | None = None) -> Path:
-        """A temporary file of one merge, beside the master unless another folder is given; hidden there."""
+        """A hidden temporary file of one merge, in the master's folder unless another one is given."""
         return (folder or self.folder) / f"{self._prefix}{load_id}.{what}.merge{TEMPORARY_SUFFIX}"
 
     def pending(self, load_id: str) -> Path:
-        """The second name that keeps an input for the archive before the commit."""
+        """The link that holds an input for the archive before the commit."""
         return self.config.archive_dir / f"{PENDING}{load_id}"
 
     def leftovers(self) -> list[Path]:
@@ -69,7 +69,7 @@ class InboxPaths:
         own = self._prefix
         folders = {self.folder, config.metadata_file.parent, config.watch_dir}
         found = [path for folder in folders for path in _listed(folder) if path.name.startswith((own, f".{own}"))]
-        # A reason, its rows or a record that `write_durably` was killed over.
+        # Reasons, bad rows and records whose `write_durably` was killed.
         found += [
             path
             for path in (*_listed(self.loads), *_listed(config.rejected_dir))
@@ -99,23 +99,23 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def time_stamp(at: datetime) -> str:
-    """`YYYYMMDDTHHMMSS.mmm` of an instant in UTC."""
+    """A UTC timestamp as `YYYYMMDDTHHMMSS.mmm`."""
     return f"{at:%Y%m%dT%H%M%S}.{at.microsecond // 1000:03d}"
 
 
 def numbered_names(text: str, between: str = ".") -> Iterator[str]:
-    """The text, then with a number behind it."""
+    """The text as it is, then with 1, 2, 3, ... appended."""
     return itertools.chain((text,), (f"{text}{between}{number}" for number in itertools.count(1)))
 
 
 def free_paths(folder: Path, name: str, suffixes: Iterable[str], limit_bytes: int = NAME_BYTES) -> Iterator[Path]:
-    """The name with each suffix, in the folder, where nothing lies there yet: nothing is overwritten."""
+    """The paths in the folder, one per suffix, that do not exist yet, so nothing is overwritten."""
     paths = (folder / bounded_name(name, suffix, limit_bytes) for suffix in suffixes)
     return (path for path in paths if not os.path.lexists(path))
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for the file; a durable copy where the file system has no second names or is another one."""
+    """Hard-link the file; make a durable copy on another file system or where links are not supported."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:
@@ -128,7 +128,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def name_folder_in_errors(folder: Path) -> Iterator[None]:
-    """OSErrors of the block name this folder where the system named no path, as when a disk is full in mid-write."""
+    """Add this folder to the block's OSErrors that have no path, for example when a disk fills up during a write."""
     try:
         yield
     except OSError as error:
@@ -139,9 +139,9 @@ def name_folder_in_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def translate_os_errors(doing: str) -> Iterator[None]:
-    """OSErrors of the block as ours: what passes by itself, what needs a person.
+    """Translate OSErrors of the block: Transient for a full disk, Permanent for what needs a person.
 
-    The message names the path that the system named, where it was to go if it was moved; `doing` where it named none.
+    The message names the path in the OSError (the target of a move), or `doing` if it has none.
     """
     try:
         yield
@@ -159,14 +159,14 @@ def translate_os_errors(doing: str) -> Iterator[None]:
 
 
 def printable(name: str) -> str:
-    """A file name as one line of clean text, whatever bytes it is made of."""
+    """A file name as one line of printable text, whatever its bytes."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True, slots=True)
 class InboxRun:
-    """What the parts of one run share. Progress counts MiB; `told` is for the person who runs it by hand."""
+    """What the parts of one run share. Progress counts MiB; `told` becomes the notes of the run's report."""
 
     paths: InboxPaths
     context: Context
@@ -179,12 +179,12 @@ class InboxRun:
         return self.paths.config
 
     def tell(self, line: str) -> None:
-        """Tell the caller, and the log."""
+        """Add a line to the report's notes and to the log."""
         self.told.append(line)
         log.info("%s", line)
 
     def beat(self, master: Path | None) -> Callable[[int], None]:
-        """Counts bytes as MiB, and is a safe point: until the commit a merge can be given up."""
+        """A callback that counts bytes as MiB and checks for a stop: a merge can be aborted until its commit."""
         self.context.progress.advance(total=master.stat().st_size // MEBIBYTE if master else 0)
         passed = 0
 
@@ -199,7 +199,7 @@ class InboxRun:
 
 
 class FileIdentity(NamedTuple):
-    """Which file this is, and in which state. Equal identities: nothing was written to it in between."""
+    """Identifies a file and its state. Equal identities mean that nothing was written to it in between."""
 
     device: int
     inode: int
@@ -208,12 +208,12 @@ class FileIdentity(NamedTuple):
 
 
 def identity_of(found: os.stat_result) -> FileIdentity:
-    """The identity in an answer of stat."""
+    """The identity in a stat result."""
     return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def identity_at(path: Path) -> FileIdentity | None:
-    """What has this name, a link not followed; None when nothing has."""
+    """The identity of the file at this path, without following links; None if there is none."""
     try:
         return identity_of(path.lstat())
     except FileNotFoundError:
@@ -221,9 +221,9 @@ def identity_at(path: Path) -> FileIdentity | None:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """The file, if it is one: links are not followed, devices and pipes not opened for good. Raises UnmergeableFile."""
+    """Open a regular file without following links. Raises UnmergeableFile for anything else, and FileStillChanging."""
     try:
-        # O_NONBLOCK: opening a pipe would wait for its writer, perhaps for ever.
+        # O_NONBLOCK: opening a pipe would wait for its writer, perhaps forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise FileStillChanging(f"{path.name} is gone", "no action needed; the file was removed") from error
@@ -238,7 +238,7 @@ def open_regular(path: Path) -> IO[bytes]:
 
 
 def read_some(file: IO[bytes], size: int) -> bytes:
-    """What the file has next. Raises StuckFile where its device does not give it: other files are none the worse."""
+    """Read the next bytes. Raises StuckFile on an I/O error, so that other files are still processed."""
     try:
         return file.read(size)
     except OSError as error:
@@ -247,7 +247,7 @@ def read_some(file: IO[bytes], size: int) -> bytes:
 
 
 def md5_of(file: IO[bytes], size_bytes: int) -> str:
-    """The MD5 of the first bytes of the file, which is read up to there; "" when it is shorter. Raises StuckFile."""
+    """The MD5 of the first `size_bytes` bytes; "" if the file is shorter. Moves the file position. Raises StuckFile."""
     digest = hashlib.md5(usedforsecurity=False)
     file.seek(0)
     while size_bytes > 0 and (piece := read_some(file, min(size_bytes, MEBIBYTE))):
@@ -258,9 +258,9 @@ def md5_of(file: IO[bytes], size_bytes: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A name in the inbox that ends in .csv. `refused` says why it can never be merged, empty when it may be.
+    """A .csv name in the inbox. `refused` is why it can never be merged, or "" if it may be.
 
-    `md5` is that of before the waiting time, "" when it was not taken.
+    `md5` was computed before the wait; "" if it was not computed.
     """
 
     path: Path
@@ -270,14 +270,17 @@ class Candidate:
 
 
 def candidates(config: InboxConfig) -> Sequence[Candidate]:
-    """Oldest first by modification time, then by name; hidden names are left alone. Raises OSError."""
+    """The .csv files in the inbox, oldest first by modification time, then by name; skips hidden names.
+
+    Raises OSError.
+    """
     shown = [path for path in _listed(config.watch_dir) if not path.name.startswith(".") and path != config.merged_file]
     found = [candidate(path) for path in shown if path.name.lower().endswith(SUFFIX)]
     return in_order([each for each in found if each is not None])
 
 
 def ignored_files_note(config: InboxConfig) -> str:
-    """What to say of files in the inbox that are not looked at because of their names; "" when there are none."""
+    """A note on files in the inbox that are ignored because of their names; "" if there are none."""
     shown = [path for path in _listed(config.watch_dir) if not path.name.startswith(".") and path != config.merged_file]
     others = sorted(path.name for path in shown if not path.name.lower().endswith(SUFFIX) and not path.is_dir())
     if not others:
@@ -292,7 +295,7 @@ def in_order(found: Sequence[Candidate]) -> Sequence[Candidate]:
 
 
 def candidate(path: Path) -> Candidate | None:
-    """What has this name; None for a folder and for what is gone by now."""
+    """The candidate at this path; None for a folder and for a file that is gone."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -306,13 +309,13 @@ def candidate(path: Path) -> Candidate | None:
 
 
 def check_can_leave(path: Path) -> None:
-    """Raises StuckFile for a file that this user may not move out of its folder; of a sticky one, only what is its own.
+    """Raises StuckFile if this user may not move the file out of its folder; in a sticky folder the user must own it.
 
-    Once merged, such a file would end each run at the same step, before all others.
+    Otherwise such a file would be merged and then fail every run at the same step, ahead of all other files.
     """
     folder, user, may = path.parent.stat(), os.geteuid(), os.access(path.parent, os.W_OK | os.X_OK)
     if may and folder.st_mode & stat.S_ISVTX and user not in (0, folder.st_uid):
-        with suppress(FileNotFoundError):  # said when its turn comes
+        with suppress(FileNotFoundError):  # reported when the file is opened
             may = path.lstat().st_uid == user
     if not may:
         hint = f"let this user write to {path.parent}, or remove the file"
@@ -320,10 +323,10 @@ def check_can_leave(path: Path) -> None:
 
 
 def is_too_large(size_bytes: int, config: InboxConfig) -> bool:
-    """Above what the configuration allows."""
+    """True if the size exceeds `max_file_size_mb`."""
     return size_bytes > config.max_file_size_mb * MEBIBYTE
 
 
 def unchanged(before: Candidate) -> bool:
-    """True while the name leads to the same file in the same state."""
+    """True while the path is the same file in the same state."""
     return identity_at(before.path) == before.identity

@@ -1,9 +1,8 @@
-"""One incoming file, read once: checked, and its rows written to a spool in the columns of the new master.
+"""Reads one incoming file: checks it and spools its rows in the columns of the new master.
 
-Invariants: the file is read through one descriptor, once, so what was checked is what is merged, whatever happens to
-the name meanwhile; a file with any fault is rejected as a whole, with every fault that was found; memory grows
-with the keys of the file and nothing else of it. Of what spreadsheets write around the rows, nothing that has a value
-is ever taken away, and lines keep their numbers.
+Invariants: the file is read once, through one descriptor, so the checked bytes are the merged bytes, whatever happens
+to its name; a file with any fault is rejected as a whole, with all faults found; memory grows only with the file's
+keys. Cleaning up spreadsheet artefacts never drops a value, and line numbers stay those of the file.
 """
 
 import hashlib
@@ -37,11 +36,11 @@ from app.csv_inbox.csv_tokenizer import (
 from app.csv_inbox.discovery import FileIdentity, identity_of, is_too_large, open_regular, read_some
 from app.csv_inbox.key_index import FileKeys
 
-# Headers: the columns of the master, of a file that comes in, and of the two united.
+# Headers: the columns of the master, of an incoming file, and their union.
 #
-# Invariants: names are distinct, and fields are what was written there, to the byte; for a file that comes in, what
-# spreadsheets put around a header is taken off first. The master's columns keep their order and new ones follow, so a
-# row of the master changes only by fields that are put behind it.
+# Invariants: names are distinct, and fields are the raw bytes of the header; for an incoming file, spreadsheet
+# artefacts around the header are removed first. The master's columns keep their order and new ones follow, so a master
+# row changes only by appended fields.
 
 PIECE_BYTES = 1 << 16
 SHOWN_BYTES = 1000
@@ -51,9 +50,9 @@ SEPARATOR_LINE = re.compile(rb'"?sep=([^"\r\n\0])"?\r?\n', re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class CsvHeader:
-    """The first record. `size_bytes` is where rows begin, all that stands before included; `eol` may be empty.
+    """The header record. `size_bytes` is the offset of the first row; `eol` may be empty.
 
-    `width` is the number of its fields, with those behind the last name that spreadsheets leave there.
+    `width` is the number of fields, including empty ones that spreadsheets leave after the last name.
     """
 
     names: tuple[str, ...]
@@ -66,8 +65,9 @@ class CsvHeader:
 
 
 def read_header(read: Read, dialect: CsvDialect) -> CsvHeader:
-    """The master's header; reads further than that. Raises MalformedCsv: empty, not decodable, or a name that occurs
-    twice.
+    """The master's header; reads past its end.
+
+    Raises MalformedCsv for an empty file, invalid text, an incomplete header or a duplicate name.
     """
     data = b""
     while piece := read(max(PIECE_BYTES, len(data))):
@@ -83,16 +83,16 @@ def read_header(read: Read, dialect: CsvDialect) -> CsvHeader:
 
 
 def read_incoming_header(read: Read, master: CsvDialect, known: Sequence[str]) -> tuple[CsvHeader, CsvDialect]:
-    """The header of a file that comes in, and how the file is written, which a line such as `sep=;` may say.
+    """The header of an incoming file, and its dialect, which a line such as `sep=;` may set.
 
-    Byte order marks, that line and blank records before the header are skipped; blanks around a name are taken off;
-    unnamed fields after the last one are not columns. `fields` are as the master writes them. `known` are names
-    that stand as they are: of the configuration, then of the master. Raises MalformedCsv, also for a NUL byte and above
-    the limit of a record.
+    Skips byte order marks, that line and blank records before the header; strips whitespace around names; ignores
+    unnamed fields after the last name. `fields` are in the master's dialect. `known` are names to match as they are:
+    those of the configuration, then the master's. Raises MalformedCsv, also for a NUL byte and for a header longer than
+    LONGEST_RECORD_BYTES.
     """
     data = b""
     while True:
-        # What is skipped before the header may be longer than a piece, and so may the header itself.
+        # The skipped part and the header itself may each be longer than one piece.
         piece = read(max(PIECE_BYTES, len(data)))
         data += piece
         at, dialect = _before_records(data, master)
@@ -117,7 +117,7 @@ def read_incoming_header(read: Read, master: CsvDialect, known: Sequence[str]) -
 
 
 def columns(written: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
-    """The columns that a header means: blanks around names are none, and fields behind the last name are none."""
+    """The column names of a header, stripped and without unnamed trailing fields; `known` spellings win."""
     stripped = [_stripped(name) for name in written]
     there: dict[str, str] = {}
     for name in known:
@@ -131,7 +131,7 @@ def columns(written: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
 
 
 def _stripped(name: str) -> str:
-    """Without blanks and byte order marks around it; quotes behind a blank were meant as quotes."""
+    """The name without surrounding whitespace and byte order marks; quotes after a blank count as quotes too."""
     bare = name.strip().strip("\ufeff").strip()
     if bare != name and len(bare) > 1 and bare[0] == bare[-1] == '"':
         bare = bare[1:-1].replace('""', '"').strip()
@@ -139,7 +139,7 @@ def _stripped(name: str) -> str:
 
 
 def _before_records(data: bytes, dialect: CsvDialect) -> tuple[int, CsvDialect]:
-    """Where records begin, behind byte order marks and a line that says the delimiter, and the dialect from there."""
+    """The offset of the first record, after byte order marks and a `sep=` line, and the file's dialect."""
     at = 0
     while dialect.encoding == "utf-8" and data.startswith(BOM, at):
         at += len(BOM)
@@ -150,7 +150,7 @@ def _before_records(data: bytes, dialect: CsvDialect) -> tuple[int, CsvDialect]:
 
 
 def _first_row(data: bytes, at: int, dialect: CsvDialect) -> tuple[int, int]:
-    """Bounds of the first record that is not blank; the end is 0 while it is not there as a whole."""
+    """The bounds of the first record that is not blank; the end is 0 until the record is complete."""
     marks = find_field_bounds(data[at:], dialect)
     start = at
     for last in marks.lasts.tolist():
@@ -162,7 +162,7 @@ def _first_row(data: bytes, at: int, dialect: CsvDialect) -> tuple[int, int]:
 
 
 def _first(body: bytes, dialect: CsvDialect) -> tuple[bytes, bytes]:
-    """The first record with its line end, which may be lacking, and without it."""
+    """The first record with its line end (if it has one), and without it."""
     marks = find_field_bounds(body, dialect)
     if len(marks.lasts):
         raw = body[: int(marks.at[marks.lasts[0]]) + 1]
@@ -197,10 +197,10 @@ def _distinct(names: Sequence[str], record: bytes) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ColumnUnion:
-    """The columns of the result, before any is found to be obsolete.
+    """The columns of the result, before obsolete ones are dropped.
 
-    `order` gives for each column its place in the file (ABSENT: empty there), None when rows fit as they are.
-    `doubtful` are places of columns that the file has not: obsolete if no row of the result has anything there.
+    `order` is each column's position in the file (ABSENT: not in the file); None if rows fit unchanged. `doubtful` are
+    positions of columns that the file lacks: obsolete if no row of the result has a value there.
     """
 
     names: tuple[str, ...]
@@ -218,7 +218,7 @@ class ColumnUnion:
         return self.bom + dialect.delimiter.encode().join(fields) + self.eol
 
     def rendered(self, fields: Sequence[bytes]) -> list[bytes]:
-        """The fields of one row of the file, as raw as they came, in the order of the result."""
+        """The raw fields of one row of the file, in the column order of the result."""
         if self.order is None:
             return list(fields)
         return [b"" if place == ABSENT else fields[place] for place in self.order]
@@ -227,7 +227,10 @@ class ColumnUnion:
 def united(
     master: CsvHeader | None, incoming: CsvHeader, key: str, required: Sequence[str], dialect: CsvDialect
 ) -> ColumnUnion:
-    """The columns of `incoming`, which has the key, merged into `master` (None: there is none yet)."""
+    """The columns of `incoming`, which has the key, merged into those of `master` (None: no master yet).
+
+    Raises Permanent if the master lacks the key column.
+    """
     held = incoming if master is None else master
     if key not in held.names:
         raise Permanent(
@@ -253,7 +256,7 @@ def united(
     )
 
 
-# The rows of a file that comes in.
+# The rows of an incoming file.
 
 MOST_FAULTS = 1000
 LONGEST_VALUE = 200
@@ -261,11 +264,11 @@ log = logging.getLogger(__name__)
 
 
 class IncomingFile:
-    """A file that comes in, read once, and its rows in a spool: record n of it is `[offsets[n], offsets[n + 1])`.
+    """An incoming file, read once, with its rows in a spool: record n is `[offsets[n], offsets[n + 1])`.
 
-    `counted` is the number of rows that were seen in the file, tallied before any was spooled. `unended_bytes` is the
-    size of a last record that lacks its line end. `keys` are sorted once all is read. `out` is the dialect of the
-    master, `dialect` the file's own.
+    `counted` is the number of rows in the file, counted before they are spooled. `unended_bytes` is the size of a last
+    record without a line end. `keys` are sorted after everything is read. `out` is the master's dialect, `dialect` the
+    file's.
     """
 
     identity: FileIdentity
@@ -277,26 +280,26 @@ class IncomingFile:
         self.offsets = array("q", [0])
         self.counted = self.unended_bytes = 0
         self._key_column = key_column
-        self._known = known  # names of columns that stand as they are
+        self._known = known  # column names to match as they are
         self.keys = FileKeys()
         self._faults: list[FileFault] = []
         self._records: list[bytes] = []
         self._first_kind: FaultKind | None = None
         self._more = 0
-        self._width = 0  # fields of every row where all have more than the header, 0 before the first row
+        self._width = 0  # fields in the first row, 0 before it; may be more than the header's
 
     @property
     def rows(self) -> int:
-        """All rows of the file."""
+        """The number of spooled rows: all rows of a file without faults."""
         return len(self.offsets) - 1
 
     @property
     def duplicates(self) -> int:
-        """Rows that a later row of the same file replaces."""
+        """The number of rows that a later row of the same file replaces."""
         return self.rows - self.keys.count
 
     def runs(self, rows: Offsets) -> Iterator[tuple[int, int]]:
-        """Where these records, in ascending order, lie in the spool; neighbours make one run."""
+        """The byte ranges of these records (ascending) in the spool; adjacent records are joined into one range."""
         breaks = np.flatnonzero(np.diff(rows) > 1)
         first, last = rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)]
         for start, end in pairs(first, last):
@@ -305,7 +308,10 @@ class IncomingFile:
     def read(
         self, file: IO[bytes], master: CsvHeader | None, required: Sequence[str], beat: Callable[[int], None]
     ) -> None:
-        """Check and spool every row. Raises MalformedCsv, UnmergeableFile, StuckFile, OSError and as `beat` does."""
+        """Check and spool every row.
+
+        Raises MalformedCsv, UnmergeableFile, StuckFile, Permanent, OSError and what `beat` raises.
+        """
         self.header, self.dialect = read_incoming_header(partial(read_some, file), self.out, self._known)
         self._check_columns(required)
         self.union = united(master, self.header, self._key_column, required, self.out)
@@ -322,7 +328,7 @@ class IncomingFile:
 
         file.seek(0)
         left = self.header.size_bytes
-        while left > 0:  # read once more, so that it is in the digest
+        while left > 0:  # re-read the header, so that it is in the digest
             left -= len(read(left)) or left
         bom, line = BOM if self.dialect.encoding == "utf-8" else b"", 1 + self.header.lines
         with self.spool.open("xb") as spool:
@@ -375,12 +381,12 @@ class IncomingFile:
                 [(at, f"a byte order mark in the key {column!r}", column) for at in marked],
             )
         self.keys.add(keys)
-        # A file with a fault is not merged, so its rows need no place any more.
+        # A file with a fault is not merged, so its rows need not be spooled.
         if not self._faults:
             self._write(block, spool)
 
     def _check_text(self, block: RecordBlock) -> None:
-        """Every byte belongs to a character of the encoding, and none is NUL: what a half-written block leaves."""
+        """Raises UnmergeableFile for invalid text or a NUL byte, which a half-written disk block leaves."""
         encoding, at = self.dialect.encoding, block.data.find(b"\0")
         if at < 0 and (at := block.first_invalid(encoding)) < 0:
             return
@@ -390,9 +396,9 @@ class IncomingFile:
         raise UnmergeableFile([fault], _encoding_hint(encoding), kind=FaultKind.ENCODING, rows=self.counted)
 
     def _without_header(self, block: RecordBlock) -> RecordBlock:
-        """The block without the header of a file that was appended to another. Raises MalformedCsv for another header.
+        """Skip the repeated header of a file that was appended to another. Raises MalformedCsv for a different header.
 
-        Rows alone may follow the mark as well: then the part was saved without a header.
+        Rows may also follow the byte order mark directly, if the appended file had no header.
         """
         if not len(block.rows):
             return block
@@ -408,7 +414,7 @@ class IncomingFile:
         return block
 
     def _without_empty_fields(self, block: RecordBlock) -> RecordBlock:
-        """Without empty fields behind the last column: where the header has them too, or every row has them."""
+        """Drop empty fields after the last column, if the header or every row has them."""
         header = self.header
         named = len(header.names)
         if header.width == named and not self._width:
@@ -423,7 +429,7 @@ class IncomingFile:
         return _without_surplus(block, self.dialect, named, range(self._width, self._width + 1))
 
     def _blame(self, block: RecordBlock, kind: FaultKind, found: Sequence[tuple[int, str, str | None]]) -> None:
-        """Remember bad rows, as many as fit."""
+        """Record bad rows, up to MOST_FAULTS; count the others."""
         room = MOST_FAULTS - len(self._faults)
         self._more += len(found[room:])
         for position, reason, column in found[:room]:
@@ -433,11 +439,11 @@ class IncomingFile:
             self._records.append(record)
 
     def _write(self, block: RecordBlock, spool: IO[bytes]) -> None:
-        """Write the rows in the columns of the new master: as they are where that is possible."""
+        """Spool the rows in the columns of the new master, verbatim where possible."""
         union, base = self.union, self.offsets[-1]
         eol, d = union.eol, self.out.delimiter.encode()
         translated = self.dialect.delimiter != self.out.delimiter
-        # Most files fit as they are: then a block is written in one piece, and its offsets are only moved.
+        # Most files fit as they are: then write the block in one piece and only shift its offsets.
         as_is = union.order is None and len(block.rows) == len(block.ends) and not translated
         if as_is and bool((block.ends - block.stops == len(eol)).all()):
             spool.write(block.data)
@@ -457,7 +463,7 @@ class IncomingFile:
         spool.write(eol.join([*parts, b""]))
 
     def finish(self) -> None:
-        """Sort the keys once all is read. Raises UnmergeableFile for bad rows, or without any row."""
+        """Sort the keys after everything is read. Raises UnmergeableFile if there are bad rows or no rows."""
         if self._first_kind:
             delimiter = self.dialect.delimiter.encode()
             fields = [self.dialect.written(name.encode(self.dialect.encoding)) for name in self.header.names]
@@ -482,10 +488,10 @@ class IncomingFile:
 def read_incoming(
     path: Path, master: CsvHeader | None, config: InboxConfig, spool: Path, beat: Callable[[int], None]
 ) -> IncomingFile:
-    """Check the file and spool its rows; `beat` is told of bytes read, and may raise to stop.
+    """Check the file and spool its rows; `beat` receives the bytes read and may raise to stop.
 
-    Raises UnmergeableFile, FileStillChanging when it changed meanwhile, StuckFile when it cannot be read now, Permanent
-    when the master lacks the key column, and OSError.
+    Raises UnmergeableFile, FileStillChanging if it changed during the read, StuckFile on a read error, Permanent if the
+    master lacks the key column, and OSError.
     """
     known = (config.key_column, *config.required_columns, *(master.names if master else ()))
     incoming = IncomingFile(config.key_column, known, CsvDialect(config.csv_delimiter, config.csv_encoding), spool)
@@ -521,11 +527,11 @@ def _shown(record: bytes) -> str:
 
 
 def _without_blank_records(block: RecordBlock, dialect: CsvDialect) -> RecordBlock:
-    """The block; records of nothing but delimiters, blanks and empty quotes do not count as rows."""
+    """The block without blank rows: those of nothing but delimiters, blanks and empty quotes."""
     soft = np.zeros(256, np.bool_)
     soft[[ord(dialect.delimiter), ord(" "), ord("\t"), ord('"')]] = True
     positions = block.rows
-    # Most rows are told by their first byte; only what is soft at both ends and in the middle is looked at as a whole.
+    # The first byte rules out most rows; only rows that look blank at both ends and in the middle are checked in full.
     for part in (0.0, 1.0, 0.5):
         starts, lasts = block.starts[positions], block.stops[positions] - 1
         places = starts + ((lasts - starts) * part).astype(np.int64)
@@ -535,7 +541,7 @@ def _without_blank_records(block: RecordBlock, dialect: CsvDialect) -> RecordBlo
 
 
 def _without_surplus(block: RecordBlock, dialect: CsvDialect, width: int, allowed: Container[int]) -> RecordBlock:
-    """Rows of an allowed number of fields cut to `width` fields, where all behind these are blank."""
+    """Cut rows with an allowed number of fields to `width` fields, if all further ones are blank."""
     widths = block.widths
     wide = np.flatnonzero(widths > width)
     if not len(wide):

@@ -1,8 +1,8 @@
-"""The pipeline put together: what waits in the inbox is merged, oldest first, archived or set aside, and logged.
+"""The pipeline: merges the files in the inbox, oldest first, archives or rejects them, and logs it.
 
-Invariants: all that writes happens under the lock and after recovery; one file is one transaction, so a run may end
-anywhere; each file ends in the archive or in quarantine, or is still in the inbox and the run says why; what is wrong
-with one file keeps no other waiting.
+Invariants: everything that writes holds the lock and runs after recovery; one file is one transaction, so a run may
+stop anywhere; each file ends up in the archive or in quarantine, or stays in the inbox and the run says why; a faulty
+file does not block the others.
 """
 
 import logging
@@ -68,8 +68,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Inbox:
-    """What `main` wires: the job, where its rows end up, its load history, what a run set aside, and undo, whose dry
-    run is the preview.
+    """What `main` wires: the job, its destination, the load history, a run's rejected files, and undo.
+
+    A dry run of undo is the preview.
     """
 
     job: Job
@@ -80,7 +81,7 @@ class Inbox:
 
 
 def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
-    """The inbox as it is configured. Raises BadSettings."""
+    """Build the inbox from the settings. Raises BadSettings."""
     config = load_config(settings.inbox.config_file, settings.service.data_dir)
     paths = InboxPaths(config)
     job = Job(
@@ -107,18 +108,18 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
 
 
 def run(inbox: InboxRun) -> Report:
-    """Merge what waits. Raises Transient (locked, disk full), Permanent (master unreadable) and Stopped."""
+    """Merge the waiting files. Raises Transient (locked, disk full), Permanent (master unreadable) and Stopped."""
     paths = inbox.paths
     with translate_os_errors(str(paths.folder)):
         if not inbox.context.dry_run:
             paths.make()
-            # Without the lock, and before the merge is imported: nearly every run finds nothing.
+            # Check without the lock and before importing the merge: nearly every run finds nothing.
             waiting = (
                 candidates(inbox.config) or paths.journal.exists() or paths.leftovers() or changed_archive_files(paths)
             )
             if not waiting:
                 return Report(notes=_notes(inbox, changed_master(paths)))
-        from app.csv_inbox.transaction import (  # with numpy: a run that finds nothing does not load it
+        from app.csv_inbox.transaction import (  # imports numpy: a run that finds nothing does not load it
             merge_file,
             preview_merge,
         )
@@ -131,12 +132,12 @@ def run(inbox: InboxRun) -> Report:
 
 
 def _notes(inbox: InboxRun, *said: str) -> Sequence[str]:
-    """What was said already, and what a run says of the inbox whatever it does."""
+    """The given notes, plus the note on ignored files; empty ones are left out."""
     return tuple(note for note in (*said, ignored_files_note(inbox.config)) if note)
 
 
 def undo(inbox: InboxRun, run_id: str) -> Report:
-    """Take back the merges of a run and all later ones; a dry run only says which. Raises Rejected, else as `run`."""
+    """Undo the merges of a run and all later ones; a dry run only lists them. Raises Rejected, otherwise as `run`."""
     paths = inbox.paths
     with translate_os_errors(f"undo of {run_id[:40]}"):
         if inbox.context.dry_run:
@@ -156,9 +157,9 @@ def undo(inbox: InboxRun, run_id: str) -> Report:
 
 @contextmanager
 def _started(inbox: InboxRun) -> Iterator[None]:
-    """The log file, the lock that other processes respect, and what was committed before carried out.
+    """Open the log file, take the lock between processes, and complete a transaction committed before.
 
-    It waits for the lock `lock_timeout_seconds`. Raises as `run`.
+    Waits up to `lock_timeout_seconds` for the lock. Raises as `run`.
     """
     from filelock import FileLock, Timeout
 
@@ -178,7 +179,7 @@ def _started(inbox: InboxRun) -> Iterator[None]:
 
 
 class _ServiceLog(logging.Handler):
-    """Hands records on to the log of the service: all of them, or what is unexpected."""
+    """Forwards records to the service's log: all of them, or from WARNING on."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logging.getLogger().handle(record)
@@ -186,13 +187,13 @@ class _ServiceLog(logging.Handler):
 
 @contextmanager
 def _logged(config: InboxConfig) -> Iterator[None]:
-    """Records go to the inbox's own file until the end of the block."""
+    """Send log records to the inbox's own file within the block."""
     log = logging.getLogger("app.csv_inbox")
-    with suppress(OSError):  # the first record says what is wrong with the path
+    with suppress(OSError):  # writing the first record reports what is wrong with the path
         config.log_file.parent.mkdir(parents=True, exist_ok=True)
     file = LogFile(config.log_file, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8", delay=True)
     lines = logging.Formatter(LINE, TIME)
-    lines.converter = time.gmtime  # names in the archive are UTC as well
+    lines.converter = time.gmtime  # UTC, like the names in the archive
     file.setFormatter(lines)
     service = _ServiceLog(logging.NOTSET if config.log_to_console else logging.WARNING)
     held = log.level, log.propagate
@@ -222,16 +223,16 @@ def _all(inbox: InboxRun, one: Callable[[Candidate], Report]) -> Report:
 
 
 def _steady(inbox: InboxRun) -> Sequence[Candidate]:
-    """Candidates that did not change while all of them were waited for, with their MD5 from before the wait.
+    """Candidates that did not change during the wait, with their MD5 from before it.
 
-    Rows that were written to files after these were merged have become files of their own by then.
+    Includes new files made from rows that were appended to files after their merge.
     """
     from app.csv_inbox.appended_rows import ingest_appended_rows
 
     waits = inbox.config.checksum_wait_seconds
     late = changed_archive_files(inbox.paths)
     found = [_marked(inbox, each) if waits else each for each in candidates(inbox.config)]
-    # All of them wait together, so that many files cost one pause.
+    # One pause for all files.
     if waits and (late or any(not each.refused for each in found)):
         inbox.context.stop.pause(waits)
     steady = []
@@ -254,19 +255,19 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
 def _marked(inbox: InboxRun, candidate: Candidate) -> Candidate:
     if candidate.refused or is_too_large(candidate.identity.size, inbox.config):
-        return candidate  # reading it to the end would keep the others waiting
+        return candidate  # hashing it would delay the others
     try:
         with open_regular(candidate.path) as file:
             md5 = md5_of(file, candidate.identity.size)
-            return replace(candidate, md5=md5 or "shorter by now")  # which no later MD5 equals
+            return replace(candidate, md5=md5 or "shorter by now")  # never equals an MD5
     except (UnmergeableFile, FileStillChanging, StuckFile):
-        return candidate  # said when its turn comes
+        return candidate  # reported when it is merged
 
 
 def _guarded(inbox: InboxRun, candidate: Candidate, one: Callable[[Candidate], Report]) -> Report:
-    """One file: merged, set aside, or left because it changed meanwhile or can be neither read nor moved."""
+    """Process one file: merge it, reject it, or leave it if it changed or cannot be read or moved."""
     name = printable(candidate.path.name)
-    inbox.context.progress.advance(total=max(2 * candidate.identity.size // MEBIBYTE, 1))  # it is read, and put behind
+    inbox.context.progress.advance(total=max(2 * candidate.identity.size // MEBIBYTE, 1))  # read once, appended once
     try:
         if candidate.refused:
             fault, hint = (
@@ -287,7 +288,7 @@ def _guarded(inbox: InboxRun, candidate: Candidate, one: Callable[[Candidate], R
 
 
 def _left(inbox: InboxRun, name: str, error: StuckFile) -> Report:
-    """This file stays where it is, and each run says so."""
+    """Leave the file in the inbox; each run reports it."""
     inbox.told.append(f"{name}: stays in the inbox: {error}")
     log.error("%r: stays in the inbox: %s", name, error)
     ledger = ledger_of(Tally(counted=1, waiting=1), unit=UNIT).of_partition(name)
@@ -295,9 +296,7 @@ def _left(inbox: InboxRun, name: str, error: StuckFile) -> Report:
 
 
 def _set_aside(inbox: InboxRun, candidate: Candidate, error: UnmergeableFile) -> Report:
-    """Move the file to quarantine; a dry run only says so. Raises StuckFile when it may not be moved there, and
-    OSError.
-    """
+    """Move the file to quarantine; a dry run only reports it. Raises StuckFile if it may not be moved, and OSError."""
     name, where = printable(candidate.path.name), "would be rejected"
     if not inbox.context.dry_run:
         try:

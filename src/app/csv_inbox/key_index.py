@@ -1,7 +1,7 @@
-"""The keys of a file looked up by the thousand, and the index beside a large master.
+"""Vectorised lookup of an incoming file's keys, and the key index stored next to a large master.
 
-Invariants: hashes of 64 bits find candidates, the bytes themselves decide. Hashes are the same in every process and
-version of INDEX_VERSION, since the index keeps them. Memory grows with the number of keys only.
+Invariants: 64-bit hashes find candidates; the bytes themselves decide. Hashes are the same in every process as long as
+INDEX_VERSION is the same, since the index stores them. Memory grows only with the keys.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ _MASKS = np.array([*((1 << 8 * n) - 1 for n in range(WORD_BYTES)), (1 << 64) - 1
 
 
 def _words(cells: CellSlices) -> Hashes:
-    """The little-endian number of 8 bytes at each offset; copies the data only when a value ends near its end."""
+    """The little-endian 8-byte word at each offset; copies the data only if a value ends near its end."""
     data = cells.data
     if int((cells.starts + cells.lengths).max(initial=0)) + WORD_BYTES > len(data):
         data = np.append(data, np.zeros(WORD_BYTES, np.uint8))
@@ -49,7 +49,7 @@ def _words(cells: CellSlices) -> Hashes:
 
 
 def _word(words: Hashes, cells: CellSlices, at: int, shortest: int) -> Hashes:
-    """Bytes `at` to `at` + 8 of each value, 0 behind its end; none is shorter than `shortest`."""
+    """Bytes `at` to `at` + 8 of each value, zero-padded past its end; no value is shorter than `shortest`."""
     found: Hashes
     if at + WORD_BYTES <= shortest:
         found = words[cells.starts + at]
@@ -60,7 +60,7 @@ def _word(words: Hashes, cells: CellSlices, at: int, shortest: int) -> Hashes:
 
 
 def hashed(cells: CellSlices) -> Hashes:
-    """One hash for each value."""
+    """One 64-bit hash per value."""
     words = _words(cells)
     found = cells.lengths.astype(np.uint64) * _OTHER
     longest = int(cells.lengths.max(initial=0))
@@ -68,7 +68,7 @@ def hashed(cells: CellSlices) -> Hashes:
     for at in range(0, min(longest, LONG_KEY_BYTES), WORD_BYTES):
         mixed = (found ^ _word(words, cells, at, shortest)) * _FACTOR
         mixed ^= mixed >> _HALF
-        # A value that ended before is left as it is: its hash must not depend on its neighbours.
+        # Skip values that have already ended: a hash must not depend on the neighbouring values.
         found = mixed if at < shortest else np.where(cells.lengths > at, mixed, found)
     for place in np.flatnonzero(cells.lengths > LONG_KEY_BYTES) if longest > LONG_KEY_BYTES else ():
         digest = hashlib.blake2b(cells.value(int(place)), digest_size=WORD_BYTES).digest()
@@ -79,7 +79,7 @@ def hashed(cells: CellSlices) -> Hashes:
 
 
 def equal_pairs(left: CellSlices, right: CellSlices) -> Truths:
-    """Which pairs of values are the same bytes."""
+    """For each pair of values, whether the bytes are equal."""
     equal: Truths = left.lengths == right.lengths
     places = np.flatnonzero(equal)
     longest = int(left.lengths[places].max(initial=0))
@@ -97,7 +97,7 @@ def equal_pairs(left: CellSlices, right: CellSlices) -> Truths:
 
 
 def first_positions(values: npt.NDArray[Any]) -> Offsets:
-    """Where each distinct value is first, in the order of the values. np.unique imports far more of numpy."""
+    """The first position of each distinct value, in order of the values. np.unique would import far more of numpy."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     found: Offsets = order[np.append(ordered[:1] == ordered[:1], ordered[1:] != ordered[:-1])]
@@ -105,9 +105,9 @@ def first_positions(values: npt.NDArray[Any]) -> Offsets:
 
 
 class FileKeys:
-    """The keys of a file: row by row they are added, then sorted once, and can be looked up by the thousand.
+    """The keys of a file: added row by row, sorted once, then looked up in bulk.
 
-    `by_row` has the hash of each row, `count` is how many keys there are.
+    `by_row` has the hash of each row; `count` is the number of distinct keys.
     """
 
     by_row: Hashes
@@ -119,69 +119,69 @@ class FileKeys:
         self._added: list[Hashes] = []
 
     def add(self, cells: CellSlices) -> None:
-        """The keys of the next rows."""
+        """Add the keys of the next rows."""
         self._data += cells.data[spread(cells.starts, cells.lengths)].tobytes()
         self._lengths.append(cells.lengths)
         self._added.append(hashed(cells))
 
     def sort(self) -> None:
-        """There is at least one key, and none is added afterwards."""
+        """Prepare for lookups. Requires at least one key; no keys may be added afterwards."""
         lengths, by_row = np.concatenate(self._lengths), np.concatenate(self._added)
         self._lengths, self._added = [], []
-        # So that the last key too can be read in whole words.
+        # So that the last key can be read in whole words too.
         self._data += bytes(WORD_BYTES)
         cells = CellSlices(np.frombuffer(self._data, np.uint8), np.cumsum(lengths) - lengths, lengths)
         order = np.argsort(by_row)
         ordered = by_row[order]
-        if not (ordered[1:] != ordered[:-1]).all():  # the quick way does not keep the order of what is equal
+        if not (ordered[1:] != ordered[:-1]).all():  # the faster sort is not stable
             order = np.argsort(by_row, kind="stable")
             ordered = by_row[order]
         is_last = np.append(ordered[1:] != ordered[:-1], True)
         self.by_row = by_row
-        # Sorted and distinct hashes, the last row with each, and the key of that.
+        # Sorted distinct hashes, the last row with each, and that row's key.
         self._hashes, self._rows = ordered[is_last], order[is_last]
         self._cells = cells.taken(self._rows)
         self._shared = _shared(cells, order, is_last)
         groups = len(first_positions(by_row[np.fromiter(self._shared.values(), np.int64, len(self._shared))]))
         self.count = len(self._rows) - groups + len(self._shared)
-        # Which first bits any hash has: few others are looked at closely.
+        # A table of the leading bits that occur; it filters out most lookups.
         bits = int(np.clip((8 * len(self._hashes)).bit_length(), FIRST_BITS_LEAST, FIRST_BITS_MOST))
         self._shift = np.uint64(64 - bits)
         self._begins = np.zeros(1 << bits, np.bool_)
         self._begins[self._first_bits(self._hashes)] = True
 
     def _first_bits(self, hashes: Hashes) -> Offsets:
-        """Signed: others numpy converts one by one where it looks places up, at twice the time."""
+        """Signed, because numpy converts unsigned indices one by one, which takes twice as long."""
         return (hashes >> self._shift).view(np.int64)
 
     def _places(self, hashes: Hashes) -> Offsets:
-        """Where each hash is, or else where a greater one is or the last."""
+        """The position of each hash; if absent, that of the next greater one, or the last."""
         return np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
 
     def candidates(self, hashes: Hashes) -> Offsets:
-        """The places of the hashes whose upper half is that of a key here. What the lower half is does not matter."""
+        """The positions of the hashes whose upper half matches a key of the file. Lower halves are ignored."""
         passed = np.flatnonzero(self._begins[self._first_bits(hashes)])
         halves = hashes[passed] >> _HALF
         found: Offsets = passed[self._hashes[self._places(halves << _HALF)] >> _HALF == halves]
         return found
 
     def last_rows(self, cells: CellSlices, hashes: Hashes) -> Offsets:
-        """The last row here with the key of each candidate, -1 where it only looked alike."""
+        """The last row of the file with each candidate's key; -1 where only the hash matches."""
         places = self._places(hashes)
         found = np.where(equal_pairs(cells, self._cells.taken(places)), self._rows[places], -1)
-        # Of keys that share a hash only one stands in the sorted list; the others are looked up by their bytes.
+        # Of keys that share a hash, the sorted list has only one; the others are looked up by their bytes.
         for place in np.flatnonzero(found < 0) if self._shared else ():
             found[place] = self._shared.get(cells.value(int(place)), -1)
         return found
 
     def kept_rows(self) -> Offsets:
-        """The last row of each key, in the order of the file."""
+        """The last row of each key, in file order."""
         rows = np.concatenate((self._rows, np.fromiter(self._shared.values(), np.int64, len(self._shared))))
         return rows[first_positions(rows)]
 
 
 def _shared(cells: CellSlices, order: Offsets, is_last: Truths) -> dict[bytes, int]:
-    """The last row of each key whose hash other keys have too. Keys that merely come again are none of these."""
+    """The last row of each key whose hash collides with a different key's. Repeated keys are not collisions."""
     others = np.flatnonzero(~is_last)
     if not len(others):
         return {}
@@ -196,9 +196,9 @@ def _shared(cells: CellSlices, order: Offsets, is_last: Truths) -> dict[bytes, i
     return {cells.value(int(row)): int(row) for row in np.sort(members)}
 
 
-# The index beside a large master: for each of its records half the hash of the key and the length, 8 bytes. It is a
-# cache and no part of the commit: it is used only for the very file it was made for (inode, size, modification time),
-# and its reader checks each row that it points to. It is not synced: its checksum tells what a power cut left of it.
+# The key index of a large master has 8 bytes per record: half of the key's hash, and the record's length. It is a
+# cache, not part of the commit: it is used only for the exact file it was built for (inode, size, modification time),
+# and the reader checks each row that it points to. It is not synced: its checksum detects damage from a power cut.
 
 ENTRY = np.dtype("<u8")
 """The upper half is that of the hash, BLANK for a record that is not a row; the lower half is the length."""
@@ -208,12 +208,12 @@ PIECE_RECORDS = 1 << 16
 
 
 class IndexMismatch(Exception):
-    """The index is not that of the master, or was damaged."""
+    """The index does not match the master, or is damaged."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyIndex:
-    """An open index that fits its master."""
+    """An open index that matches its master."""
 
     file: BufferedReader
     records: int
@@ -221,7 +221,7 @@ class KeyIndex:
     crc32: int
 
     def pieces(self) -> Iterator[Hashes]:
-        """The entries, many at a time, each piece good until the next. May raise IndexMismatch only behind the last."""
+        """The entries in pieces, each valid until the next. Raises IndexMismatch; a bad checksum only at the end."""
         crc, left = 0, self.records
         held = np.empty(min(left, PIECE_RECORDS), ENTRY)
         self.file.seek(HEAD_BYTES)
@@ -238,17 +238,17 @@ class KeyIndex:
 
 
 def entries_of(hashes: Hashes, lengths: Offsets) -> Hashes:
-    """The entries of records with these hashes of keys, which may be BLANK, and these lengths."""
+    """Index entries for records with these key hashes (BLANK for a record that is not a row) and lengths."""
     return (hashes & ~LENGTH) | lengths.view(np.uint64)
 
 
 def lengths_in(entries: Hashes) -> Offsets:
-    """The lengths in these entries."""
+    """The record lengths in these entries."""
     return (entries & LENGTH).view(np.int64)
 
 
 def _made_for(master: os.stat_result, config: InboxConfig) -> dict[str, Any]:
-    """What an index depends on: the master, how it is read, and which of its columns is the key."""
+    """What an index depends on: the master, its dialect and its key column."""
     return {
         "version": INDEX_VERSION,
         "master": [master.st_ino, master.st_size, master.st_mtime_ns],
@@ -257,7 +257,7 @@ def _made_for(master: os.stat_result, config: InboxConfig) -> dict[str, Any]:
 
 
 def open_matching_index(files: ExitStack, path: Path, master: os.stat_result, config: InboxConfig) -> KeyIndex | None:
-    """The index, open until `files` are closed, if there is one of the master as it is now. Raises OSError."""
+    """Open the index if it matches the master's current state, else None; `files` closes it. Raises OSError."""
     try:
         file = files.enter_context(path.open("rb"))
         head = json.loads(file.read(HEAD_BYTES))
@@ -274,7 +274,7 @@ def open_matching_index(files: ExitStack, path: Path, master: os.stat_result, co
 
 
 class IndexWriter:
-    """An index being written. It is none before `seal`: its head is empty until then."""
+    """Writes an index. It is not valid before `seal`: its head is empty until then."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -282,7 +282,7 @@ class IndexWriter:
         file.write(bytes(HEAD_BYTES))
 
     def add(self, entries: Hashes) -> None:
-        """The next records."""
+        """Add the entries of the next records."""
         data = entries.astype(ENTRY, copy=False).data.cast("B")
         self._crc = zlib.crc32(data, self._crc)
         self._records += len(entries)
@@ -290,7 +290,7 @@ class IndexWriter:
         self._file.write(data)
 
     def seal(self, master: os.stat_result, config: InboxConfig) -> None:
-        """From now on it is the index of this master, which is complete. A name too long for the head gets none."""
+        """Make this the valid index of the finished master. If the head does not fit, it stays invalid."""
         head = _made_for(master, config) | {"records": self._records, "rows": self._rows, "crc32": self._crc}
         text = json.dumps(head).encode("ascii")
         if len(text) <= HEAD_BYTES:

@@ -1,8 +1,8 @@
-"""The upsert: master and file in, the new master out, in one pass over the master or along its index.
+"""The upsert: merges an incoming file into the master, by a full scan of the master or along its key index.
 
-Invariants: a row of the master whose key is not in the file is copied as bytes, in its place; both ways give the same
-bytes; memory is bounded by one block and the file's keys. The master is read, never written; one that cannot be read
-stops everything.
+Invariants: master rows whose key is not in the file are copied verbatim, in order; both ways produce the same bytes;
+memory is bounded by one block and the file's keys. The master is only read, never written; an unreadable master stops
+the run.
 """
 
 import itertools
@@ -47,9 +47,10 @@ Beat = Callable[[int], None]
 
 
 class MasterWriter:
-    """The new master being written; what is kept stays as it was to the byte, in its order.
+    """Writes the new master; kept rows are copied byte for byte, in order.
 
-    `removed` and `indexing` are None where nobody wants them. `ranges`: offset and length, in the old master.
+    `removed` and `indexing` are None if not wanted. `ranges` has the offset and length of removed ranges in the old
+    master.
     """
 
     def __init__(self, file: IO[bytes], removed: IO[bytes] | None, indexing: IndexWriter | None, beat: Beat) -> None:
@@ -61,18 +62,18 @@ class MasterWriter:
         self.beat = beat
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append bytes, all of them: the system may take less at once, before it says that the disk is full."""
+        """Append all bytes: a single write may be short, for example just before the disk is full."""
         rest = memoryview(data)
         while rest:
             rest = rest[self.file.write(rest) :]
 
     def keep(self, data: bytes | memoryview, first: Offsets, last: Offsets) -> None:
-        """Append what lay in the old master, without the ranges from each of `first` to that of `last`."""
+        """Append `data` of the old master, without the ranges from each `first` to its `last`."""
         self.kept_bytes += len(data) - int((last - first).sum())
         held, done = memoryview(data), 0
         if len(first):
-            # Joined before they are written: the kernel takes many short pieces at half the speed of one long one.
-            # As many at a time as end within some bytes: what is joined should stay in the processor's cache.
+            # Join pieces before writing: many short writes run at half the speed of one long one. Join at most
+            # JOIN_BYTES at a time, so that the joined data stays in the CPU cache.
             edges = np.searchsorted(last, np.arange(JOIN_BYTES, int(last[-1]), JOIN_BYTES)).tolist()
             for low, high in itertools.pairwise([0, *edges, len(last)]):
                 if low < high:
@@ -83,13 +84,13 @@ class MasterWriter:
         self.write(held[done:])
 
     def note(self, removed: Callable[[], bytes], first: Offsets, last: Offsets) -> None:
-        """Remember what was taken out of the old master, if anybody wants it, and which ranges of it that was."""
+        """Save the removed bytes and their ranges in the old master, if an undo file is kept."""
         if self._removed is not None and len(first):
             self._removed.write(removed())
             self.ranges.frombytes(np.stack((first, last - first), axis=1).astype(np.int64).tobytes())
 
     def finish(self) -> None:
-        """Make the undo file durable: the ranges follow the removed bytes."""
+        """Append the ranges to the removed bytes, and make the undo file durable."""
         if self._removed is not None:
             self._removed.write(self.ranges.tobytes())
             self._removed.flush()
@@ -97,10 +98,10 @@ class MasterWriter:
 
 
 class MatchCounts:
-    """Matches rows of the master with the file's keys, each row once, and counts inserted, replaced and unchanged.
+    """Matches each master row with the file's keys, and counts matched and unchanged keys.
 
-    Each key of the file counts once, however often the master has it: as unchanged when its first row there comes again
-    to the byte, else as replaced. `doubtful`: columns in which no row that stays had a value so far.
+    Each key of the file counts once, however often the master has it: as unchanged if its first row there equals the
+    new row byte for byte, else as replaced. `doubtful` are columns in which no kept row has had a value so far.
     """
 
     def __init__(self, incoming: IncomingFile, dialect: CsvDialect, spool: IO[bytes]) -> None:
@@ -116,11 +117,11 @@ class MatchCounts:
 
     @property
     def matched(self) -> int:
-        """How many keys of the file the master had."""
+        """The number of the file's keys that the master has."""
         return int(np.count_nonzero(self._matched))
 
     def find(self, cells: CellSlices, hashes: Hashes) -> tuple[Offsets, Offsets]:
-        """The places of the keys that the file has, and its last row with each."""
+        """The positions of the cells whose key is in the file, and the file's last row for each."""
         places = self.incoming.keys.candidates(hashes)
         if not len(places):
             return places, places
@@ -128,7 +129,7 @@ class MatchCounts:
         return places[rows >= 0], rows[rows >= 0]
 
     def count(self, rows: Offsets, block: RecordBlock, positions: Offsets) -> None:
-        """Count records of the master that go, with the row of the file that has the key of each."""
+        """Count the master's records that are removed; `rows` are the file's rows that replace them."""
         self.taken += len(rows)
         first = key_index.first_positions(rows)
         fresh = first[~self._matched[rows[first]]]
@@ -136,14 +137,14 @@ class MatchCounts:
         starts, stops = block.starts[positions[fresh]], block.stops[positions[fresh]]
         there = self.offsets[rows[fresh]]
         lengths = self.offsets[rows[fresh] + 1] - there - len(self.union.eol)
-        # Lengths first: most rows that changed differ in them, and nothing has to be read for these.
+        # Compare lengths first: most changed rows differ in length, and then nothing has to be read.
         alike = np.flatnonzero(lengths == stops - starts + len(self.padding))
         if len(alike):
             records = CellSlices(block.array, starts[alike], (stops - starts)[alike])
             self.unchanged += self._same(records, there[alike])
 
     def _same(self, records: CellSlices, starts: Offsets) -> int:
-        """How many of the records the file has, padded, each where it starts; there is at least one."""
+        """How many records equal, with padding, the spooled record at its start. There is at least one record."""
         held, places = self._spooled(starts, records.lengths + len(self.padding))
         alike = key_index.equal_pairs(records, CellSlices(held, places, records.lengths))
         if self.padding:
@@ -153,7 +154,7 @@ class MatchCounts:
         return int(np.count_nonzero(alike))
 
     def _spooled(self, starts: Offsets, lengths: Offsets) -> tuple[Octets, Offsets]:
-        """What the spool has there, and where in it each begins: all between them, unless that is too much."""
+        """The spooled records and their offsets in the result: one read of the whole span, unless it is too long."""
         base, end = int(starts.min()), int((starts + lengths).max())
         if end - base <= READ_BYTES:
             return np.frombuffer(os.pread(self.spool.fileno(), end - base, base), np.uint8), starts - base
@@ -162,7 +163,7 @@ class MatchCounts:
         return np.frombuffer(pieces, np.uint8), np.cumsum(lengths) - lengths
 
     def doubt(self, block: RecordBlock, hits: Offsets) -> None:
-        """A column with a value in any row that stays is not obsolete."""
+        """Clear the doubt about columns in which a kept row has a value: they are not obsolete."""
         stays = np.ones(len(block.rows), np.bool_)
         stays[hits] = False
         self.doubtful = [
@@ -172,7 +173,7 @@ class MatchCounts:
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """A merge into temporary files: its record, the columns of the new master, and the old master if there was one."""
+    """A merge into temporary files: its record, the new master's columns, and the stat of the old master, if any."""
 
     load: LoadRecord
     columns: tuple[str, ...]
@@ -180,7 +181,7 @@ class MergeResult:
 
 
 def master_header(path: Path, config: InboxConfig) -> CsvHeader | None:
-    """The master's header; None when there is no master. Raises Permanent when it cannot be read."""
+    """The master's header; None if there is no master. Raises Permanent if it cannot be parsed."""
     try:
         with path.open("rb", buffering=0) as file:
             return read_header(file.read, CsvDialect(config.csv_delimiter, config.csv_encoding))
@@ -210,15 +211,15 @@ def merge(
     new_index: Path | None,
     beat: Beat,
 ) -> MergeResult:
-    """Write the result to `out` and, durably, what it takes to come back to `removed` (None: that is not kept).
+    """Write the new master to `out` and the undo data, durably, to `removed` (None: no undo data).
 
-    `index` is that of the master, if there is one; `new_index` is None where none is wanted. `beat` is told of bytes
-    and may stop it. Raises Permanent, OSError, Transient when the master changed meanwhile, and IndexMismatch for an
-    index that is another's: then nothing of what was written holds.
+    `index` is the master's index, if any; `new_index` is None if none is wanted. `beat` receives byte counts and may
+    stop the merge. Raises Permanent, OSError, Transient if the master changed during the merge, and IndexMismatch if
+    the index does not match the master: then everything written is invalid.
     """
     before = None
     with ExitStack() as files:
-        # Rows that go are not kept where columns are added: the old master is kept whole then.
+        # If columns are added, undo keeps the whole old master instead of the removed rows.
         rows = _created(files, removed, master) if removed is not None and not incoming.union.added else None
         indexing = IndexWriter(_created(files, new_index, master)) if new_index is not None else None
         output = MasterWriter(_created(files, out, master, buffering=0), rows, indexing, beat)
@@ -237,7 +238,7 @@ def merge(
         output.finish()
         after = _complete(counts, output, config, out=out, new_index=new_index)
     union, dropped = counts.union, counts.doubtful
-    # Where columns come or go every row changes: then the old master is kept whole instead of the rows.
+    # If columns are added or dropped, every row changes: undo then keeps the whole old master instead of rows.
     revert = "first" if before is None else "whole" if union.added or dropped else "rows"
     load = replace(
         load,
@@ -268,7 +269,7 @@ def _created(files: ExitStack, path: Path, master: Path | None, buffering: int =
 def _keep_rows(
     master: IO[bytes], counts: MatchCounts, out: MasterWriter, index: KeyIndex | None, name: str
 ) -> os.stat_result:
-    """Write what stays of the master, along its index where that fits."""
+    """Write the master's kept rows, along its index if possible; returns the master's stat."""
     before = os.fstat(master.fileno())
     header = read_header(master.read, counts.dialect)
     fits = index is not None and not counts.padding and bool(header.eol)
@@ -276,7 +277,7 @@ def _keep_rows(
         _IndexedMerge(master, header, counts, out).run(index)
     else:
         _full_scan(master, header, counts, out)
-    # A program that takes no lock may have written in place: what was read is then no version of it.
+    # A program that does not take the lock may have written in place: then we read a mix of two versions.
     if identity_of(os.fstat(master.fileno())) != identity_of(before):
         told = f"the master {name} was written to while it was read"
         raise Transient(told, "no action needed; the next run merges into what it is then")
@@ -284,7 +285,7 @@ def _keep_rows(
 
 
 def _no_column_is_obsolete(master: IO[bytes], header: CsvHeader, counts: MatchCounts) -> bool:
-    """Whether the first rows alone tell that. Nothing is counted."""
+    """True if the first rows already prove it. Counts nothing."""
     if not counts.doubtful:
         return True
     master.seek(header.size_bytes)
@@ -297,9 +298,9 @@ def _no_column_is_obsolete(master: IO[bytes], header: CsvHeader, counts: MatchCo
 
 
 def _append(counts: MatchCounts, out: MasterWriter) -> int:
-    """Write the file's rows; of rows with one key, the last. How many were written."""
+    """Write the file's rows, only the last row of each key; returns the number written."""
     incoming, keys = counts.incoming, counts.incoming.keys
-    # Where the file has a key more than once, its last row counts, in that row's place.
+    # If the file has a key more than once, the last row is kept, at its own position.
     rows = keys.kept_rows()
     for start, end in incoming.runs(rows):
         for at in range(start, end, MEBIBYTE):
@@ -315,10 +316,10 @@ def _append(counts: MatchCounts, out: MasterWriter) -> int:
 def _complete(
     counts: MatchCounts, output: MasterWriter, config: InboxConfig, *, out: Path, new_index: Path | None
 ) -> os.stat_result:
-    """The new master is on the disk, without its obsolete columns, and its index sealed."""
+    """Make the new master durable without obsolete columns, and seal its index; returns the new master's stat."""
     if counts.doubtful:
         if new_index is not None:
-            new_index.unlink()  # without the column every length is another one
+            new_index.unlink()  # dropping a column changes every record's length
         return _drop_columns(out, counts.union, counts.doubtful, counts.dialect, output.beat)
     sync_file(output.file.fileno())
     after = os.fstat(output.file.fileno())
@@ -330,7 +331,7 @@ def _complete(
 def _drop_columns(
     path: Path, union: ColumnUnion, dropped: Sequence[int], dialect: CsvDialect, beat: Beat
 ) -> os.stat_result:
-    """Replace the file, durably, by itself without these columns; all else stays as it was to the byte."""
+    """Rewrite the file durably without these columns; everything else is unchanged to the byte."""
     second = path.with_name(f"{path.name}.2.tmp")
     d, keep = dialect.delimiter.encode(), [at for at in range(len(union.names)) if at not in frozenset(dropped)]
     with path.open("rb", buffering=0) as file, second.open("xb", buffering=0) as narrow:
@@ -353,12 +354,12 @@ def _drop_columns(
     return after
 
 
-# The full scan: every record is found, every key looked up, every width checked. It needs nothing but the master, so it
-# is what happens when no index fits.
+# The full scan parses every record, looks up every key and checks every width. It needs only the master, so it is the
+# fallback when no index matches.
 
 
 def _full_scan(master: IO[bytes], header: CsvHeader, counts: MatchCounts, out: MasterWriter) -> None:
-    """Write the header and every row that stays. Raises MalformedCsv, OSError and what `out.beat` raises."""
+    """Write the header and every kept row. Raises MalformedCsv, OSError and what `out.beat` raises."""
     master.seek(0)
     raw = master.read(header.size_bytes)
     out.write(counts.union.header(counts.dialect) if counts.padding or not header.eol else raw)
@@ -379,7 +380,7 @@ def _full_scan(master: IO[bytes], header: CsvHeader, counts: MatchCounts, out: M
 
 
 def _looked_up(block: RecordBlock, header: CsvHeader, counts: MatchCounts) -> tuple[Hashes, Offsets, Offsets]:
-    """The hash of each row's key, the places of those that the file has, and its row for each."""
+    """The key hash of each row, the positions of the rows whose key is in the file, and the file's row for each."""
     encoding = counts.dialect.encoding
     if (at := block.first_invalid(encoding)) >= 0:
         told = f"invalid {encoding.upper()} byte 0x{block.data[at]:02X}"
@@ -391,7 +392,7 @@ def _looked_up(block: RecordBlock, header: CsvHeader, counts: MatchCounts) -> tu
 
 
 def _write(block: RecordBlock, at: int, gone: Offsets, counts: MatchCounts, out: MasterWriter) -> None:
-    """The block without the records that go, every other byte as it is but for fields put behind."""
+    """Write the block without the removed records; kept records change only by the padding for added columns."""
     first, last = _ranges(block.starts[gone], block.ends[gone])
     data = block.data
     if counts.padding:
@@ -402,17 +403,17 @@ def _write(block: RecordBlock, at: int, gone: Offsets, counts: MatchCounts, out:
     out.note(lambda: cut(data, first, last), first + at, last + at)
     last_goes = len(gone) and int(gone[-1]) == len(block.ends) - 1
     if not block.data.endswith(b"\n") and not last_goes:
-        out.write(counts.union.eol)  # the last record of the master may lack its line end, and rows follow now
+        out.write(counts.union.eol)  # the master's last record may lack its line end, and rows follow now
 
 
 def _ranges(starts: Offsets, ends: Offsets) -> tuple[Offsets, Offsets]:
-    """The bounds of what goes, records in their order; neighbours make one range."""
+    """The bounds of the removed ranges; adjacent records are joined into one range."""
     apart = starts[1:] != ends[:-1]
     return np.concatenate((starts[:1], starts[1:][apart])), np.concatenate((ends[:-1][apart], ends[-1:]))
 
 
 def _add_entries(indexing: IndexWriter, block: RecordBlock, gone: Offsets, hashes: Hashes, counts: MatchCounts) -> None:
-    """Put the block's records that stay into the new index, as they are written."""
+    """Add the block's kept records to the new index, with their lengths as written."""
     lengths = block.ends - block.starts
     lengths[block.rows] += len(counts.padding)
     if not block.data.endswith(b"\n"):
@@ -424,12 +425,12 @@ def _add_entries(indexing: IndexWriter, block: RecordBlock, gone: Offsets, hashe
     indexing.add(np.delete(entries, gone) if len(gone) else entries)
 
 
-# The indexed merge: only rows whose key may be in the file are read; all others are copied verbatim. Nothing follows
-# from the index alone: each row that it points to must have the key and the length that it says.
+# The indexed merge parses only rows whose key may be in the file; all others are copied verbatim. The index alone is
+# never trusted: each row that it points to must have the recorded key hash and length.
 
 
 class _IndexedMerge:
-    """Where the pass is: all of the master before `_at` is done."""
+    """One pass over the master along its index. Everything before `_at` is done."""
 
     def __init__(self, master: IO[bytes], header: CsvHeader, counts: MatchCounts, out: MasterWriter) -> None:
         self._at = 0
@@ -442,8 +443,9 @@ class _IndexedMerge:
         self._held = memoryview(bytearray(CHUNK_BYTES))
 
     def run(self, index: KeyIndex) -> None:
-        """Write the header and every row that stays: all records that the index has, and nothing of the master may be
-        left then. Raises IndexMismatch, as all that it calls does.
+        """Write the header and every kept row. The index must cover the whole master.
+
+        Raises IndexMismatch, as do the methods below.
         """
         self._chunk(self._header_bytes, NONE, NONE.view(np.uint64))
         for entries in index.pieces():
@@ -457,7 +459,7 @@ class _IndexedMerge:
         if self._at + int(ends[-1]) > self._size:
             raise IndexMismatch
         places = self._counts.incoming.keys.candidates(entries)
-        # All records are read, some megabytes at a time or one that is longer.
+        # Process up to CHUNK_BYTES at a time, or a single longer record.
         gone, first, done = [], 0, 0
         while first < len(entries):
             last = max(int(np.searchsorted(ends, done + CHUNK_BYTES, "right")), first + 1)
@@ -469,7 +471,7 @@ class _IndexedMerge:
             self._out.indexing.add(np.delete(entries, np.concatenate(gone)))
 
     def _chunk(self, size: int, stops: Offsets, asked: Hashes) -> Offsets:
-        """Write that many bytes, but not those of these records that go; which these are."""
+        """Copy the next `size` bytes without matching records; returns which of `asked` matched."""
         data, lengths = self._read(size), key_index.lengths_in(asked)
         starts = stops - lengths
         raw = cut(data, starts, stops)
@@ -482,7 +484,7 @@ class _IndexedMerge:
         return hits
 
     def _read(self, size: int) -> memoryview:
-        """The next bytes of the master, good until the next call."""
+        """The next bytes of the master, valid until the next call."""
         if size > MASTER_RECORD_BYTES:
             raise IndexMismatch
         if size > len(self._held):
@@ -496,7 +498,7 @@ class _IndexedMerge:
         return data
 
     def _matches(self, raw: bytes, lengths: Offsets, asked: Hashes) -> Offsets:
-        """Which of these records have a key of the file; those are counted."""
+        """Which of these records have a key of the file; counts them."""
         if not len(asked):
             return NONE
         try:

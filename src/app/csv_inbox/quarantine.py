@@ -1,4 +1,4 @@
-"""Files that cannot be merged, set aside with the reason, and the history of what was merged or rejected."""
+"""Quarantine for files that cannot be merged, with the reason, and the history of merged and rejected files."""
 
 import itertools
 import json
@@ -44,13 +44,14 @@ MERGED, REJECTED, UNDONE = "merged", "rejected", "undone"
 log = logging.getLogger(__name__)
 
 
-# The load history: one small file for each file that was merged or rejected. A record is written as part of the
-# transaction that it tells of, under a name that is the same when that is repeated; only the newest are kept.
+# The load history: one small record file for each merged or rejected file. A record is written as part of its own
+# transaction, under a name that stays the same when the transaction is repeated; only the newest records are kept.
 
 
 def load_id_of(folder: Path, at: datetime) -> str:
-    """A new name for the record of a file. Names sort by time, and this one is the last of all that are there, also
-    when the clock was set back since: the newest merge is the one that can be taken back first.
+    """A new record name. Names sort by time, and this one sorts last even if the clock was set back.
+
+    Undo relies on this order: the newest merge is undone first.
     """
     newest = max((name[:STAMP_CHARACTERS] for name in _record_names(folder)), default="")
     with suppress(ValueError, OverflowError):
@@ -59,21 +60,22 @@ def load_id_of(folder: Path, at: datetime) -> str:
 
 
 def text_of(at: datetime) -> str:
-    """An instant as the history shows it."""
+    """A UTC timestamp as the history shows it."""
     return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadRecord:
-    """What became of one file. `load_id` begins with its instant in UTC, so names sort by time.
+    """The outcome of one file. `load_id` begins with its UTC timestamp, so names sort by time.
 
-    `revert` says how the merge can be taken back: "rows" (removed rows were kept), "whole" (the old master was),
-    "first" (there was no master), "" (cannot). `size_bytes` and `mtime_ns` are those of the master after it,
-    `mtime_before_ns` that of the one before.
+    `revert` is how the merge can be undone: "rows" (removed rows were kept), "whole" (the old master was kept),
+    "first" (there was no master), "" (cannot be undone). `size_bytes` and `mtime_ns` are the master's after the merge;
+    `mtime_before_ns` is its modification time before.
 
-    The last fields are how rows are found that are written to the file later: its name in the archive as it is, its
-    device, inode, size and modification time when it was last looked at, the MD5 of all that was taken in by then,
-    where its rows begin, and the size of a last record without a line end. `source` is empty where nothing is known.
+    The last five fields serve to find rows appended to the file later: `archive_name` is its raw name in the archive;
+    `source` its device, inode, size and modification time at the last check (empty if unknown); `source_md5` the MD5
+    of everything ingested by then; `rows_at` the offset of its first row; `unended_bytes` the size of a last record
+    without a line end.
     """
 
     load_id: str
@@ -118,7 +120,7 @@ class LoadRecord:
 
 
 def load_of(content: Mapping[str, Any]) -> LoadRecord:
-    """A load from its record; keys of a later version are left out."""
+    """A load from its JSON record; unknown keys, from later versions, are ignored."""
     known = {each.name for each in fields(LoadRecord)}
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
@@ -133,7 +135,7 @@ def save_load(folder: Path, load: LoadRecord) -> None:
 
 
 def loads(folder: Path, limit: int = KEPT_LOADS) -> Sequence[LoadRecord]:
-    """Newest first; empty when there is no folder. A record that cannot be read is left out."""
+    """Newest first; empty if there is no folder. Unreadable records are skipped."""
     names = _record_names(folder)
     found = []
     for name in sorted(names, reverse=True)[:limit]:
@@ -143,7 +145,7 @@ def loads(folder: Path, limit: int = KEPT_LOADS) -> Sequence[LoadRecord]:
 
 
 def _record_names(folder: Path) -> list[str]:
-    """The files of records, none when there is no folder."""
+    """The names of the record files; none if there is no folder."""
     try:
         return [path.name for path in folder.iterdir() if path.suffix == RECORD and path.name[0] != "."]
     except FileNotFoundError:
@@ -151,12 +153,12 @@ def _record_names(folder: Path) -> list[str]:
 
 
 def revert_file(folder: Path, load_id: str) -> Path:
-    """What it takes to undo a merge; it exists as long as the merge can be undone."""
+    """The undo file of a merge; it exists as long as the merge can be undone."""
     return folder / f"{load_id}{REVERT}"
 
 
 def prune(folder: Path, undo_keep: int) -> None:
-    """Remove what lies beyond the number of merges that can be undone, and the oldest records. Idempotent."""
+    """Remove all but the newest `undo_keep` undo files, and the oldest records. Idempotent."""
     # A merge can be undone for as long as its undo file is there.
     reverts, records = (sorted(folder.glob(f"*{suffix}"), reverse=True) for suffix in (REVERT, RECORD))
     for path in (*reverts[undo_keep:], *records[KEPT_LOADS:]):
@@ -179,7 +181,7 @@ def history_row(load: LoadRecord) -> Mapping[str, Any]:
 
 
 def to_undo(paths: InboxPaths, run_id: str) -> Sequence[LoadRecord]:
-    """The merges of a run and all later ones, newest first. `run_id` may be its beginning. Raises Rejected."""
+    """The merges of a run and all later ones, newest first. `run_id` may be a prefix. Raises Rejected."""
     merged = [load for load in loads(paths.loads) if load.outcome == MERGED]
     wanted = [place for place, load in enumerate(merged) if load.run_id.startswith(run_id)]
     if not wanted or len(run_id) < LEAST_CHARACTERS:
@@ -197,7 +199,7 @@ def to_undo(paths: InboxPaths, run_id: str) -> Sequence[LoadRecord]:
 
 
 def preview(load: LoadRecord) -> str:
-    """What taking this merge back does."""
+    """Describes what undoing this merge does."""
     return (
         f"{load.file}, merged {load.at}: {load.inserted} inserted rows go, {load.replaced + load.unchanged} rows come "
         f"back as they were; {load.rows_after} rows become {load.rows_before}"
@@ -205,7 +207,7 @@ def preview(load: LoadRecord) -> str:
 
 
 def check_master(config: InboxConfig, load: LoadRecord) -> None:
-    """Raises Rejected unless the master is as this merge left it: of that size, and not written to since."""
+    """Raises Rejected unless the master is as this merge left it, by size and modification time."""
     if not _is_as_left(config, load):
         raise Rejected(
             f"{config.merged_file.name} was changed by something else since {load.file} was merged",
@@ -222,8 +224,9 @@ def _is_as_left(config: InboxConfig, load: LoadRecord) -> bool:
 
 
 def changed_master(paths: InboxPaths) -> str:
-    """What to say of a master that is gone, or not as the last merge left it: an older copy may have been put back, and
-    lacks what was merged since. "" when all is well.
+    """A warning if the master is missing or is not as the last merge left it, else "".
+
+    Someone may have restored an older copy that lacks later merges.
     """
     last = next((load for load in loads(paths.loads, RECENT_LOADS) if load.outcome == MERGED), None)
     if last is None or _is_as_left(paths.config, last):
@@ -237,7 +240,7 @@ def changed_master(paths: InboxPaths) -> str:
 
 @dataclass(frozen=True, slots=True)
 class GrownFile:
-    """A file of the archive that is not as it was when it was merged. `load` is the record of the merge."""
+    """An archived file that has changed since it was merged. `load` is the record of the merge."""
 
     load: LoadRecord
     path: Path
@@ -245,16 +248,16 @@ class GrownFile:
 
     @property
     def merged(self) -> FileIdentity:
-        """The file when it was last looked at."""
+        """The file's identity at the last check."""
         return FileIdentity(*self.load.source)
 
     def is_steady(self) -> bool:
-        """True while nothing more is written."""
+        """True if the file has not changed since it was found."""
         return identity_at(self.path) == self.found
 
 
 def changed_archive_files(paths: InboxPaths) -> Sequence[GrownFile]:
-    """What was written to since, among the files that the load history knows. Raises OSError."""
+    """The archived files in the load history that were written to since they were merged. Raises OSError."""
     changed = []
     for load in loads(paths.loads):
         if load.outcome != MERGED or not load.source:
@@ -266,19 +269,19 @@ def changed_archive_files(paths: InboxPaths) -> Sequence[GrownFile]:
     return changed
 
 
-# Files that cannot be merged. The reason is on the disk before the file leaves the inbox, and the file is moved, never
-# changed: after a crash in between, the next run comes to the same end under the same names. What lies in the folder
-# belongs to its user: nothing is ever overwritten or deleted there, but the reason of the very same file.
+# Quarantine. The reason is on disk before the file leaves the inbox, and the file is moved, never changed: after a
+# crash in between, the next run finishes the move under the same names. The rejected folder belongs to its user:
+# nothing in it is overwritten or deleted, except the reason of the very same file.
 
 
 def reject(paths: InboxPaths, candidate: Candidate, cause: UnmergeableFile, run_id: str, at: datetime) -> Path:
-    """Move the file to `rejected_dir`, its reason beside it, and record it; where it lies now.
+    """Move the file to `rejected_dir`, write its reason next to it, and record it; returns its new path.
 
-    Raises OSError, FileStillChanging when it is gone or another file by now, and StuckFile for what can only lie where
-    it is.
+    Raises OSError, FileStillChanging if the file is gone or was replaced, and StuckFile if it cannot be moved to
+    another file system.
     """
     name = candidate.path.name
-    if not unchanged(candidate):  # what lies there now was not looked at
+    if not unchanged(candidate):  # the current content was not checked
         raise FileStillChanging(
             f"{name} is gone or was changed while it was read", "no action needed; the next run looks again"
         )
@@ -288,7 +291,7 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: UnmergeableFile, run_
         targets = free_paths(paths.config.rejected_dir, name, suffixes, REJECTED_BYTES)
         target = next(each for each in targets if _is_free(each, candidate, bad_rows))
         reason = _beside(target, REASON)
-        # A reason without its file is that of a run that was killed here: its record is written again, not once more.
+        # A reason without its file is from a run that was killed here: reuse its record instead of adding a second one.
         load_id = _told_before(reason).get("load_id") or load_id_of(paths.loads, at)
         content = _reason(cause, printable(name), at) | {"source": _source(candidate), "load_id": load_id}
         text = json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
@@ -304,7 +307,7 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: UnmergeableFile, run_
 
 
 def _is_free(target: Path, candidate: Candidate, bad_rows: bytes) -> bool:
-    """True unless the reason there is another file's, or the bad rows there are others or were corrected."""
+    """False if the reason there belongs to another file, or the bad rows there differ or were corrected."""
     reason, rows = _beside(target, REASON), _beside(target, BAD_ROWS)
     if os.path.lexists(reason) and _told_before(reason).get("source") != _source(candidate):
         return False
@@ -327,7 +330,7 @@ def _told_before(reason: Path) -> dict[str, Any]:
 
 
 def rejected_by(paths: InboxPaths, run_id: str) -> Sequence[KeptFile]:
-    """The files that a run set aside and that still lie there, by name; a link is none of them. Raises OSError."""
+    """The files that a run rejected and that are still there, by name, without links. Raises OSError."""
     load_ids = {load.load_id for load in loads(paths.loads) if (load.run_id, load.outcome) == (run_id, REJECTED)}
     reasons = sorted(paths.config.rejected_dir.glob(f"*{REASON}")) if load_ids else []
     found = (each.with_name(each.name.removesuffix(REASON)) for each in reasons if _load_id(each) in load_ids)
@@ -362,7 +365,7 @@ def _move(source: Path, target: Path) -> None:
             raise FileStillChanging(
                 "it was to be set aside and is gone", "no action needed; the file was removed"
             ) from error
-        # Another file system has to be copied to; on the same one it is another fault.
+        # Copy to another file system; on the same one the rename failed for another reason.
         if source.lstat().st_dev == target.parent.stat().st_dev:
             raise
         _copy(source, target)
@@ -373,14 +376,14 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """The same on another file system: a file, a link as the link that it is, a pipe as a new one. Raises StuckFile."""
+    """Copy to another file system: a file, a link (not its target), or a pipe as a new one. Raises StuckFile."""
     mode = source.lstat().st_mode
     if stat.S_ISFIFO(mode):
         os.mkfifo(target, stat.S_IMODE(mode))
     elif stat.S_ISLNK(mode):
         target.symlink_to(source.readlink())
     elif stat.S_ISREG(mode):
-        # Under a name that a restart removes, so that a copy that was cut never passes for the file.
+        # Under a temporary name that a restart removes, so that a partial copy is never taken for the file.
         temporary = target.with_name(f".{target.name}{REASON}{TEMPORARY_SUFFIX}")
         shutil.copy2(source, temporary)
         with temporary.open("rb") as file:

@@ -1,11 +1,11 @@
-"""One merge, or one undo, as one transaction: the journal is its commit, and recovery carries out what was committed.
+"""One merge or undo as one transaction: writing the journal commits it, and recovery completes a committed one.
 
-Order: everything new is on the disk under temporary names, and the archive has a second name for the input, before the
-journal appears by an atomic rename. From then on the transaction has happened; what is left to do are renames that can
-be repeated. Without a journal nothing has happened, and every temporary file goes. fsync is never retried.
+Order: all new files are on disk under temporary names, and the input is linked into the archive, before an atomic
+rename creates the journal. From then on the transaction is committed; the remaining renames can be repeated. Without a
+journal nothing has happened, and temporary files are removed. fsync is never retried.
 
-Journal, metadata and history may be lost or restored from a backup at any time; master, archive and inbox say what is
-left to do then. Only a file that lies nowhere but under the archive's pending name stops recovery.
+Journal, metadata and history may be lost or restored from a backup at any time; recovery then works from the master,
+archive and inbox. Only an input that exists solely under the archive's pending name stops recovery.
 """
 
 import json
@@ -71,7 +71,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PendingRename:
-    """A temporary file that takes its final name. `inode` tells whether that was done already."""
+    """A temporary file to be renamed to its final name. `inode` shows whether that was done already."""
 
     temporary: Path
     target: Path
@@ -80,7 +80,7 @@ class PendingRename:
 
 @dataclass(frozen=True, slots=True)
 class PendingArchive:
-    """The input on its way from the inbox to the archive. `digest` is the MD5 of what was merged."""
+    """The input's move from the inbox to the archive. `digest` is the MD5 of the merged content."""
 
     pending: Path
     target: Path
@@ -91,7 +91,7 @@ class PendingArchive:
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """Everything that is left to do once it is committed. The first renaming is what it is for: without it, nothing."""
+    """Everything to do after the commit. If the first renaming is impossible, nothing else is done."""
 
     renamings: Sequence[PendingRename]
     removals: Sequence[Path]
@@ -100,13 +100,13 @@ class Transaction:
 
 
 def renaming(temporary: Path, target: Path) -> PendingRename:
-    """The renaming of a file that is complete now."""
+    """The renaming of a finished file."""
     return PendingRename(temporary, target, temporary.stat().st_ino)
 
 
 def commit(paths: InboxPaths, transaction: Transaction) -> None:
-    """Make the transaction happen: once this returns, it has. Raises OSError; then it has not."""
-    # The names must be on the disk before the journal that speaks of them.
+    """Commit the transaction. Raises OSError; then it is not committed."""
+    # The names must be on disk before the journal that refers to them.
     archive = {transaction.archiving.pending.parent} if transaction.archiving else set()
     for folder in {each.temporary.parent for each in transaction.renamings} | archive:
         sync_directory(folder)
@@ -114,11 +114,11 @@ def commit(paths: InboxPaths, transaction: Transaction) -> None:
 
 
 def complete(paths: InboxPaths, transaction: Transaction) -> bool:
-    """Do what the transaction says; what is done already is skipped, so it can be repeated after any crash.
+    """Carry out the transaction; skips finished steps, so it can be repeated after any crash.
 
-    False when it was given up. Raises Permanent when neither can be done.
+    Returns False if it was abandoned. Raises Permanent if it can be neither completed nor abandoned.
     """
-    # The first renaming is that of the master: where it cannot be, nothing else may be done either.
+    # The first renaming replaces the master: if it is impossible, nothing else may be done.
     if _removes_a_later_master(paths, transaction) or not all(map(_rename, transaction.renamings[:1])):
         _give_up(paths, transaction)
         return False
@@ -139,20 +139,19 @@ def complete(paths: InboxPaths, transaction: Transaction) -> bool:
 
 
 def _rename(each: PendingRename) -> bool:
-    """True once the target is the file of the transaction; False when that is gone, or was replaced since."""
+    """True once the target is the transaction's file; False if that file is gone or was replaced since."""
     if each.temporary.exists():
         each.temporary.replace(each.target)
         log.debug("renamed %s to %s", each.temporary.name, each.target)
         return True
-    # Done before a kill, or replaced by somebody since: only the inode tells.
+    # Either renamed before a crash, or replaced since: only the inode shows which.
     return each.target.exists() and each.target.stat().st_ino == each.inode
 
 
 def _give_up(paths: InboxPaths, transaction: Transaction) -> None:
-    """End a transaction whose first file is gone: the journal is an old one, or somebody put another file there.
+    """Abandon a transaction whose first file is gone: the journal is outdated, or the master was replaced.
 
-    An input that is in the archive was merged, one that is still in the inbox is merged again. Raises Permanent for one
-    that is in neither.
+    An input in the archive was merged; one still in the inbox is merged again. Raises Permanent if it is in neither.
     """
     archiving = transaction.archiving
     if archiving and archiving.pending.exists() and not _is_merged(archiving):
@@ -170,7 +169,7 @@ def _give_up(paths: InboxPaths, transaction: Transaction) -> None:
 
 
 def _removes_a_later_master(paths: InboxPaths, transaction: Transaction) -> bool:
-    """True when an undo would take away a master that is not as the merge left it that is taken back."""
+    """True if an undo would delete a master that changed after the merge it undoes."""
     master = paths.config.merged_file
     if master not in transaction.removals or not master.exists():
         return False
@@ -179,10 +178,10 @@ def _removes_a_later_master(paths: InboxPaths, transaction: Transaction) -> bool
 
 
 def _archive(each: PendingArchive) -> None:
-    """The link gets its archive name; the inbox's name goes unless it leads to anything else by now.
+    """Rename the pending link to its archive name, and remove the inbox's name unless it is a different file by now.
 
-    Rows that were appended since the file was read go with it: they are found in the archive and taken in as a file of
-    their own. A file that was rewritten stays in the inbox, and is merged and archived as it is then.
+    Rows appended since the file was read move with it: they are found in the archive and ingested as a separate file. A
+    rewritten file stays in the inbox, to be merged and archived again.
     """
     merged = _is_merged(each)
     if each.pending.exists() and (merged or _inode(each.pending) != _inode(each.source)):
@@ -196,7 +195,7 @@ def _archive(each: PendingArchive) -> None:
 
 
 def _is_merged(each: PendingArchive) -> bool:
-    """True while the inbox's name leads to the file that was merged, or to that file with more behind it."""
+    """True if the inbox's name is still the merged file, possibly with more appended."""
     found, held = identity_at(each.source), each.identity
     if found is None or found == held:
         return found == held
@@ -217,9 +216,9 @@ def _inode(path: Path) -> int:
 
 
 def recover(paths: InboxPaths) -> LoadRecord | None:
-    """Complete what was committed, remove what was not; the load that was completed.
+    """Complete a committed transaction and remove leftovers; returns the completed load, if any.
 
-    Raises OSError, and Permanent when the journal cannot be read or carried out.
+    Raises OSError, and Permanent if the journal is damaged or cannot be completed.
     """
     done = None
     try:
@@ -231,7 +230,7 @@ def recover(paths: InboxPaths) -> LoadRecord | None:
             f"the merge journal {paths.journal.name} is damaged: {error}",
             "compare master and metadata with a backup, then remove the journal; nothing was changed",
         ) from error
-    # A kill after the commit: the rest is done now. One before it left only temporary files, which go.
+    # After a crash past the commit, do the rest now. A crash before it left only temporary files to remove.
     if transaction is not None:
         paths.loads.mkdir(exist_ok=True)
         if complete(paths, transaction):
@@ -241,7 +240,7 @@ def recover(paths: InboxPaths) -> LoadRecord | None:
 
 
 def _to_json(transaction: Transaction, folder: Path) -> Mapping[str, Any]:
-    """As JSON; paths relative to the master's folder, so that the whole tree may have moved before the restart."""
+    """As JSON; paths are relative to the master's folder, so that the whole tree can be moved before a restart."""
 
     def near(path: Path) -> str:
         return os.path.relpath(path, folder)
@@ -269,7 +268,7 @@ def _from_json(content: Mapping[str, Any], folder: Path) -> Transaction:
         target = folder / way["target"]
         archiving = PendingArchive(
             folder / way["pending"],
-            target.with_name(bounded_name(target.name)),  # earlier versions committed names too long for a directory
+            target.with_name(bounded_name(target.name)),  # earlier versions committed names that are too long
             folder / way["source"],
             FileIdentity(**way["identity"]),
             way["digest"],
@@ -285,8 +284,8 @@ def _from_json(content: Mapping[str, Any], folder: Path) -> Transaction:
     )
 
 
-# One file merged as one transaction. Until the commit nothing has changed but temporary files, and those go when the
-# commit does not come. A dry run merges into a temporary folder only.
+# Merging one file as one transaction. Before the commit only temporary files change; they are removed if it fails. A
+# dry run merges only into a temporary folder.
 
 KEPT_BYTES = 1 << 23
 
@@ -311,7 +310,7 @@ def merge_file(inbox: InboxRun, candidate: Candidate) -> Report:
         if not paths.journal.exists():  # after a commit the journal needs them
             paths.remove_leftovers()
     complete(paths, transaction)
-    if temporary("index").exists():  # the index takes its name once its master has
+    if temporary("index").exists():  # rename the index only after its master
         temporary("index").replace(paths.index)
     inbox.tell(transaction.load.summary())
     numbers = (load.rows_after, len(merged.columns), load.size_bytes)
@@ -321,7 +320,10 @@ def merge_file(inbox: InboxRun, candidate: Candidate) -> Report:
 
 @contextmanager
 def preview_merge(inbox: InboxRun) -> Iterator[Callable[[Candidate], Report]]:
-    """A dry run: what is yielded says what merging a file after those before would do. It raises as `merge_file`."""
+    """A dry run: yields a function that reports what merging a file, after the earlier ones, would do.
+
+    That function raises as `merge_file` does.
+    """
     master, index = inbox.config.merged_file, inbox.paths.index
     with tempfile.TemporaryDirectory(prefix="headwater-csv-inbox-") as name:
         folder = Path(name)
@@ -350,7 +352,7 @@ def preview_merge(inbox: InboxRun) -> Iterator[Callable[[Candidate], Report]]:
 
 
 def _report(incoming: IncomingFile, load: LoadRecord) -> Report:
-    """What one file did. A row that a later row of the same file replaces counts as corrected."""
+    """The report for one file. A row replaced by a later row of the same file counts as corrected."""
     tally = Tally(
         counted=incoming.counted,
         read=incoming.rows,
@@ -371,10 +373,10 @@ def _read_and_merge(
     index: Path,
     temporary: Callable[[str], Path],
 ) -> tuple[IncomingFile, MergeResult]:
-    """Check, spool and merge one file into temporary files; neither the master nor its index need exist."""
-    # glibc hands memory back once twice the largest block ever freed lies idle, and the kernel has to clear each page
-    # of it again: a hundred pages for every megabyte merged. Freeing one large block, never touched, keeps the memory
-    # of one block for the next. The daemon sets its own limits.
+    """Check, spool and merge one file into temporary files; the master and its index need not exist."""
+    # glibc returns memory to the kernel once the idle part exceeds twice the largest block ever freed; the kernel then
+    # has to clear each page again, a hundred pages per megabyte merged. Freeing one large, untouched block raises that
+    # limit, so memory is reused from block to block. The daemon sets its own limits.
     bytearray(KEPT_BYTES)
     config = inbox.config
     header = master_header(master, config)
@@ -422,10 +424,10 @@ def _read_and_merge(
 def _prepare(
     inbox: InboxRun, candidate: Candidate, incoming: IncomingFile, merged: MergeResult, load: LoadRecord
 ) -> Transaction:
-    """Everything durable under temporary names, the archive's second name for the input made: ready to be committed.
+    """Make everything durable under temporary names and link the input into the archive: ready to commit.
 
-    Raises FileStillChanging when the input was replaced, Transient when something that takes no lock replaced the
-    master.
+    Raises FileStillChanging if the input was replaced, and Transient if a program that does not take the lock replaced
+    the master.
     """
     paths, config, at = inbox.paths, inbox.config, inbox.clock()
     metadata = paths.temporary(load.load_id, "metadata", config.metadata_file.parent)
@@ -459,12 +461,12 @@ def _prepare(
 def _archiving(
     inbox: InboxRun, candidate: Candidate, incoming: IncomingFile, load_id: str, at: datetime
 ) -> PendingArchive:
-    """A second name, for the archive, of the very file that was read. Raises FileStillChanging."""
+    """Link exactly the file that was read into the archive. Raises FileStillChanging."""
     pending, name = inbox.paths.pending(load_id), candidate.path.name
     try:
         link_or_copy(candidate.path, pending)
     except FileNotFoundError as error:
-        if candidate.path.exists():  # the archive is what is missing
+        if candidate.path.exists():  # then the archive folder is missing
             raise
         raise FileStillChanging(f"{name} is gone", "no action needed; the file was removed") from error
     if not unchanged(replace(candidate, identity=incoming.identity)):
@@ -474,7 +476,7 @@ def _archiving(
 
 
 def write_metadata(temporary: Path, columns: Sequence[str], rows: int, at: datetime) -> None:
-    """Write the metadata durably to a temporary file. `last_updated`: UTC, as documented, without an offset."""
+    """Write the metadata durably to a temporary file. `last_updated` is UTC without an offset, as documented."""
     content = {
         "last_updated": at.replace(tzinfo=None).isoformat(timespec="microseconds"),
         "row_count": rows,
@@ -488,15 +490,15 @@ def write_metadata(temporary: Path, columns: Sequence[str], rows: int, at: datet
         sync_file(file.fileno())
 
 
-# Taking merges back, newest first, each as one committed transaction: the master becomes what it was, to the byte.
+# Undoing merges, newest first, each as one committed transaction: the master is restored byte for byte.
 #
-# Invariant: nothing is written over a master that is not what the last merge left; what was archived stays archived.
+# Invariant: a master that changed since the last merge is never overwritten; archived files stay in the archive.
 
 
 def undo_merge(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable[[int], None]) -> None:
-    """Take one merge back, the newest; `beat` is told of bytes written and may stop it before the commit.
+    """Undo the newest merge; `beat` receives the bytes written and may stop it before the commit.
 
-    Raises Rejected when the master was changed since, and OSError.
+    Raises Rejected if the master was changed since, and OSError.
     """
     config = paths.config
     check_master(config, load)
@@ -519,13 +521,13 @@ def undo_merge(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable
         write_metadata(metadata, header.names, rows, at)
         renamings = [renaming(restored, config.merged_file), renaming(metadata, config.metadata_file)]
     transaction = Transaction(renamings, removals, None, replace(load, outcome=UNDONE, revert=""))
-    check_master(config, load)  # nobody who takes no lock wrote to it while it was read
+    check_master(config, load)  # again: a program that does not take the lock may have written to it meanwhile
     commit(paths, transaction)
     complete(paths, transaction)
 
 
 def _splice(config: InboxConfig, load: LoadRecord, kept: Path, restored: Path, beat: Callable[[int], None]) -> None:
-    """The kept bytes of the master with the removed rows back in their places; the ranges follow these in `kept`."""
+    """Write the master's kept bytes with the removed rows back in place; in `kept` the ranges follow the rows."""
     with (
         config.merged_file.open("rb", buffering=0) as master,
         kept.open("rb", buffering=0) as removed,
@@ -544,7 +546,7 @@ def _splice(config: InboxConfig, load: LoadRecord, kept: Path, restored: Path, b
             at = offset + length
         _copy(master, out, load.kept_bytes - master.tell(), beat)
         out.flush()
-        # As it was in this as well: the merge before tells its master by size and time.
+        # Restore the modification time too: the previous merge recognises its master by size and time.
         os.utime(out.fileno(), ns=(load.mtime_before_ns, load.mtime_before_ns))
         sync_file(out.fileno())
 

@@ -1,7 +1,7 @@
-"""How a table is read for one hour at the least cost, decided from what DescribeTable says.
+"""Chooses the cheapest way to read one hour of a table, from the answer of DescribeTable.
 
-Invariant: a plan never leaves rows out. An index serves only when it is active, complete and has every attribute; a
-scan is the last way, is said, and has a limit. The facts are those of contracts/dynamodb.md, sections 2 to 5.
+Invariant: a plan never misses rows. An index is used only if it is active, complete and projects all attributes; a scan
+is the last resort, is logged, and has a size limit. Source: contracts/dynamodb.md, sections 2 to 5.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,9 +19,9 @@ SEGMENTS = 4
 
 @dataclass(frozen=True, slots=True)
 class AccessPath:
-    """The way to read. `hash_name` "" = scan. Types are DynamoDB's letters; `key` are the primary key's attributes.
+    """How to read the table. `hash_name` "" = scan. Types are DynamoDB's letters; `key` has the primary key attributes.
 
-    `left_out` is the one attribute that is the same in all rows, "" when there is none.
+    `left_out` is the attribute with the same value in all rows, which gets no column; "" if there is none.
     """
 
     key: tuple[str, ...]
@@ -36,22 +36,22 @@ class AccessPath:
 
     @property
     def scans(self) -> bool:
-        """True when each read pays for the whole table."""
+        """True if each read costs a scan of the whole table."""
         return not self.hash_name
 
     @property
     def way(self) -> "AccessPath":
-        """The same without what grows with the items."""
+        """The same path without the table size, for comparison."""
         return replace(self, size_bytes=0)
 
     @property
     def scan_units(self) -> int:
-        """Read units of one whole consistent scan, by the size that DynamoDB last told (up to six hours old)."""
+        """Read units of one full consistent scan, from the size that DynamoDB reports (up to six hours old)."""
         return -(-self.size_bytes // UNIT_BYTES)
 
 
 def plan_of(table: Mapping[str, Any], wanted: DynamoSettings) -> AccessPath:
-    """The cheapest way that reads everything. Raises Permanent when only a scan is left and it is above the limit."""
+    """The cheapest complete access path. Raises Permanent if only a scan is left and the table exceeds the limit."""
     types = {each["AttributeName"]: each["AttributeType"] for each in table["AttributeDefinitions"]}
     key = tuple(each["AttributeName"] for each in table["KeySchema"])
     size_bytes = int(table.get("TableSizeBytes") or 0)
@@ -80,7 +80,7 @@ def plan_of(table: Mapping[str, Any], wanted: DynamoSettings) -> AccessPath:
 
 
 def index_advice(table: Mapping[str, Any], wanted: DynamoSettings) -> str:
-    """What would let this table be queried instead of scanned."""
+    """A hint on how to make this table queryable instead of scanning it."""
     timestamp = wanted.timestamp_attribute
     for _, hash_name, _ in _ways(table, timestamp):
         return f"set DYNAMODB_PARTITION_VALUES to the values of {hash_name!r}"
@@ -88,8 +88,9 @@ def index_advice(table: Mapping[str, Any], wanted: DynamoSettings) -> str:
 
 
 def _ways(table: Mapping[str, Any], timestamp: str) -> Iterator[tuple[str, str, bool]]:
-    """The table ("") and its indexes that hold everything and sort by the timestamp, consistent ones first: index, the
-    one attribute that partitions it, and whether a read of it is consistent.
+    """The table ("") and the complete indexes that sort by the timestamp, consistent ones first.
+
+    Yields the index name, its partition key attribute, and whether reads are consistent.
     """
     local, remote = (table.get(f"{kind}SecondaryIndexes") or () for kind in ("Local", "Global"))
     ready = [each for each in remote if each.get("IndexStatus", "ACTIVE") == "ACTIVE" and not each.get("Backfilling")]

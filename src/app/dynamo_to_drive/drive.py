@@ -1,7 +1,7 @@
-"""Google Drive v3 as few calls: sign-in, refusals, files. The home of google-auth and googleapiclient.
+"""A small Google Drive v3 client: sign-in, errors, files. Only this module uses google-auth and googleapiclient.
 
-Invariants: every call may be repeated, since a create carries an id that was made before; the flags for shared drives
-are always sent; an upload counts only when Drive's checksum and size are ours; no exception of the SDK leaves here.
+Invariants: every call can be repeated, since a create carries a pre-generated id; the flags for shared drives are
+always sent; an upload succeeds only if Drive's checksum and size match ours; no SDK exception leaves this module.
 """
 
 import json
@@ -21,10 +21,10 @@ from app.core.files import write_durably
 from app.core.network import CA_HINT, is_untrusted, proxy_for, tunnel_to
 from app.core.retry import Pauses, RetryPolicy, asked_seconds, retry
 
-# Google credentials from the one variable: a service account's key, an installed app's secrets, or a user's token.
+# Google credentials: a service account's key, an installed app's client secrets, or a user's token.
 #
-# Invariants: the kind is told by the document's shape alone; the token of an installed app is kept in DATA_DIR, for its
-# owner's eyes only, and renewed there; no message holds a secret.
+# Invariants: the document's shape alone determines the kind; an installed app's token is stored and refreshed in
+# DATA_DIR, readable by its owner only; no message contains a secret.
 
 SCOPES = ("https://www.googleapis.com/auth/drive",)
 TOKEN_URI = "https://oauth2.googleapis.com/token"  # noqa: S105 - an address
@@ -39,7 +39,7 @@ CONSENT_AGAIN = "run `python -m app google` again, sign in as a member of the sh
 
 @dataclass(frozen=True, slots=True)
 class DriveCredentials:
-    """Where the credentials come from, a file or the text itself, and where an installed app's token is kept."""
+    """The source of the credentials (a file or the text itself), and the file for an installed app's token."""
 
     file: Path | None
     text: str
@@ -47,7 +47,7 @@ class DriveCredentials:
 
 
 def document(given: DriveCredentials) -> dict[str, Any]:
-    """The JSON document. Raises Permanent when there is none."""
+    """The JSON document. Raises Permanent if it cannot be read or is not a JSON object."""
     try:
         text = given.file.read_text(encoding="utf-8") if given.file else given.text
     except (OSError, UnicodeDecodeError) as error:
@@ -65,7 +65,7 @@ def document(given: DriveCredentials) -> dict[str, Any]:
 
 
 def credentials(given: DriveCredentials) -> Any:
-    """google-auth credentials of either kind, not refreshed yet. Raises Permanent when they cannot be used."""
+    """google-auth credentials of any kind, not refreshed yet. Raises Permanent if they cannot be used."""
     info = document(given)
     try:
         if info.get("type") == "service_account":
@@ -76,7 +76,7 @@ def credentials(given: DriveCredentials) -> Any:
 
 
 def client_of(info: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The client secrets inside the document. Raises Permanent when it is something else."""
+    """The client secrets in the document. Raises Permanent if it is something else."""
     client = info.get("installed") or info.get("web")
     if not isinstance(client, dict) or "client_id" not in client:
         raise Permanent("Google credentials are neither a service account, an installed app nor a token", FORMS)
@@ -84,7 +84,7 @@ def client_of(info: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _service_account(info: Mapping[str, Any]) -> Any:
-    """Asks only hosts that the settings or the document name; the library's own looks up regions at another one."""
+    """Contacts only hosts from the settings or the document; the library's own class looks up regions at another."""
     from google.oauth2 import service_account
 
     class Quiet(service_account.Credentials):
@@ -97,7 +97,7 @@ def _service_account(info: Mapping[str, Any]) -> Any:
 
 
 def _user(info: Mapping[str, Any]) -> Any:
-    """The library's own reader would ask Google's endpoint whatever the document names."""
+    """Uses the document's token endpoint; the library's own loader would always use Google's."""
     from google.oauth2.credentials import Credentials
 
     return Credentials(
@@ -123,7 +123,7 @@ def _kept(given: DriveCredentials, client: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keep_token(given: DriveCredentials, found: Any) -> None:
-    """Keep a refreshed token of an installed app for the next start. Nothing for other kinds."""
+    """Store an installed app's refreshed token for the next start. Does nothing for other kinds."""
     if "installed" in (info := document(given)) or "web" in info:
         save_token(given.token_file, found)
 
@@ -137,18 +137,18 @@ def save_token(path: Path, found: Any) -> None:
 
 
 def consent(given: DriveCredentials, *, open_browser: bool) -> Path:
-    """Ask the user in a browser, once; where the token was kept. Raises Permanent, and Transient for a network away."""
+    """Ask the user for consent in a browser; returns the token file. Raises Permanent, or Transient if offline."""
     info = document(given)
     client_of(info)
     from google_auth_oauthlib.flow import InstalledAppFlow
     from oauthlib.oauth2 import OAuth2Error
 
-    # It logs the request that it waits for, and in that stands the code.
+    # The library logs the redirect request, which contains the authorization code.
     logging.getLogger("google_auth_oauthlib.flow").setLevel(logging.WARNING)
     try:
         flow = InstalledAppFlow.from_client_config(info, list(SCOPES))
         found = flow.run_local_server(port=0, open_browser=open_browser, access_type="offline", prompt="consent")
-    except (OAuth2Error, Warning) as error:  # a scope that the user took away is raised as a Warning
+    except (OAuth2Error, Warning) as error:  # a scope that the user deselected is raised as a Warning
         why = getattr(error, "error", "") or type(error).__name__
         raise Permanent(f"Google gave no consent: {why}", CONSENT_AGAIN) from error
     except (ValueError, KeyError) as error:
@@ -159,10 +159,10 @@ def consent(given: DriveCredentials, *, open_browser: bool) -> Path:
     return given.token_file
 
 
-# What Drive and its sign-in refuse, as what a person or the next run should do.
+# Errors of Drive and its sign-in, translated to ours with a hint for a person or a retry.
 #
-# Invariants: the reason is read from the answer's machine-readable part, in either of Google's two styles; text of a
-# proxy is no reason; no message holds a token. The table is section 6 of contracts/google-drive.md.
+# Invariants: the reason comes from the machine-readable part of the response, in either of Google's two formats, never
+# from a proxy's text; no message contains a token. The table is section 6 of contracts/google-drive.md.
 
 AGAIN_HINT = "no action needed: it is retried, and the next run goes on"
 SHARE_HINT = (
@@ -219,7 +219,7 @@ TOO_MANY, SERVER_FAULT, TIMEOUT = 429, 500, 408
 
 
 def error_of_response(status: int, content: bytes, headers: Mapping[str, str]) -> AppError:
-    """An answer with an error status."""
+    """Translate a response with an error status."""
     reason, message = _reason(content)
     text = f"Drive answered {status} {reason}: {message}".replace("  ", " ")[:TEXT_LIMIT]
     if reason in PASSING or status in (TOO_MANY, TIMEOUT) or status >= SERVER_FAULT:
@@ -228,7 +228,7 @@ def error_of_response(status: int, content: bytes, headers: Mapping[str, str]) -
 
 
 def _reason(content: bytes) -> tuple[str, str]:
-    """The first reason that is known here, else the first one; and the message. Both styles may stand in one answer."""
+    """The first known reason, else the first one, and the message. One response may use both formats."""
     try:
         said: Any = json.loads(content)["error"]
         listed = [each.get("reason") for each in (*said.get("errors", ()), *said.get("details", ()))]
@@ -240,14 +240,14 @@ def _reason(content: bytes) -> tuple[str, str]:
 
 
 def failed(error: Exception) -> AppError:
-    """No answer at all, or no sign-in. google-auth's own word on what may be repeated is not to be relied on."""
+    """Translate a network or sign-in failure. google-auth's own retryable flag is not reliable."""
     from google.auth.exceptions import GoogleAuthError, RefreshError
 
     said = error.args[1] if len(error.args) > 1 and isinstance(error.args[1], dict) else {}
     if isinstance(error, RefreshError) and str(said.get("error")) in REVOKED:
         why = f"{said['error']}: {said.get('error_description', '')}"
         return Permanent(f"Google refused the sign-in: {why[:TEXT_LIMIT]}", GRANT_HINT)
-    # The second argument of a sign-in's error is the whole answer, which may hold a token.
+    # The second argument of a sign-in error is the whole response, which may contain a token.
     text = str(error.args[0]) if isinstance(error, GoogleAuthError) and error.args else str(error)
     if is_untrusted(error):
         return Permanent(f"Drive: {text[:TEXT_LIMIT]}", CA_HINT)
@@ -272,7 +272,7 @@ FOLDER_FIELDS = "id,name,mimeType,driveId,trashed,capabilities(canAddChildren)"
 
 @dataclass(frozen=True, slots=True)
 class DriveFile:
-    """What is known of a file."""
+    """A file's metadata."""
 
     file_id: str
     name: str
@@ -286,14 +286,14 @@ class DriveFile:
 
     @property
     def is_hour(self) -> bool:
-        """True while it can be the file of an hour."""
+        """True if this can be the file of an hour."""
         return self.is_csv and not self.trashed
 
     @property
     def is_csv(self) -> bool:
-        """False for what is not a table of an hour although it has the name of one: a folder, a shortcut, a Google
-        document (a copy of our file has its properties), a picture, an archive. Browsers of Windows send CSV as a
-        spreadsheet's type.
+        """False for other things with the name of an hour's file: a folder, a shortcut, a Google document (a converted
+        copy of our file keeps its properties), a picture, an archive. Windows browsers upload CSV with a spreadsheet's
+        type.
         """
         if self.mime_type.startswith(GOOGLE_TYPES):
             return False
@@ -302,7 +302,7 @@ class DriveFile:
 
 @dataclass(frozen=True, slots=True)
 class FileContent:
-    """What to upload: a seekable stream, its MD5 and size, and properties that only this application sees."""
+    """What to upload: a seekable stream, its MD5 and size, and properties visible only to this application."""
 
     body: BinaryIO
     md5: str
@@ -311,7 +311,10 @@ class FileContent:
 
 
 class DriveService:
-    """The client library behind `given`, at `api_url` ("" = Google's). One connection per thread: it is not safe."""
+    """The client library with credentials `given`, at `api_url` ("" = Google's).
+
+    One connection per thread, since the library is not thread-safe.
+    """
 
     def __init__(self, given: DriveCredentials, api_url: str, timeout_seconds: float) -> None:
         self.given = given
@@ -320,22 +323,22 @@ class DriveService:
         self._here = threading.local()
 
     def made(self) -> Any:
-        """The `files` API. Raises Permanent for credentials that cannot be used."""
+        """This thread's `files` API. Raises Permanent for unusable credentials."""
         if not hasattr(self._here, "files"):
             found = credentials(self.given)
             self._here.http = self._connect(found)
-            self._here.files = self._build(self._here.http).files()  # costs more than a request: kept
+            self._here.files = self._build(self._here.http).files()  # cached: building costs more than a request
             self._here.token, self._here.found = found.token, found
         return self._here.files
 
     def forget(self) -> None:
-        """End this thread's connections and re-read the credentials next time."""
+        """Close this thread's connections and re-read the credentials next time."""
         if hasattr(self._here, "http"):
             self._here.http.close()
         self._here.__dict__.clear()
 
     def note_token(self) -> None:
-        """Keep the token when the call just made refreshed it."""
+        """Store the token if the last call refreshed it."""
         found = getattr(self._here, "found", None)
         if found is not None and found.token != self._here.token:
             self._here.token = found.token
@@ -346,7 +349,7 @@ class DriveService:
         from google_auth_httplib2 import AuthorizedHttp
 
         class Tunnel(httplib2.HTTPSConnectionWithTimeout):  # type: ignore[misc]  # the library is untyped
-            """Through the proxy with what the standard library has: httplib2's own way needs PySocks."""
+            """Connects through the proxy with the standard library; httplib2's proxy support needs PySocks."""
 
             host: str
             port: int
@@ -359,7 +362,7 @@ class DriveService:
                 try:
                     HTTPSConnection.connect(self)
                 finally:
-                    self.host, self.port = target  # httplib2 connects the same one again after an error
+                    self.host, self.port = target  # httplib2 reconnects the same object after an error
 
         class Http(httplib2.Http):  # type: ignore[misc]
             def request(self, uri: str, *args: Any, **given: Any) -> Any:
@@ -367,13 +370,13 @@ class DriveService:
                     given["connection_type"] = Tunnel
                 return super().request(uri, *args, **given)
 
-        # the library reads the variable when it is imported, which may be before `app.core.network` sets it
+        # httplib2 reads this variable on import, which may be before `app.core.network` sets it.
         plain = Http(timeout=self._timeout_seconds, ca_certs=os.environ.get("HTTPLIB2_CA_CERTS"), proxy_info=None)
-        plain.redirect_codes = plain.redirect_codes - {308}  # Drive's 308 says how much of an upload it has
+        plain.redirect_codes = plain.redirect_codes - {308}  # Drive's 308 reports upload progress
         return AuthorizedHttp(found, http=plain)
 
     def _build(self, http: Any) -> Any:
-        """From the API's description as the library ships it: nothing is fetched."""
+        """Build the API from the discovery document shipped with the library; nothing is fetched."""
         import googleapiclient
         from googleapiclient.discovery import build_from_document
 
@@ -381,14 +384,14 @@ class DriveService:
         document = json.loads((folder / "drive.v3.json").read_text(encoding="utf-8"))
         options: dict[str, Any] = {}
         if self._api_url:
-            # The library drops the path of an endpoint, and uploads go to the document's own root.
+            # The library drops the endpoint's path, and uploads go to the document's root URL.
             document = {**document, "rootUrl": f"{self._api_url}/", "baseUrl": f"{self._api_url}/drive/v3/"}
             options["client_options"] = {"api_endpoint": f"{self._api_url}/drive/v3/"}
         return build_from_document(document, http=http, **options)
 
 
 class Drive:
-    """Calls on one folder, each retried as `policy` says. Raises Transient and Permanent."""
+    """Drive calls, each retried by `policy`. Raises Transient and Permanent."""
 
     def __init__(self, service: DriveService, policy: RetryPolicy, pauses: Pauses) -> None:
         self._service = service
@@ -396,17 +399,17 @@ class Drive:
         self._pauses = pauses
 
     def folder(self, folder_id: str) -> Mapping[str, Any]:
-        """Its `mimeType`, `driveId` (absent in My Drive), `trashed` and `capabilities`."""
+        """The folder's `mimeType`, `driveId` (absent in My Drive), `trashed` and `capabilities`."""
         found: Mapping[str, Any] = self._answer("get", fileId=folder_id, fields=FOLDER_FIELDS, supportsAllDrives=True)
         return found
 
     def named(self, name: str, folder_id: str, drive_id: str) -> Sequence[DriveFile]:
-        """Everything of that name in the folder that is not in the trash, oldest first."""
+        """Everything in the folder with that name, oldest first, without the trash."""
         found = self._listed(f"name = '{_quoted(name)}'", name, folder_id, drive_id)
         return [each for each in found if each.name == name]
 
     def beginning(self, start: str, folder_id: str, drive_id: str) -> Sequence[DriveFile]:
-        """Everything in the folder whose name begins so and that is not in the trash, oldest first."""
+        """Everything in the folder whose name begins with `start`, oldest first, without the trash."""
         found = self._listed(f"name contains '{_quoted(start)}'", start, folder_id, drive_id)
         return [each for each in found if each.name.startswith(start)]
 
@@ -431,7 +434,7 @@ class Drive:
             asked["pageToken"] = page["nextPageToken"]
 
     def get(self, file_id: str) -> DriveFile | None:
-        """The file, also from the trash; None when there is none."""
+        """The file, even if it is in the trash; None if there is none."""
         try:
             return _file(self._answer("get", fileId=file_id, **_ASKED))
         except AppError as error:
@@ -440,11 +443,11 @@ class Drive:
             raise
 
     def new_id(self) -> str:
-        """An id for a file that is to be created."""
+        """A pre-generated id for a file to be created."""
         return str(self._answer("generateIds", count=1, space="drive", type="files")["ids"][0])
 
     def create(self, file_id: str, name: str, folder_id: str, content: FileContent) -> DriveFile | None:
-        """The new file; None when the id is in use, perhaps by an earlier try of ours."""
+        """The new file; None if the id is in use, perhaps by our own earlier attempt."""
         body = {"id": file_id, "name": name, "parents": [folder_id], **_metadata(content)}
         try:
             return self._upload("create", content, body=body)
@@ -454,7 +457,7 @@ class Drive:
             raise
 
     def update(self, file_id: str, content: FileContent) -> DriveFile:
-        """The file with its content and properties replaced; name and folder stay as people made them."""
+        """Replace the file's content and properties; its name and folder stay as users set them."""
         return self._upload("update", content, fileId=file_id, body=_metadata(content))
 
     def download(self, file_id: str, into: BinaryIO) -> None:
@@ -472,11 +475,11 @@ class Drive:
         self._again(run)
 
     def trash(self, file_id: str) -> None:
-        """Into the trash, where it stays for 30 days."""
+        """Move the file to the trash, where it stays for 30 days."""
         self._answer("update", fileId=file_id, body={"trashed": True}, supportsAllDrives=True)
 
     def _upload(self, method: str, content: FileContent, **asked: Any) -> DriveFile:
-        """In one request, or above 5 MB in pieces. The answer must show what was sent."""
+        """Upload in one request, or in chunks above 5 MB. Raises Transient if Drive's MD5 or size differ from ours."""
         from googleapiclient.http import MediaInMemoryUpload, MediaIoBaseUpload
 
         content.body.seek(0)
@@ -485,7 +488,7 @@ class Drive:
             found = _file(self._answer(method, media_body=media, **asked, **_ASKED))
         else:
             media = MediaIoBaseUpload(content.body, mimetype="text/csv", chunksize=CHUNK_BYTES, resumable=True)
-            # As bytes: a stream that the transport sends again after a lost connection is empty by then.
+            # Send bytes, not a stream: a stream would be empty when the transport resends after a lost connection.
             media.has_stream = lambda: False
             whole = {"media_body": media, **asked, **_ASKED}
             found = _file(self._again(lambda files: self._in_pieces(getattr(files, method)(**whole))))
@@ -498,8 +501,8 @@ class Drive:
         return found
 
     def _in_pieces(self, request: Any) -> Any:
-        """The library's own retry sends an empty body under the old length, so each failed piece is asked about again:
-        the next call on the same request first learns from Drive how much it has.
+        """Resumable upload. The library's own retry sends an empty body with the old length, so retry here instead:
+        the next call on the same request first asks Drive how much it has.
         """
         answer, reached, idle = None, -1, 0
         while answer is None:
@@ -521,17 +524,17 @@ class Drive:
         return answer
 
     def _answer(self, method: str, **asked: Any) -> Any:
-        """The answer of one request of the API."""
+        """The response of one API request."""
         return self._again(lambda files: getattr(files, method)(**asked).execute())
 
     def _again(self, call: Callable[[Any], T]) -> T:
-        """Run `call` on the API until it succeeds or the attempts end; nothing of the SDK's passes."""
+        """Run `call` with retries; SDK exceptions are translated."""
 
         def once() -> T:
             with _translated():
                 result = call(self._service.made())
                 self._service.note_token()
-            if isinstance(result, str):  # what the library hands over when it is not JSON
+            if isinstance(result, str):  # the library returns a response that is not JSON as text
                 raise Transient("Drive's answer cannot be read: not JSON", AGAIN_HINT)
             return result
 
@@ -546,7 +549,7 @@ def _metadata(content: FileContent) -> dict[str, Any]:
 
 
 def _quoted(text: str) -> str:
-    """Inside single quotes of a query: the backslash first."""
+    """Escape text for single quotes in a query; backslashes first."""
     return text.replace("\\", "\\\\").replace("'", "\\'")
 
 
@@ -565,13 +568,13 @@ def _file(found: Mapping[str, Any]) -> DriveFile:
 
 
 def _status(error: AppError) -> int:
-    """The HTTP status behind an error of ours; 0 for none."""
+    """The HTTP status that caused the error; 0 if none."""
     return int(getattr(error.__cause__, "status_code", 0) or 0)
 
 
 @contextmanager
 def _translated() -> "Iterator[None]":
-    """What the SDK and its transport raise, as what the caller should do about it."""
+    """Translate exceptions of the SDK and its transport to ours."""
     from http.client import HTTPException
 
     from google.auth.exceptions import GoogleAuthError

@@ -1,4 +1,4 @@
-"""The CSV file of one hour, and the ledger of the items that were read for it."""
+"""The CSV file of one hour, and the ledger of the items read for it."""
 
 import csv
 import heapq
@@ -25,18 +25,18 @@ from app.dynamo_to_drive.rows import Columns, Item, Row, cell, text_of, timestam
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, TimestampReader, ascend
 from app.object_store.set_aside import MAX_BYTES, NDJSON, SetAsideStore
 
-# The CSV file of one hour: rows come in pages of any order and any columns, one file with a digest comes out.
+# The CSV file of one hour: takes pages of rows in any order, with any columns, and makes one file with a digest.
 #
-# Invariants: the same rows give the same bytes, however they were paged; memory holds one page and a merge of them,
-# never the hour. Pages are spooled as sorted segments; where they follow each other with the same columns, as in a
-# query of a sort key, the file is these segments behind a header, and nothing is done twice.
+# Invariants: the same rows give the same bytes, however they are paged; memory holds one page, or the merge of the
+# pages, never the whole hour. Pages are spooled as sorted segments. If these follow each other with the same columns,
+# as in a query by sort key, the file is a header plus these segments, without a merge.
 
-LINE_END = "\r\n"  # RFC 4180; and only with it csv.writer quotes a lone carriage return
+LINE_END = "\r\n"  # RFC 4180; also, csv.writer quotes a lone carriage return only with this line end
 MEMORY_BYTES = 1 << 20
 COPY_BYTES = 1 << 18
 MERGE_ROWS = 1000
 MAX_CELL_CHARACTERS = 1 << 24
-BYTE_ORDER_MARK = "\ufeff"  # spreadsheets put one before the first name
+BYTE_ORDER_MARK = "\ufeff"  # spreadsheets write one before the first name
 TEXT_LIMIT = 200
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
@@ -45,9 +45,9 @@ Order = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class FileShape:
-    """What a file of this table looks like. `key`: attributes that identify a row beside the timestamp.
+    """The format of this table's files. `key` are the attributes that, with the timestamp, identify a row.
 
-    `times` reads a timestamp's text; `escape` guards against spreadsheet formulas.
+    `times` parses timestamps; `escape` escapes cells against spreadsheet formulas.
     """
 
     timestamp: str
@@ -56,26 +56,26 @@ class FileShape:
     escape: bool = False
 
     def orders(self, rows: Sequence[Row], places: Sequence[int]) -> list[Order]:
-        """For each row what it is sorted by: instant, then key, then the timestamp's own text."""
+        """The sort key of each row: time, then key, then the timestamp's text."""
         rank = self.times.rank
         return [(*rank(row[0]), *[row[place] for place in places], row[0]) for row in rows]
 
     def places(self, columns: Sequence[str]) -> Sequence[int]:
-        """Where the key's cells are; of a key that no row has, nowhere."""
+        """The positions of the key's columns; key attributes that no row has are left out."""
         return [columns.index(name) for name in self.key if name in columns]
 
     def order_of(self, row: Mapping[str, str]) -> Order:
-        """What a row of a file is sorted by."""
+        """The sort key of a row of a file."""
         text = row.get(self.timestamp, "")
         return (*self.times.rank(text), *[row.get(name, "") for name in self.key], text)
 
 
 @dataclass(frozen=True, slots=True)
 class HourFile:
-    """The finished file, `Batch` and `Encoded` at once. `digest` is the MD5 of its bytes, which Drive tells as well.
+    """The finished file, both `Batch` and `Encoded`. `digest` is the MD5 of its bytes, which Drive reports too.
 
-    `repeated`: how often a row was added that was there already. `window` is the hour where it is known;
-    `elsewhere` has timestamps of items that look as if they were of it and are not.
+    `repeated` counts rows that were added more than once. `window` is the hour, if known; `elsewhere` has timestamps of
+    items that look as if they were of this hour but are not.
     """
 
     shape: FileShape
@@ -96,26 +96,26 @@ class HourFile:
 
     @property
     def sums(self) -> Mapping[str, Sums]:
-        """See `Batch.sums`: the file's digest is compared instead."""
+        """See `Batch.sums`; empty, since the file's digest is compared instead."""
         return {}
 
     @property
     def new_rows(self) -> int:
-        """See `Batch.new_rows`; the ledger of this pipeline is kept elsewhere."""
+        """See `Batch.new_rows`; this pipeline's ledger is in `Accounts`."""
         return self.rows
 
     def holds_all(self, identities: object) -> bool:  # noqa: ARG002 - the port's word
-        """See `Batch.holds_all`: identities are not kept, the file itself is asked."""
+        """See `Batch.holds_all`; False, since identities are not stored and the file itself is compared."""
         return False
 
     def close(self) -> None:
-        """Drop the spooled bytes."""
+        """Discard the spooled bytes."""
         self.file.close()
 
     def landed_over(self, held: Iterable[Mapping[str, str]]) -> Tally:
-        """What of this file's rows is new, the same or corrected beside the rows of the file that it replaces.
+        """Count this file's rows as new, unchanged or corrected compared to the rows of the file it replaces.
 
-        Both are in order; the rows of a file that a person put out of order count as new.
+        Both must be sorted; rows of a file that a person reordered count as new.
         """
         before, new, same, corrected = iter(held), 0, 0, 0
         old = next(before, None)
@@ -135,12 +135,12 @@ class HourFile:
 
 
 def _filled(row: Mapping[str, str]) -> Mapping[str, str]:
-    """Without empty cells: a new column changes no earlier row."""
+    """The row without empty cells, so that a new column does not change earlier rows."""
     return {name: text for name, text in row.items() if text}
 
 
 def _is_rewritten(row: Row, other: Row) -> bool:
-    """True when the rows differ only in how the timestamp and numbers are written, as a spreadsheet saves them."""
+    """True if the rows differ only in the format of the timestamp and numbers, as after saving in a spreadsheet."""
     return all(map(_is_alike, row[1:], other[1:]))
 
 
@@ -152,7 +152,7 @@ def _is_alike(text: str, other: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Rows of one page, sorted, as they will stand in the file, between two offsets of the spool. `held`: of a file."""
+    """Sorted rows of one page, encoded as in the file, between two offsets of the spool. `held`: from an old file."""
 
     columns: Columns
     held: bool
@@ -164,7 +164,7 @@ class _Segment:
 
 
 class HourWriter:
-    """Takes pages, then makes the file. Close it in any case."""
+    """Takes pages, then makes the file. Must always be closed."""
 
     def __init__(self, shape: FileShape) -> None:
         self._shape = shape
@@ -172,14 +172,14 @@ class HourWriter:
         self._segments: list[_Segment] = []
         self._columns: Columns = (shape.timestamp,)
         self._repeated = 0
-        self.rewritten: list[str] = []  # timestamps of rows of a file that are there in the table's own writing
+        self.rewritten: list[str] = []  # timestamps of held rows that the table has in another format
 
     def close(self) -> None:
-        """Drop the spool."""
+        """Discard the spool."""
         self._spool.close()
 
     def add(self, columns: Columns, rows: Sequence[Row], *, held: bool = False) -> None:
-        """Rows of a page. `columns` begin with the timestamp, then names in order, all those of earlier pages too."""
+        """Add the rows of a page. `columns` are the timestamp, then sorted names, including those of earlier pages."""
         self._columns = columns
         if not rows:
             return
@@ -189,8 +189,8 @@ class HourWriter:
         self._segments.append(_Segment(columns, held, begin, self._spool.tell(), len(rows), first, last))
 
     def add_rows(self, rows: Iterable[Mapping[str, str]], *, held: bool = False) -> None:
-        """Rows by column. `held`: of the file that is replaced. None of these is another one of them, also where the
-        table's key cannot tell them apart, since the table had another key when they were written.
+        """Add rows as mappings. `held`: from the file that is replaced. Held rows are never merged with each other,
+        even with equal keys, since the table may have had another key when they were written.
         """
         given = iter(rows)
         while some := list(islice(given, MERGE_ROWS)):
@@ -201,7 +201,7 @@ class HourWriter:
     def _in_order(
         self, rows: Sequence[Row], places: Sequence[int], *, held: bool
     ) -> tuple[Sequence[Row], Order, Order]:
-        """The rows sorted, of two with one key the later one; and the order of the first and of the last."""
+        """The sorted rows, the later one of equal keys (unless `held`), and the sort keys of the first and the last."""
         if ascend(list(map(itemgetter(0), rows))):
             first, last = self._shape.orders((rows[0], rows[-1]), places)
             return rows, first, last
@@ -217,7 +217,7 @@ class HourWriter:
         return rows, orders[0], orders[-1]
 
     def finish(self) -> HourFile:
-        """The file of all pages so far; nothing but a header makes no sense, so no rows give an empty file."""
+        """The file of all pages so far. Without rows the file is empty, without even a header."""
         segments, columns, escape = self._segments, self._columns, self._shape.escape
         whole, rows = temporary_file(memory_bytes=MEMORY_BYTES), 0
         if not segments:
@@ -225,7 +225,7 @@ class HourWriter:
         _write(whole, [columns], escape=escape)
         if all(segment.columns == columns for segment in segments) and all(
             earlier.last[:-1] < later.first[:-1] for earlier, later in pairwise(segments)
-        ):  # behind each other they are the file already
+        ):  # the segments in sequence already are the file
             self._spool.seek(0)
             copyfileobj(self._spool, whole, COPY_BYTES)
             ends = [segments[0].first, segments[-1].last]
@@ -238,7 +238,7 @@ class HourWriter:
         return self._finished(whole, rows, ends)
 
     def _finished(self, file: BinaryIO, rows: int, orders: Sequence[Order]) -> HourFile:
-        """`orders`: that of the first row comes first, that of the last one last."""
+        """Compute digest and size. `orders` begins with the first row's sort key and ends with the last row's."""
         digest = md5(usedforsecurity=False)
         file.seek(0)
         while block := file.read(COPY_BYTES):
@@ -251,10 +251,10 @@ class HourWriter:
         )
 
     def _merged(self, columns: Columns) -> Iterator[tuple[Order, Row]]:
-        """All rows in order; of rows with one key the one that was added last, but for several that a file holds."""
+        """All rows in order. Of rows with the same key the last added one wins, but several held rows are all kept."""
         streams = [self._read(number, segment, columns) for number, segment in enumerate(self._segments)]
         for _, near in groupby(heapq.merge(*streams, key=lambda each: each[:2]), key=lambda each: each[0][:-1]):
-            found: list[tuple[Order, bool, Row]] = []  # of one instant and key
+            found: list[tuple[Order, bool, Row]] = []  # of one time and key
             for order, group in groupby(near, key=itemgetter(0)):
                 rows = [(self._segments[number].held, row) for _, number, row in group]
                 kept = [row for place, (is_held, row) in enumerate(rows) if is_held and (True, row) not in rows[:place]]
@@ -281,7 +281,9 @@ class HourWriter:
 
 
 def read_file(lines: Iterable[str], *, escaped: bool) -> Iterator[dict[str, str]]:
-    """The rows of a finished file, by column. `lines` keep their ends. Of others than ours, ask within `readable`."""
+    """The rows of a file, by column. `lines` keep their line ends. For files that others may have edited, use within
+    `readable`.
+    """
     rows = _rows(lines)
     columns = next(rows, [])
     if columns:
@@ -293,18 +295,18 @@ def read_file(lines: Iterable[str], *, escaped: bool) -> Iterator[dict[str, str]
 
 
 class UnreadableFile(Permanent):
-    """A file that was not written here, or was damaged since."""
+    """A file that Headwater did not write, or that was damaged since."""
 
 
 def readable_prefix(rows: Iterable[Mapping[str, str]]) -> Iterator[Mapping[str, str]]:
-    """The rows up to what cannot be read, for whom only compares with what is to be replaced anyway."""
+    """The rows up to the first unreadable one, for comparison with a file that is replaced anyway."""
     with suppress(UnreadableFile):
         yield from rows
 
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Raises UnreadableFile for what cannot be parsed."""
+    """Translate parse errors of the block to UnreadableFile."""
     try:
         yield
     except (csv.Error, UnicodeDecodeError) as error:
@@ -315,7 +317,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def lines_in(file: BinaryIO) -> Iterator[str]:
-    """The text lines of a whole stream, with their ends."""
+    """The text lines of a whole stream, with their line ends."""
     return _lines(file, 0, file.seek(0, io.SEEK_END))
 
 
@@ -324,7 +326,7 @@ def _plain(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula; a negative number is not one."""
+    """Escape a cell that a spreadsheet would take for a formula; negative numbers are left as they are."""
     if not text.startswith(FORMULA):
         return text
     try:
@@ -335,7 +337,7 @@ def _escaped(text: str) -> str:
 
 
 def _write(file: BinaryIO, rows: Sequence[Row], *, escape: bool) -> None:
-    """As csv.writer does it; rows without anything to quote are only joined, which takes a third of the time."""
+    """Write as csv.writer does; rows with nothing to quote are just joined, in a third of the time."""
     if escape:
         rows = [list(map(_escaped, row)) for row in rows]
     plain = LINE_END.join(map(",".join, rows))
@@ -352,12 +354,12 @@ def _write(file: BinaryIO, rows: Sequence[Row], *, escape: bool) -> None:
 
 
 def _rows(lines: Iterable[str]) -> Iterator[Row]:
-    csv.field_size_limit(MAX_CELL_CHARACTERS)  # the default is below one item of DynamoDB
+    csv.field_size_limit(MAX_CELL_CHARACTERS)  # the default is smaller than a DynamoDB item
     return csv.reader(lines)
 
 
 def _lines(file: BinaryIO, begin: int, end: int) -> Iterator[str]:
-    """Lines of a part of the spool; several readers take turns on it, so each finds its own place again."""
+    """The lines of a part of the spool; seeks before each read, since several readers share the file."""
     while begin < end:
         file.seek(begin)
         block = file.read(min(COPY_BYTES, end - begin))
@@ -365,16 +367,15 @@ def _lines(file: BinaryIO, begin: int, end: int) -> Iterator[str]:
         while not cut and begin + len(block) < end:
             block += file.read(min(COPY_BYTES, end - begin - len(block)))
             cut = block.rfind(b"\n") + 1
-        cut = cut or len(block)  # a last line without an end
+        cut = cut or len(block)  # a last line without a line end
         begin += cut
         yield from io.StringIO(block[:cut].decode(), newline="")
 
 
-# The ledger of one run of hours: each item that was read for an hour, and each that has no hour, is accounted for.
+# The ledger of one run: accounts for each item read for an hour, and for each item without an hour.
 #
-# Invariant: what was counted is tallied where pages are read, what became of it where the sink tells what it holds or
-# takes, so that an item that gets lost between them leaves a gap. Items of other hours belong to those hours'
-# ledgers.
+# Invariant: items are counted where pages are read, and outcomes where the sink reports what it has or writes, so an
+# item lost in between shows up as a gap. Items of other hours belong to those hours' ledgers.
 
 UNIT = "items"
 NAMED_ATTRIBUTES = 20
@@ -383,8 +384,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Hour:
-    """What is known of one hour's items: how many the table has and how many were read, some twice. `held`: rows of the
-    sink, `only_held` those of them that the table no longer returns; `waiting`: rows that a dry run would write.
+    """The counts of one hour: `counted` items in the table, `read` items (some of them twice), `held` rows in the sink,
+    `only_held` those of them that the table no longer returns, `waiting` rows that a dry run would write.
     """
 
     counted: int = 0
@@ -395,11 +396,11 @@ class _Hour:
     waiting: int | None = None
 
     def tally(self, *, is_whole: bool) -> Tally:
-        """`is_whole`: no hour failed. Else what was read for one that did not land waits for the next run."""
+        """`is_whole`: no hour failed. Otherwise items of an hour that was not written wait for the next run."""
         landed = self.landed or Tally(already_there=self.held)
         if self.waiting is not None:
             return Tally(self.counted, self.read, waiting=self.waiting - self.only_held)
-        # rows of a file that was put out of order were taken for new ones
+        # Rows of a reordered file were counted as new.
         there, ahead = max(landed.already_there - self.only_held, 0), max(self.only_held - landed.already_there, 0)
         if self.landed is None and not is_whole:
             there = min(there, self.counted)
@@ -409,7 +410,7 @@ class _Hour:
 
 @dataclass(slots=True)
 class _Reason:
-    """Items that were set aside for one reason: all are counted, the text of the first ones is held."""
+    """Items set aside for one reason: all are counted, but only the text of the first ones is kept."""
 
     sample: str
     number: int = 0
@@ -418,9 +419,11 @@ class _Reason:
 
 
 class Accounts:
-    """The accounts of one run. Safe from any thread. `attributes` and `text` are what unplaced items show: names, and
-    one timestamp. `ahead`: the furthest timestamp more than a day ahead of `now`; `empty`: the partition values that
-    no item has; "" for none. `removed`: what to say of files that a person took rows out of.
+    """The accounts of one run. Thread-safe.
+
+    `attributes` and `text` are attribute names and one timestamp of items without an hour. `ahead` is the furthest
+    timestamp more than a day ahead of `now`, `empty` the partition values without items; "" for none. `removed` has
+    notes on file rows that were left out or removed by a person.
     """
 
     def __init__(self, attribute: str, now: datetime | None = None) -> None:
@@ -437,21 +440,21 @@ class Accounts:
         self._lock = threading.Lock()
 
     def placed(self, at: datetime, text: str) -> None:
-        """A timestamp was read. Far ahead of now it is perhaps a date in another unit or notation, which would wait
-        for its hour without a word.
+        """Check a timestamp that was read. One far ahead of now may be in another unit or format, and would silently
+        wait for its hour.
         """
         if self._ahead_at is not None and at > self._ahead_at:
             with self._lock:
                 self._ahead_at, self.ahead = at, text
 
     def note(self, hour: Window, **told: Any) -> None:
-        """What is known of an hour's items now, by the names of `_Hour`; what an earlier look said of it goes."""
+        """Set counts of an hour, by the field names of `_Hour`; replaces earlier values."""
         with self._lock:
             self._hours[hour] = replace(self._hours.get(hour, _Hour()), **told)
 
     def unplaced(self, item: Item, reason: str) -> None:
-        """An item without an hour: it lacks the attribute, or has the timestamp that `reason` tells of. One that was
-        met before in this run counts once.
+        """Set aside an item without an hour: it lacks the attribute, or its timestamp is unusable for `reason`. Repeats
+        within a run count once.
         """
         reason = reason if self.attribute in item else NO_ATTRIBUTE
         line = text_of(item) + b"\n"
@@ -476,23 +479,24 @@ class Accounts:
 
     @property
     def set_aside(self) -> int:
-        """How many items have no hour."""
+        """The number of items without an hour."""
         return len(self._known)
 
     @property
     def sample(self) -> str:
-        """One timestamp that cannot be read, else one item without any."""
+        """An example of an unreadable timestamp, else of an item without one."""
         found = sorted(self._reasons.items(), key=lambda each: each[0] == NO_ATTRIBUTE)
         return found[0][1].sample if found else ""
 
     @property
     def all_lack_the_attribute(self) -> bool:
-        """True when this is what is wrong with every item that was set aside."""
+        """True if every item set aside lacks the timestamp attribute."""
         return set(self._reasons) == {NO_ATTRIBUTE}
 
     def closed(self, partition: str, store: SetAsideStore | None, *, is_whole: bool = True) -> Ledger:
-        """The ledger, after the texts of what was set aside are kept in `store`; None = they are not. See
-        `_Hour.tally` for `is_whole`.
+        """Store the items set aside in `store` (None: do not store them) and return the ledger.
+
+        See `_Hour.tally` for `is_whole`.
         """
         entries = [self._entry(reason, partition, store) for reason in sorted(self._reasons)]
         total = sum(
@@ -506,7 +510,7 @@ class Accounts:
             return SetAside(reason, told.number, 0, told.sample)
         kept = store.keep(
             partition,
-            b"".join(sorted(told.lines)),  # threads bring them in any order, and the same shall look the same
+            b"".join(sorted(told.lines)),  # threads add them in any order; the same items must give the same bytes
             content_type=NDJSON,
             reason=reason,
             number=told.number,
@@ -520,9 +524,7 @@ class Accounts:
         return kept.entry
 
     def notes(self) -> Iterator[str]:
-        """What to say of items that lie far ahead of now, of rows that were taken out of files, and of partition values
-        without any item.
-        """
+        """Notes on timestamps far ahead of now, on rows removed from files, and on partition values without items."""
         if self.ahead:
             found = f"{self.attribute} {self.ahead} lies ahead of now: such an item is exported when its hour has come"
             yield f"{found}; if that date is wrong, set DYNAMODB_TIMESTAMP_UNIT or DYNAMODB_TIMESTAMP_ATTRIBUTE"

@@ -1,7 +1,7 @@
-"""The pipeline put together: live hours each minute, late hours every quarter of an hour, all of a week once a day.
+"""The pipeline and its jobs: live hours every minute, late hours every 15 minutes, the past week once a day.
 
-Invariants: live hours are those from the cursor on, late and past ones those before it, so two jobs never build one
-hour; a file is built whole from the table each time, so nothing but the cursor and the files' ids has to be remembered.
+Invariants: live hours start at the cursor, late and past ones are before it, so two jobs never build the same hour; a
+file is always rebuilt whole from the table, so the only state is the cursor and the file ids.
 """
 
 import logging
@@ -73,7 +73,7 @@ HourPipeline = Pipeline[HourFile, HourFile]
 
 @dataclass(frozen=True, slots=True)
 class OpenedHourFiles:
-    """The pipeline of one run, its sink under the wider port, and the accounts that both ends write into."""
+    """The pipeline of one run, its sink as an `HourSink`, and the accounts that source and sink write to."""
 
     pipeline: HourPipeline
     sink: HourSink
@@ -81,12 +81,12 @@ class OpenedHourFiles:
 
 
 def folder_of(settings: Settings) -> str:
-    """The folder that takes the files: the one that is set, else the root of the shared drive, else of My Drive."""
+    """The destination folder: the configured one, else the root of the shared drive, else of My Drive."""
     return settings.drive.folder_id or settings.drive.shared_drive_id or "root"
 
 
 def given_of(settings: Settings) -> DriveCredentials | None:
-    """The Google credentials of these settings; None = none, files stay on this machine."""
+    """The configured Google credentials; None = not set, so files stay on this machine."""
     drive = settings.drive
     if drive.credentials_file is None and drive.credentials_json is None:
         return None
@@ -95,14 +95,14 @@ def given_of(settings: Settings) -> DriveCredentials | None:
 
 
 def _looking(stop: Stop) -> Context:
-    """What a pipeline is given that only looks: no lease, and a dry run, which tidies nothing up."""
+    """The context of a read-only pipeline: no lease, and a dry run, which cleans nothing up."""
     nobody = Lease(NAME, "", 0, EPOCH)
     return Context("", nobody, stop, NoProgress(), dry_run=True)
 
 
 @dataclass(frozen=True, slots=True)
 class HourFileExport:
-    """What `main` wires, see `WindowedPipeline`. `drive` None = files go to `directory`."""
+    """What `main` wires; see `WindowedPipeline`. `drive` None = files go to `directory`."""
 
     settings: Settings
     table: DynamoTable
@@ -117,7 +117,7 @@ class HourFileExport:
 
     @property
     def partition(self) -> str:
-        """Where from and where to: another folder is another partition, with a cursor and file ids of its own."""
+        """Names the table and the folder: each folder is a separate partition with its own cursor and file ids."""
         table = self.settings.dynamo.table_name
         return f"{table} -> {folder_of(self.settings)}" if self.drive else table
 
@@ -134,7 +134,7 @@ class HourFileExport:
 
     @property
     def checks(self) -> Sequence[ConnectionCheck]:
-        """Of the table, and of Google Drive where that takes the files."""
+        """Checks of the table, and of Google Drive if it is the destination."""
         if not self.settings.dynamo.table_name:
             return ()
         table = ConnectionCheck("dynamodb", "DynamoDB", "DYNAMODB_TABLE_NAME", self.ping_table)
@@ -147,21 +147,21 @@ class HourFileExport:
         return HourFileGapMap(self)
 
     def verification(self, stop: Stop) -> Ends:
-        """Table and files, compared."""
+        """Source and destination for verification: the table and the files."""
         return HourEnds(self, self.opened(_looking(stop)))
 
     def backfill(self, context: Context, span: Window) -> Report:
-        """Bring every hour of `span` before the cursor up to the table: what follows belongs to the live job."""
+        """Bring every hour of `span` before the cursor up to date; later hours belong to the live job."""
         until = self.checkpoints.cursors(NAME).get(self.partition) or floor_to(self.clock(), HOUR_SECONDS)
         end = min(span.end, until)
         return self._fill(context, Window(span.start, end)) if end > span.start else Report()
 
     def ping_table(self) -> str:
-        """How the table is read. Raises Transient or Permanent."""
+        """Describe how the table is read. Raises Transient or Permanent."""
         return ping(self.table, self.clock())
 
     def ping_drive(self) -> str:
-        """Sign in and look at the folder, as the first run does."""
+        """Sign in and check the folder, as the first run does. Raises Transient or Permanent."""
         if self.drive is None:
             return ""
         self.drive.forget()
@@ -174,19 +174,19 @@ class HourFileExport:
         )
 
     def close(self) -> None:
-        """End the connections of this thread."""
+        """Close the table's connections, and this thread's to Drive."""
         self.table.close()
         if self.drive is not None:
             self.drive.forget()
 
     def task(self, hour: Window) -> WindowTask:
-        """An ended hour as a task, with what is confirmed of it."""
+        """An ended hour as a `WindowTask`, with its confirmed record, if any."""
         known = self.checkpoints.records(NAME, self.partition, hour.start, hour.end)
         final = hour.end <= self.clock() - timedelta(seconds=self.settings.drive.grace_seconds)
         return WindowTask(self.partition, hour, UNCOUNTED, next(iter(known), None), final=final)
 
     def opened(self, context: Context, span: Window | None = None) -> OpenedHourFiles:
-        """The pipeline of one run over `span`, with its accounts: its pauses end with that run."""
+        """The pipeline of one run over `span`, with its accounts; its retry pauses end when the run stops."""
         now = self.clock()
         accounts = Accounts(self.settings.dynamo.timestamp_attribute, now)
         sink = self._sink(context, accounts)
@@ -217,7 +217,7 @@ class HourFileExport:
         return DriveSink(Drive(self.drive, self.policy, context.stop), self.folder, ids, accounts, **shape)
 
     def _live(self, context: Context) -> Report:
-        """Close what is due, bring the current hour and the one in its grace up to date."""
+        """Close the hours that are due; update the current hour and the one in its grace period."""
         now = self.clock()
         at = Position(self.partition, self._cursor(context, now), now)
         opened = self.opened(context, Window(at.cursor_at, now) if at.cursor_at < now else None)
@@ -226,8 +226,9 @@ class HourFileExport:
         return self._noted(context, opened.accounts, work)
 
     def _noted(self, context: Context, accounts: Accounts, work: Callable[[Done], object]) -> Report:
-        """What `work` told that it did, with its ledger. A failure is noted beside the cursor, which stays; it is
-        raised when nothing was written.
+        """Run `work` and return its report with the ledger.
+
+        A failure is recorded for the partition, whose cursor stays; it is raised if nothing was written.
         """
         report, parts = Report(), ReportSum(context.done)
         try:
@@ -249,7 +250,7 @@ class HourFileExport:
         return replace(report, ledger=ledger, notes=notes)
 
     def _cursor(self, context: Context, now: datetime) -> datetime:
-        """Where to go on; after an outage of more than DRIVE_CATCHUP_HOURS, that many hours back, and it is said."""
+        """Where to continue; after an outage longer than DRIVE_CATCHUP_HOURS, that many hours back, with a warning."""
         hours = self.settings.drive.catchup_hours
         oldest = floor_to(now - timedelta(hours=hours), HOUR_SECONDS)
         cursor = self.checkpoints.cursors(NAME).get(self.partition)
@@ -265,7 +266,7 @@ class HourFileExport:
         return oldest
 
     def _again(self, context: Context, age: timedelta) -> Report:
-        """Hours of that age from the first that was ever kept up to the cursor. What changed there came late."""
+        """Update the hours up to `age` old, from the first one ever exported to the cursor. Changes count as late."""
         since = floor_to(self.clock() - age, HOUR_SECONDS)
         first = self.checkpoints.starts(NAME).get(self.partition)
         until = self.checkpoints.cursors(NAME).get(self.partition)
@@ -292,12 +293,12 @@ class HourFileExport:
         def work(done: Done) -> None:
             seen = self.table.traits
             each(done)
-            if self.table.traits != seen:  # earlier hours may have items of the writing that only a later one showed
+            if self.table.traits != seen:  # earlier hours may have items with a trait first seen in a later one
                 context.progress.advance(total=len(hours))
                 each(done)
             failed.check()
 
-        with self.turn:  # late hours, reconcile and backfill may meet on one hour
+        with self.turn:  # late hours, reconcile and backfill may process the same hour
             return self._noted(context, opened.accounts, work)
 
 
@@ -310,8 +311,9 @@ def build(
     *,
     spend: Callable[[float], None] = lambda _: None,
 ) -> HourFileExport:
-    """The pipeline as it is configured; its jobs are `off` while DYNAMODB_TABLE_NAME is not set. `spend` is told the
-    read units of each answer.
+    """Build the pipeline from the settings; its jobs are `off` while DYNAMODB_TABLE_NAME is not set.
+
+    `spend` receives the read units of each response.
     """
     given = given_of(settings)
     return HourFileExport(
@@ -327,25 +329,25 @@ def build(
     )
 
 
-# Both ends of the hourly files, re-read: the table's rows, and the rows of the file as Drive has it; and the gap map.
+# Verification of the hourly files (the table's rows against the file's rows) and the gap map.
 #
-# Invariants: looking puts nothing into the trash and makes no file; a file that was changed by somebody else is mended
-# from the table alone, any other keeps the rows that the table no longer returns.
+# Invariants: verifying never creates or trashes a file; a file that someone else changed is rebuilt from the table
+# alone, any other keeps the rows that the table no longer returns.
 
 
 @dataclass(frozen=True, slots=True)
 class HourEnds:
-    """`app.core.verify.Ends` over table and files; `at` looks and writes nothing."""
+    """`app.core.verify.Ends` over table and files; `at` is read-only."""
 
     export: HourFileExport
     at: OpenedHourFiles
 
     def partitions(self, _: Window) -> Sequence[str]:
-        """The one."""
+        """The single partition."""
         return [self.export.partition]
 
     def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
-        """See `Ends.slots`; there is the one partition."""
+        """See `Ends.slots`; there is a single partition."""
         now = self.export.clock()
         for window in self.at.pipeline.grid.windows(span.start, min(span.end, now)):
             if window.end <= now and partition in (None, self.export.partition):
@@ -367,13 +369,13 @@ class HourEnds:
         return content_of(self.at.sink.read(key, there.version)) if there else NOTHING
 
     def heal(self, context: Context, slot: PartitionWindow) -> Report:
-        """See `Ends.heal`. Raises Permanent when the file is damaged and the table has no rows of its hour."""
+        """See `Ends.heal`. Raises Permanent if the file was changed and the table has no rows of its hour."""
         opened, task = self.export.opened(context), self.export.task(slot.window)
-        with self.export.turn:  # late hours and reconcile may be at work on the same file
+        with self.export.turn:  # late hours and reconcile may process the same file
             there = opened.sink.peek(opened.sink.key(slot.partition, slot.window, 0))
             if not there or not task.record or task.record.digest in ("", there.digest):
                 return sync_window(opened.pipeline, context, task)
-            # The file is not the one that was confirmed.
+            # The file differs from the confirmed one.
             if not self.source(slot).rows:
                 raise Permanent(f"{slot}: the file was changed, and the table has no rows of it", GONE_HINT)
             opened.sink.reads_rows = False
@@ -382,12 +384,12 @@ class HourEnds:
 
 @dataclass(frozen=True, slots=True)
 class HourFileGapMap:
-    """`app.core.verify.GapMapSource` over the files; one listing a day."""
+    """`app.core.verify.GapMapSource` over the files; one listing per day."""
 
     export: HourFileExport
 
     def partitions(self) -> Sequence[str]:
-        """The one."""
+        """The single partition."""
         return [self.export.partition]
 
     def cells(self, partition: str, span: Window) -> Sequence[MapCell]:

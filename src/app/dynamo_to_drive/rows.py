@@ -1,4 +1,4 @@
-"""Items of DynamoDB as rows of text."""
+"""Converts DynamoDB items to rows of text."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,18 +16,18 @@ from app.core.errors import Transient
 if TYPE_CHECKING:
     from app.dynamo_to_drive.source import WantedItems
 
-# DynamoDB's attribute values: from the body of an answer to the text of a cell, without a number ever being a float.
+# DynamoDB attribute values: from a response body to the text of a cell; a number never becomes a float.
 #
-# Invariants: a number's text is the one that DynamoDB sent; the same value always gives the same text, so sets and
-# maps, which have no order, are sorted. The items of an answer pass through the SDK as the bytes that came: it does
-# not parse them. The shapes are those of contracts/dynamodb.md, section 6.
+# Invariants: a number keeps the text that DynamoDB sent; equal values give equal text, so sets and maps, which have no
+# order, are sorted. The items of a response pass through the SDK as raw bytes, unparsed. Formats:
+# contracts/dynamodb.md, section 6.
 
 TEXT_LIMIT = 200
 Taken = bytes | msgspec.Raw
 
 
 class AttributeValue(msgspec.Struct, gc=False, omit_defaults=True):
-    """One attribute: exactly one field is set. `N` stays text, `B` stays base64 as it came."""
+    """One attribute value: exactly one field is set. `N` stays text, `B` stays base64."""
 
     N: str | None = None
     S: str | None = None
@@ -51,9 +51,9 @@ _SORTED = msgspec.json.Encoder(order="deterministic")
 
 
 def take_items(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-    """A handler for botocore's `before-parse`: the items are put aside as bytes, all else is the SDK's as ever.
+    """A botocore `before-parse` handler: takes the items out as raw bytes; the SDK parses the rest as usual.
 
-    A broken body is left to the SDK, which then says what is wrong with it.
+    Leaves a malformed body to the SDK, which then raises its error.
     """
     if response_dict["status_code"] != 200:  # noqa: PLR2004 - HTTP's own word for fine
         return
@@ -67,10 +67,10 @@ def take_items(response_dict: dict[str, Any], customized_response_dict: dict[str
 
 
 def items_of(taken: Taken) -> list[Item]:
-    """The items that `take_items` put aside. Raises Transient for what is not of DynamoDB's form."""
+    """Parse the items from `take_items`. Raises Transient if they are not in DynamoDB's format."""
     try:
         return _ITEMS.decode(taken)
-    except (msgspec.DecodeError, TypeError) as error:  # TypeError: left to the SDK, which took it
+    except (msgspec.DecodeError, TypeError) as error:  # TypeError: `take_items` left the items to the SDK
         raise Transient(
             f"DynamoDB's answer cannot be read: {str(error)[:TEXT_LIMIT]}",
             "check that DYNAMODB_ENDPOINT_URL is DynamoDB; it is retried",
@@ -78,7 +78,7 @@ def items_of(taken: Taken) -> list[Item]:
 
 
 def timestamp_text(item: Item, attribute: str) -> str | None:
-    """The text or number of an attribute; None where it is absent or anything else."""
+    """The text of a string or number attribute; None if it is absent or of another type."""
     value = item.get(attribute)
     if value is None:
         return None
@@ -86,12 +86,15 @@ def timestamp_text(item: Item, attribute: str) -> str | None:
 
 
 def text_of(item: Item) -> bytes:
-    """The item in DynamoDB's JSON, as `aws dynamodb put-item` takes it; the same item always gives the same text."""
+    """The item in DynamoDB JSON, as `aws dynamodb put-item` accepts it; equal items give equal text."""
     return _SORTED.encode(item)
 
 
 def cell(value: AttributeValue | None) -> str:
-    """The text of an attribute: absent and NULL are empty, sets, maps and lists are JSON, the rest is as stored."""
+    """The cell text of an attribute: absent and NULL are empty; BOOL, sets, maps and lists are JSON; others as stored.
+
+    Binaries stay base64.
+    """
     if value is None:
         return ""
     if value.N is not None:
@@ -124,14 +127,13 @@ def _text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-# Pages of items as rows of text, each row in the columns that the pages so far have shown.
+# Converts pages of items to rows of text, in the columns seen so far.
 #
-# The first page of an hour is read value by value, and shows which attributes there are and of which type. From them
-# a decoder is made that reads the next pages in one step; it takes nothing but these attributes and types, so a page
-# with anything else is read value by value again, and more is known. Invariant: both ways give the same rows and
-# columns; a test compares them.
+# The first page of an hour is read value by value to learn the attributes and their types. A decoder built from them
+# reads the next pages in one step. It accepts only these attributes and types; a page with anything else is read value
+# by value again, and extends them. Invariant: both ways give the same rows and columns; a test compares them.
 
-ANY = ""  # a type, or types, whose cell is not the text that came
+ANY = ""  # mixed types, or a type whose cell is not the received text
 TIMED = ("S", "N")
 MISSES = 8
 KEPT_READERS = 16
@@ -142,10 +144,10 @@ Read = Callable[[Taken], list[Row]]
 
 
 class PageReader:
-    """Reads the pages of one hour. Not safe from several threads.
+    """Reads the pages of one hour. Not thread-safe.
 
-    `columns` begin with `timestamp`; the attribute `left_out` is none of them. Rows that `wanted` does not want are
-    dropped, and so are columns that only such rows have. `items` counts those of all pages, `rows` those wanted.
+    `columns` begin with `timestamp` and omit the attribute `left_out`. Rows that `wanted` rejects are dropped, and so
+    are columns that only such rows have. `items` counts all items read, `rows` those kept.
     """
 
     def __init__(self, timestamp: str, left_out: str, wanted: "WantedItems | None" = None) -> None:
@@ -159,7 +161,7 @@ class PageReader:
         self._misses = 0
 
     def read(self, taken: Taken) -> list[Row]:
-        """The rows of a page in `columns`, which may have grown. Raises Transient for what is not a page."""
+        """The rows of a page in `columns`, which may grow. Raises Transient for a malformed page."""
         rows = self._in_one_step(taken)
         if rows is not None:
             return rows
@@ -172,7 +174,7 @@ class PageReader:
         return [_cells(item, self.columns) for item in items]
 
     def _in_one_step(self, taken: Taken) -> list[Row] | None:
-        """The rows where all items of the page are as known and all timestamps can be read, else None."""
+        """The rows if all items have known attributes and types and all timestamps are readable, else None."""
         if self._read is None:
             return None
         try:
@@ -191,7 +193,7 @@ class PageReader:
         return rows
 
     def _learn(self, items: Sequence[Item]) -> None:
-        """What these items show of attributes and types. A table that never ends to show more is not followed."""
+        """Learn attributes and types from these items. After MISSES failed pages, stop using the fast decoder."""
         known = self._letters
         for item in items:
             for name, value in item.items():
@@ -226,12 +228,12 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
 
 @lru_cache(KEPT_READERS)
 def _reader(columns: Columns, letters: tuple[str, ...], left_out: str) -> Read | None:
-    """Reads pages of items with these attributes, each of its letter, and raises DecodeError for others.
+    """A reader for pages of items with these attributes and type letters; it raises DecodeError for others.
 
-    None when there is no such decoder: a field's name may hold no quote, backslash or control character. A timestamp
-    is text or a number; where items differ in that, or it is something else, they are looked at one by one.
+    None if such a decoder is impossible: a field name must not contain quotes, backslashes or control characters, and
+    all timestamps must be of one type, text or number; otherwise items are read value by value.
     """
-    if len(columns) == 1 or letters[0] not in TIMED:  # of one field `attrgetter` makes no row
+    if len(columns) == 1 or letters[0] not in TIMED:  # with one field, `attrgetter` returns no tuple
         return None
     fields: list[tuple[str, Any, Any]] = [(f"f{at}", *_FIELDS[letter]) for at, letter in enumerate(letters)]
     names = {f"f{at}": name for at, name in enumerate(columns)}
@@ -254,7 +256,7 @@ def _reader(columns: Columns, letters: tuple[str, ...], left_out: str) -> Read |
 
 
 def _told(row: Sequence[Any], values: Sequence[int]) -> Row:
-    """The row with the text of those cells that are values still."""
+    """The row with the remaining attribute values converted to text."""
     made = list(row)
     for at in values:
         made[at] = cell(made[at])

@@ -1,11 +1,11 @@
-"""Google Drive as a sink, and a local directory for a start without Google: the same files under the same names.
+"""Sinks for hourly files: Google Drive, or a local directory if Google is not set up, with the same file names.
 
-One file per hour name, whatever is lost, repeated or done to it by people.
+There is one file per hour, whatever gets lost, is repeated or is changed by people.
 
-Invariants: a create carries an id that the state store has already, so its repetition can only find the same file; what
-Drive holds is asked of Drive, and MD5 and head revision say what it is; of several files of a name the oldest is it.
-Only what may be a CSV file is one: folders, shortcuts, Google documents and pictures of the name are left alone. In a
-directory a file is whole or absent at every instant; its version is the MD5 of its bytes.
+Invariants: a create carries an id that is already in the state store, so a retry can only hit the same file; the state
+of a file is always read from Drive, by MD5 and head revision; of several files with one name the oldest counts. Only
+files that may be CSV count: folders, shortcuts, Google documents and pictures with the name are ignored. In a
+directory a file is always whole or absent; its version is the MD5 of its bytes.
 """
 
 import logging
@@ -51,14 +51,15 @@ log = logging.getLogger(__name__)
 
 
 def hour_of(key: str) -> Window:
-    """The hour of a file's name."""
+    """The hour in a file name."""
     start = datetime.strptime(key.removesuffix(".csv")[-11:] + "+0000", "%Y%m%d_%H%z")
     return Window(start, start + timedelta(hours=1))
 
 
 class DriveFolder:
-    """The folder that takes the files, `folder_id` (never empty): looked up once per process, and again after a
-    failure. `told`: ids of other things in it that were warned of.
+    """The destination folder `folder_id` (never empty): looked up once per process, and again after a failure.
+
+    `told` has the ids of other items in it that were already warned about.
     """
 
     def __init__(self, folder_id: str, shared_drive_id: str) -> None:
@@ -68,7 +69,10 @@ class DriveFolder:
         self._drive_id: str | None = None
 
     def drive_id(self, drive: Drive) -> str:
-        """The shared drive of the folder, "" in My Drive. Raises Permanent for what is not a folder or is read-only."""
+        """The folder's shared drive id, "" in My Drive.
+
+        Raises Permanent if it is not a folder, is read-only, or is not on the configured shared drive.
+        """
         if self._drive_id is not None:
             return self._drive_id
         folder, what = drive.folder(self.folder_id), f"GOOGLE_DRIVE_FOLDER_ID {self.folder_id}"
@@ -87,13 +91,13 @@ class DriveFolder:
         return drive_id
 
     def forget(self) -> None:
-        """Look again next time."""
+        """Look the folder up again next time."""
         self._drive_id = None
 
 
 @dataclass(frozen=True, slots=True)
 class FileIds:
-    """The ids of files, durable before the files are: the record of an hour has `id:revision` as its version."""
+    """File ids, stored before the files are created: the version in an hour's record is `id:revision`."""
 
     checkpoints: Checkpoints
     pipeline: str
@@ -101,22 +105,22 @@ class FileIds:
     lease: Lease
 
     def known(self, key: str) -> str:
-        """The id in the record of the hour that `key` names; "" when none was kept."""
+        """The file id in the record of the hour that `key` names; "" if there is none."""
         hour = hour_of(key)
         records = self.checkpoints.records(self.pipeline, self.partition, hour.start, hour.end)
         return next((each.version.partition(":")[0] for each in records if each.key == key), "")
 
     def keep(self, key: str, file_id: str) -> None:
-        """Commit a record that says no more than the id; the record of the write replaces it."""
+        """Commit a record with only the id; the record of the write replaces it later."""
         record = Record(hour_of(key), 0, key, f"{file_id}:", "", 0, 0, -1, None, None, closed=False)
         self.checkpoints.commit(self.pipeline, self.partition, Commit((record,)), self.lease)
 
 
 class HourSink(ABC):
-    """`app.core.pipeline.Sink` over CSV files, one for each hour. `accounts` is told what lies there and what landed.
+    """`app.core.pipeline.Sink` over CSV files, one per hour. `accounts` records what was there and what was written.
 
-    `escaped`: cells are guarded against formulas. `reads_rows` is set to False where a file is replaced whatever rows
-    it has: then `head` is `peek`.
+    `escaped`: cells are escaped against formulas. Set `reads_rows` to False if a file is to be replaced whatever its
+    rows: then `head` is `peek`.
     """
 
     def __init__(self, accounts: Accounts, prefix: str, *, escaped: bool, dry_run: bool) -> None:
@@ -131,7 +135,7 @@ class HourSink(ABC):
         return f"{self._prefix}_{window.start:%Y%m%d_%H}.csv"
 
     def head(self, key: str) -> ObjectState | None:
-        """The file with its rows, or None."""
+        """The file's state with its row count; None if there is no file."""
         if not self.reads_rows:
             return self.peek(key)
         if held := self._head(key):
@@ -139,13 +143,13 @@ class HourSink(ABC):
         return held
 
     def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
-        """The rows of that version. Raises Conflict when another one is there."""
+        """The rows of that version. Raises Conflict if the file has another version."""
         self._check(key, version)
         yield from self._rows(key, version)
         self._check(key, version)
 
     def encode(self, partition: str, window: Window, batch: HourFile) -> HourFile:
-        """The batch is the file already; a dry run says that it would be written."""
+        """Returns the batch, which already is the file; a dry run logs that it would be written."""
         if self._dry_run:
             log.info(
                 "%s: would be written, %d rows, %d bytes", self.key(partition, window, 0), batch.rows, batch.size_bytes
@@ -154,7 +158,7 @@ class HourSink(ABC):
         return batch
 
     def put(self, key: str, encoded: HourFile, expected: str | None, *, closing: bool = False) -> str:  # noqa: ARG002
-        """Write the file when what is there is the expected version still. Raises Conflict."""
+        """Write the file if the existing one still has the expected version. Raises Conflict."""
         if expected is not None:
             self._check(key, expected)
         landed = encoded.landed_over(readable_prefix(self._rows(key, expected)) if expected else ())
@@ -164,11 +168,11 @@ class HourSink(ABC):
 
     @abstractmethod
     def peek(self, key: str) -> ObjectState | None:
-        """As `head`, without a look at the rows: version and MD5."""
+        """As `head`, but only version and MD5, without reading rows."""
 
     @abstractmethod
     def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
-        """Names and MD5 of every file on the day of `hour`."""
+        """The name and MD5 of every file on the day of `hour`."""
 
     @abstractmethod
     def _head(self, key: str) -> ObjectState | None: ...
@@ -183,12 +187,12 @@ class HourSink(ABC):
     def _put(self, key: str, encoded: HourFile, expected: str | None) -> str: ...
 
     def _day(self, hour: Window) -> str:
-        """How the names of a day begin."""
+        """The name prefix of the files of a day."""
         return self.key("", hour, 0).removesuffix(f"{hour.start:%H}.csv")
 
 
 class DriveSink(HourSink):
-    """Over Drive; a version is `id:headRevisionId`."""
+    """An `HourSink` on Google Drive; a version is `id:headRevisionId`."""
 
     def __init__(
         self,
@@ -207,7 +211,7 @@ class DriveSink(HourSink):
         self._ids = ids
 
     def peek(self, key: str) -> ObjectState | None:
-        """The file of that name in the folder, else the one with the known id wherever a person moved it."""
+        """The file of that name in the folder, else the file with the stored id, wherever a person moved it."""
         found = self._find(key)
         return None if found is None else ObjectState(_version(found), found.md5)
 
@@ -220,7 +224,7 @@ class DriveSink(HourSink):
         )
 
     def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
-        """Of several files of one name, the oldest."""
+        """See `HourSink.listed`; of several files with one name, the oldest."""
         seen = set[str]()
         for found in self._drive.beginning(self._day(hour), self._folder.folder_id, self._folder.drive_id(self._drive)):
             if found.is_csv and found.name not in seen:
@@ -228,7 +232,7 @@ class DriveSink(HourSink):
                 yield found.name, found.md5
 
     def _put(self, key: str, encoded: HourFile, expected: str | None) -> str:
-        """Create under the id that was kept before, or replace the content."""
+        """Create the file under a stored id, or replace its content."""
         properties = {"headwaterMd5": encoded.digest, "headwaterRows": str(encoded.rows)}
         if encoded.min_at and encoded.max_at:
             properties |= {"headwaterFrom": encoded.min_at.isoformat(), "headwaterTo": encoded.max_at.isoformat()}
@@ -238,14 +242,14 @@ class DriveSink(HourSink):
         return _version(made)
 
     def _create(self, key: str, content: FileContent) -> DriveFile:
-        self._folder.forget()  # once an hour: a person may have put the folder into the trash, or elsewhere
+        self._folder.forget()  # check again, once an hour: a person may have trashed or moved the folder
         self._folder.drive_id(self._drive)
         file_id = self._ids.known(key)
         for _ in range(NEW_IDS):
             held = self._drive.get(file_id) if file_id else None
             if held is not None and held.is_hour:
                 raise Conflict(f"{key}: is there already", READ_HINT)
-            if not file_id or held is not None:  # an id in the trash cannot be used again
+            if not file_id or held is not None:  # the id of a trashed file cannot be reused
                 file_id = self._drive.new_id()
                 self._ids.keep(key, file_id)
             made = self._drive.create(file_id, key, self._folder.folder_id, content)
@@ -254,7 +258,7 @@ class DriveSink(HourSink):
             held = self._drive.get(file_id)
             if held is not None and held.is_hour and held.md5 == content.md5:
                 return held
-            if held is None:  # used once and deleted for good
+            if held is None:  # the id was used, and its file permanently deleted
                 file_id = ""
         raise Transient(f"{key}: Drive found {NEW_IDS} ids in use", "no action needed: the next run tries new ones")
 
@@ -265,7 +269,7 @@ class DriveSink(HourSink):
             self._folder.forget()
             raise
         for other in named:
-            # Said once per process: a person may wonder which of the two is ours.
+            # Warn once per process: a person may wonder which of the two is ours.
             if not other.is_csv and other.file_id not in self._folder.told:
                 self._folder.told.add(other.file_id)
                 what = other.mime_type.replace(GOOGLE_TYPES, "a Google ")
@@ -278,7 +282,7 @@ class DriveSink(HourSink):
         return held if held is not None and held.is_hour else None
 
     def _put_aside(self, key: str, others: Sequence[DriveFile]) -> None:
-        """Several files of one name: the oldest is the file, the others go to the trash, where people can find them."""
+        """Trash duplicates of the oldest file with this name; people can still find them in the trash."""
         for other in others:
             log.warning("%s: is there more than once; the oldest is kept, %s goes to the trash", key, other.file_id)
             if self._dry_run:
@@ -294,9 +298,9 @@ class DriveSink(HourSink):
             raise Conflict(f"{key}: is not the version {version} any more", READ_HINT)
 
     def _count(self, found: DriveFile) -> int:
-        """The rows, as its writer noted them; of a file that somebody else wrote or edited, counted.
+        """The row count from the file's properties; counted if someone else wrote or edited the file.
 
-        What was made unreadable has no rows to keep, and is replaced: Drive has its text among the versions.
+        An unreadable file counts as 0 rows and is replaced; its old content stays in Drive's revisions.
         """
         noted = int(found.properties.get("headwaterRows", 0))
         if found.properties.get("headwaterMd5") == found.md5:
@@ -333,7 +337,7 @@ BLOCK_BYTES = 1 << 18
 
 
 class FolderSink(HourSink):
-    """Over a directory that the first write makes; the MD5 is version and digest."""
+    """An `HourSink` on a directory, created by the first write; version and digest are the MD5."""
 
     def __init__(self, root: Path, accounts: Accounts, *, prefix: str, escaped: bool, dry_run: bool) -> None:
         super().__init__(accounts, prefix, escaped=escaped, dry_run=dry_run)
@@ -377,7 +381,7 @@ class FolderSink(HourSink):
         digest, path = md5(usedforsecurity=False), self._root / key
         with _translated(self._root):
             try:
-                if not path.is_file() and os.path.lexists(path):  # opening a pipe would wait for ever
+                if not path.is_file() and os.path.lexists(path):  # opening a pipe would block forever
                     what = "a directory" if path.is_dir() else "not a regular file"
                     raise Permanent(f"{path}: is {what}", "move it away: the file has its name")
                 with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""DynamoDB as a source: one table, one partition, one hour at a time, and what its refusals mean."""
+"""DynamoDB as a source: one table, one partition, one hour at a time; and the translation of its errors."""
 
 import logging
 import threading
@@ -36,9 +36,9 @@ from app.dynamo_to_drive.timestamps import (
     text_ranges,
 )
 
-# What DynamoDB refuses and what the SDK makes of the network, as what a person or the next run should do.
+# Errors of DynamoDB and the SDK, translated to ours with a hint for a person or a retry.
 #
-# Invariant: the code of the answer decides, never its text. The codes are section 7 of contracts/dynamodb.md.
+# Invariant: the error code decides, never the message. The codes are in section 7 of contracts/dynamodb.md.
 
 KEYS_HINT = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 CLOCK_HINT = f"{KEYS_HINT}, and this machine's clock (NTP)"
@@ -62,7 +62,9 @@ TEXT_LIMIT = 300
 
 
 def require_member(answer: Mapping[str, Any], name: str, where: str) -> Any:
-    """What an answer must have. Without it, it is that of something else: taken as empty, it would cost rows."""
+    """A required member of a response. Raises Transient if it is missing: the response is then not DynamoDB's, and
+    reading it as empty would lose rows.
+    """
     if name not in answer:
         raise Transient(f"the answer of {where} holds no {name}", FOREIGN_HINT)
     return answer[name]
@@ -70,7 +72,7 @@ def require_member(answer: Mapping[str, Any], name: str, where: str) -> Any:
 
 @contextmanager
 def translate_sdk_errors(table: str, where: str) -> Iterator[None]:
-    """What the SDK raises, as what the caller should do about it. `where` names the service as the settings have it."""
+    """Translate SDK exceptions to ours. `where` names the service as configured."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -108,15 +110,15 @@ def _failed(table: str, where: str, error: Exception) -> AppError:
     return Transient(text, f"check that {where} can be reached (AWS_REGION, DYNAMODB_ENDPOINT_URL); it is retried")
 
 
-# DynamoDB as a source: one table, one partition, one hour at a time; with `object_store.s3` the home of boto3.
+# The source itself. Only this module and `object_store.s3` use boto3.
 #
-# Invariants: every page is followed until there is no LastEvaluatedKey, also an empty page; signing and retries are
-# botocore's, only the items are decoded here; no exception of the SDK leaves this module; an item that was
-# read is a row of an hour or is handed to the accounts with the reason.
+# Invariants: pages are followed until there is no LastEvaluatedKey, even past empty pages; botocore signs and retries,
+# only the items are decoded here; no SDK exception leaves this module; every item read becomes a row of an hour or is
+# passed to `Accounts` with the reason.
 
 LOOKED_ITEMS = 1000
 ATTEMPTS, CONNECT_SECONDS, READ_SECONDS = 5, 5, 20
-SOME_HOUR = window_at(EPOCH, 3600)  # for whom only wants to know what can be read
+SOME_HOUR = window_at(EPOCH, 3600)  # any hour: `ping` only checks whether timestamps are readable
 NAMED = 20
 ATTRIBUTE_HINT = "set DYNAMODB_TIMESTAMP_ATTRIBUTE to the attribute that says when a row was measured"
 WRITING_HINT = "write ISO 8601 or epoch numbers, or " + ATTRIBUTE_HINT
@@ -127,10 +129,10 @@ B = TypeVar("B")
 
 
 class DynamoTable:
-    """The table behind a client that is made on first use, and what was found out about it. Safe from any thread.
+    """The table, with a client created on first use, and what is known about it. Thread-safe.
 
-    `traits`: what was seen of writings that do not begin as their hour in UTC does. `spend` is told the read units
-    of each answer. `escape`: cells are guarded against formulas.
+    `traits` are the timestamp traits seen so far. `spend` receives the read units of each response. `escape`: cells are
+    escaped against spreadsheet formulas.
     """
 
     def __init__(
@@ -148,8 +150,9 @@ class DynamoTable:
         self._first_at: datetime | None = None
 
     def plan(self) -> AccessPath:
-        """How it is read now: an index may have come or gone, and another table may have the name. Raises Permanent for
-        a table that cannot be read.
+        """The current access path: an index may have been added or dropped, or the table replaced.
+
+        Raises Permanent for a table that cannot be read.
         """
         described = require_member(self.call("describe_table", TableName=self.given.table_name), "Table", self.where)
         plan = plan_of(described, self.given)
@@ -167,11 +170,11 @@ class DynamoTable:
         return plan
 
     def close(self) -> None:
-        """End idle connections. The table may be used again afterwards, with the credentials that are there then."""
+        """Close idle connections. The table can be used again, with the credentials valid by then."""
         self._client.close()
 
     def note(self, traits: Iterable[TextTrait]) -> None:
-        """Hours are asked for such writings from now on."""
+        """From now on, query hours for these traits too."""
         with self._lock:
             found = frozenset(traits) - self.traits
             self.traits |= found
@@ -179,14 +182,14 @@ class DynamoTable:
             log.info("table %s: timestamps have %s", self.given.table_name, trait.value)
 
     def looks_around(self, hour: Window) -> bool:
-        """True the first time: then the hour is asked for every writing, also for those that were never seen."""
+        """True the first time for an hour: then it is queried with every trait, even ones never seen."""
         with self._lock:
             is_new = hour.start not in self._looked
             self._looked.add(hour.start)
         return is_new
 
     def looks_at_first(self, now: datetime) -> bool:
-        """True once an hour: then the first items are looked at as well."""
+        """True once an hour: then the first items are checked as well."""
         hour_at = floor_to(now, HOUR_SECONDS)
         with self._lock:
             is_new, self._first_at = hour_at != self._first_at, hour_at
@@ -195,7 +198,7 @@ class DynamoTable:
     def end(
         self, plan: AccessPath, value: str, is_readable: Callable[[Item], bool], *, is_first: bool = False
     ) -> Sequence[Item]:
-        """The last items of a partition value, or the first, up to one that is readable, or so many."""
+        """The last (or first) items of a partition value, up to a readable one, at most LOOKED_ITEMS."""
         for limit in (1, LOOKED_ITEMS):
             answer = self.call("query", **self._asked(plan, value), Limit=limit, ScanIndexForward=is_first)
             items = items_of(require_member(answer, "Items", self.where))
@@ -205,16 +208,14 @@ class DynamoTable:
         return items
 
     def some(self) -> Sequence[Item]:
-        """Some items of the whole table, whatever their keys. None of a table that is empty."""
+        """Some items of the table, whatever their keys; none if the table is empty."""
         for taken in self.pages("scan", {"TableName": self.given.table_name, "Limit": LOOKED_ITEMS}, Stop()):
             if items := items_of(taken):
                 return items
         return ()
 
     def scans(self) -> Iterator[Mapping[str, Any]]:
-        """The requests whose pages together are the table. A filter would cost as much, and could only let pass what
-        it knows.
-        """
+        """The scan requests that cover the table. A filter would cost as much, and would drop unknown formats."""
         for segment in range(SEGMENTS):
             whole = {"TableName": self.given.table_name, "ConsistentRead": True}
             yield {**whole, "Segment": segment, "TotalSegments": SEGMENTS}
@@ -222,7 +223,7 @@ class DynamoTable:
     def queries(
         self, plan: AccessPath, hour: Window, traits: Collection[TextTrait], newest: str = ""
     ) -> Iterator[Mapping[str, Any]]:
-        """The requests whose pages together have the hour. `newest`: the largest number, of a numeric sort key."""
+        """The query requests that cover the hour. `newest` is the largest number of a numeric sort key."""
         is_number = plan.timestamp_type == "N"
         ranges = list(
             number_ranges(hour, self.given.timestamp_unit, newest) if is_number else text_ranges(hour, traits)
@@ -246,7 +247,7 @@ class DynamoTable:
         }
 
     def pages(self, method: str, asked: Mapping[str, Any], stop: Stop) -> Iterator[Taken]:
-        """The items of every page of a query or scan, to the end. An empty LastEvaluatedKey is none."""
+        """The items of every page of a query or scan. An empty LastEvaluatedKey counts as none."""
         while True:
             stop.check()
             page = self.call(method, **asked)
@@ -266,9 +267,9 @@ class DynamoTable:
 
 
 class NewestItems(NamedTuple):
-    """What the newest items of the partition values show. `number`: the largest that can be read, "" for none.
+    """What the newest items of the partition values show. `number` is the largest readable number, or "".
 
-    `is_readable`: one can be read, or there are none.
+    `is_readable`: at least one timestamp is readable, or there are no items.
     """
 
     number: str
@@ -276,9 +277,9 @@ class NewestItems(NamedTuple):
 
 
 class WantedItems:
-    """Which items are of one hour. Not safe from several threads.
+    """Selects the items of one hour. Not thread-safe.
 
-    `elsewhere`: timestamps of other hours that begin as this one does, and have another offset.
+    `elsewhere` are timestamps of other hours that begin like this one but have a UTC offset.
     """
 
     def __init__(self, hour: HourTexts, accounts: Accounts) -> None:
@@ -289,16 +290,16 @@ class WantedItems:
         self._accounts = accounts
 
     def has_all(self, texts: Sequence[str]) -> bool:
-        """True when each of these timestamps is certainly wanted. False says nothing."""
+        """True if all of these timestamps are certainly wanted. False means unknown."""
         return self._hour.has_all(texts)
 
     def has(self, text: str) -> bool | None:
-        """Whether a timestamp is wanted; None when it cannot be read."""
+        """Whether a timestamp is wanted; None if it is unreadable."""
         is_inside, reading = self._placed(text)
         return is_inside if reading.at is not None else None
 
     def takes(self, item: Item) -> bool:
-        """Whether an item is wanted. The accounts are told of one whose timestamp cannot be read."""
+        """Whether an item is wanted. Reports items with an unreadable timestamp to `Accounts`."""
         text = timestamp_text(item, self._accounts.attribute)
         is_inside, reading = (False, TimestampReading(None)) if text is None else self._placed(text)
         if reading.at is None:
@@ -317,9 +318,10 @@ class WantedItems:
 
 
 class DynamoSource:
-    """`app.core.pipeline.Source` over a table, for one run that began at `now`. `partition` is the one name under which
-    checkpoints are kept; `accounts` is told of every item that was read. `span`: the hours that the run brings up to
-    date, all of them.
+    """`app.core.pipeline.Source` over a table, for one run that began at `now`.
+
+    `partition` is the single name for checkpoints; `accounts` records every item read. `span` covers all hours that the
+    run updates.
     """
 
     def __init__(
@@ -343,17 +345,17 @@ class DynamoSource:
         self._asked = set[Window]()
 
     def partitions(self, since: datetime) -> Sequence[str]:  # noqa: ARG002 - the port's word
-        """The one."""
+        """The single partition."""
         return [self._partition]
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
-        """UNCOUNTED: a count costs what reading costs, and an overwritten row would not move it."""
+        """UNCOUNTED: a count costs as much as reading, and would not change for an overwritten row."""
         return {(partition or self._partition, window.start): UNCOUNTED for window in windows}
 
     def read(self, partition: str, window: Window, count: Count, kept: HourFile | None) -> HourFile:  # noqa: ARG002
-        """The file of the hour. After a refusal the table and the credentials are looked at again.
+        """The file of the hour. After a Permanent error, the table and the credentials are re-read next time.
 
-        Raises Permanent where nothing that was read has a timestamp that can be read.
+        Raises Permanent if none of the items read has a readable timestamp.
         """
         try:
             plan = self._planned()
@@ -364,7 +366,7 @@ class DynamoSource:
             raise
 
     def _planned(self) -> AccessPath:
-        """How this run reads the table."""
+        """The access path of this run."""
         self._plan = self._plan or self._table.plan()
         return self._plan
 
@@ -376,8 +378,10 @@ class DynamoSource:
         return hour
 
     def _read_query(self, plan: AccessPath, window: Window) -> HourFile:
-        """The hour in all writings that were seen. In every other one too, but only once: the first hour of a run, the
-        open hour, one that seems to be empty and one that is asked for again; and when an item shows such a writing.
+        """Query the hour with the traits seen so far.
+
+        Query once with every trait if the hour is the run's first, still open, empty, or read again; and also whenever
+        an item shows a new trait.
         """
         newest = self._newest = self._newest or self.look(plan, firsts=self._table.looks_at_first(self._now))
         is_text, traits = plan.timestamp_type == "S", self._table.traits
@@ -396,10 +400,10 @@ class DynamoSource:
         return hour
 
     def look(self, plan: AccessPath, *, firsts: bool = True) -> NewestItems:
-        """What the newest items of each partition value are like. Those that cannot be read are accounted for, with
-        `firsts` also the first ones: no hour is asked for texts that sort before all others.
+        """Check the newest items of each partition value, and report unreadable ones to `Accounts`.
 
-        Raises Permanent for partition values that nothing has, in a table that has items.
+        `firsts` also checks the first items: texts that sort before all others are in no hour's range. Raises Permanent
+        if no item has these partition values although the table has items.
         """
         is_text, times = plan.timestamp_type == "S", self._table.times
 
@@ -428,10 +432,10 @@ class DynamoSource:
         return NewestItems("" if is_text else max(texts, key=Decimal, default=""), bool(texts) or not newest)
 
     def _refuse_other_values(self, plan: AccessPath) -> None:
-        """That nothing has these partition values does not make the table empty."""
+        """Raises Permanent if the table has items, but none with these partition values."""
         try:
             items = self._table.some()
-        except Permanent as error:  # a key that may only query is enough for all else
+        except Permanent as error:  # credentials that may only query suffice for everything else
             log.info("cannot tell whether table %s is empty: %s", self._table.given.table_name, error)
             return
         if not items:
@@ -447,9 +451,9 @@ class DynamoSource:
     def _filled(
         self, plan: AccessPath, window: Window, requests: Iterable[Mapping[str, Any]]
     ) -> tuple[HourFile, WantedItems, int]:
-        """Every page of every request, several requests at once; the order of pages does not matter.
+        """Read all pages of all requests, several requests in parallel; the order of pages does not matter.
 
-        The file of the hour, what was wanted, and how many items all pages had.
+        Returns the file of the hour, the selection, and the number of items on all pages.
         """
         method, turn = "scan" if plan.scans else "query", threading.Lock()
         wanted = WantedItems(HourTexts(self._table.times, window), self._accounts)
@@ -468,11 +472,11 @@ class DynamoSource:
         return hour, wanted, pages.items
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[HourFile]:
-        """Hour by hour: a Query of one hour is the cheapest question there is."""
+        """Hour by hour: nothing is cheaper than a Query of one hour."""
         return (self.read(partition, window, count, None) for window, count in counted)
 
     def union(self, batch: HourFile, held: Sequence[Iterable[Mapping[str, str]]], shrink: Shrink | None) -> HourFile:
-        """The rows of both; where both have a key, the table's row. No file is read where rows may go."""
+        """The rows of both; the table's row wins if both have a key. Not called with `shrink`: no file is read then."""
         del shrink
         with closing(HourWriter(self._shape())) as writer:
             writer.add_rows(self._kept(batch, held), held=True)
@@ -485,8 +489,8 @@ class DynamoSource:
         return united
 
     def _kept(self, batch: HourFile, held: Sequence[Iterable[Mapping[str, str]]]) -> Iterator[Mapping[str, str]]:
-        """Rows of the file that may stay: a row whose timestamp cannot be read was cut or typed by somebody, since the
-        table's are set aside. The run names it.
+        """The file's rows to keep. A row with an unreadable timestamp was truncated or typed by a person, since the
+        table's unreadable items are set aside; it is left out, and the run's notes report it.
         """
         unread: list[str] = []
         for row in chain.from_iterable(held):
@@ -504,8 +508,9 @@ class DynamoSource:
         self._accounts.removed.append(told)
 
     def _is_misplaced(self, batch: HourFile, row: Mapping[str, str]) -> bool:
-        """True for a row whose offset an earlier version took for nothing. Only where the table still has it, and this
-        run brings its own hour up to date: then it is there, and would be here a second time.
+        """True for a row that an earlier version put into this hour because it ignored the UTC offset.
+
+        Only if the table still has the row and this run updates its correct hour: otherwise dropping it could lose it.
         """
         text = row.get(self._accounts.attribute, "")
         if self._span is None or text not in batch.elsewhere:
@@ -520,7 +525,7 @@ class DynamoSource:
 
 
 def _together(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
-    """The results of `work`, several calls at once."""
+    """The results of `work` for each value, computed in parallel."""
     if len(given) == 1:
         return [work(given[0])]
     with ThreadPoolExecutor(SEGMENTS, thread_name_prefix="dynamo") as pool:
@@ -529,7 +534,7 @@ def _together(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
 
 
 def describe_unreadable(accounts: Accounts, times: TimestampReader) -> Permanent:
-    """What is wrong where no item has a timestamp that can be read."""
+    """The error if no item has a readable timestamp."""
     number, attribute = accounts.set_aside, accounts.attribute
     if accounts.all_lack_the_attribute:
         names = ", ".join(sorted(accounts.attributes)[:NAMED])
@@ -546,7 +551,7 @@ def describe_unreadable(accounts: Accounts, times: TimestampReader) -> Permanent
 
 
 def ping(table: DynamoTable, now: datetime) -> str:
-    """How the table is read, for `check`. Raises Transient or Permanent."""
+    """Describe how the table is read, for `check`. Raises Transient or Permanent."""
     plan, times = table.plan(), table.times
     accounts = Accounts(table.given.timestamp_attribute, now)
     if plan.scans:
@@ -567,7 +572,7 @@ def ping(table: DynamoTable, now: datetime) -> str:
 
 @cache
 def _models() -> Any:
-    """What botocore reads of the services, once: most of the cost of a client, and each refusal makes a new one."""
+    """botocore's service models, loaded once: they are most of a client's cost, and each refusal needs a new client."""
     from botocore.loaders import create_loader
 
     return create_loader()
@@ -578,7 +583,8 @@ def _make_client(given: DynamoSettings) -> Any:
     from botocore.config import Config
     from botocore.session import get_session
 
-    secrets = (given.access_key_id, given.secret_access_key, given.session_token)  # without: the SDK's own chain
+    # If unset, the SDK's own credential chain applies.
+    secrets = (given.access_key_id, given.secret_access_key, given.session_token)
     key_id, secret, token = (each.get_secret_value() or None if each else None for each in secrets)
     config = Config(
         retries={"mode": "standard", "total_max_attempts": ATTEMPTS},

@@ -1,8 +1,8 @@
-"""Every writing of an instant in a DynamoDB attribute: what it says, how it sorts, and where a sort key holds it.
+"""Timestamp formats in DynamoDB attributes: how to parse them, how to order them, and their sort key ranges.
 
-Pure functions over text and windows. Invariant: each text that `TimestampReader.read` can read, and that is plain or
-has only the given traits, lies in a range of `text_ranges` or `number_ranges` of its hour. A range may hold other texts
-as well; reading them tells.
+Pure functions over text and windows. Invariant: each text that `TimestampReader.read` can parse, and that has no traits
+other than the given ones, lies in a range from `text_ranges` or `number_ranges` for its hour. A range may contain other
+texts as well; parsing sorts them out.
 """
 
 import re
@@ -23,8 +23,8 @@ DIGITS = {"s": 0, "ms": 3, "us": 6}
 """Decimal digits below the second, by unit; smaller units come later."""
 PLAUSIBLE = (10**9, 10**10)
 """Seconds from 2001 to 2286: in these years the size of a number tells its unit."""
-YEARS = range(2, 9999)  # those of which hours before and after have names too
-FURTHEST = timedelta(hours=14)  # no place on earth is further from UTC
+YEARS = range(2, 9999)  # leaves room for the hours before and after
+FURTHEST = timedelta(hours=14)  # the largest UTC offset on earth
 
 NO_ATTRIBUTE = "no timestamp attribute"
 UNREADABLE = "unreadable timestamp"
@@ -45,7 +45,7 @@ NUMBER_LENGTHS = (10, 13, 16)
 
 
 class TextTrait(Enum):
-    """Why a text does not begin as its hour in UTC does. Ranges for them are asked once one was seen."""
+    """Why a text does not begin like its hour in UTC. The ranges for a trait are queried once it has been seen."""
 
     OFFSET = "an offset other than UTC"
     LOWER_T = "a small t between date and time"
@@ -57,9 +57,9 @@ PLAINLY: frozenset[TextTrait] = frozenset()
 
 
 class TimestampReading(NamedTuple):
-    """What a text says. `at` is whole microseconds, None when it cannot be read, and `reason` then says why.
+    """A parsed timestamp. `at` has microsecond precision; None if the text is unreadable, and `reason` says why.
 
-    `fraction`: all digits below the second, without trailing zeros.
+    `fraction` has all digits below the second, without trailing zeros.
     """
 
     at: datetime | None
@@ -77,12 +77,12 @@ class KeyRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TimestampReader:
-    """Reads timestamps. `unit` is that of numbers; AUTO = by the size of each, for the years of PLAUSIBLE."""
+    """Parses timestamps. `unit` is the unit of numbers; AUTO = by each number's size, for the years of PLAUSIBLE."""
 
     unit: str = AUTO
 
     def read(self, text: str) -> TimestampReading:
-        """What `text` says: ISO 8601 with or without a zone (then UTC), or a number of the unit since 1970."""
+        """Parse `text`: ISO 8601 with or without a zone (then UTC), or a number of units since 1970."""
         if found := ISO.fullmatch(text):
             return _calendar(found)
         if len(text) <= MAX_NUMBER_CHARACTERS and NUMBER.fullmatch(text):
@@ -95,16 +95,16 @@ class TimestampReader:
         if looks not in ("", unit) or not unit:
             return TimestampReading(None, reason=OUTSIDE)
         seconds = EXACT.scaleb(number, -DIGITS[unit])
-        if not abs(seconds) < PLAUSIBLE[1] * 100:  # before `floor` makes an integer of 1E+125
+        if not abs(seconds) < PLAUSIBLE[1] * 100:  # before `floor` turns 1E+125 into an integer
             return TimestampReading(None, reason=OUTSIDE)
         whole = floor(seconds)
         fraction = f"{abs(EXACT.subtract(seconds, whole)):f}"[2:].rstrip("0")  # abs: -0 has a sign
         return _at(EPOCH, timedelta(seconds=whole), fraction)
 
     def rank(self, text: str) -> tuple[str, str]:
-        """What texts of any writing sort by in order of time: the second in UTC, then the fraction.
+        """A sort key by time for texts of any format: the second in UTC, then the fraction.
 
-        Text that cannot be read sorts as it is, so that a row which only a file still has keeps a place.
+        Unreadable text sorts as it is, so that a row that only a file still has keeps a place.
         """
         if plain := PLAIN.fullmatch(text):
             return f"{text[:10]}T{text[11:19]}", (plain[1] or "").rstrip("0")
@@ -114,7 +114,7 @@ class TimestampReader:
         return at.isoformat()[:19], fraction
 
     def other_unit(self, text: str) -> str:
-        """The unit that a number has by its size where another one is set; "" when they agree or none can be told."""
+        """The unit that a number's size suggests if it differs from the set unit; "" if they agree or it is unclear."""
         if self.unit == AUTO or len(text) > MAX_NUMBER_CHARACTERS or not NUMBER.fullmatch(text):
             return ""
         looks = unit_of(Decimal(text))
@@ -122,7 +122,7 @@ class TimestampReader:
 
 
 def unit_of(number: Decimal) -> str:
-    """The unit in which a number is a date of PLAUSIBLE; "" when there is none."""
+    """The unit in which the number is a date within PLAUSIBLE; "" if there is none."""
     low, high = PLAUSIBLE
     return next((unit for unit, digits in DIGITS.items() if low * 10**digits <= number < high * 10**digits), "")
 
@@ -130,7 +130,7 @@ def unit_of(number: Decimal) -> str:
 def _calendar(found: re.Match[str]) -> TimestampReading:
     year, hyphen, month, day, between, hour, minute, second, fraction, sign, *offset = found.groups()
     digits, seconds = (fraction or "").rstrip("0"), int(second or 0)
-    if seconds == 60:  # noqa: PLR2004 - a leap second has a place in its own hour, after every other instant
+    if seconds == 60:  # noqa: PLR2004 - a leap second stays in its own hour, after every other timestamp
         seconds, digits = 59, f"999999999{digits}"
     hours, minutes = (int(each or 0) for each in offset)
     away = timedelta(hours=hours, minutes=minutes) * (-1 if sign == "-" else 1)
@@ -155,9 +155,9 @@ def _at(start: datetime, passed: timedelta, fraction: str) -> TimestampReading:
 
 
 class HourTexts:
-    """Which texts are instants of one hour; the forms that machines write are told without being read one by one.
+    """Decides which texts are timestamps of one hour; recognises machine formats in bulk, without parsing each text.
 
-    `beginnings` are those of its texts in UTC.
+    `beginnings` are the prefixes of the hour's texts in UTC.
     """
 
     def __init__(self, times: TimestampReader, window: Window) -> None:
@@ -165,7 +165,7 @@ class HourTexts:
         self._window = window
         day, hour = window.start.isoformat()[:10], f"{window.start:%H}"
         self.beginnings = f"{day}T{hour}", f"{day} {hour}"
-        # Many texts at once, a line each, which takes a third of the time of a look at each.
+        # Matches many texts at once, one per line, in a third of the time of matching each.
         self._plain = re.compile(rf"(?:{day}[T ]{hour}:[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:Z|\+00:00)?\n)*+")
         bounds = {unit: _bounds(window, unit) for unit in (DIGITS if times.unit == AUTO else (times.unit,))}
         self._numbers = {
@@ -173,7 +173,7 @@ class HourTexts:
         }
 
     def has_all(self, texts: Sequence[str]) -> bool:
-        """True when each is certainly of this hour. False says nothing."""
+        """True if all texts are certainly of this hour. False means unknown."""
         lines = "\n".join([*texts, ""])
         if self._plain.fullmatch(lines):
             return lines.count("\n") == len(texts)
@@ -182,20 +182,20 @@ class HourTexts:
         return are_alike and low <= min(texts) and max(texts) < high
 
     def place(self, text: str) -> tuple[bool, TimestampReading]:
-        """Whether `text` is of this hour, and what it says."""
+        """Whether `text` is of this hour, and its parsed timestamp."""
         reading = self._times.read(text)
         return reading.at is not None and self._window.start <= reading.at < self._window.end, reading
 
 
 def _bounds(hour: Window, unit: str) -> tuple[str, str]:
-    """Start and end of the hour as numbers."""
+    """The start and end of the hour as numbers in the unit."""
     first, last = ((at - EPOCH) // timedelta(seconds=1) * 10 ** DIGITS[unit] for at in (hour.start, hour.end))
     return str(first), str(last)
 
 
 def number_ranges(hour: Window, unit: str, newest: str = "") -> Iterator[KeyRange]:
-    """Where a numeric sort key has the hour. With AUTO, in each unit up to that of the `newest` number: of smaller
-    units there are none then. Each range includes the end of the hour.
+    """The ranges of a numeric sort key for the hour. With AUTO, one per unit up to that of the `newest` number, since
+    there are no numbers in smaller units then. Each range includes the end of the hour.
     """
     if unit != AUTO:
         yield KeyRange(*_bounds(hour, unit))
@@ -208,8 +208,8 @@ def number_ranges(hour: Window, unit: str, newest: str = "") -> Iterator[KeyRang
 
 
 def text_ranges(hour: Window, traits: Collection[TextTrait]) -> Iterator[KeyRange]:
-    """Where a sort key of text has the hour: ISO 8601 with T and with a blank, and numbers of any unit, which all begin
-    with the digits of their second; what has one of `traits` as well, and with every trait the whole day.
+    """The ranges of a text sort key for the hour: ISO 8601 with T and with a space, and numbers of any unit, which all
+    begin with the digits of their second; also texts with one of `traits`, and with every trait the whole day.
     """
     start, end = hour.start, hour.end
     own_day = start.isoformat()[:10] if EVERY_TRAIT.issubset(traits) else ""
@@ -217,7 +217,7 @@ def text_ranges(hour: Window, traits: Collection[TextTrait]) -> Iterator[KeyRang
         start, end = start - FURTHEST, end + FURTHEST
     for day, first, last in _days(start, end):
         for written in (day, day.replace("-", "")) if TextTrait.BASIC in traits else (day,):
-            if day == own_day:  # with what has no hour: a date alone, `noon`, 24:00
+            if day == own_day:  # includes texts without a valid hour: a date alone, `noon`, 24:00
                 yield KeyRange(written, f"{written}{LAST}")
                 continue
             for between in "T t" if TextTrait.LOWER_T in traits else "T ":
@@ -226,13 +226,13 @@ def text_ranges(hour: Window, traits: Collection[TextTrait]) -> Iterator[KeyRang
     low, high = ((at - EPOCH) // timedelta(seconds=1) for at in (hour.start, hour.end - timedelta(seconds=1)))
     if low >= 0 and len(str(low)) == len(str(high)):
         yield KeyRange(str(low), f"{high}{LAST}")
-    elif low >= 0:  # within this hour the numbers get one digit more
+    elif low >= 0:  # the numbers gain a digit within this hour
         yield KeyRange(str(low), f"{'9' * len(str(low))}{LAST}")
         yield KeyRange(f"1{'0' * len(str(low))}", f"{high}{LAST}")
 
 
 def _days(start: datetime, end: datetime) -> Iterator[tuple[str, int, int]]:
-    """The days of `[start, end)`, whole hours, as YYYY-MM-DD, each with its first and last hour in it."""
+    """The days (YYYY-MM-DD) of `[start, end)`, which has whole hours, each with its first and last hour."""
     while start < end:
         until = min(end, floor_to(start, DAY_SECONDS) + timedelta(days=1))
         yield start.isoformat()[:10], start.hour, (until - timedelta(hours=1)).hour
@@ -240,7 +240,7 @@ def _days(start: datetime, end: datetime) -> Iterator[tuple[str, int, int]]:
 
 
 def is_found(times: TimestampReader, text: str, *, is_text: bool) -> bool:
-    """Whether a sort key can be read and is in the ranges of its hour, when every trait is asked for."""
+    """Whether a sort key is readable and lies in the ranges of its hour with every trait."""
     at = times.read(text).at
     if at is None or not is_text:
         return at is not None
@@ -248,9 +248,9 @@ def is_found(times: TimestampReader, text: str, *, is_text: bool) -> bool:
 
 
 def ascend(texts: Sequence[str]) -> bool:
-    """True when the texts are of one form and each is later than the one before, so that their ranks ascend as well.
+    """True if the texts have one format and strictly ascend, so that their ranks ascend too. False means unknown.
 
-    False says nothing. It asks for the forms that machines write, and takes a fraction of the time of ranks.
+    Recognises only machine formats, in a fraction of the time of computing ranks.
     """
     if len(set(map(len, texts))) != 1 or not all(map(lt, texts, islice(texts, 1, None))):
         return False
