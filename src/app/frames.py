@@ -42,7 +42,7 @@ class _NoRedirects(HTTPRedirectHandler):
     """Sends the key only to the daemon, never to a redirect target."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
-        """Follow nothing."""
+        """Follow no redirect."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,7 @@ class Alerts:
 
     @property
     def ahead_seconds(self) -> Mapping[str, float]:
-        """Job -> how far its records lie in the future, as of the last check; jobs in order are left out."""
+        """Job -> how far its records lie in the future, as of the last check; only jobs where they do."""
         return self._ahead
 
     def start(self) -> None:

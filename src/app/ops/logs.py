@@ -78,7 +78,7 @@ class _Bucket:
 
 
 class LogLimits:
-    """One bucket per kind of line: logger, level and message template, or job, caller and status."""
+    """One bucket per kind of line: logger, level, message template, job, caller and status."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -74,8 +74,8 @@ class VerificationResult:
 
 
 class Verifications:
-    """The latest verification and the latest healing of each job. `looked` is called at the end of either, before its
-    result is published, and `healed` after a window was rewritten. Thread-safe.
+    """The latest verification and the latest healing of each job. `looked` is called when either ends (a verification's
+    result is published only then), and `healed` after a window was rewritten. Thread-safe.
     """
 
     def __init__(

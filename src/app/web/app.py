@@ -1,8 +1,8 @@
 """The outermost ASGI application: it answers probes at once and passes everything else to the guarded API.
 
 Invariants: the probes answer before the API is imported and while its thread pool is full; every response has the
-security headers; requests for a change are logged with caller and status; background work starts and ends with the ASGI
-lifespan.
+security headers; requests with unsafe methods are logged with caller and status; background work starts and ends with
+the ASGI lifespan.
 """
 
 import asyncio
@@ -85,9 +85,7 @@ class HeadwaterApp:
         self._api: GuardedApi | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI call. Adds missing security headers to every response, and logs a line for each request for a
-        change.
-        """
+        """One ASGI call. Adds missing security headers to each response, and logs requests with unsafe methods."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._lifespan(receive, send)
