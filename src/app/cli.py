@@ -1,9 +1,9 @@
-"""The command line: one table of commands, each with its help, its arguments and what it calls.
+"""The command line: one table of commands, each with its help, its arguments and the function that it calls.
 
-Exit codes: 0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage, 75 another process runs the job
-(sysexits' EX_TEMPFAIL: try later), 78 settings that cannot work (EX_CONFIG); a job may name other codes for how its
-runs end (`app.core.runs.ExitCodes`). Invariants: settings are checked before anything heavy is imported, and every
-fault ends as one clear line on stderr.
+Exit codes: 0 OK, 1 a run failed or is partial or a check failed, 2 wrong usage, 75 another process runs the job
+(sysexits' EX_TEMPFAIL: try later), 78 invalid settings (EX_CONFIG); a job may define other codes for its outcomes
+(`app.core.runs.ExitCodes`). Invariants: settings are validated before anything heavy is imported, and every fault is
+reported as one clear line on stderr.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code. What is wrong is said on stderr, and with --json as a document on stdout too."""
+    """Run one command; returns the exit code. Faults go to stderr, and with --json also to stdout as a document."""
     if refusal := unsupported(os.name):
         print_error(refusal)
         return BAD_SETTINGS
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class UsageError(AppError):
-    """Arguments that cannot be understood."""
+    """Invalid arguments."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def print_error(line: str) -> None:
-    """One line on stderr."""
+    """Print one line to stderr."""
     sys.stderr.write(f"{line}\n")
 
 
@@ -103,26 +103,26 @@ def worker(*, port: int | None = None) -> int:
 
 
 def with_port(port: int | None) -> Mapping[str, str]:
-    """The environment, in which the command line has the last word."""
+    """The environment; a port from the command line overrides it."""
     return os.environ if port is None else {**os.environ, "PORT": str(port)}
 
 
 def _end(number: int, _: FrameType | None) -> NoReturn:
-    """A signal while nothing is served, before or after: the shell's convention for its exit code.
+    """Signal handler while nothing is being served: exits with the shell's code for the signal.
 
-    At once, since nothing is open then: an exception that is raised wherever the program happens to be is swallowed
-    inside callbacks of the interpreter, as those of its imports, and the signal is lost with it.
+    It exits at once, since nothing is open then. An exception instead could be swallowed inside an interpreter
+    callback, such as those of imports, and the signal would be lost.
     """
     os._exit(128 + number)
 
 
 def _leave(number: int, _: FrameType | None) -> NoReturn:
-    """As `_end`, for what has to be taken down first."""
+    """As `_end`, for work that needs cleanup first."""
     sys.exit(128 + number)
 
 
 def on_service(name: str, **given: Any) -> int:
-    """The function `name` of `app.ops.commands`, on a service that is built for it."""
+    """Call the function `name` of `app.ops.commands` with a service built for it."""
     settings = configured()
     from app.main import build
 
@@ -141,7 +141,7 @@ def google(*, no_browser: bool, as_json: bool) -> int:
     where = job.given_of(settings)
     if where is None:
         raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
-    with redirect_stdout(sys.stderr):  # the address, which the library prints
+    with redirect_stdout(sys.stderr):  # the library prints the URL
         kept = drive.consent(where, open_browser=not no_browser)
     from app.ops import commands
 
@@ -174,7 +174,7 @@ def demo(*, once: bool, port: int | None, as_json: bool) -> int:
 
 def setup(*, pipeline: str, printing: bool) -> int:
     """Ask for what a pipeline needs, try it, and write `.env` or print its lines; 1 when a system did not answer."""
-    with suppress(BadSettings):  # half of what is set may be what is about to be put right
+    with suppress(BadSettings):  # incomplete settings may be what the user is about to fix
         configured()
     from app.main import build
     from app.ops.setup import setup as asked
@@ -232,12 +232,12 @@ def instant(text: str) -> datetime:
     at = datetime.fromisoformat(text)
     try:
         return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-    except OverflowError as error:  # an offset at either end of time
+    except OverflowError as error:  # an offset at the limits of the datetime range
         raise ValueError(text) from error
 
 
 def expects(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`read` as a type of argparse, whose refusal says `what` is expected in words."""
+    """`read` as an argparse type whose error says in words `what` is expected."""
 
     def typed(text: str) -> Any:
         try:
@@ -263,7 +263,7 @@ LIMIT = expects(f"a whole number from 1 to {MAX_LIMIT}", _limit)
 
 
 def parsed(words: Sequence[str]) -> dict[str, Any]:
-    """The arguments by name, with `call`. Raises UsageError."""
+    """The arguments by name, plus `call`. Raises UsageError."""
     first = next((word for word in words if not word.startswith("-")), None)
     names = dict.fromkeys(command.name.partition(" ")[0] for command in COMMANDS)
     if first is not None and first not in names:
@@ -280,14 +280,14 @@ Argument = tuple[tuple[str, ...], Mapping[str, Any]]
 
 
 def argument(*names: str, **options: Any) -> Argument:
-    """What `argparse.ArgumentParser.add_argument` takes."""
+    """The parameters of `argparse.ArgumentParser.add_argument`."""
     return names, options
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command. `call` is given the arguments by name and returns the exit code; None is the function of the
-    command's name in `app.ops.commands`, which is given a built service too. `examples` are arguments that work.
+    """One command. `call` takes the arguments by name and returns the exit code; None = the function of the command's
+    name in `app.ops.commands`, which also takes a built service. `examples` are valid arguments.
     """
 
     name: str
@@ -465,7 +465,7 @@ FIRST = ("demo", "check", "run csv_inbox --dry-run", "serve --port 8000", "keys 
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands; without one, serve. Built before the settings are read, so nothing heavy is imported for it."""
+    """All commands; the default is serve. Built before the settings are read, so it imports nothing heavy."""
     jobs = "\n".join(f"  {name:<26}{text}" for name, text in JOBS.items())
     top = Parser(
         prog="python -m app",

@@ -7,8 +7,8 @@
     headwater.table("events-part", platform="iOS")
     headwater.report("daily-summary", device_id="D1")
 
-Needs `headwater[frames]`. Every answer comes as Parquet, so types are those of the daemon: instants are aware UTC,
-whole numbers stay whole beside nulls (Int64), flags are boolean, text is str.
+Needs `headwater[frames]`. Responses are Parquet, so column types are those of the daemon: timestamps are aware UTC,
+integers stay integers beside nulls (Int64), flags are boolean, text is str.
 """
 
 import io
@@ -39,16 +39,16 @@ Instant = datetime | date | str
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    """The key goes to the daemon only, never to where an answer points."""
+    """Sends the key only to the daemon, never to a redirect target."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
-        """Follow nothing."""
+        """Follow no redirect."""
 
 
 @dataclass(frozen=True, slots=True)
 class Headwater:
     """A daemon at `url`; `key` needs `analytics:read`, and `dwh:read` for tables. While the daemon is busy or still
-    reads its objects for the first time, a request is repeated for `timeout_seconds`.
+    reads its objects for the first time, requests are retried for up to `timeout_seconds`.
     """
 
     url: str
@@ -68,15 +68,15 @@ class Headwater:
         return frame
 
     def table(self, name: str, **filters: Any) -> "pd.DataFrame":
-        """The rows of a warehouse table, newest first: all pages. `filters` are those of GET /dwh, such as
-        `platform="iOS"`. JSON columns hold JSON text.
+        """All rows of a warehouse table, newest first; follows pagination. `filters` are those of GET /dwh, such as
+        `platform="iOS"`. JSON columns contain JSON text.
         """
         return self._frame(f"/dwh/{quote(name, safe='')}", {"limit": PAGE_ROWS, **filters})
 
     def report(
         self, name: str, start: Instant | None = None, end: Instant | None = None, **parameters: Any
     ) -> "pd.DataFrame":
-        """The answer of a report, such as `daily-summary`; `start` and `end` are its parameters `from` and `to`."""
+        """The result of a report, such as `daily-summary`; `start` and `end` become its parameters `from` and `to`."""
         return self._frame(f"/analytics/{quote(name)}", {"from": start, "to": end, **parameters})
 
     def _frame(self, path: str, query: Mapping[str, Any]) -> "pd.DataFrame":
@@ -99,7 +99,7 @@ class Headwater:
         return frame
 
     def _pages(self, url: str | None) -> Iterator[bytes]:
-        """The bodies of an answer and of those that its `Link: rel="next"` leads to."""
+        """The response bodies of all pages, following `Link: rel="next"`."""
         while url is not None:
             body, links = self._get(url)
             yield body
@@ -109,17 +109,17 @@ class Headwater:
                 raise Permanent(f"the next page is at another host: {url}", "use the daemon's own address as url")
 
     def _get(self, url: str) -> tuple[bytes, str]:
-        """Body and `Link`. Raises Transient, Rejected or Permanent with what the daemon said."""
+        """Body and `Link` header. Raises Transient, Rejected or Permanent with the daemon's error."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         until = time.monotonic() + self.timeout_seconds
         while True:
             try:
-                request = Request(url, headers=headers)  # noqa: S310 - the address that the caller gave
+                request = Request(url, headers=headers)  # noqa: S310 - the URL that the caller gave
                 with build_opener(_NoRedirects).open(request, timeout=self.timeout_seconds) as answer:
                     return answer.read(), answer.headers.get("Link", "")
             except HTTPError as error:
                 given = error.headers.get("Retry-After", "")
-                seconds = float(given) if given.isdecimal() else 1.0  # a proxy may give a date
+                seconds = float(given) if given.isdecimal() else 1.0  # a proxy may send a date
                 if error.code not in AGAIN or time.monotonic() + seconds > until:
                     raise _refused(error) from error
             except (URLError, HTTPException, OSError) as error:
@@ -129,7 +129,7 @@ class Headwater:
 
 
 def _text(value: Any) -> Any:
-    """A value as the daemon reads it."""
+    """A value in the form that the daemon parses."""
     if isinstance(value, datetime):
         aware = value if value.tzinfo else value.replace(tzinfo=UTC)
         return aware.astimezone(UTC).isoformat().replace("+00:00", "Z")
@@ -139,7 +139,7 @@ def _text(value: Any) -> Any:
 
 
 def _refused(error: HTTPError) -> AppError:
-    """What the daemon answered, with its hint."""
+    """The daemon's error response, with its hint."""
     try:
         said = json.loads(error.read())["error"]
         message, hint = str(said["message"]), str(said["hint"])

@@ -1,4 +1,4 @@
-"""The composition root: settings in, the whole service out. Everything is wired here."""
+"""The composition root: builds the whole service from the settings. All wiring is here."""
 
 import logging
 import os
@@ -49,10 +49,9 @@ if TYPE_CHECKING:
     from app.objects.requests import KeyPolicy
     from app.scale.queue import Workers
 
-# The HTTP side of the composition root: what the routes are built on, which calls are open, how all starts and
-# ends.
+# The HTTP side of the composition root: what the routes depend on, startup and shutdown.
 #
-# Invariant: FastAPI and what only routes need are imported when the API is built, after the probes already answer.
+# Invariant: FastAPI and whatever only routes need are imported when the API is built, after the probes already answer.
 
 UPLOAD_PREFIXES = ("/s3/",)
 STREAM_PREFIXES = ("/dwh/",)
@@ -62,7 +61,7 @@ log = logging.getLogger(__name__)
 def create_asgi_app(
     service: BuiltService, parts: "ServiceParts", analytics: "Analytics", *, own_server: bool
 ) -> HeadwaterApp:
-    """The ASGI application; it starts and ends the work of `service`."""
+    """The ASGI application; its lifespan starts and ends the work of `service`."""
     settings, readiness = service.settings, service.readiness
     access, limits = settings.access, settings.limits
     steps = shutdown_budget(settings.service.shutdown_grace_seconds)
@@ -87,7 +86,7 @@ def create_asgi_app(
         readiness.close()
         analytics.close(steps.refresh)
         service.alerts.close()
-        # Our own server has waited for the jobs before it closes this.
+        # Our own server has already waited for the jobs at this point.
         stuck = service.scheduler.close(steps.stuck if own_server else steps.jobs + steps.stuck)
         if stuck:
             log.warning("left behind in mid-run, the next start goes on from their checkpoints: %s", ", ".join(stuck))
@@ -95,7 +94,7 @@ def create_asgi_app(
         parts.warehouse.close()
 
     def bare_ready() -> ProbeAnswer:
-        """Without names of systems and what is wrong with them."""
+        """The readiness answer without names of systems and their errors."""
         answer = probes.ready()
         return ProbeAnswer(answer.status, {"ready": answer.body["ready"], "checks": {}})
 
@@ -112,7 +111,7 @@ def create_asgi_app(
 def create_api(
     service: BuiltService, parts: "ServiceParts", analytics: "Analytics", probes: Probes, guard: AccessGuard
 ) -> GuardedApi:
-    """The FastAPI application, whose import takes longer than everything else at the start."""
+    """The FastAPI application. Its import is the slowest part of startup."""
     from app.analytics import routes as report_routes
     from app.dwh import routes as warehouse_routes
     from app.ops import page_data, pages, routes
@@ -126,7 +125,7 @@ def create_api(
         pipelines.verifications,
         scheduler.stop,
         now,
-        # Who has just verified a job should not see a map that was drawn before.
+        # After a verification nobody should see a map that was built before it.
         looked=maps.forget,
         healed=lambda job, slot: maps.healed(job, slot.partition, slot.window),
     )
@@ -186,13 +185,13 @@ def key_policy(settings: Settings) -> "KeyPolicy":
     return KeyPolicy(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports, table=table)
 
 
-# Invariant: building connects to nothing and imports no SDK, so a service whose outside systems are away still
-# starts and says so.
+# Invariant: building connects to nothing and imports no SDK, so the service starts and reports its state even when
+# outside systems are down.
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceParts:
-    """What the slices are built on."""
+    """The dependencies of the slices."""
 
     settings: Settings
     state: State
@@ -208,12 +207,12 @@ Wiring = Callable[[ServiceParts], Pipelines]
 
 
 def now() -> datetime:
-    """The clock of the product: aware UTC."""
+    """The clock of the service: aware UTC."""
     return datetime.now(UTC)
 
 
 def wire(parts: ServiceParts) -> Pipelines:
-    """Every pipeline of the product."""
+    """All pipelines."""
     from app.amplitude import job as amplitude_job
     from app.analytics.table_sums import TableSums
     from app.appmetrica import job as appmetrica_job
@@ -275,7 +274,7 @@ def wire(parts: ServiceParts) -> Pipelines:
 
 
 def calls_of(parts: ServiceParts, service: str) -> ServiceCalls:
-    """What a service that allows only so many calls was asked."""
+    """How many calls were made to a service that limits them."""
     today, ever = parts.state.pulls.calls_ever(service, parts.clock())
     return ServiceCalls(today, parts.settings.appmetrica.daily_calls, ever)
 
@@ -283,10 +282,10 @@ def calls_of(parts: ServiceParts, service: str) -> ServiceCalls:
 def build(
     settings: Settings, wiring: Wiring = wire, *, own_server: bool = True, is_worker: bool = False
 ) -> BuiltService:
-    """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one.
+    """The service for these settings. Raises Permanent for an invalid checkpoint URL.
 
-    `own_server` False: another ASGI server will serve it, at an address that is not known here. `is_worker`: plans that
-    it makes go to all workers.
+    `own_server` False: another ASGI server will serve it, at an address that is unknown here. `is_worker`: its plans
+    are sharded over all workers.
     """
     use_network(settings)
     checkpoint = settings.checkpoint
@@ -329,7 +328,9 @@ def build(
 
 
 def workers_of(settings: Settings, state: State, counter: RequestCounter) -> "Workers | None":
-    """Other processes that run jobs; None where this one does. Raises BadSettings when the queue is not installed."""
+    """The worker processes that run jobs; None where this process does. Raises BadSettings when the queue is not
+    installed.
+    """
     if settings.lease.engine == "embedded":
         return None
     try:
@@ -341,7 +342,7 @@ def workers_of(settings: Settings, state: State, counter: RequestCounter) -> "Wo
 
 
 def open_store(settings: Settings, counter: RequestCounter) -> "ObjectStore":
-    """The bucket, or a directory below DATA_DIR when none is set."""
+    """The bucket, or a directory below DATA_DIR when no bucket is set."""
     s3 = settings.s3
     if not s3.bucket:
         from app.object_store.local import LocalDirectory
@@ -355,7 +356,7 @@ def open_store(settings: Settings, counter: RequestCounter) -> "ObjectStore":
 
 
 def s3_target(settings: Settings) -> "S3Target":
-    """How the bucket is reached."""
+    """How to connect to the bucket."""
     from app.object_store.s3_client import S3Target
 
     s3 = settings.s3
@@ -386,8 +387,8 @@ def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "A
 
 
 def sweeps(parts: ServiceParts) -> Sequence[Job]:
-    """The jobs that delete what was set aside long ago, and abort what killed uploads left in a bucket (a directory
-    clears its own leftovers).
+    """The jobs that delete old set-aside rows, and abort multipart uploads that killed processes left in a bucket (a
+    directory cleans up by itself).
     """
     from app.objects import sweeps
 
@@ -406,7 +407,7 @@ def sweeps(parts: ServiceParts) -> Sequence[Job]:
 
 
 def set_aside_starts(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Each pipeline that is on and sets rows aside in the object store, and what its folder lies below."""
+    """Each enabled pipeline that sets rows aside in the object store, and the prefix of its folder."""
     if settings.influx.url:
         yield "influx_to_s3", settings.s3.prefix
     if settings.dynamo.table_name:
@@ -418,7 +419,7 @@ def set_aside_starts(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def set_aside(parts: ServiceParts, start: str) -> "SetAsideStore":
-    """Where the pipeline whose objects lie below `start` keeps what it sets aside."""
+    """The set-aside store of the pipeline whose objects are below `start`."""
     from app.object_store.set_aside import SetAsideStore, folder_of
 
     return SetAsideStore(parts.store, folder_of(start), parts.settings.set_aside.max_bytes)
@@ -430,7 +431,7 @@ def secret_text(secret: SecretStr | None) -> str:
 
 
 def lease_terms(settings: Settings) -> LeaseTerms:
-    """This process as an owner of leases; another one on the same host, or after a restart, is another owner."""
+    """The identity of this process as a lease owner; unique per process, also on one host and across restarts."""
     owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
     return LeaseTerms(owner, settings.lease.ttl_seconds, settings.lease.heartbeat_seconds)
 
@@ -443,7 +444,7 @@ def pull_routes(projects: Mapping[str, "Project"], exports: "Exports | None") ->
     return amplitude_routes.build(projects), appmetrica_routes.build(exports)
 
 
-# `uvicorn app.main:app`: the service for an ASGI server of somebody else's.
+# `uvicorn app.main:app`: the service under another ASGI server.
 
 NOT_ENFORCED = (
     "another ASGI server serves this: it does not enforce the 15 s and 64 KiB of a request's head, the 30 s for a "
@@ -453,15 +454,15 @@ NOT_ENFORCED = (
 
 
 def create_app_for_server() -> HeadwaterApp:
-    """The application of this environment and `.env`, made when a server first asks for it. Ends the process with 78
-    when the settings cannot work, or this platform.
+    """The application for this environment and `.env`, built on first access. Exits with 78 on invalid settings or an
+    unsupported platform.
     """
     if refusal := unsupported(os.name):
         sys.stderr.write(f"{refusal}\n")
         raise SystemExit(BAD_SETTINGS)
     tune()
     try:
-        settings = configured(daemon=True, file=False)  # several workers would write one file
+        settings = configured(daemon=True, file=False)  # several server workers would write to one file
     except BadSettings as error:
         sys.stderr.write("".join(f"{fault}\n" for fault in error.faults))
         raise SystemExit(BAD_SETTINGS) from None

@@ -1,4 +1,4 @@
-"""The settings: every environment variable, its default and its reason, read once at the start."""
+"""The settings: every environment variable, its default and its purpose, read once at startup."""
 
 from pathlib import Path
 

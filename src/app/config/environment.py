@@ -1,7 +1,7 @@
-"""From the environment and `.env` to `Settings`, or to the list of everything that is wrong.
+"""Reads the environment and `.env` into `Settings`, or into a list of every fault.
 
-Invariants: the environment beats `.env` name by name, then the first name of a variable that is set wins; all faults
-are found in one go; no fault shows a secret, nor user and password in a URL.
+Invariants: the environment beats `.env` name by name; then the first name of a variable that is set wins. All faults
+are reported at once; no fault shows a secret, or the user and password of a URL.
 """
 
 import json
@@ -25,11 +25,11 @@ from app.core.network import use
 
 SHOWN_CHARACTERS = 80
 QUOTED = re.compile(r"""(["'])(.*)\1(?:\s+#.*)?""", re.DOTALL)
-MAY_BE_BLANK = {"INFLUXDB_IGNORED_TAGS"}  # an empty text means none here, and not the default
+MAY_BE_BLANK = {"INFLUXDB_IGNORED_TAGS"}  # an empty value means "none" here, not the default
 
 
 def load_settings(environ: Mapping[str, str], dotenv: Path | None) -> Settings:
-    """The settings, checked. A `dotenv` that does not exist is none. Raises BadSettings with every fault."""
+    """The validated settings. A missing `dotenv` file is ignored. Raises BadSettings with every fault."""
     in_file, faults = read_dotenv(dotenv)
     said = {**in_file, **_unquoted(environ)}
     errors: list[ErrorDetails] = []
@@ -42,7 +42,7 @@ def load_settings(environ: Mapping[str, str], dotenv: Path | None) -> Settings:
         refused.update(variable.names)
         faults.append(fault)
     if errors:
-        # What is left can be read, so that the rules are applied to it in the same go.
+        # The remaining values are readable: apply the rules to them now, so that all faults are reported at once.
         settings = Settings({name: text for name, text in said.items() if name not in refused})
     faults += broken_rules(settings, said.keys(), refused)
     if faults:
@@ -51,7 +51,7 @@ def load_settings(environ: Mapping[str, str], dotenv: Path | None) -> Settings:
 
 
 def read_dotenv(path: Path | None) -> tuple[dict[str, str], list[str]]:
-    """What a file sets, and a fault for each line that cannot be read. A file that does not exist sets nothing."""
+    """What a file sets, and a fault for each line that cannot be read. A missing file sets nothing."""
     if path is None or not path.exists():
         return {}, []
     try:
@@ -64,21 +64,23 @@ def read_dotenv(path: Path | None) -> tuple[dict[str, str], list[str]]:
 
 
 def _unquoted(environ: Mapping[str, str]) -> dict[str, str]:
-    """What is set. `docker run --env-file` hands quotes on as part of the value, so those of the whole value go."""
+    """The variables that are set. `docker run --env-file` keeps quotes as part of the value; quotes around it are
+    removed.
+    """
     texts = ((name, text.strip()) for name, text in environ.items())
     return _set((name, match[2] if (match := QUOTED.fullmatch(text)) else text) for name, text in texts)
 
 
 def _set(texts: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Without the empty ones: they mean unset."""
+    """Drop empty values: they mean unset."""
     stripped = ((name, text.strip()) for name, text in texts)
     return {name: text for name, text in stripped if text or name in MAY_BE_BLANK}
 
 
 def _faults(errors: Sequence[ErrorDetails], said: Mapping[str, str]) -> Iterator[tuple[Variable, str]]:
-    """One line for each variable that was refused: name, value and what is allowed."""
+    """One line for each invalid variable: its name, the value and what is allowed."""
     declared = {(each.goes_to.partition(".")[0], name): each for each in VARIABLES for name in each.names}
-    # A default that follows from a refused field is not computed, and is not a fault of its own.
+    # A default that depends on an invalid field is not computed; that is not a separate fault.
     own = (each for each in errors if each["type"] != "default_factory_not_called")
     for (group, name), found in groupby(own, lambda each: each["loc"][:2]):
         variable = declared[str(group), str(name)]
@@ -88,7 +90,7 @@ def _faults(errors: Sequence[ErrorDetails], said: Mapping[str, str]) -> Iterator
 
 
 def _shown(variable: Variable, text: str) -> str:
-    """`text` as a fault may show it."""
+    """`text` in a form that a fault may show."""
     if variable.allowed.secret:
         return MASK
     text = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*:/*)?.*@", r"\1***@", text, flags=re.DOTALL)
@@ -96,9 +98,9 @@ def _shown(variable: Variable, text: str) -> str:
     return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "...")
 
 
-# The settings for people to read: what was configured without its secrets, and the secrets for the log's filter.
+# The settings in readable form: the configuration without its secrets, and the secrets for the log filter.
 #
-# Nothing here decides by a field's name: a secret is what is held as SecretStr.
+# Nothing here depends on field names: a secret is whatever is held as SecretStr.
 
 LEAST_CHARACTERS = 16
 
@@ -109,7 +111,7 @@ def describe(settings: Settings) -> dict[str, str]:
 
 
 def secrets_of(settings: Settings) -> tuple[str, ...]:
-    """Every text that must never be seen: the secrets, the passwords inside URLs, the parts of a key file. For logs."""
+    """Every text that must never be logged: secrets, passwords in URLs, the parts of a key file."""
     found: dict[str, None] = {}
     for _, value in _flat(settings):
         if isinstance(value, SecretStr) and (secret := value.get_secret_value()):
@@ -130,13 +132,13 @@ def _inside(secret: str) -> Iterator[str]:
     if separator and at and scheme.isalnum() and (password := login.partition(":")[2]):
         yield from (password, unquote(password))
     if secret.lstrip().startswith("{"):
-        with suppress(ValueError, RecursionError):  # a password may begin like a key file
+        with suppress(ValueError, RecursionError):  # a password may look like the start of a key file
             for text in _strings(json.loads(secret)):
                 yield from (line for line in text.splitlines() if len(line) >= LEAST_CHARACTERS and "://" not in line)
 
 
 def _strings(node: object) -> Iterator[str]:
-    """Key files are small and flat; each long line of theirs may be part of a key, and none is needed in a log."""
+    """Key files are small and flat. Each long line may be part of a key, and no log needs any of them."""
     if isinstance(node, str):
         yield node
     elif isinstance(node, dict):
@@ -148,10 +150,10 @@ def _strings(node: object) -> Iterator[str]:
 
 
 def use_network(settings: Settings) -> None:
-    """Tell every library of the proxies and of CA_FILE. Raises Permanent when DATA_DIR cannot be written."""
+    """Configure the proxies and CA_FILE for every library. Raises Permanent when DATA_DIR cannot be written."""
     given, public = settings.network, Path()
     if given.ca_file is not None:
-        import certifi  # what httpx, botocore and httplib2 trust anyway
+        import certifi  # the default CA bundle of httpx, botocore and httplib2
 
         public = Path(certifi.where())
     proxies = {

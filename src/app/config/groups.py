@@ -1,4 +1,4 @@
-"""What every group of settings is: a model whose fields are variables, each with its names, default and purpose."""
+"""The base of all settings groups: a model whose fields are variables, each with its names, default and purpose."""
 
 import re
 from typing import Any
@@ -9,10 +9,10 @@ COMMENT = re.compile(r"\s+#.*$", re.DOTALL)
 
 
 def variable(names: str, *, default: object, unset: str = "", shown: str | None = None, **limits: Any) -> Any:
-    """A field of a group, called by the first of `names` that is set; the text below it says what it is for.
+    """A field of a group, set by the first of `names` that is present; the string below the field documents it.
 
-    `default` may be a function of the fields above it. `unset` says what happens then where the default does not say it
-    itself; `shown` is the default as a person would write it where that is not its text.
+    `default` may be a function of the fields above it. `unset` describes what happens without a value, where the
+    default does not show it; `shown` is the readable form of the default, where it differs from its text.
     """
     given = {"default_factory": default} if callable(default) else {"default": default}
     return Field(
@@ -24,14 +24,16 @@ def variable(names: str, *, default: object, unset: str = "", shown: str | None 
 
 
 class SettingsGroup(BaseModel):
-    """The settings of one part, under the `title` of its class. It is given every variable and takes its own."""
+    """The settings of one part, named by the `title` of its class. It is given every variable and picks its own."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, defer_build=True, hide_input_in_errors=True)
 
     @field_validator("*", mode="wrap")
     @classmethod
     def _read(cls, text: Any, read: ValidatorFunctionWrapHandler) -> Any:
-        """A trailing comment, which `docker run --env-file` hands on with the value, is cut where that helps."""
+        """Strip a trailing comment, which `docker run --env-file` passes on with the value, if the value is invalid
+        with it.
+        """
         try:
             return read(text)
         except ValueError:

@@ -1,7 +1,7 @@
-"""`.env.example` and README's table of variables, written from the models of the settings.
+"""Generates `.env.example` and README's table of variables from the settings models.
 
-`python -m app.config.reference` rewrites both in the working directory; `--check` changes nothing, shows what is
-stale as a diff and exits 1. Invariant: the text depends on `settings` alone, and `.env.example` sets nothing.
+`python -m app.config.reference` rewrites both in the working directory; `--check` changes nothing, prints a diff of
+what is stale and exits with 1. Invariant: the text depends only on `settings`, and `.env.example` sets nothing.
 """
 
 import ast
@@ -27,7 +27,9 @@ HEADING = """\
 
 
 def descriptions() -> dict[str, str]:
-    """What each variable is for, by `group.field`: the text below its field. Only the source has these."""
+    """The purpose of each variable, by `group.field`: the string below its field, which is available only in the
+    source.
+    """
     source = ast.parse(inspect.getsource(settings))
     classes = {each.name: each for each in source.body if isinstance(each, ast.ClassDef)}
     found = {}
@@ -62,7 +64,7 @@ def table() -> str:
 
 
 def with_table(readme: str) -> str:
-    """`readme` with what stands between the markers replaced. Raises ValueError when they are not there."""
+    """`readme` with the text between the markers replaced. Raises ValueError when the markers are missing."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -71,7 +73,7 @@ def with_table(readme: str) -> str:
 
 
 def main(arguments: Sequence[str], root: Path) -> int:
-    """Rewrite both files under `root`, or with `--check` report the stale ones. The exit code."""
+    """Rewrite both files under `root`, or with `--check` report the stale ones. Returns the exit code."""
     readme = root / "README.md"
     wanted = {root / ".env.example": env_example(), readme: with_table(readme.read_text(encoding="utf-8"))}
     stale = 0

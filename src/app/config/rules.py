@@ -1,4 +1,4 @@
-"""The declared variables as a person meets them, what several of them must hold together, and configuration warnings.
+"""The variables in readable form, rules that span several of them, and configuration warnings.
 
 Invariant: the rules are pure; each line names the variable to change and the next step, and shows no secret.
 """
@@ -22,14 +22,14 @@ from app.config.groups import SettingsGroup
 from app.config.settings import Settings
 from app.config.value_types import Allowed, KeyEntry
 
-# The declared variables as a person meets them: in the reference, in a fault, in a warning; read from the models.
+# The variables in readable form, for the reference, faults and warnings; read from the models.
 
 MASK = "***"
 SPARK_REMOTE = re.compile(r"sc://[^/\s:;]+(:\d{1,5})?(/?;\S+|/)?")
 
 
 def text_of(value: object) -> str:
-    """A value as one would write it, a secret as `***`."""
+    """A value as a person would write it; secrets as `***`."""
     match value:
         case None:
             return ""
@@ -47,9 +47,9 @@ def text_of(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One setting. `title` is that of its group, `goes_to` is `group.field`.
+    """One setting. `title` is the title of its group, `goes_to` is `group.field`.
 
-    `default` is written as a person would, "" where `unset` says what happens then.
+    `default` is in readable form, "" where `unset` describes what happens instead.
     """
 
     title: str
@@ -61,7 +61,7 @@ class Variable:
 
 
 def _allowed(field: FieldInfo) -> Allowed:
-    """What the type says of itself, or else what its limits or its literals say."""
+    """The description of the type itself, or else one made from its limits or literals."""
     said = [each for each in field.metadata if isinstance(each, Allowed)]
     if said:
         return said[-1]
@@ -95,12 +95,12 @@ GROUPS = {name: cast("type[SettingsGroup]", field.annotation) for name, field in
 VARIABLES = tuple(variable for group, model in GROUPS.items() for variable in _variables(group, model))
 
 
-# What several of them must hold together, and configuration warnings.
+# Rules that span several variables, and configuration warnings.
 
-# What Kubernetes tells each container about every service beside it.
+# The variables that Kubernetes sets in each container for every service in the namespace.
 OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")
 CLOSE = 0.8
-MOUNTS = Path("/proc/self/mounts")  # only Linux has it
+MOUNTS = Path("/proc/self/mounts")  # Linux only
 OF_NETWORK = re.compile(
     r"nfs\d?|cifs|smb\d?|smbfs|afs|ceph|9p|lustre|gpfs|glusterfs|beegfs|fuse\.(?:sshfs|s3fs|rclone|glusterfs)"
 )
@@ -138,16 +138,16 @@ UNLOCK = f"run `{NEW_KEY}`, set API_KEYS to the line it prints, and start again"
 
 
 def locked(settings: Settings, *, own_server: bool = True) -> bool:
-    """Whether only probes are answered: others may reach the service and nothing says who may call.
+    """Whether only probes are answered: others can reach the service and no setting says who may call it.
 
-    `own_server` False: another ASGI server listens, so HOST says nothing about who can reach it.
+    `own_server` False: another ASGI server listens, so HOST does not tell who can reach it.
     """
     access = settings.access
     return not (access.api_keys or access.allow_anonymous or (own_server and loopback(settings.service.host)))
 
 
 def broken_rules(settings: Settings, names: AbstractSet[str], refused: AbstractSet[str]) -> Iterator[str]:
-    """One line per rule that does not hold. `names` are set; no value of a name that was `refused` is compared."""
+    """One line per broken rule. `names` are set; no value of a name that was `refused` is compared."""
     for given, needed in NEEDS:
         if given in names and needed not in names:
             yield _missing(needed, given)
@@ -194,7 +194,7 @@ def _influx(api: str, names: AbstractSet[str]) -> Iterator[str]:
 
 
 def _drive(names: AbstractSet[str]) -> Iterator[str]:
-    """Without credentials, files that somebody expects on Drive would go to this disk."""
+    """Without credentials, files that somebody expects on Drive would go to the local disk."""
     for given in ("GOOGLE_DRIVE_FOLDER_ID", "GOOGLE_SHARED_DRIVE_ID"):
         if given in names and not names & {"GOOGLE_CREDENTIALS_FILE", "GOOGLE_CREDENTIALS_JSON"}:
             yield _missing("GOOGLE_CREDENTIALS_FILE", given)
@@ -216,7 +216,7 @@ def _spark(settings: Settings) -> Iterator[str]:
 
 
 def _lake(lake: str, exports: str) -> Iterator[str]:
-    """Neither lies inside the other, or one's files are taken for the other's."""
+    """Neither prefix may contain the other, or files of one would be taken for files of the other."""
     if not exports:
         yield "S3_PREFIX='': CATALOG=iceberg needs one, so that the table lies outside of it; set it"
     elif not lake or f"{lake}/".startswith(f"{exports}/") or f"{exports}/".startswith(f"{lake}/"):
@@ -230,7 +230,7 @@ def warnings(
     *,
     own_server: bool = True,
 ) -> list[str]:
-    """What a person should look at before relying on this configuration; `in_file` is what `.env` sets."""
+    """What a person should check before relying on this configuration; `in_file` is what `.env` sets."""
     found = list(_near_misses({**in_file, **environ}))
     host = settings.service.host if own_server else "this server"
     if locked(settings, own_server=own_server):
@@ -274,7 +274,7 @@ def network_file_system(path: Path, mounts: str) -> str:
 
 
 def _near_misses(said: Mapping[str, str]) -> Iterator[str]:
-    """A line for each unknown name that is close to a variable, or the beginning of one."""
+    """A line for each unknown name that resembles a variable or the start of one."""
     for name in sorted(said):
         if not OF_KUBERNETES.search(name) and not said[name].startswith("tcp://") and (meant := _meant(name)):
             yield f"{name} is not a variable of Headwater and is ignored: did you mean {meant}?"
@@ -284,7 +284,7 @@ def _meant(name: str) -> str:
     """The variable that an unknown name resembles; "" for none, and for a variable's own name."""
     known = [each for variable in VARIABLES for each in variable.names]
     wanted = name.upper()
-    # Other programs' names end like ours (PGHOST, AWS_ENDPOINT_URL), so what is meant begins alike.
+    # Names of other programs end like ours (PGHOST, AWS_ENDPOINT_URL), so the beginning has to match.
     alike = [each for each in known if each[:2] == wanted[:2]]
     longer = [each for each in alike if "_" in wanted and each.startswith(wanted)]
     meant = longer[:1] or get_close_matches(wanted, alike, n=1, cutoff=CLOSE)
@@ -292,7 +292,7 @@ def _meant(name: str) -> str:
 
 
 def unknown_names(in_file: Mapping[str, str]) -> list[str]:
-    """Names in `.env` that are not variables nor close to one, so that a person sees what is not read."""
+    """Names in `.env` that are neither variables nor close to one, so that a person sees what is ignored."""
     known = {name for variable in VARIABLES for name in variable.names}
     return sorted(name for name in in_file.keys() - known if not _meant(name))
 

@@ -1,10 +1,10 @@
 """Every environment variable, declared once: its names in order of precedence, type, default and purpose.
 
-One class a group, as the program sees them. Reading, faults, `.env.example`, README's table and the warnings about
-names that are nearly right all come from these models. Invariants: an instance holds only checked values; every secret
-is a SecretStr, so that no repr shows one. For other values take `load_settings({}, None)` and `model_copy`.
+One class per group. Parsing, faults, `.env.example`, README's table and the warnings about misspelt names are all
+derived from these models. Invariants: an instance holds only validated values; every secret is a SecretStr, so that no
+repr shows it. To get other values, use `load_settings({}, None)` and `model_copy`.
 
-`from app.config.settings import settings` reads the environment and `.env` when it is first asked for.
+`from app.config.settings import settings` reads the environment and `.env` on first use.
 """
 
 import os
@@ -62,7 +62,7 @@ from app.core.windows import DAY_SECONDS
 
 YEAR_SECONDS = 366 * DAY_SECONDS
 GIB = 1 << 30
-OF_URL: Mapping[str, Any] = {"exclude": True, "repr": False}  # seen as part of the URL alone
+OF_URL: Mapping[str, Any] = {"exclude": True, "repr": False}  # visible only as part of the URL
 
 
 class ServiceSettings(SettingsGroup, title="Service"):
@@ -108,7 +108,9 @@ class ServiceSettings(SettingsGroup, title="Service"):
 
 
 class AccessSettings(SettingsGroup, title="Access"):
-    """Who may call. Without keys and without `allow_anonymous`, what others can reach is locked: `rules.locked`."""
+    """Who may call. Without keys and without `allow_anonymous`, a service that others can reach is locked:
+    `rules.locked`.
+    """
 
     api_keys: ApiKeys = variable("API_KEYS", default=(), unset="this machine only; locked where others can reach it")
     """Who may call: lines that `python -m app keys new admin --scopes admin` prints; they hold only hashes."""
@@ -121,7 +123,7 @@ class AccessSettings(SettingsGroup, title="Access"):
 
 
 class LimitSettings(SettingsGroup, title="Limits"):
-    """What a request may cost."""
+    """Limits on requests."""
 
     max_body_bytes: int = variable("MAX_BODY_BYTES", default=16_000_000, ge=1024, le=GIB)
     """Largest JSON body; memory grows with it."""
@@ -132,7 +134,7 @@ class LimitSettings(SettingsGroup, title="Limits"):
 
 
 class NetworkSettings(SettingsGroup, title="Network: for every system outside"):
-    """How this machine reaches others. `ca_file` None = the public authorities only."""
+    """How outside systems are reached. `ca_file` None = only the public certificate authorities."""
 
     https_proxy: Secret = variable("HTTPS_PROXY https_proxy", default=NO_SECRET, unset="none")
     """Proxy for https://, such as http://proxy.example.org:3128."""
@@ -237,10 +239,11 @@ class ExportSettings(SettingsGroup, title="Export, how influx_to_s3 cuts and nam
 
 
 class S3Settings(SettingsGroup, title="S3 or a compatible store: exports, /s3, /analytics"):
-    """Where objects live. `bucket` "" = a local directory; keys None = the SDK's own chain; `endpoint_url` "" = AWS.
+    """The object store. `bucket` "" = a local directory; keys None = the SDK's own credential chain; `endpoint_url` ""
+    = AWS.
 
-    `prefix` never starts or ends with a slash; each of `allowed_prefixes` ends with one, so that `startswith` is the
-    whole check, and none = all keys. `session_token` belongs to the AWS_ pair of keys.
+    `prefix` never starts or ends with a slash. Each of `allowed_prefixes` ends with one, so that `startswith` is
+    enough; an empty tuple = all keys. `session_token` belongs to the AWS_ pair of keys.
     """
 
     bucket: BucketName = variable("S3_BUCKET S3_BUCKET_NAME", default="", unset="a directory in DATA_DIR")
@@ -299,7 +302,7 @@ class RequestCostSettings(SettingsGroup, title="Request costs: what S3 and Dynam
 
 
 class SetAsideSettings(SettingsGroup, title="Set aside: rows that a run could not take"):
-    """What runs set aside and keep in the object store. `days` 0 = for ever."""
+    """How long set-aside rows are kept in the object store. `days` 0 = for ever."""
 
     days: int = variable("SET_ASIDE_DAYS", default=90, ge=0, le=3660)
     """Days that rows which a run set aside are kept in _set_aside/; 0 = for ever."""
@@ -338,7 +341,7 @@ class CheckpointSettings(SettingsGroup, title="Checkpoints"):
 
 
 class LeaseSettings(SettingsGroup, title="Leases, for several replicas"):
-    """How long a job belongs to one process, and how often that is renewed. `engine`: who runs jobs."""
+    """How long a lease on a job lasts, and how often it is renewed. `engine`: who runs jobs."""
 
     ttl_seconds: float = variable("LEASE_TTL_SECONDS", default=30.0, ge=1, le=3600)
     """Time after the last heartbeat before another process takes over a job."""
@@ -349,7 +352,7 @@ class LeaseSettings(SettingsGroup, title="Leases, for several replicas"):
 
 
 class DynamoSettings(SettingsGroup, title="DynamoDB, the source of dynamo_to_drive"):
-    """DynamoDB, the source. `table_name` "" = off; `endpoint_url` "" = AWS; keys None = the SDK's own chain."""
+    """DynamoDB, the source. `table_name` "" = off; `endpoint_url` "" = AWS; keys None = the SDK's credential chain."""
 
     table_name: Text = variable("DYNAMODB_TABLE_NAME", default="", unset="dynamo_to_drive is off")
     """DynamoDB table to read."""
@@ -380,7 +383,7 @@ class DynamoSettings(SettingsGroup, title="DynamoDB, the source of dynamo_to_dri
 class DriveSettings(SettingsGroup, title="Google Drive, the sink of dynamo_to_drive"):
     """Google Drive, the sink. At most one of the two credentials is set; neither = a local directory.
 
-    `credentials_json` is the JSON text itself, decoded when it came as base64. `api_url` "" = Google's.
+    `credentials_json` is the JSON text, decoded if it was given as base64. `api_url` "" = Google's.
     """
 
     credentials_file: OptionalPath = variable(
@@ -441,7 +444,7 @@ class DwhSettings(SettingsGroup, title="Warehouse: /dwh"):
 
 
 class LakeSettings(SettingsGroup, title="Lake: closed days as an Iceberg table"):
-    """The table of closed days. `catalog` "none" = off; `prefix` is never inside that of the export."""
+    """The table of closed days. `catalog` "none" = off; `prefix` is never inside the export's prefix."""
 
     catalog: Annotated[Literal["none", "iceberg"], LOWER_CASE] = variable("CATALOG", default="none")
     """iceberg: closed days also become one Iceberg table, with its catalog in the checkpoint database."""
@@ -456,7 +459,7 @@ class LakeSettings(SettingsGroup, title="Lake: closed days as an Iceberg table")
 
 
 class AnalyticsSettings(SettingsGroup, title="Reports: /analytics"):
-    """/analytics. `reports_dir` None = only the reports that come with the product."""
+    """/analytics. `reports_dir` None = only the built-in reports."""
 
     refresh_seconds: float = variable("ANALYTICS_REFRESH_SECONDS", default=10.0, ge=0.1, le=DAY_SECONDS)
     """Time within which a change of the objects is seen; above some 200,000 objects it takes longer."""
@@ -475,7 +478,7 @@ class AnalyticsSettings(SettingsGroup, title="Reports: /analytics"):
 
 
 class AppMetricaSettings(SettingsGroup, title="AppMetrica"):
-    """AppMetrica. `api_key` None = off; then `application_id` is None too."""
+    """AppMetrica. `api_key` None = off; `application_id` is then None too."""
 
     base_url: HttpUrl = variable("APPMETRICA_BASE_URL", default="https://api.appmetrica.yandex.com")
     """Base URL of AppMetrica."""
@@ -521,7 +524,9 @@ class AmplitudeSettings(SettingsGroup, title="Amplitude"):
 
 
 class AlertSettings(SettingsGroup, title="Alerts and heartbeats"):
-    """Who hears of failures, recoveries and silence. `webhook_url` "" = nobody; `heartbeat_urls` is `job=URL,...`."""
+    """Where failures, recoveries and silent jobs are reported. `webhook_url` "" = nowhere; `heartbeat_urls` is
+    `job=URL,...`.
+    """
 
     webhook_url: SecretUrl = variable("ALERT_WEBHOOK_URL", default=NO_SECRET, unset="nobody is told")
     """Where a JSON body is posted when a job begins to fail, recovers or falls silent; Slack and Mattermost read it."""
@@ -534,7 +539,7 @@ class AlertSettings(SettingsGroup, title="Alerts and heartbeats"):
 
 
 class Settings(BaseSettings):
-    """Everything that was configured, checked."""
+    """The whole validated configuration."""
 
     model_config = SettingsConfigDict(frozen=True, defer_build=True, hide_input_in_errors=True)
 
@@ -560,11 +565,10 @@ class Settings(BaseSettings):
     alert: AlertSettings
 
     def __init__(self, texts: Mapping[str, str]) -> None:
-        """What the texts say by name. Every group gets all of them and takes its own, in the order of its names.
+        """From the texts by variable name. Every group gets all of them and picks its own, in the order of its names.
 
-        The sources that come with pydantic-settings choose a name inside each place, so that the second name in the
-        environment would beat the first in `.env`, and a fault would name the first whichever was written. Raises
-        pydantic's ValidationError with every fault.
+        The sources of pydantic-settings resolve names per source, so the second name in the environment would beat the
+        first in `.env`, and a fault would always name the first. Raises pydantic's ValidationError with every fault.
         """
         given = InitSettingsSource(type(self), {group: dict(texts) for group in type(self).model_fields})
         super().__init__(_build_sources=((given,), {}))
@@ -575,7 +579,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Settings:
-        """`settings`, the name that document 002 uses: read when it is first asked for."""
+        """`settings`, the name that document 002 uses: loaded on first use."""
         if name != "settings":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from app.config.environment import load_settings

@@ -1,7 +1,7 @@
-"""What a variable may hold: types that pydantic checks and converts, each with the words that say so to a person.
+"""The types of variables: pydantic validates and converts them, and each describes in words what it allows.
 
-Invariant: a check raises ValueError whose text says what is allowed and never holds the value that was refused; with
-no text, the words of the type stand for it.
+Invariant: a validator raises ValueError with a text that says what is allowed and never contains the invalid value;
+without a text, the words of the type are used.
 """
 
 import base64
@@ -61,7 +61,7 @@ AWS_ENDPOINT = "https://s3.amazonaws.com"
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What a type takes, in words. `obvious`: they tell a reader of the reference nothing. `secret`: never shown."""
+    """What a type allows, in words. `obvious`: the reference leaves them out. `secret`: the value is never shown."""
 
     words: str
     obvious: bool = False
@@ -95,13 +95,13 @@ def _url(text: str) -> str:
 
 
 def _endpoint(text: str) -> str:
-    # Named outright, the global endpoint pins every region to us-east-1; without it the SDK takes the region's own.
+    # An explicit global endpoint pins every region to us-east-1; without it the SDK uses the region's own.
     url = _url(text)
     return "" if url.lower() == AWS_ENDPOINT else url
 
 
 def _called(text: str) -> str:
-    """A URL that is called as it stands, query and all."""
+    """A URL that is called unchanged, including its query."""
     _url(_plain(text).partition("?")[0])
     if re.search(r"[\s#]", text):
         raise ValueError
@@ -131,7 +131,7 @@ def _job_seconds(text: str) -> tuple[tuple[str, int], ...]:
 
 
 def _database_url(text: str) -> str:
-    """`postgresql://...`; the spellings of other tools (`postgres://`, `postgresql+driver://`) mean the same."""
+    """`postgresql://...`; the schemes of other tools (`postgres://`, `postgresql+driver://`) are accepted too."""
     text = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", _plain(text))
     try:
         parts = urlsplit(text)
@@ -185,7 +185,7 @@ def _file_stem(text: str) -> str:
 
 
 def _date_format(text: str) -> str:
-    """Directives of fixed width only, so that the days of a device never share a name and sort as they follow."""
+    """Only fixed-width directives, so that the days of a device have distinct names that sort in order."""
     directives = DATE_DIRECTIVE.findall(text)
     named = {"Y", "m", "d"} <= set(directives) or {"Y", "j"} <= set(directives)
     literal = DATE_DIRECTIVE.sub("0", text)
@@ -208,9 +208,9 @@ def _parts(text: str) -> list[str]:
 
 
 def _device_ids(text: str) -> tuple[str, ...]:
-    """`*` anywhere means discovery; an id that holds a comma is quoted as in CSV.
+    """`*` anywhere means discovery; an id that contains a comma is quoted as in CSV.
 
-    An id that cannot be a key is taken here: it is refused alone, device by device.
+    An id that cannot be a key is accepted here: the export rejects it, for that device only.
     """
     try:
         parts = next(csv.reader([text], skipinitialspace=True, strict=True), [])
@@ -232,7 +232,7 @@ def _column_types(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _origin(text: str) -> str:
-    """As browsers write it: in lower case, without the scheme's own port."""
+    """An origin in the form that browsers send: lower case, without the scheme's default port."""
     if text != "*" and not re.fullmatch(r"(?i:https?)://[^/\s@?#]+", text):
         raise ValueError
     text = text.lower()
@@ -253,7 +253,7 @@ def _ca_file(text: str) -> Path | None:
 
 
 def _json_object(text: str) -> str:
-    """The JSON text of a key file, also when it came as base64."""
+    """The JSON text of a key file, decoded if it is base64."""
     if not text.lstrip().startswith("{"):
         try:
             text = base64.b64decode(text, validate=True).decode()
@@ -283,14 +283,14 @@ def _resources(text: str) -> tuple[str, ...]:
 
 
 def _each(check: Callable[[str], str]) -> BeforeValidator:
-    """Comma-separated values, each of which `check` takes."""
+    """Comma-separated values, each validated by `check`."""
     return BeforeValidator(lambda text: tuple(check(part) for part in _parts(text)))
 
 
 # API_KEYS: `name[@expiry]:scopes[:s3-prefix]:sha256hex`, entries separated by commas or newlines.
 #
-# Only the SHA-256 of a key is ever configured. A fault names an entry by its place and never quotes it, since somebody
-# may have put the key itself there.
+# Only the SHA-256 of a key is ever configured. A fault refers to an entry by its position and never quotes it, since
+# somebody may have put the key itself there.
 
 SCOPES = (
     "dwh:read",
@@ -317,10 +317,10 @@ DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 
 @dataclass(frozen=True, slots=True)
 class KeyEntry:
-    """One configured key. `scopes` are single scopes, groups opened; `expires_at` is the first instant it is dead.
+    """One configured key. `scopes` are single scopes, groups expanded; at `expires_at` the key is no longer valid.
 
-    `s3_prefix` confines the S3 scopes to keys that start with it; "" = all. It ends with a slash, so that `a` does not
-    open `ab/`.
+    `s3_prefix` restricts the S3 scopes to object keys that start with it; "" = all. It ends with a slash, so that `a`
+    does not open `ab/`.
     """
 
     name: str
@@ -331,7 +331,7 @@ class KeyEntry:
 
 
 def parse_keys(text: str) -> tuple[KeyEntry, ...]:
-    """Every entry of `text`. Raises ValueError that says which entry is wrong and why, without quoting it."""
+    """Every entry of `text`. Raises ValueError that says which entry is invalid and why, without quoting it."""
     parsed: list[KeyEntry] = []
     for part in filter(None, (each.strip() for each in re.split(r"[,\n]", text))):
         try:
@@ -348,7 +348,7 @@ def parse_keys(text: str) -> tuple[KeyEntry, ...]:
 
 
 def parse_scopes(text: str) -> frozenset[str]:
-    """Scopes and groups joined by `+` or blanks, groups opened. Raises ValueError."""
+    """Scopes and groups joined by `+` or blanks, groups expanded. Raises ValueError."""
     opened: set[str] = set()
     for word in re.split(r"[+\s]+", text.strip()):
         if word not in SCOPES and word not in GROUPS:
@@ -372,7 +372,7 @@ def _key_entry(text: str) -> KeyEntry:
 
 
 def _split_prefix(body: str) -> tuple[str, str]:
-    """Scopes hold colons themselves, so the prefix is what follows the longest run of known scopes."""
+    """Scopes contain colons themselves, so the prefix is what follows the longest run of known scopes."""
     match = re.match(rf"(?:{'|'.join((*SCOPES, *GROUPS))})(?:[+\s]+(?:{'|'.join((*SCOPES, *GROUPS))}))*(?=:|$)", body)
     if match is None:
         return body, ""
@@ -383,7 +383,7 @@ def _split_prefix(body: str) -> tuple[str, str]:
 
 
 def _expiry(text: str) -> datetime:
-    """The end of the named day, UTC: a key is good through the date written on it."""
+    """The end of the given day, UTC: a key is valid through its expiry date."""
     try:
         return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC) + timedelta(days=1)
     except (ValueError, OverflowError):
@@ -498,7 +498,7 @@ NO_SECRET = SecretStr("")
 
 
 def installed_version() -> str:
-    """Of this package; "unknown" in a checkout that was never installed."""
+    """The version of this package; "unknown" in a checkout that was never installed."""
     try:
         return version("headwater")
     except PackageNotFoundError:
@@ -506,9 +506,9 @@ def installed_version() -> str:
 
 
 def checkpoint_url(parts: Mapping[str, Any]) -> SecretStr:
-    """CHECKPOINT_DB_* as one URL, each part percent-encoded; without a host "".
+    """CHECKPOINT_DB_* as one URL, each part percent-encoded; "" without a host.
 
-    libpq takes a percent-encoded path in the place of the host as the directory of a socket.
+    libpq takes a percent-encoded path in place of the host as the directory of a Unix socket.
     """
     host = parts.get("host")
     if not host:

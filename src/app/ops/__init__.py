@@ -1,1 +1,1 @@
-"""Running it: the scheduler, liveness and readiness, logs, access and the dashboard."""
+"""Operations: the scheduler, liveness and readiness, logs, access and the dashboard."""

@@ -1,4 +1,4 @@
-"""Webhooks and heartbeats: when a job begins to fail, recovers or falls silent."""
+"""Webhooks and heartbeats: reports when a job begins to fail, recovers or falls silent."""
 
 import logging
 import queue
@@ -20,11 +20,10 @@ from app.core.retry import RetryPolicy, retry
 from app.core.runs import Job, Outcome, Run, RunTotal, Stop
 from app.db.state import State
 
-# Calling addresses outside: one call without surprises, and the thread that calls heartbeats.
+# Outgoing calls: one HTTP request with strict rules, and the thread that sends heartbeats.
 #
-# Invariants: a redirect is never followed, an error names no more than the host, no answer is read beyond its head;
-# a heartbeat that cannot be delivered holds up nothing but other heartbeats, and those for no longer than one
-# time-out.
+# Invariants: redirects are never followed, an error names only the host, nothing beyond the response head is read; an
+# undeliverable heartbeat delays only other heartbeats, and those by one timeout at most.
 
 SEND_SECONDS = 10.0
 BEAT_SECONDS = 4.0
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def post(url: str, body: Mapping[str, Any] | None, seconds: float = SEND_SECONDS) -> None:
-    """POST JSON, or GET without a body. Raises Transient or Permanent, whose texts hold no more than the host."""
+    """POST JSON, or GET without a body. Raises Transient or Permanent; their texts contain no more than the host."""
     import urllib3
 
     host, method = urlsplit(url).hostname, "GET" if body is None else "POST"
@@ -48,16 +47,16 @@ def post(url: str, body: Mapping[str, Any] | None, seconds: float = SEND_SECONDS
             raise Permanent(f"{host}: its certificate is not trusted", CA_HINT) from error
         why = connection_fault(error, url) or f"no answer from {host}"
         raise Transient(why, "check the address and the network") from error
-    if status in (408, 429) or status >= 500:  # noqa: PLR2004 - HTTP's own numbers
+    if status in (408, 429) or status >= 500:  # noqa: PLR2004 - HTTP status codes
         raise Transient(f"{host} answers {status}", "no action needed; it is retried")
     if status >= REFUSED:
         raise Permanent(f"{host} answers {status}", "check the address; redirects are not followed")
 
 
 class Heartbeats:
-    """One thread that calls the address of a job, once for each `beat`, which never waits.
+    """One thread that calls a job's URL once for each `beat`; `beat` itself never blocks.
 
-    Beats of a job that come while one of it waits are one, so what waits is bounded by the number of jobs.
+    Beats of a job that is already queued are merged, so the queue is bounded by the number of jobs.
     """
 
     def __init__(self, urls: Mapping[str, str], seconds: float = BEAT_SECONDS) -> None:
@@ -69,17 +68,17 @@ class Heartbeats:
         self._closed = False
 
     def start(self) -> None:
-        """Begin to call, if there is anybody to call."""
+        """Start the thread, if any URL is set."""
         if self._urls:
             threading.Thread(target=self._loop, name="heartbeats", daemon=True).start()
 
     def close(self) -> None:
-        """Call no more; one that is on its way is left behind."""
+        """Stop sending; a call in progress is abandoned."""
         self._closed = True
         self._queue.put("")
 
     def beat(self, job: str) -> None:
-        """A run of `job` went well."""
+        """Report a successful run of `job`."""
         if job in self._urls and job not in self._waiting:
             self._waiting.add(job)
             self._queue.put(job)
@@ -90,7 +89,9 @@ class Heartbeats:
             self._call(job)
 
     def _call(self, job: str) -> None:
-        """One attempt: the next good run calls again. That an address is away is said once, and so is its return."""
+        """One attempt; the next successful run calls again. Logs only when a URL becomes unreachable or reachable
+        again.
+        """
         try:
             post(self._urls[job], None, self._seconds)
         except AppError as error:
@@ -103,11 +104,10 @@ class Heartbeats:
             self._silent.discard(job)
 
 
-# Telling people and monitors: a webhook when a job begins to fail, recovers or falls silent, a heartbeat per job.
+# Alerts: a webhook when a job begins to fail, recovers or falls silent, and a heartbeat per job.
 #
-# Invariants: only addresses from the settings are called, and no job waits for an answer; what was told is kept in
-# the state until it is over, so neither a restart, a pause nor another process tells it twice; a heartbeat delays
-# no alert.
+# Invariants: only URLs from the settings are called, and no job waits for a response; open alerts are kept in the
+# state, so no alert is sent twice after a restart, a pause, or by another process; a heartbeat never delays an alert.
 
 WATCH_SECONDS = 15.0
 WAITING = 1000
@@ -124,9 +124,9 @@ CLOCK_HINT = "check the clocks of the machines; nothing waits for them, and the 
 
 @dataclass(frozen=True, slots=True)
 class AlertRules:
-    """Whom to tell, and when a job is stale: no run came to its end for its interval and this grace.
+    """Where alerts go, and when a job is stale: no run finished within its interval plus a grace period.
 
-    `webhook_url` "" = nobody. `heartbeat_urls` are by job, as are those of `grace_by_job`.
+    `webhook_url` "" = nowhere. `heartbeat_urls` and `grace_by_job` are by job.
     """
 
     service: str
@@ -137,7 +137,7 @@ class AlertRules:
 
 
 def rules_of(settings: Settings) -> AlertRules:
-    """The rules as they are configured."""
+    """The rules from the settings."""
     alert = settings.alert
     pairs = filter(None, alert.heartbeat_urls.get_secret_value().split(","))
     return AlertRules(
@@ -150,10 +150,10 @@ def rules_of(settings: Settings) -> AlertRules:
 
 
 def is_stale(last_seconds: float | None, up_seconds: float, limits: tuple[float, float]) -> bool:
-    """True when the last run came to its end longer ago than the sum of `limits`, interval and grace in seconds.
+    """True when the last run finished longer ago than the sum of `limits`, interval and grace in seconds.
 
-    A process that has just started is given the grace, and a job that never ran both. An age below zero says nothing of
-    the last run, only that a clock was wrong: the job is then given as long as one that never ran.
+    A process that has just started gets the grace, and a job that never ran gets both. A negative age only shows that a
+    clock was wrong: the job is then treated as one that never ran.
     """
     interval, grace = limits
     known = last_seconds is not None and last_seconds >= -AHEAD.total_seconds()
@@ -163,7 +163,7 @@ def is_stale(last_seconds: float | None, up_seconds: float, limits: tuple[float,
 
 
 def last_ends(totals: Sequence[RunTotal], outcomes: Collection[Outcome]) -> Mapping[str, datetime]:
-    """Job -> end of its last run with one of these outcomes."""
+    """The end of each job's last run with one of these outcomes."""
     last: dict[str, datetime] = {}
     for total in totals:
         if total.outcome in outcomes:
@@ -172,15 +172,15 @@ def last_ends(totals: Sequence[RunTotal], outcomes: Collection[Outcome]) -> Mapp
 
 
 def ahead_message(seconds: float) -> str:
-    """What is wrong with a job whose records lie so far ahead of now."""
+    """The message for a job whose records lie this far in the future."""
     return f"its last run or one of its cursors lies {seconds:,.0f} s ahead of now"
 
 
 class Alerts:
-    """One thread that looks and tells. `ended` may be called from any thread and never waits.
+    """One thread that checks and sends alerts. `ended` may be called from any thread and never blocks.
 
-    `state` keeps what people were told already, so that of several processes one tells it, and has the clocks that the
-    record of runs goes by; `clock` is this machine's; `elapsed_seconds` grows with time whatever is done to that.
+    `state` stores the alerts that were sent, so that only one of several processes sends each, and provides the clocks
+    of the run records; `clock` is this machine's; `elapsed_seconds` is monotonic.
     """
 
     def __init__(
@@ -203,28 +203,28 @@ class Alerts:
 
     @property
     def stale(self) -> Collection[str]:
-        """Jobs that fell silent, as of the last look."""
+        """Silent jobs, as of the last check."""
         return self._stale
 
     @property
     def ahead_seconds(self) -> Mapping[str, float]:
-        """Job -> how far what is recorded of it lies ahead of now, as of the last look; without those in order."""
+        """Job -> how far its records lie in the future, as of the last check; only jobs where they do."""
         return self._ahead
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the thread."""
         for name in {*self._rules.heartbeat_urls, *self._rules.grace_by_job} - {job.name for job in self._jobs}:
             log.warning("HEARTBEAT_URLS or ALERT_GRACE_BY_JOB names %r, which is not a job", name)
         self._thread.start()
         self._heartbeats.start()
 
     def close(self) -> None:
-        """Tell no more; what is on its way is left behind."""
+        """Stop sending; messages in progress are abandoned."""
         self._heartbeats.close()
         self._stop.ask("the process ends")
 
     def ended(self, run: Run) -> None:
-        """A run ended."""
+        """Record the end of a run."""
         if run.outcome is Outcome.OK:
             self._heartbeats.beat(run.job)
         if not self._rules.webhook_url:
@@ -247,11 +247,11 @@ class Alerts:
             if passed >= WATCH_SECONDS:
                 before, now, up = now, self._clock(), up + passed
                 if abs((now - before).total_seconds() - passed) > WATCH_SECONDS:
-                    self._since_seconds = up  # the clock was set: ages mean nothing before jobs had time to run
+                    self._since_seconds = up  # the clock was set: ages mean nothing until jobs have had time to run
                 self._look()
 
     def _heed(self, run: Run) -> None:
-        """Bad runs open an alert, the first good one after them ends all that is open of its job."""
+        """A bad run opens an alert; the next good one closes all open alerts of its job."""
         at = run.ended_at or self._clock()
         more = {"hint": run.hint, "run_id": run.run_id, "outcome": run.outcome.value}
         if run.outcome in BAD and self._state.alerts.begin(run.job, FAILED, at):
@@ -260,7 +260,7 @@ class Alerts:
             self._tell(RECOVERED, run.job, f"{run.report.rows} rows moved", more)
 
     def _look(self) -> None:
-        """Which jobs are stale, and what is over without a run that was heeded here: another process's, a command's."""
+        """Find stale jobs, and alerts to close whose run ended elsewhere: in another process or a command."""
         try:
             now, totals = self._state.clocks.now(), self._state.runs.totals()
             self._stale = self._stale_now(last_ends(totals, DONE), now)
@@ -272,7 +272,7 @@ class Alerts:
             log.debug("alerts: the record cannot be read: %s", error)
 
     def _look_ahead(self) -> None:
-        """Each job is logged once for as long as it is ahead."""
+        """Log each job once while its records lie in the future."""
         ahead = self._state.clocks.ahead_seconds()
         for job in sorted(ahead.keys() - self._ahead.keys()):
             log.warning("%s: %s (%s)", job, ahead_message(ahead[job]), CLOCK_HINT)
@@ -294,12 +294,14 @@ class Alerts:
                     self._tell(event, name, messages[name], {"hint": hint})
 
     def _tell_over(self, totals: Sequence[RunTotal], now: datetime) -> None:
-        """A good run ends all; one that is partial ends a silence, of which nothing is said: it began a failure."""
+        """A good run closes all alerts; a partial one closes "stale" silently, since it opens a failure."""
         good, done, latest = (last_ends(totals, outcomes) for outcomes in ((Outcome.OK,), DONE, tuple(Outcome)))
         for (name, event), told_at in self._state.alerts.told().items():
 
             def is_since(end_at: datetime | None, told_at: datetime = told_at, name: str = name) -> bool:
-                """Since this was told. What a clock told that was ahead is over when it is not so of the last run."""
+                """Whether it ended after the alert; for an alert time in the future, whether it is the job's latest
+                run.
+                """
                 if end_at is None or end_at > now + AHEAD:
                     return False
                 return end_at > told_at if told_at <= now + AHEAD else end_at == latest[name]
@@ -314,7 +316,7 @@ class Alerts:
                 self._state.alerts.end(name, before, STALE)
 
     def _tell_put_right(self, event: str, name: str, before: datetime) -> None:
-        """No run ends these two: a clock is not a run, and an object is there again when a listing shows it."""
+        """Close the two alerts that no run closes: clocks agree again, or a listing shows the objects again."""
         if event == CLOCK_AHEAD and name not in self._ahead:
             self._state.alerts.end(name, before, event)
         is_whole = event == OBJECTS and not self._state.checkpoints.troubles().get(name)
@@ -336,7 +338,7 @@ class Alerts:
         )
 
     def _tell(self, event: str, job: str, message: str, more: Mapping[str, str]) -> None:
-        """`text` is what chat services show; the other fields are for programs."""
+        """Send a message. Chat services show `text`; the other fields are for programs."""
         sign = {FAILED: "✗", RECOVERED: "✓", STALE: "…", CLOCK_AHEAD: "…", OBJECTS: "✗"}[event]
         hint = f" Next: {more['hint']}" if more.get("hint") else ""
         body = {

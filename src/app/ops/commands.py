@@ -47,7 +47,7 @@ OK, FAILED = 0, 1
 LEASE_POLL_SECONDS = 0.25
 log = logging.getLogger(__name__)
 
-# What commands print: tables for people, or one JSON document for programs.
+# Output of commands: tables for people, or one JSON document for programs.
 
 
 def show(document: Mapping[str, Any], print_text: Callable[[], None], *, as_json: bool) -> None:
@@ -59,7 +59,7 @@ def show(document: Mapping[str, Any], print_text: Callable[[], None], *, as_json
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell, each cell on one line whatever characters data brought."""
+    """Print columns as wide as their widest cell; each cell is on one line, whatever characters the data contain."""
     lines = [head, *([cell(each) for each in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]
     for line in lines:
@@ -69,7 +69,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def line(text: str) -> None:
-    """One line."""
+    """Print one line."""
     sys.stdout.write(f"{text}\n")
 
 
@@ -203,7 +203,7 @@ def resume(service: BuiltService, *, job: str, as_json: bool) -> int:
     return OK
 
 
-# Commands that do a job's work in a terminal: run it, fill past windows, verify and heal, undo, all at once.
+# Commands that do a job's work in a terminal: run it, fill past windows, verify and heal, undo, or run all jobs.
 
 
 def run(service: BuiltService, *, job: str, dry_run: bool, as_json: bool) -> int:
@@ -346,7 +346,7 @@ def once(service: BuiltService, *, as_json: bool) -> int:
 
 
 def _job(service: BuiltService, name: str, *, on: bool = True) -> Job:
-    """The job of this name. Raises Rejected when there is none, or when it has to be `on` and is not."""
+    """The job of this name. Raises Rejected when there is none, or when it has to be `on` and is off."""
     jobs = {job.name: job for job in service.pipelines.jobs}
     if name not in jobs:
         raise Rejected(f"no job is named {name!r}", f"{did_you_mean(name, jobs)}jobs: {', '.join(jobs) or 'none'}")
@@ -380,7 +380,7 @@ def _busy(service: BuiltService, job: Job, *, as_json: bool) -> int:
 def _to_the_end(
     job: Job, services: RunServices, stop: Stop, tally: ProgressTally, *, dry_run: bool
 ) -> tuple[Run | None, Report]:
-    """Repeat the job while it says that it has more to do; its last run (None: another holds the lease) and the sum."""
+    """Repeat the job while it has more to do; its last run (None: another process holds the lease) and the sum."""
     total = Report()
     while True:
         run = _waited_for(job, services, stop, tally, dry_run=dry_run)
@@ -394,10 +394,10 @@ def _to_the_end(
 def _waited_for(
     job: Job, services: RunServices, stop: Stop, tally: ProgressTally, *, dry_run: bool = False
 ) -> Run | None:
-    """One run, once no other process holds the lease; None when that took longer than `job.busy_seconds`.
+    """One run, once no other process holds the lease; None when that takes longer than `job.busy_seconds`.
 
-    A lease that a clock gave out that was ahead is watched here until it can be taken over: the next command would only
-    start watching again.
+    A lease with a timestamp in the future is watched until it can be taken over; a second command would only start
+    watching again.
     """
     give_up_at, watched = time.monotonic() + job.busy_seconds, False
     while (run := execute(job, services, stop, tally, started_by="command line", dry_run=dry_run)) is None:
@@ -445,14 +445,14 @@ def _tell(last: Run, total: Report, *, dry_run: bool) -> None:
 
 
 def _unexpected(run: Run, cause: BaseException | None) -> None:
-    """The outcome is told at the end; only what the program did not expect needs its traceback."""
+    """The outcome is printed at the end; only unexpected errors need a traceback."""
     if cause is not None and not isinstance(cause, AppError):
         log.error("%s failed", run.job, exc_info=cause)
 
 
 @contextmanager
 def _stoppable(stop: Stop) -> Iterator[None]:
-    """Signals ask for a stop; a second one ends the process at once."""
+    """The first signal asks for a stop; the second ends the process at once."""
 
     def ask(number: int, _: FrameType | None) -> None:
         stop.ask("the command was interrupted")

@@ -1,6 +1,6 @@
-"""The systems that are set, and what their credentials may really do: each right is tried, for `python -m app check`.
+"""Checks of the configured systems and of the actual permissions of their credentials, for `python -m app check`.
 
-Invariant: what is tried leaves nothing behind, and a right that is missing is named, with those that are there.
+Invariant: an attempt leaves nothing behind; a missing permission is named, together with those that exist.
 """
 
 import logging
@@ -36,7 +36,9 @@ Attempt = tuple[str, Callable[[], object]]
 
 @dataclass(frozen=True, slots=True)
 class ConnectionCheck:
-    """One system. `key` is its name for programs, `variable` what sets it, or would where it is embedded."""
+    """One system. `key` is its name for programs; `variable` is the one that sets it, or would replace the embedded
+    part.
+    """
 
     key: str
     title: str
@@ -45,7 +47,9 @@ class ConnectionCheck:
 
 
 def try_all(attempts: Sequence[Attempt]) -> str:
-    """What may be done, when all attempts succeed. Raises Permanent that names those that fail and why."""
+    """What is permitted, when all attempts succeed. Raises Permanent that names the failed attempts and
+    their causes.
+    """
     may, refused = [], list[tuple[str, AppError]]()
     for name, attempt in attempts:
         try:
@@ -62,7 +66,7 @@ def try_all(attempts: Sequence[Attempt]) -> str:
 
 
 def of_objects(store: "ObjectStore", prefix: str) -> str:
-    """Listing below the prefix, reading, and writing with a condition, which the store's own probe does."""
+    """Checks listing below the prefix, reading, and conditional writes, which the store's own probe covers."""
     said = try_all(
         [
             ("list", lambda: next(iter(store.list(f"{prefix}/" if prefix else "")), None)),
@@ -75,7 +79,7 @@ def of_objects(store: "ObjectStore", prefix: str) -> str:
 
 
 def of_undeleted(state: State, pipelines: Sequence[str], store: "ObjectStore") -> str:
-    """Which of the objects are still there that could not be deleted, and why; "" for none."""
+    """Objects that could not be deleted and still exist, and why; "" for none."""
     known = {key: error for name in pipelines for key, error in state.checkpoints.undeleted(name).items()}
     there = {key: error for key, error in known.items() if store.head(key) is not None}
     if not there:
@@ -88,9 +92,9 @@ def of_undeleted(state: State, pipelines: Sequence[str], store: "ObjectStore") -
 
 
 def of_database(database: Database) -> str:
-    """Who is signed in where, and whether tables may be made there; a write transaction is begun and ended.
+    """Who is signed in where, and whether tables can be created; opens a write transaction and ends it.
 
-    Raises Permanent for an encoding that holds only some characters: the service works there, and refuses the others.
+    Raises Permanent for an encoding that covers only some characters: the service works there, but rejects the others.
     """
     with database.transaction() as session:
         if database.dialect == "sqlite":
@@ -107,7 +111,7 @@ def of_database(database: Database) -> str:
 
 
 def webhook(settings: Settings) -> Iterator[ConnectionCheck]:
-    """The webhook for failures gets a message that says that it is a test."""
+    """Sends a test message to the alert webhook."""
     url = settings.alert.webhook_url.get_secret_value()
     if not url:
         return
@@ -121,7 +125,7 @@ def webhook(settings: Settings) -> Iterator[ConnectionCheck]:
 
 
 def destinations(settings: Settings) -> Mapping[str, str]:
-    """Where the rows of each pipeline end up that has no configuration of its own, for people."""
+    """Where rows end up, in readable form, for each pipeline without a configuration file of its own."""
     export, drive, s3, data_dir = settings.export, settings.drive, settings.s3, settings.service.data_dir.absolute()
     root = f"s3://{s3.bucket}" if s3.bucket else str(data_dir / "objects")
     file = f"{drive.csv_name_prefix}_YYYYMMDD_HH.csv"
@@ -137,7 +141,7 @@ def destinations(settings: Settings) -> Mapping[str, str]:
 
 
 def _first(once: Callable[[], object], check: Check) -> Check:
-    """`check`, and before it `once` until that succeeded."""
+    """`check`, preceded by `once` until that has succeeded."""
     done = False
 
     def both() -> str:
@@ -151,12 +155,12 @@ def _first(once: Callable[[], object], check: Check) -> Check:
 
 
 def state_check(state: State) -> Check:
-    """At first a look at all that the state holds, then round trips; what a person should know of it."""
+    """A full check of the state at first, then round trips; the note is for a person."""
     return _first(state.check, state.note)
 
 
 def store_check(store: "ObjectStore") -> Check:
-    """A write at first, then a look: the store must not fill with the traces of being watched."""
+    """One write at first, then reads only: versions must not pile up in the bucket from monitoring."""
 
     def look() -> str:
         store.head(LOOK_KEY)
@@ -168,7 +172,7 @@ def store_check(store: "ObjectStore") -> Check:
 def store_checks(
     settings: Settings, state: State, warehouse: Database, store: "ObjectStore", listed: Sequence[str]
 ) -> Iterator[ConnectionCheck]:
-    """The three stores that are always there, embedded or outside, under the names of /ready."""
+    """The three stores that always exist, embedded or external, under their names in /ready."""
     look = state_check(state)
     variable = "CHECKPOINT_DB_HOST" if settings.checkpoint.host else "CHECKPOINT_DATABASE_URL"
 
@@ -180,7 +184,7 @@ def store_checks(
 
         prefix, bucket = settings.s3.prefix, settings.s3.bucket
         said = of_objects(store, prefix), of_undeleted(state, listed, store)
-        old_versions = note_of_versions(cast("S3Store", store), prefix) if bucket else ""  # a directory has none
+        old_versions = note_of_versions(cast("S3Store", store), prefix) if bucket else ""  # not in a directory
         return "; ".join(filter(None, (*said, old_versions)))
 
     yield ConnectionCheck("checkpoint_store_connected", "state: checkpoints, runs, leases", variable, kept)

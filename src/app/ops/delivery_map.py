@@ -1,10 +1,10 @@
-"""The delivery map: the whole of a span in one letter a cell, from listings of the destination or from the records.
+"""The delivery map: one letter per cell of a time span, from destination listings or from the records.
 
-Few partitions are listed at the destination, once for all who look. Many are told from what is confirmed, of which the
-listings of the reconcile have marked what is missing or changed; then the map says so (`source`).
+With few partitions the destination is listed, once for all viewers. With many the map shows the confirmed windows from
+the records, in which the reconcile's listings have marked missing and changed ones; `source` tells which.
 
-Invariants: every cell of the span is there, and the worst state in it wins; one request at a time reaches a
-destination; what is kept is bounded; a partition that cannot be listed is not known, and hides no other.
+Invariants: the map has every cell of the span, and the worst state in a cell wins; a destination gets one request at a
+time; caches are bounded; a partition that cannot be listed shows as not known, and hides no other.
 """
 
 import threading
@@ -30,7 +30,7 @@ AT_ONCE = 8
 LISTED_PARTITIONS = 200
 LISTED_PARTITION_DAYS = 400
 LISTED_DAYS = 31
-GROUPED_FROM = 200  # more partitions than that are shown in groups
+GROUPED_FROM = 200  # more partitions than this are grouped
 GROUP, BIG_GROUP, BIG_FROM = 25, 500, 10_000
 GROUPS_A_PAGE = 20
 LATE_AFTER = timedelta(hours=6)
@@ -43,7 +43,7 @@ SPANS: Mapping[str, Mapping[int, int]] = {
 }
 FINER = {4 * WEEK: WEEK, WEEK: DAY, DAY: 4 * HOUR, 12 * HOUR: 4 * HOUR, 4 * HOUR: HOUR}
 MOST_DAYS = 366
-LETTERS = "mpclsuokn"  # the worst first
+LETTERS = "mpclsuokn"  # worst first
 PROBLEMS = frozenset("mpcsl")
 RANK = {letter: place for place, letter in enumerate(LETTERS)}
 WORDS = {
@@ -68,12 +68,12 @@ OF_STATE = {
 
 
 def letter_of(cell: MapCell) -> str:
-    """The letter of a window. One that is overdue and was never written is late, not missing."""
+    """The letter of a window. An overdue window that was never written is late, not missing."""
     return OF_STATE.get(cell.state) or ("m" if cell.rows else "l")
 
 
 def worst_state(letters: Iterable[str]) -> str:
-    """The worst of some letters; no data for none."""
+    """The worst of the given letters; "no data" if there are none."""
     return min(letters, key=RANK.__getitem__, default="n")
 
 
@@ -82,8 +82,8 @@ def worst_state(letters: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class MapCells:
-    """The bounds of the cells of a span, one more than there are cells, and how long one is as a rule: days and weeks
-    are cut at local midnight, so that a day has 23 to 25 hours.
+    """The edges of the cells of a span (one more than cells), and the nominal cell length in `seconds`: days and weeks
+    start at local midnight, so a day has 23 to 25 hours.
     """
 
     edges: Sequence[datetime]
@@ -91,11 +91,13 @@ class MapCells:
 
     @property
     def window(self) -> Window:
-        """From the first bound to the last."""
+        """From the first edge to the last."""
         return Window(self.edges[0], self.edges[-1])
 
     def paint(self, windows: Iterable[tuple[datetime, datetime, str]], now: datetime) -> str:
-        """A letter for each cell out of `[start, end)` and letter of windows; those after now are no data."""
+        """One letter per cell, from the start, end and letter of windows `[start, end)`; cells after
+        now are "no data".
+        """
         found: list[str] = ["n"] * (len(self.edges) - 1)
         for start, end, letter in windows:
             place = max(bisect_right(self.edges, start) - 1, 0)
@@ -107,7 +109,7 @@ class MapCells:
 
 
 def cells_of_span(span: str, cells: int | None, zone: tzinfo, now: datetime) -> MapCells:
-    """The cells of a chosen span up to now. Raises Rejected for a span, or a number of cells, that there is not."""
+    """The cells of a selected span up to now. Raises Rejected for an unknown span or number of cells."""
     if span not in SPANS:
         raise Rejected(f"span={span[:20]!r} is not known", f"spans: {', '.join(SPANS)}")
     number = cells or next(iter(SPANS[span]))
@@ -125,9 +127,9 @@ def cells_of_span(span: str, cells: int | None, zone: tzinfo, now: datetime) -> 
 
 
 def cells_between(start: datetime, end: datetime, zone: tzinfo) -> MapCells:
-    """The finer cells of `[start, end)`, which is one cell or a few of a map."""
+    """Finer cells for `[start, end)`, which is one cell or a few of a map."""
     length = (end - start).total_seconds()
-    # a day of 23 or 25 hours is a day
+    # a day of 23 or 25 hours counts as a day
     coarse = next((seconds for seconds in sorted(FINER) if length <= seconds + 2 * HOUR), 4 * WEEK)
     seconds = FINER[coarse]
     if seconds < DAY:
@@ -144,7 +146,7 @@ def _midnight(day: date, zone: tzinfo) -> datetime:
 
 
 def _within_days(start: datetime, end: datetime, seconds: int, zone: tzinfo) -> list[datetime]:
-    """Bounds from before `start` to the first after `end`, counted from each local midnight."""
+    """Edges from before `start` to the first after `end`, counted from each local midnight."""
     edges: list[datetime] = []
     day = start.astimezone(zone).date()
     while not edges or edges[-1] <= end:
@@ -175,8 +177,8 @@ class MapRow:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryMap:
-    """Rows by name. `total`: partitions that were asked for; `grouped`: a row is a group of `size` of them, and there
-    are `pages_of` rows in all. `listed`: told from listings made now, not from the records.
+    """Rows by name. `total`: partitions requested; `grouped`: a row is a group of `size` of them; `pages_of`: rows on
+    all pages. `listed`: from listings made now, not from the records.
     """
 
     total: int
@@ -189,7 +191,7 @@ class DeliveryMap:
 
 @dataclass(frozen=True, slots=True)
 class MapLine:
-    """One partition of a list of windows: its cells, oldest first. `error` is empty when it could be listed."""
+    """One partition with its windows as cells, oldest first. `error` is empty when it could be listed."""
 
     partition: str
     cells: Sequence[MapCell]
@@ -198,7 +200,7 @@ class MapLine:
 
 @dataclass(frozen=True, slots=True)
 class MapFault:
-    """A window that a listing showed to be missing, partly missing or changed; `seen_at`: the first that did."""
+    """A window that a listing showed as missing, partly missing or changed; `seen_at`: when it was first seen."""
 
     partition: str
     window: Window
@@ -208,7 +210,7 @@ class MapFault:
 
 @dataclass
 class _AnswerCache:
-    """Answers by question, the oldest of which go first."""
+    """A cache of maps by request; when it is full, the oldest entries are evicted."""
 
     held: "OrderedDict[tuple[Any, ...], tuple[Any, float]]" = field(default_factory=OrderedDict)
 
@@ -228,7 +230,7 @@ class _AnswerCache:
 
 
 class DeliveryMaps:
-    """Maps by job and span. From any thread."""
+    """Maps by job and span. Thread-safe."""
 
     def __init__(self, charts: Mapping[str, GapMapSource], pages: SqlPages, clock: Callable[[], datetime]) -> None:
         self._charts = charts
@@ -245,28 +247,28 @@ class DeliveryMaps:
         return sorted(self._charts)
 
     def faults(self, job: str) -> Collection[MapFault]:
-        """What the latest listings of a job showed."""
+        """The faults in the latest listings of a job."""
         return self._faults.get(job, {}).values()
 
     def gone_since(self, job: str) -> Mapping[tuple[str, datetime], datetime]:
-        """When a listing first showed that something is wrong with a window, by partition and start."""
+        """When a listing first showed each faulty window, by partition and start."""
         return {(each.partition, each.window.start): each.seen_at for each in self.faults(job)}
 
     def forget(self, job: str) -> None:
-        """List the destination of `job` again next time: something was changed there."""
+        """List the destination of `job` again on the next request: it has changed."""
         self._kept.forget(job)
 
     def healed(self, job: str, partition: str, window: Window) -> None:
-        """A window is right again."""
+        """Remove the fault of a window that was healed."""
         faults = dict(self._faults.get(job, {}))
         if faults.pop((partition, window), None):
             self._faults[job] = faults
             self.forget(job)
 
     def windows(self, job: str, span: Window, offset: int, limit: int) -> tuple[int, Sequence[MapLine]]:
-        """How many partitions a job has, and the windows of some of them, each from a listing made now.
+        """The number of partitions of a job, and the windows of some of them, from a listing made now.
 
-        Raises Rejected for a job without a map, Transient when the destination keeps others waiting.
+        Raises Rejected for a job without a map, Transient when the destination is too slow.
         """
         key = (job, "windows", span, offset, limit)
         found: tuple[int, Sequence[MapLine]] = self._once(
@@ -275,7 +277,7 @@ class DeliveryMaps:
         return found
 
     def partition(self, job: str, partition: str, span: Window) -> Sequence[MapCell]:
-        """The windows of one partition, from a listing made now. Raises Rejected for one that is not known."""
+        """The windows of one partition, from a listing made now. Raises Rejected for an unknown one."""
         chart = self._chart(job)
         with self._pages.look() as look:
             is_known = look.partitions(job, NameFilter(partition, partition))
@@ -291,7 +293,7 @@ class DeliveryMaps:
         return found.cells
 
     def whole(self, job: str, cells: MapCells, names: NameFilter = NameFilter()) -> DeliveryMap:  # noqa: B008 - it is frozen
-        """The map of a few partitions as their destination lists it, of many as the records have it."""
+        """The map from destination listings when there are few partitions, otherwise from the records."""
         if names.first and names.first == names.last and cells.window.seconds <= LISTED_DAYS * DAY:
             windows = self.partition(job, names.first, cells.window)
             text = cells.paint(
@@ -307,13 +309,13 @@ class DeliveryMaps:
     def recorded(
         self, job: str, cells: MapCells, names: NameFilter, *, offset: int, limit: int, only_problems: bool
     ) -> DeliveryMap:
-        """The map as the records have it, in groups when there are many partitions."""
+        """The map from the records, grouped when there are many partitions."""
         self._chart(job)
         with self._pages.look() as look:
             return _Recorded(look, job, cells, self._clock()).map(names, offset, limit, only_problems=only_problems)
 
     def strip(self, job: str, cells: MapCells, wait_seconds: float) -> str | None:
-        """One row for the whole job, as last known; None before the first listing. An old one is renewed."""
+        """One row for the whole job, as last known; None before the first listing. A stale one is refreshed."""
         if not self._is_listable(job, cells, NameFilter()):
             with self._pages.look() as look:
                 return _Recorded(look, job, cells, self._clock()).strip()
@@ -335,10 +337,10 @@ class DeliveryMaps:
         try:
             self.whole(job, cells)
         except AppError:
-            return  # the map itself shows the error; the strip stays as it was
+            return  # the map itself shows the error; the strip stays as it is
 
     def _is_listable(self, job: str, cells: MapCells, names: NameFilter) -> bool:
-        """Few enough to ask the destination, or nothing recorded that could tell instead."""
+        """Whether the partitions are few enough to list, or the records are empty."""
         if names.first:
             return False
         with self._pages.look() as look:
@@ -353,7 +355,7 @@ class DeliveryMaps:
         return self._charts[job]
 
     def _once(self, key: tuple[Any, ...], make: Callable[[GapMapSource], Any]) -> Any:
-        """What is kept, or made now while nobody else asks a destination."""
+        """The cached value, or one made now, while no other request lists a destination."""
         job = key[0]
         chart = self._chart(job)
         if not self._turn.acquire(timeout=WAIT_SECONDS):
@@ -383,7 +385,7 @@ class DeliveryMaps:
         return len(partitions), lines
 
     def _note(self, job: str, line: MapLine, span: Window) -> None:
-        """The faults of one partition within `span` are those that its listing shows now."""
+        """Replace the faults of one partition within `span` by those in its listing."""
         before = self._faults.get(job, {})
         seen = dict(before)
         for name, window in before:
@@ -417,7 +419,7 @@ class DeliveryMaps:
 
 
 def _one_row_a_source(painted: Mapping[str, str]) -> Mapping[str, str]:
-    """What is told of the same source in longer windows (`web:weeks`) shows in its row where something is wrong."""
+    """Merge rows of longer windows of a source (`web:weeks`) into the source's row where they show a fault."""
     found = dict(painted)
     for name, text in painted.items():
         base = name.rpartition(":")[0]
@@ -429,7 +431,7 @@ def _one_row_a_source(painted: Mapping[str, str]) -> Mapping[str, str]:
 
 
 class _Recorded:
-    """A map out of the records: a cell is done where the cursor has passed it, but for windows that are marked."""
+    """A map from the records: cells before the cursor are done, except for marked windows."""
 
     def __init__(self, look: PageQuerySession, job: str, cells: MapCells, now: datetime) -> None:
         self._look = look
@@ -496,7 +498,7 @@ class _Recorded:
         )
 
     def _plain(self, place: int, between: tuple[str, str] | None, cursor_at: datetime) -> str:
-        """The letter of a cell in which nothing is marked."""
+        """The letter of a cell without marked windows."""
         start, end = self._spans[place]
         if start >= self._now:
             return "n"

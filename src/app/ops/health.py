@@ -1,4 +1,4 @@
-"""What /health and /ready answer, and the looks at outside systems behind /ready."""
+"""The responses of /health and /ready, and the background checks of outside systems behind /ready."""
 
 import logging
 import threading
@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from app.core.errors import AppError
 
-# Whether the systems outside can be reached, looked at in the background, so that an answer costs nothing.
+# Whether outside systems are reachable, checked in the background, so that an answer costs nothing.
 #
-# Invariant: a check that hangs makes only its own answer old, and an answer that is too old counts as a failure.
+# Invariant: a check that hangs delays only its own result, and a result that is too old counts as a failure.
 
 EVERY_SECONDS = 10.0
 LIMIT_SECONDS = 10.0
@@ -25,7 +25,7 @@ Check = Callable[[], str]
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What a check found. `note` is what the check said when it succeeded; `error` and `hint` are empty then."""
+    """The result of a check. On success `note` is the check's own message, and `error` and `hint` are empty."""
 
     ok: bool
     note: str = ""
@@ -34,7 +34,7 @@ class CheckResult:
 
 
 def check_once(check: Check) -> CheckResult:
-    """What one attempt finds."""
+    """The result of one attempt."""
     try:
         return CheckResult(ok=True, note=check())
     except AppError as error:
@@ -42,7 +42,7 @@ def check_once(check: Check) -> CheckResult:
 
 
 class Readiness:
-    """One thread per check, each asking every ten seconds."""
+    """One thread per check, each running every ten seconds."""
 
     def __init__(self, checks: Mapping[str, Check]) -> None:
         self._checks = checks
@@ -50,16 +50,16 @@ class Readiness:
         self._closed = threading.Event()
 
     def start(self) -> None:
-        """Begin to look; until its first answer a check counts as failed."""
+        """Start checking; until its first result a check counts as failed."""
         for name in self._checks:
             threading.Thread(target=self._watch, args=(name,), name=f"check-{name}", daemon=True).start()
 
     def close(self) -> None:
-        """Stop looking; a check that hangs is left behind."""
+        """Stop checking; a hanging check is abandoned."""
         self._closed.set()
 
     def findings(self) -> Mapping[str, CheckResult]:
-        """The latest answer of each check. No I/O."""
+        """The latest result of each check. No I/O."""
         now = time.monotonic()
         return {name: self._latest(name, now) for name in self._checks}
 
@@ -70,7 +70,7 @@ class Readiness:
         return finding
 
     def _watch(self, name: str) -> None:
-        """What is wrong is told once, and again when it is something else."""
+        """Logs an error once, and again when it changes."""
         told = ""
         while not self._closed.is_set():
             finding = check_once(self._checks[name])
@@ -83,9 +83,9 @@ class Readiness:
             self._closed.wait(EVERY_SECONDS)
 
 
-# Liveness and readiness as values: what /health and /ready answer, without I/O.
+# Liveness and readiness as values: the answers of /health and /ready, without I/O.
 #
-# Invariant: neither looks outside the process, so both answer within milliseconds whatever the outside systems do.
+# Invariant: neither contacts an outside system, so both answer within milliseconds whatever state those are in.
 
 PATHS = ("/health", "/ready")
 SYSTEMS = {
@@ -106,7 +106,7 @@ class ProbeAnswer:
 
 
 class WorkLoop(Protocol):
-    """What does the work. No I/O."""
+    """The scheduler as the probes see it. No I/O."""
 
     @property
     def turning(self) -> bool:
@@ -114,12 +114,12 @@ class WorkLoop(Protocol):
 
     @property
     def running(self) -> bool:
-        """True from the start until a stop was asked for."""
+        """True from the start until a stop is requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probes:
-    """What the two probes look at."""
+    """What the two probes report on."""
 
     version: str
     scheduler: WorkLoop
@@ -127,7 +127,7 @@ class Probes:
     clock: Callable[[], datetime]
 
     def health(self) -> ProbeAnswer:
-        """Liveness: 503 once the scheduler stopped turning, which only a restart cures."""
+        """Liveness: 503 once the scheduler has stalled, which only a restart cures."""
         turning = self.scheduler.turning
         body = {
             "status": "healthy" if turning else "unhealthy",
@@ -137,12 +137,12 @@ class Probes:
         return ProbeAnswer(OK if turning else UNAVAILABLE, body)
 
     def unreachable(self) -> Mapping[str, tuple[str, str]]:
-        """Error and next step of each outside system that cannot be reached; one not looked at yet is left out."""
+        """Error and hint of each outside system that cannot be reached; systems without a result yet are left out."""
         findings = self.readiness.findings().items()
         return {SYSTEMS.get(name, name): (f.error, f.hint) for name, f in findings if not f.ok and f.error != NOT_YET}
 
     def ready(self) -> ProbeAnswer:
-        """Readiness: 503 while a system outside cannot be reached, and from the stop signal on."""
+        """Readiness: 503 while an outside system cannot be reached, and from the stop signal on."""
         findings = self.readiness.findings()
         checks = {"worker_running": self.scheduler.running and self.scheduler.turning}
         checks |= {name: finding.ok for name, finding in findings.items()}

@@ -1,6 +1,6 @@
-"""Jobs, runs and partitions as JSON: the same in the API and in the output of commands, and as OpenAPI describes them.
+"""Jobs, runs and partitions as JSON: the same in the API, in command output and in the OpenAPI schema.
 
-Invariant: instants are UTC with `Z`, durations are seconds, and a field is never left out.
+Invariant: timestamps are UTC with `Z`, durations are seconds, and a field is never left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from app.ops.scheduler import JobView
 
 
 def lag_seconds(partition: Checkpoint, now: datetime) -> float | None:
-    """Age of the newest event seen, below 0 when it lies ahead of now; None before the first."""
+    """Age of the newest event, negative when it lies in the future; None before the first."""
     newest_at = partition.high_watermark_at
     return None if newest_at is None else (now - newest_at).total_seconds()
 
@@ -26,13 +26,13 @@ def whole_second(at: datetime) -> str:
 
 
 def instant_text(at: datetime | None) -> str | None:
-    """`YYYY-MM-DDTHH:MM:SS.mmmZ`, None for none."""
+    """`YYYY-MM-DDTHH:MM:SS.mmmZ`; None for None."""
     return None if at is None else at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceCalls:
-    """What a job's service was asked: calls of this day UTC, how many a day may have, and calls of all days."""
+    """Calls to the service of a job: today's (UTC), the limit per day, and all calls ever."""
 
     today: int
     a_day: int
@@ -40,7 +40,7 @@ class ServiceCalls:
 
 
 def view_shown(view: JobView) -> dict[str, Any]:
-    """A job and where it stands."""
+    """A job and its current state."""
     return {
         "name": view.job.name,
         "helper_of": view.job.helper_of or None,
@@ -62,8 +62,8 @@ def job_shown(
     calls: ServiceCalls | None = None,
     clock_ahead_seconds: float = 0.0,
 ) -> Mapping[str, Any]:
-    """A job, where it stands and how its `last` run went; `totals` of all its runs. `stale`: it fell silent.
-    `clock_ahead_seconds`: how far its last run or a cursor lies ahead of now.
+    """A job, its current state and its `last` run; `totals` of all its runs. `stale`: it fell silent.
+    `clock_ahead_seconds`: how far its last run or a cursor lies in the future.
     """
     return {
         **view_shown(view),
@@ -84,7 +84,7 @@ RUN_NUMBERS = ("rows", "new_rows", "bytes", "windows", "late_rows", "corrected_r
 
 
 def failures_shown(report: Report) -> Sequence[Mapping[str, str]]:
-    """The first twenty partitions that could not be finished."""
+    """The first twenty partitions that could not be completed."""
     return [{"partition": f.partition, "message": f.message, "hint": f.hint} for f in report.failures[:20]]
 
 
@@ -107,7 +107,7 @@ def run_shown(run: Run) -> Mapping[str, Any]:
 
 
 def partition_shown(job: str, partition: Checkpoint, now: datetime) -> Mapping[str, Any]:
-    """How far a partition is."""
+    """The progress of a partition."""
     return {
         "job": job,
         "partition": partition.partition,
@@ -119,7 +119,7 @@ def partition_shown(job: str, partition: Checkpoint, now: datetime) -> Mapping[s
     }
 
 
-# The same as the OpenAPI document describes it, which a test compares with what is given.
+# The same as OpenAPI schemas; a test compares them with the actual output.
 
 Schema = dict[str, Any]
 
@@ -278,5 +278,5 @@ MAP_WINDOWS = _object({"job": TEXT, "partition": TEXT, "windows": _list(MAP_WIND
 
 
 def answered_with(schema: Schema, description: str) -> dict[int | str, dict[str, Any]]:
-    """The 200 of a route whose answer has this schema."""
+    """The 200 response of a route with this schema."""
     return {200: {"description": description, "content": {"application/json": {"schema": schema}}}}

@@ -1,5 +1,5 @@
-"""Logs: one JSON object a line on stdout, text on a terminal, a rotating file, limits per kind of line, and one line
-per run.
+"""Logs: JSON lines on stdout, text on a terminal, a rotating file, rate limits per kind of line, and
+one line per run.
 """
 
 import json
@@ -25,12 +25,10 @@ from app.core.files import LogFile
 from app.core.ledger import TALLY_NAMES
 from app.core.runs import Outcome, Run
 
-# How many lines of one kind a log takes, so that nobody who can reach the service can fill a disk or push others
-# out.
+# Rate limits per kind of line, so that nobody who can reach the service can fill a disk or push out other lines.
 #
-# Invariants: what is left out is counted and told, with the next line or at the end; memory is bounded. Inside a
-# run, where only its own data make lines, and for callers with a key there is far more room than for everybody
-# else.
+# Invariants: suppressed lines are counted, and the count is logged with a later line or at the end; memory is bounded.
+# The limits are far higher inside a run, where only its own data cause lines, and for callers with a key.
 
 TELL_SECONDS = 60.0
 KINDS = 1000
@@ -38,7 +36,7 @@ KINDS = 1000
 
 @dataclass(frozen=True, slots=True)
 class LogAllowance:
-    """So many lines at once, and so many more a minute."""
+    """The size of a burst, and the lines per minute after it."""
 
     at_once: int
     a_minute: int
@@ -52,7 +50,7 @@ NOBODY = "nobody"
 
 
 class _Bucket:
-    """An allowance in use. `record` is the last line that was left out."""
+    """A token bucket. `record` is the last suppressed line."""
 
     def __init__(self, allowance: LogAllowance, at: float) -> None:
         self.allowance = allowance
@@ -72,7 +70,7 @@ class _Bucket:
         return True
 
     def count(self, other: "_Bucket") -> None:
-        """Tell of what `other` left out, which is forgotten."""
+        """Take over the count of suppressed lines from `other`, which is evicted."""
         if other.left_out:
             self.since = self.since if self.left_out else other.since
             self.left_out += other.left_out
@@ -80,7 +78,7 @@ class _Bucket:
 
 
 class LogLimits:
-    """Lines of one kind: of one logger, level and text before its values are put in; of one job, caller and status."""
+    """One bucket per kind of line: logger, level, message template, job, caller and status."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -88,7 +86,7 @@ class LogLimits:
         self._of_anybody = _Bucket(OF_ALL_OF_ANYBODY, 0.0)
 
     def passed(self, record: logging.LogRecord, job: str) -> list[logging.LogRecord]:
-        """The lines to write instead of `record`: itself or nothing, and before it what is to be told of others."""
+        """The lines to write for `record`: itself or nothing, preceded by summaries that are due."""
         with self._lock:
             told = list(self._due(record.created))
             bucket = self._bucket(record, job)
@@ -104,7 +102,7 @@ class LogLimits:
             return told
 
     def rest(self) -> list[logging.LogRecord]:
-        """What is still to be told when the log is closed."""
+        """The summaries that remain when the log is closed."""
         with self._lock:
             return [_summary(each) for each in (self._of_anybody, *self._buckets.values()) if each.left_out]
 
@@ -126,9 +124,9 @@ class LogLimits:
 
 
 def _summary(bucket: _Bucket) -> logging.LogRecord:
-    """A line that stands for those that were left out, the last of which it repeats."""
+    """A line that replaces suppressed lines and repeats the last one."""
     last, count = bucket.record, bucket.left_out
-    assert last is not None  # noqa: S101 - set with each count
+    assert last is not None  # noqa: S101 - set whenever a line is counted
     bucket.left_out, bucket.record = 0, None
     made = logging.makeLogRecord(last.__dict__)
     made.msg, made.args = "%d more lines were left out, the last: %s", (count, last.getMessage())
@@ -136,12 +134,11 @@ def _summary(bucket: _Bucket) -> logging.LogRecord:
     return made
 
 
-# Logs: one JSON object a line on stdout, text on a terminal, and a rotating file.
+# Logs: JSON lines on stdout, text on a terminal, and a rotating file.
 #
-# Invariants: a record is one line of bounded length whatever is in its message, and of one kind only so many are
-# written in a minute, the others counted; the file is for its owner alone; no known secret and nothing shaped like
-# one leaves; every record made inside `log_context`, or in a thread whose work went through `in_log_context`, says
-# which run of which job made it.
+# Invariants: a record is one line of bounded length, whatever its message contains; lines of one kind are rate-limited
+# and counted; only the owner can read the file; no known secret and nothing that looks like one is logged; every record
+# made inside `log_context`, or in a thread whose work was wrapped by `in_log_context`, names its run and job.
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -150,7 +147,7 @@ FILE_BYTES = 1_000_000
 OURS = ("headwater-stdout", "headwater-file")
 OWNER_ONLY = 0o600
 MESSAGE_CHARACTERS, TRACE_CHARACTERS = 8000, 6000
-# At DEBUG these write request headers, signatures, tokens and whole bodies: no filter can know all of that.
+# At DEBUG these log request headers, signatures, tokens and whole bodies, which no filter can redact reliably.
 TALKATIVE = ("boto3", "botocore", "s3transfer", "urllib3", "googleapiclient", "google.auth", "httpx")
 # Railway indexes these four words; anything else counts as info.
 LEVEL_WORDS = {10: "debug", 20: "info", 30: "warn", 40: "error", 50: "error"}
@@ -159,7 +156,7 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2
 ANYWHERE_CHARACTERS, WORD_CHARACTERS = 8, 4
 PLAIN_WORD = re.compile(r"[A-Za-z]?[a-z]{1,15}|[A-Z]{1,15}|\d{1,15}")
 SAID = r"\b(?:password|passwd|pwd|secret|token|key)"
-# Repeats are bounded: a hostile message of a megabyte must not cost a minute.
+# Repetitions are bounded: a hostile message of a megabyte must not take a minute.
 NAMED = r"(?:password|passwd|pwd|secret\w{0,20}|api_?key|access_?key\w{0,20}|token|signature|X-Amz-Credential)"
 QUOTED = r"[\"']?\s{0,9}[:=]\s{0,9}(?=[\"'])"
 SHAPES = (
@@ -180,7 +177,7 @@ _run: ContextVar[tuple[str, str]] = ContextVar("run", default=("", ""))
 
 @contextmanager
 def log_context(run_id: str, job: str) -> Iterator[None]:
-    """Every record of this context says `run_id` and `job` until the end of the block."""
+    """Within the block every record of this context has `run_id` and `job`."""
     token = _run.set((run_id, job))
     try:
         yield
@@ -189,9 +186,9 @@ def log_context(run_id: str, job: str) -> Iterator[None]:
 
 
 def in_log_context(work: Callable[P, R]) -> Callable[P, R]:
-    """`work`, to be called in another thread as if in this context: threads start with an empty one.
+    """`work`, to be called in another thread with the context of this one: threads start with an empty context.
 
-    May be called by several threads at once, each call has its own copy.
+    Several threads may call it at once; each call has its own copy.
     """
     context = copy_context()
 
@@ -202,13 +199,13 @@ def in_log_context(work: Callable[P, R]) -> Callable[P, R]:
 
 
 class Redaction:
-    """Takes secrets out of texts: the known ones, and what is shaped like one."""
+    """Redacts known secrets and whatever looks like one."""
 
     def __init__(self, secrets: Sequence[str] = ()) -> None:
         forms = {form for secret in secrets for form in (secret, quote(secret, safe=""))}
         words = sorted((form for form in forms if len(form) >= WORD_CHARACTERS), key=len, reverse=True)
-        # A short one may be part of an ordinary word; below four characters it would blank everything. One that is an
-        # ordinary word itself, such as postgres, is hidden only where the text says that it is a secret.
+        # A short secret may be part of an ordinary word; below four characters it would blank everything. One that is
+        # itself an ordinary word, such as postgres, is hidden only where the text marks it as a secret.
         known, plain = list[str](), list[str]()
         for word in words:
             part = re.escape(word)
@@ -237,10 +234,10 @@ class _Redacted(logging.Formatter):
 
 
 class JsonLines(_Redacted):
-    """One object a line: time, level, message, logger, run_id, job, what `extra` gave, exception."""
+    """One JSON object per line: time, level, message, logger, run_id, job, the `extra` fields, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line. ASCII, so that no reader sees a line end or a broken character in it."""
+        """The line, in ASCII, so that no reader finds a line break or an invalid character in it."""
         run_id, job = _run.get()
         line: dict[str, object] = {
             "time": _time(record),
@@ -260,7 +257,7 @@ class JsonLines(_Redacted):
 
 
 class TextLines(_Redacted):
-    """For people: time, level, job, message; a traceback follows on marked lines that cannot pass for records."""
+    """For people: time, level, job, message; traceback lines are marked, so that they cannot pass for records."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, and the lines of the traceback."""
@@ -283,9 +280,9 @@ def configure(
 ) -> None:
     """Send every record to stdout (or `stream`) and to the file; may be called again. Raises BadSettings for the file.
 
-    `log_files`: how many older ones are kept beside it.
+    `log_files`: the number of rotated files to keep.
 
-    `log_format` auto is text on a terminal and JSON elsewhere; the file holds JSON unless text was asked for.
+    `log_format` auto is text on a terminal and JSON elsewhere; the file holds JSON unless text is requested.
     """
     redact = Redaction(secrets)
     out = stream or sys.stdout
@@ -305,7 +302,7 @@ def configure(
 
 
 def release() -> None:
-    """Take away and close what `configure` set up."""
+    """Remove and close what `configure` set up."""
     root = logging.getLogger()
     for handler in [each for each in root.handlers if each.get_name() in OURS]:
         root.removeHandler(handler)
@@ -313,7 +310,7 @@ def release() -> None:
 
 
 class _Limited(logging.Handler):
-    """`target`, which is given no more than `LogLimits` lets pass."""
+    """Passes on to `target` what `LogLimits` permits."""
 
     def __init__(self, target: logging.Handler) -> None:
         super().__init__()
@@ -321,16 +318,16 @@ class _Limited(logging.Handler):
         self._limits = LogLimits()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write it, or count it."""
+        """Write the record, or count it."""
         for each in self._limits.passed(record, _run.get()[1]):
             self._target.handle(each)
 
     def flush(self) -> None:
-        """As the target does."""
+        """Flush the target."""
         self._target.flush()
 
     def close(self) -> None:
-        """Tell what was left out, and close the target."""
+        """Log the remaining summaries and close the target."""
         for each in self._limits.rest():
             self._target.handle(each)
         self._target.close()
@@ -338,7 +335,7 @@ class _Limited(logging.Handler):
 
 
 class _OwnersFile(LogFile):
-    """Also a file that an earlier version left open to others, and each one that follows."""
+    """Only the owner can read the file, also one that an earlier version left readable, and each rotated file."""
 
     def _open(self) -> TextIOWrapper:
         file = super()._open()
@@ -360,7 +357,9 @@ def _time(record: logging.LogRecord) -> str:
 
 
 def _message(record: logging.LogRecord) -> str:
-    """The message; one whose arguments do not fit is shown as it was written, since the standard answer prints them."""
+    """The message. One whose arguments do not fit is shown unformatted, since logging's default would print the
+    arguments.
+    """
     try:
         return _cut(record.getMessage(), MESSAGE_CHARACTERS)
     except (TypeError, ValueError, KeyError):
@@ -368,7 +367,7 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _cut(text: str, characters: int) -> str:
-    """The beginning and the end of a text that is too long."""
+    """The beginning and the end of a long text."""
     if len(text) <= characters:
         return text
     half = characters // 2
@@ -388,16 +387,16 @@ def _printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
-# What is told of each run in the log.
+# The log line of each run.
 #
-# Invariant: every run that ended is logged exactly once, at the level that says what a person has to do.
+# Invariant: every finished run is logged exactly once, at the level that says what a person has to do.
 
 LEVELS = {Outcome.OK: logging.INFO, Outcome.STOPPED: logging.INFO, Outcome.PARTIAL: logging.WARNING}
 log = logging.getLogger(__name__)
 
 
 def log_run(run: Run, cause: BaseException | None) -> None:
-    """One line; the traceback only of what the program did not expect, or at DEBUG."""
+    """One line; with a traceback only for unexpected errors, or at DEBUG."""
     report = run.report
     told = f": {run.error}" + (f" ({run.hint})" if run.hint else "") if run.error else ""
     ledger = report.ledger

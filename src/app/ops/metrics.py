@@ -1,8 +1,7 @@
-"""The Prometheus text exposition, version 0.0.4, written by hand: a dozen series do not need a library.
+"""The Prometheus text format, version 0.0.4, written by hand: a dozen series do not need a library.
 
-Invariants: the number of series is bounded, of partitions only those that lag most are shown one by one; every counter
-is durable, that is kept in the state.
-Source of the format: the Prometheus documentation, "Exposition formats".
+Invariants: the number of series is bounded, since only the partitions that lag most have their own; every counter is
+durable, that is, kept in the state. Source of the format: the Prometheus documentation, "Exposition formats".
 """
 
 from collections import Counter
@@ -63,12 +62,12 @@ def _lines(series: MetricSeries) -> Iterator[str]:
 
 
 def escaped(text: str) -> str:
-    """A label value as the format wants it."""
+    """A label value, escaped as the format requires."""
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
 def series_of(ops: Operations) -> Iterator[MetricSeries]:
-    """All series; while the state is away only those that are known without it, and its check says why."""
+    """All series; while the state is unavailable only those that do not need it, one of which says why."""
     views, ahead, stale = ops.scheduler.views(), ops.alerts.ahead_seconds, ops.alerts.stale
     states = {view.job.name: view.state for view in views if not view.job.off}
     version = [({"version": ops.probes.version}, 1.0)]
@@ -87,13 +86,13 @@ def series_of(ops: Operations) -> Iterator[MetricSeries]:
 
 
 def _recorded(ops: Operations, states: Mapping[str, str]) -> Iterator[MetricSeries]:
-    """What the state knows. `states` are by job that is on."""
+    """The series from the state. `states` are by enabled job."""
     now, runs, totals = ops.state.clocks.now(), ops.state.runs, ops.state.runs.totals()
     yield from _totals(totals)
-    # below 0 where a clock was ahead, which another series tells of
+    # negative where a clock was ahead, which another series reports
     ages = {each.job: (now - each.ended_at).total_seconds() for each in totals if each.outcome is Outcome.OK}
     yield _by_job("last_success_age_seconds", "Seconds since the last run without any failure ended.", ages)
-    # of the last ended run of each job, without those that ended before they could keep one
+    # from the last finished run of each job; runs from before ledgers existed are left out
     ledgers = {run.job: run.report.ledger for run in map(runs.last_ended, states) if run and run.report.ledger}
     yield from _ledgers(runs.ledger_totals(), ledgers)
     calls = {job: of() for job, of in ops.pipelines.calls.items()}
@@ -118,7 +117,7 @@ def _by_job(name: str, about: str, values: Mapping[str, float], kind: str = "gau
 
 
 def _totals(totals: Sequence[RunTotal]) -> Iterator[MetricSeries]:
-    """Counters of runs by outcome, and of what they moved: sums of the state, which no restart sets back."""
+    """Counters of runs by outcome and of moved rows; they are sums in the state, so a restart does not reset them."""
     by_outcome = [({"job": each.job, "outcome": each.outcome.value}, float(each.runs)) for each in totals]
     yield MetricSeries("headwater_runs_total", "counter", "Runs that ended, by outcome.", by_outcome)
     for name, about in MOVED.items():
@@ -129,7 +128,7 @@ def _totals(totals: Sequence[RunTotal]) -> Iterator[MetricSeries]:
 
 
 def _ledgers(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> Iterator[MetricSeries]:
-    """Counters of what ledgers say, which are sums of the state, and gauges of the last ended run of each job."""
+    """Counters from the ledgers, which are sums in the state, and gauges of the last finished run of each job."""
     jobs = sorted({each.job for each in totals})
     sums = {(job, entry): 0.0 for job in jobs for entry in ("new", "corrected", "set_aside")}
     for each in totals:
@@ -147,7 +146,7 @@ def _ledgers(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> Itera
 
 
 def _workload(load: Workload) -> Iterator[MetricSeries]:
-    """What workers are at, where jobs are sent to a queue."""
+    """The load of the workers, where jobs go to a queue."""
     yield MetricSeries("headwater_workers", "gauge", "Workers that live.", [({}, float(load.workers))])
     queued = [({"queue": name}, float(number)) for name, number in load.waiting.items()]
     yield MetricSeries("headwater_queue_depth", "gauge", "What waits for a worker.", queued)
@@ -159,7 +158,7 @@ def _workload(load: Workload) -> Iterator[MetricSeries]:
 
 
 def lag_series(lags: Sequence[tuple[str, str, float]]) -> Iterator[MetricSeries]:
-    """`lags`: (job, partition, seconds). The largest ones singly, and for each job its maximum and number."""
+    """`lags`: (job, partition, seconds). A series for each of the largest, and per job the maximum and the number."""
     worst = sorted(lags, key=lambda lag: -lag[2])
     singly = [({"job": job, "partition": name}, seconds) for job, name, seconds in worst[:PARTITIONS]]
     yield MetricSeries(

@@ -1,4 +1,4 @@
-"""The routes behind the pages: the summary, the delivery map, one run with its log, and what a person puts away."""
+"""The routes behind the pages: the summary, the delivery map, one run with its log, and dismissals."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,7 +55,7 @@ JobName = Annotated[str, Query(max_length=100, examples=["influx_to_s3", "csv_in
 def _in_utc(at: datetime) -> datetime:
     try:
         return at.astimezone(UTC)
-    except OverflowError:  # an offset at either end of time
+    except OverflowError:  # an offset at the limits of the datetime range
         raise ValueError("the instant is out of range") from None
 
 
@@ -75,7 +75,7 @@ def build(ops: Operations) -> APIRouter:
 
 
 def zone_of(name: str) -> tzinfo:
-    """The time zone of that name. Refuses one that is not known."""
+    """The time zone of this name. Refuses an unknown one."""
     try:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):
@@ -84,7 +84,7 @@ def zone_of(name: str) -> tzinfo:
 
 
 def seen_now(ops: Operations, zone: tzinfo, read: Callable[[Snapshot], Any]) -> Any:
-    """What `read` returns for everything known now."""
+    """The result of `read` on a snapshot of the current state."""
     now, views = ops.clock(), ops.scheduler.views()
     cells = cells_of_span("24h", None, zone, now)
     on = [view.job.name for view in views if not view.job.off and view.job.name in ops.maps.jobs]
@@ -205,15 +205,15 @@ def _map_windows(router: APIRouter, ops: Operations) -> None:
 
 
 def bounded(start: datetime, end: datetime, where: str, days: int | None = None, hint: str = "") -> Window:
-    """`[start, end)` of the `where` of a request, query or body. Refuses one that is empty, reversed, or longer than
-    `days`, with a `hint` of its own.
+    """`[start, end)` from the `where` of a request, query or body. Refuses a span that is empty, reversed or longer
+    than `days`, with `hint`.
     """
     try:
         window = Window(start, end)
     except ValueError:
         earlier = "give the earlier instant as 'from'"
         raise Refused(422, "'from' must be earlier than 'to'", earlier, f"{where}.from") from None
-    if start.year == MINYEAR or end.year == MAXYEAR:  # a day of some zone may begin before, or end after them
+    if start.year == MINYEAR or end.year == MAXYEAR:  # a local day may begin before or end after these
         raise Refused(422, "the span is out of range", "give instants of this century", f"{where}.from")
     if days is not None and window.seconds > days * 86_400:
         raise Refused(422, f"more than {days} days", hint or f"ask for {days} days or less", f"{where}.to")
@@ -271,7 +271,7 @@ def _window(
 
 
 def known_run(ops: Operations, run_id: str) -> Run:
-    """The run of that id. Refuses one that is not kept."""
+    """The run with this id. Refuses one that is not in the records."""
     with ops.state.pages.look() as look:
         run = look.run(run_id)
     if run is None:
@@ -368,7 +368,7 @@ def _kept(router: APIRouter, ops: Operations) -> None:
 
 
 def _kept_file(run_id: str, file: KeptFile) -> Mapping[str, Any]:
-    """`href` is relative to the root; `needs` is the scope that may read there."""
+    """`href` is relative to the root; `needs` is the scope that is required to read it."""
     href, needed = f"s3/download?key={quote(file.key, safe='')}", "s3:read"
     if file.path is not None:
         href, needed = file_address(run_id, file.name), "ops:run"
@@ -396,7 +396,9 @@ def _neighbour(run: Run | None) -> Mapping[str, Any] | None:
 
 
 def log_lines(path: Path, rotated: int, run_id: str, level: int) -> Iterator[Mapping[str, str]]:
-    """The lines of a run in the log file and in up to `rotated` older ones, oldest first; none when they hold text."""
+    """The lines of a run in the log file and up to `rotated` older ones, oldest first; none when the files are plain
+    text.
+    """
     wanted = f'"run_id": "{run_id}"'.encode()
     for number in range(rotated, -1, -1):
         file = path.with_name(f"{path.name}.{number}") if number else path
@@ -404,7 +406,7 @@ def log_lines(path: Path, rotated: int, run_id: str, level: int) -> Iterator[Map
             with file.open("rb") as lines:
                 chosen = [line for line in lines if wanted in line]
         except OSError:
-            continue  # not rotated so often, or gone between two looks
+            continue  # not rotated so often, or deleted in the meantime
         for line in chosen:
             entry = json.loads(line)
             if LEVELS.get(entry.get("level", ""), 1) >= level:
@@ -413,5 +415,5 @@ def log_lines(path: Path, rotated: int, run_id: str, level: int) -> Iterator[Map
 
 
 def recent_span(now: datetime, start: datetime | None, end: datetime | None) -> tuple[datetime, datetime]:
-    """From and to, open ends being the beginning of time and a little after now."""
+    """From and to; an open start is the beginning of time, an open end a little after now."""
     return start or datetime(1970, 1, 1, tzinfo=UTC), end or now + timedelta(days=1)

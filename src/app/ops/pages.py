@@ -1,7 +1,7 @@
-"""The pages: overview, runs, one run. One frame, one stylesheet, a few scripts, served by us and by nobody else.
+"""The pages: overview, runs, one run. One frame, one stylesheet and a few scripts, all served from here.
 
-Invariants: a page holds no data but for callers who may see it, and what comes from data is escaped; from then on the
-scripts ask /ops with the caller's own rights and set texts, never markup.
+Invariants: a page contains data only for callers who may see it, and data is escaped; after that the scripts call /ops
+with the caller's own permissions and set text, never markup.
 """
 
 import gzip
@@ -30,7 +30,7 @@ ASSETS = {
     **dict.fromkeys(("icon.svg", "icon-ok.svg", "icon-bad.svg", "icon-away.svg"), ICON),
 }
 LINKS = (("Overview", "."), ("Runs", "runs"), ("Explore", "analytics/explore"), ("API", "docs"))
-# The guides of jobs that have none of their own.
+# The guides for jobs that have no guide named after them.
 GUIDES = {"s3_sweep": "s3", "set_aside_sweep": "operations", "lake_day": "lake"}
 MARKS = {"ok": "ok", "running": "run", "backfill": "run", "paused": "paused", "off": "off", "partial": "warn"}
 WORDS = {"ok": "OK", "partial": "Partly delivered", "backfill": "Backfilling", "waiting": "No run yet"}
@@ -55,9 +55,9 @@ def build(guard: AccessGuard, overview: Overview) -> APIRouter:
 def framed(
     title: str, main: str, scripts: Sequence[str], *, link: str, root: str = "", dialogs: str = "", shown: bool = False
 ) -> str:
-    """A whole page: `main` in the frame of all pages, with scripts of /assets by name, and `link` as the current one.
+    """A whole page: `main` in the common frame, with scripts of /assets by name; `link` is the current navigation link.
 
-    `root` leads from the page to the overview; `shown`: there is something to see before a script has run.
+    `root` is the path from the page to the overview; `shown`: the page has content before a script has run.
     """
     links = "".join(
         f'<a href="{root}{href}"{" aria-current=" + chr(34) + "page" + chr(34) if name == link else ""}>{name}</a>'
@@ -80,7 +80,7 @@ def framed(
 
 
 def serve(router: APIRouter, path: str, content: bytes, media_type: str) -> None:
-    """A file of the pages, open to all: it holds no data. Compressed for who takes that."""
+    """Serve a static file of the pages to everybody, since it holds no data; gzipped for clients that accept it."""
 
     @router.get(path, openapi_extra=needs(OPEN), include_in_schema=False)
     async def asset(request: Request) -> Response:
@@ -93,7 +93,7 @@ def serve(router: APIRouter, path: str, content: bytes, media_type: str) -> None
 
 @lru_cache
 def _gzipped(content: bytes) -> bytes:
-    """Made when it is first asked for, so that the start need not wait for it."""
+    """Compressed on first use, so that startup does not wait for it."""
     return gzip.compress(content, mtime=0)
 
 
@@ -112,12 +112,12 @@ def _overview(router: APIRouter, guard: AccessGuard, overview: Overview) -> None
         try:
             known = await run_in_threadpool(overview)
         except AppError:
-            return page("", "", shown=False)  # the script tells what is wrong
+            return page("", "", shown=False)  # the script shows the error
         return page(job_rows(known), off_rows(known), shown=True)
 
 
 async def _may_see(guard: AccessGuard, request: Request) -> bool:
-    """Whether the caller may see jobs. A wrong key counts as everywhere and sees the page without them."""
+    """Whether the caller may see jobs. A wrong key counts as a failed sign-in and gets the page without data."""
     try:
         grant = await guard.grant(request.scope)
     except AppError:
@@ -126,7 +126,7 @@ async def _may_see(guard: AccessGuard, request: Request) -> bool:
 
 
 def _guides(router: APIRouter) -> None:
-    """The guides as they lie in docs/: beside the code when it was checked out, inside the package otherwise."""
+    """The guides of docs/: from the checkout, or else from inside the package."""
     package = Path(__file__).resolve().parent.parent
     folder = package / "docs" if (package / "docs").is_dir() else package.parent.parent / "docs"
 
@@ -139,11 +139,11 @@ def _guides(router: APIRouter) -> None:
         return PlainTextResponse(path.read_text(encoding="utf-8"))
 
 
-# ---- jobs as markup: what the page shows before its script has asked, and all that it shows without one
+# ---- jobs as markup: what the page shows before its script has loaded data, or without JavaScript
 
 
 def job_rows(overview: Mapping[str, Any]) -> str:
-    """A row per job of `routes.overview` that can run."""
+    """A row per job of `routes.overview` that is on."""
     return "".join("".join(_job_row(job)) for job in overview["jobs"] if job["state"] != "off")
 
 
@@ -189,7 +189,7 @@ def _facts(job: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _clock(text: str) -> str:
-    """`2026-02-07 12:00:00Z` of an instant as the API writes it."""
+    """An API timestamp as `2026-02-07 12:00:00Z`."""
     return f"{text[:10]} {text[11:19]}Z"
 
 

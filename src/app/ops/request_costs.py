@@ -1,6 +1,6 @@
-"""What the requests to S3 and DynamoDB cost a month: counted requests times a table of prices.
+"""The monthly cost of requests to S3 and DynamoDB: counted requests times a price table.
 
-Invariant: an estimate says what it rests on: the span that was counted, and the region and date of the prices.
+Invariant: an estimate states its basis: the counted time span, and the region and date of the prices.
 """
 
 import json
@@ -21,7 +21,7 @@ from app.object_store.request_counts import PUT, RequestCounter
 
 MONTH_SECONDS = 365.25 * 86_400 / 12
 LEAST_SECONDS = 60.0
-SETTLED_SECONDS = 3600.0  # a start lists and catches up: at its rate a month would cost many times what it will
+SETTLED_SECONDS = 3600.0  # startup lists and catches up: at that rate a month would look many times as expensive
 KINDS: Mapping[str, str] = {
     "put": "PUT",
     "list": "LIST",
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RequestPrices:
-    """Prices of one request by kind in one region, in `currency`."""
+    """Prices per request by kind in one region, in `currency`."""
 
     by_kind: Mapping[str, float]
     region: str
@@ -45,13 +45,13 @@ class RequestPrices:
     currency: str
 
     def of(self, by_kind: Mapping[str, float]) -> float:
-        """What these requests cost."""
+        """The cost of these requests."""
         return sum(number * self.by_kind[kind] for kind, number in by_kind.items())
 
 
 @dataclass(frozen=True, slots=True)
 class MonthlyEstimate:
-    """Requests of a month at the counted rate. `cost` is None where no prices are known."""
+    """Requests per month at the counted rate. `cost` is None where prices are unknown."""
 
     by_kind: Mapping[str, float]
     span_seconds: float
@@ -73,9 +73,9 @@ class MonthlyEstimate:
 
 
 def load_prices(path: str, region: str) -> RequestPrices:
-    """The prices of a region, or those of the file's default region. `path` "": the table that is built in.
+    """The prices of a region, or else those of the file's default region. `path` "": the built-in table.
 
-    Raises Permanent for a file that cannot be read or has another form.
+    Raises Permanent for a file that cannot be read or has the wrong format.
     """
     source = Path(path) if path else files("app.ops") / "request_prices.json"
     try:
@@ -95,7 +95,7 @@ def load_prices(path: str, region: str) -> RequestPrices:
 
 
 def prices_for(settings: Settings) -> RequestPrices | None:
-    """Prices for the bucket's region; None for another store than AWS, unless a file prices it."""
+    """Prices for the bucket's region; None for stores other than AWS, unless a file has prices."""
     s3, path = settings.s3, settings.request_costs.prices_file
     host = urlsplit(s3.endpoint_url).hostname or ""
     if s3.bucket and host and not host.endswith((".amazonaws.com", ".amazonaws.com.cn")) and not path:
@@ -104,7 +104,7 @@ def prices_for(settings: Settings) -> RequestPrices | None:
 
 
 def estimate(counted: RequestCounts, prices: RequestPrices | None) -> MonthlyEstimate:
-    """What a month costs when it goes on as in the counted span."""
+    """The monthly cost if requests go on as in the counted time span."""
     if not counted.by_kind:
         return MonthlyEstimate({}, counted.span_seconds, None, prices)
     share = MONTH_SECONDS / max(counted.span_seconds, LEAST_SECONDS)
@@ -113,8 +113,8 @@ def estimate(counted: RequestCounts, prices: RequestPrices | None) -> MonthlyEst
 
 
 def rewrite_seconds(partitions: int, window_seconds: float, *, put_price: float, monthly: float) -> float:
-    """How far apart the writes of each open window have to be, so that those of so many partitions, closing included,
-    cost at most `monthly`; at most the window's length, whatever that costs.
+    """The interval between writes of each open window at which `partitions`, including closing writes, cost at most
+    `monthly`; never longer than the window, whatever that costs.
     """
     a_month = partitions * MONTH_SECONDS * put_price
     left = monthly - a_month / window_seconds
@@ -122,9 +122,9 @@ def rewrite_seconds(partitions: int, window_seconds: float, *, put_price: float,
 
 
 class RequestCosts:
-    """The requests of this process on their way into the state, and the estimate from what is there.
+    """Saves the request counts of this process to the state, and estimates the cost from the stored counts.
 
-    `max_monthly`: what all requests may cost a month; None for no limit.
+    `max_monthly`: cost limit for all requests per month; None for no limit.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class RequestCosts:
         self._lock = Lock()
 
     def save(self) -> None:
-        """Add what was counted to the state. While the state is away it waits in memory."""
+        """Add the counts to the state. While the state is unavailable they stay in memory."""
         with self._lock:
             now, taken = self._clock(), self._counter.take()
             if not taken:
@@ -162,11 +162,11 @@ class RequestCosts:
                     self._counter.add(kind, number)
 
     def estimate(self) -> MonthlyEstimate:
-        """From the last seven days. Raises what the state raises."""
+        """From the last seven days. Raises the errors of the state."""
         return estimate(self._stored.recent(self._clock()), self._prices)
 
     def rewrite_seconds(self, partitions: int, window_seconds: float) -> float:
-        """As the function of this name, for what the other requests leave of the limit; 0 without one."""
+        """The module's `rewrite_seconds`, with the part of the limit that other requests leave; 0 without a limit."""
         if self._max_monthly is None or self._prices is None:
             return 0.0
         found = self.estimate()

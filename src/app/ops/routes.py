@@ -1,7 +1,7 @@
 """The /ops API, the probes and /metrics as FastAPI routes.
 
-Invariant: every route declares its scope; what reads what is known or listed needs `ops:read`, what starts or stops
-work, reads whole windows or writes needs `ops:run`.
+Invariant: every route declares its scope. Reading records or listings needs `ops:read`; starting or stopping work,
+reading whole windows and writing need `ops:run`.
 """
 
 from collections.abc import Mapping
@@ -110,8 +110,8 @@ def build(ops: Operations) -> APIRouter:
 
 
 def _monitored(router: APIRouter, ops: Operations) -> None:
-    """What monitoring asks for, some of which adds parameters of its own. The probes are answered by the front before
-    they get here; these stand for the documentation.
+    """The routes for monitoring; some monitors add parameters of their own. `HeadwaterApp` answers the probes before
+    they get here; these routes only document them.
     """
 
     @router.get("/health", openapi_extra=EVERYBODY, summary="Liveness", responses=_probed(Liveness))
@@ -234,7 +234,7 @@ def _reading(router: APIRouter, ops: Operations) -> None:
 
 
 def overview(ops: Operations) -> dict[str, Any]:
-    """Every job as JSON. Raises what the state raises."""
+    """Every job as JSON. Raises the errors of the state."""
     totals, calls, ahead = ops.state.runs.totals(), ops.pipelines.calls, ops.alerts.ahead_seconds
     shown = [
         job_shown(
@@ -266,7 +266,7 @@ def _looking_at_both_ends(router: APIRouter, ops: Operations) -> None:
         limit: Annotated[int, Query(ge=1, le=MOST_LINES)] = 50,
     ) -> dict[str, Any]:
         now = ops.clock()
-        # a minute from now on, so that requests of one minute share a listing
+        # rounded up to the minute, so that requests within a minute share a listing
         end = min(to or now, now).replace(second=0, microsecond=0) + timedelta(minutes=1)
         total, lines = ops.maps.windows(known(ops.scheduler, job), _back(end, hours), offset, limit)
         shown_lines = [
@@ -388,7 +388,7 @@ def _a_year(span: Span) -> Window:
 
 
 def known(scheduler: Scheduler, job: str) -> str:
-    """`job`, a job that can run; 404 and 409 otherwise."""
+    """`job`, if it can run; 404 and 409 otherwise."""
     views = {view.job.name: view.job for view in scheduler.views()}
     if job not in views:
         raise Refused(404, f"no job is named {job[:80]!r}", f"jobs: {', '.join(views)}")
@@ -398,6 +398,6 @@ def known(scheduler: Scheduler, job: str) -> str:
 
 
 def accepted(scheduler: Scheduler, job: str) -> dict[str, Any]:
-    """The answer to what was queued."""
+    """The response for a queued job."""
     state = next(view.state for view in scheduler.views() if view.job.name == job)
     return {"job": job, "state": state}

@@ -1,9 +1,9 @@
-"""When jobs run. Timers, queues and threads are APScheduler's, whose only home this is.
+"""When jobs run. APScheduler provides timers, queues and threads; only this module uses it.
 
-Invariants: each job has an executor of one thread, so it never overlaps itself in this process, whoever asks (timer,
-person, backfill); a timer that was missed fires once when it can; when the wall clock steps, either way, each job
-checks once whether it is due, and none waits for the clock to come round again; work that stopped at its time limit
-goes on soon, but never in a tight loop.
+Invariants: each job has an executor with one thread, so it never overlaps itself in this process, whoever starts it
+(timer, person, backfill); a missed timer fires once, as soon as it can; when the wall clock jumps in either direction,
+each job checks once whether it is due, and none waits for the old time to return; work that a time limit stopped
+continues soon, but never in a tight loop.
 """
 
 import logging
@@ -29,9 +29,9 @@ from app.core.windows import Window
 from app.db.state import SqlPauses
 from app.ops.logs import log_context
 
-# How far long work is: a bar on a terminal, a line in the log now and then elsewhere, and always in memory.
+# Progress of long work: a bar on a terminal, otherwise a log line now and then; always in memory.
 #
-# Invariant: a tally only grows, and telling of it never slows the work down: one look at a clock per advance.
+# Invariant: counts only grow, and reporting never slows the work down: each advance reads the clock once.
 
 LOG_EVERY_SECONDS = 10.0
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ProgressCounts:
-    """Units done of those known so far, and rows moved."""
+    """Units done, units known so far, and rows moved."""
 
     done: int = 0
     total: int = 0
@@ -55,7 +55,7 @@ class ProgressTally:
         self.counts = ProgressCounts()
 
     def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
-        """Add to the counts. From any thread."""
+        """Add to the counts. Thread-safe."""
         with self._lock:
             held = self.counts
             self.counts = replace(held, done=held.done + done, total=held.total + total, rows=held.rows + rows)
@@ -63,7 +63,7 @@ class ProgressTally:
 
 
 def logging_progress(job: str, every_seconds: float = LOG_EVERY_SECONDS) -> ProgressTally:
-    """A tally that writes one line to the log every ten seconds of work; short work stays silent."""
+    """A tally that logs one line per ten seconds of work; short work logs nothing."""
     said_at = time.monotonic()
 
     def told(counts: ProgressCounts) -> None:
@@ -78,10 +78,10 @@ def logging_progress(job: str, every_seconds: float = LOG_EVERY_SECONDS) -> Prog
 
 @contextmanager
 def progress_bar(job: str, unit: str) -> Iterator[ProgressTally]:
-    """A tally shown as a progress bar on stderr, removed at the end."""
+    """A tally shown as a progress bar on stderr, which is removed at the end."""
     from tqdm import tqdm
 
-    # a terminal that does not know its size, as one of a CI job, has 80 columns here: with 0, tqdm shows nothing
+    # a terminal that reports no size, as in some CI jobs, counts as 80 columns: with 0, tqdm shows nothing
     columns, rows = get_terminal_size()
     with tqdm(desc=job, unit=unit, leave=False, ncols=columns, nrows=rows) as shown:
 
@@ -103,9 +103,9 @@ BACKFILLS = 10
 
 
 def seconds_until_due(since_done_seconds: float | None, interval_seconds: float) -> float:
-    """Seconds until a job is due whose last finished run began so long ago; 0 when overdue or unknown.
+    """Seconds until a job is due, given the seconds since its last finished run began; 0 when overdue or unknown.
 
-    Short intervals are always due at once, since a minute's job costs nothing to repeat.
+    Jobs with short intervals are always due, since repeating them costs nothing.
     """
     if since_done_seconds is None or interval_seconds < LONG_SECONDS:
         return 0.0
@@ -113,7 +113,7 @@ def seconds_until_due(since_done_seconds: float | None, interval_seconds: float)
 
 
 def retry_in(run: Run | None, interval_seconds: float) -> float | None:
-    """Seconds until a job should be tried again before its interval is over; None: the interval is soon enough.
+    """Seconds until a retry before the regular interval; None: the interval is soon enough.
 
     No run means that another process holds the lease: if it dies, this one takes over within a minute.
     """
@@ -127,14 +127,16 @@ def retry_in(run: Run | None, interval_seconds: float) -> float | None:
 
 
 def seconds_to_next_step(run: Run) -> float:
-    """Seconds until a run goes on that left work: at once, or a little later when a part of it fails each time."""
-    spread = random.uniform(0.1, 0.4)  # noqa: S311 - replicas apart, not a secret
+    """Seconds until a run with remaining work continues: almost at once, or a little later when a part of it keeps
+    failing.
+    """
+    spread = random.uniform(0.1, 0.4)  # noqa: S311 - jitter only, not security-sensitive
     return spread if run.outcome is Outcome.OK else 25 * spread
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What workers are at: how many live, how much waits by queue, how many shards there are and go on."""
+    """The load of the workers: live workers, queued jobs by queue, shards in total and running."""
 
     workers: int
     waiting: Mapping[str, int]
@@ -143,13 +145,13 @@ class Workload:
 
 
 class WorkerPool(Protocol):
-    """Other processes, which run jobs for this one. All methods raise AppError."""
+    """Worker processes that run jobs for this one. All methods raise AppError."""
 
     def send(self, job: str, by: str) -> None:
-        """Have it run, unless the same is waiting already. `by`: see `Run.started_by`."""
+        """Queue the job, unless the same one is queued already. `by`: see `Run.started_by`."""
 
     def look(self) -> Workload:
-        """What goes on there now."""
+        """The current load."""
 
     def close(self) -> None:
         """Close all connections. Idempotent; does not raise."""
@@ -160,7 +162,9 @@ Backfill = Callable[[Context, Window], Report]
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job as it is shown. `state` is off, paused, running, waiting or backfill; `next_run_at` None for both."""
+    """A job for display. `state` is off, paused, running, waiting or backfill; `next_run_at` None while
+    off or paused.
+    """
 
     job: Job
     state: str
@@ -171,10 +175,10 @@ class JobView:
 
 
 class JitteredInterval(IntervalTrigger):  # type: ignore[misc]  # the library has no types
-    """Each `seconds`, apart by `jitter`. Intervals that were missed are left out.
+    """Fires every `seconds`, plus or minus `jitter`. Missed intervals are skipped.
 
-    APScheduler's own trigger names every one of them before one is run for all: after a jump of the clock by decades
-    that takes hours, in which nothing runs.
+    APScheduler's own trigger enumerates them all before it fires once: after a clock jump of decades that takes hours,
+    in which nothing runs.
     """
 
     def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime | None:
@@ -185,7 +189,7 @@ class JitteredInterval(IntervalTrigger):  # type: ignore[misc]  # the library ha
 
 @dataclass(slots=True)
 class _JobState:
-    """What goes on with one job. `running` is "" while nothing of it runs."""
+    """The state of one job. `running` is "" while it is idle."""
 
     job: Job
     running: str = ""
@@ -206,9 +210,9 @@ TICK = "tick"
 
 
 class Scheduler:
-    """Starts jobs when they are due, and on request. All methods may be called from any thread.
+    """Starts jobs when they are due, and on request. All methods are thread-safe.
 
-    With `elsewhere` it sends jobs there, and runs only backfills and what has to be done here.
+    With `elsewhere`, jobs are sent to that pool; only backfills and jobs marked `here` run in this process.
     """
 
     def __init__(
@@ -231,7 +235,7 @@ class Scheduler:
         self._timers = BackgroundScheduler(
             timezone=UTC,
             executors={"default": ThreadPoolExecutor(1)},
-            # two of what people ask for: one that runs, and one more after it
+            # at most two requested runs: one in progress, and one after it
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 2},
         )
         self._longest_seconds: dict[str, float] = {TICK: 2 * TICK_SECONDS}
@@ -239,8 +243,8 @@ class Scheduler:
         self._closed = threading.Event()
 
     def start(self) -> None:
-        """Start the timers; every job that can run is looked at at once, spread by its jitter."""
-        # a timer that fires while its job runs is passed over, which does not deserve a warning
+        """Start the timers. Every job that can run checks at once whether it is due, spread by jitter."""
+        # a timer that fires while its job runs is skipped, which does not deserve a warning
         logging.getLogger("apscheduler").setLevel(logging.ERROR)
         now = datetime.now(UTC)
         for lane in self._able():
@@ -257,11 +261,11 @@ class Scheduler:
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def ask_stop(self, reason: str) -> None:
-        """No new run starts from now on; running ones end at their next safe point."""
+        """Start no new runs; running ones end at their next safe point."""
         self._stop.ask(reason)
 
     def close(self, seconds: float) -> Sequence[str]:
-        """Stop everything within `seconds`; the names of jobs that are stuck and were left behind."""
+        """Stop everything within `seconds`; the names of stuck jobs that were abandoned."""
         self.ask_stop("the process ends")
         self._closed.set()
         if self._timers.running:
@@ -279,25 +283,25 @@ class Scheduler:
 
     @property
     def turning(self) -> bool:
-        """True while timers fire, or the process is about to end. No I/O."""
+        """True while timers fire, or the process is shutting down. No I/O."""
         return self._stop.asked or time.monotonic() - self._ticked_at < STALLED_SECONDS
 
     @property
     def running(self) -> bool:
-        """True from the start until a stop was asked for."""
+        """True from the start until a stop is requested."""
         return bool(self._timers.running) and not self._stop.asked
 
     @property
     def busy(self) -> bool:
-        """True while a run goes on."""
+        """True while any job is running."""
         return any(lane.running for lane in self._able())
 
     def views(self) -> Sequence[JobView]:
-        """Every job, also those that are off."""
+        """Every job, including those that are off."""
         return [self._view(lane) for lane in self._lanes.values()]
 
     def run_now(self, name: str, by: str = "a person") -> None:
-        """Run `name` as soon as nothing of it runs, also while it is paused. Raises Rejected (unknown, off) or
+        """Run `name` as soon as it is idle, even while paused. Raises Rejected (unknown, off) or
         Transient (stopping).
         """
         lane = self._lane(name)
@@ -305,13 +309,13 @@ class Scheduler:
         self._turn_in(0, lane, by=by)
 
     def pause(self, name: str, by: str) -> None:
-        """Skip the timer of `name` in every process until it is resumed. Raises Transient while the state is away."""
+        """Suspend scheduled runs of `name` in every process. Raises Transient while the state is unavailable."""
         lane = self._lane(name)
         self._pauses.pause(name, self._services.clock(), by)
         self._follow(lane, paused=True)
 
     def resume(self, name: str) -> None:
-        """Follow the timer of `name` again, in every process."""
+        """Resume scheduled runs of `name` in every process."""
         lane = self._lane(name)
         self._pauses.resume(name)
         self._follow(lane, paused=False)
@@ -321,7 +325,7 @@ class Scheduler:
         self.queue(name, lambda job: backfill_job(job, self._backfills, span), by)
 
     def queue(self, name: str, other: Callable[[Job], Job], by: str = "a person") -> None:
-        """Run `other(job)`, the job with other work, once the job is free, until it has no more to do."""
+        """Run `other(job)`, the job with different work, once the job is idle, until it has no more to do."""
         lane = self._lane(name)
         work = other(lane.job)
         self._refuse(lane)
@@ -360,7 +364,7 @@ class Scheduler:
     def _turn_in(
         self, seconds: float, lane: _JobState, other: Job | None = None, *, by: str = "", more: bool = False
     ) -> None:
-        """One turn of a job beside its timer. Of ordinary ones that wait, the last takes the place of the others."""
+        """Schedule one run beside the job's timer. A queued ordinary run is replaced by a later one."""
         if self._stop.asked:
             return
         with self._changed:
@@ -377,8 +381,8 @@ class Scheduler:
         )
 
     def _turn(self, lane: _JobState, other: Job | None = None, *, by: str = "", more: bool = False) -> None:
-        """One run, in the thread of its job. `other`: a backfill. `by`: a person wants it, also while paused.
-        `more`: it goes on with what a time limit cut short.
+        """One run, in the thread of its job. `other`: a backfill. `by`: who requested it, which also overrides a pause.
+        `more`: it continues work that a time limit cut short.
         """
         with self._changed:
             lane.backfills -= other is not None
@@ -410,7 +414,7 @@ class Scheduler:
             self._turn_in(HELD_SECONDS, lane, other, by=by)
 
     def _send(self, elsewhere: WorkerPool, job: Job, by: str) -> None:
-        """A worker runs it and goes on while there is more. One that dies, or fails, is noticed by looking again."""
+        """A worker runs the job and continues while there is more. A retry timer covers workers that die or fail."""
         try:
             elsewhere.send(job.name, by)
         except AppError as error:
@@ -419,7 +423,9 @@ class Scheduler:
             self._fire_in(RETRY_SECONDS, job.name)
 
     def _is_paused(self, lane: _JobState) -> bool:
-        """As the state says, which other processes share. While it is away no lease is had either, so nothing runs."""
+        """Read it from the state, which all processes share. Without the state there are no leases either, so nothing
+        runs.
+        """
         try:
             paused = lane.job.name in self._pauses.paused()
         except AppError as error:
@@ -429,7 +435,7 @@ class Scheduler:
         return paused
 
     def _is_due(self, lane: _JobState) -> bool:
-        """Look at the record of runs, which other processes share; when the job is not due, move the timer instead."""
+        """Check the run records, which all processes share; if the job is not due, move its timer instead."""
         name, interval = lane.job.name, lane.job.interval_seconds
         if interval < LONG_SECONDS:
             return True
@@ -443,7 +449,7 @@ class Scheduler:
         return seconds == 0
 
     def _follow(self, lane: _JobState, *, paused: bool) -> None:
-        """Let the timer pass while `paused`, what runs now runs to its end; then follow it again, beginning at once."""
+        """While `paused`, skip the timer (a current run finishes); when it is resumed, fire at once."""
         with self._changed:
             resumed = lane.paused and not paused
             lane.paused = paused
@@ -460,7 +466,9 @@ class Scheduler:
         self._ticked_at = time.monotonic()
 
     def _watch(self) -> None:
-        """Look at the clock and at what other processes paused, in a thread whose waiting holds up nothing."""
+        """Watch the wall clock and pauses by other processes, in a thread of its own, so that waiting
+        delays nothing.
+        """
         ahead = time.time() - time.monotonic()
         self._follow_pauses()
         while not self._closed.wait(TICK_SECONDS):
@@ -470,7 +478,7 @@ class Scheduler:
             if abs(step) > TICK_SECONDS:
                 way = "forward" if step > 0 else "back"
                 log.warning("the clock was set %s by %.0f s: every job looks now whether it is due", way, abs(step))
-            # A clock that went ahead and back between two looks leaves no step, and timers that lie far ahead.
+            # A clock that jumped ahead and back between two checks shows no step, but leaves timers far in the future.
             until = datetime.now(UTC) + timedelta(seconds=TICK_SECONDS)
             for timer in self._timers.get_jobs():
                 longest = timedelta(seconds=self._longest_seconds.get(timer.id, HELD_SECONDS))
@@ -491,20 +499,20 @@ Work = TypeVar("Work")
 
 
 def require_ability(works: Mapping[str, Work], job: str, refusal: str, hint: str) -> Work:
-    """What `job` has of a kind that only some jobs have. Raises Rejected, whose `hint` names those."""
+    """The entry of `job` in a mapping that only some jobs are in. Raises Rejected, whose `hint` names those."""
     if job not in works:
         raise Rejected(f"job {job} {refusal}", hint.format(", ".join(sorted(works)) or "none"))
     return works[job]
 
 
 def backfill_job(job: Job, backfills: Mapping[str, Backfill], span: Window) -> Job:
-    """`job`, under its own name and lease, with the filling of `span` as its work. Raises Rejected when it has none."""
+    """`job`, with its name and lease, whose work is to fill `span`. Raises Rejected when it has no backfill."""
     fill = require_ability(backfills, job.name, "has no backfill", "jobs that can be filled again: {}")
     return with_run_in_logs(replace(job, work=lambda context: fill(context, span)))
 
 
 def with_run_in_logs(job: Job) -> Job:
-    """`job`, whose log records say which run made them."""
+    """`job`, with its run named in every log record."""
 
     def work(context: Context) -> Report:
         with log_context(context.run_id, job.name):

@@ -1,4 +1,4 @@
-"""The service as a value: what `main` builds, what the commands use, and what the daemon serves until a signal."""
+"""The service as a value: `main` builds it, commands use it, and the daemon serves it until a signal."""
 
 import errno
 import logging
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from app.ops.delivery_map import DeliveryMaps
     from app.ops.verification import Verifications
 
-# How the time that a stop may take is shared among its steps, which follow one another.
+# How the shutdown time is divided among its steps, which run one after another.
 #
-# Invariant: the sum stays below the grace with room for what lies between the steps, so the process is gone before
-# the platform kills it, also when every step takes all of its time.
+# Invariant: the sum stays below the grace period with room for the time between steps, so the process exits before the
+# platform kills it, even if every step uses all of its time.
 
 ROOM_SECONDS = 1.0
 log = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ShutdownBudget:
-    """The longest that each step may take, in seconds and in this order.
+    """The time limit of each step, in seconds and in this order.
 
-    `jobs` come to their next safe point, `requests` to their end, then the `refresh` of the reports; `stuck` is how
-    long the threads of jobs are waited for that heard nothing.
+    `jobs` reach their next safe point, `requests` finish, then the reports' `refresh`; `stuck` is how long to wait for
+    job threads that did not react.
     """
 
     jobs: float
@@ -60,12 +60,12 @@ class ShutdownBudget:
 
 
 def shutdown_budget(grace_seconds: float) -> ShutdownBudget:
-    """The steps of a stop within `grace_seconds`."""
+    """The steps of a shutdown within `grace_seconds`."""
     shared = grace_seconds - min(ROOM_SECONDS, grace_seconds / 2)
     return ShutdownBudget(jobs=shared / 2, requests=shared / 8, refresh=shared / 8, stuck=shared / 8)
 
 
-# Nothing in the service as a value has been started.
+# The service as a value: nothing in it has been started.
 
 History = Callable[[int], Sequence[Mapping[str, Any]]]
 """What a job took in lately, newest first, at most so many: lines of a table, all with the same columns."""
@@ -78,7 +78,9 @@ Undo = Callable[[Context, str], Report]
 
 
 class WindowedPipeline(Protocol):
-    """A pipeline whose past windows can be filled again, and whose ends can be compared and mapped."""
+    """A pipeline whose past windows can be filled again, and whose source and destination can be
+    compared and mapped.
+    """
 
     @property
     def backfill(self) -> Backfill:
@@ -94,18 +96,18 @@ class WindowedPipeline(Protocol):
 
     @property
     def checks(self) -> Sequence[ConnectionCheck]:
-        """Of the systems that it needs."""
+        """The checks of the systems that it needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pipelines:
-    """What the slices bring: jobs, how to fill or re-encode past windows, and the systems that `check` tries.
+    """What the slices provide: jobs, functions to fill or re-encode past windows, and the systems that `check` tries.
 
-    `destinations`: where a job's rows end up, for people.
+    `destinations`: where a job's rows end up, in readable form.
 
     `histories`, `undos`, `verifications`, `charts`, `calls` and `kept` are by job name, for those jobs that have one.
-    `kept` finds what a run set aside. `steps`: what a worker makes of a shard of a job's plan. `listed`: jobs whose
-    listings tell which objects are gone. `routers` builds the routes of slices that have both jobs and routes, when the
+    `kept` finds what a run set aside. `steps`: how a worker processes a shard of a job's plan. `listed`: jobs whose
+    listings show which objects are gone. `routers` builds the routes of slices that have both jobs and routes, when the
     API is built.
     """
 
@@ -128,7 +130,7 @@ class Pipelines:
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """What the routes of /ops and the pages look at and act on. `clock` is this machine's."""
+    """What the routes of /ops and the pages read and control. `clock` is this machine's."""
 
     settings: Settings
     state: State
@@ -143,16 +145,16 @@ class Operations:
     clock: Callable[[], datetime]
 
     def partitions(self) -> Iterator[tuple[str, Checkpoint]]:
-        """Each job that has partitions, with how far each of them is."""
+        """Each job that has partitions, with the checkpoint of each of them."""
         for name in (job.name for job in self.pipelines.jobs if job.name in self.pipelines.backfills):
             yield from ((name, at) for at in self.state.checkpoints.of(name))
 
 
 @dataclass(slots=True)
 class BuiltService:
-    """The service, built and not started. `app` is the ASGI application; its lifespan starts and ends the work.
+    """The service, built but not started. `app` is the ASGI application; its lifespan starts and ends the work.
 
-    `systems` are what `python -m app check` tries; readiness looks at the stores alone, and less closely.
+    `systems` are what `python -m app check` tries; readiness checks only the stores, and less thoroughly.
     """
 
     settings: Settings
@@ -168,23 +170,23 @@ class BuiltService:
     app: HeadwaterApp = field(init=False)
 
 
-# The daemon: a built service, served until a signal, and then ended in order.
+# The daemon: a built service, served until a signal and then shut down in order.
 
 CANNOT_LISTEN = 3
 
 
 def dashboard_url(settings: Settings) -> str:
-    """Where a browser on this machine finds the dashboard; a host of all addresses is none to go to."""
+    """The dashboard's URL for a browser on this machine; 0.0.0.0 and :: are not addresses to connect to."""
     host, port = settings.service.host, settings.service.port
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared with, not listened on
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared with, not bound
         return f"http://localhost:{port} (listening on all addresses)"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def refuse_taken_ports(settings: ServiceSettings) -> None:
-    """Before any job runs: one line for each port that cannot be listened on, and the end of the process.
+    """Before any job runs: report each port that cannot be bound, one line each, and end the process.
 
-    Its exit code is uvicorn's own and not 78: the port may be that of a daemon that is about to end.
+    The exit code is uvicorn's own and not 78: the port may belong to a daemon that is about to end.
     """
     faults = []
     for name, port in (("PORT", settings.port), ("HEALTH_PORT", settings.health_port)):
@@ -216,7 +218,7 @@ def _addresses(host: str, port: int) -> list[Any]:
 
 
 def run_daemon(service: BuiltService, environ: Mapping[str, str], dotenv: Path | None = None) -> None:
-    """Serve `service`, which was configured by `environ` and `dotenv`. Ends by raising the stop signal again."""
+    """Serve `service`, configured from `environ` and `dotenv`. Ends by raising the stop signal again."""
     from app.web.server import serve
 
     settings = service.settings
@@ -240,7 +242,7 @@ def run_daemon(service: BuiltService, environ: Mapping[str, str], dotenv: Path |
 def announce(
     service: BuiltService, environ: Mapping[str, str], dotenv: Path | None, *, own_server: bool = True
 ) -> None:
-    """Log what a person should look at, and which jobs are off."""
+    """Log configuration warnings and which jobs are off."""
     for warning in warnings(service.settings, environ, read_dotenv(dotenv)[0], own_server=own_server):
         log.warning("%s", warning)
     for job in service.pipelines.jobs:

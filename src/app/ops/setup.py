@@ -1,7 +1,7 @@
 """`python -m app setup PIPELINE`: asks for what a pipeline needs, tries it, and writes `.env`.
 
-Invariants: an answer is checked as the start checks it; what `.env` holds already stays, but for the variables that
-were asked for; the file is its owner's alone, and a secret is not shown while it is typed.
+Invariants: answers are validated in the same way as at startup; other variables in `.env` are kept; only the owner can
+read the file, and secrets are not echoed while they are typed.
 """
 
 import os
@@ -27,7 +27,7 @@ BARE = re.compile(r"[\w./:@%+,=*~-]*")
 
 @dataclass(frozen=True, slots=True)
 class SetupQuestion:
-    """One variable, asked for when `when` holds of the answers so far. `needed`: an empty answer will not do."""
+    """One variable, asked for when `when` is true for the answers so far. `needed`: an empty answer is not accepted."""
 
     name: str
     needed: bool = True
@@ -100,9 +100,9 @@ PIPELINES: Mapping[str, tuple[Sequence[SetupQuestion], Sequence[str]]] = {
 def setup(
     pipeline: str, environ: Mapping[str, str], dotenv: Path, build: Callable[..., BuiltService]
 ) -> tuple[str, bool]:
-    """Ask on stderr, try the systems; the text of `.env` with the answers, and whether every system answered.
+    """Ask on stderr and try the systems; the text of `.env` with the answers, and whether every system answered.
 
-    Raises BadSettings where the answers and what is set already cannot work together.
+    Raises BadSettings when the answers conflict with each other or with other settings.
     """
     questions, systems = PIPELINES[pipeline]
     text = dotenv.read_text(encoding="utf-8-sig") if dotenv.exists() else ""
@@ -123,7 +123,7 @@ def setup(
 
 
 def _answer(question: SetupQuestion, known: Mapping[str, str]) -> str:
-    """Ask until the answer is one that the variable takes; "" keeps what is `known`, or the default."""
+    """Ask until the answer is valid for the variable; "" keeps the `known` value or the default."""
     variable = next(each for each in VARIABLES if question.name in each.names)
     meaning, held = descriptions()[variable.goes_to], known.get(question.name, "")
     shown = "***" if held and variable.allowed.secret else held or variable.default
@@ -140,7 +140,7 @@ def _answer(question: SetupQuestion, known: Mapping[str, str]) -> str:
 
 
 def _typed(prompt: str, *, secret: bool) -> str | None:
-    """One line of the input, None at its end."""
+    """One line of input, None at its end."""
     if secret and sys.stdin.isatty():
         return getpass(prompt).strip()
     sys.stderr.write(prompt)
@@ -150,7 +150,7 @@ def _typed(prompt: str, *, secret: bool) -> str | None:
 
 
 def _faults(name: str, value: str) -> Iterator[str]:
-    """What the start would say of this variable alone."""
+    """The faults that startup would report for this variable alone."""
     try:
         load_settings({name: value}, None)
     except BadSettings as error:
@@ -162,7 +162,7 @@ def _say(text: str) -> None:
 
 
 def merged(text: str, answers: Answers, pipeline: str) -> str:
-    """The text of a `.env` with the answers: replacing a line that sets the variable, otherwise at the end."""
+    """The text of `.env` with the answers: a line that sets the variable is replaced, otherwise one is appended."""
     lines, left = text.splitlines(), dict(answers)
     for number, line in enumerate(lines):
         match = re.match(r"\s*(?:export\s+)?(\w+)\s*=", line)
@@ -174,7 +174,7 @@ def merged(text: str, answers: Answers, pipeline: str) -> str:
 
 
 def quoted(value: str) -> str:
-    """A value as `.env` takes it."""
+    """A value quoted for `.env`."""
     if BARE.fullmatch(value):
         return value
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
@@ -182,7 +182,7 @@ def quoted(value: str) -> str:
 
 
 def write_dotenv(path: Path, text: str) -> None:
-    """For its owner alone."""
+    """Write the file, readable only by its owner."""
     if not path.exists():
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, OWNER_ONLY))  # write_durably keeps the mode
     path.chmod(OWNER_ONLY)

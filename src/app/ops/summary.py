@@ -1,7 +1,7 @@
-"""One sentence that says whether everything arrived, what to do about what did not, and each pipeline in a row.
+"""The summary: one sentence on whether everything arrived, what to do about problems, and one row per pipeline.
 
-Invariants: the worst fault comes first and decides the colour; each fault names its thing, its count and its next step;
-a fault that only time would end can be dismissed, any other ends when it is put right.
+Invariants: the worst problem comes first and sets the colour; each problem names its subject, count and next step. A
+problem that would end only with time can be dismissed; any other ends when it is fixed.
 """
 
 import re
@@ -24,10 +24,10 @@ from app.ops.scheduler import JobView
 if TYPE_CHECKING:
     from app.ops.service import Operations
 
-NAMED = 3  # faults that the sentence names
+NAMED = 3  # problems that the sentence names
 LISTED = 50
 MOST_PARTITIONS = 1000
-HEALED_TOGETHER = timedelta(hours=24)  # of all partitions: a longer span would read much that is in order
+HEALED_TOGETHER = timedelta(hours=24)  # over all partitions: a longer span would re-read too much
 RECENT = timedelta(hours=24)
 LATE_SECONDS = 60.0
 HISTORY = 300
@@ -57,7 +57,7 @@ SHOWN = ("kind", "mark", "job", "partition", "title", "count", "message", "next"
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that did not arrive, or may not. `count` is of `noun`; `title` says it without its time."""
+    """Something that did not arrive, or may not. `count` is in units of `noun`; `title` does not mention the time."""
 
     kind: str
     job: str
@@ -74,16 +74,16 @@ class Problem:
 
     @property
     def problem_id(self) -> str:
-        """The same for the same fault, whatever its count."""
+        """Stable for the same problem, whatever its count."""
         return _id_of(self.kind, self.job, self.about, self.partition)
 
     @property
     def mark(self) -> str:
-        """bad, late or warn."""
+        """The status mark: bad, late or warn."""
         return MARKS.get(self.kind, "bad")
 
     def to_json(self) -> Mapping[str, Any]:
-        """As the API shows it."""
+        """The problem as the API returns it."""
         start, end = self.span or (None, None)
         return {
             "id": self.problem_id,
@@ -102,8 +102,8 @@ def _id_of(kind: str, job: str, about: str, partition: str = "") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What is known at one moment, for one time zone. `cells` are the hours of the last day, `strips` the map of each
-    pipeline in one row of them; `histories` are files by job, newest first.
+    """The state at one moment, in one time zone. `cells` are the hours of the last day, `strips` the map of each
+    pipeline in one row; `histories` are files by job, newest first.
     """
 
     now: datetime
@@ -122,7 +122,7 @@ class Snapshot:
 
 
 def file_address(run_id: str, name: str) -> str:
-    """Where a file is read that a run set aside on this machine, from the root of the pages."""
+    """The path of a file that a run set aside on this machine, relative to the root of the pages."""
     return f"ops/runs/{run_id}/set-aside/file?name={quote(name, safe='')}"
 
 
@@ -141,7 +141,7 @@ def count_text(count: int, noun: str) -> str:
 
 
 def problems_of(seen: Snapshot) -> Sequence[Problem]:
-    """Everything that is wrong, the worst first."""
+    """All problems, worst first."""
     unreachable = seen.ops.probes.unreachable().items()
     found = [
         *(
@@ -174,7 +174,7 @@ def _failing(seen: Snapshot) -> Iterator[Problem]:
         failures = last.report.failures
         rejected = {entry["file"] for entry in seen.histories.get(name, ()) if entry["outcome"] == "rejected"}
         if not runs or (failures and all(each.partition in rejected for each in failures)):
-            continue  # a file that was set aside is told as such
+            continue  # set-aside files have their own problem
         partition = failures[0].partition if len(failures) == 1 else ""
         of = f"{name}, {partition}" if partition else name
         times = "once" if runs == 1 else f"{runs:,} times"
@@ -196,7 +196,7 @@ def _failing(seen: Snapshot) -> Iterator[Problem]:
 
 @dataclass(frozen=True, slots=True)
 class _Faulty:
-    """The windows of one partition that are not as they were delivered; `since`: when that was first seen."""
+    """Windows of one partition that differ from what was delivered; `since`: when that was first seen."""
 
     partition: str
     count: int
@@ -206,7 +206,9 @@ class _Faulty:
 
 
 def _windows(seen: Snapshot) -> Iterator[Problem]:
-    """Windows that are not as they were delivered: as marked in the state, listed last, or verified last."""
+    """Windows that differ from what was delivered: marked in the state, or found by the last listing or
+    verification.
+    """
     found: dict[tuple[str, str, str], set[Any]] = defaultdict(set)
     since: dict[tuple[str, str, str], datetime] = {}
     for job in seen.ops.maps.jobs:
@@ -252,8 +254,8 @@ def _of_windows(
     *,
     unlisted: tuple[int, int],
 ) -> Problem:
-    """All partitions of a job with the same fault, those with the most windows named. `unlisted`: windows and
-    partitions beyond those.
+    """All partitions of a job with the same fault; those with the most windows are named. `unlisted`: counts of windows
+    and partitions beyond those.
     """
     count = sum(each.count for each in faulty) + unlisted[0]
     number = len(faulty) + unlisted[1]
@@ -294,7 +296,7 @@ def _late(seen: Snapshot) -> Iterator[Problem]:
 
 
 def _set_aside(seen: Snapshot) -> Iterator[Problem]:
-    """Rows by the reason that a run gave, files by what is wrong with them: of the last day, and not dismissed."""
+    """Set-aside rows by reason and files by their error, from the last day and not dismissed."""
     dismissed = {row["problem_id"]: row["dismissed_at"] for row in seen.look.rows("dismissed")}
 
     def limit(job: str, about: str) -> datetime:
@@ -303,7 +305,7 @@ def _set_aside(seen: Snapshot) -> Iterator[Problem]:
 
     rows: dict[tuple[str, str], list[tuple[Run, int, str]]] = defaultdict(list)
     hints: dict[str, str] = {}
-    for run in seen.look.partial_runs(seen.now - RECENT):  # newest first: what it says of a file wins
+    for run in seen.look.partial_runs(seen.now - RECENT):  # newest first: the latest hint for a file wins
         if run.job in seen.histories:
             hints = {each.partition: each.hint for each in run.report.failures} | hints
             continue
@@ -317,7 +319,7 @@ def _set_aside(seen: Snapshot) -> Iterator[Problem]:
 
 
 def _quiet(seen: Snapshot) -> Iterator[Problem]:
-    """Product events that do not come: for another project a service answers as for one in which nothing happens."""
+    """No product events: with the wrong project, a service answers as if nothing had happened there."""
     on = {view.job.name for view in seen.on}
     for row in seen.look.rows(
         "quiet_partitions", never=NEVER_AFTER // timedelta(hours=1), quiet_at=seen.now - QUIET_AFTER, usual=USUAL_HOURS
@@ -347,7 +349,7 @@ def _rows_aside(job: str, reason: str, runs: Sequence[tuple[Run, int, str]]) -> 
 def _files_aside(
     job: str, entries: Sequence[Mapping[str, Any]], hints: Mapping[str, str], limit: Callable[[str, str], datetime]
 ) -> Iterator[Problem]:
-    """Of a file the latest entry counts: one that was merged since is in order."""
+    """The latest entry of a file counts: one that was merged since is not a problem."""
     latest = {entry["file"]: entry for entry in reversed(entries)}
     files: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for entry in entries:
@@ -369,7 +371,7 @@ def _files_aside(
 
 
 def verdict_of(seen: Snapshot, problems: Sequence[Problem], complete_up_to: datetime | None) -> Mapping[str, Any]:
-    """State, sentence in parts with their links, and title. At most three faults are named."""
+    """State, sentence in parts with links, and title. Names at most three problems."""
     parts = _parts(problems)
     pipelines = [view for view in seen.on if not view.job.helper_of]
     paused = [view.job.name for view in pipelines if view.state == "paused"]
@@ -425,7 +427,7 @@ def _place(kind: str, problem: Problem) -> str:
 
 
 def summary_of(seen: Snapshot) -> Mapping[str, Any]:
-    """The answer of /ops/summary."""
+    """The response of /ops/summary."""
     problems = problems_of(seen)
     totals = {row["pipeline"]: row for row in seen.look.rows("partition_totals")}
     paused = {row["job"]: row for row in seen.look.rows("paused")}
@@ -526,7 +528,7 @@ def _row(
 
 
 def _files_today(seen: Snapshot, name: str) -> Mapping[str, Any] | None:
-    """Merged and set aside files of today; `more`: of a longer day the latest were counted. None without files."""
+    """Files merged and set aside today; `more`: only the latest were counted. None for jobs without files."""
     if name not in seen.histories:
         return None
     entries, today = seen.histories[name], _today(seen)
@@ -536,7 +538,7 @@ def _files_today(seen: Snapshot, name: str) -> Mapping[str, Any] | None:
 
 
 def _state(view: JobView, own: Sequence[Problem]) -> tuple[str, str]:
-    """Mark and words of a pipeline: what is wrong outranks that it works or is paused."""
+    """Mark and words of a pipeline: problems take precedence over running or paused."""
     if view.job.off:
         return "off", "Off"
     if own:
@@ -564,7 +566,7 @@ def _words(problem: Problem, count: int) -> str:
 
 
 def _strip(seen: Snapshot, name: str, news: Mapping[str, Any] | None) -> str | None:
-    """The last day, one letter an hour."""
+    """The last day, one letter per hour."""
     if name in seen.strips:
         return seen.strips[name]
     cells = seen.cells

@@ -1,7 +1,7 @@
-"""Verifications for people: started by a button or a route, one at a time per job, the latest result kept in memory.
+"""Verifications started by a button or a route: one at a time per job, with the latest result kept in memory.
 
-Invariants: a look takes no lease and changes nothing; healing is a run like any other, under the job's lease and in its
-record; a result holds at most SHOWN windows, those that are not equal.
+Invariants: a verification takes no lease and changes nothing; healing is a normal run, with the job's lease and a run
+record; a result holds at most SHOWN windows, all of which differ.
 """
 
 import logging
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class VerificationResult:
-    """What a verification, or the healing of a part of a job, found so far.
+    """The state of a verification, or of the healing of a part of a job.
 
-    `counts` are by sign; `windows` are those that are not equal. `total` windows are to be compared, 0 while
-    that is not known. `healed` of them were written again. `partition` None = all.
+    `counts` are by `Verdict`; `windows` are those that differ. `total` is the number of windows to compare, 0 until it
+    is known; `healed` of them were rewritten. `partition` None = all.
     """
 
     job: str
@@ -46,7 +46,7 @@ class VerificationResult:
 
     @property
     def equal(self) -> bool | None:
-        """Whether all windows are equal; None while that is not known, and when nothing was compared."""
+        """Whether all windows are equal; None while that is unknown, and when nothing was compared."""
         if self.ended_at is None or self.error or not self.counts:
             return None
         return self.counts.keys() == {Verdict.EQUAL.value}
@@ -60,7 +60,7 @@ class VerificationResult:
         return replace(self, counts=counts, windows=windows, healed=self.healed + verdict.healed)
 
     def with_mended(self, verdict: ComparedWindow) -> "VerificationResult":
-        """The result after healing looked at one of its windows: what is equal now is not among them any more."""
+        """The result after one of its windows was checked by healing: windows that are now equal are removed."""
         before = next((each for each in self.windows if each.slot == verdict.slot), None)
         if before is None:
             return self
@@ -74,8 +74,8 @@ class VerificationResult:
 
 
 class Verifications:
-    """The latest verification and the latest healing of each job. `looked` is called at the end of one, before it is
-    told, and `healed` after a window was written again. From any thread.
+    """The latest verification and the latest healing of each job. `looked` is called when either ends (a verification's
+    result is published only then), and `healed` after a window was rewritten. Thread-safe.
     """
 
     def __init__(
@@ -97,21 +97,21 @@ class Verifications:
 
     @property
     def jobs(self) -> Sequence[str]:
-        """Jobs whose two ends can be compared."""
+        """Jobs that can be verified."""
         return sorted(self._verifications)
 
     def results(self) -> Sequence[VerificationResult]:
-        """The latest verification of each job, also one that goes on."""
+        """The latest verification of each job, including running ones."""
         with self._lock:
             return [self._results[name] for name in sorted(self._results)]
 
     def heals(self) -> Sequence[VerificationResult]:
-        """The latest healing of each job, also one that waits or goes on."""
+        """The latest healing of each job, including queued and running ones."""
         with self._lock:
             return [self._heals[name] for name in sorted(self._heals)]
 
     def start(self, job: str, span: Window, partition: str | None = None, by: str = "") -> None:
-        """Begin to compare `span`. Raises Rejected for a job that has no verification, Transient while one goes on."""
+        """Start to compare `span`. Raises Rejected for a job without verification, Transient while another one runs."""
         verification = require_ability(self._verifications, job, *NO_VERIFICATION)
         with self._lock:
             known = self._results.get(job)
@@ -121,9 +121,9 @@ class Verifications:
         threading.Thread(target=self._compare, args=(job, verification), name=f"verify-{job}", daemon=True).start()
 
     def heal(self, job: str, span: Window, partition: str | None, by: str) -> Callable[[Job], Job]:
-        """What to queue so that `span` of a job is verified and mended, the course of which `heals` tells.
+        """What to queue to verify and heal `span` of a job; `heals` shows the progress.
 
-        Raises Rejected for a job without verification, and for a partition that is not known.
+        Raises Rejected for a job without verification, and for an unknown partition.
         """
         verification = require_ability(self._verifications, job, *NO_VERIFICATION)
         refuse_unknown(verification(self._stop), span, partition)
@@ -179,8 +179,8 @@ def heal_job(
     seen: Callable[[ComparedWindow], None],
     ended: Callable[[AppError | None], None] = lambda _: None,
 ) -> Job:
-    """`job`, under its own name and lease, with the mending of `span` as its work, of all partitions or one. `seen` is
-    told of each window that was compared, `ended` of the end of the work and what broke it off.
+    """`job`, with its name and lease, whose work is to heal `span`, for all partitions or one. `seen` gets each
+    compared window; `ended` is called at the end, with the error if there was one.
     """
 
     def work(context: Context) -> Report:
@@ -203,7 +203,7 @@ def heal_job(
 
 
 def format_signs(counts: Mapping[str, int]) -> str:
-    """Signs and how many windows have each, as text."""
+    """The number of windows per verdict, as text."""
     return ", ".join(f"{counts[sign.value]} {sign.value}" for sign in Verdict if counts.get(sign.value)) or "no window"
 
 

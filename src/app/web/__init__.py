@@ -1,1 +1,1 @@
-"""The HTTP front: application, keys and scopes, limits, errors, and the server."""
+"""The HTTP layer: application, keys and scopes, limits, errors, and the server."""

@@ -1,6 +1,6 @@
-"""The FastAPI application: routers, error answers, the documentation pages, and the streaming answer of all slices.
+"""The FastAPI application: routers, error responses, the documentation pages, and the streaming response of all slices.
 
-Who may call a route is decided in front of this, from what the route itself declares (`app.web.auth.needs`).
+Access is decided before a request reaches this layer, from the scopes that each route declares (`app.web.auth.needs`).
 """
 
 import logging
@@ -29,7 +29,7 @@ PAGE_PARTS = {
     "redoc.standalone.js": "text/javascript; charset=utf-8",
 }
 LOGO_ELSEWHERE = b"https://cdn.redoc.ly/redoc/logo-mini.svg"
-UNREAD = 400  # what FastAPI answers to a body that it cannot decode at all
+UNREAD = 400  # FastAPI's status for a body that it cannot decode at all
 SEE_DOCS = "correct the request; /docs shows its shape"
 ANYWHERE = faults({422: "a parameter or the body is wrong: it is named"})
 WITH_KEY = {
@@ -59,12 +59,12 @@ log = logging.getLogger(__name__)
 
 
 class HeadwaterApi(FastAPI):
-    """FastAPI, whose document also says what is decided in front of it, keys, scopes and limits, and has an example of
-    every answer.
+    """FastAPI with an OpenAPI document that also covers what is enforced in front of it (keys, scopes, limits) and has
+    an example of every response.
     """
 
     def openapi(self) -> dict[str, Any]:
-        """The document, made once."""
+        """The OpenAPI document, built once."""
         if not self.openapi_schema:
             document = super().openapi()
             document["components"]["securitySchemes"] = KEYS
@@ -75,7 +75,7 @@ class HeadwaterApi(FastAPI):
 
 
 def _complete(operation: dict[str, Any], schemas: Mapping[str, Any]) -> None:
-    """Add the statuses of what stands before the route, the keys that it takes, and examples."""
+    """Add the statuses that are sent before the route is reached, the keys that it accepts, and examples."""
     scope, answers = operation.get("x-scope", ""), operation["responses"]
     operation["security"] = [] if scope == OPEN else [{name: []} for name in KEYS]
     if scope != OPEN:
@@ -100,7 +100,7 @@ def _complete(operation: dict[str, Any], schemas: Mapping[str, Any]) -> None:
 
 
 def example_of(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Any:
-    """A value that `schema` allows; `schemas` are those that it may name."""
+    """A value that `schema` allows; `schemas` are those that it may refer to by name."""
     if "$ref" in schema:
         return example_of(schemas[schema["$ref"].rpartition("/")[2]], schemas)
     given = [schema[name] for name in ("example", "const", "default") if name in schema]
@@ -120,7 +120,7 @@ def example_of(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Any:
 
 
 def build_api(title: str, version: str, description: str, routers: Sequence[APIRouter]) -> FastAPI:
-    """The application. A route without `openapi_extra=needs(...)` is refused to everybody."""
+    """The application. A route without `openapi_extra=needs(...)` is closed to everybody."""
     api = HeadwaterApi(
         title=title,
         version=version,
@@ -138,8 +138,8 @@ def build_api(title: str, version: str, description: str, routers: Sequence[APIR
 
 
 async def refuse_unknown_parameters(request: Request) -> None:
-    """A dependency of routers. Raises Refused for a parameter that is given twice, since one would be ignored, and for
-    one that the route does not declare: with a misspelt `offset` a patch would overwrite the start.
+    """A dependency of routers. Raises Refused for a parameter that is given twice, since one value would be ignored,
+    and for an undeclared one: with a misspelt `offset`, a patch would overwrite the start of the object.
     """
     route = request.scope["route"]
     declared = [each.alias for each in route.dependant.query_params]
@@ -153,7 +153,7 @@ async def refuse_unknown_parameters(request: Request) -> None:
 
 
 def route_scopes(api: FastAPI) -> RouteScopes:
-    """What every route of `api` declares."""
+    """The scopes that every route of `api` declares."""
     scopes = RouteScopes()
     for route in iter_route_contexts(api.routes):
         declared = (route.openapi_extra or {}).get("x-scope", "")
@@ -162,7 +162,9 @@ def route_scopes(api: FastAPI) -> RouteScopes:
 
 
 async def _answer(_: Request, error: Exception) -> JSONResponse:
-    """Every error in the one shape. A body that FastAPI did not read as JSON has the wrong type, not a wrong shape."""
+    """Every error in the one shape. A body that FastAPI did not read as JSON has the wrong media type, not a wrong
+    shape.
+    """
     if isinstance(error, RequestValidationError):
         errors = error.errors()
         first = next(iter(errors), {"loc": (), "msg": "the request cannot be read"})
@@ -196,7 +198,7 @@ def _documentation(api: FastAPI) -> APIRouter:
             swagger_js_url="docs/swagger-ui-bundle.js",
             swagger_css_url="docs/swagger-ui.css",
             swagger_favicon_url="assets/icon.svg",
-            swagger_ui_parameters={"validatorUrl": None},  # a validator of somebody else's would be asked otherwise
+            swagger_ui_parameters={"validatorUrl": None},  # otherwise Swagger UI calls a third-party validator
         )
 
     @router.get("/redoc", openapi_extra=read)
@@ -209,7 +211,7 @@ def _documentation(api: FastAPI) -> APIRouter:
             with_google_fonts=False,
         )
 
-    # The files of fastapi-offline, found without importing it: the pages work without the internet.
+    # The files of fastapi-offline, located without importing it: the pages work without internet access.
     spec = find_spec("fastapi_offline")
     if spec is None or spec.origin is None:
         raise Permanent("the package fastapi-offline is missing", "install Headwater again")
@@ -226,11 +228,11 @@ def _documentation(api: FastAPI) -> APIRouter:
 
 
 class StreamedResponse(StreamingResponse):
-    """An answer in pieces, from a thread when they are an iterator.
+    """A response sent in chunks, from a thread when they come from a plain iterator.
 
-    What is `held` (a stream, a place, a lock) is let go however the answer ends, also when the client left before its
-    first byte. What fails in the middle is logged and the connection ends without the answer's end, so that no client
-    takes a part for the whole.
+    Whatever is `held` (a stream, a semaphore slot, a lock) is released however the response ends, also when the client
+    disconnects before the first byte. An error in the middle is logged and the connection is closed without the end of
+    the response, so that no client takes a part for the whole.
     """
 
     def __init__(
@@ -255,7 +257,7 @@ class StreamedResponse(StreamingResponse):
         try:
             await super().stream_response(send)
         except AppError as error:
-            log.error("an answer was cut off: %s", error)  # noqa: TRY400 - the message says it all
+            log.error("an answer was cut off: %s", error)  # noqa: TRY400 - the message is enough
 
 
 def accepts_gzip(header: str) -> bool:

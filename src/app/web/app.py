@@ -1,8 +1,8 @@
-"""The outermost ASGI application: probes at once, everything else through the guarded API.
+"""The outermost ASGI application: it answers probes at once and passes everything else to the guarded API.
 
-Invariants: the probes answer before the API is even imported and while its thread pool is full; every answer leaves
-with the security headers; requests for a change are logged with caller and answer; start and end of the process's
-work are those of the lifespan.
+Invariants: the probes answer before the API is imported and while its thread pool is full; every response has the
+security headers; requests with unsafe methods are logged with caller and status; background work starts and ends with
+the ASGI lifespan.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from app.web.text_values import check_query
 
 SAFE = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 PAGE = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
-# FastAPI's pages start their scripts inline.
+# FastAPI's pages have inline scripts.
 DOCS = (
     "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; img-src 'self' data:; worker-src blob:; "
     "script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'"
@@ -53,7 +53,9 @@ audit = logging.getLogger("app.audit")
 
 
 class GuardedApi(NamedTuple):
-    """The guarded part: `app`, but for the paths in `fast`; `scopes` are what its routes declare."""
+    """The API behind the guard: `app`, or for the paths in `fast` their own handler; `scopes` are what its routes
+    declare.
+    """
 
     app: Asgi
     fast: Mapping[str, Asgi]
@@ -61,7 +63,9 @@ class GuardedApi(NamedTuple):
 
 
 class HeadwaterApp:
-    """See the module. `opened` starts the work, `close` ends it within its time, `api` imports and builds the API."""
+    """See the module. `opened` starts the work, `close` ends it within its time limit, `api` imports and builds the
+    API.
+    """
 
     def __init__(
         self,
@@ -81,16 +85,14 @@ class HeadwaterApp:
         self._api: GuardedApi | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI call. Every answer gets the headers that it lacks, and one to a request for a change a line in the
-        log.
-        """
+        """One ASGI call. Adds missing security headers to each response, and logs requests with unsafe methods."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._lifespan(receive, send)
             return
         policy, started = POLICIES.get(scope["path"], SAFE).encode(), False
         added = [*HEADERS, (b"content-security-policy", policy), *([HSTS] if scope["scheme"] == "https" else [])]
-        if self._guard.origins:  # those that let an allowed page of another site read the answer
+        if self._guard.origins:  # CORS headers: they let an allowed page of another origin read the response
             added.append((b"vary", b"Origin"))
             if origin := self._guard.allowed_origin(scope):
                 added.append((b"access-control-allow-origin", origin.encode("latin-1")))
@@ -103,7 +105,7 @@ class HeadwaterApp:
                 held = list(message.get("headers", ()))
                 names = {name.lower() for name, _ in held} - {b"vary"}
                 message = {**message, "headers": [*held, *(each for each in added if each[0] not in names)]}
-                if scope["method"] not in SAFE_METHODS:  # one line: who asked for what change, and how it was answered
+                if scope["method"] not in SAFE_METHODS:  # audit log: who asked for what change, and the status
                     who = getattr(scope.get("state", {}).get("grant"), "name", "nobody")
                     path = scope.get("raw_path", b"").decode("latin-1")[:AUDITED_CHARACTERS]
                     said = {"who": who, "method": scope["method"], "path": path, "status": message["status"]}
@@ -126,7 +128,7 @@ class HeadwaterApp:
         try:
             await asyncio.to_thread(self._opened)
         except AppError as error:
-            log.error("the service cannot start: %s", error)  # noqa: TRY400 - the message says it all
+            log.error("the service cannot start: %s", error)  # noqa: TRY400 - the message is enough
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
         if not self._guard.locked:
@@ -137,15 +139,15 @@ class HeadwaterApp:
         await send({"type": "lifespan.shutdown.complete"})
 
     def _build(self) -> "asyncio.Future[None]":
-        """Import and build the API in a thread, once; requests that need it wait for it.
+        """Import and build the API in a thread, once; requests that need it wait.
 
-        One that failed is built again with the next request: imports beside other threads may fail by chance, as
-        the AST constructor of CPython 3.11.7 was seen to (gh-106905).
+        After a failure the next request builds it again: imports that run beside other threads may fail by chance, as
+        seen with the AST constructor of CPython 3.11.7 (gh-106905).
         """
 
         def build() -> None:
             self._api = self._make_api()
-            gc.freeze()  # to look for garbage in what was imported stops every thread for a tenth of a second
+            gc.freeze()  # a garbage collection over all imported objects would stop every thread for 0.1 s
 
         if self._building is None or self._building.done():
             self._building = asyncio.ensure_future(asyncio.to_thread(build))
@@ -166,7 +168,7 @@ class HeadwaterApp:
         while self._api is None:
             await asyncio.shield(self._build())
         app, fast, scopes = self._api
-        # A path with a slash too many is FastAPI's to redirect.
+        # FastAPI redirects a path with a trailing slash.
         methods = scopes.of(path) or scopes.of(path.rstrip("/"))
         if scope["method"] == "OPTIONS" and (preflight := _preflight(scope, methods, self._guard)):
             await send({"type": "http.response.start", "status": 204, "headers": preflight})
@@ -179,7 +181,7 @@ class HeadwaterApp:
 
 
 async def _send_locked_page(send: Send) -> None:
-    """What a browser shows instead of `LOCKED`: a page that needs nothing else of this server."""
+    """The page that a browser gets instead of `LOCKED`; it needs nothing else from this server."""
     page = files("app.ops").joinpath("assets", "locked.html").read_bytes()
     policy = (
         b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -190,7 +192,7 @@ async def _send_locked_page(send: Send) -> None:
 
 
 def _preflight(scope: Scope, methods: Methods, guard: AccessGuard) -> list[tuple[bytes, bytes]]:
-    """What a browser that asks before a call of another site's page is told; empty for anything else."""
+    """The headers that answer a CORS preflight request; empty for any other request."""
     fields = dict(scope["headers"])
     asked = fields.get(b"access-control-request-headers", b"")
     if b"access-control-request-method" not in fields or not guard.allowed_origin(scope):

@@ -22,10 +22,10 @@ from app.core.errors import Rejected
 from app.db.state import DashboardSession, SqlSessions
 from app.web.errors import Refusal, Refused, Scope
 
-# API keys: making them, and telling who presents one.
+# API keys: how they are made and checked.
 #
-# Invariants: the key itself is never kept, only its SHA-256, which is enough for 256 random bits and too quick to
-# be a lever for attackers; compares take constant time, and an unknown name costs one as well.
+# Invariants: only the SHA-256 of a key is stored, which is enough for 256 random bits and too fast to be used for a
+# denial of service; comparisons take constant time, and an unknown name costs one as well.
 
 KEY_BYTES = 32
 MAX_PRESENTED_CHARACTERS = 128
@@ -43,12 +43,12 @@ class Keyring:
             self.by_name.setdefault(entry.name, []).append(entry)
 
     def authenticate(self, presented: str) -> KeyEntry | None:
-        """The key that is `presented` and not expired; None for anything else, whatever it is."""
+        """The key that is `presented`, unless it has expired; None for anything else."""
         match = PRESENTED.fullmatch(presented[: MAX_PRESENTED_CHARACTERS + 1])
         return self.living(match[1] if match else "", _digest(presented if match else ""))
 
     def living(self, name: str, digest: bytes) -> KeyEntry | None:
-        """The key with this name and SHA-256; None when it is gone or has expired."""
+        """The key with this name and SHA-256; None when it was removed or has expired."""
         found = None
         for entry in self.by_name.get(name, [NOBODY]):
             is_alive = entry.expires_at is None or self._clock() < entry.expires_at
@@ -66,10 +66,10 @@ def new_key(
     expires_on: date | None = None,
     today: date | None = None,
 ) -> tuple[str, str]:
-    """The secret, to be shown once, and the line for API_KEYS. Raises Rejected when no such key can be.
+    """The secret, to be shown once, and the line for API_KEYS. Raises Rejected when no such key is possible.
 
-    `scopes`: scopes and groups by commas, blanks or `+`. `randomness(n)` gives n bytes: `secrets.token_bytes`.
-    `expires_on` is the last day, UTC, on which the key is good; not before `today`.
+    `scopes`: scopes and groups, separated by commas, blanks or `+`. `randomness(n)` returns n bytes:
+    `secrets.token_bytes`. `expires_on` is the last day (UTC) on which the key is valid; not before `today`.
     """
     secret = f"hw_{name}_{urlsafe_b64encode(randomness(KEY_BYTES)).rstrip(b'=').decode()}"
     head = f"{name}@{expires_on.isoformat()}" if expires_on else name
@@ -95,8 +95,8 @@ def _digest(secret: str) -> bytes:
 
 # Who may call which route: deny by default, decided once and before a body is read.
 #
-# Invariants: a route that declares no scope is refused to everybody; a failed sign-in costs one hash and is counted
-# by address; a key never comes from a URL. A key that is right is never locked out by others that are wrong.
+# Invariants: a route that declares no scope is closed to everybody; a failed sign-in costs one hash and is counted by
+# client address; a key is never read from a URL. Failures with other keys never lock out a valid one.
 
 COOKIE = "headwater_key"
 SESSION = timedelta(hours=12)
@@ -121,8 +121,8 @@ def needs(scope: str) -> dict[str, str]:
 
 
 class RouteScopes:
-    """What the routes declare, by path. Paths that only FastAPI would match, such as one with a newline, are unknown
-    here, and what is unknown here never reaches it.
+    """The scopes that the routes declare, by path. A path that only FastAPI would match, such as one with a newline, is
+    unknown here and never reaches it.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class RouteScopes:
         self._templates: dict[re.Pattern[str], dict[str, str]] = {}
 
     def add(self, path: str, pattern: re.Pattern[str], methods: Methods) -> None:
-        """A route. The first one of a path and method is the one that answers."""
+        """Add a route. The first one for a path and method wins."""
         held = self._templates.setdefault(pattern, {}) if "{" in path else self._fixed.setdefault(path, {})
         held.update({method: scope for method, scope in methods.items() if method not in held})
 
@@ -143,13 +143,13 @@ class RouteScopes:
 
 
 class SignInThrottle:
-    """Failed sign-ins by address in the last minute. Used from the event loop alone; bounded in memory."""
+    """Failed sign-ins by address in the last minute. Used only from the event loop; bounded in memory."""
 
     def __init__(self) -> None:
         self._failed: OrderedDict[str, deque[datetime]] = OrderedDict()
 
     def failed(self, address: str, now: datetime) -> float | None:
-        """Count a failure; seconds to wait when the address has had more than its share, else None."""
+        """Count a failure; the seconds to wait when the address is over its limit, else None."""
         times = self._failed.setdefault(address, deque(maxlen=FAILURES_A_MINUTE))
         self._failed.move_to_end(address)
         if len(self._failed) > ADDRESSES:
@@ -170,7 +170,7 @@ class KeyRates:
         self._buckets: dict[str, tuple[float, datetime]] = {}
 
     def wait_seconds(self, name: str, now: datetime) -> float:
-        """Count a request; 0 when it is within the rate, otherwise how long to wait."""
+        """Count a request; 0 when it is within the rate, otherwise the seconds to wait."""
         most = self._per_second * BURST_SECONDS
         tokens, at = self._buckets.get(name, (most, now))
         tokens = min(most, tokens + max(0.0, (now - at).total_seconds()) * self._per_second)
@@ -183,7 +183,7 @@ class KeyRates:
 class AccessGuard:
     """`anonymous`: ALLOW_ANONYMOUS is set, so other machines may call without keys. `locked`: nobody may call.
 
-    `origins`: the web pages of other sites that may call with a key, "*" for all.
+    `origins`: the other origins whose pages may call with a key, "*" for all.
     """
 
     keyring: Keyring
@@ -196,10 +196,11 @@ class AccessGuard:
     throttle: SignInThrottle = field(default_factory=SignInThrottle)
 
     async def authorize(self, scope: Scope, methods: Methods) -> None:
-        """Whether the caller may make this call of a path with these `methods`; the caller is then in the state.
+        """Check that the caller may call a path with these `methods`, and put the caller into the request's state.
 
-        Raises Refused: 401 for nobody, 403 without the scope, 429 above the key's rate, 404 and 405 for what is not
-        there, told to callers with a key only. Raises Transient when a session cannot be looked up.
+        Raises Refused: 401 without valid credentials, 403 without the scope, 429 above the key's rate, 404 and 405
+        (only for callers with a key) for an unknown path or method. Raises Transient when a session cannot be looked
+        up.
         """
         method = scope["method"]
         if method not in SAFE_METHODS and not self._own_page(scope):
@@ -229,12 +230,12 @@ class AccessGuard:
             raise Refused(403, f"this needs the scope {wanted}", hint)
 
     async def grant(self, scope: Scope) -> KeyEntry | None:
-        """Who calls; None for nobody. Raises Refused for a wrong key or a session that has ended, Transient when
-        sessions cannot be looked up.
+        """The caller's key; None without credentials. Raises Refused for a wrong key or a session that has ended,
+        Transient when sessions cannot be looked up.
         """
         fields = _fields(scope)
         if not self.keyring.by_name:
-            # the name of this machine, which one that a foreign page bound to 127.0.0.1 is not
+            # a name of this machine: DNS rebinding makes a foreign page's name resolve to 127.0.0.1
             host = fields.get(b"host", "")
             if not self.anonymous and not loopback(host if host.endswith("]") else host.rsplit(":", 1)[0]):
                 hint = "use localhost or 127.0.0.1, or set API_KEYS"
@@ -253,8 +254,8 @@ class AccessGuard:
         return grant
 
     def sign_in(self, key: str, scope: Scope) -> KeyEntry:
-        """The grant of a key, which is then in the state. Raises Refused with 401, or 429 after too many failures
-        of this address.
+        """The entry of a valid key, which is put into the state. Raises Refused with 401, or 429 after too many
+        failures from this address.
         """
         now = self.clock()
         grant = self.keyring.authenticate(key)
@@ -268,29 +269,29 @@ class AccessGuard:
         raise Refused(*unauthorized("the key is not known or has expired"))
 
     async def begin_session(self, grant: KeyEntry) -> str:
-        """The token of a new session of this key, for a cookie. Raises Transient when it cannot be kept."""
+        """The token of a new session for this key, for a cookie. Raises Transient when it cannot be stored."""
         now, token = self.clock(), token_urlsafe(KEY_BYTES)
         begun = DashboardSession(grant.name, grant.digest.hex(), now + SESSION)
         await asyncio.to_thread(self.sessions.begin, _digest(token).hex(), begun, now)
         return token
 
     async def end_session(self, scope: Scope) -> None:
-        """End the session of the caller's cookie, if any; whose it was is in the state."""
+        """End the session of the caller's cookie, if any; its owner is put into the state."""
         if token := _cookie(_fields(scope)):
             with suppress(Refused):
                 scope.setdefault("state", {})["grant"] = await self.grant(scope)
             await asyncio.to_thread(self.sessions.end, _digest(token).hex())
 
     def allowed_origin(self, scope: Scope) -> str:
-        """The value of Access-Control-Allow-Origin for the page of another site that calls, "" for none."""
+        """The value of Access-Control-Allow-Origin for a call from another site's page, "" for none."""
         origin = _fields(scope).get(b"origin", "") if self.origins else ""
         if origin and "*" in self.origins:
             return "*"
         return origin if origin in self.origins else ""
 
     def _own_page(self, scope: Scope) -> bool:
-        """Whether no page, one of ours, or an allowed one of another site calls. Browsers say so by Sec-Fetch-Site, but
-        on plain http only by Origin.
+        """Whether the call comes from no page, from one of ours, or from an allowed origin. Browsers tell by
+        Sec-Fetch-Site, but on plain http only by Origin.
         """
         fields = _fields(scope)
         site, origin = fields.get(b"sec-fetch-site", ""), fields.get(b"origin", "")
@@ -304,13 +305,13 @@ def _fields(scope: Scope) -> Fields:
 
 
 def presented(fields: Fields) -> str:
-    """The key of a request: Bearer or X-API-Key; "" when there is none."""
+    """The key in a request's headers, Bearer or X-API-Key; "" when there is none."""
     kind, _, token = fields.get(b"authorization", "").partition(" ")
     return token.strip() if kind.lower() == "bearer" else fields.get(b"x-api-key", "")
 
 
 def _cookie(fields: Fields) -> str:
-    """The token of the dashboard's cookie; "" when there is none."""
+    """The session token in the dashboard's cookie; "" when there is none."""
     try:
         cookie = SimpleCookie(fields.get(b"cookie", "")).get(COOKIE)
     except CookieError:
@@ -319,5 +320,5 @@ def _cookie(fields: Fields) -> str:
 
 
 def unauthorized(message: str) -> Refusal:
-    """401 as RFC 9110 wants it."""
+    """401 in the form that RFC 9110 requires."""
     return Refusal(401, message, SIGN_IN, headers={"WWW-Authenticate": 'Bearer realm="headwater"'})

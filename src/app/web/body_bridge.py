@@ -1,8 +1,8 @@
-"""The one way of a request's body from the event loop to the thread that takes it in.
+"""Passes a request body from the event loop to the thread that processes it.
 
-Invariants: neither side waits for the other beyond the bytes in between, and these are bounded; the thread sees the end
-of the body only when all of it came, and an error in every other case. A body takes one of few places when its first
-bytes are there: who sends slowly keeps nobody else waiting.
+Invariants: the two sides are decoupled by a bounded buffer; the thread sees the end of the body only when all of it
+arrived, and an error otherwise. A body takes one of a few slots only once its first bytes have arrived, so a slow
+client blocks nobody else.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ T = TypeVar("T")
 async def read_in_thread(
     request: Request, places: asyncio.Semaphore, busy: Refusal, threads: Executor, work: Callable[[ReadableBody], T]
 ) -> T | None:
-    """What `work` makes of the body in a thread, at one of the `places`; None when the client disconnected. Raises
-    Refused with `busy` when no place becomes free in time.
+    """The result of `work` on the body, run in a thread that holds one of the `places`; None when the client
+    disconnected. Raises Refused with `busy` when no place becomes free in time.
     """
     blocks, first, whole = request.stream(), bytearray(), True
 
@@ -68,7 +68,7 @@ async def acquire_place(places: asyncio.Semaphore, busy: Refusal) -> None:
 
 
 async def run_with_body(blocks: AsyncIterator[bytes], threads: Executor, work: Callable[[ReadableBody], T]) -> T:
-    """What `work` makes of the body. When it raises, the rest of the body is left unread."""
+    """The result of `work` on the body. When it raises, the rest of the body is left unread."""
     loop = asyncio.get_running_loop()
     feed = BodyFeed(loop)
     future = loop.run_in_executor(threads, work, feed)
@@ -85,7 +85,7 @@ async def run_with_body(blocks: AsyncIterator[bytes], threads: Executor, work: C
 
 
 class BodyFeed:
-    """Bytes in between. `offer`, `end`, `lose` and `left` belong to the loop, `read` to the thread."""
+    """The buffered bytes. The loop calls `offer`, `end`, `lose` and `left`; the thread calls `read`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -100,8 +100,8 @@ class BodyFeed:
         self._taken: deque[bytes] = deque()
 
     async def offer(self, block: bytes) -> bool:
-        """Hand on `block`, then wait for room. False when nobody reads any more."""
-        with self._turn:  # held for a moment only, also by the thread
+        """Pass on `block`, then wait for room in the buffer. False when the reader has finished."""
+        with self._turn:  # both sides hold it only for a moment
             self._held.append(block)
             self._held_bytes += len(block)
             if self._held_bytes >= WAKE_BYTES:
@@ -112,26 +112,26 @@ class BodyFeed:
         return not self._closed
 
     def end(self) -> None:
-        """All of the body came."""
+        """The whole body has arrived."""
         with self._turn:
             self._ended = True
             self._turn.notify()
 
     def lose(self) -> None:
-        """The rest of the body does not come; nothing after `end`."""
+        """The rest of the body will not come. No effect after `end`."""
         with self._turn:
             self._lost = not self._ended
             self._turn.notify()
 
     def left(self, work: "asyncio.Future[Any]") -> None:
-        """The thread is done with the body; what it failed with is looked at here, also when nobody waits for it."""
+        """The thread is done with the body. Retrieves its exception, in case nobody awaits it."""
         self._closed = True
         self._room.set()
         if not work.cancelled():
             work.exception()
 
     def read(self, count: int, /) -> bytes:
-        """See Readable: blocks as they came, uncut where they fit. Raises Transient when the rest does not come."""
+        """See Readable: blocks as they came, uncut where they fit. Raises Transient when the body is incomplete."""
         if not self._taken:
             self._take()
         block = self._taken.popleft() if self._taken else b""

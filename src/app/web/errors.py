@@ -1,6 +1,6 @@
-"""The one shape of every error that the API answers: `{"error": {"message", "hint", "field"?}}`.
+"""The one shape of all API errors: `{"error": {"message", "hint", "field"?}}`.
 
-Invariant: no answer shows a stack trace or the text of an unexpected exception; `hint` says what a caller can do.
+Invariant: no response shows a stack trace or the text of an unexpected exception; `hint` says what the caller can do.
 """
 
 import json
@@ -38,7 +38,7 @@ class ErrorAnswer(BaseModel):
 
 
 class Refusal(NamedTuple):
-    """An error answer. `fault` is the field that is wrong, "" when it is not about one."""
+    """An error response. `fault` is the invalid field, "" when the error is not about one."""
 
     status: int
     message: str
@@ -54,7 +54,7 @@ class Refusal(NamedTuple):
 
 
 class Refused(Rejected):
-    """Raised to answer with a refusal, which is made of what is given."""
+    """Raised to answer with a `Refusal`, which is built from the arguments."""
 
     def __init__(
         self, status: int, message: str, hint: str, fault: str = "", headers: Mapping[str, str] | None = None
@@ -64,12 +64,12 @@ class Refused(Rejected):
 
 
 def faults(meanings: Mapping[int, str]) -> Answers:
-    """Error answers for the `responses` of a route: status -> when it is given."""
+    """Error responses for the `responses` of a route: status -> when it is sent."""
     return {status: {"model": ErrorAnswer, "description": meaning} for status, meaning in meanings.items()}
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """Rejected is the caller's to correct, Transient passes, Permanent needs a person who looks after the service."""
+    """Rejected is for the caller to correct, Transient passes, Permanent needs an operator."""
     if isinstance(error, Refused):
         return error.refusal
     if not isinstance(error, AppError):
@@ -83,7 +83,7 @@ def refusal_of(error: Exception) -> Refusal:
 
 
 async def send_json(send: Send, status: int, body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
-    """A whole JSON answer, without any framework."""
+    """A whole JSON response, without any framework."""
     content = json.dumps(body).encode()
     fields = {"content-type": "application/json", "content-length": str(len(content)), **headers}
     raw = [(name.lower().encode(), value.encode()) for name, value in fields.items()]
@@ -92,5 +92,5 @@ async def send_json(send: Send, status: int, body: Mapping[str, Any], headers: M
 
 
 async def send_refusal(send: Send, refusal: Refusal) -> None:
-    """A whole error answer, without any framework."""
+    """A whole error response, without any framework."""
     await send_json(send, refusal.status, refusal.body, refusal.headers)

@@ -1,4 +1,4 @@
-"""What a client may cost: bytes, seconds and connections."""
+"""Limits on what a client may use: bytes, seconds and connections."""
 
 import asyncio
 import logging
@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send
 
-# What a client may cost before anything is parsed: bytes that really came, seconds that really passed.
+# Limits on a body before anything is parsed: bytes actually received, seconds actually passed.
 #
-# Invariant: a body is counted as it arrives, whatever its Content-Length says, and is cut when it pauses for 15 s,
-# or brings next to nothing in 30 s of waiting for it.
+# Invariant: a body is counted as it arrives, whatever its Content-Length says. It is cut off when it pauses for 15 s,
+# or when almost nothing arrives in 30 s of waiting for it.
 
 BODY_IDLE_SECONDS = 15.0
 BODY_TOTAL_SECONDS = 900.0
@@ -25,7 +25,7 @@ BY_LINE = frozenset({"application/x-ndjson", "application/ndjson", "application/
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
     """Bytes allowed in a body. Paths under one of `upload_prefixes` may send `upload_bytes`, and so may those under
-    `stream_prefixes` in a media type that is read line by line.
+    `stream_prefixes` with a media type that is read line by line.
     """
 
     body_bytes: int
@@ -34,15 +34,15 @@ class BodyLimits:
     stream_prefixes: tuple[str, ...] = ()
 
     async def call(self, app: Asgi, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call `app` with a body that cannot go over its limits."""
-        fields = dict(reversed(scope["headers"]))  # the first of a name counts
+        """Call `app` with a body that cannot exceed its limits."""
+        fields = dict(reversed(scope["headers"]))  # the first header of a name wins
         media_type = fields.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
         by_line = media_type in BY_LINE and scope["path"].startswith(self.stream_prefixes)
         large = by_line or scope["path"].startswith(self.upload_prefixes)
         limit_bytes = self.upload_bytes if large else self.body_bytes
         length = fields.get(b"content-length", b"")
         if not length and b"transfer-encoding" not in fields and scope["http_version"] in ("1.0", "1.1"):
-            await app(scope, receive, send)  # no body can come
+            await app(scope, receive, send)  # there is no body
             return
         if length.isdigit() and int(length) > limit_bytes:
             raise Refused(*too_large(limit_bytes))
@@ -58,9 +58,7 @@ class _BodyTooLarge(Exception):
 
 
 class _Body:
-    """The receiving and sending side of one request, watched. Once the body is cut, what the application says about it
-    is left out.
-    """
+    """Wraps `receive` and `send` of one request. Once the body is cut off, the application's response is dropped."""
 
     def __init__(self, receive: Receive, send: Send, limit_bytes: int) -> None:
         self._receive, self._send = receive, send
@@ -103,40 +101,42 @@ class _Body:
 
 
 def too_large(limit_bytes: int) -> Refusal:
-    """The answer to a body over its limit."""
+    """The response to a body over its limit."""
     message = f"the body is larger than {limit_bytes} bytes"
     return Refusal(413, message, "send less at once; MAX_BODY_BYTES limits it", headers=CLOSE)
 
 
-# Room for connections: when nine tenths are used, those that have asked for nothing for longest are closed.
+# Room for connections: at 90 % use, the connections that have been idle longest are closed.
 #
-# Invariants: a connection whose request is whole is never closed for another; while there is no room, probes are
-# still answered. Nothing is counted by address: behind a proxy, or in a private network, many callers share one.
+# Invariants: a connection whose request is complete is never closed to make room; while there is no room, probes are
+# still answered. There is no limit by address: behind a proxy or in a private network many callers share one.
 
 USED = 0.9
-SPARE = 80  # descriptors for connections that are accepted before the first of them enters
+SPARE = 80  # descriptors for connections that are accepted before the first of them is counted
 AT_WORK = 2
-CLOSED_SHARE, CLOSED_LEAST = 20, 32  # at once: one of so many, since to look at all of them takes a while
+CLOSED_SHARE, CLOSED_LEAST = 20, 32  # closed at once: 1 in 20, at least 32; each scan takes a while
 log = logging.getLogger(__name__)
 
 
 class WaitingConnection(Protocol):
-    """A connection."""
+    """A connection that may be closed to make room."""
 
     @property
     def asked_at(self) -> float:
-        """When its last whole request had come, or it was made; monotonic seconds."""
+        """When its last complete request arrived, or else when it was opened; monotonic seconds."""
 
     @property
     def rank(self) -> int:
-        """0 = no request is in work, 1 = the body of one is on its way, 2 = one is in work."""
+        """0 = idle, 1 = a request body is arriving, 2 = a request is being processed."""
 
     def drop(self) -> None:
-        """Close it now, whatever it was about to send."""
+        """Close it now; unsent data is lost."""
 
 
 class ConnectionLimits:
-    """For so many `connections`, and as many as `descriptors` let in, which the process needs for other things too."""
+    """Caps the number of `connections`, and the file `descriptors` in use, which the process needs for other things
+    too.
+    """
 
     def __init__(self, connections: int, descriptors: int) -> None:
         self._connections = int(connections * USED)
@@ -146,17 +146,17 @@ class ConnectionLimits:
     def enter(
         self, newest: WaitingConnection, descriptor: int, all_of: Iterable[WaitingConnection], count: int
     ) -> bool:
-        """Whether `newest`, one of `all_of`, may ask for more than probes; makes room for it where it can.
+        """Whether `newest`, one of `all_of`, may ask for more than probes; makes room for it if possible.
 
-        `descriptor` is its own. The kernel gives the lowest that is free, so it tells how many are used.
+        `descriptor` is its own. The kernel assigns the lowest free number, so it shows how many are in use.
         """
         if count < self._connections and descriptor < self._descriptors:
             return True
         return self.make(each for each in all_of if each is not newest)
 
     def make(self, all_of: Iterable[WaitingConnection]) -> bool:
-        """Close some connections; whether any could be. Also for when not one more descriptor is to be had."""
-        if self._leaving:  # they are about to be free, in the next turn of the event loop
+        """Close some connections; whether any could be closed. Also called when the process is out of descriptors."""
+        if self._leaving:  # they are freed in the next iteration of the event loop
             return True
         idle = [each for each in all_of if each.rank < AT_WORK]
         idle.sort(key=lambda each: (each.rank, each.asked_at))
@@ -171,5 +171,5 @@ class ConnectionLimits:
         return bool(victims)
 
     def left(self, connection: WaitingConnection) -> None:
-        """It is closed."""
+        """The connection is closed."""
         self._leaving.discard(connection)

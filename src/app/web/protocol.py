@@ -1,15 +1,14 @@
-"""HTTP as it arrives: uvicorn's protocol over httptools with the limits that it lacks, and an event loop that keeps
-probes quick.
+"""HTTP/1.1: uvicorn's httptools protocol with additional limits, and an event loop that keeps probes responsive.
 
-Invariants: a request whose head is not there within 15 s, or is larger than 64 KiB, or names no host or two, never
-reaches the application; header fields that come behind a body are dropped; what waits of a body is bounded. A client
-that takes next to nothing of its answer for 30 s is cut off. An answer that is given before the body has come arrives,
-since the rest of the body is taken and thrown away for a while.
+Invariants: a request never reaches the application if its head takes longer than 15 s, is larger than 64 KiB, or has no
+Host or two; trailers after a body are dropped; the buffered part of a body is bounded. A client that reads almost
+nothing of its response for 30 s is disconnected. A response sent before the whole body has arrived still reaches the
+client, since the rest of the body is read and discarded for a while.
 
-What the two tricks here earn (docs/benchmarks.md, "The front" and "/s3"):
-- PoliteLoop, and probes answered in the iteration in which they come: beside 64 clients at work the p99 of /health
+What the two optimisations gain (docs/benchmarks.md, "The front" and "/s3"):
+- FairEventLoop, and probes answered in the iteration in which they arrive: with 64 busy clients the p99 of /health
   fell from 50-61 to 12-20 ms, on a quiet machine from 5.8 to 2.1 times that of a bare application.
-- `on_body` hands blocks on without a copy: an upload of 2 GiB takes 5.8 to 8 s of CPU instead of 12.7.
+- `on_body` passes blocks on without a copy: an upload of 2 GiB takes 5.8 to 8 s of CPU instead of 12.7.
 """
 
 import asyncio
@@ -31,8 +30,8 @@ BODY_WAITS_BYTES = 1 << 18
 HOST_SINCE = "1.1"
 SEND_SECONDS, SEND_BYTES = 30.0, 1 << 15
 LINGER_SECONDS, LINGER_IDLE_SECONDS = 30.0, 5.0
-LINGER_HEAD_BYTES = 1 << 20  # behind a request that cannot be read
-IDLE, SENDING, WORKING = range(3)  # see Waiting.rank
+LINGER_HEAD_BYTES = 1 << 20  # discarded at most after an unreadable request
+IDLE, SENDING, WORKING = range(3)  # see WaitingConnection.rank
 PROBE_METHODS = ("GET", "HEAD")
 FULL = Refusal(
     503,
@@ -48,12 +47,12 @@ of_a_request = ContextVar("of_a_request", default=False)
 
 
 class FairEventLoop(asyncio.SelectorEventLoop):
-    """An event loop that caps how long the steps of requests run between two looks at its sockets, so that a probe
-    waits for few of them.
+    """An event loop that limits how long request steps run between two polls of its sockets, so that a probe waits for
+    few of them.
 
-    asyncio runs whatever is ready before it looks at its sockets again, and a hundred requests at once are ready for a
-    while. Here their steps run for a millisecond; the rest, accepting and reading above all, is not held back. They
-    run in the order in which they became ready, at least one per look.
+    asyncio runs every ready callback before it polls again, which takes a while with a hundred requests at once. Here
+    request steps run for one millisecond per poll, in the order in which they became ready and at least one each time.
+    Everything else, accepting and reading above all, is not delayed.
     """
 
     def __init__(self) -> None:
@@ -63,7 +62,7 @@ class FairEventLoop(asyncio.SelectorEventLoop):
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
-        """As asyncio's. Tasks and futures come through here with each step."""
+        """As asyncio's. Every step of a task or future passes through here."""
         if not (of_a_request.get() if context is None else context.get(of_a_request, False)):
             return super().call_soon(callback, *args, context=context)
         if not self._steps:
@@ -74,7 +73,7 @@ class FairEventLoop(asyncio.SelectorEventLoop):
 
     def _go_on(self) -> None:
         until = self.time() + LOOK_SECONDS
-        for _ in range(len(self._steps)):  # what these make ready waits for the next look, as in asyncio
+        for _ in range(len(self._steps)):  # what these steps make ready waits for the next poll, as in asyncio
             step = self._steps.popleft()
             if not step.cancelled():
                 step._run()  # noqa: SLF001 - as asyncio's own loops do it
@@ -85,12 +84,13 @@ class FairEventLoop(asyncio.SelectorEventLoop):
 
 
 class _HeadRefused(Exception):
-    """The parser makes it a 400."""
+    """The parser turns it into a 400."""
 
 
 class LingeringTransport:
-    """The transport of a connection. Closed while its client is still sending, it first sends what there is, and takes
-    what comes: a connection that is closed on unread bytes is reset, and its client sees a broken pipe and no answer.
+    """The transport of a connection. If it is closed while the client is still sending, it first flushes its buffer and
+    discards incoming data: closing a socket with unread data resets it, and the client gets a broken pipe and no
+    response.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -107,11 +107,11 @@ class LingeringTransport:
         return getattr(self._transport, name)
 
     def is_closing(self) -> bool:
-        """Also while it lingers."""
+        """True also while it lingers."""
         return self.lingers or self._transport.is_closing()
 
     def close(self) -> None:
-        """See the class; at most `most_bytes` are taken."""
+        """See the class; at most `most_bytes` are discarded."""
         if not self.still_coming or self._transport.is_closing():
             self._transport.close()
         elif not self.lingers:
@@ -122,7 +122,7 @@ class LingeringTransport:
             self._timer = self._loop.call_later(LINGER_IDLE_SECONDS, self._look)
 
     def take(self, size_bytes: int) -> None:
-        """Bytes that nobody wants."""
+        """Count discarded bytes."""
         self._came = True
         self.most_bytes -= size_bytes
         if self.most_bytes < 0:
@@ -136,13 +136,13 @@ class LingeringTransport:
             self._timer = self._loop.call_later(LINGER_IDLE_SECONDS, self._look)
 
     def forget(self) -> None:
-        """It is closed."""
+        """The connection is closed."""
         if self._timer is not None:
             self._timer.cancel()
 
 
 class PunctualProtocol(HttpToolsProtocol):
-    """See the module. `room` decides who may ask for more than probes."""
+    """See the module. `room` decides which connections may ask for more than probes."""
 
     def __init__(self, room: ConnectionLimits, **named: Any) -> None:
         super().__init__(**named)
@@ -153,12 +153,12 @@ class PunctualProtocol(HttpToolsProtocol):
         self._late: asyncio.TimerHandle | None = None
         self._probe: tuple[Any, Asgi] | None = None
         self._outgoing: LingeringTransport
-        self._unsent = (0.0, 0)  # since when, and how many bytes then
+        self._unsent = (0.0, 0)  # since when, and the number of bytes then
         self.asked_at = self.loop.time()
         self.descriptor = -1
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The clock starts with the connection."""
+        """Starts the head timeout."""
         self._outgoing = LingeringTransport(transport, self.loop)
         super().connection_made(cast("asyncio.Transport", self._outgoing))
         connections = cast("set[PunctualProtocol]", self.connections)
@@ -167,27 +167,27 @@ class PunctualProtocol(HttpToolsProtocol):
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
-        """It is stopped by a whole head, and starts again with the first byte of the next."""
+        """A complete head stops the timeout; the first byte of the next one starts it again."""
         if self._outgoing.lingers:
             self._outgoing.take(len(data))
             return
         if self.parser is None or self.transport.is_closing():
             return
-        self._head_bytes += len(data)  # a head begins from 0 with its first byte, whose block is at most 256 KiB
+        self._head_bytes += len(data)  # a head counts from 0 at its first byte, whose block is at most 256 KiB
         super().data_received(data)
         if self._in_head and self._head_bytes > HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response("The head of the request is too large.")
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is left to be late."""
+        """Stops the timeouts."""
         self._forget()
         self._outgoing.forget()
         self._room.left(self)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """What cannot be read may go on for a while."""
+        """The rest of an unreadable request may keep coming for a while."""
         self._outgoing.still_coming = True
         self._outgoing.most_bytes = LINGER_HEAD_BYTES
         super().send_400_response(msg)
@@ -198,12 +198,12 @@ class PunctualProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """After a body it is no longer a header of the request, which may have been let in by then."""
+        """Drop trailers: the request may already have been authorized by its headers."""
         if self._in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """RFC 9112 asks for one Host. What two of them mean would depend on who reads them."""
+        """RFC 9112 requires exactly one Host. With two, each reader might pick a different one."""
         hosts = sum(name == b"host" for name, _ in self.headers)
         head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if head_bytes > HEAD_BYTES or (hosts != 1 and (hosts or self.parser.get_http_version() == HOST_SINCE)):
@@ -213,12 +213,12 @@ class PunctualProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """As uvicorn's, but for that a block that comes alone is handed on as it is, and that more of them may wait."""
+        """As uvicorn's, but a block that arrives alone is passed on without a copy, and the buffer is larger."""
         cycle = self.cycle
         if cycle.response_complete:
             return
         if not cycle.body:
-            cycle.body = cast("bytearray", body)  # `receive` makes bytes of it, which is the same object then
+            cycle.body = cast("bytearray", body)  # `receive` calls bytes() on it, which returns the same object
         elif isinstance(cycle.body, bytearray):
             cycle.body += body
         else:
@@ -228,13 +228,13 @@ class PunctualProtocol(HttpToolsProtocol):
         cycle.message_event.set()
 
     def on_message_complete(self) -> None:
-        """The request is whole. A probe that waited for that is answered."""
+        """The request is complete. Answers a probe that waited for this."""
         self.asked_at = self.loop.time()
         self._outgoing.still_coming = False
         super().on_message_complete()
         if self._probe is not None:
             (cycle, app), self._probe = self._probe, None
-            # It waits for nothing, so that it ends here; a task would begin after those of all others.
+            # It awaits nothing, so it finishes here; a task would start after all other tasks.
             with suppress(StopIteration):
                 cycle.run_asgi(app).send(None)
 
@@ -249,8 +249,9 @@ class PunctualProtocol(HttpToolsProtocol):
             of_a_request.reset(before)
 
     def _careful(self, cycle: Any, app: Asgi) -> Any:
-        """`app`, whose answers end the connection when they come before the end of the body, and which goes on when the
-        client has taken what was sent: what waits for one that does not read is a block and not three.
+        """`app`, with two changes: a response that starts before the end of the body closes the connection, and after
+        each send it waits until the client has read enough, so that one block is buffered for a slow client and not
+        three.
         """
 
         async def called(scope: Scope, receive: Receive, send: Send) -> None:
@@ -267,28 +268,28 @@ class PunctualProtocol(HttpToolsProtocol):
 
     @property
     def rank(self) -> int:
-        """See Waiting."""
+        """See WaitingConnection."""
         if self.cycle is None or self.cycle.response_complete:
             return IDLE
         return SENDING if self.cycle.more_body else WORKING
 
     def drop(self) -> None:
-        """See Waiting."""
+        """See WaitingConnection."""
         self.transport.abort()
 
     def shutdown(self) -> None:
-        """As uvicorn's; nobody is waited for whose answer was sent."""
+        """As uvicorn's, but a connection that only lingers, its response sent, is closed at once."""
         if self._outgoing.lingers:
             self.transport.abort()
         else:
             super().shutdown()
 
     def watch_sending(self, now: float) -> None:
-        """Once a second: cut off a client that leaves its answer lying."""
+        """Called once a second: disconnect a client that does not read its response."""
         unsent_bytes = self.transport.get_write_buffer_size()
         since, then_bytes = self._unsent
         moved = not unsent_bytes or unsent_bytes > then_bytes or then_bytes - unsent_bytes >= SEND_BYTES
-        if moved:  # more than before: the application was let go on, which it is when nearly all was taken
+        if moved:  # more than before: the application was resumed, which happens when nearly all was sent
             self._unsent = (now, unsent_bytes)
         elif now - since > SEND_SECONDS:
             self.transport.abort()
@@ -306,6 +307,6 @@ class PunctualProtocol(HttpToolsProtocol):
 
 
 async def _full(scope: Scope, receive: Receive, send: Send) -> None:
-    """The application of those for whom there was no room."""
+    """The application for connections that found no room."""
     del scope, receive
     await send_refusal(send, FULL)

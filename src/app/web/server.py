@@ -1,8 +1,8 @@
-"""Serving: uvicorn with our limits, and a stop that lets running work come to its next safe point.
+"""The server: uvicorn with our limits, and a shutdown that lets running jobs reach their next safe point.
 
-Invariants: from the stop signal on /ready answers 503 and no run starts, while requests are still answered until
-running jobs have ended or their share of the grace has passed; a second signal ends the waiting; the process then
-ends with the signal's own status.
+Invariants: from the stop signal on, /ready answers 503 and no run starts; requests are still answered until running
+jobs have ended or their share of the grace period is over. A second signal ends the waiting. The process then ends with
+the signal's own status.
 """
 
 import asyncio
@@ -27,17 +27,17 @@ from app.web.protocol import PunctualProtocol
 
 LINGER_SECONDS = 0.5
 CONNECTIONS = 2000
-# asyncio accepts so many in one turn of the event loop: few, so that room is made before descriptors run out.
+# asyncio accepts up to this many in one loop iteration: few, so that room is made before descriptors run out.
 ACCEPTED_AT_ONCE = 16
 BACKLOG = 2048
 TICKS_A_SECOND = 10
 OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-CANNOT_LISTEN = 3  # uvicorn's own status
+CANNOT_LISTEN = 3  # uvicorn's own exit status
 log = logging.getLogger(__name__)
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which goes on answering while jobs come to their end. See `serve`."""
+    """uvicorn's server, which keeps answering requests while jobs finish. See `serve`."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class DrainingServer(uvicorn.Server):
         self._asked = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins the stop; the next one ends the waiting."""
+        """The first signal starts the shutdown; the next one ends the waiting."""
         super().handle_exit(sig, frame)
         if not self._signal:
             self._signal = sig
@@ -68,7 +68,7 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; then the port of the probes, and a queue as long as the kernel allows."""
+        """As uvicorn's, plus the port of the probes and the longest listen queue that the kernel allows."""
         asyncio.get_running_loop().set_exception_handler(self._told)
         await super().startup(sockets)
         if self._health_port is not None:
@@ -96,13 +96,15 @@ class DrainingServer(uvicorn.Server):
         try:
             server = await loop.create_server(protocol, self.config.host, port, backlog=ACCEPTED_AT_ONCE)
         except OSError as error:
-            log.error("HEALTH_PORT=%d cannot be listened on: %s", port, error.strerror)  # noqa: TRY400 - says it all
+            log.error("HEALTH_PORT=%d cannot be listened on: %s", port, error.strerror)  # noqa: TRY400 - enough
             await self.lifespan.shutdown()
             sys.exit(CANNOT_LISTEN)
         self.servers.append(server)
 
     def _told(self, loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
-        """asyncio tells of each connection that it cannot accept, with a traceback: thousands of them a second."""
+        """asyncio reports each connection that it cannot accept with a traceback: thousands a second. Log one line
+        instead.
+        """
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in OUT_OF:
             log.warning("no connection can be accepted: %s", error.strerror)
@@ -111,7 +113,7 @@ class DrainingServer(uvicorn.Server):
             loop.default_exception_handler(dict(context))
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: True when it is time to end. A tenth of all connections is looked at each time."""
+        """Called ten times a second; True when it is time to end. Each call checks a tenth of all connections."""
         now = asyncio.get_running_loop().time()
         for connection in cast("list[PunctualProtocol]", list(self.server_state.connections)):
             if (connection.descriptor - counter) % TICKS_A_SECOND == 0:
@@ -142,28 +144,30 @@ def serve(
     ask_stop: Callable[[str], None],
     busy: Callable[[], bool],
 ) -> None:
-    """Serve until a signal. Ends by raising that signal again, so nothing after this call can be relied on.
+    """Serve until a signal. Ends by raising that signal again, so code after this call may never run.
 
-    At `health_port`, None for none, only probes are answered. `ask_stop` must only set flags; `busy` says whether
-    work still runs.
+    On `health_port` (None = none) only probes are answered. `ask_stop` must only set flags; `busy` says whether jobs
+    are still running.
     """
     room = ConnectionLimits(CONNECTIONS, raised_descriptors())
     config = uvicorn_config(
         app,
-        host="" if host.strip("[]") == "::" else host.strip("[]"),  # asyncio binds `::` to IPv6 alone
+        host="" if host.strip("[]") == "::" else host.strip("[]"),  # asyncio binds `::` to IPv6 only
         port=port,
         http=partial(PunctualProtocol, room),
         loop="app.web.protocol:FairEventLoop",
         lifespan="on",
         forwarded_allow_ips=list(forwarded_allow_ips),
         backlog=ACCEPTED_AT_ONCE,
-        timeout_graceful_shutdown=steps.requests,  # asyncio's, which takes fractions
+        timeout_graceful_shutdown=steps.requests,  # passed to asyncio, which accepts fractions
     )
     DrainingServer(config, room, health_port=health_port, jobs_seconds=steps.jobs, ask_stop=ask_stop, busy=busy).run()
 
 
 def raised_descriptors() -> int:
-    """How many files and connections this process may have open: enough for all connections, if the system lets it."""
+    """Raise the soft limit of open files and connections to cover all connections, as far as the system allows; the
+    limit.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * CONNECTIONS
     if soft == resource.RLIM_INFINITY or soft >= wanted:

@@ -1,4 +1,4 @@
-"""Text that all slices read from requests, or write for spreadsheets, in the same way."""
+"""Text values that all slices read from requests or write for spreadsheets in the same way."""
 
 import re
 from datetime import UTC, datetime
@@ -6,14 +6,14 @@ from urllib.parse import unquote_to_bytes
 
 from app.web.errors import Refused
 
-# A plus sign in a query string is a blank: `12:34:56+02:00` comes as `12:34:56 02:00`, which can mean nothing else.
+# A plus sign in a query string decodes to a blank: `12:34:56+02:00` arrives as `12:34:56 02:00`, which is unambiguous.
 BLANK_FOR_PLUS = re.compile(r"(.*:\d\d(?:[.,]\d+)?) (\d\d:?\d\d)", re.ASCII)
 FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"
 """A text that begins with one of these, of which the last four are wide, is a formula to some spreadsheet."""
 
 
 def check_query(query: bytes) -> None:
-    """Raises Refused for a query string that is not UTF-8: it would be read as another key, or as another filter."""
+    """Raises Refused for a query string that is not UTF-8: it would be decoded to a different key or filter."""
     try:
         unquote_to_bytes(query).decode()
     except UnicodeDecodeError:
@@ -22,8 +22,8 @@ def check_query(query: bytes) -> None:
 
 
 def instant(text: str) -> datetime:
-    """The instant in UTC of an ISO 8601 text, which is in UTC when it has no offset; digits below the microsecond are
-    rounded, as those of rows in JSON are. Raises ValueError and OverflowError.
+    """The UTC datetime of an ISO 8601 text, which is in UTC when it has no offset. Digits below the microsecond are
+    rounded, as in rows sent as JSON. Raises ValueError and OverflowError.
     """
     import msgspec
 
@@ -32,5 +32,5 @@ def instant(text: str) -> datetime:
     try:
         at: datetime = msgspec.convert(text, datetime)
     except msgspec.ValidationError:
-        at = datetime.fromisoformat(text)  # which takes dates, and times without seconds, too
+        at = datetime.fromisoformat(text)  # also accepts dates, and times without seconds
     return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
