@@ -94,7 +94,7 @@ class Project:
             at = day.end
 
     def answers(self, hour: Window, pauses: Pauses) -> bool:
-        """Whether the service can export this hour. If so, other failures do not mean that the service is down."""
+        """Whether the service responds for this hour. If so, other failures do not mean that it is down."""
         try:
             (fetched,) = self.fetch(hour, pauses, SHORT_POLICY, past_faults=True)
         except (Transient, Permanent):

@@ -216,7 +216,7 @@ class SourceRun:
         )
 
     def _service_answers(self, window: Window) -> bool:
-        """Whether the service can export another hour than this: the one it exported last, or the newest."""
+        """Whether the service responds for another hour than this: the one it returned last, or the newest."""
         start, due = window.start, self.run.pull.due_at
         records = self.run.records(Window(start - KNOWN_FOR, start)).values()
         before = next(

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from app.amplitude.events import HourLines
 
 PIECE_BYTES = 1 << 18
-KEPT_LINE_BYTES = 1 << 25  # of a line that is too large
+KEPT_LINE_BYTES = 1 << 25  # kept of a line that is too large
 OFF = "set AMPLITUDE_WEB_CLIENT_ID or AMPLITUDE_MOBILE_CLIENT_ID, with its secret key"
 
 

@@ -98,8 +98,8 @@ def build(
     )
 
 
-# Both ends of the pull: a file that the service makes now, and the rows of the objects. It is requested once per day
-# and resource, since the service takes minutes to make one.
+# Both ends of the pull: a file that the service makes now, and the rows of the objects. The file is requested once
+# per day and resource, since the service takes minutes to make one.
 
 LATER = "verify again in some minutes: the same file is asked for; APPMETRICA_POLL_TIMEOUT_SECONDS is how long to wait"
 

@@ -1,4 +1,4 @@
-"""GET requests to the one configured address of an external service. The only module that uses httpx here.
+"""GET requests to the one configured address of an external service. No other module uses httpx.
 
 Invariants: no httpx exception leaves this module; redirects are never followed, so only the configured address is
 called; no message contains a credential; a truncated body is an error, not the end of the data.

@@ -141,7 +141,7 @@ def number(value: Any) -> float | None:
 
 
 def truth(value: Any) -> bool | None:
-    """true or false in any of the services' spellings; anything else becomes None."""
+    """True or False from any of the services' spellings; anything else becomes None."""
     said = str(value).strip().lower()
     return True if said in YES else False if said in NO else None
 
@@ -152,7 +152,7 @@ def via_app(value: Any) -> bool | None:
 
 
 def record(value: Any) -> int | None:
-    """The ID of a health record; None for the value that means no record."""
+    """The number of a health record; None for the value that means no record."""
     return None if isinstance(value, bool) or str(value).strip().lower() in NO_RECORD else whole(63)(value)
 
 
