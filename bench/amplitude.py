@@ -1,6 +1,6 @@
-"""A week of Amplitude to one NDJSON entry, and its events to rows: ours beside the ordinary ways.
+"""Converts a week of Amplitude to one NDJSON entry and maps its events to rows: Headwater versus the usual ways.
 
-`uv run python bench/amplitude.py`: sizes and figures; `--way NAME` runs one way in this process.
+`uv run python bench/amplitude.py` prints sizes and timings; `--way NAME` runs one way in this process.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The mapping to the seven tables as one would write it by hand, one event at a time: what ours is compared with."""
+"""A straightforward mapping to the seven tables, one event at a time: the baseline for Headwater's mapping."""
 
 import json
 from datetime import UTC, datetime

@@ -1,12 +1,13 @@
-"""/analytics beside plain DuckDB per request over the same objects of a real S3 server, cold and warm.
+"""/analytics versus plain DuckDB per request over the same objects on a real S3 server, cold and warm.
 
     uv venv x && uv pip install -p x roapi==0.12.7 datasette==1.0a23
     PATH=$PATH:x/bin uv run python bench/analytics.py [--objects 100 1000] [--rows 200] [--clients 1 8 64] [--seconds 3]
 
 Plain DuckDB is a small asynchronous server: one connection, a cursor per request in eight threads, httpfs over a list
-of keys. With its cache it gives wrong answers while objects change, so it is shown without and with it. Datasette, over
-SQLite with the rows in it, and ROAPI, over files in its memory, are measured too where they are on the PATH; both are
-given the rows beforehand and follow no change. From 1,000 objects on only ours is asked by more than one client.
+of keys. With its cache it gives wrong answers while objects change, so it is measured both without and with it.
+Datasette, over SQLite with the rows in it, and ROAPI, over files in its memory, are measured too if they are on the
+PATH; both get the rows beforehand and do not follow changes. From 1,000 objects on, only Headwater is queried by more
+than one client.
 """
 
 import argparse

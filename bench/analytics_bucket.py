@@ -1,7 +1,7 @@
-"""A bucket of very many objects that exist by name only: `analytics_bucket.py PORT DEVICES HOURS LATENCY_MS`.
+"""An S3 server with very many objects that exist by name only: `analytics_bucket.py PORT DEVICES HOURS LATENCY_MS`.
 
-It lists hourly objects of so many devices in the form of S3, in order, and keeps what is put beside them. It checks no
-signature.
+It lists hourly objects of DEVICES devices as S3 does, in order, and stores objects that are put. It does not check
+signatures.
 """
 
 import asyncio

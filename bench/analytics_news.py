@@ -1,4 +1,4 @@
-"""What a new object costs summaries that have many: `analytics_news.py STATE BUCKET ENDPOINT KEY SECRET OBJECTS`."""
+"""Cost of a new object for summaries of many objects: `analytics_news.py STATE BUCKET ENDPOINT KEY SECRET OBJECTS`."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The servers and the load of bench/analytics.py: a bucket of objects, plain DuckDB behind HTTP, Headwater itself."""
+"""Servers and load for bench/analytics.py: a bucket of objects, plain DuckDB behind HTTP, Headwater itself."""
 
 import asyncio
 import io

@@ -1,9 +1,9 @@
-"""/analytics over a year: hourly objects of 100 devices, listed by a server that makes them up, known to the state.
+"""/analytics over a year: hourly objects of 100 devices, listed by a server that makes them up and known to the state.
 
     uv run python bench/analytics_year.py [--devices 100] [--hours 8760] [--latency-ms 50] [--data FOLDER]
 
-A year of real objects would take hours to write; what the daemon does with them after it has read each once is what is
-measured: its start, its memory, its refreshes, its four answers, and a new object. `--data` keeps what was filled in.
+Writing a year of real objects would take hours, so this measures what the daemon does after it has read each object
+once: start, memory, refreshes, its four answers, and a new object. `--data` keeps the generated state.
 """
 
 import argparse

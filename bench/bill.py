@@ -1,10 +1,11 @@
-"""The printed bill beside the requests that the store saw, and what a cap does to them.
+"""Compares the printed bill with the requests that the store received, and shows the effect of a cost cap.
 
     uv run python bench/bill.py [--devices 10] [--minutes 125]
 
-The export runs once a simulated minute against a counting S3 server; each device has a new point each time. The bill is
-read after ten minutes and compared with what the server counted. Then the same time again with MAX_MONTHLY_REQUEST_COST
-at a tenth of that bill. The state's clock is the machine's, so after each run its times are set to the simulated ones.
+The export runs once per simulated minute against a counting S3 server; each device has a new point every time. The bill
+is read after ten minutes and compared with the server's count. Then the same period runs again with
+MAX_MONTHLY_REQUEST_COST at a tenth of that bill. The state uses the machine's clock, so after each run its times are
+set to the simulated ones.
 """
 
 import argparse

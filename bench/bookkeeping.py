@@ -1,12 +1,12 @@
-"""How large the state becomes: a year of hourly windows of 1,000 devices, with the retention of the defaults.
+"""Size of the state: a year of hourly windows of 1,000 devices, with default retention.
 
     uv run python bench/bookkeeping.py [--devices 1000] [--days 365] [--record-days 14] [--asked]
 
-Each simulated day commits what a day of closing commits, 24 records a device with the sums of eight fields and what
-/analytics sums of each object; then what the reconcile forgets is forgotten, and with `--asked`, where somebody asked
-for reports, what /analytics packs is packed. Runs, request counts and totals are beside them. The size is that of the
-SQLite file after a checkpoint; `--record-days 0` shows what it would be without retention. The goal is that of 1,000
-devices, to which all but runs and request counts is scaled.
+Each simulated day commits what a day of closing commits: 24 records per device with the sums of eight fields, and the
+/analytics summary of each object. Then expired data is removed as the reconcile does, and with `--asked`, as after
+report requests, /analytics packs its data. Runs, request counts and totals are included. The size is that of the SQLite
+file after a checkpoint; `--record-days 0` shows it without retention. The goal is for 1,000 devices; everything but
+runs and request counts is scaled to that.
 """
 
 import argparse

@@ -1,9 +1,8 @@
-"""What the daemon alone holds after every job has run on the demo, and at most while every job and route is busy.
+"""Memory of the daemon after every job has run on the demo, and its peak while every job and route is busy.
 
 `UV_PROJECT_ENVIRONMENT=$(mktemp -d) uv run --no-dev python bench/busy.py [--seconds 30] [--half-core]`, without the
-packages of development, some of which are imported where they are found. The simulated systems are in another process,
-so what is measured is the product: resident memory as the kernel counts it, which is what a container limit counts and
-more.
+development packages, some of which are imported if present. The simulated systems run in another process, so only
+Headwater is measured: resident memory as the kernel counts it, which is at least what a container limit counts.
 """
 
 import argparse

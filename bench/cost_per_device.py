@@ -1,9 +1,9 @@
-"""What one run of `influx_to_s3` costs per device: CPU, questions, transactions, objects.
+"""Cost of one run of `influx_to_s3` per device: CPU, queries, transactions, objects.
 
 `uv run python bench/cost_per_device.py [--devices 1000] [--query-ms 15] [--put-ms 30] [--concurrency 16]`
 
-Each device has a point a minute of four fields. Phases: the first run of an hour; a run in which nothing is new; one
-with a new point of every device; one with that of a tenth of them. Source and store are stand-ins with a latency.
+Each device has one point of four fields per minute. Phases: the first run of an hour; a run without new data; one with
+a new point from every device; one with a new point from a tenth of them. Source and store are fakes with a latency.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""The CSV inbox beside pandas, Polars and DuckDB: `uv run --with polars bench/csv_inbox.py [--mb 1000]`.
+"""The CSV inbox versus pandas, Polars and DuckDB: `uv run --with polars bench/csv_inbox.py [--mb 1000]`.
 
-Master and incoming file are made from a fixed seed; every second incoming row replaces one, the others are new. Each
-way runs in a process of its own, in turns, and so does what makes the data: a child's peak memory begins with that of
-its parent. "headwater, indexed" is every merge but the first. Polars is no dependency of the product.
+Master and incoming file are generated from a fixed seed; every second incoming row replaces one, the others are new.
+Each way runs in its own process, in turns, and so does the generator: a child's peak memory starts at that of its
+parent. "headwater, indexed" is every merge but the first. Polars is not a dependency of Headwater.
 
-Before each way as much memory as it will write is written to a file and freed: on a virtual machine the first use of a
-page costs its system time ten times over, and would be charged to whichever way comes first.
+Before each way, as much memory as it will write is written to a file and freed: on a virtual machine the first use of a
+page costs ten times the system time, which would be charged to whichever way runs first.
 """
 
 import argparse

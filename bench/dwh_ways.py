@@ -1,4 +1,4 @@
-"""The ways that bench/dwh.py compares: our daemon, SQLAlchemy's ORM, Datasette, psql."""
+"""The ways compared by bench/dwh.py: Headwater's daemon, SQLAlchemy's ORM, Datasette, psql."""
 
 import csv
 import http.client

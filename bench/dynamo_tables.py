@@ -1,4 +1,4 @@
-"""A server that answers Query and Scan with pages made beforehand, for benches: what costs time is only the client.
+"""A server that answers Query and Scan with pre-rendered pages, so that a bench measures only the client.
 
 Run as `python bench/dynamo_tables.py ITEMS`; prints its port. The items are those of the reference table.
 """

@@ -1,7 +1,7 @@
 """DynamoDB to CSV: `uv run --with orjson python bench/dynamo_to_drive.py [--items 100000] [--repeat 3] [--times 4]`.
 
-Each way runs in a process of its own, in turns. CPU is that of reading alone: modules are loaded and the SDK's client
-is made before, as in a daemon, and what that took stands beside it. The floor is the bytes over HTTP and orjson. Also:
+Each way runs in its own process, in turns. CPU covers reading only: modules are loaded and the SDK's client is created
+before, as in a daemon, and that cost is printed separately. The floor is the bytes over HTTP plus orjson. Also measures
 the memory at `--times` as many items, and the read units of Query and Scan.
 """
 

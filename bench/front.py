@@ -1,9 +1,9 @@
-"""A thousand connections that say nothing, send slowly or do not read, beside 64 clients that work.
+"""Runs 1,000 connections that are idle, send slowly or do not read, alongside 64 working clients.
 
-`uv run python bench/front.py [--minutes 3] [--bad 1000] [--clients 64]`. The daemon runs as a user would run it; beside
-it a bare uvicorn application answers the same probe on the same machine in the same run. Ends with 1 when a goal is
-missed: /health within three times of the bare application, no error for the clients, flat memory and descriptors, a
-short log. Whatever else the machine does disturbs the busy daemon more than the idle application.
+`uv run python bench/front.py [--minutes 3] [--bad 1000] [--clients 64]`. The daemon runs as a user would run it; a bare
+uvicorn application answers the same probe on the same machine in the same run. Exits with 1 when a goal is missed:
+/health within three times the bare application's latency, no client errors, flat memory and descriptors, a short log.
+Other load on the machine disturbs the busy daemon more than the idle application.
 """
 
 import argparse

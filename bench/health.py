@@ -1,6 +1,6 @@
-"""What /health takes while a server is busy, asked by a process of its own: `health.py PORT SECONDS`.
+"""Latency of /health while a server is busy, measured from a separate process: `health.py PORT SECONDS`.
 
-Whoever makes the load would count its own waiting too.
+A load generator would count its own waiting as well.
 """
 
 import asyncio

@@ -1,9 +1,8 @@
-"""How soon the daemon answers and what it holds before any job has run, beside the same with everything imported first.
+"""Start-up time and memory of the daemon before any job has run, versus the same with everything imported eagerly.
 
-`uv run python bench/idle.py [--half-core]`. The clock starts with the process and stops at the first 200 of /health;
-memory is read a moment later, when the start has settled. `--half-core` lets each process run on one processor for
-50 ms of every 100 ms, which is what a container limit of half a core gives at most, where no container engine is at
-hand.
+`uv run python bench/idle.py [--half-core]`. The clock starts with the process and stops at the first 200 from /health;
+memory is read a moment later, when the start has settled. `--half-core` lets each process use one processor for 50 ms
+of every 100 ms, the most that a container limit of half a core allows, for machines without a container engine.
 """
 
 import argparse

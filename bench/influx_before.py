@@ -1,9 +1,9 @@
-"""The InfluxDB export of this checkout beside that of another one, in turns: what a change costs.
+"""The InfluxDB export of this checkout versus that of another one, in turns: the cost of a change.
 
     git worktree add --detach ../before COMMIT && (cd ../before && uv sync)
     uv run python bench/influx_before.py ../before
 
-Each checkout runs its own `bench/influx_ways.py` in its own environment, against one server with the answers ready.
+Each checkout runs its own `bench/influx_ways.py` in its own environment, against one server with pre-rendered answers.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Compare the objects of an export with the generated data, row by row; prints what was found as JSON."""
+"""Compare the objects of an export with the generated data, row by row; prints the result as JSON."""
 
 import argparse
 import json

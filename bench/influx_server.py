@@ -1,8 +1,8 @@
-"""A bench server that speaks as much of InfluxDB 2 as the compared programs ask, from bytes that are ready before.
+"""A bench server with the subset of InfluxDB 2 that the compared programs use; serves pre-rendered bytes.
 
-Rendering happens before the port is told, so nothing but handing over bytes is left for the time that is measured, and
-that in a process of its own. Rows are kept as bytes per device and bucket of two minutes; answers are chunked, with
-chunks of 4 KiB as a real server sends them, or compressed beforehand for who accepts that.
+Rendering finishes before the port is announced, so the measured time includes only sending bytes, in a separate
+process. Rows are kept as bytes per device and two-minute bucket; answers are chunked, in 4 KiB chunks as from a real
+server, or precompressed for clients that accept that.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""The InfluxDB export beside the ordinary ways, on generated data with a fixed seed.
+"""The InfluxDB export versus the usual ways, on generated data with a fixed seed.
 
-Every way reads the same bytes from a server in a process of its own, runs in a process of its own, and takes turns with
-the others. Printed are medians, and each goal beside its figure. The export's objects are compared with the generated
-data row by row.
+Every way reads the same bytes from a server in a separate process, runs in its own process, and takes turns with the
+others. Prints medians, and each goal with its measured value. The export's objects are compared with the generated data
+row by row.
 """
 
 import argparse

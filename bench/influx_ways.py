@@ -1,7 +1,7 @@
-"""The compared ways of the InfluxDB export, each run by name in a process of its own; prints what it did as JSON.
+"""The compared ways of the InfluxDB export, each run by name in its own process; prints the results as JSON.
 
-The ordinary ways are written as people write them: one query per device and hour, pandas for the computed columns,
-`to_parquet` per object. Ours is the product's own job with its state in SQLite and its objects in a directory.
+The usual ways are written as people write them: one query per device and hour, pandas for the computed columns,
+`to_parquet` per object. Headwater's way is its own job with state in SQLite and objects in a directory.
 """
 
 import argparse

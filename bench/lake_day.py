@@ -1,9 +1,9 @@
-"""What `lake_day` costs for each object, and what DuckDB costs over the objects and over the table.
+"""Cost of `lake_day` per object, and cost of DuckDB over the objects and over the table.
 
-`uv run python bench/lake_day.py [--devices 63] [--rows 60]` writes two days of hourly objects, runs the job in a
-process of its own, then asks the same three questions of both, of DuckDB alone and as reports of /analytics, and every
-engine that reads the table for the sum of each column; then a late row comes, and the job runs again. 1 when answers
-differ or a goal is missed.
+`uv run python bench/lake_day.py [--devices 63] [--rows 60]` writes two days of hourly objects and runs the job in its
+own process. Then it runs the same three queries on both, in DuckDB directly and as reports of /analytics, and asks
+every engine that reads the table for the sum of each column. Then a late row arrives and the job runs again. Exits with
+1 when answers differ or a goal is missed.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Child processes measured by the kernel, run in turns, and reduced to medians.
+"""Runs child processes in turns, measures them by the kernel's counters, and reduces the results to medians.
 
-Invariant: what is reported is the child's own `rusage` with that of the children it waited for; this process imports
-nothing large, since a child's peak memory is counted from the moment it leaves its parent.
+Invariant: the reported numbers are the child's own `rusage`, including children it waited for. This process imports
+nothing large, since a child's peak memory is counted from the moment it forks from its parent.
 """
 
 import json

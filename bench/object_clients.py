@@ -1,4 +1,4 @@
-"""Slow clients of /s3, and what /health takes meanwhile."""
+"""Slow clients of /s3, and the latency of /health meanwhile."""
 
 import asyncio
 

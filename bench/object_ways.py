@@ -1,4 +1,4 @@
-"""boto3's own ways, one a process: `object_ways.py up|down|splice ENDPOINT BUCKET FILE OFFSET`."""
+"""boto3's own ways, one per process: `object_ways.py up|down|splice ENDPOINT BUCKET FILE OFFSET`."""
 
 import sys
 

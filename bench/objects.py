@@ -1,10 +1,11 @@
-"""/s3 beside boto3's own transfer, up and down, and a patch of one byte beside get, splice and put, in turns.
+"""/s3 versus boto3's own transfer, up and down, and a one-byte patch versus get, splice and put, in turns.
 
     uv run python bench/objects.py [--mb 1024] [--repeat 5] [--slow-seconds 10]
 
-The store is SeaweedFS from its wheel, on this machine, and its own work is most of the time, alike for all ways. Ours
-is curl and the daemon together; its memory is what the daemon's peak is above the idle daemon. boto3's way is
-`upload_file` and `download_file` at their defaults. At the end 50 slow clients send and read while /health is asked.
+The store is SeaweedFS from its wheel, on this machine; its own work takes most of the time, equally for all ways.
+Headwater's way is curl and the daemon together; its memory is the daemon's peak above the idle daemon. boto3's way is
+`upload_file` and `download_file` with default settings. At the end, 50 slow clients send and read while /health is
+probed.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What the first view of the overview costs: bytes, and CPU of the server, with many partitions.
+"""Cost of the first view of the overview with many partitions: bytes, and server CPU.
 
-`uv run python bench/pages.py [--partitions 1000 100000]`. A daemon of the product, whose jobs are paused, on an SQLite
-state of 30 days: an hour an object below 10,000 partitions, a day an object from there on. Asked is what the page asks
-for when it opens on 30 days; gzip is not counted, since the daemon sends none.
+`uv run python bench/pages.py [--partitions 1000 100000]`. Runs Headwater's daemon with paused jobs on an SQLite state
+of 30 days: hourly objects below 10,000 partitions, daily objects from there on. Requests what the page requests when it
+opens on 30 days; gzip is not counted, since the daemon sends none.
 """
 
 import argparse

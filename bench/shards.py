@@ -1,9 +1,9 @@
-"""The export shared out among workers: three against one, and what a plan of many devices takes.
+"""The export split among workers: three versus one, and the cost of planning many devices.
 
 `uv run python bench/shards.py [--devices 10000] [--query-ms 15] [--put-ms 30] [--concurrency 2]`: the ratio.
 `uv run python bench/shards.py --plan 100000 [--changed 0.1]`: size, CPU and memory of one plan.
 
-Workers are real processes on a real PostgreSQL; source and store are stand-ins with a latency.
+Workers are real processes on a real PostgreSQL; source and store are fakes with a latency.
 """
 
 import argparse

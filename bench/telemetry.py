@@ -1,6 +1,6 @@
-"""Generated telemetry with a fixed seed: the same rows for the server that sends them and for the check that follows.
+"""Generated telemetry with a fixed seed: the same rows for the server that sends them and for the later check.
 
-Invariant: the points of one device and window are a function of the shape and the two numbers alone.
+Invariant: the points of one device and window depend only on the shape and the two numbers.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,11 @@
-"""One tree that the product wrote, opened by pandas, DuckDB, Polars and Spark with the calls of docs/influx_to_s3.md.
+"""One tree written by Headwater, read by pandas, DuckDB, Polars and Spark with the calls in docs/influx_to_s3.md.
 
-The tree has what ordinary trees have and readers stumble over: several days and devices, ids that look like numbers,
-nanoseconds in some objects only, fields and tags that came later, three phases at one instant, values that do not fit
-their column. Each reader must find the rows, instants, values and sums that were written; 1 when one does not.
+The tree has ordinary features that readers stumble over: several days and devices, ids that look like numbers,
+nanoseconds in some objects only, fields and tags added later, three phases at one timestamp, values that do not fit
+their column. Each reader must find the rows, timestamps, values and sums that were written; exits with 1 when one does
+not.
 
-Spark runs in an environment of its own, made by uv in a cache folder, with the Java runtime of the system.
+Spark runs in its own environment, which uv creates in a cache directory, with the system's Java runtime.
 """
 
 import argparse

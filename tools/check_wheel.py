@@ -1,7 +1,8 @@
-"""Install what a user would install and look at it: `python tools/check_wheel.py`.
+"""Install Headwater as a user would and check the result: `python tools/check_wheel.py`.
 
-Takes the steps of the Dockerfile without its engine: an empty environment, requirements.txt with hashes, then the wheel
-without its dependencies. Fails unless the packages import, the SQL is inside, and the command line answers.
+Runs the Dockerfile's steps without a container engine: an empty environment, requirements.txt with hashes, then the
+wheel without its dependencies. Fails unless the packages import, the SQL files are included, and the command line
+works.
 """
 
 import os
@@ -21,7 +22,7 @@ assert files("app").joinpath("docs", "influx_to_s3.md").is_file(), "the wheel ho
 
 
 def main() -> int:
-    """Exit status: 0 when the installed wheel works."""
+    """Exit code 0 when the installed wheel works."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _run("uv", "build", "--quiet", "--wheel", "--out-dir", str(folder), str(ROOT))
@@ -34,7 +35,7 @@ def main() -> int:
         _run(str(python), "-I", "-c", INSIDE, cwd=folder)
         if (ROOT / "src" / "app" / "__main__.py").exists():
             _run(str(python), "-I", "-m", "app", "--help", cwd=folder)
-            # a working directory with a folder and a file of the same names as packages shadows neither
+            # a directory and a file in the working directory with the names of packages must not shadow them
             (folder / "app").mkdir()
             (folder / "app" / "__init__.py").touch()
             (folder / "click.py").write_text("raise SystemExit('imported from the working directory')")

@@ -1,9 +1,9 @@
 """Pin every package exactly without a lock file: `python tools/lock.py [--upgrade | --check]`.
 
-The resolution of uv is universal (every platform, every Python that `requires-python` allows). Its result is written
-twice: packages that are not direct dependencies become `[tool.uv] constraint-dependencies` in pyproject.toml, and what
-the daemon needs at run time becomes requirements.txt with hashes, for the container. Invariant: neither names a host,
-a path or an index, so both mean the same wherever the packages come from; uv.lock itself does, and is not kept.
+uv's resolution is universal (every platform, every Python that `requires-python` allows). It is written twice: packages
+that are not direct dependencies become `[tool.uv] constraint-dependencies` in pyproject.toml, and the daemon's run-time
+packages become requirements.txt with hashes, for the container. Invariant: neither names a host, a path or an index, so
+both are valid for any package source; uv.lock does name them, and is not kept.
 """
 
 import argparse
@@ -36,7 +36,7 @@ LEAKS = re.compile(r"://|^\s*-(?!-hash=sha256:)|^\s*#", re.MULTILINE)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 when the files agree with the resolution (after writing them, unless --check)."""
+    """Exit code 0 when the files match the resolution (after writing them, unless --check)."""
     parser = argparse.ArgumentParser(description="Pin every package exactly.")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--upgrade", action="store_true", help="take the newest of what is not a direct dependency")
@@ -60,12 +60,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _agree(written: str, resolved: str) -> bool:
-    """Equal but for hashes that were added since: a project may publish further files of a version at any time."""
+    """Equal except for hashes added since: a project may publish more files of a version at any time."""
     return HASH.sub("", written) == HASH.sub("", resolved) and {*HASH.findall(written)} <= {*HASH.findall(resolved)}
 
 
 def _direct(project: Mapping[str, Any]) -> Iterator[str]:
-    """Every requirement that pyproject.toml names itself, also those to build it."""
+    """Every requirement in pyproject.toml, build requirements included."""
     yield from project["project"]["dependencies"]
     for extra in project["project"]["optional-dependencies"].values():
         yield from extra
@@ -75,7 +75,7 @@ def _direct(project: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _resolved(pyproject: str, *, keep: bool, strict: bool) -> tuple[str, str]:
-    """pyproject.toml and requirements.txt as uv resolves them; `keep` holds on to the present pins if they allow it."""
+    """pyproject.toml and requirements.txt as uv resolves them; `keep` retains the current pins where possible."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "pyproject.toml").write_text(pyproject if keep else _with_pins(pyproject, ()))
@@ -96,7 +96,7 @@ def _uv(folder: Path, *arguments: str, must_work: bool = True) -> bool:
 
 
 def _pins(lock: Mapping[str, Any], pyproject: str) -> list[str]:
-    """One requirement a package and version, with the markers of its fork where a package has several versions."""
+    """One requirement per package and version, with its fork's markers where a package has several versions."""
     direct = {re.split(r"[=\[ ;<>~!]", name, maxsplit=1)[0].lower() for name in _direct(tomllib.loads(pyproject))}
     packages = [each for each in lock["package"] if "version" in each and "registry" in each["source"]]
     versions = Counter(each["name"] for each in packages)

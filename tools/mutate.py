@@ -1,9 +1,9 @@
-"""How good the tests are as a net: change one module a little, run its tests, list the changes that no test notices.
+"""Mutation testing: change one module a little, run its tests, list the changes that no test detects.
 
     python tools/mutate.py src/app/core/runs.py --sample 20 --tests tests/ops tests/core
 
-Each change is made in a copy of the tree, so the tree itself can be edited meanwhile. What survives is a missing test
-or a change that means the same; only a reader can tell. Exit code 1 when anything survives.
+Each change is made in a copy of the tree, so the tree itself can be edited meanwhile. A surviving change is a missing
+test or an equivalent change; only a reader can tell. Exit code 1 when anything survives.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-# What takes the place of an operator.
+# The replacement of each operator.
 OPPOSITES: dict[type[ast.AST], type[ast.AST]] = {
     ast.Eq: ast.NotEq,
     ast.Lt: ast.LtE,
@@ -40,7 +40,7 @@ SECONDS_MORE = 20
 
 
 class Change(NamedTuple):
-    """The text of a module with one thing changed in it."""
+    """The source of a module with one change."""
 
     line: int
     what: str
@@ -48,7 +48,7 @@ class Change(NamedTuple):
 
 
 def changes_of(source: str) -> Iterator[Change]:
-    """Every change of what stands inside functions. Columns of the syntax tree count bytes."""
+    """Every change inside function bodies. Columns of the syntax tree count bytes."""
     lines = source.encode().splitlines(keepends=True)
     for node in _inside_functions(ast.parse(source), inside=False):
         for place, new in _of_expression(node) if isinstance(node, ast.expr) else _of_statement(node):
@@ -60,7 +60,9 @@ def changes_of(source: str) -> Iterator[Change]:
 
 
 def _inside_functions(node: ast.AST, *, inside: bool) -> Iterator[ast.expr | ast.stmt]:
-    """Without annotations, logging, texts of errors, and f-strings, whose parts have no place before Python 3.12."""
+    """Nodes inside functions, except annotations, logging, error texts, and f-strings, whose parts have no position
+    before Python 3.12.
+    """
     if inside and isinstance(node, ast.expr | ast.stmt):
         yield node
     if isinstance(node, ast.Raise | ast.JoinedStr) or (isinstance(node, ast.Expr) and _says_something(node.value)):
@@ -81,7 +83,7 @@ def _says_something(node: ast.expr) -> bool:
 
 
 def _of_expression(node: ast.expr) -> Iterator[tuple[ast.expr, str]]:
-    """What could stand there instead, in brackets, so that it stays one expression."""
+    """Replacements for an expression, in parentheses so that each stays one expression."""
     others: list[ast.expr] = []
     match node:
         case ast.Compare(left, operators, right):
@@ -125,7 +127,7 @@ def _opposite(operator: ast.AST) -> Any:
 
 
 def tests_of(root: Path, module: Path) -> list[str]:
-    """The folder of tests of the module's part, and every test elsewhere that imports the module."""
+    """The test directory of the module's package, and every test elsewhere that imports the module."""
     parts = module.relative_to(root / "src").with_suffix("").parts
     folder, line = root / "tests" / parts[1], f"from {'.'.join(parts)} import"
     elsewhere = (each for each in sorted((root / "tests").rglob("test_*.py")) if folder not in each.parents)
@@ -134,9 +136,10 @@ def tests_of(root: Path, module: Path) -> list[str]:
 
 
 def failure(tree: Path, tests: Sequence[str], marks: str, limit_seconds: float = math.inf) -> str:
-    """What the first failing test of a tree is; "" when all pass.
+    """The first failing test of a tree; "" when all pass.
 
-    They run in a forked process, which has pytest and its plugins already: to load them takes longer than most tests.
+    Tests run in a forked process, with pytest and its plugins already loaded: loading them takes longer than most
+    tests.
     """
     options = ["-x", "-q", "-n0", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-m", marks]
     options += ["-W", "ignore:Module already imported"]
@@ -148,9 +151,9 @@ def failure(tree: Path, tests: Sequence[str], marks: str, limit_seconds: float =
             os.dup2(told.fileno(), 2)
             os.chdir(tree)
             sys.path.insert(0, str(tree / "src"))
-            os.environ["PYTHONPATH"] = sys.path[0]  # of the processes that tests start
+            os.environ["PYTHONPATH"] = sys.path[0]  # for processes that tests start
             for name in [each for each in sys.modules if each.partition(".")[0] == "app"]:
-                del sys.modules[name]  # that of this environment's own tree, which imports it at the start
+                del sys.modules[name]  # loaded from this environment's own tree at start-up
             os._exit(pytest.main([*options, *tests]))
         until = time.monotonic() + limit_seconds
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
@@ -167,7 +170,7 @@ def failure(tree: Path, tests: Sequence[str], marks: str, limit_seconds: float =
 
 
 def survivors(root: Path, module: Path, changes: Sequence[Change], tests: Sequence[str], marks: str) -> int:
-    """Tell each change and what became of it; how many no test noticed."""
+    """Print each change and its result; returns how many no test detected."""
     with tempfile.TemporaryDirectory(prefix="headwater-mutate-") as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(root, tree, ignore=NOT_COPIED, symlinks=True)

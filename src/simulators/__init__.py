@@ -1,1 +1,1 @@
-"""Protocol simulators of the outside systems, shared by `python -m app demo` and the tests."""
+"""Protocol simulators of external systems, shared by `python -m app demo` and the tests."""

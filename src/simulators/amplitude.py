@@ -1,9 +1,9 @@
-"""Amplitude's Export API inside this process, as contracts/amplitude.md describes it, faults included.
+"""In-process simulator of Amplitude's Export API as described in contracts/amplitude.md, with faults.
 
-Invariants: it answers over HTTP on a loopback port; both ends of a range are included; hours that are not settled are
-left out; the same hours give the same events, in members that sort by name in another order than in time. A made event
-depends on its source, its hour and its number only, and has the shapes of the contract: nulls, members that nobody
-documented, ids beyond 2^53, a session of -1, event times long before the upload.
+Invariants: it serves HTTP on a loopback port; both ends of a range are inclusive; unsettled hours are left out; the
+same hours give the same events, in members whose names do not sort in time order. A generated event depends only on its
+source, hour and number, and has the shapes of the contract: nulls, undocumented members, ids beyond 2^53, a session of
+-1, event times long before the upload.
 """
 
 import base64
@@ -44,10 +44,10 @@ Parts = Sequence[bytes]
 
 @dataclass(frozen=True, slots=True)
 class AmplitudeFault:
-    """What a request suffers: another status, a page instead of the archive, an archive that is cut, or a wait.
+    """The fault of a request: another status, a page instead of the archive, a truncated archive, or a delay.
 
-    `spoilt`: the members of the hour are cut in the middle, inside an archive that is whole; `named`: they have this
-    name instead of one that tells their hour.
+    `spoilt`: the members of the hour are truncated inside an intact archive; `named`: they have this name instead of
+    one with their hour.
     """
 
     status: int = 200
@@ -64,8 +64,8 @@ class AmplitudeFault:
 class AmplitudeState:
     """What the simulator holds. `limit_hours`: longer ranges are refused with `limit_status`, 400 or 504.
 
-    `made` gives the members of an hour that has no events of its own in `events`. `lines` are further lines of an hour,
-    as they are. `faults`: every request for that hour suffers it, until it is taken out.
+    `made` generates the members of an hour that has no events in `events`. `lines` are additional raw lines of an hour.
+    `faults`: every request for that hour gets the fault until it is removed.
     """
 
     keys: Mapping[str, tuple[str, str]]
@@ -90,24 +90,24 @@ class AmplitudeState:
         return [part[: len(part) // 2] for part in parts] if fault and fault.spoilt else parts
 
     def fault_of(self, source: str, first: datetime, last: datetime) -> AmplitudeFault:
-        """What a request for these hours suffers: the fault of the first of them that has one."""
+        """The fault of a request for these hours: that of the first hour that has one."""
         found = (at for name, at in sorted(self.faults) if name == source and first <= at <= last)
         return next((self.faults[source, at] for at in found), AmplitudeFault())
 
 
 def packed(events: Sequence[Mapping[str, Any]]) -> Parts:
-    """Events as members: two of them, the first of two gzip streams, and an empty one."""
+    """Events as members: two with events, the first made of two gzip streams, and an empty one."""
     lines = [json.dumps(event).encode() + b"\n" for event in events]
     half, quarter = len(lines) // 2, len(lines) // 4
     first = gzip.compress(b"".join(lines[:quarter]), 6, mtime=0) + gzip.compress(
         b"".join(lines[quarter:half]), 1, mtime=0
     )
-    # Its last line has no end.
+    # The last line has no line end.
     return [first, gzip.compress(b"".join(lines[half:]).rstrip(b"\n"), 6, mtime=0), gzip.compress(b"", mtime=0)]
 
 
 def generated(events_an_hour: int) -> Callable[[str, datetime], Parts]:
-    """Hours of made events; none in the hours that divide by five, so that empty ones are seen as well."""
+    """Hours of generated events; hours divisible by five are empty, so that empty hours occur too."""
 
     def parts(source: str, hour_at: datetime) -> Parts:
         number = int(hour_at.timestamp()) // 3600
@@ -117,26 +117,26 @@ def generated(events_an_hour: int) -> Callable[[str, datetime], Parts]:
 
 
 class AmplitudeSimulator(Simulator):
-    """`state` is what it holds and what it shall suffer."""
+    """`state` is what it holds and its faults."""
 
     def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         super().__init__()
         self.state = AmplitudeState({"web": ("web-key", "web-secret"), "mobile": ("app-key", "app-secret")}, clock)
 
     def environment(self, *sources: str) -> dict[str, str]:
-        """The settings that point the product at it."""
+        """The settings that point Headwater at it."""
         pairs = {source: self.state.keys[source] for source in sources or ("web", "mobile")}
         named = {f"AMPLITUDE_{source.upper()}_CLIENT_ID": pair[0] for source, pair in pairs.items()}
         secret = {f"AMPLITUDE_{source.upper()}_SECRET_KEY": pair[1] for source, pair in pairs.items()}
         return {"AMPLITUDE_BASE_URL": self.url, **named, **secret}
 
     def add_fault(self, fault: AmplitudeFault, times: int = 1) -> None:
-        """The next `times` requests get the fault."""
+        """Give the fault to the next `times` requests."""
         with self.state.lock:
             self.state.waiting.extend([fault] * times)
 
     def respond(self, request: Request) -> Answer:
-        """The answer to any request, with the fault that waits for it."""
+        """The answer to any request, with the pending fault applied."""
         source = self._source(request.headers.get("authorization", ""))
         if source is None:
             return Answer(401, TEXT, b"")
@@ -183,7 +183,7 @@ class AmplitudeSimulator(Simulator):
 
 
 def _span(request: Request) -> tuple[datetime, datetime] | None:
-    """The first and the last hour that are asked for; None when they cannot be read."""
+    """The first and the last requested hour; None when they cannot be parsed."""
     try:
         first, last = (
             datetime.strptime(request.parameters[name] + "+0000", "%Y%m%dT%H%z") for name in ("start", "end")
@@ -194,7 +194,7 @@ def _span(request: Request) -> tuple[datetime, datetime] | None:
 
 
 def _zipped(hours: Mapping[datetime, Parts], named: str = "") -> Iterator[Piece]:
-    """A zip, made while it is sent; members by name, as the service has them."""
+    """A zip, generated while it is sent; members sorted by name, as the service does."""
     members = {
         f"{named}{number}" if named else f"{PROJECT}/{PROJECT}_{at:%Y-%m-%d}_{at.hour}#{number}.json.gz": part
         for at, parts in hours.items()
@@ -219,7 +219,7 @@ def _cut(pieces: Iterator[Piece], cut_bytes: int | None) -> Iterator[Piece]:
 
 
 class _Sink(io.RawIOBase):
-    """What a zip is written to and taken from at once."""
+    """A buffer that a zip is written to and read from at the same time."""
 
     def __init__(self) -> None:
         self._held = bytearray()
@@ -243,14 +243,14 @@ def amplitude_events(source: str, hour_at: datetime, count: int) -> Sequence[dic
 
 
 def amplitude_event(source: str, hour_at: datetime, number: int) -> dict[str, Any]:
-    """One event, as a line of an export holds it."""
+    """One event, as in a line of an export."""
     name = f"{source}:{hour_at:%Y%m%dT%H}:{number}"
     draw = random.Random(name)  # noqa: S311 - plausible, not secret
     person = draw.randrange(200)
     brand, model, family = BRANDS[person % len(BRANDS)]
     city, country, region, _ = PLACES[person % len(PLACES)]
     arrived_at = hour_at + timedelta(seconds=draw.random() * 3599)
-    # A phone that was offline hands over what it kept for days.
+    # A phone that was offline uploads its stored events days later.
     happened_at = arrived_at - timedelta(days=draw.choice((0,) * 19 + (6,)), seconds=draw.random() * 30)
     return {
         "uuid": str(uuid5(NAMESPACE_URL, name)),

@@ -1,7 +1,7 @@
 """Annotated CSV as InfluxDB 2 writes it (contracts/influxdb.md section 2), as a stream of pieces.
 
-Invariant: the pieces joined are the whole answer, to the byte; a piece holds whole rows only and says how many, so that
-a fault can be put after any row.
+Invariant: the joined pieces are byte for byte the whole answer; a piece holds whole rows only and says how many, so
+that a fault can be placed after any row.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ Result = tuple[str, Iterable[Table]]
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How the client wants its CSV; without annotations unless it asks."""
+    """The client's CSV options; no annotations unless requested."""
 
     annotations: tuple[str, ...] = ()
     delimiter: str = ","
@@ -28,7 +28,7 @@ class Dialect:
 
 
 class AnnotatedCsv:
-    """Writes results, each a name and its tables. `batch_rows` bounds the rows of a piece."""
+    """Writes results, each with a name and tables. `batch_rows` limits the rows per piece."""
 
     def __init__(self, dialect: Dialect, batch_rows: int = BATCH_ROWS) -> None:
         self._dialect = dialect
@@ -37,7 +37,7 @@ class AnnotatedCsv:
         self._special = frozenset(special)
 
     def pieces(self, results: Iterable[Result]) -> Iterator[Piece]:
-        """All results; each ends with an empty line, and no result at all is one empty line."""
+        """All results, each followed by an empty line; without any result, a single empty line."""
         none = True
         for name, tables in results:
             none = False
@@ -47,7 +47,7 @@ class AnnotatedCsv:
             yield Piece(b"\r\n")
 
     def error(self, message: str) -> bytes:
-        """The table that says, behind rows already sent, that the query failed."""
+        """The error table that follows rows already sent, reporting that the query failed."""
         known = {"datatype": ["string", "string"], "group": ["true", "true"], "default": ["", ""]}
         rows = [[f"#{name}", *known[name]] for name in self._dialect.annotations]
         rows += [["", "error", "reference"], ["", message, ""]]
@@ -67,7 +67,7 @@ class AnnotatedCsv:
                 yield from self._rows(name, number, one.columns, data)
 
     def _head(self, name: str, one: Table, empty_number: int | None) -> bytes:
-        """Annotations and names; an empty table has its number and its key in the defaults."""
+        """Annotations and column names; an empty table has its number and group key in the defaults."""
         key = one.key_by_label() if empty_number is not None else {}
         defaults = [_text(key.get(column.label), column.kind) for column in one.columns]
         number = "" if empty_number is None else str(empty_number)
@@ -111,7 +111,7 @@ class AnnotatedCsv:
 
 
 def decimal_text(value: float) -> str:
-    """A float without exponent and without a needless `.0`; `NaN`, `+Inf`, `-Inf`."""
+    """A float without an exponent or a redundant `.0`; `NaN`, `+Inf`, `-Inf`."""
     text = repr(value)
     if "e" in text:
         return format(Decimal(text), "f")

@@ -1,7 +1,7 @@
-"""AppMetrica's Logs API inside this process, as contracts/appmetrica.md describes it, faults included.
+"""In-process simulator of AppMetrica's Logs API as described in contracts/appmetrica.md, with faults.
 
-Invariants: a file is told by the whole URL; it is there after so many questions, and for a day; rows come in another
-order for each URL; at most three files of an application are being made.
+Invariants: a file is identified by the whole URL; it is ready after a number of requests, and kept for a day; each URL
+has its own row order; at most three files per application are being made.
 """
 
 import csv
@@ -37,7 +37,7 @@ Rows = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class AppMetricaFault:
-    """What one request suffers: another status, no answer (`cut`), or a file that ends in the middle (`half`)."""
+    """The fault of one request: another status, no answer (`cut`), or a truncated file (`half`)."""
 
     status: int = 200
     body: bytes = b""
@@ -48,7 +48,7 @@ class AppMetricaFault:
 
 @dataclass(slots=True)
 class Build:
-    """A file that is being made, or lies there."""
+    """A file that is being made or is ready."""
 
     questions: int = 0
     made_at: datetime | None = None
@@ -56,11 +56,11 @@ class Build:
 
 @dataclass(slots=True)
 class AppMetricaState:
-    """What the simulator holds. `rows(hour)`: what was received in an hour; `questions`: as many as a file takes.
+    """What the simulator holds. `rows(hour)`: rows received in an hour; `questions`: requests until a file is ready.
 
-    `least_parts`: fewer are refused; `unknown`: columns that it refuses; `others`: files that others have in the queue.
-    `columns`: those of a file, of those that were asked for. `lines`: further lines of an hour, as they are; a lone
-    surrogate in a row stands for a byte that is not text. `faults`: every question that holds that hour suffers it.
+    `least_parts`: fewer parts are refused; `unknown`: columns that it refuses; `others`: files of other users in the
+    queue. `columns`: the file's columns, out of the requested ones. `lines`: additional raw lines of an hour; a lone
+    surrogate in a row stands for an invalid UTF-8 byte. `faults`: every request that includes the hour gets the fault.
     """
 
     clock: Callable[[], datetime]
@@ -82,7 +82,7 @@ class AppMetricaState:
 
 
 def generated(application_id: int, events_an_hour: int) -> Callable[[datetime], Rows]:
-    """Hours of made events; none in the hours that divide by seven."""
+    """Hours of generated events; hours divisible by seven are empty."""
 
     def rows(hour_at: datetime) -> Rows:
         number = int(hour_at.timestamp()) // 3600
@@ -92,14 +92,14 @@ def generated(application_id: int, events_an_hour: int) -> Callable[[datetime], 
 
 
 class AppMetricaSimulator(Simulator):
-    """`state` is what it holds and what it shall suffer."""
+    """`state` is what it holds and its faults."""
 
     def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         super().__init__()
         self.state = AppMetricaState(clock)
 
     def environment(self) -> dict[str, str]:
-        """The settings that point the product at it."""
+        """The settings that point Headwater at it."""
         return {
             "APPMETRICA_BASE_URL": self.url,
             "APPMETRICA_API_KEY": self.state.token,
@@ -108,12 +108,12 @@ class AppMetricaSimulator(Simulator):
         }
 
     def add_fault(self, fault: AppMetricaFault, times: int = 1) -> None:
-        """The next `times` requests get the fault."""
+        """Give the fault to the next `times` requests."""
         with self.state.lock:
             self.state.waiting.extend([fault] * times)
 
     def respond(self, request: Request) -> Answer:
-        """The answer to any request, with the fault that waits for it."""
+        """The answer to any request, with the pending fault applied."""
         with self.state.lock:
             fault = self.state.waiting.pop(0) if self.state.waiting else self._fault_of(request)
             answer = self._answer(request, fault)
@@ -123,7 +123,7 @@ class AppMetricaSimulator(Simulator):
         return answer
 
     def _fault_of(self, request: Request) -> AppMetricaFault:
-        """What a question for these hours suffers: the fault of the first of them that has one."""
+        """The fault of a request for these hours: that of the first hour that has one."""
         if not request.path.startswith(EXPORT):
             return AppMetricaFault()
         first, last = self._span(request.parameters)
@@ -167,7 +167,7 @@ class AppMetricaSimulator(Simulator):
         return None
 
     def _made(self, request: Request, *, half: bool) -> Answer:
-        """202 until the file was asked for often enough; then the file."""
+        """202 until the file was requested often enough; then the file."""
         now = self.state.clock()
         url = f"{request.path}?{urlencode(request.parameters)}"
         build = self.state.builds.get(url)
@@ -220,7 +220,7 @@ class AppMetricaSimulator(Simulator):
 
 
 def _csv(rows: Sequence[Mapping[str, str] | bytes], columns: Sequence[str]) -> bytes:
-    """Header and rows; the last line has no end."""
+    """Header and rows; the last line has no line end."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

@@ -1,6 +1,6 @@
-"""The simulated outside systems of `python -m app demo`, and the environment that points the product at them.
+"""The simulated systems of `python -m app demo`, and the environment that points Headwater at them.
 
-Invariant: the demo reads none of the user's settings but where to listen, what to log and where data goes, so it can
+Invariant: of the user's settings the demo reads only the listen address, the logging and the data directory, so it can
 never touch a real system.
 """
 
@@ -27,13 +27,15 @@ KEPT = ("HOST", "PORT", "LOG_LEVEL", "LOGGING_LEVEL", "LOG_FORMAT", "API_KEYS", 
 
 @contextmanager
 def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str, str]]:
-    """Start the simulators with some hours of data, `live` with more each few seconds; the demo's whole environment."""
-    folder = Path(environ.get("DATA_DIR") or "data") / "demo"  # beside the real data, never among it
+    """Start the simulators with some hours of data, with `live` adding more every few seconds; yields the whole demo
+    environment.
+    """
+    folder = Path(environ.get("DATA_DIR") or "data") / "demo"  # next to the real data, never inside it
     began = began_at(folder / "began", datetime.now(UTC))
     with ExitStack() as running:
 
         def fill(writer: Writer) -> None:
-            """Write the backlog, and what comes up later from a thread where the demo is live."""
+            """Write the backlog, and in a live demo also start a thread that writes new data."""
             writer.write()
             if live:
                 running.callback(writer.close)
@@ -50,8 +52,8 @@ def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str
 
 
 def began_at(path: Path, now: datetime) -> datetime:
-    """The oldest instant of the simulated data: as in the last demo here, so that it finds what it exported again, or
-    some hours ago in the first one and long after the last.
+    """The oldest timestamp of the simulated data. It is that of the last demo here, so that the demo finds its earlier
+    exports; in the first demo, and long after the last one, it is some hours ago.
     """
     oldest_seconds = int((now - timedelta(hours=BACKLOG_HOURS)).timestamp())
     fresh = datetime.fromtimestamp(oldest_seconds // WINDOW_SECONDS * WINDOW_SECONDS, UTC)
@@ -67,8 +69,8 @@ def began_at(path: Path, now: datetime) -> datetime:
 
 
 def _telemetry(running: ExitStack, fill: Fill, began: datetime) -> Mapping[str, str]:
-    """Devices that write to InfluxDB; windows of ten minutes and a run each five seconds, so that a newcomer sees rows
-    land, settle and close.
+    """Devices that write to InfluxDB. Ten-minute windows and a run every five seconds, so that a newcomer sees rows
+    arrive, settle and close.
     """
     influx = running.enter_context(InfluxSimulator())
     fill(TelemetryWriter(influx.write, fleet(DEVICES), oldest_ns=int(began.timestamp()) * NS))
@@ -87,7 +89,7 @@ def _telemetry(running: ExitStack, fill: Fill, began: datetime) -> Mapping[str, 
 def _ship(running: ExitStack, fill: Fill, began: datetime, kept: Path) -> Mapping[str, str]:
     """A ship that writes to DynamoDB, and a shared drive for its hours.
 
-    The other systems generate the same data each time; what is on the drive, the product has put there, so it is kept.
+    The drive's content is kept, since Headwater put it there; the other systems generate the same data each time.
     """
     dynamo = running.enter_context(DynamoSimulator([DynamoTable(SHIP_TABLE, SHIP_KEY, ("S", "S"))]))
     drive = running.enter_context(DriveSimulator(folder=kept))
@@ -107,7 +109,7 @@ def _ship(running: ExitStack, fill: Fill, began: datetime, kept: Path) -> Mappin
 
 
 def _product_events(running: ExitStack) -> Mapping[str, str]:
-    """Two services that collect product events; their hours are due later than those of others, as in the real ones."""
+    """Two services that collect product events; as with the real ones, their hours are due later than others."""
     web = running.enter_context(amplitude.AmplitudeSimulator())
     web.state.made = amplitude.generated(EVENTS_AN_HOUR)
     mobile = running.enter_context(appmetrica.AppMetricaSimulator())
@@ -123,7 +125,7 @@ def _product_events(running: ExitStack) -> Mapping[str, str]:
 
 
 def _inbox(fill: Fill, folder: Path) -> Mapping[str, str]:
-    """CSV files, and a configuration of its own, so that a config.json in the working directory is left alone."""
+    """CSV files and a separate configuration, so that a config.json in the working directory stays untouched."""
     files = CsvWriter(folder / "csv_inbox")
     files.write()
     fill(files)

@@ -1,7 +1,7 @@
-"""What the devices, the ship and the people of the demo produce, and the writers that keep it coming.
+"""Data that the devices, the ship and the users of the demo produce, and the writers that keep adding to it.
 
-Invariant: all of it is a pure function of seed, number and time: the same whatever range is asked for, in however many
-steps, by whichever demo. The shapes are those of mapping.md.
+Invariant: all data is a pure function of seed, number and time: the same for any range, any number of steps and any
+demo. The shapes are those of mapping.md.
 """
 
 import heapq
@@ -26,10 +26,10 @@ BLOCK_NS = 600 * NS
 DAY_NS = 86_400 * NS
 SINE_NS = 6 * 3600 * NS
 MASK = 2**64 - 1
-GAP_BLOCKS = 24  # one block of ten minutes in so many is not measured at all
-HELD_BLOCKS = 30  # one in so many is held back and arrives whole, minutes after its end
-LATE_SAMPLES = 250  # one sample in so many arrives late by itself
-FINE_SAMPLES = 97  # one in so many has a time to the nanosecond
+GAP_BLOCKS = 24  # one ten-minute block in this many has no data at all
+HELD_BLOCKS = 30  # one block in this many is held back and arrives whole, minutes after its end
+LATE_SAMPLES = 250  # one sample in this many arrives late by itself
+FINE_SAMPLES = 97  # one sample in this many has a timestamp with nanoseconds
 MAX_LATE_NS = 15 * 60 * NS
 TYPES = ("bulb", "heater", "pump", "sensor")
 LOCATIONS = ("Plant-A", "Plant-B", "Plant-C")
@@ -37,7 +37,7 @@ LOCATIONS = ("Plant-A", "Plant-B", "Plant-C")
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device; `number` counts from 1 and names it."""
+    """One device; `number` starts at 1 and is part of its name."""
 
     number: int
     seed: int = 0
@@ -49,7 +49,7 @@ class Device:
 
     @property
     def tags(self) -> tuple[tuple[str, str], ...]:
-        """All tags, in order of their names."""
+        """All tags, sorted by name."""
         return (
             ("device_id", self.device_id),
             ("device_type", TYPES[(self.number - 1) % len(TYPES)]),
@@ -60,7 +60,7 @@ class Device:
 
     @property
     def series(self) -> str:
-        """Measurement and tags as line protocol writes them; no value here needs an escape."""
+        """Measurement and tags in line protocol; no value here needs escaping."""
         return ",".join((MEASUREMENT, *(f"{name}={value}" for name, value in self.tags)))
 
 
@@ -87,7 +87,7 @@ def fleet(number: int, seed: int = 0) -> tuple[Device, ...]:
 
 
 def samples(device: Device, start_ns: int, stop_ns: int) -> Iterator[Sample]:
-    """Everything that happens in [start_ns, stop_ns), in order of time."""
+    """All samples in [start_ns, stop_ns), in time order."""
     phase = device.number * 37_000_000 % STEP_NS // 1_000_000 * 1_000_000
     first = -(-(start_ns - phase) // STEP_NS)
     for slot in range(first - 1, -(-(stop_ns - phase) // STEP_NS)):
@@ -99,7 +99,7 @@ def samples(device: Device, start_ns: int, stop_ns: int) -> Iterator[Sample]:
 def arrivals(
     devices: Sequence[Device], start_ns: int, stop_ns: int, oldest_ns: int = 0
 ) -> Iterator[tuple[Device, Sample]]:
-    """Everything that arrives in [start_ns, stop_ns) and did not happen before `oldest_ns`, in order of arrival."""
+    """All samples that arrive in [start_ns, stop_ns) with a time of at least `oldest_ns`, in order of arrival."""
     from_ns = max(oldest_ns, start_ns - MAX_LATE_NS - BLOCK_NS)
     streams = [_arriving(device, from_ns, start_ns, stop_ns) for device in devices]
     for _, _, device, sample in heapq.merge(*streams, key=lambda item: item[:2]):
@@ -143,7 +143,7 @@ def _measured(device: Device, time_ns: int, chance: int) -> tuple[float, float, 
 
 
 def _mixed(*numbers: int) -> int:
-    """64 even bits of the numbers (the finalizer of SplitMix64)."""
+    """64 uniform bits from the numbers (the finalizer of SplitMix64)."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & MASK
@@ -154,9 +154,9 @@ def _mixed(*numbers: int) -> int:
 
 
 class Writer(ABC):
-    """Writes what has come up since, each `interval_seconds` from `start` to `close`.
+    """Writes newly due data every `interval_seconds` from `start` to `close`.
 
-    Invariant: what is being written when it is closed is finished before `close` returns, and nothing follows.
+    Invariant: `close` waits for a write in progress, and nothing is written afterwards.
     """
 
     def __init__(self, interval_seconds: float) -> None:
@@ -166,15 +166,15 @@ class Writer(ABC):
 
     @abstractmethod
     def write(self) -> None:
-        """Write what has come up since the last time."""
+        """Write data that has become due since the last call."""
 
     def start(self) -> None:
-        """Begin, one interval from now, in a thread of its own."""
+        """Start a thread that first writes after one interval."""
         self._thread = Thread(target=self._run, name=type(self).__name__, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop; nothing when it does not run."""
+        """Stop; does nothing when not running."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
@@ -188,7 +188,7 @@ BATCH_LINES = 5000
 
 
 class TelemetryWriter(Writer):
-    """Gives the samples of `devices` to `store` as line protocol, in order of arrival; first all since `oldest_ns`."""
+    """Writes the samples of `devices` to `store` as line protocol, in order of arrival; first all since `oldest_ns`."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class TelemetryWriter(Writer):
         self._oldest_ns = self._done_ns = oldest_ns
 
     def write(self) -> None:
-        """Write what arrived since the last time."""
+        """Write samples that arrived since the last call."""
         now_ns = self._now_ns()
         lines = self._lines(self._done_ns, now_ns)
         while batch := list(islice(lines, BATCH_LINES)):
@@ -221,7 +221,7 @@ class TelemetryWriter(Writer):
                 yield sample.line(series[device.number])
 
 
-# Measurements under way: one partition, whole seconds, a row every two of them, numbers that may be absent.
+# Underway measurements: one partition, whole seconds, a row every two seconds, numbers that may be missing.
 SHIP_TABLE = "locness-underway-summary"
 SHIP_KEY = ("static_partition", "datetime_utc")
 EVERY_SECONDS = 2
@@ -230,7 +230,7 @@ Item = dict[str, dict[str, Any]]
 
 
 def ship_row(at: datetime, *, refined: bool = True) -> Item:
-    """The measurements at a second. A row that is not refined yet lacks the corrected values."""
+    """The measurements at a second. An unrefined row lacks the corrected values."""
     second = int(at.timestamp())
     draw = random.Random(second)  # noqa: S311 - plausible, not secret
     hours = second / 3600
@@ -246,14 +246,14 @@ def ship_row(at: datetime, *, refined: bool = True) -> Item:
     }
     if refined:
         values |= {"ph_corrected": ph - 0.01, "ph_corrected_ma": ph - 0.012, "ph_total_ma": ph - 0.002}
-    if draw.random() < 0.02:  # noqa: PLR2004 - one sensor in fifty rows gave no number
+    if draw.random() < 0.02:  # noqa: PLR2004 - a sensor gives no number in one of fifty rows
         values.pop("rho_ppb")
     item: Item = {name: {"N": f"{value:.6f}".rstrip("0").rstrip(".")} for name, value in values.items()}
     return {"static_partition": {"S": "data"}, "datetime_utc": {"S": f"{at:%Y-%m-%dT%H:%M:%SZ}"}, **item}
 
 
 class ShipWriter(Writer):
-    """Puts the rows measured since `oldest_at` into the table; its newest ones are written over as they are refined."""
+    """Puts the rows measured since `oldest_at` into the table; overwrites the newest ones as they are refined."""
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ class ShipWriter(Writer):
         self._next_at = oldest_at.replace(microsecond=0, second=oldest_at.second // EVERY_SECONDS * EVERY_SECONDS)
 
     def write(self) -> None:
-        """Write what was measured since the last time, and refine the rows before."""
+        """Write measurements since the last call, and refine earlier rows."""
         since, now = self._next_at, self._clock()
         new = []
         while self._next_at <= now:
@@ -280,14 +280,14 @@ class ShipWriter(Writer):
         self._put(SHIP_TABLE, [ship_row(at, refined=at not in fresh) for at in (*before, *new)])
 
 
-# Files for the inbox: some rows known and some new, and now and then a bad file.
+# Files for the inbox: some rows known, some new, and now and then an invalid file.
 CSV_HEAD = "cluster_name,id,name,value"
 CSV_ROWS = 6
 BAD_EACH = 8
 
 
 def csv_content(number: int) -> str:
-    """File `number`: half of its rows have the keys of the file before; each eighth lacks the key."""
+    """File `number`: half of its rows have the keys of the previous file; every eighth file lacks the key column."""
     if number % BAD_EACH == BAD_EACH - 1:
         return f"id,name\n{number:04d},no key\n"
     first = number * CSV_ROWS // 2
@@ -298,7 +298,7 @@ def csv_content(number: int) -> str:
 
 
 class CsvWriter(Writer):
-    """Writes one more file into `folder` each time; a file appears under its name only when it is whole."""
+    """Adds one file to `folder` per write; a file gets its name only when it is complete."""
 
     def __init__(self, folder: Path, interval_seconds: float = 7.0) -> None:
         super().__init__(interval_seconds)

@@ -1,8 +1,9 @@
-"""A Google Drive that runs inside this process: one shared drive, one My Drive, its own sign-in, faults included.
+"""In-process Google Drive simulator: one shared drive, one My Drive, its own sign-in, with faults.
 
 Invariants: the real client library talks to it unmodified over HTTP, as contracts/google-drive.md describes Drive v3;
-what it does not understand it refuses. Without the flags for shared drives their files do not exist; a service account
-owns no storage, so it can create on shared drives only; a fault strikes one request and is spent.
+it refuses what it does not understand. Without the shared-drive flags, files on shared drives are invisible; a service
+account owns no storage, so it can create files on shared drives only; a fault applies to one request and is then used
+up.
 """
 
 import json
@@ -31,7 +32,7 @@ Store = Callable[[Mapping[str, Any], bytes], Answer]
 
 @dataclass(slots=True)
 class Session:
-    """An upload under way. `store` makes the file when all is here; `done` is its answer then."""
+    """An upload in progress. `store` creates the file when all bytes have arrived; `done` is the final answer."""
 
     metadata: Mapping[str, Any]
     store: Store
@@ -49,7 +50,7 @@ class Uploads:
         self._lock = Lock()
 
     def begin(self, url: str, metadata: Mapping[str, Any], store: Store) -> Answer:
-        """Open a session; its address is the answer's Location."""
+        """Open a session; its URL is in the answer's Location header."""
         with self._lock:
             upload_id = f"xa{next(self._numbers)}"
             self._sessions[upload_id] = Session(metadata, store)
@@ -61,7 +62,7 @@ class Uploads:
             self._sessions.clear()
 
     def piece(self, request: Request) -> Answer:
-        """A piece, or the question how much is here."""
+        """Take a piece, or report how many bytes have arrived."""
         with self._lock:
             session = self._sessions.get(request.parameters["upload_id"])
             if session is None:
@@ -84,7 +85,7 @@ class Uploads:
 
 
 def parts_of(request: Request) -> tuple[Mapping[str, Any], bytes]:
-    """Metadata and content of a multipart request, with either line end. Raises ValueError."""
+    """Metadata and content of a multipart request, with CRLF or LF. Raises ValueError."""
     boundary = re.search(r'boundary="?([^";]+)"?', request.headers.get("content-type", ""))
     if boundary is None:
         raise ValueError("no boundary")
@@ -96,9 +97,9 @@ def parts_of(request: Request) -> tuple[Mapping[str, Any], bytes]:
 
 @dataclass(frozen=True, slots=True)
 class DriveFault:
-    """What one request suffers: a refusal instead of its effect, or after it (`after`), or no answer at all (`cut`).
+    """The fault of one request: an error instead of its effect, an error after it (`after`), or no answer (`cut`).
 
-    It comes `stall_seconds` late; with `after`, the effect is there before that.
+    The answer is delayed by `stall_seconds`; with `after`, the effect happens before the delay.
     """
 
     status: int = 500
@@ -113,7 +114,7 @@ class DriveFault:
 
 @dataclass(slots=True)
 class DriveState:
-    """What the simulator is made of. `my_drive` and `shared_drive`: ids of root folders. `full`: no quota is left."""
+    """The simulator's configuration. `my_drive` and `shared_drive`: ids of root folders. `full`: no quota is left."""
 
     files: Files
     tokens: Tokens
@@ -131,7 +132,7 @@ class DriveState:
     lock: Lock = field(default_factory=Lock)
 
     def take(self, what: str) -> DriveFault | None:
-        """The fault that waits for `METHOD path`, now spent."""
+        """Remove and return the pending fault for `METHOD path`."""
         with self.lock:
             self.asked.append(what)
             for number, (fault, pattern) in enumerate(self.waiting):
@@ -151,7 +152,7 @@ class DriveRefusal(Exception):
 
 
 def refusal(fault: DriveFault) -> Answer:
-    """The error in Google's older or newer style, or the page of a proxy."""
+    """The error in Google's older or newer style, or a proxy's error page."""
     if fault.html:
         return Answer(fault.status, {"Content-Type": "text/html"}, b"<html><title>Error</title></html>")
     error: dict[str, Any] = {"code": fault.status, "message": fault.message}
@@ -168,7 +169,7 @@ def refusal(fault: DriveFault) -> Answer:
 
 
 class DriveSimulator(Simulator):
-    """`state` is what it holds and what it shall suffer. Files stay in `folder` for the next one; None = they end."""
+    """`state` is its configuration and faults. Files stay in `folder` for the next simulator; None = not kept."""
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class DriveSimulator(Simulator):
         self._add_folder(self.folder_id, self.state.shared_drive, self.state.shared_drive)
 
     def add_fault(self, fault: DriveFault, when: str = "", times: int = 1) -> None:
-        """The next `times` requests whose `METHOD path` has the pattern `when` in it get the fault."""
+        """Give the fault to the next `times` requests whose `METHOD path` contains the pattern `when`."""
         with self.state.lock:
             self.state.waiting.extend([(fault, when)] * times)
 
@@ -194,7 +195,7 @@ class DriveSimulator(Simulator):
         return list(self.state.files.matching(lambda file: file.name == name and not file.trashed))
 
     def contents(self) -> dict[str, bytes]:
-        """Name -> content of every file that is not in the trash. Raises ValueError when a name is there twice."""
+        """Name -> content of every file that is not in the trash. Raises ValueError for a duplicate name."""
         found = list(self.state.files.matching(lambda file: file.is_binary and not file.trashed))
         by_name = {file.name: file.content for file in found}
         if len(by_name) != len(found):
@@ -207,7 +208,7 @@ class DriveSimulator(Simulator):
             self.state.files.add(of)
 
     def respond(self, request: Request) -> Answer:
-        """The answer, with the fault that waits for it. Raises CutHere to end the connection without one."""
+        """The answer, with the pending fault applied. Raises CutHere to close the connection without an answer."""
         fault = self.state.take(f"{request.method} {request.path}")
         if fault is None:
             return self._answer(request)
@@ -381,7 +382,7 @@ class DriveSimulator(Simulator):
             raise DriveRefusal(403, "storageQuotaExceeded", "The user's Drive storage quota has been exceeded.")
 
     def _visible(self, parameters: Mapping[str, str], file_id: str) -> StoredFile:
-        """The file, for who may see it and says that shared drives are meant."""
+        """The file, if the caller may see it and set the shared-drive flags."""
         file = self.state.files.held.get(self.state.my_drive if file_id == "root" else file_id)
         hidden = (
             file is not None and file.drive_id and (self.state.revoked or not _flag(parameters, "supportsAllDrives"))
@@ -407,7 +408,7 @@ def _json_answer(document: Mapping[str, Any]) -> Answer:
 TEXT = r"'((?:[^'\\]|\\.)*)'"
 TERMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], StoredFile], bool]], ...] = (
     (re.compile(rf"name\s*=\s*{TEXT}"), lambda found, file: file.name == _plain(found[1])),
-    # of names, `contains` looks at the beginning of words only; the beginning of the name is what is asked here
+    # for names, `contains` matches prefixes of words only; here it matches the prefix of the whole name
     (re.compile(rf"name\s+contains\s+{TEXT}"), lambda found, file: file.name.startswith(_plain(found[1]))),
     (re.compile(rf"{TEXT}\s+in\s+parents"), lambda found, file: file.parent == _plain(found[1])),
     (re.compile(r"trashed\s*=\s*(true|false)"), lambda found, file: file.trashed == (found[1] == "true")),
@@ -421,7 +422,7 @@ Holds = Callable[[StoredFile], bool]
 
 
 def parse_query(query: str) -> Holds:
-    """What the query asks of a file. Raises ValueError for anything else than terms joined by `and`."""
+    """The predicate of a query. Raises ValueError for anything but terms joined by `and`."""
     asked: list[Holds] = []
     position = len(query) - len(query.lstrip())
     while position < len(query):

@@ -1,8 +1,8 @@
-"""What the Google Drive simulator holds: files by id, on shared drives and in My Drive, names as often as you like.
+"""Files of the Google Drive simulator: files by id, on shared drives and in My Drive; names need not be unique.
 
-Invariants: an id is used once, also after its file is gone; every change of content makes a new head revision, every
-change at all a greater version. Safe from any thread under `lock`. With a folder to keep them in, all of this holds
-over the ends of processes too, however they end: the service that is simulated outlives its callers as well.
+Invariants: an id is never reused, even after its file is deleted; every content change creates a new head revision,
+every change a higher version. Thread-safe under `lock`. With a folder, all of this survives process restarts and
+crashes, just as the real service outlives its callers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -39,11 +39,11 @@ class StoredFile:
 
     @property
     def is_binary(self) -> bool:
-        """False for what has no content to download: Google's own types."""
+        """False for Google's own types, which have no downloadable content."""
         return not self.mime_type.startswith(GOOGLE_TYPES)
 
     def to_json(self) -> dict[str, Any]:
-        """As the API tells it, every field."""
+        """The API's JSON, with every field."""
         told: dict[str, Any] = {
             "kind": "drive#file",
             "id": self.file_id,
@@ -68,7 +68,7 @@ class StoredFile:
 
 
 class Files:
-    """All files. `used` are ids that were ever a file's. Each is kept in a file of `folder`; None = nowhere."""
+    """All files. `used` holds every id that was ever a file's. Each file is saved in `folder`; None = not saved."""
 
     def __init__(self, clock: Callable[[], datetime], folder: Path | None = None) -> None:
         self.lock = RLock()
@@ -76,18 +76,18 @@ class Files:
         self.used: set[str] = set()
         self._clock = clock
         self._folder = folder
-        # By the time, where there were processes before: ids that they handed out may be asked for still.
+        # Start from the time, so that ids handed out by earlier processes, which may still be in use, do not repeat.
         self._numbers = count(1 if folder is None else int(clock().timestamp() * 1000))
         if folder is not None:
             self._recall(folder)
 
     def new_id(self) -> str:
-        """An id that nothing has."""
+        """An unused id."""
         with self.lock:
             return f"1demo{next(self._numbers):028d}"
 
     def add(self, file: Mapping[str, Any], content: bytes = b"") -> StoredFile:
-        """A new file of id, name, parent, drive_id, mime_type and properties. Raises KeyError for a used id."""
+        """A new file from id, name, parent, drive_id, mime_type and properties. Raises KeyError for a used id."""
         with self.lock:
             if file["id"] in self.used:
                 raise KeyError(file["id"])
@@ -109,7 +109,7 @@ class Files:
             return made
 
     def change(self, file_id: str, **changes: Any) -> StoredFile:
-        """The file with changes; new content is a new head revision. With a folder, what is in it goes to the trash."""
+        """The changed file; new content makes a new head revision. Trashing a folder also trashes its content."""
         with self.lock:
             if "trashed" in changes:
                 for child in [each.file_id for each in self.held.values() if each.parent == file_id]:
@@ -122,7 +122,7 @@ class Files:
             return changed
 
     def delete(self, file_id: str) -> None:
-        """For good; the id stays used."""
+        """Delete permanently; the id stays used."""
         with self.lock:
             self._hold(file_id, None)
 
@@ -133,7 +133,7 @@ class Files:
         yield from sorted(found, key=lambda file: (file.created_at, file.version))
 
     def _hold(self, file_id: str, file: StoredFile | None) -> None:
-        """What the id stands for from now on; None = the file is gone."""
+        """Set the file of an id; None = deleted."""
         if self._folder is not None:
             kept = self._folder / f"{sha256(file_id.encode()).hexdigest()}.json"
             part = kept.with_suffix(".part")

@@ -1,7 +1,7 @@
-"""A DynamoDB that runs inside this process, for the demo: tables with keys, Query, Scan, BatchWriteItem.
+"""In-process DynamoDB simulator for the demo: tables with keys, Query, Scan, BatchWriteItem.
 
-Invariants: it speaks the JSON 1.0 protocol of contracts/dynamodb.md to the unmodified SDK; a page ends by what was read
-and not by what a filter let through; what it does not understand it refuses.
+Invariants: it speaks the JSON 1.0 protocol of contracts/dynamodb.md to the unmodified SDK; page size is counted before
+the filter; it refuses what it does not understand.
 """
 
 import json
@@ -21,7 +21,7 @@ Holds = Callable[[Item], bool]
 
 
 class NotUnderstood(Exception):
-    """The expression is none of those that are spoken here."""
+    """The expression is not supported."""
 
 
 @dataclass(slots=True)
@@ -86,7 +86,7 @@ class Expression:
 
 
 def condition(text: str, request: Mapping[str, Any]) -> Holds:
-    """What an expression asks of an item. Raises NotUnderstood."""
+    """The predicate of an expression. Raises NotUnderstood."""
     tokens, position, end = [], 0, len(text.rstrip())
     while position < end:
         found = TOKEN.match(text, position)
@@ -108,14 +108,14 @@ COMPARED: Mapping[str, Callable[[Any, Any], bool]] = {
 
 
 def sortable(value: Mapping[str, Any]) -> Any:
-    """A key's value as it is ordered: numbers by size, text by its bytes."""
+    """The sort key of a key's value: numbers by size, text by its bytes."""
     if "N" in value:
         return Decimal(value["N"])
     return str(value.get("S", value.get("B", ""))).encode()
 
 
 def _compare(operator: str, value: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:
-    """Values of two types are never equal, and neither is before the other."""
+    """Values of different types are never equal, and neither sorts before the other."""
     if value is None or value.keys() != other.keys():
         return False
     return COMPARED[operator](sortable(value), sortable(other))
@@ -135,7 +135,7 @@ class DynamoError(Exception):
 
 @dataclass(slots=True)
 class DynamoTable:
-    """Items by key. `key` and `types` name the key's attributes, hash first, and their letters."""
+    """Items by key. `key` and `types` are the names of the key attributes, hash key first, and their type letters."""
 
     name: str
     key: tuple[str, ...]
@@ -144,7 +144,7 @@ class DynamoTable:
     size_bytes: int = 0
 
     def put(self, item: Item) -> None:
-        """Insert or replace. Raises DynamoError when the key is missing or of another type."""
+        """Insert or replace. Raises DynamoError when the key is missing or has another type."""
         for name, letter in zip(self.key, self.types, strict=True):
             if letter not in item.get(name, {}):
                 raise DynamoError(
@@ -155,7 +155,7 @@ class DynamoTable:
         self.items[key] = item
 
     def description(self) -> dict[str, Any]:
-        """As DescribeTable tells it."""
+        """The answer of DescribeTable."""
         kinds = ("HASH", "RANGE")
         schema = [{"AttributeName": name, "KeyType": kind} for name, kind in zip(self.key, kinds, strict=False)]
         types = zip(self.key, self.types, strict=True)
@@ -178,7 +178,7 @@ class DynamoSimulator(Simulator):
         self.access_key_id = "demo"
         self.secret_access_key = "demo-secret"  # noqa: S105 - a simulator on loopback; signatures are not checked
         self.read_units = 0.0
-        self.refuses_to_go_on = ""  # the code that every page behind a first one is refused with
+        self.refuses_to_go_on = ""  # error code for every page after the first
         self._tables: dict[str, DynamoTable] = {}
         self._lock = Lock()
         for table in tables:
@@ -191,7 +191,7 @@ class DynamoSimulator(Simulator):
         }
 
     def make(self, table: DynamoTable) -> None:
-        """Make a table; one that had the name is gone."""
+        """Create a table, replacing any of the same name."""
         with self._lock:
             self._tables[table.name] = table
 
@@ -253,7 +253,7 @@ class DynamoSimulator(Simulator):
     def _page(
         self, table: DynamoTable, asked: Mapping[str, Any], found: Sequence[tuple[tuple[Any, ...], Item]]
     ) -> dict[str, Any]:
-        """What is read from the start key on, up to the page's size; the filter comes after."""
+        """Items from the start key on, up to the page size; the filter is applied afterwards."""
         start = asked.get("ExclusiveStartKey")
         if start is not None and self.refuses_to_go_on:
             raise DynamoError(self.refuses_to_go_on, "slow down")
@@ -272,13 +272,13 @@ class DynamoSimulator(Simulator):
         page: dict[str, Any] = {"Items": items, "Count": len(items), "ScannedCount": read}
         if asked.get("ReturnConsumedCapacity", "NONE") != "NONE":
             page["ConsumedCapacity"] = {"TableName": table.name, "CapacityUnits": units}
-        if full:  # whether more follows is not known then: the next page may be empty
+        if full:  # whether more follows is unknown at this point: the next page may be empty
             page["LastEvaluatedKey"] = {name: found[read - 1][1][name] for name in table.key}
         return page
 
 
 def _scattered(key: tuple[Any, ...]) -> int:
-    """An order that says nothing, as that of a scan."""
+    """A pseudo-random order, as a scan has."""
     return zlib.crc32(repr(key).encode())
 
 

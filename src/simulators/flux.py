@@ -1,7 +1,7 @@
 """Answers a Flux query from the points of one bucket.
 
-Invariant: what a server refuses before its first byte is raised before the first table is made; range and the filters
-right behind it are answered from the index (series, then bisection), so a window costs its own rows only.
+Invariant: errors that a server reports before its first byte are raised before the first table is made. The range and
+the filters directly after it are answered from the index (series, then bisection), so a window costs only its own rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ MEASUREMENT = Member("_measurement")
 
 
 def answer_flux(text: str, points: Points, bucket: str, now_ns: int) -> Iterator[Result]:
-    """(name, tables) of each result, from the points of the one bucket that there is.
+    """(name, tables) of each result, from the points of the only bucket.
 
     Raises FluxError or FluxSyntax, some of them only while tables are fetched.
     """
@@ -71,7 +71,7 @@ def _yielded(pipeline: Pipeline) -> tuple[str, Pipeline]:
 
 
 class _Run:
-    """One pipeline on its way."""
+    """One running pipeline."""
 
     def __init__(self, points: Points, bucket: str, now_ns: int) -> None:
         self._points = points
@@ -138,8 +138,8 @@ class _Run:
                     yield series, key, row
 
     def _stored(self, bounds: Bounds, predicates: Sequence[Expression]) -> Iterator[Table]:
-        """A table per series and field. Where the field's type changes from one shard of the range to another, the
-        server's cursor ends: only what stands before under the first type is there.
+        """A table per series and field. Where a field's type changes between shards of the range, the server's cursor
+        ends: only the points before that, with the first type, are returned.
         """
         found: dict[tuple[int, str], list[tuple[Series, FieldKey]]] = {}
         for series, key, _row in self._matching(bounds, predicates):
@@ -183,7 +183,7 @@ class _Run:
         return Table(columns, values, load)
 
     def _schema(self, call: Call) -> list[Table]:
-        """One sorted column `_value`; no table when there is nothing. The default start is 30 days ago."""
+        """One sorted column `_value`; no table when it would be empty. The default start is 30 days ago."""
         self._check_bucket(call)
         start = self._instant(call, "start", self._now_ns - THIRTY_DAYS_NS)
         stop = self._instant(call, "stop", self._now_ns)
@@ -207,7 +207,7 @@ SCHEMA_CALLS: Mapping[str, Callable[[Call, Mapping[str, object]], list[str]]] = 
 
 
 def _measurement(predicates: Iterable[Expression]) -> str | None:
-    """The measurement that the predicates ask for, None when they name none."""
+    """The measurement that the predicates select; None when they select none."""
     for predicate in predicates:
         if isinstance(predicate, Operation) and predicate.sign == "and":
             found = _measurement(predicate.operands)
@@ -220,7 +220,7 @@ def _measurement(predicates: Iterable[Expression]) -> str | None:
 
 
 def _never(predicate: Expression, base: Mapping[str, object]) -> bool:
-    """True when no field of the series can make the predicate true; spares looking at the fields."""
+    """True when no field of the series can satisfy the predicate; avoids checking the fields."""
     if isinstance(predicate, Operation) and predicate.sign == "and":
         return any(_never(one, base) for one in predicate.operands)
     return "_field" not in labels_of(predicate) and evaluate(predicate, base) is not True

@@ -1,8 +1,8 @@
-"""Flux source text to calls: the part of the language that pipelines are written in.
+"""Parses Flux source into calls: the subset of the language that pipelines use.
 
-Invariant: a text is understood whole or refused with `FluxSyntax`, which says where (`@line:column-line:column`);
-nothing is skipped. Strings take Flux's own escapes; an unescaped `${`, which a server would evaluate, and an
-escape right after a `$`, which its scanner does not take, are refused.
+Invariant: a text is either parsed completely or refused with `FluxSyntax`, which gives the position
+(`@line:column-line:column`); nothing is skipped. Strings use Flux's own escapes. An unescaped `${`, which a server
+would evaluate, and an escape right after a `$`, which its scanner rejects, are refused.
 """
 
 import re
@@ -44,7 +44,7 @@ WORDS = frozenset({"import", "package", "option", "and", "or", "not", "exists", 
 
 
 class FluxError(Exception):
-    """A query that failed while it ran; `code` is the platform's error code."""
+    """A query that failed while running; `code` is the platform's error code."""
 
     def __init__(self, message: str, code: str = "invalid") -> None:
         super().__init__(message)
@@ -58,7 +58,7 @@ class FluxSyntax(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A word of the text with its offsets; `kind` is a group name of `TOKEN`, or `end`."""
+    """A token of the text with its offsets; `kind` is a group name of `TOKEN`, or `end`."""
 
     kind: str
     text: str
@@ -83,14 +83,14 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """`r.label` or `r["label"]`, of whatever record."""
+    """`r.label` or `r["label"]`, on any record."""
 
     label: str
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`sign` over its operands: a comparison, `and`, `or`, `not`, `exists`, `+`, or `if` with its three parts."""
+    """`sign` applied to its operands: a comparison, `and`, `or`, `not`, `exists`, `+`, or `if` with its three parts."""
 
     sign: str
     operands: tuple["Expression", ...]
@@ -113,7 +113,7 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`name(key: value, ...)`; `where` is its place in the text, for errors."""
+    """`name(key: value, ...)`; `where` is its position in the text, for errors."""
 
     name: str
     arguments: Mapping[str, "Expression"] = field(default_factory=dict)
@@ -126,7 +126,7 @@ Pipeline = tuple[Call, ...]
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What was imported, and the pipelines in order."""
+    """The imports, and the pipelines in order."""
 
     imports: frozenset[str]
     pipelines: tuple[Pipeline, ...]
@@ -138,7 +138,7 @@ def parse_flux(text: str) -> Program:
 
 
 def tokens(text: str) -> list[Token]:
-    """The words of the text, the last one of kind `end`. Raises FluxSyntax for anything else."""
+    """The tokens of the text, the last one of kind `end`. Raises FluxSyntax for anything else."""
     found, at = [], 0
     while at < len(text):
         match = TOKEN.match(text, at)
@@ -361,7 +361,7 @@ class _Parser:
 
 
 def rfc3339(time_ns: int) -> str:
-    """`2026-02-07T12:00:00.5Z`: UTC, trailing zeros cut. Like the reader, exact: nothing passes through a float."""
+    """`2026-02-07T12:00:00.5Z`: UTC, without trailing zeros. Exact, as is the parser: no float is involved."""
     second, fraction = divmod(time_ns, NS)
     if not fraction:
         return _second(second) + "Z"
@@ -374,7 +374,7 @@ def _second(second: int) -> str:
 
 
 def parse_rfc3339(text: str) -> int:
-    """Nanoseconds of an RFC 3339 text; a date alone is its midnight, no zone is UTC. Raises ValueError."""
+    """Nanoseconds of an RFC 3339 text; a date alone means midnight, no zone means UTC. Raises ValueError."""
     found = RFC3339.fullmatch(text)
     if found is None:
         raise ValueError(f"not a time: {text!r}")

@@ -1,9 +1,8 @@
-"""Flux tables, and the transformations behind `|>`: each takes tables and gives tables.
+"""Flux tables, and the transformations after `|>`: each maps tables to tables.
 
-Invariants: every value of a group-key column is the same in all rows of a table, and no two tables of a stream have the
-same key once `merged` has seen them. Rows are held as columns, None for null, and fetched when somebody wants them. A
-step reads only the arguments that it knows and refuses the others, so that a query which this simulator would answer
-differently from a server fails instead.
+Invariants: every value of a group-key column is the same in all rows of a table, and after `merged` no two tables of a
+stream have the same key. Rows are held as columns, with None for null, and fetched on demand. A step refuses arguments
+that it does not know, so that a query which this simulator would answer differently from a server fails instead.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ Data = list[Cells]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """`kind` is the word of `#datatype`, `group` that of `#group`."""
+    """`kind` is the `#datatype` value, `group` the `#group` value."""
 
     label: str
     kind: str
@@ -53,7 +52,7 @@ class Table:
         return dict(zip((one.label for one in self.columns if one.group), self.key, strict=True))
 
     def index(self, label: str) -> int:
-        """Position of a column. Raises FluxError when there is none of that name."""
+        """Position of a column. Raises FluxError for an unknown name."""
         labels = self.labels()
         if label not in labels:
             raise FluxError(f'no column "{label}" exists')
@@ -61,12 +60,12 @@ class Table:
 
 
 def table(columns: Sequence[Column], data: Data, key: Sequence[Value | None] = ()) -> Table:
-    """A table whose rows are at hand."""
+    """A table whose rows are already loaded."""
     return Table(tuple(columns), tuple(key), lambda: data)
 
 
 def keep_columns(source: Table, keep: Callable[[str], bool]) -> Table:
-    """Without the columns that `keep` refuses; a dropped group column leaves the key too."""
+    """The table without columns that `keep` rejects; a dropped group column leaves the key too."""
     wanted = [at for at, column in enumerate(source.columns) if keep(column.label)]
     columns = tuple(source.columns[at] for at in wanted)
     key = tuple(value for label, value in source.key_by_label().items() if keep(label))
@@ -79,7 +78,7 @@ def keep_columns(source: Table, keep: Callable[[str], bool]) -> Table:
 
 
 def merged(tables: Iterable[Table]) -> list[Table]:
-    """Tables of one key become one, in the order in which the keys were met; columns are united, gaps are null."""
+    """Merge tables with the same key, in order of first occurrence; the result has all columns, with null in gaps."""
     groups: dict[object, list[Table]] = {}
     for one in tables:
         key = tuple((label, type(value), value) for label, value in sorted(one.key_by_label().items()))
@@ -132,12 +131,12 @@ def _split(columns: tuple[Column, ...], data: Data) -> Iterator[Table]:
 
 
 def take(data: Data, numbers: Sequence[int]) -> Data:
-    """The rows of these numbers."""
+    """The rows with these indices."""
     return [[cells[number] for number in numbers] for cells in data]
 
 
 def renamed(source: Table, new_label: Callable[[str], str]) -> Table:
-    """Columns under other names, as `rename` gives them. Raises FluxError when two would get the same."""
+    """Rename columns as `rename` does. Raises FluxError when two get the same name."""
     columns = tuple(replace(column, label=new_label(column.label)) for column in source.columns)
     labels = [column.label for column in columns]
     for label in labels:
@@ -158,8 +157,8 @@ class Axes:
 def pivoted(tables: Iterable[Table], axes: Axes) -> Iterator[Table]:
     """`pivot(rowKey: [row], columnKey: [column], valueColumn: value)`: one column per value of the column key.
 
-    Rows come in the order in which their row key is first met, table after table; columns that are neither group key
-    nor row key are lost. Raises FluxError when a value of the column key is the name of a column that stays.
+    Rows come in order of first occurrence of their row key, table by table; columns in neither the group key nor the
+    row key are dropped. Raises FluxError when a column key value is the name of a column that stays.
     """
     groups: dict[object, list[Table]] = {}
     for one in tables:
@@ -190,7 +189,7 @@ def _pivot_group(group: list[Table], axes: Axes) -> Iterator[Table]:
 
 
 def _spread(group: list[Table], axes: Axes) -> tuple[Cells, dict[str, tuple[str, Cells]]]:
-    """Times in the order in which they are first met, and type and cells of each field beside them."""
+    """Times in order of first occurrence, and the type and cells of each field for them."""
     loaded = [(one, one.load()) for one in group]
     times = loaded[0][1][group[0].index(axes.row)]
     are_distinct = len(set(times)) == len(times)
@@ -238,12 +237,12 @@ LOGIC: Mapping[str, Callable[[list[object]], object]] = {
 
 
 def undefined(call: Call) -> FluxError:
-    """What the compiler says of a function that it does not know."""
+    """The compiler's error for an unknown function."""
     return FluxError(f"compilation failed: error at {call.where}: undefined identifier {call.name}")
 
 
 def text_argument(call: Call, name: str, default: str | None = None) -> str:
-    """A string argument. Raises FluxError when it is missing or something else."""
+    """A string argument. Raises FluxError when it is missing or has another type."""
     value = call.arguments.get(name)
     if isinstance(value, Literal) and isinstance(value.value, str):
         return value.value
@@ -287,7 +286,7 @@ def function_argument(call: Call, name: str) -> Function:
 
 
 def applied(function: Function, value: str) -> object:
-    """What a function of a string gives for it, such as the name that `rename` asks for."""
+    """The result of applying a function to a string, such as the new name in `rename`."""
 
     def bound(expression: Expression) -> Expression:
         if expression == Name(function.parameter):
@@ -300,7 +299,7 @@ def applied(function: Function, value: str) -> object:
 
 
 def missing(call: Call, name: str) -> FluxError:
-    """What the compiler says of an argument that it cannot use."""
+    """The compiler's error for a missing or unusable argument."""
     return FluxError(f"compilation failed: error at {call.where}: missing or wrong argument {name} of {call.name}")
 
 
@@ -314,7 +313,7 @@ def labels_of(expression: Expression) -> frozenset[str]:
 
 
 def evaluate(expression: Expression, row: Mapping[str, object]) -> object:
-    """The value of a predicate for a row; None is null, and a column that is missing is null."""
+    """The value of a predicate for a row; None is null, and a missing column is null."""
     if isinstance(expression, Literal):
         return expression.value
     if isinstance(expression, Member):
@@ -349,7 +348,7 @@ Step = Callable[[Tables, Call, Bounds], Tables]
 
 
 def run_step(tables: Tables, call: Call, bounds: Bounds) -> Tables:
-    """The tables behind `|> call`. Raises FluxError for a step or an argument that is not known."""
+    """The tables after `|> call`. Raises FluxError for an unknown step or argument."""
     if call.name not in STEPS:
         raise undefined(call)
     step, known = STEPS[call.name]
@@ -360,7 +359,7 @@ def run_step(tables: Tables, call: Call, bounds: Bounds) -> Tables:
 
 
 def _filter(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
-    """`filter`: a table left without rows goes away unless `onEmpty: "keep"`."""
+    """`filter`: a table left without rows is dropped unless `onEmpty: "keep"`."""
     predicate = predicate_argument(call, "fn")
     keep_empty = text_argument(call, "onEmpty", "drop") == "keep"
     wanted = labels_of(predicate)
@@ -425,7 +424,7 @@ def _limit(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
 
 
 def _with_key(one: Table, extra: Sequence[tuple[str, str, Cells]]) -> Table:
-    """The key columns of `one`, then the extra ones."""
+    """A table of the key columns of `one`, then the extra ones."""
     length = len(extra[0][2])
     named = {label for label, _, _ in extra}
     keys = [column for column in one.columns if column.group and column.label not in named]
@@ -461,7 +460,7 @@ def _first(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
 
 
 def _least_or_greatest(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
-    """The first row with that value, whole."""
+    """The whole first row with the minimum or maximum value."""
     label, choose = text_argument(call, "column", "_value"), min if call.name == "min" else max
     for one in tables:
         data = one.load()
@@ -476,8 +475,8 @@ WINDOWED = {"createEmpty": Literal("boolean", value=False), "timeSrc": Literal("
 
 
 def _windowed(tables: Tables, call: Call, bounds: Bounds) -> Iterator[Table]:
-    """`aggregateWindow` as a counter asks for it: windows on a grid from 1970 that hold a value, told by their starts,
-    the first one cut at the start of the range.
+    """`aggregateWindow` as used for counting: non-empty windows on a grid from 1970, labelled by their start; the first
+    one is cut at the start of the range.
     """
     every = integer_argument(call, "every", "duration")
     for name, wanted in WINDOWED.items():

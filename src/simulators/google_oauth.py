@@ -1,8 +1,8 @@
-"""Google's sign-in as far as Drive needs it: tokens for service accounts, consent and refresh for installed apps.
+"""The part of Google's sign-in that Drive needs: service account tokens, consent and refresh for installed apps.
 
-Invariants: a token opens nothing after its time or after `expire`; an assertion counts only with the account's own
-signature and a clock near ours; a code counts once, for who asked for it. `aud` is not compared, since the client
-always names Google there.
+Invariants: a token is invalid after its lifetime or after `expire`; an assertion is valid only with the account's own
+signature and a time close to ours; a code works once, for the client that requested it. `aud` is not compared, since
+the client library always names Google there.
 """
 
 import base64
@@ -27,10 +27,10 @@ JSON = {"Content-Type": "application/json; charset=utf-8"}
 
 @cache
 def _account_key() -> Any:
-    """The service account's key: the same for all simulators of a process, since making one takes longer than a run."""
+    """The service account's key, shared within a process, since generating one takes longer than a run."""
     from cryptography.hazmat.primitives.asymmetric import rsa
 
-    return rsa.generate_private_key(public_exponent=65537, key_size=1024)  # noqa: S505 - a simulator on loopback; a larger one is read for 0.1 s
+    return rsa.generate_private_key(public_exponent=65537, key_size=1024)  # noqa: S505 - a simulator on loopback; loading a larger key takes 0.1 s
 
 
 class Tokens:
@@ -70,17 +70,17 @@ class Tokens:
         return {"installed": {**self.client, "project_id": "demo", **ends}}
 
     def user(self, url: str) -> dict[str, Any]:
-        """What a consent ends in: a token file of a user."""
+        """A user's token file, as a consent produces it."""
         return {**self.client, "refresh_token": self.refresh_token, "token_uri": f"{url}/token"}
 
     def is_service(self, authorization: str) -> bool | None:
-        """Whether the bearer is the service account; None for a token that is not good."""
+        """Whether the bearer is the service account; None for an invalid token."""
         with self._lock:
             until, service = self._live.get(authorization.removeprefix("Bearer "), (0.0, False))
         return service if until > time.time() else None
 
     def expire(self) -> None:
-        """End every token now."""
+        """Expire every token now."""
         with self._lock:
             self._live.clear()
 
@@ -97,7 +97,7 @@ class Tokens:
         return Answer(200, JSON, json.dumps(self._issue(form)).encode())
 
     def _consented(self, parameters: Mapping[str, str]) -> Answer:
-        """The user says yes at once: back to the app with a code."""
+        """The user consents at once: redirect to the app with a code."""
         code = secrets.token_hex(8)
         with self._lock:
             self._codes[code] = (parameters["redirect_uri"], parameters.get("code_challenge", ""))
@@ -115,7 +115,7 @@ class Tokens:
         return "" if grant == "authorization_code" and self._redeemed(form) else "invalid_grant"
 
     def _redeemed(self, form: Mapping[str, str]) -> bool:
-        """Whether the code is good: it is asked for once, with the same redirect and the verifier of its challenge."""
+        """Whether the code is valid: used once, with the same redirect and the verifier of its challenge."""
         with self._lock:
             redirect, challenge = self._codes.pop(form.get("code", ""), ("", ""))
         digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
@@ -149,7 +149,7 @@ class Tokens:
 
 
 def _basic(authorization: str) -> dict[str, str]:
-    """The client's id and secret where they come in the header, as OAuth libraries send them."""
+    """The client's id and secret from the Authorization header, where OAuth libraries send them."""
     kind, _, encoded = authorization.partition(" ")
     if kind != "Basic":
         return {}

@@ -1,8 +1,8 @@
-"""The transport of every simulator: HTTP/1.1 with bodies of known length, or chunked while they are made.
+"""HTTP transport of every simulator: HTTP/1.1 with bodies of known length, or chunked bodies generated while sending.
 
-A simulated system is a `Simulator` whose `respond` turns a `Request` into an `Answer`. Invariants: what was answered is
-on record before the client can see the end of it, so a test may count right after reading. Closing ends every
-connection and waits for its threads; nothing is left behind.
+A simulated system is a `Simulator` whose `respond` turns a `Request` into an `Answer`. Invariants: an answer is
+recorded before the client can see its end, so a test may count right after reading. Closing ends every connection and
+waits for its threads; nothing is left behind.
 """
 
 import gzip
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 
 class CutHere(Exception):
-    """The connection is to be closed now: raised by who answers, or by what makes a streamed body."""
+    """Close the connection now: raised by `respond`, or while generating a streamed body."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`parameters` are those of the URL, first value each; header names are lower case."""
+    """`parameters` are those of the URL, the first value of each; header names are lower case."""
 
     method: str
     path: str
@@ -51,7 +51,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """A body that is made while it is sent. `record` gets rows, bytes and whether the answer was sent whole."""
+    """A body generated while it is sent. `record` gets rows, bytes and whether the answer was sent completely."""
 
     pieces: Iterator[Piece]
     record: Callable[[int, int, bool], None]
@@ -73,10 +73,10 @@ TOO_LARGE = Answer(413, {"Content-Type": "text/plain"}, b"request too large")
 
 
 class Simulator(ABC):
-    """A simulated system behind a loopback port. Use it as a context manager, or `start` and `close` it.
+    """A simulated system on a loopback port. Use it as a context manager, or `start` and `close` it.
 
-    A closed simulator may be started again with what it holds, on the same port; `port` 0 takes a free one. `too_large`
-    answers a body of more than MAX_BODY_BYTES, which is not read.
+    A closed simulator can be restarted with its state, on the same port; `port` 0 picks a free one. `too_large` answers
+    a body of more than MAX_BODY_BYTES, which is not read.
     """
 
     too_large = TOO_LARGE
@@ -102,7 +102,7 @@ class Simulator(ABC):
         return self
 
     def close(self) -> None:
-        """Stop listening and end every connection; nothing when it does not run."""
+        """Stop listening and close every connection; does nothing when not running."""
         self._closing.set()
         if self._server is not None and self._thread is not None:
             self._server.shutdown()
@@ -118,13 +118,13 @@ class Simulator(ABC):
 
     @property
     def url(self) -> str:
-        """Where it listens, or did when it was closed, without a trailing slash. Raises RuntimeError before `start`."""
+        """The base URL, without a trailing slash; stays valid after closing. Raises RuntimeError before `start`."""
         if not self._port:
             raise RuntimeError("the simulator does not run; start it first")
         return f"http://127.0.0.1:{self._port}"
 
     def wait(self, seconds: float) -> None:
-        """Wait that long while answering; a simulator that is closed meanwhile ends the connection instead."""
+        """Wait while answering; if the simulator is closed meanwhile, the connection ends instead."""
         if seconds and self._closing.wait(seconds):
             raise CutHere
 
@@ -150,13 +150,13 @@ class Server(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """Forget a connection that ended."""
+        """Forget a closed connection."""
         with self._lock:
             self._open.discard(request)
         super().shutdown_request(request)
 
     def server_close(self) -> None:
-        """Stop listening, end all connections, wait for their threads."""
+        """Stop listening, close all connections, wait for their threads."""
         with self._lock:
             for connection in self._open:
                 try:
@@ -166,13 +166,13 @@ class Server(ThreadingHTTPServer):
         super().server_close()
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
-        """A client that went away is not an error; anything else is logged with its trace."""
+        """A client disconnect is not an error; anything else is logged with its traceback."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError | ValueError):
             log.error("the simulator failed to answer %s: %s", client_address, traceback.format_exc())
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Reads requests and writes answers; what is answered is decided by `Server.respond`."""
+    """Reads requests and writes answers; `Server.respond` decides what to answer."""
 
     server: Server
     protocol_version = "HTTP/1.1"
@@ -182,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        """Any method: the answer says which ones are allowed."""
+        """Handles every method: the answer decides which ones are allowed."""
         body = self._body()
         if body is None:
             return
@@ -199,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_HEAD = do_PUT = do_DELETE = do_PATCH = do_GET  # noqa: N815 - named by http.server
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - named by http.server
-        """Requests are kept as query records, not on the terminal."""
+        """Do not log to the terminal; requests are kept as query records."""
         log.debug(format, *args)
 
     def _body(self) -> bytes | None:
@@ -258,7 +258,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"0\r\n\r\n")
 
     def _with_encoding(self, body: Streamed) -> tuple[Iterator[Piece], bool]:
-        """The pieces, and whether to compress: when forced, or when asked and the answer is not tiny."""
+        """The pieces, and whether to compress: when forced, or when requested and the answer is not tiny."""
         if body.force_gzip:
             return body.pieces, True
         if "gzip" not in self.headers.get("Accept-Encoding", ""):
@@ -275,7 +275,7 @@ class Handler(BaseHTTPRequestHandler):
         return _resumed(held, ends, body.pieces), not ends
 
     def _send_piece(self, data: bytes, compressor: "zlib._Compress | None", *, chunked: bool) -> int:
-        """Send what the piece comes to on the wire, at once, and return its length."""
+        """Send the encoded piece at once; returns its length on the wire."""
         if compressor is not None:
             data = compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)
         self._send_bytes(data, chunked=chunked)

@@ -1,8 +1,8 @@
-"""An InfluxDB 2 that runs inside this process: written to by line protocol, read by Flux, with faults on demand.
+"""In-process InfluxDB 2 simulator: written to by line protocol, read by Flux, with faults on demand.
 
-Invariants: it speaks contracts/influxdb.md to the byte over real HTTP on a loopback port, from points that were really
-written; what it cannot answer as a server would, it refuses. An error is a status only before the first byte, later it
-stands inside the answer. Faults touch queries only, and each is taken by exactly one.
+Invariants: it implements contracts/influxdb.md byte for byte over real HTTP on a loopback port, from points that were
+really written; it refuses what it cannot answer as a server would. An error is a status only before the first byte,
+afterwards it is part of the answer. Faults affect queries only, and each affects exactly one.
 """
 
 import json
@@ -50,7 +50,7 @@ STATUSES = {code: status for status, code in CODES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Answer with this status at once. `html`: the page of a proxy instead of the server's JSON."""
+    """Answer with this status at once. `html`: a proxy's error page instead of the server's JSON."""
 
     status: int
     message: str = "An internal error has occurred - check server logs"
@@ -61,7 +61,7 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class ErrorTable:
-    """Send `after_rows` rows (fewer when there are no more), then say inside the answer that the query failed."""
+    """Send `after_rows` rows (fewer when there are no more), then an error inside the answer that the query failed."""
 
     after_rows: int = 0
     message: str = "engine: unexpected EOF"
@@ -71,8 +71,8 @@ class ErrorTable:
 class Cut:
     """Send `after_rows` rows, then half of the next one, then close the connection.
 
-    `hidden`: the answer says `Connection: close` and no length, so that its early end looks like an end.
-    `mid_row` False ends exactly behind a row.
+    `hidden`: the answer has `Connection: close` and no length, so that the truncation looks like a normal end.
+    `mid_row` False cuts exactly after a row.
     """
 
     after_rows: int = 0
@@ -82,7 +82,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """Send nothing for that long: before the status when `after_rows` is None, else after so many rows."""
+    """Send nothing for this long: before the status when `after_rows` is None, else after that many rows."""
 
     seconds: float
     after_rows: int | None = None
@@ -90,12 +90,12 @@ class Stall:
 
 @dataclass(frozen=True, slots=True)
 class ForceGzip:
-    """Compress the answer however short it is, and also when nobody asked."""
+    """Compress the answer even if it is short or compression was not requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmptyTable:
-    """Put a table without rows, of this group key, before the others."""
+    """Put a table without rows, with this group key, before the others."""
 
     key: tuple[tuple[str, str], ...] = (("device_id", "D1"),)
 
@@ -105,19 +105,19 @@ Predicate = Callable[[str], bool]
 
 
 class Faults:
-    """Faults that wait for a query. Safe from any thread."""
+    """Faults waiting for a query. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._waiting: list[tuple[Fault, Predicate]] = []
 
     def add(self, fault: Fault, times: int = 1, when: Predicate = lambda _text: True) -> None:
-        """The next `times` queries whose text `when` accepts get the fault."""
+        """Give the fault to the next `times` queries whose text `when` accepts."""
         with self._lock:
             self._waiting.extend([(fault, when)] * times)
 
     def take(self, text: str) -> Fault | None:
-        """The fault for this query, which is then spent."""
+        """Remove and return the fault for this query."""
         with self._lock:
             for number, (fault, when) in enumerate(self._waiting):
                 if when(text):
@@ -126,14 +126,14 @@ class Faults:
         return None
 
     def __len__(self) -> int:
-        """How many still wait."""
+        """Number of pending faults."""
         with self._lock:
             return len(self._waiting)
 
 
 @dataclass(frozen=True, slots=True)
 class AnsweredQuery:
-    """A query on record. `sent_bytes` of body on the wire; `whole` False when the answer was cut."""
+    """A recorded query. `sent_bytes`: body bytes on the wire; `whole` False when the answer was truncated."""
 
     path: str
     text: str
@@ -146,9 +146,9 @@ class AnsweredQuery:
 class InfluxSimulator(Simulator):
     """One organisation with one bucket.
 
-    `faults`: what the next queries shall suffer. `points`: what is stored. `starting`: set it to answer as a server
-    that has not come up yet. `now_ns` is the clock behind relative times and points written without a time. `shard_ns`
-    is the duration of a shard group, inside which a field has one type.
+    `faults`: faults of the next queries. `points`: the stored points. `starting`: set it to answer like a server that
+    is still starting up. `now_ns`: the clock for relative times and for points written without a time. `shard_ns`: the
+    duration of a shard group, within which a field has one type.
     """
 
     def __init__(
@@ -192,17 +192,17 @@ class InfluxSimulator(Simulator):
 
     @property
     def queries(self) -> tuple[AnsweredQuery, ...]:
-        """Every query that was answered, oldest first; the last 10,000 are kept."""
+        """Every answered query, oldest first; the last 10,000 are kept."""
         with self._lock:
             return tuple(self._queries)
 
     @property
     def rows_sent(self) -> int:
-        """Rows over all queries on record."""
+        """Rows over all recorded queries."""
         return sum(query.rows for query in self.queries)
 
     def forget_queries(self) -> None:
-        """Begin a new record."""
+        """Clear the record."""
         with self._lock:
             self._queries.clear()
 
@@ -265,7 +265,7 @@ class InfluxSimulator(Simulator):
         return Answer(200, JSON, _json({"orgs": [{"id": ORG_ID, "name": self.org}]}))
 
     def _authorizations(self, _request: Request) -> Answer:
-        """The one token and its rights. A token without `read:authorizations` gets an empty list."""
+        """The one token and its permissions. A token without `read:authorizations` gets an empty list."""
         resource = {"type": "buckets", "id": BUCKET_ID, "name": self.bucket, "orgID": ORG_ID, "org": self.org}
         rights = [{"action": action, "resource": resource} for action in ("read", "write")]
         own = {"id": AUTHORIZATION_ID, "token": self.token, "status": "active", "orgID": ORG_ID, "permissions": rights}
@@ -290,7 +290,7 @@ class InfluxSimulator(Simulator):
         return Answer(204, VERSION)
 
     def _query(self, request: Request) -> Answer:
-        """The pieces of the result as they come; what fails before the first of them is a status."""
+        """Stream the pieces of the result; an error before the first piece becomes a status."""
         try:
             text, dialect, now_ns = self._decoded(request)
         except ValueError as error:
@@ -318,7 +318,7 @@ class InfluxSimulator(Simulator):
         )
 
     def _decoded(self, request: Request) -> tuple[str, Dialect, int]:
-        """Query text, dialect and the time that relative ones refer to. Raises ValueError."""
+        """Query text, dialect, and the time that relative times refer to. Raises ValueError."""
         if request.headers.get("content-type", "").startswith("application/vnd.flux"):
             return request.body.decode(), Dialect(), self._now_ns()
         payload = json.loads(request.body)
@@ -330,7 +330,7 @@ class InfluxSimulator(Simulator):
         return payload["query"], _dialect(payload.get("dialect") or {}), now_ns
 
 
-Record = Callable[[int, int, int, bool], None]  # status, rows, bytes on the wire, whether it was sent whole
+Record = Callable[[int, int, int, bool], None]  # status, rows, bytes on the wire, whether it was sent completely
 
 
 def answer_with(
@@ -342,7 +342,7 @@ def answer_with(
     wait: Callable[[float], object],
     record: Record,
 ) -> Answer:
-    """The answer of these pieces with the fault in it. `error`: how a failure is said inside the answer."""
+    """The answer with these pieces and the fault applied. `error` formats a failure inside the answer."""
     if isinstance(fault, Refuse):
         record(fault.status, 0, 0, False)  # noqa: FBT003 - a callback
         return _refusal(fault)
@@ -360,9 +360,9 @@ def _disturbed(
     error: Callable[[str], bytes],
     wait: Callable[[float], object],
 ) -> Iterator[Piece]:
-    """The pieces with the fault in them, struck at the first one whose rows are too many. Raises CutHere to close.
+    """The pieces with the fault applied at the first piece that exceeds the fault's rows. Raises CutHere to close.
 
-    Ask for pieces of one row each where a fault has an `after_rows`.
+    For a fault with `after_rows`, pass pieces of one row each.
     """
     after_rows = getattr(fault, "after_rows", None)
     if after_rows is None:
@@ -421,7 +421,7 @@ def _refusal(fault: Refuse) -> Answer:
 
 
 def _guarded(first: Piece, rest: Iterator[Piece], error: Callable[[str], bytes]) -> Iterator[Piece]:
-    """The pieces; a failure after the first one is said inside the answer."""
+    """The pieces; a failure after the first one is reported inside the answer."""
     yield first
     try:
         yield from rest
@@ -430,14 +430,14 @@ def _guarded(first: Piece, rest: Iterator[Piece], error: Callable[[str], bytes])
 
 
 def _with_empty_table(results: Iterator[Result], fault: EmptyTable) -> Iterator[Result]:
-    """The results, each with a table without rows before its others."""
+    """The results, each with an additional table without rows in front."""
     columns = [*(Column(name, "string", group=True) for name, _ in fault.key), Column("_value", "double")]
     empty = table(columns, [[] for _ in columns], [value for _, value in fault.key])
     return ((name, chain([empty], tables)) for name, tables in results)
 
 
 def _dialect(given: Mapping[str, object]) -> Dialect:
-    """Annotations in the order asked for; comment prefix and time format are accepted and ignored."""
+    """Annotations in the requested order; comment prefix and time format are accepted and ignored."""
     annotations = given.get("annotations") or []
     if not isinstance(annotations, list):
         raise ValueError("annotations must be an array")  # noqa: TRY004 - the caller answers ValueError

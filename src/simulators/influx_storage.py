@@ -1,9 +1,9 @@
-"""The points of one bucket, kept as InfluxDB keeps them: per series, in order of time, overwritten field by field.
+"""The points of one bucket, stored as InfluxDB does: per series, in time order, overwritten field by field.
 
-Invariant: (measurement, tag set, time) is the key of a point. Inside one shard (a week, unless told otherwise) a field
-has one type in the whole measurement; a point that breaks this is dropped and named, the others of its batch are kept.
-Columns are typed arrays beside one array of times, so a million points take some tens of megabytes and a window is
-found by bisection.
+Invariant: (measurement, tag set, time) is the key of a point. Within one shard (a week by default) a field has one type
+in the whole measurement; a point that breaks this is dropped and reported, the others of its batch are kept. Columns
+are typed arrays parallel to one array of times, so a million points take some tens of megabytes and a window is found
+by bisection.
 """
 
 from array import array
@@ -16,7 +16,7 @@ from threading import Lock
 from simulators.line_protocol import Field, Point, Tags, Value
 
 SHARD_NS = 7 * 86_400 * 10**9
-YEAR_ONE_NS = 62_135_596_800 * 10**9  # shards are counted from 0001-01-01, a Monday, which is so long before 1970
+YEAR_ONE_NS = 62_135_596_800 * 10**9  # shards are counted from 0001-01-01, a Monday; this is its distance from 1970
 RESERVED_TAGS = frozenset({"_start", "_stop", "_time", "_value", "_field", "_measurement"})
 CODES = {"float": "d", "integer": "q", "unsigned": "Q", "boolean": "b"}
 Cell = Value | None
@@ -35,7 +35,7 @@ class FieldColumn:
         self.values = [""] * length if kind == "string" else array(CODES[kind], [0]) * length
 
     def open(self, at: int) -> None:
-        """Make room for one cell before index `at`."""
+        """Insert one cell before index `at`."""
         self.present.insert(at, 0)
         self.values.insert(at, "" if self.kind == "string" else 0)  # type: ignore[arg-type]
 
@@ -46,7 +46,7 @@ class FieldColumn:
         self.values.extend(filler if floats is None else floats)  # type: ignore[arg-type]
 
     def set(self, at: int, value: Value) -> None:
-        """Write the cell, over an older value as well."""
+        """Write the cell, overwriting an older value."""
         self.values[at] = value  # type: ignore[assignment]
         self.present[at] = 1
 
@@ -72,7 +72,7 @@ class Series:
         self.columns: dict[FieldKey, FieldColumn] = {}
 
     def write(self, time_ns: int, fields: Iterable[Field]) -> None:
-        """Add the point, or overwrite the fields that it names."""
+        """Add the point, or overwrite the fields that it contains."""
         at = self._place(time_ns)
         for one in fields:
             key = (one.name, one.kind)
@@ -109,7 +109,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A copy of a series between two instants: `cells[key]` beside `times`, only fields that have a value there."""
+    """A copy of a series between two times: `cells[key]` is parallel to `times`; only fields with a value there."""
 
     times: Sequence[int]
     cells: dict[FieldKey, Sequence[Cell]] = field(default_factory=dict)
@@ -120,17 +120,17 @@ class Window:
 
 
 class Points:
-    """All series of one bucket. Every method may be called from any thread; what is returned are copies."""
+    """All series of one bucket. Every method is thread-safe; return values are copies."""
 
     def __init__(self, shard_ns: int = SHARD_NS) -> None:
         self.shard_ns = shard_ns
-        self.retention_seconds: int | None = 0  # only told, to a token that may look at buckets; nothing is dropped
+        self.retention_seconds: int | None = 0  # only reported, to a token that may read buckets; nothing is dropped
         self._lock = Lock()
         self._series: dict[tuple[str, Tags], Series] = {}
         self._types: dict[tuple[str, int, str], str] = {}
 
     def write(self, points: Iterable[Point]) -> list[str]:
-        """Store the points; returns one reason for each point that was dropped. A field called `time` is left out."""
+        """Store the points; returns one reason for each dropped point. A field called `time` is ignored."""
         dropped = []
         with self._lock:
             for given in points:
@@ -149,10 +149,10 @@ class Points:
         return dropped
 
     def extend(self, key: tuple[str, Tags], times: Sequence[int], floats: Mapping[str, Sequence[float]]) -> None:
-        """Store many points of one series at once: ascending times, all behind those stored, float fields only.
+        """Store many points of one series at once: ascending times, all after those stored, float fields only.
 
-        For loads of millions of points, which line protocol would take minutes for. Raises ValueError when the times
-        do not ascend, the lengths differ or a field has another type.
+        For loads of millions of points, which would take minutes through line protocol. Raises ValueError when the
+        times do not ascend, the lengths differ or a field has another type.
         """
         measurement, _ = key
         with self._lock:
@@ -182,7 +182,7 @@ class Points:
         return ""
 
     def shard(self, time_ns: int) -> int:
-        """The number of the shard that holds this time."""
+        """The number of the shard that contains this time."""
         return (time_ns + YEAR_ONE_NS) // self.shard_ns
 
     def shard_start(self, shard: int) -> int:
@@ -196,13 +196,13 @@ class Points:
             return [self._series[key] for key in keys]
 
     def fields(self, series: Series, start_ns: int, stop_ns: int) -> list[FieldKey]:
-        """Name and type of each field that has a value in the span, by name."""
+        """Name and type of each field that has a value in the span, sorted by name."""
         with self._lock:
             low, high = series.span(start_ns, stop_ns)
             return sorted(key for key, one in series.columns.items() if one.present.find(1, low, high) >= 0)
 
     def window(self, series: Series, start_ns: int, stop_ns: int, only: Iterable[FieldKey] = ()) -> Window:
-        """The points of the span; with `only`, no other fields than these."""
+        """The points of the span; with `only`, restricted to these fields."""
         wanted = set(only)
         with self._lock:
             low, high = series.span(start_ns, stop_ns)
@@ -214,6 +214,6 @@ class Points:
             return Window(series.times[low:high], cells)
 
     def __len__(self) -> int:
-        """Points stored."""
+        """Number of points stored."""
         with self._lock:
             return sum(len(series.times) for series in self._series.values())

@@ -1,8 +1,8 @@
-"""Line protocol, the text in which points are written: `measurement,tag=value field=value time`.
+"""Line protocol, the text format for writing points: `measurement,tag=value field=value time`.
 
-Invariant: a line is either one whole point or a `BadLine` that names it; escaping follows the two sets of rules, one
-for names and tag values (backslash before comma, space, equals sign), one for quoted strings (backslash before quote
-and backslash). Texts of the errors are those of a real InfluxDB 1.6.
+Invariant: a line is either one whole point or a `BadLine` that names it. Escaping follows two sets of rules, one for
+names and tag values (backslash before comma, space, equals sign), one for quoted strings (backslash before quote and
+backslash). Error texts are those of a real InfluxDB 1.6.
 """
 
 import math
@@ -26,7 +26,7 @@ BOOLEANS = dict.fromkeys(("t", "T", "true", "True", "TRUE"), True) | dict.fromke
 
 
 class BadLine(ValueError):
-    """A line that is not a point; the message is what the server says of it."""
+    """A line that is not a point; the message is the server's."""
 
     def __init__(self, line: str, reason: str) -> None:
         super().__init__(f"unable to parse '{line}': {reason}")
@@ -41,7 +41,7 @@ class Field(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One row: tags in order of their names, at least one field, nanoseconds since 1970."""
+    """One point: tags sorted by name, at least one field, nanoseconds since 1970."""
 
     measurement: str
     tags: Tags
@@ -50,9 +50,9 @@ class Point(NamedTuple):
 
 
 def parse_lines(text: str, now_ns: int, precision: str = "ns") -> Iterator[Point]:
-    """The points of `text`; blank lines and comments are passed over. A line without a time is written at `now_ns`.
+    """The points of `text`; blank lines and comments are skipped. A line without a time gets `now_ns`.
 
-    Raises BadLine at the first line that is not a point, and KeyError for a precision that does not exist.
+    Raises BadLine at the first line that is not a point, and KeyError for an unknown precision.
     """
     unit_ns = PRECISION_NS[precision]
     for raw in split_lines(text):
@@ -146,7 +146,7 @@ def parse_series_key(key: str) -> tuple[str, Tags]:
 
 
 def _plain(text: str) -> str:
-    """Without the backslashes that escape; a backslash before anything else is itself."""
+    """Remove escaping backslashes; a backslash before anything else is literal."""
     return re.sub(r"\\([, =])", r"\1", text) if "\\" in text else text
 
 

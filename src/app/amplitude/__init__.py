@@ -1,1 +1,1 @@
-"""Amplitude: product events by the hour to objects and the warehouse, and weeks of them on request."""
+"""Amplitude: hourly product events to objects and the warehouse, and weeks of them on request."""

@@ -1,4 +1,4 @@
-"""What an export is, and how gzip members are joined to one zip with an entry per week."""
+"""Reads export archives, and joins gzip members into one zip with an entry per week."""
 
 import ctypes
 import gzip
@@ -16,23 +16,23 @@ from typing import Any, BinaryIO, TypeAlias, cast
 from app.core.errors import Permanent, Transient
 from app.core.windows import HOUR_SECONDS, Window, windows_between
 
-# What an export is: a zip of gzip files of NDJSON, several for an hour, none for an hour without events.
+# An export is a zip of gzip files of NDJSON: several for an hour, none for an hour without events.
 #
-# Invariants: members come in the order of their hours, as numbers, whatever their names sort like; no name of a
-# member is ever used as a path; whatever is wrong with the file is one of our errors.
+# Invariants: members are ordered by hour numerically, however their names sort; a member's name is never used as a
+# path; any defect of the file is reported as one of our errors.
 
 NAME = re.compile(r"_(\d{4})-(\d\d)-(\d\d)_(\d{1,2})#(\d+)\.json\.gz$")
 AGAIN = "no action needed: the export is fetched again"
 
 
 class Archive:
-    """A zip that lies in a file. Use it inside `opened`."""
+    """A zip in a file. Use it inside `opened`."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
 
     def hours(self, span: Window) -> Mapping[datetime, Sequence[str]]:
-        """Every hour of the span, oldest first, with the names of its members in order. Permanent for another name."""
+        """Every hour of the span, oldest first, with its member names in order. Raises Permanent for any other name."""
         found: dict[datetime, list[str]] = {
             hour.start: [] for hour in windows_between(span.start, span.end, HOUR_SECONDS)
         }
@@ -48,8 +48,8 @@ class Archive:
         return found
 
     def streams(self, names: Iterable[str] | None = None) -> Iterator[BinaryIO]:
-        """The bytes of each of these members in turn, or of all; a stream is good until the next one is asked for. Read
-        it within `read_errors`: its checksum is compared at its end.
+        """The bytes of each of these members in turn, or of all. A stream is valid until the next one is requested.
+        Read it inside `read_errors`: its checksum is compared at its end.
         """
         for name in self._archive.namelist() if names is None else names:
             with read_errors(), self._archive.open(name) as stream:
@@ -58,7 +58,7 @@ class Archive:
 
 @contextmanager
 def opened(file: BinaryIO) -> Iterator[Archive]:
-    """The zip in `file`. Raises Transient when it is not complete."""
+    """The zip in `file`. Raises Transient when it is incomplete."""
     with read_errors():
         archive = zipfile.ZipFile(file)
     with archive:
@@ -67,17 +67,17 @@ def opened(file: BinaryIO) -> Iterator[Archive]:
 
 @contextmanager
 def read_errors() -> Iterator[None]:
-    """What reading raises as ours: Transient for a broken zip, Permanent for a kind of zip that zipfile lacks."""
+    """Convert read errors to ours: Transient for a broken zip, Permanent for a zip feature that zipfile lacks."""
     try:
         yield
     except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise Transient(f"the export is not a complete zip: {error or type(error).__name__}", AGAIN) from error
-    except RuntimeError as error:  # zipfile: of encryption, and of versions and methods of packing
+    except RuntimeError as error:  # zipfile: encryption, unsupported versions and compression methods
         raise Permanent(f"the export is a zip in a format that cannot be read: {error}", "please report it") from error
 
 
 def _placed(name: str) -> tuple[datetime, int, str]:
-    """The hour and the part that a member's name tells, and the name."""
+    """The hour and the part number in a member's name, and the name."""
     found = NAME.search(name)
     try:
         year, month, day, hour, part = map(int, found.groups() if found else ())
@@ -89,12 +89,12 @@ def _placed(name: str) -> tuple[datetime, int, str]:
         ) from error
 
 
-# Gzip members joined to one deflate stream without compressing anything again.
+# Joins gzip members into one deflate stream without recompressing.
 #
-# A member is inflated only to learn where its blocks end; its compressed bytes are copied, the mark of its last block
-# is cleared, and an empty stored block fills the last byte, as zlib's own examples/gzjoin.c does. Invariants: the
-# output inflates to what was in the members, whose checksums zlib compared; memory is bounded. Where no zlib can be
-# called, members are compressed again: the same content at several times the work.
+# A member is inflated only to find where its blocks end. Its compressed bytes are copied, the last-block bit is
+# cleared, and an empty stored block fills the last byte, as in zlib's own examples/gzjoin.c. Invariants: the output
+# inflates to the content of the members, whose checksums zlib compared; memory is bounded. If no zlib can be called,
+# members are recompressed: the same content at several times the work.
 
 PIECE_BYTES = 1 << 18
 OK, STREAM_END, BUF_ERROR = 0, 1, -5
@@ -133,7 +133,7 @@ class _Stream(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def library() -> Any:
-    """zlib with its functions declared; None when there is none that can be called."""
+    """zlib with its functions declared; None when no zlib can be called."""
     for name in NAMES:
         try:
             found = ctypes.CDLL(name)
@@ -149,7 +149,7 @@ def library() -> Any:
 
 
 class _Input:
-    """Compressed bytes in one buffer. The byte before `position`, up to where they were read, is always kept.
+    """Compressed bytes in one buffer. The byte before `position`, where reading stopped, is always kept.
 
     `start` is the first byte that was not handed out; it may be one ahead of what was read.
     """
@@ -163,16 +163,18 @@ class _Input:
 
     @property
     def left(self) -> int:
-        """Bytes that wait to be read."""
+        """Number of unread bytes."""
         return self._end - self.position
 
     @property
     def next(self) -> int:
-        """The address of the next one."""
+        """The address of the next unread byte."""
         return self._address + self.position
 
     def refill(self) -> bytes:
-        """Read on once nothing is left; what goes out of the buffer. Raises Transient at the end of the stream."""
+        """Refill the buffer once nothing is left; returns the bytes that leave it. Raises Transient at the end of the
+        stream.
+        """
         piece = self._stream.read(PIECE_BYTES)
         if not piece:
             raise Transient("a member of the archive is cut short", CUT)
@@ -186,7 +188,7 @@ class _Input:
         return out
 
     def more(self) -> bool:
-        """True when another member follows. Zeros that pad the last sector of a tape are skipped."""
+        """True when another member follows. Skips zeros that pad the last sector of a tape."""
         while True:
             while self.left and not self._buffer[self.position]:
                 self.position += 1
@@ -200,15 +202,15 @@ class _Input:
             self._end = len(piece)
 
     def clear_last_read(self, mask: int) -> bool:
-        """Take a bit out of the last byte that was read; whether it was set."""
+        """Clear a bit of the last byte that was read; returns whether it was set."""
         byte = self._buffer[self.position - 1]
         self._buffer[self.position - 1] = byte & ~mask & 0xFF
         return bool(byte & mask)
 
     def take_next_cleared(self) -> bytes:
-        """When the next byte has its lowest bit set: all up to it and itself without that bit; else nothing.
+        """If the next byte has its lowest bit set, all bytes up to it, and it with that bit cleared; else nothing.
 
-        It stays as it is for whoever reads it.
+        The byte in the buffer stays unchanged for the reader.
         """
         byte = self._buffer[self.position]
         if not byte & 1:
@@ -218,16 +220,17 @@ class _Input:
         return out
 
     def take(self) -> bytes:
-        """What was read and not handed out."""
+        """The bytes that were read and not handed out."""
         out = bytes(self._buffer[self.start : self.position])
         self.start = self.position
         return out
 
 
 class _CopiedStream:
-    """A deflate stream that grows. `crc` and `size_bytes` are of what it inflates to, `last` is its last byte.
+    """A growing deflate stream. `crc` and `size_bytes` are those of the inflated data; `last` is its last byte.
 
-    `add` joins all members of a gzip stream. It raises Transient when that is cut or broken, Permanent for a bomb.
+    `add` joins all members of a gzip stream. It raises Transient when the stream is truncated or broken, and Permanent
+    for a decompression bomb.
     """
 
     def __init__(self, zlib_library: Any) -> None:
@@ -263,7 +266,7 @@ class _CopiedStream:
 
     def _member(self, source: _Input, state: _Stream) -> Iterator[bytes]:
         for _ in self._to_boundary(source, state):
-            pass  # its header
+            pass  # the header of the member
         source.take()
         last = False
         while not last:
@@ -278,14 +281,14 @@ class _CopiedStream:
                 yield cleared
             yield from self._to_boundary(source, state)
         yield _aligned(source.take(), state.data_type & UNUSED_BITS)
-        while self._inflate(source, state) != STREAM_END:  # its trailer
+        while self._inflate(source, state) != STREAM_END:  # the trailer of the member
             if not source.left:
                 source.refill()
         source.take()
         self._count(state.adler, state.total_out)
 
     def _to_boundary(self, source: _Input, state: _Stream) -> Iterator[bytes]:
-        """Read up to the end of the header or of a block; what goes out of the buffer meanwhile."""
+        """Read up to the end of the header or of a block; yields bytes that leave the buffer meanwhile."""
         while True:
             self._inflate(source, state)
             if state.data_type & AT_BOUNDARY:
@@ -307,7 +310,7 @@ class _CopiedStream:
 
 
 def _aligned(body: bytes, unused: int) -> bytes:
-    """Blocks filled up to a whole byte by an empty one, whose head takes three of the unused bits or another byte."""
+    """Pad blocks to a whole byte with an empty one, whose header takes three of the unused bits or another byte."""
     if not unused:
         return body
     whole = body[:-1] + bytes([body[-1] & ((0x100 >> unused) - 1)])
@@ -315,7 +318,7 @@ def _aligned(body: bytes, unused: int) -> bytes:
 
 
 def check_ratio(packed_bytes: int, size_bytes: int) -> None:
-    """Raise Permanent for what grows as no events do."""
+    """Raise Permanent for a compression ratio that no events have."""
     if size_bytes > RATIO_FREE_BYTES and size_bytes > MAX_RATIO * packed_bytes:
         raise Permanent(
             f"a member of the archive grows to more than {MAX_RATIO} times its size",
@@ -324,7 +327,7 @@ def check_ratio(packed_bytes: int, size_bytes: int) -> None:
 
 
 class _CompressedStream:
-    """As `_CopiedStream`, by compressing again."""
+    """Same interface as `_CopiedStream`, but recompresses."""
 
     def __init__(self) -> None:
         self._compressor = zlib.compressobj(1, wbits=-15)
@@ -361,7 +364,7 @@ def joined() -> Joined:
 
 
 def joined_lines(joining: Joined, streams: Iterable[BinaryIO]) -> Iterator[bytes]:
-    """The joined gzip streams, every event on a line of its own, to the end of the deflate stream."""
+    """Join gzip streams, each event on its own line, up to the end of the deflate stream."""
     for stream in streams:
         with read_errors():
             yield from filter(None, joining.add(stream))
@@ -372,13 +375,13 @@ def joined_lines(joining: Joined, streams: Iterable[BinaryIO]) -> Iterator[bytes
 
 # A zip with one NDJSON entry per ISO week, written front to back while its events still arrive.
 #
-# Invariants: an entry is the joined gzip members of its hours in order, not compressed again; every event is on a
-# line of its own; the same members give the same bytes. Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 and 4.5.3
+# Invariants: an entry consists of the gzip members of its hours, joined in order and not recompressed; each event is on
+# its own line; the same members give the same bytes. Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 and 4.5.3
 # (zip64).
 
 WEEK = timedelta(days=7)
 ZIP64_VERSION = 45
-SIZES_FOLLOW = 0x0808  # and names are UTF-8
+SIZES_FOLLOW = 0x0808  # sizes follow the data, and names are UTF-8
 DEFLATED = 8
 FULL = 0xFFFFFFFF
 LOCAL, FOLLOWING, CENTRAL = b"PK\x03\x04", b"PK\x07\x08", b"PK\x01\x02"
@@ -393,13 +396,13 @@ def monday(day: date) -> date:
 
 
 def name_of(day: date) -> str:
-    """`{year}_week_{week}`: ISO year and ISO week, which begin together; the week without a leading zero."""
+    """`{year}_week_{week}`: ISO year and ISO week, which start together; no leading zero in the week."""
     year, week, _ = day.isocalendar()
     return f"{year}_week_{week}"
 
 
 def weeks(streams: Iterable[tuple[datetime, BinaryIO]], days: Iterable[date]) -> Iterator[bytes]:
-    """The whole file: an entry for each week of `days`, in order, with the streams of its hours, oldest first."""
+    """The whole file: an entry for each week of `days`, in order, from the streams of its hours, oldest first."""
     upcoming = iter(streams)
     held = next(upcoming, None)
 
@@ -426,7 +429,7 @@ def weeks(streams: Iterable[tuple[datetime, BinaryIO]], days: Iterable[date]) ->
 
 
 def _entry(day: date) -> tuple[bytes, int]:
-    """The name of a week's entry, and its Monday as MS-DOS tells it: the time in the low half, the date in the high."""
+    """The name of a week's entry, and its Monday as an MS-DOS timestamp: time in the low half, date in the high."""
     return f"{name_of(day)}.ndjson".encode(), ((day.year - 1980) << 9 | day.month << 5 | day.day) << 16
 
 

@@ -1,7 +1,7 @@
-"""Amplitude's Export API: hours in, archives out, as `/api/2/export` answers.
+"""Client of Amplitude's Export API: fetches archives of hours from `/api/2/export`.
 
-Invariants: a request names its first and its last hour, so neighbouring requests share none; what is too large is
-halved, in order, down to single hours; a project makes one request at a time. An archive lies in a file without a name,
+Invariants: a request names its first and last hour, so adjacent requests do not overlap; a range that is too large is
+halved, in order, down to single hours; a project makes one request at a time. An archive is an unnamed temporary file,
 so a killed process leaves nothing behind.
 """
 
@@ -29,7 +29,7 @@ TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
 CODES_OF_SIZE = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 BUSY_SECONDS = 60.0
 POLICY = RetryPolicy(attempts=5, first_seconds=2.0, cap_seconds=120.0)
-# What comes after a fault: halving a day to the hour must not take as long as a day of waiting.
+# Used after a fault: halving a day down to the hour must not take a day of waiting.
 SHORT_POLICY = replace(POLICY, attempts=2)
 KEYS_HINT = "check the pair of keys, and that AMPLITUDE_BASE_URL is of the region in which the project lives"
 LARGE_HINT = "export this hour by Amplitude's S3 destination: the Export API cannot give it"
@@ -37,8 +37,8 @@ LARGE_HINT = "export this hour by Amplitude's S3 destination: the Export API can
 
 @dataclass(frozen=True, slots=True)
 class FetchedArchive:
-    """The answer for `span`; `file` None = it has no events, or `fault` says why this hour cannot be had. Whoever takes
-    it closes it.
+    """The answer for `span`. `file` None = the span has no events, or `fault` says why this hour is unavailable. The
+    receiver closes it.
     """
 
     span: Window
@@ -46,25 +46,25 @@ class FetchedArchive:
     fault: AppError | None = None
 
     def close(self) -> None:
-        """Free the file. Idempotent."""
+        """Close the file. Idempotent."""
         if self.file is not None:
             self.file.close()
 
 
 class HourTooLarge(Permanent):
-    """The service said that it cannot give a single hour, which is above its limit."""
+    """The service reports that a single hour is above its limit and cannot be exported."""
 
 
 class _KeysRefused(Permanent):
-    """The pair of keys is not accepted, which is not the fault of an hour."""
+    """The key pair is rejected, which is not the fault of an hour."""
 
 
 class _TooManyRequests(Transient):
-    """Not the fault of an hour."""
+    """Rate limited, which is not the fault of an hour."""
 
 
 class _TooLarge(Exception):
-    """The service cannot answer for so many hours at once. `fault`: what that means for a single hour."""
+    """The service cannot export so many hours at once. `fault`: the error to report for a single hour."""
 
     def __init__(self, fault: AppError) -> None:
         super().__init__(str(fault))
@@ -73,7 +73,7 @@ class _TooLarge(Exception):
 
 @dataclass(slots=True)
 class Project:
-    """One pair of keys, which is one project. Safe to use from many threads."""
+    """One key pair, which means one project. Thread-safe."""
 
     upstream: Upstream
     spool: Path
@@ -82,10 +82,10 @@ class Project:
     def fetch(
         self, span: Window, pauses: Pauses, policy: RetryPolicy = POLICY, *, past_faults: bool = False
     ) -> Iterator[FetchedArchive]:
-        """The archives of whole hours, oldest first, in pieces of at most a day. Raises Transient and Permanent.
+        """The archives of whole hours, oldest first, in chunks of at most a day. Raises Transient and Permanent.
 
-        `past_faults`: what fails is halved down to the hour, which comes with its fault. Then only that is raised which
-        is not the fault of an hour: a pair of keys that does not serve, too many requests.
+        `past_faults`: a failing range is halved down to the hour, which is returned with its fault. Then only errors
+        that are not the fault of an hour are raised: a rejected key pair, too many requests.
         """
         at = span.start
         while at < span.end:
@@ -94,7 +94,7 @@ class Project:
             at = day.end
 
     def answers(self, hour: Window, pauses: Pauses) -> bool:
-        """Whether the service gives this hour: then what it does not give is not because all of it is away."""
+        """Whether the service responds for this hour. If so, other failures do not mean that it is down."""
         try:
             (fetched,) = self.fetch(hour, pauses, SHORT_POLICY, past_faults=True)
         except (Transient, Permanent):
@@ -103,7 +103,7 @@ class Project:
         return fetched.fault is None or isinstance(fetched.fault, HourTooLarge)
 
     def ping(self, clock: Callable[[], datetime]) -> str:
-        """One hour of yesterday, fetched and thrown away, for `check`. Raises Transient or Permanent."""
+        """Fetch one hour of yesterday and discard it, for `check`. Raises Transient or Permanent."""
         hour = window_at(clock() - timedelta(days=1), HOUR_SECONDS)
         with closing(self.upstream):
             for fetched in self.fetch(hour, Stop(), SHORT_POLICY, past_faults=True):
@@ -115,7 +115,7 @@ class Project:
     def _halved(
         self, span: Window, pauses: Pauses, policy: RetryPolicy, *, past_faults: bool
     ) -> Iterator[FetchedArchive]:
-        """A span in one piece, or in two halves where that is too large, and with `past_faults` where it fails."""
+        """A span in one piece, or in two halves if it is too large or, with `past_faults`, if it fails."""
         try:
             fetched = retry(partial(self._fetch, span, pauses), policy, pauses)
         except (_KeysRefused, _TooManyRequests):
@@ -138,7 +138,7 @@ class Project:
 
     def _fetch(self, span: Window, pauses: Pauses) -> FetchedArchive:
         path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={span.end - HOUR:%Y%m%dT%H}"
-        # The archive is compressed already: compressing it again on the way would only cost.
+        # The archive is compressed already: compressing it again in transit only costs time.
         with self.turn, self.upstream.get(path, {"Accept-Encoding": "identity"}) as answer:
             if answer.status == HTTPStatus.NOT_FOUND:
                 return FetchedArchive(span, None)
@@ -148,7 +148,7 @@ class Project:
                 for piece in answer.raw():
                     file.write(piece)
                     pauses.pause(0)
-                # A page of a proxy, and an archive that was cut, may well come with status 200.
+                # A proxy's error page, or a truncated archive, may well have status 200.
                 if not zipfile.is_zipfile(file):
                     kind = answer.header("content-type") or "nothing"
                     raise Transient(
@@ -159,21 +159,21 @@ class Project:
 
 
 def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Project:
-    """The project of a pair of keys."""
+    """The project of a key pair."""
     token = base64.b64encode(f"{client_id}:{secret_key}".encode()).decode()
     headers = {"Authorization": f"Basic {token}"}
     return Project(Upstream("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers), spool)
 
 
 def _refusal(span: Window, answer: ServiceAnswer) -> Exception:
-    """What an answer without an archive means."""
+    """The error that an answer without an archive stands for."""
     text = answer.text()
     said = f"Amplitude answers {answer.status} for {span}: {text[:300]}"
     match answer.status:
         case status if status in CODES_OF_SIZE and (status != HTTPStatus.BAD_REQUEST or TOO_LARGE.search(text)):
             return _TooLarge(HourTooLarge(said, LARGE_HINT))
         case HTTPStatus.GATEWAY_TIMEOUT:
-            return _TooLarge(Transient(said, LARGE_HINT))  # it did not say so, it only took too long
+            return _TooLarge(Transient(said, LARGE_HINT))  # the service did not report it, it only timed out
         case HTTPStatus.TOO_MANY_REQUESTS:
             seconds = answer.retry_after_seconds or BUSY_SECONDS
             return _TooManyRequests(said, "no action needed: it is retried", retry_after_seconds=seconds)

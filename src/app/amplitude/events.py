@@ -1,7 +1,7 @@
-"""NDJSON of events as columns for the mapping, decoded in compiled code: only what the mapping reads is taken out.
+"""Decodes NDJSON events into columns for the mapping, in compiled code; extracts only what the mapping reads.
 
-Invariants: a line is either an event or is refused with one of a few reasons; a bad line never costs a good one;
-memory is bounded by a block and MAX_LINE_BYTES. An event is identified by its uuid; `digest` does not depend on order.
+Invariants: a line is either an event or refused with one of a few reasons; a bad line never costs a good one; memory is
+bounded by a block and MAX_LINE_BYTES. An event is identified by its uuid; `digest` does not depend on order.
 """
 
 import gzip
@@ -58,7 +58,7 @@ Block = bytes | LargeLine
 
 
 class EventReader:
-    """Turns lines into tables. Made once per process, since a typed decoder takes a while to make."""
+    """Turns lines into tables. Created once per process, since building a typed decoder takes a while."""
 
     def __init__(self, what: ProductMapping) -> None:
         self._mapping = what
@@ -73,7 +73,7 @@ class EventReader:
         self._inside = {head: _ObjectMembers(paths) for head, paths in self._nested.items() if paths}
 
     def tables(self, block: Block, refuse: Refuse, *, careful: bool = False) -> Tables:
-        """Rows by table of whole lines. `careful`: each line is taken apart and put together of what can be stored."""
+        """Rows by table from whole lines. `careful`: parse each line and rebuild it from what can be stored."""
         if isinstance(block, LargeLine):
             refuse(LARGE_LINE, block.head, 1, f"{block.size_bytes} bytes")
             return {}
@@ -83,14 +83,14 @@ class EventReader:
         return self._mapping.tables(columns, len(columns["uuid"]))
 
     def decoded(self, block: bytes) -> dict[str, Sequence[Any]] | None:
-        """All lines at once, as columns by path; None when one of them cannot be read as an event in this way."""
+        """All lines at once, as columns by path; None when this cannot decode one of them as an event."""
         try:
-            block.decode()  # the decoder does not look into members that nobody reads
+            block.decode()  # the decoder does not check members that are never read
             events = self._event.decode_lines(block)
             columns = self._columns_of(events)
         except UNREADABLE:
             return None
-        # The decoder takes an object that goes on in the next line, which makes one event of two lines.
+        # The decoder accepts an object that continues on the next line, which would merge two lines into one event.
         return None if None in columns["uuid"] or len(events) != lines_in(block) else columns
 
     def _by_line(self, block: bytes, refuse: Refuse, *, careful: bool) -> Sequence[Any]:
@@ -151,7 +151,7 @@ _SCALAR: Any = str | int | float | bool | None
 
 
 class _ObjectMembers:
-    """Members of an object that an event holds. Those of another kind than a single value are none."""
+    """Members of an object inside an event. Members that are not scalars count as missing."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._takes: Mapping[str, Callable[[Any], Any]] = {
@@ -170,7 +170,7 @@ class _ObjectMembers:
         try:
             return self._decode(raw)
         except UNREADABLE:
-            found = cleaned(json.loads(bytes(raw)))  # takes numbers of any size
+            found = cleaned(json.loads(bytes(raw)))  # accepts numbers of any size
             if not isinstance(found, dict):
                 return self._nothing
             kept = {name: found[name] for name in self._names & found.keys()}
@@ -191,12 +191,12 @@ def reader() -> EventReader:
 
 
 def lines_in(block: Block) -> int:
-    """How many lines there are that are not blank."""
+    """Number of lines that are not blank."""
     return 1 if isinstance(block, LargeLine) else sum(1 for line in block.split(b"\n") if line and not line.isspace())
 
 
 def blocks(text: IO[bytes]) -> Iterator[Block]:
-    """The rest of a stream as blocks of whole lines. A line above MAX_LINE_BYTES comes by itself, in its place."""
+    """The rest of a stream as blocks of whole lines. A line above MAX_LINE_BYTES comes on its own, in its place."""
     while block := text.read(BLOCK_BYTES):
         end = block.rfind(b"\n") + 1
         line = block[end:] + text.readline(MAX_LINE_BYTES) if end < len(block) else b""
@@ -209,7 +209,7 @@ def blocks(text: IO[bytes]) -> Iterator[Block]:
 
 
 def _large_line(line: bytes, text: IO[bytes]) -> LargeLine:
-    """A line that begins so; the rest of it is read, and only the beginning held."""
+    """The large line that starts with `line`; the rest of it is read but only the beginning is kept."""
     head, digest, size_bytes = bytearray(), hashlib.sha256(), 0
     while True:
         piece = line.rstrip(b"\n")
@@ -221,11 +221,11 @@ def _large_line(line: bytes, text: IO[bytes]) -> LargeLine:
 
 
 class HourLines:
-    """`app.product_events.hours.PulledHour`: the lines of an hour in a gzip file; None = it has none.
+    """`app.product_events.hours.PulledHour`: the lines of an hour in a gzip file; None = the hour has no lines.
 
-    The file holds every line as it came, also those that are not events. Each pass counts all of them again, as
-    `counted`, and adds those again to `refused_lines` that are not events: `refused` of them, `faults` says what is
-    wrong with some.
+    The file holds every line as it came, including lines that are not events. Each pass recounts all lines as
+    `counted`, and again adds those that are not events to `refused_lines`: `refused` is their number, `faults`
+    describes some of them.
     """
 
     is_loaded = True
@@ -245,7 +245,7 @@ class HourLines:
 
     @property
     def digest(self) -> str:
-        """The same for the same events in any order; "" for an hour without lines. Hex."""
+        """Equal for the same events in any order; "" for an hour without lines. Hex."""
         if self.body is None:
             return ""
         if not self._is_read:
@@ -305,7 +305,7 @@ class HourLines:
         if self.body is None:
             return
         self.body.seek(0)
-        # What is broken is found where members are joined, or is that of a damaged object.
+        # A broken stream is detected when members are joined, or is reported as a damaged object.
         with gzip.open(self.body) as text:
             for block in blocks(cast("IO[bytes]", text)):
                 self._stop.check()
@@ -314,8 +314,8 @@ class HourLines:
 
 
 def content_of_block(block: Block) -> WindowContent:
-    """The content of whole lines: the same for the same events, wherever they lie."""
-    from app.object_store.row_digest import content_of  # numpy and pyarrow, which a pull does not need
+    """The content of whole lines: equal for the same events, wherever they are stored."""
+    from app.object_store.row_digest import content_of  # imports numpy and pyarrow, which a pull does not need
 
     if not isinstance(block, bytes):
         return content_of([{"event": f"{block.size_bytes} bytes, {block.sha256}"}])

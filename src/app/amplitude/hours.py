@@ -1,9 +1,9 @@
-"""The hours of one source in one run: which are due, which are looked at once more, and the objects of their weeks.
+"""The hours of one source in one run: which are due, which are checked a second time, and the week objects.
 
-Invariants: hours are pulled in order from the cursor on; the cursor moves over an hour that was loaded, was empty, or
-is recorded as not had; what lies before it is only added to. An hour is due two and a half hours after its end, since
-the service needs two; asked earlier, it would answer with a part of it that looks complete. Memory is bounded, whatever
-an hour holds; its object holds every line as it came, also those that are not events.
+Invariants: hours are pulled in order from the cursor on; the cursor moves past an hour that was loaded, was empty, or
+is recorded as unavailable; hours before the cursor only gain events. An hour is due two and a half hours after its end,
+since the service needs two; asked earlier, the service returns a part of the hour that looks complete. Memory is
+bounded, whatever the size of an hour; its object holds every line as it came, including lines that are not events.
 """
 
 import hashlib
@@ -48,12 +48,12 @@ def hour_key(source: str, window: Window) -> str:
 
 
 def set_aside_name(source: str, window: Window) -> tuple[str, ...]:
-    """What was set aside of an hour lies below `amplitude/_set_aside/{source}/{date}/{HH}`."""
+    """The set-aside data of an hour is stored under `amplitude/_set_aside/{source}/{date}/{HH}`."""
     return source, f"{window.start:%Y-%m-%d}", f"{window.start:%H}"
 
 
 def hour_lines(pull: PullContext, source: str, window: Window, file: BinaryIO | None, stop: Stop) -> "HourLines":
-    """The hour in the gzip file of its lines; None = it has none."""
+    """The hour in the gzip file of its lines; None = the hour has no lines."""
     from app.amplitude.events import HourLines  # the decoder, which an idle daemon does not load
 
     return HourLines(pull, source, window, file, stop)
@@ -62,7 +62,9 @@ def hour_lines(pull: PullContext, source: str, window: Window, file: BinaryIO | 
 def merge_members(
     pull: PullContext, source: str, window: Window, members: Iterable[BinaryIO] | None, stop: Stop
 ) -> "HourLines":
-    """An hour of an archive: its members as one gzip file, the same bytes for the same members. Raises BrokenHour."""
+    """An hour of an archive: its members joined into one gzip file, byte-identical for the same members. Raises
+    BrokenHour.
+    """
     with ExitStack() as undo:
         file = undo.enter_context(temporary_file(pull.spool)) if members else None
         if file and members:
@@ -78,21 +80,21 @@ def merge_members(
 
 
 def settled_at(now: datetime) -> datetime:
-    """Days that end until then are looked at for the last time, be it for the first."""
+    """Days that end by this time are checked for the last time, even if it is the first check."""
     return floor_to(now - DUE_AFTER - AGAIN_AFTER, DAY_SECONDS)
 
 
 class SourceRun:
-    """One source in one run. Its methods raise what the ports and the service raise; what was committed stays."""
+    """One source in one run. Methods raise the errors of the ports and the service; what was committed stays."""
 
     def __init__(self, run: PartitionRun, project: Project) -> None:
         self.run, self.project = run, project
 
     def pull_due(self) -> Report:
-        """Pull what is due, look once more at what is old enough, re-create weeks. `more`: more is due."""
+        """Pull what is due, recheck what is old enough, re-create weeks. `more`: more is due."""
         run, pull = self.run, self.run.pull
         now, due = pull.clock(), pull.due_at
-        # From the Monday of the week in which the lookback begins, so that every object of a week is a whole one.
+        # Start on the Monday of the week in which the lookback begins, so that every week object covers a whole week.
         start = run.begun_at(next(weeks_between(now - timedelta(days=pull.lookback_days), now + WEEK)).start)
         end = min(due, start + STEP_HOURS * HOUR)
         report = run.bring_back()
@@ -105,18 +107,18 @@ class SourceRun:
         return report + Report(more=start < end < due and not run.context.dry_run)
 
     def pull_again(self, hours: Window) -> Report:
-        """Pull hours again, whatever is recorded."""
+        """Pull hours again, regardless of what is recorded."""
         return self._pull(hours, PullMode.AGAIN) + refresh_weeks(self.run, hours)
 
     def mend(self, hour: "HourLines", record: Record | None, over: str | None) -> Report:
-        """Land an hour again, see `PartitionRun.land`. The cursor does not move."""
+        """Load and store an hour again, see `PartitionRun.land`. The cursor does not move."""
         final = self._is_final(hour.window)
         report, loaded = self.run.land(hour, record, PullMode.AGAIN, final=final, over=over)
         report += self._accounted(hour, loaded)
         return replace(report, windows=1) + refresh_weeks(self.run, hour.window)
 
     def _look_again(self, now: datetime) -> Report:
-        """Each day once more, a day after its last hour was due: what the service added since is loaded."""
+        """Recheck each day once, a day after its last hour was due: loads what the service added since."""
         until = settled_at(now)
         records = self.run.records(Window(until - timedelta(days=AGAIN_DAYS), until)).values()
         report = Report()
@@ -125,7 +127,7 @@ class SourceRun:
         return report
 
     def _pull(self, span: Window, mode: PullMode) -> Report:
-        """Fetch the hours of `span` and land each."""
+        """Fetch the hours of `span`, then load and store each."""
         known = self.run.records(span)
         self.run.context.progress.advance(total=(span.end - span.start) // HOUR)
         report = self._land_each(self.project.fetch(span, self.run.context.stop, past_faults=True), known, mode)
@@ -139,8 +141,8 @@ class SourceRun:
         return report
 
     def _land(self, fetched: FetchedArchive, known: Mapping[datetime, Record], mode: PullMode) -> Report:
-        """Land the hours of an archive. One that cannot be opened comes again hour by hour, so that only those hours
-        that cannot be read are lacking.
+        """Load and store the hours of an archive. If it cannot be opened, its hours are fetched one by one, so that
+        only unreadable hours are missing.
         """
         run, stop, span, report = self.run, self.run.context.stop, fetched.span, Report()
         record, file = known.get(span.start), fetched.file
@@ -171,7 +173,9 @@ class SourceRun:
         return report
 
     def _accounted(self, hour: "HourLines", loaded: LoadResult) -> Report:
-        """Lines are counted as they are read, events where the warehouse took them, what is set aside where it lies."""
+        """Account for lines as they are read, events as the warehouse accepts them, and set-aside lines as they are
+        kept.
+        """
         if self.run.context.dry_run:
             return Report()
         if hour.refused:
@@ -190,9 +194,10 @@ class SourceRun:
         came: bool = False,
         evidence: BinaryIO | None = None,
     ) -> Report:
-        """An hour that cannot be had. Raises `fault` when that is not its own: the service gives no other hour either.
+        """Record an hour as unavailable. Raises `fault` when the service returns no other hour either.
 
-        `came`: the service gave it, in an archive that holds others as well. `evidence`: an archive of this hour alone.
+        `came`: the service returned the hour, in an archive with other hours. `evidence`: an archive of this hour
+        alone.
         """
         is_too_large = isinstance(fault, HourTooLarge)
         if not came and not is_too_large and not self._service_answers(window):
@@ -211,7 +216,7 @@ class SourceRun:
         )
 
     def _service_answers(self, window: Window) -> bool:
-        """Whether the service gives another hour than this: the one that it gave last, or the newest."""
+        """Whether the service responds for another hour than this: the one it returned last, or the newest."""
         start, due = window.start, self.run.pull.due_at
         records = self.run.records(Window(start - KNOWN_FOR, start)).values()
         before = next(
@@ -226,8 +231,8 @@ class SourceRun:
 
 # The object of a week: a zip with one NDJSON entry, joined from the objects of its hours.
 #
-# Invariant: it is a function of the records of its hours, so a crash needs nothing: it is re-created when a day of it
-# is complete or one of its hours changed, and only then.
+# Invariant: it depends only on the records of its hours, so no crash recovery is needed: it is re-created when, and
+# only when, a day of it is complete or one of its hours changed.
 
 WEEKS = "amplitude_weeks"
 DAY_HOURS = 24
@@ -235,7 +240,7 @@ MAX_BYTES = 5 << 30
 
 
 def refresh_weeks(run: PartitionRun, span: Window) -> Report:
-    """Bring the objects of the weeks of `span` up to date; one that cannot be stored is a failure of its own."""
+    """Bring the week objects of `span` up to date; one that cannot be stored is a failure of that week only."""
     report = Report()
     for window in weeks_between(span.start, span.end) if not run.context.dry_run else ():
         hours = hours_of_week(run.pull, run.name, window)
@@ -246,9 +251,9 @@ def refresh_weeks(run: PartitionRun, span: Window) -> Report:
 
 
 def hours_of_week(pull: PullContext, source: str, window: Window) -> Sequence[Record]:
-    """The hours that the object of a week should hold: those of days that were pulled whole.
+    """The hours that a week object should hold: those of days that were pulled completely.
 
-    A day with an hour that waits is not whole; one that was set aside is not waited for.
+    A day with a waiting hour is incomplete; an hour that was set aside does not count as waiting.
     """
     records = pull.checkpoints.records(pull.name, source, window.start, window.end)
     days = _by_day(record for record in records if has_landed(record) or record.closed)
@@ -256,12 +261,12 @@ def hours_of_week(pull: PullContext, source: str, window: Window) -> Sequence[Re
 
 
 def _by_day(records: Iterable[Record]) -> Sequence[Sequence[Record]]:
-    """Records of hours, oldest first, day by day."""
+    """Records of hours, oldest first, grouped by day."""
     return [list(day) for _, day in groupby(records, lambda record: record.window.start.date())]
 
 
 def recreate_week(run: PartitionRun, window: Window, version: str) -> Report:
-    """Re-create the object of a week in place of that version."""
+    """Re-create the object of a week, replacing that version."""
     hours = hours_of_week(run.pull, run.name, window)
     if not hours:
         span = f"--from {window.start:%Y-%m-%d} --to {window.end:%Y-%m-%d}"

@@ -1,4 +1,4 @@
-"""The pipeline put together: one job that pulls every configured source; both ends of it compared; its gap map."""
+"""Wires the pipeline: one job that pulls every configured source; comparison of both ends; the gap map."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from app.amplitude.events import HourLines
 
 PIECE_BYTES = 1 << 18
-KEPT_LINE_BYTES = 1 << 25  # of a line that is too large
+KEPT_LINE_BYTES = 1 << 25  # kept of a line that is too large
 OFF = "set AMPLITUDE_WEB_CLIENT_ID or AMPLITUDE_MOBILE_CLIENT_ID, with its secret key"
 
 
@@ -54,7 +54,7 @@ def build(
     warehouse: EventWarehouse,
     clock: Callable[[], datetime],
 ) -> PullPipeline[Mapping[str, Project]]:
-    """The pipeline as it is configured; its job is `off` while no source has its keys."""
+    """The configured pipeline; its job is `off` while no source has keys."""
     given, spool = settings.amplitude, spool_of(settings)
     pairs = {
         "web": (given.web_client_id, given.web_secret_key),
@@ -100,16 +100,16 @@ def build(
     )
 
 
-# Both ends of the pull: events as the service gives them now, and events of the objects; and the gap map.
+# Both ends of the pull: events as the service returns them now, and events in the objects; and the gap map.
 #
-# Invariants: the object of a week is compared with what the service gives for the hours that it should hold. An event
-# counts by all that it holds, in whatever order its members are written; a line that is not an event by its bytes.
+# Invariants: the object of a week is compared with what the service returns for the hours that it should hold. An event
+# is compared by its full content, regardless of the order of its members; a line that is not an event by its bytes.
 
 WEEKS = ":weeks"
 
 
 class AmplitudeEnds(PullEnds):
-    """`app.core.verify.Ends` over the pull. Partitions are sources, whose windows are hours, and `{source}:weeks`."""
+    """`app.core.verify.Ends` over the pull. Partitions are sources, with hours as windows, and `{source}:weeks`."""
 
     def __init__(self, pull: PullContext, projects: Mapping[str, Project], stop: Stop) -> None:
         self.projects = projects
@@ -117,7 +117,7 @@ class AmplitudeEnds(PullEnds):
         super().__init__(pull, names, stop)
 
     def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
-        """See `Ends.slots`: hours that can be asked for, and weeks that lie in the span whole."""
+        """See `Ends.slots`: hours that can be requested, and weeks that lie entirely in the span."""
         end = min(span.end, self.pull.due_at)
         for name in self.names if partition is None else [partition]:
             if not name.endswith(WEEKS):
@@ -128,7 +128,7 @@ class AmplitudeEnds(PullEnds):
             self.let_go()
 
     def source(self, slot: PartitionWindow) -> WindowContent:
-        """See `Ends.source`. A week is what its hours are, which are remembered."""
+        """See `Ends.source`. A week is the sum of its hours, which are cached."""
         source = slot.partition.removesuffix(WEEKS)
         if source == slot.partition:
             return super().source(slot)
@@ -198,7 +198,7 @@ class AmplitudeEnds(PullEnds):
 
 @dataclass(frozen=True, slots=True)
 class AmplitudeGapMap:
-    """`app.core.verify.GapMapSource` over the pull: a line of hours and one of weeks for each source."""
+    """`app.core.verify.GapMapSource` over the pull: a row of hours and a row of weeks for each source."""
 
     pull: PullContext
 

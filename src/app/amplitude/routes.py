@@ -1,8 +1,8 @@
 """/amplitude: the events of some days as a zip, one NDJSON entry per ISO week.
 
-Invariants: the zip goes out while later days are still fetched, and nothing larger than a piece of it is in memory;
-what goes wrong before its first byte is an error answer, what goes wrong later ends the connection, so that no client
-takes a part for the whole.
+Invariants: the zip is sent while later days are still fetched, and never held in memory beyond one chunk; an error
+before its first byte is an error response, a later one closes the connection, so that no client takes a partial file
+for a complete one.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from app.web.errors import Answers, Refusal, Refused, faults
 
 MAX_DAYS = 365
 AT_ONCE = 2
-FIRST_DAY, LAST_DAY = date(1980, 1, 7), date(2107, 12, 31)  # a zip has no date for other weeks
+FIRST_DAY, LAST_DAY = date(1980, 1, 7), date(2107, 12, 31)  # a zip cannot store dates of other weeks
 DAY = r"^\d{8}$"
 Day = Annotated[str, Query(pattern=DAY, description="YYYYMMDD, UTC", examples=["20240201"])]
 BUSY = Refusal(429, "two exports of Amplitude run already", "try again when one is done", headers={"Retry-After": "30"})
@@ -45,7 +45,7 @@ ANSWERS: Answers = {
 
 
 def build(projects: Mapping[str, Project]) -> APIRouter:
-    """The routes on the configured projects."""
+    """The routes for the configured projects."""
     strict = [Depends(refuse_unknown_parameters)]
     router = APIRouter(prefix="/amplitude", tags=["amplitude"], dependencies=strict)
     places = asyncio.Semaphore(AT_ONCE)
@@ -81,7 +81,7 @@ def build(projects: Mapping[str, Project]) -> APIRouter:
 
 
 def _days(start: str, end: str) -> tuple[date, date]:
-    """Both days. Raises Refused with 422."""
+    """Parse both days. Raises Refused with 422."""
     first, last = _day(start, "start"), _day(end, "end")
     if first < FIRST_DAY or last > LAST_DAY:
         said, hint = f"no export from {start} to {end}", f"days go from {FIRST_DAY:%Y%m%d} to {LAST_DAY:%Y%m%d}"
@@ -102,7 +102,7 @@ def _day(text: str, name: str) -> date:
 
 
 def week_zip(project: Project, first: date, last: date, stop: Stop) -> Iterator[bytes]:
-    """The zip of the events of all days from `first` to `last`. Raises what fetching raises."""
+    """The zip of the events of all days from `first` to `last`. Raises the errors of fetching."""
     start = datetime.combine(first, time(), UTC)
     days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
     span = Window(start, start + timedelta(days=len(days)))
@@ -111,7 +111,7 @@ def week_zip(project: Project, first: date, last: date, stop: Stop) -> Iterator[
 
 
 def _ahead(pieces: Iterator[FetchedArchive]) -> Iterator[FetchedArchive]:
-    """One piece in advance, fetched by a thread of its own."""
+    """Prefetch one archive in a separate thread."""
 
     def close_unused(done: Future[FetchedArchive | None]) -> None:
         if not done.exception() and (fetched := done.result()) is not None:
@@ -128,7 +128,7 @@ def _ahead(pieces: Iterator[FetchedArchive]) -> Iterator[FetchedArchive]:
 
 
 def _joined(pieces: Iterator[bytes], size_bytes: int = 1 << 16) -> Iterator[bytes]:
-    """The same bytes in pieces that are worth a trip to a thread. The first one waits for the first day."""
+    """The same bytes in chunks large enough to be worth a thread switch. The first one waits for the first day."""
     held = bytearray()
     for piece in pieces:
         held += piece

@@ -1,1 +1,1 @@
-"""AppMetrica: product events by time of receipt to objects and the warehouse, and exports on request."""
+"""AppMetrica: product events by receipt time to objects and the warehouse, and exports on request."""

@@ -1,7 +1,7 @@
-"""AppMetrica's Logs API: one request in, one of four answers out, as contracts describe `/logs/v1/export`.
+"""Client of AppMetrica's Logs API: each request gets one of the four answers of `/logs/v1/export` (see contracts).
 
-Invariants: a call is counted before it is made, and none is made beyond the day's; one request at a time is under way;
-what the service says is never taken for a file, and a file that ends early never for a whole one.
+Invariants: a call is counted before it is made, and the daily limit is never exceeded; one request is in progress at a
+time; a status message is never taken for a file, and a truncated file never for a complete one.
 """
 
 import json
@@ -34,7 +34,7 @@ SERVICE = "appmetrica"
 PROGRESS = re.compile(r"Progress is (\d+)%")
 QUEUED = re.compile(r"enqueued", re.IGNORECASE)
 MORE_PARTS = re.compile(r"more parts", re.IGNORECASE)
-BUSY = (420, HTTPStatus.TOO_MANY_REQUESTS)  # the English page of quotas says the one, the Russian page the other
+BUSY = (420, HTTPStatus.TOO_MANY_REQUESTS)  # the English quota page documents the one, the Russian page the other
 QUEUE_SECONDS, RATE_SECONDS = 60.0, 5.0
 GZIP_BITS = 31
 MAX_LIST_BYTES = 1 << 20
@@ -44,7 +44,7 @@ ACCESS_HINT = "check APPMETRICA_API_KEY: an OAuth token with appmetrica:read, an
 
 @dataclass(frozen=True, slots=True)
 class NotReady:
-    """The file is not there yet. `percent` None = it was not said; `at_least_seconds`: to wait before asking again.
+    """The file is not ready. `percent` None = not reported; `at_least_seconds`: minimum wait before asking again.
 
     `heard`: the service has accepted the request.
     """
@@ -56,7 +56,7 @@ class NotReady:
 
 
 class RequestRefused(Permanent):
-    """The request itself is wrong, as the service says in `text`."""
+    """The request itself is invalid; `text` is the service's message."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(
@@ -69,11 +69,11 @@ log = logging.getLogger(__name__)
 
 
 class MoreParts(Exception):
-    """The file is too large for so many parts."""
+    """The file is too large for this number of parts."""
 
 
 def _said(answer: ServiceAnswer) -> NotReady:
-    """What an answer without a file means."""
+    """Interpret an answer without a file."""
     text = answer.text()
     match answer.status:
         case HTTPStatus.ACCEPTED:
@@ -111,12 +111,12 @@ def _listed(answer: ServiceAnswer) -> Mapping[int, Mapping[str, Any]]:
 
 
 def _checked(pieces: Iterator[bytes], *, empty: bool) -> Iterator[bytes]:
-    """The pieces, which are gzip. Raises Transient unless they are whole. `empty`: no piece at all is whole, too."""
+    """Pass through gzip chunks. Raises Transient unless they are complete. `empty`: no chunk at all is allowed."""
     first = next(pieces, b"")
     if not first and empty:
         yield from _packed(iter(()))
         return
-    # Inflated as it passes: that a gzip stream was cut shows nowhere but at its end.
+    # Inflate while passing through: a truncated gzip stream is only detected at its end.
     inflater = zlib.decompressobj(GZIP_BITS)
     try:
         for piece in chain([first], pieces):
@@ -140,11 +140,11 @@ def _packed(pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield packer.flush()
 
 
-# What AppMetrica is asked for, and the exports that are under way.
+# Requests to AppMetrica, and exports in progress.
 #
-# Invariants: the query string identifies an export on the server, so it is made once, kept before it is first sent, and
-# sent by the same text until it is done, over restarts; how many parts it takes is kept as well. A file that is older
-# than a day is requested again, since the service has forgotten it.
+# Invariants: the query string identifies an export on the server, so it is built once, saved before it is first sent,
+# and resent unchanged until the export is done, across restarts; the number of parts is saved as well. A file older
+# than a day is requested again, since the service has dropped it.
 
 FILE = Path(__file__).with_name("resources.toml")
 SECOND = timedelta(seconds=1)
@@ -159,7 +159,7 @@ POLICY = RetryPolicy(attempts=5, first_seconds=1.0, cap_seconds=60.0)
 
 @dataclass(frozen=True, slots=True)
 class LogResource:
-    """One kind of rows. `received` "" = its rows do not say when they were received."""
+    """One kind of rows. `received` "" = its rows carry no receipt time."""
 
     name: str
     columns: tuple[str, ...]
@@ -168,7 +168,7 @@ class LogResource:
 
 @lru_cache(maxsize=1)
 def resources() -> Mapping[str, LogResource]:
-    """All that can be asked for, by name."""
+    """All resources that can be requested, by name."""
     listed = tomllib.loads(FILE.read_text(encoding="utf-8"))
     return {
         name: LogResource(name, tuple(each["columns"].split()), each.get("received", ""))
@@ -178,20 +178,20 @@ def resources() -> Mapping[str, LogResource]:
 
 @dataclass(frozen=True, slots=True)
 class LogsRequest:
-    """A request to the Logs API as it is kept. `span`: the hours that it is for, None when a person asked."""
+    """A saved request to the Logs API. `span`: the hours that it covers, None when a person made it."""
 
     path: str
     span: Window | None = None
 
     @property
     def text(self) -> str:
-        """What is kept."""
+        """The text that is saved."""
         span = [self.span.start.isoformat(), self.span.end.isoformat()] if self.span else None
         return json.dumps({"path": self.path, "span": span})
 
     @property
     def resource(self) -> str:
-        """What is asked for."""
+        """The requested resource."""
         return self.path.partition(".csv")[0].rpartition("/")[2]
 
     @property
@@ -200,7 +200,7 @@ class LogsRequest:
         return self.path.rpartition("&fields=")[2].split(",")
 
     def part(self, number: int, count: int) -> str:
-        """The path of one of several parts; of a file in one piece, the path itself."""
+        """The path of one of several parts; for a file in one piece, the path itself."""
         return self.path if count == 1 else f"{self.path}&parts_count={count}&part_number={number}"
 
 
@@ -214,9 +214,9 @@ def logs_request(
     by_receipt: bool,
     span: Window | None = None,
 ) -> LogsRequest:
-    """Rows between two instants of the application's own clock, both included.
+    """Rows between two local times of the application's time zone, both inclusive.
 
-    `fields` is last, since it is what an answer is read by.
+    `fields` is last, since answers are read by it.
     """
     given = {
         "application_id": application_id,
@@ -231,20 +231,20 @@ def logs_request(
 
 
 def request_of(export: PendingExport) -> LogsRequest:
-    """What was kept."""
+    """Parse the saved request."""
     held = json.loads(export.request)
     span = held["span"]
     return LogsRequest(held["path"], Window(*(datetime.fromisoformat(each) for each in span)) if span else None)
 
 
 class TooManyParts(Permanent):
-    """The file is too large for as many parts as we ask for."""
+    """The file is too large even for our maximum number of parts."""
 
 
 class Exports:
-    """The exports of one application, as `given` says. `left_out` are columns that the service did not know.
+    """The exports of one application, configured by `given`. `left_out` are columns that the service did not know.
 
-    A call waits up to `poll_timeout_seconds`, with pauses from `poll_interval_seconds` on.
+    A call waits up to `poll_timeout_seconds`, with pauses that start at `poll_interval_seconds`.
     """
 
     def __init__(
@@ -266,12 +266,12 @@ class Exports:
 
     @property
     def calls_today(self) -> int:
-        """How many calls this day has had."""
+        """Number of calls made today."""
         return self.pulls.calls(SERVICE, self.clock())
 
     @cached_property
     def zone(self) -> ZoneInfo:
-        """The application's time zone: the one that is set, else what the service says, asked once."""
+        """The application's time zone: the configured one, else the service's, requested once."""
         name = self.given.timezone or str(self.application().get("time_zone_name") or "UTC")
         try:
             return ZoneInfo(name)
@@ -280,16 +280,16 @@ class Exports:
 
     @contextmanager
     def _answer(self, path: str, headers: Mapping[str, str]) -> Iterator[ServiceAnswer]:
-        """One call, counted, while nobody else makes one. Raises Transient when the day's calls are used."""
+        """Make and count one call, while no other is in progress. Raises Transient when the daily limit is used up."""
         with self._turn:
             self.pulls.count_call(SERVICE, self.given.daily_calls, self.clock())
             with self.upstream.get(path, headers) as answer:
                 yield answer
 
     def ask(self, path: str, *, fresh: bool) -> NotReady | BinaryIO:
-        """The file of a request, as gzip, or that it is not there yet. Whoever takes the file closes it.
+        """The file of a request, as gzip, or NotReady. The receiver closes the file.
 
-        `fresh`: not one that was made before; that puts the request at the end of the queue, so it is said only once.
+        `fresh`: do not reuse a file made before. This moves the request to the end of the queue, so send it only once.
         Raises MoreParts, RequestRefused, Transient and Permanent.
         """
         headers = {"Accept-Encoding": "gzip", **({"Cache-Control": "no-cache"} if fresh else {})}
@@ -305,14 +305,14 @@ class Exports:
             return file
 
     def applications(self) -> Mapping[int, Mapping[str, Any]]:
-        """The applications that the token may see, by id. Raises Transient and Permanent."""
+        """The applications that the token can access, by id. Raises Transient and Permanent."""
         with self._answer(APPLICATIONS, {"Accept-Encoding": "identity"}) as answer:
             if answer.status != HTTPStatus.OK:
                 raise _error(answer, answer.text())
             return _listed(answer)
 
     def application(self) -> Mapping[str, Any]:
-        """This application, as the token sees it. Raises Permanent when it does not."""
+        """This application. Raises Permanent when the token cannot access it."""
         found = self.applications().get(self.application_id)
         if found is None:
             hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
@@ -320,16 +320,16 @@ class Exports:
         return found
 
     def ping(self) -> str:
-        """Whether the token sees the application, for `check`. Raises Transient or Permanent."""
+        """Whether the token can access the application, for `check`. Raises Transient or Permanent."""
         with closing(self.upstream):
             self.application()
         calls = f"{self.calls_today} of {self.given.daily_calls} calls of today are used"
         return f"may read application {self.application_id}; {calls}"
 
     def request_received(self, resource: LogResource, span: Window) -> LogsRequest:
-        """All rows that were received in whole hours, without the columns that the service did not know.
+        """All rows received in whole hours, without the columns that the service did not know.
 
-        Perhaps more: where clocks go back, two hours have one name.
+        May return more rows: when clocks go back, two hours have the same local time.
         """
         since, until = (at.astimezone(self.zone) for at in (span.start, span.end - SECOND))
         return logs_request(
@@ -343,7 +343,7 @@ class Exports:
         )
 
     def keep(self, owner: str, request: LogsRequest) -> PendingExport:
-        """The export of a request, which has a number from now on. Those that were done with long ago go."""
+        """Save a request as an export, which gets a number. Deletes exports that were done long ago."""
         now = self.clock()
         self.pulls.forget(SERVICE, owner, now - FORGOTTEN_AFTER)
         return self.pulls.add(SERVICE, owner, request.text, now)
@@ -358,13 +358,13 @@ class Exports:
         return True
 
     def is_needed(self, resource: LogResource, error: RequestRefused) -> bool:
-        """Whether what the service refuses is a column without which rows cannot be told apart."""
+        """Whether the service refuses a column that is needed to identify rows."""
         return bool(set(re.findall(r"\w+", error.text)) & {*NEEDED, resource.received})
 
     @contextmanager
     def resumed(self, export: PendingExport, *, fresh: bool = True) -> Iterator["ExportInProgress"]:
-        """An export to go on with. `fresh`: unless it is under way already, its file is re-created."""
-        # The service has forgotten a file of yesterday: asking for it again under the same text makes a new one.
+        """Continue an export. `fresh`: re-create its file unless the export is already in progress."""
+        # The service has dropped yesterday's file: asking again with the same text makes a new one.
         if export.done or (export.asked_at is not None and self.clock() - export.asked_at > KEPT_FOR):
             export = replace(export, asked_at=None, done=False)
             self.pulls.save(export)
@@ -374,9 +374,9 @@ class Exports:
 
 @dataclass(slots=True)
 class ExportInProgress:
-    """One export in the hands of one caller. Safe to give up at any time: the next one goes on from what is kept.
+    """One export, used by one caller. It can be abandoned at any time: the next caller continues from the saved state.
 
-    `files`: the parts that are there so far, in order, each gzip with a header of its own.
+    `files`: the parts received so far, in order, each a gzip file with its own header.
     """
 
     exports: Exports
@@ -386,11 +386,11 @@ class ExportInProgress:
 
     @property
     def request(self) -> LogsRequest:
-        """What is asked for."""
+        """The request of this export."""
         return request_of(self.export)
 
     def step(self, pauses: Pauses) -> NotReady | None:
-        """Ask for what is missing; None when all parts are in `files`. Raises as `Service.ask`, but no MoreParts."""
+        """Ask for missing parts; None when all are in `files`. Raises the errors of `Exports.ask` except MoreParts."""
         while len(self.files) < self.export.parts_count:
             path = self.request.part(len(self.files), self.export.parts_count)
             fresh = self.fresh and self.export.asked_at is None
@@ -407,7 +407,7 @@ class ExportInProgress:
         return None
 
     def wait(self, pauses: Pauses) -> NotReady | None:
-        """Step until all is there or the time is over; then what the service said last."""
+        """Repeat `step` until all parts are there or the time is up; then returns the service's last answer."""
         given, waited_seconds = self.exports.given, 0.0
         interval_seconds = given.poll_interval_seconds
         while (answer := self.step(pauses)) is not None and waited_seconds < given.poll_timeout_seconds:
@@ -423,11 +423,11 @@ class ExportInProgress:
             self.files.pop().close()
 
     def finish(self) -> None:
-        """The file was taken in."""
+        """Mark the export as done, after its file was processed."""
         self._save(replace(self.export, done=True))
 
     def _double(self) -> None:
-        """What was fetched is of another division, and goes."""
+        """Double the number of parts. Files fetched so far belong to another split and are discarded."""
         self.close()
         if self.export.parts_count >= MAX_PARTS:
             raise TooManyParts(
@@ -441,5 +441,5 @@ class ExportInProgress:
 
 
 def next_pause(interval_seconds: float) -> float:
-    """The next pause, which grows, since a day has so many calls only."""
+    """The next pause. Pauses grow because the number of calls per day is limited."""
     return min(interval_seconds * 1.5, max(LONGEST_PAUSE_SECONDS, interval_seconds))

@@ -1,4 +1,4 @@
-"""The hours of one resource in one run, and the days that are counted again."""
+"""The hours of one resource in one run, and recounting of recent days."""
 
 import logging
 from collections import Counter
@@ -47,15 +47,16 @@ from app.product_events.hours import (
 from app.product_events.mapping import LoadResult
 from app.product_events.pull import RefusedLines
 
-# The hours of a resource in one run: requested together, landed one by one, in order.
+# The hours of a resource in one run: requested together, loaded and stored one by one, in order.
 #
-# Order within an hour: what is set aside, rows, object, record; a crash before the record repeats the hour, all of
-# which is recognized by its content. Invariants: each request also covers the hour before the cursor, so what the
-# service received late is found; when a run ends before the file is there, the next one goes on with the same request.
+# The order within an hour is set-aside rows, rows, object, record. After a crash before the record, the hour is
+# repeated; everything in it is recognized by its content. Invariants: each request also covers the hour before the
+# cursor, so data that the service received late is found; if a run ends before the file is ready, the next run
+# continues the same request.
 #
-# A row that cannot be taken is set aside with its bytes, all others land. A request that fails for a day, or for which
-# the service wants too many parts, is made again hour by hour; an hour that fails like that as well is set aside, as
-# long as the service answers at all.
+# A row that cannot be loaded is set aside with its bytes; all others are loaded. A request that fails for a day, or
+# needs too many parts, is repeated hour by hour; an hour that still fails is set aside, provided the service responds
+# at all.
 
 NAME = "appmetrica"
 EVENTS = "events"
@@ -68,14 +69,14 @@ log = logging.getLogger(__name__)
 
 
 class ResourceRun:
-    """One resource in one run. Its methods raise what the ports and the service raise; what was committed stays."""
+    """One resource in one run. Methods raise the errors of the ports and the service; what was committed stays."""
 
     def __init__(self, run: PartitionRun, exports: Exports, resource: LogResource) -> None:
         self.run, self.exports, self.resource = run, exports, resource
         self.application_id = loaded_for(run.name)
 
     def pull_due(self) -> Report:
-        """Go on with the request that is under way, or make the next one, and land its hours."""
+        """Continue the request in progress or make the next one, and load and store its hours."""
         run, pull = self.run, self.run.pull
         due = pull.due_at
         cursor = run.begun_at(floor_to(pull.clock() - timedelta(days=pull.lookback_days), HOUR_SECONDS))
@@ -87,27 +88,27 @@ class ResourceRun:
             if report.more or _span(export).end < due:
                 return report + Report(more=not run.context.dry_run)
         for hour in waiting:
-            # Once more; an hour that fails again holds up nothing.
+            # A retry; an hour that fails again blocks nothing.
             pulled = run.alone(f" {hour}", partial(self.pull_late, hour))
             report += replace(pulled, more=False)
             if pulled.more:
-                break  # the service takes its time
+                break  # the service is still making the file
         return report + recount(self)
 
     def _next(self, cursor: datetime, due: datetime) -> PendingExport:
         pull = self.run.pull
         is_narrowed = cursor < pull.checkpoints.cursors(NARROWED).get(self.run.name, cursor)
         before = self.run.records(Window(cursor - HOUR, cursor)).values()
-        # An hour that was set aside would fail this request as well.
+        # An hour that was set aside would make this request fail as well.
         start = cursor - HOUR if all(map(has_landed, before)) else cursor
         return self._kept("", Window(start, min(due, cursor + (HOUR if is_narrowed else STEP))))
 
     def pull_late(self, span: Window) -> Report:
-        """Pull hours that have more rows now than when they landed. `more`: the file is not there yet."""
+        """Pull hours that have more rows now than when they were loaded. `more`: the file is not ready yet."""
         return self._land(self._kept(":late", span), None, late=True)
 
     def pull_again(self, hours: Window) -> Report:
-        """Pull hours again, whatever is recorded. `more`: a file is not there yet."""
+        """Pull hours again, regardless of what is recorded. `more`: a file is not ready yet."""
         report, at = Report(), hours.start
         while at < hours.end and not report.more:
             day = Window(at, min(at + STEP, hours.end))
@@ -116,9 +117,9 @@ class ResourceRun:
         return report
 
     def _under_way(self, cursor: datetime) -> PendingExport | None:
-        """The export that an earlier run has asked for; one that does not lead on from the cursor is done with.
+        """The export that an earlier run requested; one that does not continue from the cursor is marked done.
 
-        So is one from a clock that was ahead, whose age could not be told before that time has come.
+        So is one created in the future by a fast clock, since its age is unknown until that time has come.
         """
         found, soon = None, self.run.pull.clock() + HOUR
         for export in self.exports.pulls.open(NAME, self.run.name):
@@ -136,9 +137,10 @@ class ResourceRun:
         return self.exports.keep(self.run.name + purpose, self.exports.request_received(self.resource, span))
 
     def _land(self, export: PendingExport, cursor: datetime | None, *, late: bool = False) -> Report:
-        """Wait for the file and land its hours; those from the cursor on move it. `more`: it is not there yet.
+        """Wait for the file, then load and store its hours; hours from the cursor on move it. `more`: it is not ready
+        yet.
 
-        Without a cursor rows are loaded whatever is recorded, unless they are `late`: then what has changed is.
+        Without a cursor, rows are loaded regardless of what is recorded; with `late`, only changed hours are.
         """
         context = self.run.context
         try:
@@ -165,8 +167,8 @@ class ResourceRun:
             return self._not_given(export, cursor, error)
 
     def _no_file(self, export: PendingExport, cursor: datetime | None, answer: NotReady) -> Report:
-        """The service is still making the file. After a day, when it was requested anew, that is told as a failure, and
-        after another one it is as if the service had refused it; but not while its queue was full all the time.
+        """The service is still making the file. After a day, when it has been requested again, that is reported as a
+        failure; after another day it counts as refused, unless the service's queue was full all the time.
         """
         name, context, said = self.run.name, self.run.context, answer.text
         log.info("%s: no file yet, it is requested again: %s", name, said)
@@ -180,9 +182,9 @@ class ResourceRun:
         return Report(more=not context.dry_run, notes=(f"{name}: {said}",)) + failed
 
     def _not_given(self, export: PendingExport, cursor: datetime, error: Transient | Permanent) -> Report:
-        """A request that the service did not answer. Raises `error` while it may pass, or the service is away.
+        """A request that failed. Raises `error` while it may be temporary, or when the service is down.
 
-        What it refuses may be too long for it, and is asked for hour by hour at once.
+        A refused request may cover too many hours, so it is split into hours at once.
         """
         is_large, is_refused, span = isinstance(error, TooManyParts), isinstance(error, RequestRefused), _span(export)
         run, is_long = self.run, span.end - cursor > HOUR
@@ -257,13 +259,13 @@ class ResourceRun:
 
 
 def loaded_for(partition: str) -> int | None:
-    """The application whose events go into the warehouse as well; None for other rows."""
+    """The application whose events also go into the warehouse; None for other rows."""
     application_id, _, resource = partition.partition(":")
     return int(application_id) if resource == EVENTS else None
 
 
 def partition_of(exports: Exports, resource: LogResource) -> str:
-    """`{application}:{resource}`: another application has a cursor of its own."""
+    """`{application}:{resource}`: each application has its own cursor."""
     return f"{exports.application_id}:{resource.name}"
 
 
@@ -274,12 +276,12 @@ def hour_key(partition: str, window: Window) -> str:
 
 
 def set_aside_name(partition: str, window: Window) -> tuple[str, ...]:
-    """What is set aside of an hour lies below `{resource}/date={date}/{application}_{HHMMSS}`."""
+    """The set-aside data of an hour is stored under `{resource}/date={date}/{application}_{HHMMSS}`."""
     return place_of(partition, window.start)
 
 
 def place_of(partition: str, hour_at: datetime | None) -> tuple[str, ...]:
-    """The same for a row, which may tell of no hour."""
+    """The same for a row, which may have no hour."""
     application_id, _, resource = partition.partition(":")
     if hour_at is None:
         return resource, f"{application_id}_of_no_hour"
@@ -287,23 +289,23 @@ def place_of(partition: str, hour_at: datetime | None) -> tuple[str, ...]:
 
 
 def opened_hour(_pull: PullContext, partition: str, window: Window, file: BinaryIO, _stop: Stop) -> ReceiptHourFile:
-    """The hour in the file of its object. Raises ValueError for one without a header."""
+    """The hour in the file of its object. Raises ValueError when the header is missing."""
     return read_hour(loaded_for(partition), window, file)
 
 
 def _span(export: PendingExport) -> Window:
-    """The hours of an export that a job asked for."""
+    """The hours of an export that a job requested."""
     span = request_of(export).span
     if span is None:
         raise Permanent(f"export {export.export_id} has no hours", "bug in Headwater; please report it")
     return span
 
 
-# Rows that arrive late with an old time of receipt: days are counted again once they were pulled, what lacks lands.
+# Late rows with an old receipt time: pulled days are counted again, and missing rows are loaded.
 #
-# The service may deliver events above its quota later, under the time at which it received them. Invariants: once a
-# day each of the last days of receipt is exported with the one column that tells the hour; only hours that have more
-# rows than were recorded are pulled again; a day is asked for only while less than BUDGET of the day's calls are used.
+# The service may deliver events above its quota later, under their original receipt time. Invariants: once a day each
+# of the last receipt days is exported with only the column that gives the hour; only hours with more rows than recorded
+# are pulled again; a day is requested only while less than BUDGET of the daily calls are used.
 
 RECOUNTED = "appmetrica_recount"
 """The pipeline whose records are days of receipt; `digest` is the day on which each was counted last."""
@@ -312,7 +314,7 @@ DAY = timedelta(days=1)
 
 
 def recount(resource: ResourceRun) -> Report:
-    """Count the days that were not counted today, oldest first, for as long as one run may wait for a file."""
+    """Count the days that were not counted today, oldest first, as long as one run may wait for a file."""
     run, exports, report = resource.run, resource.exports, Report()
     began_at, given = run.pull.clock(), exports.given
     for day in () if run.context.dry_run else _days(resource, began_at):
@@ -321,7 +323,7 @@ def recount(resource: ResourceRun) -> Report:
         if exports.calls_today >= BUDGET * given.daily_calls:
             log.info("%s: half of the day's calls are used, so days are not counted again", run.name)
             break
-        # What fails is tried again tomorrow: a day that cannot be had must not hold up the others.
+        # Failures are retried tomorrow: a failing day must not block the others.
         counted = run.alone(f" {day}", partial(_count_day, resource, day))
         report += replace(counted, more=False)
         if counted.more:
@@ -331,7 +333,7 @@ def recount(resource: ResourceRun) -> Report:
 
 
 def _days(resource: ResourceRun, now: datetime) -> Iterator[Window]:
-    """Days of receipt that were pulled and not counted today; of the first and the last one what was pulled."""
+    """Receipt days that were pulled and not counted today; the first and the last one cover only the pulled part."""
     run, count, today = resource.run, resource.exports.given.recount_days, floor_to(now, DAY_SECONDS)
     first, last = run.pull.checkpoints.starts(NAME).get(run.name), run.cursor_at
     if not (count and first and last):
@@ -358,7 +360,7 @@ def _count_day(resource: ResourceRun, day: Window) -> Report:
             rows = sum(number for at, number in missing.items() if span.start <= at < span.end)
             log.info("%s %s: the service has %d rows that were not there before", run.name, span, rows)
             pulled = resource.pull_late(span)
-            if pulled.more:  # until the file is there these rows wait
+            if pulled.more:  # these rows wait until the file is ready
                 waiting = run.ledger(Tally(counted=rows, waiting=rows)).ledger
                 return report + replace(pulled, ledger=waiting)
             report += pulled
@@ -367,7 +369,7 @@ def _count_day(resource: ResourceRun, day: Window) -> Report:
 
 
 def _missing(counts: Mapping[datetime, int], known: Mapping[datetime, Record], day: Window) -> Mapping[datetime, int]:
-    """How many rows more than recorded the service has, by hour. What could not be had is left to a backfill."""
+    """Rows that the service has beyond the recorded ones, by hour. Unavailable hours are left to a backfill."""
     found = {}
     for at, number in counts.items():
         record = known.get(at)
@@ -378,7 +380,7 @@ def _missing(counts: Mapping[datetime, int], known: Mapping[datetime, Record], d
 
 
 def _counts(files: Sequence[BinaryIO], received: str) -> Counter[datetime]:
-    """Rows by the hour of their receipt."""
+    """Rows by hour of receipt."""
     counts = Counter[datetime]()
     for file in files:
         rows = CsvRows(file)
@@ -390,7 +392,7 @@ def _counts(files: Sequence[BinaryIO], received: str) -> Counter[datetime]:
 
 
 def _spans(hours: Sequence[datetime]) -> Sequence[Window]:
-    """Hours, oldest first, as windows of neighbours."""
+    """Hours, oldest first, merged into windows of adjacent hours."""
     found: list[Window] = []
     for at in hours:
         start = found.pop().start if found and found[-1].end == at else at

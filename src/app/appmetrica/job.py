@@ -1,6 +1,6 @@
-"""The pipeline put together: one job that pulls every configured resource, each on its own.
+"""Wires the pipeline: one job that pulls every configured resource independently.
 
-Invariant: the calls of a day are counted by all processes together.
+Invariant: daily calls are counted across all processes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -46,7 +46,7 @@ def build(
     *,
     clock: Callable[[], datetime],
 ) -> PullPipeline[Exports | None]:
-    """The pipeline as it is configured; its job is `off` without a token."""
+    """The configured pipeline; its job is `off` without a token."""
     given = settings.appmetrica
     exports = None
     if given.api_key is not None and given.application_id is not None:
@@ -98,8 +98,8 @@ def build(
     )
 
 
-# Both ends of the pull: a file that the service makes now, and the rows of the objects. It is asked for once per day
-# and resource, since the service takes minutes to make one.
+# Both ends of the pull: a file that the service makes now, and the rows of the objects. The file is requested once
+# per day and resource, since the service takes minutes to make one.
 
 LATER = "verify again in some minutes: the same file is asked for; APPMETRICA_POLL_TIMEOUT_SECONDS is how long to wait"
 
@@ -116,7 +116,7 @@ class AppMetricaEnds(PullEnds):
         return replace(run.land(hour, record, PullMode.AGAIN, over=over)[0], windows=1)
 
     def ask(self, partition: str, span: Window) -> tuple[Window, Given]:
-        """See `PullEnds.ask`. A fault is that of all hours of the span: the first one waits for all."""
+        """See `PullEnds.ask`. A fault applies to all hours of the span: the first one waits for all."""
         try:
             hours = {hour.window: hour for hour in self._fetched(partition, span)}
         except (Transient, Permanent) as error:

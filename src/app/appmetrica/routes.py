@@ -1,7 +1,7 @@
-"""/appmetrica: is the service there, ask for an export, fetch its file when it is made.
+"""/appmetrica: check the service, request an export, download its file when it is ready.
 
-Invariants: an export's number and request are kept before the service is first asked, so a wait survives a restart of
-either side; while a caller waits, no thread does.
+Invariants: an export's number and request are saved before the service is first asked, so a wait survives a restart of
+either side; a waiting caller does not block a thread.
 """
 
 import asyncio
@@ -119,7 +119,7 @@ def build(exports: Exports | None) -> APIRouter:
     ) -> Response:
         known = _configured(exports)
         export = await run_in_threadpool(known.pulls.find, SERVICE, export_id)
-        if export is None or request_of(export).span is not None:  # a job's own
+        if export is None or request_of(export).span is not None:  # a job's export
             raise Refused(
                 404, f"no export has the number {export_id}", "take the id that POST /appmetrica/exports answered"
             )
@@ -140,7 +140,7 @@ def _configured(exports: Exports | None) -> Exports:
 
 
 def _ping(exports: Exports | None) -> dict[str, Any]:
-    """Never an error answer: what is wrong is what is asked for."""
+    """Never an error response: the check reports problems in its body."""
     if exports is None:
         return {"status": "unconfigured", "message": UNCONFIGURED.hint}
     said = {"status": "ok"}
@@ -152,7 +152,7 @@ def _ping(exports: Exports | None) -> dict[str, Any]:
 
 
 def _request(application_id: int, wanted: ExportRequest) -> LogsRequest:
-    """What is asked of the service. Raises Refused with 422."""
+    """Build the request to the service. Raises Refused with 422."""
     resource = resources().get(wanted.resource)
     if resource is None:
         known = ", ".join(resources())
@@ -179,7 +179,7 @@ def _instant(text: str, rest: str, name: str) -> str:
     except ValueError:
         hint = "write it as YYYY-MM-DD or YYYY-MM-DD hh:mm:ss"
         raise Refused(422, f"{name} {text!r} is not a timestamp", hint, f"body.{name}") from None
-    if at.year not in YEARS:  # far ones overflow in another time zone, and early ones are not written with four digits
+    if at.year not in YEARS:  # other years overflow in another time zone or are not written with four digits
         hint = f"give one from {YEARS.start} to {YEARS.stop - 1}"
         raise Refused(422, f"{name} {text!r} is out of range", hint, f"body.{name}")
     return at.strftime(LOCAL)
@@ -188,7 +188,7 @@ def _instant(text: str, rest: str, name: str) -> str:
 async def _fetched(
     exports: Exports, export: PendingExport, *, interval_seconds: float, timeout_seconds: float
 ) -> Response:
-    """Ask until the file is there or the time is over."""
+    """Poll until the file is ready or the time is up."""
     stop, held, left_seconds = Stop(), ExitStack(), timeout_seconds
     try:
         under_way = await run_in_threadpool(held.enter_context, exports.resumed(export, fresh=False))

@@ -1,10 +1,10 @@
-"""Rows of a file of AppMetrica: CSV in, hours of receipt out, and events as columns for the mapping.
+"""Rows of an AppMetrica file: reads CSV, splits it by hour of receipt, and gives events as columns to the mapping.
 
-Invariants: every row of the file comes once, good or bad, and is in exactly one hour, by the second in which it was
-received, or is refused with its bytes as the file has them; a bad row never takes a good one with it, also when a quote
-too many makes it swallow what follows. A record ends with the first line end up to which its quotes are even in number.
-Columns are found by their names. The same rows of an hour give the same uuids, whatever their order. Memory is bounded
-by KEPT_ROW_BYTES: what must be remembered of each row lies on disk.
+Invariants: every row of the file is yielded once, good or bad, and either is in exactly one hour, by the second of its
+receipt, or is refused with its bytes as in the file. A bad row never costs a good one, even when a stray quote makes it
+swallow what follows. A record ends at the first line end where the number of quotes is even. Columns are found by name.
+The same rows of an hour give the same uuids in any order. Memory is bounded by KEPT_ROW_BYTES: per-row state is on
+disk.
 """
 
 import csv
@@ -43,8 +43,8 @@ Row = Sequence[str]
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be read, for one of few reasons. `cells` are what can be told of it, by the file's own columns,
-    or nothing. `detail` says what is wrong, without values.
+    """A row that cannot be read, with one of a few reasons. `cells` are the values that can be recovered, by the file's
+    own columns, or empty. `detail` says what is wrong, without values.
     """
 
     reason: str
@@ -54,12 +54,12 @@ class BadRow:
 
 
 class CsvRows:
-    """The rows of one gzip file. `header` is empty for a file without one; `raw` and `number` are of the row that came
-    last. Use it once.
+    """The rows of one gzip file. `header` is empty for a file without one; `raw` and `number` belong to the last row
+    yielded. Use it once.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        csv.field_size_limit(KEPT_ROW_BYTES)  # the default is below one stack trace of a crash
+        csv.field_size_limit(KEPT_ROW_BYTES)  # the default is too small for one crash stack trace
         file.seek(0)
         packed = cast("io.RawIOBase", gzip.open(file, "rb"))  # noqa: SIM115 - it holds nothing but `file`
         self._stream = io.BufferedReader(packed, BUFFER_BYTES)  # finds lines in compiled code
@@ -81,7 +81,7 @@ class CsvRows:
                 yield self._row(line)
 
     def _row(self, line: bytes) -> Row | BadRow:
-        """The record that begins with `line`. If that fails, only the line is bad, and what follows is re-read."""
+        """The record that starts with `line`. If it cannot be read, only this line is bad, and the rest is re-read."""
         lines, size_bytes, is_open = [line], len(line), line.count(b'"') % 2 == 1
         while is_open and size_bytes < KEPT_ROW_BYTES and (more := self._line()):
             lines.append(more)
@@ -110,7 +110,7 @@ class CsvRows:
         return row
 
     def _told(self, raw: bytes) -> Row:
-        """The cells of a row that is not text, as far as they can be told; nothing when it is not a row either."""
+        """The cells of a row with invalid UTF-8, as far as they can be decoded; empty when it is not a row either."""
         try:
             row = _cells(raw.decode("utf-8", "replace"))
         except csv.Error:
@@ -118,7 +118,7 @@ class CsvRows:
         return row if len(row) == len(self.header) else ()
 
     def _line(self) -> bytes:
-        """The next line; of one above KEPT_ROW_BYTES the beginning. b"" at the end."""
+        """The next line, truncated to KEPT_ROW_BYTES. b"" at the end."""
         if self._back:
             return self._back.popleft()
         line = self._stream.readline(KEPT_ROW_BYTES)
@@ -155,9 +155,9 @@ ANOTHER_TIME = "received at another time"
 class ReceiptHourFile:
     """`app.product_events.hours.PulledHour`: the rows that were received in one hour, as a gzip file of CSV.
 
-    `refused`: rows of the hour that cannot be taken, which are not in the file. Those that the warehouse does not take
-    are given to `refuse`. `application_id` None = its rows land only as an object. `stands_for`: the digest
-    of the object that must not be replaced by these rows, since they lack columns.
+    `refused`: number of invalid rows of the hour, which are not in the file. Rows that the warehouse rejects are passed
+    to `refuse`. `application_id` None = its rows are stored only as an object. `stands_for`: the digest of the object
+    that must not be replaced by these rows, since they lack columns.
     """
 
     window: Window
@@ -175,17 +175,17 @@ class ReceiptHourFile:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether its rows go into the warehouse as well."""
+        """Whether its rows also go into the warehouse."""
         return self.application_id is not None
 
     @property
     def body(self) -> BinaryIO | None:
-        """The file, unless it has no rows."""
+        """The file; None when it has no rows."""
         return self.file if self.rows else None
 
     @property
     def digest(self) -> str:
-        """The same for the same rows. Hex."""
+        """Equal for equal rows. Hex."""
         return (
             self.stands_for or hashlib.sha256(f"{','.join(self.columns)}:{self.rows}:{self._sum}".encode()).hexdigest()
         )
@@ -203,7 +203,7 @@ class ReceiptHourFile:
         self._sum = (self._sum + number) % MODULUS
 
     def close_text(self) -> None:
-        """No more rows come."""
+        """Finish writing; no rows may be added afterwards."""
         if self._text is not None:
             self._text.close()
             self._packed.close()
@@ -238,7 +238,7 @@ class ReceiptHourFile:
 
     def content(self) -> WindowContent:
         """See `PulledHour.content`."""
-        from app.object_store.row_digest import content_of  # numpy and pyarrow, which a pull does not need
+        from app.object_store.row_digest import content_of  # imports numpy and pyarrow, which a pull does not need
 
         return content_of(dict(zip(self.columns, row, strict=True)) for row in self.read())
 
@@ -253,7 +253,7 @@ class ReceiptHourFile:
 
 
 def read_hour(application_id: int | None, window: Window, file: BinaryIO) -> ReceiptHourFile:
-    """The hour in the file of its object, whose rows were not counted. Raises ValueError for one without a header."""
+    """The hour in the file of its object; its rows are not counted. Raises ValueError when the header is missing."""
     csv.field_size_limit(KEPT_ROW_BYTES)
     with gzip.open(file, "rt", encoding="utf-8", newline="") as text:
         header = next(csv.reader(text), None)
@@ -267,12 +267,12 @@ Refuse = Callable[[datetime | None, BadRow], None]
 
 
 class SortedRows:
-    """The rows of all parts of a file, each in the file of the hour of its receipt, one for each hour of the span; what
-    cannot be read or is of no hour is refused. Close it when the hours are done with.
+    """The rows of all parts of a file, sorted into one file per hour of receipt in the span; rows that cannot be read
+    or belong to no hour are refused. Close it after use.
 
-    `records`: all that were counted as they came; `left_out`: those of hours just beside the span, since where clocks
-    are put back, two hours have one name, and the service gives both; `lacking`: columns that were asked for and are
-    not there. `application_id`: see `ReceiptHourFile`. Raises Permanent when a part lacks a column that is needed.
+    `records`: number of rows read; `left_out`: rows of hours just outside the span, which the service includes because
+    two hours have the same local time when clocks go back; `lacking`: requested columns that are missing.
+    `application_id`: see `ReceiptHourFile`. Raises Permanent when a part lacks a column that is needed.
     """
 
     def __init__(
@@ -308,12 +308,12 @@ class SortedRows:
             hour.close_text()
 
     def close(self) -> None:
-        """Free the files of the hours. Idempotent."""
+        """Close the files of the hours. Idempotent."""
         for hour in self.hours:
             hour.close()
 
     def _sort(self, part: CsvRows) -> None:
-        """Each row of a part into the file of its hour, or refused."""
+        """Write each row of a part to the file of its hour, or refuse it."""
         as_given = list(part.header) == self._names
         known = {name: at for at, name in reversed(list(enumerate(part.header)))}
         places = [known.get(name) for name in self._names]
@@ -330,17 +330,17 @@ class SortedRows:
                 detail = f"row {part.number}: {received} is outside the requested hours"
                 reason = NO_RECEIPT if at is None else ANOTHER_TIME
                 bad = found if isinstance(found, BadRow) else BadRow(reason, part.raw, detail, cells)
-                # A gap has to show somewhere: a row that tells of no hour of the span shows in its last one.
+                # A gap has to show somewhere: a row without an hour of the span counts in the last hour.
                 gap = hours[at] if at is not None and at in hours else self.hours[-1]
                 gap.refused += 1
-                # By some hour that it tells of, whatever happened then, a row that comes again is known.
+                # File it under any hour that its timestamps give, so that the row is recognized when it comes again.
                 named = zip(part.header, cells, strict=False)
                 told = (hour_of(cell) for name, cell in named if name.endswith("_timestamp"))
                 self._refuse(at if at is not None else next(filter(None, told), None), bad)
 
 
 def check_columns(header: Row, needed: Collection[str]) -> None:
-    """Raise Permanent when a file with rows has not all columns that are needed."""
+    """Raise Permanent when a file with rows lacks a needed column."""
     lacking = sorted(set(needed) - set(header)) if header else []
     if lacking:
         raise Permanent(
@@ -350,7 +350,7 @@ def check_columns(header: Row, needed: Collection[str]) -> None:
 
 
 def hour_of(text: str) -> datetime | None:
-    """The hour of an instant in seconds since 1970; None for none, and for 0, which stands for none."""
+    """The hour of a timestamp in seconds since 1970; None for an invalid one, and for 0, which means none."""
     try:
         seconds = int(text)
         return floor_to(datetime.fromtimestamp(seconds, UTC), HOUR_SECONDS) if seconds > 0 else None
@@ -359,7 +359,7 @@ def hour_of(text: str) -> datetime | None:
 
 
 def _columns(chunk: Sequence[Row], names: Sequence[str], application_id: int | None) -> dict[str, Sequence[Any]]:
-    """Cells by column; an empty one is nothing. A column that was not given is empty."""
+    """Cells by column; an empty cell becomes None. A missing column is all None."""
     given = dict(zip(names, zip(*chunk, strict=True), strict=True))
     nothing = ("",) * len(chunk)
     wanted = {*mapping(SERVICE).words, *IDENTITY, JSON_COLUMN} - {"uuid"}
@@ -371,7 +371,9 @@ def _columns(chunk: Sequence[Row], names: Sequence[str], application_id: int | N
 
 
 def _uuids(columns: Mapping[str, Sequence[Any]], count: int, ordinals: "_Ordinals") -> Sequence[str]:
-    """What tells events apart; the service gives no id. Two that are equal in all of it get two ordinals."""
+    """Event uuids from the columns that identify events, since the service gives no id. Equal events get different
+    ordinals.
+    """
     identities = zip(*(columns[name] for name in IDENTITY), strict=True)
     made = []
     for position, identity in zip(range(count), identities, strict=True):
@@ -382,15 +384,15 @@ def _uuids(columns: Mapping[str, Sequence[Any]], count: int, ordinals: "_Ordinal
 
 
 class _Ordinals:
-    """How often something was seen, counted on disk: an hour may have millions of rows."""
+    """Counts occurrences on disk: an hour may have millions of rows."""
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # a file without a name
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # an unnamed temporary file
         self._database.execute("CREATE TABLE seen (id BLOB PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID")
         self._database.execute("BEGIN")
 
     def next(self, name: str) -> int:
-        """0, and one more each time."""
+        """0 for the first call with a name, then one more each time."""
         identity = hashlib.sha256(name.encode()).digest()[:16]
         (found,) = self._database.execute(
             "INSERT INTO seen VALUES (?, 0) ON CONFLICT (id) DO UPDATE SET n = n + 1 RETURNING n", (identity,)
@@ -402,7 +404,7 @@ class _Ordinals:
 
 
 def merged(files: Sequence[BinaryIO]) -> Iterator[bytes]:
-    """The parts of one file as one: each row copied to the byte, on lines of its own, under the header of the first.
+    """The parts of one file as one: each row copied byte for byte, on its own lines, under the first part's header.
 
     A header has no quotes, so it ends with its line.
     """

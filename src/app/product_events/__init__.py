@@ -1,1 +1,1 @@
-"""What the pulls of product events share: the loop over partitions, records, verification, mapping, HTTP client."""
+"""Code shared by the product event pulls: partition loop, records, verification, mapping, HTTP client."""

@@ -1,14 +1,14 @@
-"""One hour of a pull: its events into the warehouse, its object into the store, then the record of both; and what
-becomes of an hour that cannot be had.
+"""Processes one hour of a pull: loads its events into the warehouse, stores its object, records both. Also handles
+hours that cannot be fetched or stored.
 
-Order: rows, object, record. A crash before the record repeats the hour; all of it is recognized by its content, so
-nothing is doubled. One object per window: the same rows are not stored twice, however their order or their bytes
-differ; an object is replaced only while it is the version that was looked at, and one that is whole never by one with
-fewer rows.
+The order is rows, object, record. After a crash before the record, the hour is repeated; everything in it is recognized
+by its content, so nothing is duplicated. There is one object per window: the same rows are not stored twice, even if
+their order or bytes differ. An object is replaced only if its version is still the one that was read, and a complete
+object is never replaced by one with fewer rows.
 
-An hour that cannot be had never holds up the others. While the service gives other hours, and the destination takes
-them, the fault is its own: it waits, each run tries it again, and after a day it is set aside with what came of it.
-When no other hour can be had either, nothing is recorded and the cursor stays.
+A failed hour never blocks the others. If the service returns other hours and the destination accepts them, the fault
+belongs to that hour: it waits, each run retries it, and after a day it is set aside together with whatever was
+received. If no other hour works either, nothing is recorded and the cursor stays.
 """
 
 import csv
@@ -46,7 +46,7 @@ NOT_HAD = "not had"
 GZIP = "application/gzip"
 SET_ASIDE_AFTER = timedelta(days=1)
 GIVEN_UP_AFTER = timedelta(days=4)
-REFUSED_IN_A_ROW = 25  # a day, whose objects have a folder of their own, and one
+REFUSED_IN_A_ROW = 25  # the hours of one day, which share a folder, plus one
 FAILED_IN_A_ROW = 2
 REFUSED_ROWS = 20
 EVER = Window(datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 class PullMode(Enum):
-    """How hours are pulled. LIVE: the cursor moves. AGAIN: rows are loaded whatever is recorded."""
+    """How hours are pulled. LIVE: moves the cursor. AGAIN: loads rows regardless of what is recorded."""
 
     LIVE = "live"
     AGAIN = "again"
@@ -62,49 +62,49 @@ class PullMode(Enum):
 
 
 class PulledHour(Protocol):
-    """An hour as a service gave it, or as its object holds it. Its numbers are known once it was read, which `digest`
-    does if nobody did.
+    """An hour as the service returned it, or as read from its object. Its counts are known after it was read; `digest`
+    reads it if nothing has yet.
     """
 
     @property
     def window(self) -> Window:
-        """Its hour."""
+        """The hour it covers."""
 
     @property
     def body(self) -> BinaryIO | None:
-        """The gzip file that is its object; None when there is nothing to store."""
+        """The gzip file to store as its object; None when there is nothing to store."""
 
     @property
     def rows(self) -> int:
-        """How many rows it has."""
+        """Number of rows."""
 
     @property
     def refused(self) -> int:
-        """Those that are not among them."""
+        """Number of refused rows, which `rows` does not include."""
 
     @property
     def digest(self) -> str:
-        """The same for the same rows."""
+        """Equal for equal rows."""
 
     @property
     def is_loaded(self) -> bool:
-        """Whether its rows go into the warehouse as well."""
+        """Whether its rows also go into the warehouse."""
 
     def tables(self, *, careful: bool = False) -> Iterator[Tables]:
-        """Its rows for the warehouse. `careful`: sanitised one by one."""
+        """Its rows for the warehouse. `careful`: sanitise them one by one."""
 
     def load_each(self, load: Callable[[Tables], None]) -> None:
-        """Give each event to `load`, and set that one aside for which it raises Rejected."""
+        """Pass each event to `load`; set aside every event for which it raises Rejected."""
 
     def content(self) -> WindowContent:
-        """What it holds, to compare it with the other end."""
+        """Its content, for comparison with the other end."""
 
     def close(self) -> None:
         """Free its files. Idempotent."""
 
 
 class BrokenHour(AppError):
-    """What was given of an hour cannot be read, as `fault` says. Its rows were not loaded."""
+    """The received data of an hour cannot be read; `fault` says why. Its rows were not loaded."""
 
     def __init__(self, fault: AppError) -> None:
         super().__init__(fault.message, fault.hint)
@@ -112,24 +112,24 @@ class BrokenHour(AppError):
 
 
 class DamagedObject(Permanent):
-    """What lies under the key of an hour cannot be read."""
+    """The object of an hour cannot be read."""
 
 
 BROKEN = (BrokenHour, EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError)
 
 
 def spool_of(settings: Settings) -> Path:
-    """The folder of temporary files."""
+    """The directory for temporary files."""
     return settings.service.data_dir / "spool"
 
 
 @dataclass(frozen=True)
 class PullContext:
-    """One pull, how its hours are named and read, and where they land. `unit`: what its ledger counts.
+    """One pull: how its hours are named and read, and where they are stored. `unit`: what its ledger counts.
 
-    An hour is due `due_after` its end. `key` is the object of an hour of a partition, `place` the name below which it
-    is set aside, `opened` the hour in the file of an object. A line of up to `largest_bytes` is set aside whole,
-    whatever the limit for many small ones.
+    An hour is due `due_after` its end. `key` gives the object key of a partition's hour, `place` the name under which
+    it is set aside, `opened` the hour read from an object's file. A line of up to `largest_bytes` is set aside whole,
+    regardless of the limit for many small lines.
     """
 
     name: str
@@ -149,12 +149,12 @@ class PullContext:
 
     @property
     def due_at(self) -> datetime:
-        """Hours that end until then can be asked for."""
+        """Hours that end by this time can be requested."""
         return floor_to(self.clock() - self.due_after, HOUR_SECONDS)
 
     @property
     def overdue_seconds(self) -> float:
-        """How long an hour is due when the job itself is reported as stale."""
+        """How long an hour is overdue before the job is reported as stale."""
         alert = self.settings.alert
         return self.interval_seconds + dict(alert.grace_by_job).get(self.name, alert.grace_seconds)
 
@@ -165,7 +165,7 @@ class PullContext:
 
     @cached_property
     def set_aside(self) -> SetAsideStore:
-        """Where what cannot land is kept."""
+        """Where refused data is kept."""
         limit_bytes = max(self.settings.set_aside.max_bytes, self.largest_bytes)
         return SetAsideStore(self.store, folder_of(self.name), limit_bytes)
 
@@ -173,8 +173,8 @@ class PullContext:
     def object_hour(
         self, partition: str, window: Window, stop: Stop, etag: str | None = None
     ) -> Iterator[PulledHour | None]:
-        """The hour that an object holds, which is downloaded whole; None when it is gone. What is broken while it is
-        used is a DamagedObject. Raises Conflict when it is another version.
+        """The hour stored in an object, downloaded whole; None when the object is gone. Raises DamagedObject when it
+        turns out to be broken while in use, and Conflict when it has another version.
         """
         key, hour = self.key(partition, window), None
         with temporary_file(self.spool) as file:
@@ -195,14 +195,16 @@ class PullContext:
 
 
 def has_landed(record: Record | None) -> bool:
-    """False for a window that has no record, or one that says that it could not be had."""
+    """False for a window without a record, or whose record says that it could not be fetched or stored."""
     return record is not None and record.version != NOT_HAD
 
 
 def record_of_nothing(
     window: Window, key: str, *, closed: bool, version: str = "", digest: str = "", min_at: datetime | None = None
 ) -> Record:
-    """The record of a window without rows, or with NOT_HAD of one that waits (since `min_at`) or was set aside."""
+    """The record of a window without rows. With NOT_HAD as version: of one that waits (since `min_at`) or was set
+    aside.
+    """
     return Record(window, 0, key, version, digest, 0, 0, 0, min_at, None, closed)
 
 
@@ -215,17 +217,17 @@ def store_rows(
     content_type: str = GZIP,
     over: str | None = None,
 ) -> Record:
-    """Store `file` from its beginning as the object of a window; the record of what is there then.
+    """Store `file`, from its start, as the object of a window; returns the record of the object that is then in the
+    store.
 
-    The digest of `wanted` tells its rows from others; its `source_cells` counts those that were refused as well.
-    `over`: the version to replace, whatever it holds ("" = nothing is there); None = an object with these rows, or with
-    more, stays. Raises Conflict when somebody else writes the same object at this moment: read the service again, then
-    repeat.
+    The digest of `wanted` identifies its rows; its `source_cells` includes refused rows. `over`: the version to
+    replace, whatever it holds ("" = no object exists); None = an object with the same rows, or with more, stays. Raises
+    Conflict when another writer changes the object at the same time: re-read the service, then retry.
     """
     key, rows, digest, held = wanted.key, wanted.rows, wanted.digest, None
     if over is None and (there := store.head(key)) is not None:
         held, over = state_from_metadata(there), there.etag
-        # Services forget, and give fewer rows of an old hour: what was stored then is worth more.
+        # Services drop old data and then return fewer rows for an old hour: the stored object is worth more.
         if held.digest != digest and (held.rows or 0) > rows:
             log.warning("%s holds %s rows, the service now gives %d: it stays", key, held.rows, rows)
         elif held.digest != digest:
@@ -249,9 +251,9 @@ def store_rows(
 
 
 def load_hour(warehouse: EventWarehouse, hour: PulledHour, *, past: bool) -> LoadResult:
-    """Load an hour; where the warehouse refuses it, with sanitised values, and at last event by event.
+    """Load an hour; if the warehouse refuses it, retry with sanitised values, then event by event.
 
-    Raises what the warehouse raises when it takes none of its events.
+    Raises the warehouse's error when it accepts none of the events.
     """
     for careful in (False, True):
         try:
@@ -270,7 +272,7 @@ def load_hour(warehouse: EventWarehouse, hour: PulledHour, *, past: bool) -> Loa
                 raise
             raise Rejected(error.message, error.hint) from error
 
-    # A warehouse that takes some of the events can be used, so what it refuses is the fault of the others.
+    # If the warehouse accepts some events it is working, so the refused events are at fault.
     hour.load_each(load_one)
     if faults and not loaded.given:
         raise faults[0]
@@ -279,7 +281,7 @@ def load_hour(warehouse: EventWarehouse, hour: PulledHour, *, past: bool) -> Loa
 
 @dataclass(slots=True)
 class PartitionRun:
-    """One partition in one run: what is recorded of it, and how its hours land. Close it when the run is over."""
+    """One partition in one run: its records, and loading and storing its hours. Close it at the end of the run."""
 
     pull: PullContext
     context: Context
@@ -290,12 +292,12 @@ class PartitionRun:
 
     @property
     def waiting(self) -> str:
-        """The pipeline whose records are hours that wait to be tried again: `min_at` is when they failed first."""
+        """Pipeline name for records of hours that wait for a retry; their `min_at` is the time of the first failure."""
         return f"{self.pull.name}_waiting"
 
     @property
     def cursor_at(self) -> datetime | None:
-        """Up to where hours were pulled; None before the first run."""
+        """Hours before this time were pulled; None before the first run."""
         return self.pull.checkpoints.cursors(self.pull.name).get(self.name)
 
     def begun_at(self, start: datetime) -> datetime:
@@ -306,26 +308,26 @@ class PartitionRun:
         return cursor_at or start
 
     def records(self, span: Window, pipeline: str = "") -> Mapping[datetime, Record]:
-        """By start of window, oldest first; of the pull or of another pipeline."""
+        """Records by start of window, oldest first, of this pull or of another pipeline."""
         found = self.pull.checkpoints.records(pipeline or self.pull.name, self.name, span.start, span.end)
         return {record.window.start: record for record in found}
 
     def commit(self, *records: Record, cursor_at: datetime | None = None, pipeline: str = "") -> None:
-        """Record windows, and move the cursor when `cursor_at` is given."""
+        """Record windows; also move the cursor when `cursor_at` is given."""
         if not self.context.dry_run:
             commit = Commit(records, cursor_at)
             self.pull.checkpoints.commit(pipeline or self.pull.name, self.name, commit, self.context.lease)
 
     def ledger(self, tally: Tally, *entries: SetAside) -> Report:
-        """The report of rows, without anything else that was done."""
+        """A report with row accounting only."""
         return Report(ledger=ledger_of(tally, *entries, unit=self.pull.unit).of_partition(self.name))
 
     def failed(self, what: object, error: AppError) -> Report:
-        """`error` as the failure of an hour or another part of the partition."""
+        """Report `error` as the failure of an hour or another part of the partition."""
         return Report(failures=(Failure(f"{self.name}{what}", error.message, error.hint),))
 
     def alone(self, what: object, work: Callable[[], Report]) -> Report:
-        """What `work` did; its error is a failure of this part alone, and others go on. A lost lease is not."""
+        """The result of `work`. An error fails this part only and the others continue, except for a lost lease."""
         try:
             return work()
         except LeaseLost:
@@ -336,9 +338,9 @@ class PartitionRun:
     def take(
         self, hour: PulledHour, record: Record | None, mode: PullMode, *, final: bool
     ) -> tuple[Report, LoadResult]:
-        """`land`; an hour that the destination refuses is held until it takes another one, and closed then.
+        """Call `land`. An hour that the destination refuses is held open until the destination accepts another one.
 
-        Raises its error where so many fail in a row that it is hardly theirs.
+        Raises the error when so many hours fail in a row that the hours are probably not the cause.
         """
         try:
             report, loaded = self.land(hour, record, mode, final=final)
@@ -356,7 +358,7 @@ class PartitionRun:
 
     @contextmanager
     def until_settled(self, hour: PulledHour) -> Iterator[None]:
-        """Close the hour after the block, or later where it is held until its destination takes another one."""
+        """Close the hour after the block, or later if it is held until its destination accepts another one."""
         try:
             yield
         finally:
@@ -364,8 +366,8 @@ class PartitionRun:
                 hour.close()
 
     def settle(self) -> Report:
-        """What becomes of hours that the destination refused. Where it took no other, the first error is raised, unless
-        the hour waits or landed already.
+        """Decide about hours that the destination refused. If it accepted no other hour, the first error is raised
+        unless the hour is already waiting or loaded.
         """
         report = Report()
         while self._held:
@@ -381,16 +383,17 @@ class PartitionRun:
         return report
 
     def close(self) -> None:
-        """Free what is held. Idempotent."""
+        """Close the held hours. Idempotent."""
         while self._held:
             self._held.pop()[0].close()
 
     def land(
         self, hour: PulledHour, record: Record | None, mode: PullMode, *, final: bool = False, over: str | None = None
     ) -> tuple[Report, LoadResult]:
-        """Land an hour, and record that; what became of its rows. `final`: it is not looked at once more.
+        """Load an hour, store its object and record both; returns what happened to its rows. `final`: it is not checked
+        again.
 
-        `over`: see `store_rows`. Raises what store and warehouse raise.
+        `over`: see `store_rows`. Raises the errors of the store and the warehouse.
         """
         had, held, is_dry = record if has_landed(record) else None, Report(), self.context.dry_run
         if had is not None and mode is not PullMode.AGAIN and had.digest == hour.digest and had.rows >= hour.rows:
@@ -409,7 +412,7 @@ class PartitionRun:
             landed = replace(landed, rows=landed.rows - hour.rows + loaded.given) if loaded.given else landed
             if hour.body is not None:
                 self._works = True
-                held = self.settle()  # before the cursor moves past them
+                held = self.settle()  # before the cursor moves past the held hours
         landed = replace(landed, closed=final or (had is not None and had.closed))
         changed = had is None or landed.version != had.version
         self.context.progress.advance(done=1, rows=loaded.new)
@@ -439,10 +442,10 @@ class PartitionRun:
         is_too_large: bool = False,
         at_once: bool = False,
     ) -> Report:
-        """Record that an hour waits, or after a day that it is set aside, `at_once` or because it `is_too_large`.
+        """Record that an hour waits, or that it is set aside: after a day, `at_once`, or because it `is_too_large`.
 
-        The ledger accounts for the `number` of its rows, of which `counted` are counted by nobody else. `body`: what
-        came of it. An hour that landed before stays as it is, and after some days it is not looked at once more.
+        The ledger accounts for its `number` of rows, of which `counted` are counted nowhere else. `body`: the data
+        received. An hour that was loaded before stays unchanged, and after some days it is no longer checked.
         """
         now = self.pull.clock()
         self.context.progress.advance(done=1)
@@ -458,7 +461,7 @@ class PartitionRun:
             return waits
         noted = self.records(window, self.waiting).get(window.start)
         since = noted.min_at if noted and noted.min_at else now
-        since = min(since, now)  # it was noted later than now while the clock was ahead
+        since = min(since, now)  # it is in the future if the clock was ahead when it was recorded
         gives_up = at_once or is_too_large or now - since >= SET_ASIDE_AFTER
         if gives_up:
             log.warning("%s %s is set aside: %s", self.name, window, fault)
@@ -480,26 +483,27 @@ class PartitionRun:
         return failed + waits if mode is PullMode.AGAIN or not gives_up else waits
 
     def waiting_hours(self) -> Sequence[Window]:
-        """Hours that earlier runs could not have, to be tried again."""
+        """Hours that failed in earlier runs and are due for a retry."""
         found = []
         for record in self.records(EVER, self.waiting).values():
             if not record.closed and any(map(has_landed, self.records(record.window).values())):
-                self.commit(replace(record, closed=True), pipeline=self.waiting)  # a kill came between its two records
+                self.commit(replace(record, closed=True), pipeline=self.waiting)  # killed between the two records
             elif not record.closed:
                 found.append(record.window)
         return found
 
     def bring_back(self) -> Report:
-        """Load the newest hours again, from their objects, when the warehouse does not have them: it was emptied, or
-        restored from a backup that is older than the records. What was deleted on request counts as there.
+        """Reload the newest hours from their objects when the warehouse lacks them: it was emptied, or restored from a
+        backup older than the records. Events deleted on request count as present.
 
-        Oldest first, so that a run that ends before its time leaves the newest lacking, by which the next one knows.
+        Loads oldest first: if a run ends early, the newest hours are still missing, which tells the next run to
+        continue.
         """
         found, total, gone = list[tuple[Record, bool | None]](), Report(), list[Record]()
         for record in self._newest_first():
             if record.rows and has_landed(record):
                 found.append((record, is_there := self._is_known(record)))
-                if is_there:  # perhaps only its first events are
+                if is_there:  # perhaps only its first events are there
                     break
         if self.context.dry_run or all(is_there is not False for _, is_there in found):
             return Report()
@@ -526,13 +530,13 @@ class PartitionRun:
         return total + Report(notes=(note,))
 
     def _newest_first(self) -> Iterator[Record]:
-        """All records, of which those of the last days are mostly enough."""
+        """All records, newest first. Reads the recent ones first, since they are usually enough."""
         recent_at = self.pull.clock() - QUIET_AFTER
         for span in (Window(recent_at, EVER.end), Window(EVER.start, recent_at)):
             yield from reversed(list(self.records(span).values()))
 
     def _is_known(self, record: Record) -> bool | None:
-        """Whether the warehouse has some of the first events of an object; None for one that cannot be read."""
+        """Whether the warehouse has some of the first events of an object; None when the object cannot be read."""
         try:
             with self.pull.object_hour(self.name, record.window, self.context.stop) as hour:
                 tables = next(hour.tables(), None) if hour else None
@@ -541,12 +545,12 @@ class PartitionRun:
         return None if tables is None else missing_events(self.pull.warehouse.known, tables) < len(uuids_in(tables))
 
     def _cursor(self, window: Window, mode: PullMode) -> datetime | None:
-        """Up to where the partition is finished with this hour; None while an earlier one is held."""
+        """The new cursor after this hour; None while an earlier hour is held."""
         is_behind = any(hour.window.start < window.start for hour, *_ in self._held)
         return window.end if mode is PullMode.LIVE and not is_behind else None
 
     def _stored(self, hour: PulledHour, had: Record | None, over: str | None) -> Record:
-        """Store the object of an hour, if there is something to store; what is there then."""
+        """Store the object of an hour, if there is something to store; returns the record of what the store holds."""
         key, body = self.pull.key(self.name, hour.window), hour.body
         if body is None and had is not None and had.rows:
             log.warning("%s: the service has no rows of this hour any more; those that were loaded stay", key)
@@ -560,8 +564,8 @@ class PartitionRun:
 
 
 def _told_by_object(hour: PulledHour, landed: Record, had: Record | None) -> LoadResult:
-    """What became of rows that land only as an object, told by what the object holds."""
+    """The load result of rows that are stored only as an object, derived from what the object holds."""
     given = min(landed.rows, hour.rows)
-    if landed.version and landed.digest != hour.digest:  # it held more, and stays
+    if landed.version and landed.digest != hour.digest:  # the object held more rows and was kept
         return LoadResult(given)
     return LoadResult(given, max(0, landed.rows - (had.rows if had else 0)))

@@ -1,7 +1,7 @@
-"""GET requests to the one configured address of an outside service. httpx has its home here.
+"""GET requests to the one configured address of an external service. No other module uses httpx.
 
-Invariants: no exception of httpx leaves this module; a redirect is never followed, so what is configured is what is
-called; no message holds a credential; a body that ends early is an error, not an end.
+Invariants: no httpx exception leaves this module; redirects are never followed, so only the configured address is
+called; no message contains a credential; a truncated body is an error, not the end of the data.
 """
 
 import logging
@@ -24,22 +24,22 @@ PIECE_BYTES = 1 << 18
 
 
 class ServiceAnswer:
-    """The head of an answer, and its body as it comes. Valid inside the block of `Upstream.get`."""
+    """Status and headers of a response, and its body as a stream. Valid inside the `Upstream.get` block."""
 
     def __init__(self, response: "httpx.Response") -> None:
         self._response = response
         self.status: int = response.status_code
 
     def header(self, name: str) -> str:
-        """A header's value; "" when there is none."""
+        """A header's value; "" when it is missing."""
         return str(self._response.headers.get(name, ""))
 
     def raw(self) -> Iterator[bytes]:
-        """The body in pieces, as it was sent: still compressed when `content-encoding` says so."""
+        """The body in chunks as sent: still compressed if `content-encoding` says so."""
         return self._response.iter_raw(PIECE_BYTES)
 
     def text(self) -> str:
-        """The beginning of the body as one printable line, for messages."""
+        """The start of the body as one printable line, for messages."""
         found = bytearray()
         for piece in self._response.iter_bytes():
             found += piece
@@ -50,13 +50,13 @@ class ServiceAnswer:
 
     @property
     def retry_after_seconds(self) -> float | None:
-        """How long the service asks to wait; None when it does not say."""
+        """How long the service asks us to wait; None when it does not say."""
         return asked_seconds(self.header("retry-after"))
 
 
 @contextmanager
 def body_file(spool: Path, size: str) -> Iterator[BinaryIO]:
-    """A temporary file for a body of `size`, in words; its holder closes it after the block.
+    """A temporary file for a body of `size` (in words); closed after the block.
 
     Raises Transient when the disk refuses it.
     """
@@ -71,9 +71,9 @@ def body_file(spool: Path, size: str) -> Iterator[BinaryIO]:
 
 
 class Upstream:
-    """One service: `variable` is the setting that holds its `base_url`, for hints; `headers` hold the credential.
+    """One service. `variable` is the setting that holds its `base_url`, used in hints; `headers` hold the credential.
 
-    Connects on first use; safe to use from many threads.
+    Connects on first use. Thread-safe.
     """
 
     def __init__(self, service: str, base_url: str, variable: str, headers: Mapping[str, str]) -> None:
@@ -81,12 +81,12 @@ class Upstream:
         self._client = SharedClient(self._make)
 
     def close(self) -> None:
-        """Close idle connections. It may be used again afterwards."""
+        """Close idle connections. The client can be used again afterwards."""
         self._client.close()
 
     @contextmanager
     def get(self, path: str, headers: Mapping[str, str]) -> Iterator[ServiceAnswer]:
-        """Ask for `path`, its query included. Any status is an answer; Transient for none or a part."""
+        """Request `path`, query included. Returns any status; raises Transient for a missing or truncated response."""
         import httpx
 
         client: httpx.Client = self._client()
@@ -104,7 +104,7 @@ class Upstream:
     def _make(self) -> "httpx.Client":
         import httpx
 
-        # Its line for each request would drown the log, where a run has one.
+        # One line per request would flood the log; one per run is enough.
         logging.getLogger("httpx").setLevel(logging.WARNING)
         timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
         return httpx.Client(headers=dict(self._headers), timeout=timeout, follow_redirects=False)

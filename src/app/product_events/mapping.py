@@ -1,4 +1,4 @@
-"""Product events as rows of the warehouse, as `product_mapping.toml` says, and how they are loaded."""
+"""Maps product events to warehouse rows as defined in `product_mapping.toml`, and loads them."""
 
 import json
 import math
@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from app.db.database import UNSTORABLE, instant_text
 
-# What the values of product events become: one rule per word of `product_mapping.toml`, each over a whole column.
+# Conversion of product event values: one rule per word of `product_mapping.toml`, each applied to a whole column.
 #
-# Invariants: whatever comes in, what comes out can be stored in either database, or is None; a column whose values
-# need no change is handed back as it is, since most do not. JSON values come as text, and so do they leave.
+# Invariants: whatever the input, the output can be stored in either database or is None. A column that needs no change
+# is returned as is, the usual case. JSON values are text on both input and output.
 
 Column = Sequence[Any]
 Rule = Callable[[Column], Column]
@@ -33,7 +33,7 @@ MAPPED_V4 = "::ffff:"
 
 
 def _rule(turn: Callable[[Any], Any], is_fine: Callable[[Column], bool] = lambda _: False) -> Rule:
-    """A rule that looks at one value at a time; nothing stays nothing. A column that `is_fine` stays as it is."""
+    """A rule that converts value by value; None stays None. A column for which `is_fine` holds is returned as is."""
     return lambda column: column if is_fine(column) else [None if value is None else turn(value) for value in column]
 
 
@@ -53,7 +53,7 @@ def _are_keys(column: Column) -> bool:
 
 
 def _are_uuids(column: Column) -> bool:
-    """Nearly always all are fine, which takes one search over each and one over all."""
+    """Optimised for all-valid columns: one search over each value and one over all."""
     if set(map(type, column)) != {str} or not all(map(UUID.fullmatch, column)):
         return False
     joined = "".join(column)
@@ -71,12 +71,12 @@ def _whole(bits: int) -> Rule:
 
 
 def plain(text: str) -> str:
-    """Text without what no database stores: NUL and lone surrogates are shown as replaced."""
+    """Text without what no database stores: NUL and lone surrogates become replacement characters."""
     return UNSTORABLE.sub("\ufffd", text) if UNSTORABLE.search(text) else text
 
 
 def text(value: Any) -> str | None:
-    """A value as text; what is empty is nothing."""
+    """A value as text; empty becomes None."""
     if isinstance(value, bool):
         return str(value).lower()
     return plain(str(value)) or None
@@ -95,7 +95,7 @@ def _instants(column: Column) -> Column:
 
 
 def _json_values(column: Column) -> Column:
-    """Values of one column are made text together: a line end cannot be inside of what came as a line."""
+    """The values of a column are serialised together: a value that came as one line cannot contain a line end."""
     try:
         texts = b"\n".join([b"null" if value is None else value for value in column]).decode().split("\n")
     except TypeError:
@@ -108,7 +108,7 @@ def _json_values(column: Column) -> Column:
 
 
 def key(value: Any) -> str | None:
-    """Text that an index takes."""
+    """Text short enough for an index."""
     found = text(value)
     return found if found and len(found) <= KEY_CHARACTERS else None
 
@@ -119,7 +119,7 @@ def uuid(value: Any) -> str | None:
 
 
 def whole(bits: int) -> Callable[[Any], int | None]:
-    """A whole number of `bits` and a sign, also out of text."""
+    """A signed integer of `bits`, also parsed from text."""
 
     def turn(value: Any) -> int | None:
         if isinstance(value, str):
@@ -132,7 +132,7 @@ def whole(bits: int) -> Callable[[Any], int | None]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, also out of text."""
+    """A finite number, also parsed from text."""
     try:
         found = float(value)
     except (ValueError, OverflowError):
@@ -141,28 +141,28 @@ def number(value: Any) -> float | None:
 
 
 def truth(value: Any) -> bool | None:
-    """true and false in the ways in which services say them; anything else is nothing."""
+    """True or False from any of the services' spellings; anything else becomes None."""
     said = str(value).strip().lower()
     return True if said in YES else False if said in NO else None
 
 
 def via_app(value: Any) -> bool | None:
-    """How somebody registered."""
+    """How a user registered."""
     return True if str(value).strip().lower() == "via app" else truth(value)
 
 
 def record(value: Any) -> int | None:
-    """The number of a health record, unless it says that there is none."""
+    """The number of a health record; None for the value that means no record."""
     return None if isinstance(value, bool) or str(value).strip().lower() in NO_RECORD else whole(63)(value)
 
 
 def instant(value: Any) -> str | None:
-    """An ISO 8601 instant, with a space or a T, without a zone in UTC; as the databases read it."""
+    """An ISO 8601 timestamp, with a space or a T, UTC if it has no zone; in the form that the databases read."""
     if not isinstance(value, str):
         return None
     try:
         at = datetime.fromisoformat(value)
-        if SPACED.fullmatch(value):  # the form of nearly all of them, now known to be a real instant
+        if SPACED.fullmatch(value):  # the form of nearly all of them, here confirmed as a real timestamp
             return f"{value[:10]}T{value[11:]}Z"
         return instant_text(at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC))
     except (ValueError, OverflowError):
@@ -170,7 +170,7 @@ def instant(value: Any) -> str | None:
 
 
 def epoch(value: Any) -> str | None:
-    """Seconds since 1970."""
+    """A timestamp from seconds since 1970."""
     seconds = whole(40)(value)
     try:
         return None if seconds is None else instant_text(datetime.fromtimestamp(seconds, UTC))
@@ -179,7 +179,7 @@ def epoch(value: Any) -> str | None:
 
 
 def json_value(value: Any) -> str | None:
-    """The text of a JSON value; null is nothing, and what nests too deep for a database is kept as one text."""
+    """A JSON value as text; null becomes None, and a value nested too deep for a database becomes one JSON string."""
     found = value if isinstance(value, str) else bytes(value).decode()
     if found == "null":
         return None
@@ -190,7 +190,7 @@ def json_value(value: Any) -> str | None:
 
 
 def json_text(value: Any) -> str | None:
-    """JSON inside a text; text that is not JSON stays one text."""
+    """JSON contained in a text; text that is not JSON becomes a JSON string."""
     if not value:
         return None
     try:
@@ -209,7 +209,7 @@ def storable_json(value: Any) -> str | None:
 
 
 def cleaned(value: Any) -> Any:
-    """The same value with plain texts and finite numbers, all the way in."""
+    """The value with plain texts and finite numbers at every level."""
     if isinstance(value, str):
         return plain(value)
     if isinstance(value, float):
@@ -222,7 +222,7 @@ def cleaned(value: Any) -> Any:
 
 
 def nests_too_deep(found: str) -> bool:
-    """True when JSON text may nest deeper than databases and readers can be trusted with."""
+    """True when JSON text may be nested deeper than databases and readers reliably handle."""
     if found.count("{") + found.count("[") <= MAX_DEPTH:
         return False
     levels = deepest = 0
@@ -256,10 +256,10 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-# Product events as rows of the warehouse, as `product_mapping.toml` says: columns of events in, rows by table out.
+# Product events as warehouse rows, as defined in `product_mapping.toml`: columns of events in, rows by table out.
 #
-# Invariants: the rows of one call belong to the same events, and an event's row is in a table only when it has that
-# table's key; nothing of a service or of a table is known here but what the file says.
+# Invariants: the rows of one call belong to the same events, and an event has a row in a table only when it has that
+# table's key. This code knows nothing about a service or a table beyond what the file says.
 
 FILE = Path(__file__).with_name("product_mapping.toml")
 EVENTS_TABLE = "events_part"
@@ -267,7 +267,7 @@ EVENTS_TABLE = "events_part"
 
 @dataclass(frozen=True, slots=True)
 class EventRows:
-    """Rows of one table. `names` are its columns; those that are not among them stay empty."""
+    """Rows of one table. `names` are its columns; the table's other columns stay empty."""
 
     names: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -278,7 +278,7 @@ Tables = Mapping[str, EventRows]
 
 @dataclass(frozen=True, slots=True)
 class ValuePlace:
-    """Where a value comes from and what it becomes. `constant` None = one of `paths`, the first that has something."""
+    """Where a value comes from and how it is converted. `constant` None = the first of `paths` that has a value."""
 
     paths: tuple[str, ...]
     constant: str | None
@@ -287,13 +287,13 @@ class ValuePlace:
 
 @dataclass(frozen=True)
 class ProductMapping:
-    """What one service's events become. `places` by table and column, in order."""
+    """How one service's events are mapped. `places` by table and column, in order."""
 
     places: Mapping[str, Mapping[str, ValuePlace]]
 
     @cached_property
     def words(self) -> Mapping[str, frozenset[str]]:
-        """Every path that is read -> the words of what its values become."""
+        """Every path that is read -> the rule words applied to its values."""
         found: dict[str, set[str]] = {}
         for place in self._all:
             for path in place.paths:
@@ -309,7 +309,7 @@ class ProductMapping:
         turned = {place: RULES[place.word](_taken(place, events, count)) for place in self._all}
         found = {}
         for table, places in self.places.items():
-            # An event without anything besides its uuid has a row in one table, by which it is counted.
+            # An event with nothing but its uuid gets a row in one table only, so that it is counted.
             alone = table == EVENTS_TABLE or "uuid" not in places
             rows = _rows([turned[place] for place in places.values()], alone=alone)
             if rows:
@@ -327,10 +327,10 @@ def _taken(place: ValuePlace, events: Mapping[str, Column], count: int) -> Colum
 
 
 def _rows(columns: Sequence[Column], *, alone: bool) -> Sequence[Sequence[Any]]:
-    """Those that have a key, which may stand `alone`, or else anything besides."""
+    """Rows that have a key and, unless `alone`, at least one other value."""
     keys, *others = columns
     rows = list(zip(*columns, strict=True))
-    # Most events have all keys, and most tables something besides: these looks cost less than a look at each row.
+    # Most events have all keys and most rows another value: these checks are cheaper than checking each row.
     if None in keys:
         rows = [row for row in rows if row[0] is not None]
     if not alone and all(None in other for other in others):
@@ -354,7 +354,7 @@ def _place(text: str) -> ValuePlace:
     return ValuePlace(tuple(path.strip() for path in where.split("|")), None, word)
 
 
-# Rows of product events on their way into the warehouse, in transactions of a size that does not hold up others.
+# Loads product events into the warehouse, in transactions small enough not to block others.
 #
 # Invariant: an event's rows go to all tables in one transaction.
 
@@ -362,21 +362,22 @@ LOAD_EVENTS = 50_000
 
 
 class EventWarehouse(Protocol):
-    """What pulls ask of the warehouse."""
+    """What pulls need from the warehouse."""
 
     def load(self, chunks: Iterable[Tables], *, past: bool) -> int:
-        """Rows of several tables in one transaction, each event once; how many events are new. Idempotent.
+        """Load rows of several tables in one transaction, each event once; returns the number of new events.
+        Idempotent.
 
-        `past`: newer ones were loaded before, so what is known of a device stays. Raises Transient, Permanent, and
-        Rejected for a value that the database does not take.
+        `past`: newer events were loaded before, so the known device data stays. Raises Transient, Permanent, and
+        Rejected for a value that the database does not accept.
         """
 
     def known(self, uuids: Collection[str]) -> int:
-        """How many of these events are there; each counts once. A few thousand at a time at most."""
+        """How many of these events exist; each counts once. Pass at most a few thousand at a time."""
 
 
 def uuids_in(chunk: Tables) -> Sequence[str]:
-    """Those of the events of a chunk, one each."""
+    """The uuids of a chunk's events, one each."""
     rows = chunk.get(EVENTS_TABLE)
     return [row[0] for row in rows.rows] if rows else []  # the key comes first
 
@@ -389,7 +390,7 @@ def missing_events(known: Callable[[Collection[str]], int], chunk: Tables) -> in
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What became of events that were given to the warehouse: `given` of them, `new` for the first time."""
+    """Result of loading events: `given` were passed in, `new` of them were not there before."""
 
     given: int = 0
     new: int = 0
@@ -409,7 +410,7 @@ def load_in_turns(warehouse: EventWarehouse, tables: Iterator[Tables], *, past: 
 
 
 def _one_turn(first: Tables, others: Iterator[Tables], given: list[int]) -> Iterator[Tables]:
-    """The chunks of one transaction; `given` gets the number of events of each."""
+    """The chunks of one transaction; appends the number of events of each to `given`."""
     chunk: Tables | None = first
     while chunk is not None:
         given.append(len(uuids_in(chunk)))

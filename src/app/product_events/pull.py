@@ -1,7 +1,7 @@
-"""A pull put together: its partitions run by run, the hours of a span filled again, and lines that are set aside.
+"""Assembles a pull: its partitions run by run, backfill of a span of hours, and lines that are set aside.
 
-Invariants: nothing is connected before the first run; a partition that fails is noted beside its cursor and the others
-go on.
+Invariants: nothing connects before the first run; a partition that fails is recorded with its cursor and the others
+continue.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ S = TypeVar("S")
 
 
 class PartitionPull(Protocol):
-    """One partition in one run. Methods raise what the ports and the service raise; what was committed stays."""
+    """One partition in one run. Methods raise the errors of the ports and the service; what was committed stays."""
 
     run: PartitionRun
 
@@ -39,12 +39,12 @@ class PartitionPull(Protocol):
         """Pull what is due. `more`: more is due."""
 
     def pull_again(self, hours: Window) -> Report:
-        """Pull hours again, whatever is recorded. The cursor does not move."""
+        """Pull hours again, regardless of what is recorded. The cursor does not move."""
 
 
 @dataclass(frozen=True, slots=True)
 class PullPipeline(Generic[S]):
-    """What `main` wires, see `WindowedPipeline`, and the `service` that routes ask as well. `runs` gives the partitions
+    """What `main` wires, see `WindowedPipeline`, plus the `service` that routes also query. `runs` gives the partitions
     of a run.
     """
 
@@ -58,12 +58,12 @@ class PullPipeline(Generic[S]):
 
     @property
     def name(self) -> str:
-        """That of the job."""
+        """The job's name."""
         return self.pull.name
 
     @property
     def job(self) -> Job:
-        """Pulls what is due of every partition, and notes a source that gives nothing: it may have nothing."""
+        """Pulls what is due in every partition, and notes a source that returns no rows, which may be normal."""
 
         def due(one: PartitionPull) -> Report:
             report = one.pull_due()
@@ -79,10 +79,10 @@ class PullPipeline(Generic[S]):
         return self._each(context, lambda one: _filled(one, span))
 
     def _each(self, context: Context, work: Callable[[PartitionPull], Report]) -> Report:
-        """`work` for each partition. Raises LeaseLost, Stopped, and what a store that cannot be used raises."""
+        """Run `work` for each partition. Raises LeaseLost, Stopped, and the error of an unusable store."""
         pull, total = self.pull, ReportSum(context.done)
         pull.spool.mkdir(parents=True, exist_ok=True)
-        # Conditions are what keeps two writers apart; a store is tried once whether it honours them.
+        # Conditional writes keep two writers apart; probe once whether the store honours them.
         if not pull.store.conditional:
             pull.store.probe()
         for one in self.runs(context):
@@ -90,7 +90,7 @@ class PullPipeline(Generic[S]):
             try:
                 with closing(one.run):
                     total(work(one))
-            # Another process goes on with all partitions; anything else is the fault of one of them.
+            # After a lost lease another process runs all partitions; any other error affects this partition only.
             except LeaseLost:
                 raise
             except (Transient, Permanent, Rejected) as error:
@@ -101,9 +101,9 @@ class PullPipeline(Generic[S]):
 
 
 def _filled(one: PartitionPull, span: Window) -> Report:
-    """Pull the hours of `span` up to the cursor again. The cursor does not move. Raises Rejected for no hour."""
+    """Pull the hours of `span` up to the cursor again; the cursor stays. Raises Rejected when no hour is left."""
     run, due_at = one.run, one.run.pull.due_at
-    # A cursor that a clock ahead of time has moved must not have hours asked for that are not complete yet.
+    # If a fast clock moved the cursor ahead, do not request hours that are not complete yet.
     cursor = min(run.cursor_at or due_at, due_at)
     start, whole = floor_to(span.start, HOUR_SECONDS), floor_to(span.end, HOUR_SECONDS)
     end = min(whole if whole == span.end else whole + HOUR, cursor)
@@ -123,9 +123,9 @@ def _filled(one: PartitionPull, span: Window) -> Report:
 
 
 def silence(pull: PullContext, partition: str) -> str:
-    """What is odd about a source that answers and gives no rows; "" when it gives some, or is not known for long.
+    """A warning about a source that responds but returns no rows; "" when it returns some, or is too new to tell.
 
-    Both services answer for another project, or another application, as for one in which nothing happens.
+    Both services return empty data for the wrong project or application, just as for one without activity.
     """
     first_at = pull.checkpoints.starts(pull.name).get(partition)
     cursor_at = pull.checkpoints.cursors(pull.name).get(partition)
@@ -134,7 +134,7 @@ def silence(pull: PullContext, partition: str) -> str:
     if any(
         record.rows for record in pull.checkpoints.records(pull.name, partition, cursor_at - QUIET_AFTER, cursor_at)
     ):
-        return ""  # as most runs find: the rest need not be read
+        return ""  # the usual case: no need to read the rest
     records = pull.checkpoints.records(pull.name, partition, first_at, cursor_at)
     filled = [record.window.end for record in records if record.rows]
     if not filled and cursor_at - first_at >= NEVER_AFTER:
@@ -145,7 +145,7 @@ def silence(pull: PullContext, partition: str) -> str:
 
 
 def heard(pull: PullContext, ping: Callable[[], str], start: str) -> Callable[[], str]:
-    """`ping`, and what is odd about those of its partitions whose names have this `start`."""
+    """`ping`, plus the `silence` warnings of its partitions whose names begin with `start`."""
 
     def check() -> str:
         names = sorted(name for name in pull.checkpoints.cursors(pull.name) if name.startswith(start))
@@ -162,11 +162,10 @@ class _RefusedWindow:
 
 
 class RefusedLines:
-    """Lines of a service's files that no event could be made of, on their way to where they are set aside.
+    """Lines of a service's files that are not valid events, spooled until they are set aside.
 
-    Invariants: the bytes stay as they came; memory is bounded by one line, since what is refused lies on disk until it
-    is kept; a line is kept under the window that it belongs to, so that a window that is pulled again adds nothing.
-    Close it when it is done with. For one thread.
+    Invariants: the bytes stay unchanged; memory is bounded by one line, since refused lines are on disk until they are
+    kept; a line is kept under its window, so pulling a window again adds nothing. Close it after use. Not thread-safe.
     """
 
     def __init__(self, spool: Path) -> None:
@@ -175,9 +174,9 @@ class RefusedLines:
         self.not_kept = 0
 
     def add(self, name: tuple[str, ...], reason: str, line: bytes, sample: str) -> None:
-        """Take in a line of the window `name`. A large one gets an object of its own, so that none is cut."""
+        """Add a line of the window `name`. A large line gets its own object, so that it is not truncated."""
         if len(line) > LARGE_BYTES:
-            # A set aside object has a limit, within which one such line might be cut.
+            # A set-aside object has a size limit, which could truncate such a line.
             name = (*name, hashlib.sha256(line).hexdigest()[:16])
         found = self._found.get((name, reason))
         if found is None:
@@ -186,7 +185,7 @@ class RefusedLines:
         found.number += 1
 
     def keep(self, store: SetAsideStore) -> list[SetAside]:
-        """Keep all, as lines of a ledger. `not_kept` is then how many the store could not be given."""
+        """Set aside all lines; returns ledger entries. `not_kept` counts lines that the store could not take."""
         entries = []
         for (name, reason), found in self._found.items():
             found.file.seek(0)
@@ -198,6 +197,6 @@ class RefusedLines:
         return entries
 
     def close(self) -> None:
-        """Free what is spooled. Idempotent."""
+        """Free the spool. Idempotent."""
         while self._found:
             self._found.popitem()[1].file.close()

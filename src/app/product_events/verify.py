@@ -1,10 +1,10 @@
-"""Both ends of a pull: which hours are compared, how an object is read and mended; and the gap map.
+"""Both ends of a pull: which hours are compared, how an object is read and repaired; and the gap map.
 
-Invariants: an object is downloaded whole before it is read, so that what goes wrong inside is its own fault; an hour is
-whole only when the warehouse holds the events of its object; a day is asked for once however many of its hours are
-compared, after its objects were listed, so that what somebody stored since is never written over. In the gap map only
-keys of its windows count, whatever else lies beside them; a window that could not be had is MISSING, since its record
-names a version that no object has; one that lines were set aside of is PARTIAL.
+Invariants: an object is downloaded whole before it is read, so read errors are faults of the object; an hour is
+complete only when the warehouse holds the events of its object; a day is requested once however many of its hours are
+compared, and after its objects were listed, so that what somebody stored since is never overwritten. The gap map counts
+only keys of its windows and ignores other objects. A window that could not be fetched or stored is MISSING, since its
+record names a version that no object has; one from which lines were set aside is PARTIAL.
 """
 
 from abc import ABC, abstractmethod
@@ -50,18 +50,18 @@ class PullEnds(ABC):
 
     @abstractmethod
     def ask(self, partition: str, span: Window) -> tuple[Window, Given]:
-        """What the service gives for a span, or for the beginning of it. Its files are closed with `held`."""
+        """What the service returns for a span, or for the beginning of it. Its files are closed with `held`."""
 
     @abstractmethod
     def mend(self, run: PartitionRun, hour: PulledHour, record: Record | None, over: str | None) -> Report:
-        """Land an hour again over a version, see `store_rows`."""
+        """Load and store an hour again, replacing a version; see `store_rows`."""
 
     def partitions(self, _: Window) -> Sequence[str]:
-        """See `Ends.partitions`: those that are configured."""
+        """See `Ends.partitions`: the configured ones."""
         return self.names
 
     def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
-        """See `Ends.slots`: hours that can be asked for."""
+        """See `Ends.slots`: hours that can be requested."""
         self._until = floor_to(min(span.end, self.pull.due_at), HOUR_SECONDS)
         self.pull.spool.mkdir(parents=True, exist_ok=True)
         try:
@@ -73,24 +73,24 @@ class PullEnds(ABC):
             self.let_go()
 
     def let_go(self) -> None:
-        """Free what is at hand of the service's answers."""
+        """Free the cached answers of the service."""
         self.held.close()
         self._asked = None
 
     def source(self, slot: PartitionWindow) -> WindowContent:
-        """See `Ends.source`. A second look sees the same answer."""
+        """See `Ends.source`. A second read returns the same answer."""
         if slot not in self._contents:
             self._contents[slot] = self._hour(slot).content()
         return self._contents[slot]
 
     def destination(self, slot: PartitionWindow) -> WindowContent:
-        """See `Ends.destination`. Raises Permanent for an object that is damaged, or whose events are not loaded."""
+        """See `Ends.destination`. Raises Permanent for an object that is damaged or whose events are not loaded."""
         info = self.pull.store.head(self.pull.key(slot.partition, slot.window))
         return self._content(slot, info) if info else NOTHING
 
     def heal(self, context: Context, slot: PartitionWindow) -> Report:
-        """See `Ends.heal`. Raises Conflict when the object was stored again since the service was asked, and Permanent
-        when it is damaged or foreign and the service has no rows to put in its place.
+        """See `Ends.heal`. Raises Conflict when the object was stored again since the service was queried, and
+        Permanent when it is damaged or foreign and the service has no rows to replace it.
         """
         hour, given, key = self._hour(slot), self.source(slot), self.pull.key(slot.partition, slot.window)
         info = self.pull.store.head(key)
@@ -103,7 +103,7 @@ class PullEnds(ABC):
             there = self._content(slot, info, load=False) if info else NOTHING
         except DamagedObject:
             there = None
-        # What was confirmed and has more rows is from before the service forgot some of them.
+        # A confirmed object with more rows dates from before the service dropped some of them.
         is_confirmed = record is not None and version != "" and version == record.version
         if is_confirmed and there is not None and there.rows > given.rows:
             return Report()
@@ -112,7 +112,7 @@ class PullEnds(ABC):
         return self.mend(run, hour, record, None if there == given else version)
 
     def _hour(self, slot: PartitionWindow) -> PulledHour:
-        """An hour as the service gives it; it is asked for together with what is left of its day and of the span."""
+        """An hour as the service returns it; requested together with the rest of its day within the span."""
         partition, window, asked = slot.partition, slot.window, self._asked
         if not asked or asked.partition != partition or not asked.window.start <= window.start < asked.window.end:
             self.let_go()
@@ -120,14 +120,14 @@ class PullEnds(ABC):
             span = Window(window.start, max(window.end, min(midnight, self._until)))
             hours = windows_between(span.start, span.end, HOUR_SECONDS)
             folders = {folder_of(self.pull.key(partition, hour)) for hour in hours}
-            # From before the service is asked: what somebody stores meanwhile is never written over.
+            # List before querying the service, so that what somebody stores meanwhile is never overwritten.
             self._versions = {info.key: info.etag for folder in folders for info in self.pull.store.list(folder)}
             span, self._given = self.ask(partition, span)
             self._asked = PartitionWindow(partition, span)
         return self._given(window)
 
     def _content(self, slot: PartitionWindow, info: ObjectInfo, *, load: bool = True) -> WindowContent:
-        """What an object holds. Raises Permanent for events that the warehouse lacks, unless it is only compared."""
+        """Content of an object. Raises Permanent for events missing from the warehouse, unless it is only compared."""
         lacking = 0
         with self.pull.object_hour(slot.partition, slot.window, self.stop, info.etag) as hour:
             if hour is None:
@@ -148,7 +148,7 @@ def folder_of(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PullGapMap:
-    """`app.core.verify.GapMapSource` over a pull: a line of hours for each partition."""
+    """`app.core.verify.GapMapSource` over a pull: a row of hours for each partition."""
 
     pull: PullContext
 
@@ -173,9 +173,9 @@ def pull_cells(
     folder: Callable[[str], str] = str,
     by_line: bool = False,
 ) -> Sequence[MapCell]:
-    """A cell per window that has begun. `key`: the object of a window; `folder`: the prefix under which to list it.
+    """A cell per window that has begun. `key`: the object of a window; `folder`: the prefix to list for it.
 
-    One listing per folder. `by_line`: `source_cells` of the records counts the lines, of which `rows` landed.
+    One listing per folder. `by_line`: `source_cells` of the records counts lines, of which `rows` were loaded.
     """
     cursor_at = pull.checkpoints.cursors(pull.name).get(partition)
     at = MapContext(pull.clock(), pull.due_after.total_seconds(), cursor_at, pull.overdue_seconds)
@@ -186,7 +186,7 @@ def pull_cells(
     listed = (info for each in sorted(set(map(folder, keys))) for info in pull.store.list(each))
     found = [FoundObject(keys[info.key], info.key, info.etag) for info in listed if info.key in keys]
     records = pull.checkpoints.records(pipeline or pull.name, partition, begun[0].start, begun[-1].end)
-    # Lines that were set aside are counted at the source and are in no object.
+    # Lines that were set aside are counted at the source but are in no object.
     lacking = {record.window.start for record in records if by_line and record.source_cells > record.rows}
     return [
         replace(cell, state=CellState.PARTIAL)
