@@ -88,7 +88,7 @@ class ColumnFilter:
         return f"{_ordered(self.column, dialect) if ordered else column} {COMPARISONS[self.operator]} {places}", params
 
     def _matching(self, dialect: Dialect, name: str) -> tuple[str, Params]:
-        """The condition for `like` and `ilike`. SQLite uses GLOB: its LIKE is always case-insensitive, for ASCII only."""
+        """The condition for `like` and `ilike`. SQLite uses GLOB: its LIKE always ignores case, for ASCII only."""
         column, pattern, folds = self.column.name, self.values[0], self.operator == "ilike"
         if dialect == "postgres":
             return f"{column} {'ILIKE' if folds else 'LIKE'} :{name}", {name: _pattern(pattern, "%", "_", r"\%_", "\\")}
