@@ -43,7 +43,7 @@ IN_PATH = re.compile(rf"(?<![^/])({'|'.join(TEXTS)})=([^/]*)(?=/)", re.IGNORECAS
 NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # what pandas, Spark and DuckDB write for null
 NUMBER = re.compile(r"(U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\b.*)")
 WHOLE = re.compile(r"U?((TINY|SMALL|BIG|HUGE)INT|INTEGER)")
-NULL = '"NULL"'  # the type that pyarrow gives a column without any value
+NULL = '"NULL"'  # the type that pyarrow gives a column with only nulls
 Format = Literal["parquet", "csv", ""]
 
 
@@ -126,7 +126,7 @@ class ReportFile:
 
 
 def file_of(name: str, key: str, schema: str) -> ReportFile:
-    """`schema`: column -> type as JSON, in the file's order."""
+    """A file with its reading. `schema`: column -> type as JSON, in the file's order."""
     return ReportFile(name, key, reading(schema, tuple(path_texts(key)), is_csv=format_of(key) == "csv"))
 
 
@@ -179,7 +179,7 @@ def family(kind: str) -> str:
 
 @lru_cache(maxsize=4096)
 def reading(schema: str, in_path: tuple[str, ...], *, is_csv: bool = False, of_table: bool = False) -> ColumnReading:
-    """See `ColumnReading`; `in_path` are the documented names that the path gives."""
+    """Build the `ColumnReading` of a schema. `in_path`: documented names that the path gives."""
     columns: Mapping[str, str] = json.loads(schema)
     types = dict(zip(distinct(list(columns)), columns.values(), strict=True))
     pairs = list(zip(columns, types, strict=True))
@@ -245,7 +245,7 @@ def schemas(engine: Engine, files: Sequence[tuple[str, str]]) -> Mapping[str, Co
     if names := [file for file, _ in files if file not in found]:
         for file, columns in _of_parquet(engine.rows(SCHEMA.format(literal(names)))).items():
             found[file] = columns
-            if NESTED in columns.values():  # a footer spells their types out in pieces
+            if NESTED in columns.values():  # a footer lists nested types only as separate elements
                 source = f"read_parquet({literal([file])}, hive_partitioning = false)"
                 types = engine.columns(f"SELECT * FROM {source}", {}).values()  # noqa: S608 - our own copy
                 found[file] = {
@@ -440,7 +440,7 @@ def raw_rows(folder: Path, files: Sequence[ReportFile], file_name: str = "") -> 
 
 
 def documented(own: ColumnReading | None) -> Mapping[str, str]:
-    """Documented column -> its value as an expression over the columns of `rows`."""
+    """Documented column -> SQL expression for its value, over the columns of `rows`."""
     values: dict[str, str] = {}
     for name in TEXTS:
         text = f"nullif({_cast(own, name, 'VARCHAR')}, '')"

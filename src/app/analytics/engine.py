@@ -57,15 +57,15 @@ class UnreadableObject(Transient):
 
 
 class InvalidReport(Permanent):
-    """The query cannot be run over whole objects: the report is wrong."""
+    """The query fails although the objects are intact: the report is wrong."""
 
 
 class ReportTooLarge(Permanent):
-    """The query needs more memory or disk than it may use."""
+    """The query exceeded its memory or disk limit."""
 
 
 class ReportTooSlow(Transient):
-    """The query took longer than it may."""
+    """The query exceeded its time limit."""
 
 
 class UnboundName(InvalidReport):
@@ -74,7 +74,7 @@ class UnboundName(InvalidReport):
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What queries may use."""
+    """Resource limits of queries."""
 
     memory_mb: int
     threads: int
@@ -154,7 +154,7 @@ class Engine:
             raise Rejected("the statement nests too deeply", "use fewer levels of expressions") from None
 
     def check(self, sql: str) -> set[str]:
-        """Names of the parameters. Raises Rejected for anything that is not one SELECT over RELATION."""
+        """Parameter names of `sql`. Raises Rejected for anything but one SELECT over RELATION."""
         return checked(self.parsed(sql))
 
     @contextmanager

@@ -77,7 +77,7 @@ class ReportObjects(Protocol):
         """Whether the read in `opened` cannot have mixed two versions."""
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ class BucketObjects:
             return self._engines[whole]
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         with self._lock:
             for engine in self._engines.values():
                 engine.close()

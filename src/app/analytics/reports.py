@@ -166,7 +166,7 @@ class ReportDefinition:
         return values
 
     def span(self, values: Mapping[str, Any]) -> tuple[str | None, datetime | None, datetime | None]:
-        """Device, start and end that `reads` limits the rows to; None = not limited."""
+        """Device, start and end to which `reads` limits the rows; None = no limit."""
         device, since, until = (values.get(name) for name in (self.reads.device, self.reads.since, self.reads.until))
         return device, since, until
 
@@ -300,7 +300,7 @@ def merged(parts: Iterable[DaySummary]) -> Mapping[Pair, DaySummary]:
 
 
 def _merged(parts: Sequence[DaySummary]) -> DaySummary:
-    """The sum of parts; device and day are those of the first."""
+    """The sum of parts, with the device and day of the first."""
     return DaySummary(
         device=parts[0].device,
         day=parts[0].day,
@@ -317,7 +317,7 @@ def _merged(parts: Sequence[DaySummary]) -> DaySummary:
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
-    """Exact to the last bit, whatever the order."""
+    """An exactly rounded sum, independent of the order."""
     held = [value for value in values if value is not None]
     try:
         return math.fsum(held) if held else None
@@ -326,7 +326,7 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 def rank(latest: tuple[Any, ...]) -> list[tuple[bool, Any]]:
-    """Sort key: timestamp with nanoseconds; ties as DuckDB orders structs: left to right, nulls last."""
+    """Sort key: timestamp with nanoseconds; ties as DuckDB orders structs: left to right, null greatest."""
     instant, *values = latest[: len(LATEST) - 1]
     nanos = latest[-1] if len(latest) == len(LATEST) else 0
     return [(value is None, 0 if value is None else value) for value in (instant, nanos, *values)]

@@ -354,7 +354,7 @@ def _ordered(column: TableColumn, dialect: Dialect, table: Table | None = None) 
 
 
 def _read(column: TableColumn, dialect: Dialect) -> str:
-    """The column as a plain value, the same in both databases."""
+    """SQL that reads the column as a plain value, the same in both databases."""
     if dialect == "sqlite":
         return column.name
     if column.kind == "instant":

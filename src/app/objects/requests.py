@@ -226,7 +226,7 @@ class StoreLinks:
     presign: Callable[[str, int, str], str]
     presign_form: Callable[[str, str, range, int], tuple[str, Mapping[str, str]]]
 
-    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:  # noqa: ARG002 - as SignedLinks has it
+    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:  # noqa: ARG002 - same signature as SignedLinks
         """The URL of a link."""
         return self.presign(held.key, seconds, disposition(held.key, held.headers.get("content-disposition", "")))
 
@@ -235,7 +235,7 @@ class StoreLinks:
         key: str,
         content_type: str,
         sizes: range,
-        now: datetime,  # noqa: ARG002 - as SignedLinks has it
+        now: datetime,  # noqa: ARG002 - same signature as SignedLinks
         seconds: int,
     ) -> tuple[str, Mapping[str, str]]:
         """URL and fields of a form that uploads one file with exactly this key and type, and one of these sizes."""

@@ -461,7 +461,7 @@ def page_json(question: ListingRequest, page: ListingPage) -> Mapping[str, Any]:
 
 
 def info_json(key: str, held: ObjectInfo | None) -> Mapping[str, Any]:
-    """An object's properties."""
+    """Properties of an object."""
     if held is None:
         return {"key": key, "exists": False, "size": None}
     return {

@@ -165,7 +165,7 @@ def media_type(given: str, key: str, held: str = "") -> str:
 
 
 class Crc32:
-    """CRC-32 in hashlib's form."""
+    """CRC-32 with the hashlib interface."""
 
     def __init__(self) -> None:
         self._value = 0
