@@ -1,1 +1,1 @@
-"""Reports over the Parquet objects below the prefix: four from summaries in memory, any other by DuckDB."""
+"""Reports over the Parquet objects below the prefix: four from in-memory summaries, all others run by DuckDB."""

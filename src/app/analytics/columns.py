@@ -1,5 +1,5 @@
-"""How the columns of our own and of other programs' objects become the documented ones, and the rows of many objects
-one relation.
+"""Maps the columns of any object, ours or another program's, to the documented ones, and combines the rows of many
+objects into one relation.
 """
 
 import csv
@@ -31,11 +31,11 @@ from app.analytics.engine import (
 )
 from app.core.closed_days import ReportSpan, TableFile
 
-# How the columns of one object become the documented ones, decided from its schema and its key alone.
+# Maps the columns of one object to the documented ones, from its schema and its key alone.
 #
-# Invariants: a documented column is found whatever its case; a device that only the path names is known; a column
-# of a kind that no report can use makes its object unusable, by name; everything else has a text, so nothing is
-# null in silence.
+# Invariants: documented columns are matched case-insensitively; a device that only the path names is used; a column
+# whose type no report can use makes the object unusable, and the error names the column; everything else can be cast
+# to text, so no value silently becomes null.
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 CSV_SUFFIXES = (".csv", ".csv.gz")
@@ -43,12 +43,12 @@ IN_PATH = re.compile(rf"(?<![^/])({'|'.join(TEXTS)})=([^/]*)(?=/)", re.IGNORECAS
 NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # what pandas, Spark and DuckDB write for null
 NUMBER = re.compile(r"(U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\b.*)")
 WHOLE = re.compile(r"U?((TINY|SMALL|BIG|HUGE)INT|INTEGER)")
-NULL = '"NULL"'  # the type that pyarrow gives a column without any value
+NULL = '"NULL"'  # the type that pyarrow gives a column with only nulls
 Format = Literal["parquet", "csv", ""]
 
 
 def format_of(key: str) -> Format:
-    """What the name says; "" where only the first bytes can tell."""
+    """The format that the key's suffix implies; "" when only the first bytes can tell."""
     name = key.lower()
     if name.endswith(PARQUET_SUFFIXES):
         return "parquet"
@@ -56,7 +56,7 @@ def format_of(key: str) -> Format:
 
 
 def suffix_of(key: str) -> str:
-    """The suffix of a local copy, by which DuckDB knows its format."""
+    """The suffix of a local copy, from which DuckDB infers its format."""
     if format_of(key) != "csv":
         return PARQUET_SUFFIXES[0]
     return ".csv.gz" if key.lower().endswith(".gz") else ".csv"
@@ -64,11 +64,11 @@ def suffix_of(key: str) -> str:
 
 @dataclass(frozen=True)
 class ColumnReading:
-    """Files with equal readings can be read by one query.
+    """How a file's columns are read. Files with equal readings can be read by one query.
 
-    `types`: name in DuckDB -> type; `source`: documented name -> name in DuckDB, of those that are there; `from_path`:
-    documented names that are only in the path; `problem`: why reports cannot use it, ""; `notes`: what a person should
-    know of it; `also`: documented name -> names in DuckDB where a file of the table has its values of other types.
+    `types`: name in DuckDB -> type; `source`: documented name -> name in DuckDB, for columns in the file; `from_path`:
+    documented names that only the path gives; `problem`: why reports cannot use the file, or ""; `notes`: warnings for
+    the user; `also`: documented name -> names in DuckDB of the columns where a table file keeps values of other types.
     """
 
     types: Mapping[str, str]
@@ -80,12 +80,12 @@ class ColumnReading:
     also: Mapping[str, Sequence[str]]
 
     def type_of(self, documented: str) -> str:
-        """The type in the file; "" when the column is missing."""
+        """The column's type in the file; "" when it is missing."""
         return self.types.get(self.source.get(documented, ""), "")
 
     @cached_property
     def further(self) -> Mapping[str, str]:
-        """Lower case -> name in DuckDB, of the columns that are not documented."""
+        """Lower-case name -> name in DuckDB, for undocumented columns."""
         taken = {name.lower() for name in self.source.values()}
         return {name.lower(): name for name in self.types if name and name.lower() not in taken}
 
@@ -96,7 +96,7 @@ class ColumnReading:
 
     @cached_property
     def kind(self) -> tuple[object, ...]:
-        """Equal for files that one query can read, but for columns that are not documented."""
+        """Equal for files that one query can read, ignoring undocumented columns."""
         renamed = tuple(sorted((name, own) for name, own in self.source.items() if name != own.lower()))
         header = tuple(self.types) if self.is_csv or self.has_unnamed else ()
         also = tuple(name for names in self.also.values() for name in names)
@@ -104,19 +104,19 @@ class ColumnReading:
 
     @property
     def has_unnamed(self) -> bool:
-        """Whether a column has no name; DuckDB makes one up, which may be that of another column."""
+        """Whether a column has no name. DuckDB invents one, which may clash with another column."""
         return "" in self.types
 
     @property
     def has_bytes(self) -> bool:
-        """Whether a documented column holds bytes, as older writers leave text."""
+        """Whether a documented column holds bytes: older writers store text this way."""
         return any(self.type_of(name) == "BLOB" for name in self.source)
 
 
 @dataclass(frozen=True, slots=True)
 class ReportFile:
-    """One object that is read. `name`: as DuckDB reaches it; `reading`: how its columns are read; `where`: which of its
-    rows, a condition over them as they are, "" = all.
+    """One file to read. `name`: its path or URL for DuckDB; `reading`: how its columns are read; `where`: an SQL
+    condition on its raw rows, "" = all rows.
     """
 
     name: str
@@ -126,12 +126,12 @@ class ReportFile:
 
 
 def file_of(name: str, key: str, schema: str) -> ReportFile:
-    """`schema`: column -> type as JSON, in the file's order."""
+    """A file with its reading. `schema`: column -> type as JSON, in the file's order."""
     return ReportFile(name, key, reading(schema, tuple(path_texts(key)), is_csv=format_of(key) == "csv"))
 
 
 def table_file_of(name: str, file: TableFile, schema: str, span: ReportSpan) -> ReportFile:
-    """A file of the table, whose columns have their types already, so that DuckDB skips what is not asked for."""
+    """A file of the table. Its columns are already typed, so DuckDB can skip data that the query does not use."""
     conditions = [
         f"rows.{column} {literal(str(value))}"
         for column, value in (
@@ -151,14 +151,14 @@ def table_file_of(name: str, file: TableFile, schema: str, span: ReportSpan) -> 
 
 
 def path_texts(key: str) -> Mapping[str, str | None]:
-    """Documented texts that folders such as `device_id=D1/` name; None for the null of Hive."""
+    """Documented text values from Hive folders such as `device_id=D1/`; None for Hive's null."""
     return {
         found[1].lower(): None if found[2] == NO_PARTITION else unquote(found[2]) for found in IN_PATH.finditer(key)
     }
 
 
 def instant_kind(kind: str) -> str:
-    """How instants of this type are understood; "" for no column at all, "unusable" for a type that holds none."""
+    """How timestamps of this type are parsed; "" when there is no column, "unusable" for a type without timestamps."""
     if not kind or kind == "DATE" or kind.startswith("TIMESTAMP"):
         return kind
     if kind in ("VARCHAR", "BLOB", "JSON") or kind.startswith("ENUM"):
@@ -169,7 +169,7 @@ def instant_kind(kind: str) -> str:
 
 
 def family(kind: str) -> str:
-    """Types of one family become one type without loss; "" fits every other."""
+    """The type's family: types of one family convert to one type without loss; "" is compatible with every family."""
     if kind == NULL:
         return ""
     if NUMBER.fullmatch(kind) or kind == "BOOLEAN":
@@ -179,7 +179,7 @@ def family(kind: str) -> str:
 
 @lru_cache(maxsize=4096)
 def reading(schema: str, in_path: tuple[str, ...], *, is_csv: bool = False, of_table: bool = False) -> ColumnReading:
-    """See `ColumnReading`; `in_path` are the documented names that the path gives."""
+    """Build the `ColumnReading` of a schema. `in_path`: documented names that the path gives."""
     columns: Mapping[str, str] = json.loads(schema)
     types = dict(zip(distinct(list(columns)), columns.values(), strict=True))
     pairs = list(zip(columns, types, strict=True))
@@ -217,19 +217,19 @@ def _problems(types: Mapping[str, str], source: Mapping[str, str], *, is_csv: bo
 
 
 def distinct(names: Sequence[str]) -> Sequence[str]:
-    """The names by which DuckDB knows columns: one that differs from an earlier one in case only gets a number."""
+    """Column names as DuckDB makes them unique: a name that differs from an earlier one only in case gets a number."""
     collisions: dict[str, int] = {}
     found = []
     for name in names:
         while (low := name.encode().lower().decode()) in collisions:  # DuckDB lowers ASCII letters only
             collisions[low] += 1
-            name = f"{name}_{collisions[low]}"  # noqa: PLW2901 - the next try, as DuckDB's reader does it
+            name = f"{name}_{collisions[low]}"  # noqa: PLW2901 - next attempt, as DuckDB's reader does
         collisions[low] = 0
         found.append(name)
     return found
 
 
-# The columns of files, as they stand in them: of Parquet from the footer, of CSV from the first line.
+# The raw columns of files: for Parquet from the footer, for CSV from the header line.
 
 NESTED = "NESTED"
 HEADER_CHARACTERS = 1 << 20
@@ -245,7 +245,7 @@ def schemas(engine: Engine, files: Sequence[tuple[str, str]]) -> Mapping[str, Co
     if names := [file for file, _ in files if file not in found]:
         for file, columns in _of_parquet(engine.rows(SCHEMA.format(literal(names)))).items():
             found[file] = columns
-            if NESTED in columns.values():  # a footer spells their types out in pieces
+            if NESTED in columns.values():  # a footer lists nested types only as separate elements
                 source = f"read_parquet({literal([file])}, hive_partitioning = false)"
                 types = engine.columns(f"SELECT * FROM {source}", {}).values()  # noqa: S608 - our own copy
                 found[file] = {
@@ -256,7 +256,7 @@ def schemas(engine: Engine, files: Sequence[tuple[str, str]]) -> Mapping[str, Co
 
 
 def _of_csv(file: str) -> Columns:
-    """All are text; a column without a name gets one, as the index that pandas writes first."""
+    """All columns are text. An unnamed column, such as the index that pandas writes first, gets a name."""
     opened = gzip.open if file.endswith(".gz") else open
     try:
         with opened(file, "rt", encoding="utf-8-sig", newline="") as text:
@@ -272,7 +272,7 @@ def _of_csv(file: str) -> Columns:
 
 
 def _free(columns: Columns, name: str) -> str:
-    """The name, with a number when it is there already."""
+    """The name, with a number appended if it is taken."""
     number, own = 0, name
     while own in columns:
         number += 1
@@ -281,7 +281,7 @@ def _free(columns: Columns, name: str) -> str:
 
 
 def _first_record(text: io.TextIOBase) -> str:
-    """The header, which ends at the first newline outside of quotes."""
+    """The header record, up to the first newline outside quotes."""
     record = text.readline(HEADER_CHARACTERS)
     while record.count('"') % 2 and len(record) < HEADER_CHARACTERS and (line := text.readline(HEADER_CHARACTERS)):
         record += line
@@ -289,9 +289,9 @@ def _first_record(text: io.TextIOBase) -> str:
 
 
 def _of_parquet(rows: Sequence[tuple[str, str, str | None, int | None]]) -> Mapping[str, dict[str, str]]:
-    """File -> top-level column -> type, from the elements of each file's schema, depth first, the root first."""
+    """File -> top-level column -> type. `rows`: the schema elements of each file in depth-first order, root first."""
     found: dict[str, dict[str, str]] = {}
-    awaited: list[int] = []  # children still to come, of each element on the way down
+    awaited: list[int] = []  # children still expected, per open element
     for file, name, kind, children in rows:
         if file not in found:
             found[file], awaited = {}, [children or 0]
@@ -306,16 +306,16 @@ def _of_parquet(rows: Sequence[tuple[str, str, str | None, int | None]]) -> Mapp
     return found
 
 
-# The rows of many objects as one table expression of DuckDB, in which every documented column has its type.
+# The rows of many objects as one DuckDB table expression, in which every documented column has its documented type.
 #
-# Invariants: files that one query can read are read by one query, so that a lake of one writer costs one scan; no
-# further column keeps objects from being read together; instants are UTC without a zone, whole microseconds, of the
-# years 1 to 9999; numbers are finite; what is not so is null.
+# Invariants: files that one query can read share one query, so a lake with one writer costs one scan; undocumented
+# columns never keep objects from being read together; timestamps are naive UTC in whole microseconds, years 1 to 9999;
+# numbers are finite; any other value is null.
 
 FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999  # the years 1 to 9999
 CSV = "header = true, auto_detect = false, delim = ',', quote = '\"', escape = '\"', nullstr = ''"
 
-# ISO 8601 in its many forms, and 07.02.2026, as the one form that DuckDB reads. 01/02/2026 is ambiguous: left alone.
+# Rewrites the variants of ISO 8601, and 07.02.2026, to the one form DuckDB reads. 01/02/2026 is ambiguous: unchanged.
 REWRITTEN = (
     (r"^(\d{1,2})\.(\d{1,2})\.(\d{4})", r"\3-\2-\1"),
     (r"^(\d{4})[./](\d{1,2})[./](\d{1,2})", r"\1-\2-\3"),
@@ -332,7 +332,7 @@ ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]|$)"
 
 
 def relation(folder: Path, files: Sequence[ReportFile], *, file_name: str = "") -> str:
-    """The rows of all files; `folder` has the pads. `file_name` adds a column with the file under that name."""
+    """The rows of all files; `folder` holds the empty pad files. `file_name`: name of an added column with the file."""
     casts = _casts(files)
     selects = [_rows(folder, group, casts, file_name) for group in _grouped(files, casts) or [[]]]
     if len(selects) == 1:
@@ -342,7 +342,7 @@ def relation(folder: Path, files: Sequence[ReportFile], *, file_name: str = "") 
 
 
 def file_column(files: Sequence[ReportFile]) -> str:
-    """A name for the column with the file, which no file has."""
+    """A name for the file column that no file's own column has."""
     name = "file_of_row"
     while any(name in some[0].reading.lower_names for some in _by_reading(files)):
         name += "_"
@@ -350,7 +350,7 @@ def file_column(files: Sequence[ReportFile]) -> str:
 
 
 def _by_reading(files: Sequence[ReportFile]) -> Sequence[Sequence[ReportFile]]:
-    """Files whose columns are read in the same way, together."""
+    """Groups files with the same reading."""
     found: dict[int, list[ReportFile]] = {}
     for file in files:
         found.setdefault(id(file.reading), []).append(file)
@@ -358,7 +358,7 @@ def _by_reading(files: Sequence[ReportFile]) -> Sequence[Sequence[ReportFile]]:
 
 
 def _grouped(files: Sequence[ReportFile], casts: Mapping[str, str]) -> Sequence[Sequence[ReportFile]]:
-    """Files that one query can read, together."""
+    """Groups files that one query can read."""
     groups: dict[Any, list[ReportFile]] = {}
     for some in _by_reading(files):
         own = some[0].reading
@@ -369,8 +369,8 @@ def _grouped(files: Sequence[ReportFile], casts: Mapping[str, str]) -> Sequence[
 
 
 def _casts(files: Sequence[ReportFile]) -> Mapping[str, str]:
-    """Further columns whose types DuckDB cannot bring together by itself -> the type to cast to, text where no other
-    fits. Columns of CSV are text, and take the type that they have elsewhere.
+    """Undocumented columns whose types DuckDB cannot unify by itself -> the type to cast to; text if nothing else fits.
+    CSV columns are text and take the type that the column has in other files.
     """
     types: dict[str, set[str]] = {}
     in_csv: set[str] = set()
@@ -392,7 +392,7 @@ def _casts(files: Sequence[ReportFile]) -> Mapping[str, str]:
 
 
 def _rows(folder: Path, files: Sequence[ReportFile], casts: Mapping[str, str], given_column: str) -> str:
-    """A table expression over files of one kind."""
+    """A table expression over files that one query can read."""
     own = files[0].reading if files else None
     replaced = dict(documented(own))
     hidden: list[str] = []
@@ -422,7 +422,7 @@ def _rows(folder: Path, files: Sequence[ReportFile], casts: Mapping[str, str], g
 
 
 def raw_rows(folder: Path, files: Sequence[ReportFile], file_name: str = "") -> str:
-    """Files of one kind as they are, with the documented columns that they lack; `file_name` is the column to add."""
+    """Raw rows of files that one query can read, plus missing documented columns. `file_name`: a column to add."""
     own = files[0].reading if files else None
     has_instant = own is not None and bool(own.type_of(INSTANT))
     pad = str(folder / (PAD if has_instant else PAD_WITH_INSTANT))
@@ -440,7 +440,7 @@ def raw_rows(folder: Path, files: Sequence[ReportFile], file_name: str = "") -> 
 
 
 def documented(own: ColumnReading | None) -> Mapping[str, str]:
-    """Documented column -> its value as an expression over the columns of `rows`."""
+    """Documented column -> SQL expression for its value, over the columns of `rows`."""
     values: dict[str, str] = {}
     for name in TEXTS:
         text = f"nullif({_cast(own, name, 'VARCHAR')}, '')"
@@ -462,7 +462,7 @@ def documented(own: ColumnReading | None) -> Mapping[str, str]:
 
 
 def _cast(own: ColumnReading | None, name: str, kind: str) -> str:
-    """A documented column as this type; from a file of the table also what stands in columns of other types."""
+    """A documented column cast to this type; for a table file also the values kept in columns of other types."""
     columns = [_column(own, name), *(f"rows.{quoted(each)}" for each in (own.also.get(name, ()) if own else ()))]
     casts = [f"TRY_CAST({column} AS {kind})" for column in columns]
     return casts[0] if len(casts) == 1 else f"coalesce({', '.join(casts)})"
@@ -474,9 +474,9 @@ def _column(own: ColumnReading | None, name: str) -> str:
 
 
 def microseconds_of(kind: str, column: str) -> str:
-    """Microseconds since 1970 as an expression, null where the value is not understood.
+    """An SQL expression for microseconds since 1970, null where the value cannot be parsed.
 
-    A cast between instants with and without a zone costs 30 times that of going by the number of microseconds.
+    Casting between timestamps with and without a time zone costs 30 times as much as converting through microseconds.
     """
     match kind:
         case "DATE":
@@ -500,7 +500,7 @@ def microseconds_of(kind: str, column: str) -> str:
 
 
 def _of_epoch(number: str, *, whole: bool = True) -> str:
-    """Seconds, milliseconds, microseconds or nanoseconds, told apart by their size: each from 1973 on."""
+    """Seconds, milliseconds, microseconds or nanoseconds, distinguished by magnitude: works from 1973 on."""
     seconds, millis = f"{number} * 1000000", f"{number} * 1000"
     nanos = f"{number} // 1000" if whole else f"{number} / 1000"
     steps = ((10**8, 10**11, seconds), (10**11, 10**14, millis), (10**14, 10**17, number), (10**17, 93 * 10**17, nanos))
@@ -519,7 +519,7 @@ def _rewritten(text: str) -> str:
 
 
 def _nanos_of(kind: str, column: str) -> str:
-    """The digits below the microsecond as an expression; "" where this kind has none."""
+    """An SQL expression for the digits below the microsecond; "" if this kind has none."""
     match kind:
         case "TIMESTAMP_NS":
             number = f"epoch_ns({column})"
@@ -535,8 +535,8 @@ def _nanos_of(kind: str, column: str) -> str:
 
 
 def lost_values(folder: Path, files: Sequence[ReportFile]) -> str:
-    """A query for (file, column, rows, example) of values that are there but not understood; "" where there can be
-    none, since all columns have the types of what they mean.
+    """A query for (file, column, rows, example) of values that are present but cannot be parsed; "" when the column
+    types rule this out.
     """
     name = file_column(files)
     checks = []

@@ -1,10 +1,10 @@
 """DuckDB, locked down: one instance, a cursor per query, bounded memory and threads, a time limit on every query.
 
-Invariants: after the set-up nothing can be changed, loaded, attached or reached but the objects below the prefix and
-the folder of this process; only a single SELECT is run, whose tables are the rows of objects or its own; nothing is
-downloaded, since the one extension comes with a package. DuckDB's exceptions end here: only what may be an object's
-fault becomes UnreadableObject, which costs a listing and another run; a wrong report and a full disk are errors at
-once.
+Invariants: after setup, no setting can change, nothing can be loaded or attached, and only the objects below the prefix
+and this process's folder can be read; each query is a single SELECT over the rows of objects or its own CTEs; nothing
+is downloaded, since the one extension comes in a package. DuckDB's exceptions are translated here: only errors that an
+object may have caused become UnreadableObject, which costs a new listing and a second run; an invalid report or a full
+disk fails at once.
 """
 
 import errno
@@ -43,38 +43,38 @@ SPILL = "1GB"
 MESSAGE_CHARACTERS = 300
 RETRY_HINT = "no action needed, it is retried; if this goes on, look at the object that is named"
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# By its text, since pyarrow hands DuckDB's errors on without their class.
+# Matched by text, since pyarrow passes on DuckDB's errors without their class.
 WRONG = re.compile(
     r"(Binder|Catalog|Parser|Syntax|Permission|Not implemented|Conversion|Out of Range|Divide by Zero|Mismatch Type"
     r"|Invalid type|Invalid Input|Expression|Sequence|Parameter Not \w+) Error: "
 )
-# What is said of objects' bytes: names of objects end in .parquet, and where none is named, one of these words is.
+# Errors about objects' bytes: they name an object, which ends in .parquet, or contain one of these words.
 OF_OBJECTS = re.compile(r"parquet|csv error|corrupt|unicode|string encoding|bitpacked|stats size", re.IGNORECASE)
 
 
 class UnreadableObject(Transient):
-    """An object could not be read, or changed while it was: list again, then read again."""
+    """An object could not be read, or changed during the read: list again, then retry."""
 
 
 class InvalidReport(Permanent):
-    """The query cannot be run over whole objects: the report is wrong."""
+    """The query fails although the objects are intact: the report is wrong."""
 
 
 class ReportTooLarge(Permanent):
-    """The query needs more memory or disk than it may use."""
+    """The query exceeded its memory or disk limit."""
 
 
 class ReportTooSlow(Transient):
-    """The query took longer than it may."""
+    """The query exceeded its time limit."""
 
 
 class UnboundName(InvalidReport):
-    """A name or a type does not fit. Unless objects that changed since they were listed do not fit together."""
+    """A name or a type does not match; the report is wrong, unless objects that changed since the listing cause it."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What queries may use."""
+    """Resource limits of queries."""
 
     memory_mb: int
     threads: int
@@ -83,8 +83,8 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class RemoteBucket:
-    """A bucket, and the keys to read it with. `whole`: objects are fetched whole, each by one request; `table`: prefix
-    of the table's files, "" where there is none.
+    """A bucket and its access keys. `whole`: fetch each object whole with one request; `table`: prefix of the table's
+    files, "" if there is no table.
     """
 
     bucket: str
@@ -101,7 +101,7 @@ class RemoteBucket:
 
 
 class Engine:
-    """One DuckDB. `folder` is this process's own; queries may read there, and spill to disk."""
+    """One DuckDB instance. `folder` is private to this process; queries may read and spill there."""
 
     def __init__(self, folder: Path, limits: EngineLimits, remote: RemoteBucket | None = None) -> None:
         self.folder = folder
@@ -111,40 +111,40 @@ class Engine:
         self._connection: Any = None
 
     def close(self) -> None:
-        """Give the memory back. A later query opens it again."""
+        """Release the memory. A later query reopens the instance."""
         with self._lock:
             connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
 
     def columns(self, sql: str, values: Mapping[str, Any]) -> Mapping[str, str]:
-        """Name -> type of what `sql` would answer."""
+        """Name -> type of the columns that `sql` would return."""
         with self._cursor(self.limits.seconds) as cursor:
             return {row[0]: row[1] for row in cursor.execute(f"DESCRIBE {sql}", values or None).fetchall()}
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
-        """All rows of our own query, in memory and without a time limit."""
+        """All rows of an internal query, in memory and without a time limit."""
         with self._cursor(None) as cursor:
             found: list[tuple[Any, ...]] = cursor.execute(sql).fetchall()
             return found
 
     @contextmanager
     def batches(self, sql: str, values: Mapping[str, Any], batch_rows: int) -> Iterator[Any]:
-        """A pyarrow RecordBatchReader over the answer; the time limit holds until the block ends."""
+        """A pyarrow RecordBatchReader over the result; the time limit applies until the block ends."""
         with self._cursor(self.limits.seconds) as cursor:
             yield cursor.execute(sql, dict(values) or None).to_arrow_reader(batch_rows)
 
     @contextmanager
     def selected(self, view: str, rows: str, sql: str, batch_rows: int) -> Iterator[Any]:
-        """A pyarrow RecordBatchReader over the answer of `sql`, which reads our own query `rows` as `view`."""
+        """A pyarrow RecordBatchReader over the result of `sql`, which sees the internal query `rows` as `view`."""
         with self._cursor(self.limits.seconds) as cursor:
             cursor.execute(f"CREATE TEMP VIEW {view} AS {rows}")
             yield cursor.execute(sql).to_arrow_reader(batch_rows)
 
     def parsed(self, sql: str) -> Any:
-        """What DuckDB's parser makes of `sql`: `{"error", "error_message", "statements"}`.
+        """The output of DuckDB's parser for `sql`: `{"error", "error_message", "statements"}`.
 
-        Raises Rejected for what nests so deeply that it cannot be looked at.
+        Raises Rejected when `sql` nests too deeply to be inspected.
         """
         with self._cursor(self.limits.seconds) as cursor:
             text = cursor.execute("SELECT json_serialize_sql($1)", [sql]).fetchone()[0]
@@ -154,7 +154,7 @@ class Engine:
             raise Rejected("the statement nests too deeply", "use fewer levels of expressions") from None
 
     def check(self, sql: str) -> set[str]:
-        """Names of the parameters. Raises Rejected for anything that is not one SELECT over RELATION."""
+        """Parameter names of `sql`. Raises Rejected for anything but one SELECT over RELATION."""
         return checked(self.parsed(sql))
 
     @contextmanager
@@ -192,14 +192,14 @@ def _opened(folder: Path, limits: EngineLimits, remote: RemoteBucket | None) -> 
         "memory_limit": f"{limits.memory_mb}MB",
         "temp_directory": str(spill),
         "max_temp_directory_size": SPILL,
-        "enable_external_file_cache": False,  # it may hold another version than the one that is read next
+        "enable_external_file_cache": False,  # it may hold an outdated version of an object
     }
     _set(connection, settings)
     allowed = [f"{folder}/"]
     if remote is not None:
         allowed += _open_remote(connection, remote)
-    # Files without rows but with every documented column: one joins each read, so that a column that no object has is
-    # null instead of an error, and no object at all is an empty table.
+    # Files without rows but with every documented column. One is part of every read, so a column that no object has is
+    # null instead of an error, and a read without objects gives an empty table.
     for name, left_out in ((PAD, INSTANT), (PAD_WITH_INSTANT, "")):
         columns = ", ".join(f'CAST(NULL AS {kind}) AS "{own}"' for own, kind in DOCUMENTED.items() if own != left_out)
         connection.execute(f"COPY (SELECT {columns} LIMIT 0) TO {literal(str(folder / name))} (FORMAT parquet)")
@@ -213,11 +213,11 @@ def _set(connection: Any, settings: Mapping[str, Any]) -> None:
 
 
 def _open_remote(connection: Any, remote: RemoteBucket) -> Sequence[str]:
-    """Load the extension of the package, set it up, and hand it the keys; the URLs of what may be read."""
+    """Load and configure the packaged extension and pass it the keys. Returns the URLs that may be read."""
     connection.execute(f"LOAD {literal(str(extension()))}")
     settings = {
-        "force_download": remote.whole,  # one request: the object is one version, whoever replaces it meanwhile
-        "s3_url_compatibility_mode": True,  # a key is a name and never a pattern
+        "force_download": remote.whole,  # one request per object, so that all bytes are of one version
+        "s3_url_compatibility_mode": True,  # a key is a literal name, never a pattern
         "httpfs_connection_caching": True,
         "http_timeout": 20,
         "http_retries": 2,
@@ -241,7 +241,7 @@ def _open_remote(connection: Any, remote: RemoteBucket) -> Sequence[str]:
 
 
 def _network(remote: RemoteBucket) -> Mapping[str, str]:
-    """The proxy of this machine, and its authorities where it has some of its own; see `app.core.network`."""
+    """The machine's proxy, and its CA certificates if it has its own; see `app.core.network`."""
     settings = {"ca_cert_file": os.environ.get("SSL_CERT_FILE", "")}
     if proxy := proxy_for(f"{'https' if remote.tls else 'http'}://{remote.endpoint or 's3.amazonaws.com'}"):
         parts = urlsplit(proxy)
@@ -251,7 +251,7 @@ def _network(remote: RemoteBucket) -> Mapping[str, str]:
 
 
 def extension() -> Path:
-    """The httpfs extension inside its package. Raises Permanent when it is not there."""
+    """Path of the packaged httpfs extension. Raises Permanent when it is missing."""
     spec = find_spec("duckdb_extension_httpfs")
     for place in (spec.submodule_search_locations or ()) if spec else ():
         for found in Path(place).rglob("httpfs.duckdb_extension"):
@@ -278,7 +278,7 @@ def quoted(name: str) -> str:
 
 
 def checked(parsed: Mapping[str, Any]) -> set[str]:
-    """Names of the parameters of a parsed text. Raises Rejected for what a report may not do."""
+    """Parameter names of a parsed statement. Raises Rejected for anything a report may not do."""
     if parsed["error"]:
         raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], "write one SELECT")
     if len(parsed["statements"]) != 1:
@@ -294,7 +294,7 @@ def checked(parsed: Mapping[str, Any]) -> set[str]:
 
 
 def nodes_of(tree: Any) -> Iterator[Mapping[str, Any]]:
-    """Every object of a parsed statement."""
+    """Every JSON object in a parsed statement."""
     waiting = [tree]
     while waiting:
         one = waiting.pop()
@@ -306,7 +306,7 @@ def nodes_of(tree: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _refused_in(node: Mapping[str, Any], own: set[str]) -> str:
-    """What of this node a report may not do, "" for nothing. `own`: names that WITH gives."""
+    """What this node contains that a report may not do, "" if nothing. `own`: names defined by WITH."""
     match node.get("type"):
         case "BASE_TABLE":
             name = str(node["table_name"])
@@ -325,19 +325,19 @@ def _refused_in(node: Mapping[str, Any], own: set[str]) -> str:
 
 @contextmanager
 def translate_duckdb_errors(seconds: float | None) -> Iterator[None]:
-    """Every exception of DuckDB as an error with the next step; `seconds` is the time limit of the query."""
+    """Turn every DuckDB exception into an error with a next step; `seconds` is the query's time limit."""
     import duckdb
 
     try:
         yield
     except (duckdb.Error, UnicodeDecodeError, OSError) as error:
-        # UnicodeDecodeError: a message that quotes bytes of a torn read; OSError: what pyarrow makes of DuckDB's errors
+        # UnicodeDecodeError: the message quotes bytes of a torn read; OSError: pyarrow's form of DuckDB's errors
         raise _error(error, seconds) from error
 
 
 @contextmanager
 def written() -> Iterator[None]:
-    """A full disk as an error that says so; other errors pass."""
+    """Report a full disk with a clear error; other errors pass through."""
     try:
         yield
     except OSError as error:
@@ -353,7 +353,7 @@ def _disk_full(text: str) -> Transient:
 def _error(error: Exception, seconds: float | None) -> AppError:
     import duckdb
 
-    said = str(error).split("\n\nLINE ", 1)[0]  # what follows quotes the statement
+    said = str(error).split("\n\nLINE ", 1)[0]  # the rest quotes the statement
     text = said.split("\n", 1)[0][:MESSAGE_CHARACTERS]
     if isinstance(error, duckdb.InterruptException) or text.startswith("INTERRUPT"):
         hint = "narrow its parameters, or raise ANALYTICS_TIMEOUT_SECONDS"

@@ -1,9 +1,9 @@
-"""Rows as the bytes of an answer: JSON, CSV, Parquet or an Excel sheet.
+"""Encodes rows as an answer: JSON, CSV, Parquet or an Excel sheet.
 
-Invariants: an answer is whole before its first byte is sent; its memory is bounded by a spool; instants are ISO 8601
-with Z in text and UTC in types; NaN and infinity are null in JSON; a decimal is a number wherever a number can be.
-Nothing in a cell of a sheet becomes a formula. CSV is data for programs: a text that begins with = stays as it is,
-unless `formula_safe` puts an apostrophe before it, since spreadsheets would run it as a formula.
+Invariants: an answer is complete before its first byte is sent; a spool bounds its memory; timestamps are ISO 8601
+with Z in text formats and UTC in typed ones; NaN and infinity are null in JSON; decimals are numbers wherever the
+format allows. No cell of a sheet becomes a formula. CSV is data for programs: text that begins with = is unchanged,
+unless `formula_safe` prefixes an apostrophe, since spreadsheets would run it as a formula.
 """
 
 import io
@@ -59,12 +59,12 @@ PIECE_BYTES = 1 << 18
 
 
 class ReportAnswer:
-    """The bytes of an answer, in memory or in a file without a name. Any number of readers may read it at once."""
+    """The bytes of an answer, in memory or in an unnamed file. Any number of readers may read concurrently."""
 
     def __init__(self, spool: Any) -> None:
         self.size_bytes = spool.seek(0, io.SEEK_END)
-        self.left_out = 0  # objects, beside those that every answer leaves out
-        self.state: TableState | None = None  # of the table of closed days that was read
+        self.left_out = 0  # objects, in addition to those that every answer leaves out
+        self.state: TableState | None = None  # snapshot of the table of closed days that was read
         self.engine = "duckdb"
         self._spool = spool
         self._lock = Lock()
@@ -85,8 +85,8 @@ class ReportAnswer:
 
 @dataclass(frozen=True, slots=True)
 class AnswerShape:
-    """How an answer is written. `answer` is the list's name in JSON, `object` for the one row itself; `max_rows`: fewer
-    than the format allows.
+    """How an answer is written. `answer`: name of the JSON list, or `object` to return the single row itself;
+    `max_rows`: a limit below that of the format.
     """
 
     format: str
@@ -97,7 +97,7 @@ class AnswerShape:
 
 
 def of_table(table: ReportTable, shape: AnswerShape, folder: Path) -> ReportAnswer:
-    """The answer with these rows. JSON needs no pyarrow, so that an idle daemon answers without importing it."""
+    """The answer with these rows. JSON does not need pyarrow, so an idle daemon answers without importing it."""
     _check_rows(len(table.rows), shape)
     if shape.format in JSON_WRITERS:
         write = JSON_WRITERS[shape.format]
@@ -118,8 +118,8 @@ def of_table(table: ReportTable, shape: AnswerShape, folder: Path) -> ReportAnsw
 
 
 def of_batches(reader: Any, shape: AnswerShape, folder: Path) -> ReportAnswer:
-    """The answer with the rows of a pyarrow RecordBatchReader. Raises Rejected when there are too many of them, and for
-    types that the format does not have.
+    """The answer with the rows of a pyarrow RecordBatchReader. Raises Rejected for too many rows, and for types that
+    the format does not support.
     """
     import pyarrow as pa
 
@@ -167,8 +167,8 @@ def _check_rows(count: int, shape: AnswerShape) -> None:
 
 
 def _plain(schema: Any) -> Any:
-    """The schema with instants in UTC without a zone, without dictionaries, and with each name once: a column that a
-    SELECT calls like another one gets a number, as in a table that DuckDB makes of it.
+    """The schema with naive UTC timestamps, no dictionaries and unique names: a duplicate column name gets a number, as
+    in a table that DuckDB creates from the SELECT.
     """
     import pyarrow as pa
 
@@ -192,7 +192,7 @@ def _cast(batch: Any, schema: Any) -> Any:
 
 
 def _within_years(values: Any) -> Any:
-    """With null for instants and days outside of the years 1 to 9999, which no ISO text and no reader of ours holds."""
+    """Replace timestamps and dates outside years 1 to 9999 by null: ISO text and our readers do not support them."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -210,13 +210,13 @@ def _rows(batch: Any) -> Sequence[tuple[Any, ...]]:
 
 
 def _unwritable(error: Exception) -> Rejected:
-    """Of a day of the year 290000 inside of a list, and other values of types that few have."""
+    """The error for rare values that cannot be written, such as a date in the year 290000 inside a list."""
     text = str(error)[:MESSAGE_CHARACTERS]
     return Rejected(f"a value cannot be written: {text}", "cast it to text, or ask for another format")
 
 
 def to_json(value: Any) -> Any:
-    """A value as JSON has it. DuckDB gives decimals for sums of whole numbers, and for literals such as 1.5."""
+    """A value in a JSON type. DuckDB returns decimals for sums of integers and for literals such as 1.5."""
     found: Any
     match value:
         case float():
@@ -274,7 +274,7 @@ def _write_ndjson(
 
 
 def _without_formulas(schema: Any, batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """With an apostrophe before each text and name that a spreadsheet would take for a formula."""
+    """Prefix an apostrophe to each text and name that a spreadsheet would take for a formula."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -308,7 +308,7 @@ def _write_csv(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
 
 
 def _is_odd(kind: Any) -> bool:
-    """Of spans of time and unions, which neither CSV nor Parquet have."""
+    """Whether this is a duration or a union, which neither CSV nor Parquet supports."""
     import pyarrow as pa
 
     return bool(pa.types.is_interval(kind) or pa.types.is_union(kind))
@@ -321,7 +321,7 @@ def _json_texts(values: Any) -> Any:
 
 
 def _json_text(value: Any) -> str | None:
-    """A value as text: what is text in JSON as it is, anything else as its JSON."""
+    """A value as text: JSON strings unquoted, anything else as JSON."""
     import msgspec
 
     found = to_json(value)
@@ -343,7 +343,7 @@ def _write_parquet(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
 
 
 def _write_xlsx(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
-    """Row by row, so that memory is bounded. Text stays text, also where it looks like a formula or a link."""
+    """Write row by row, so that memory is bounded. Text stays text, even if it looks like a formula or a link."""
     import xlsxwriter
 
     with xlsxwriter.Workbook(spool, SHEET) as book:
@@ -361,7 +361,7 @@ def _write_xlsx(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """None leaves the cell empty: for null, NaN and infinity."""
+    """The value of a cell; None (an empty cell) for null, NaN and infinity."""
     if isinstance(value, IN_CELLS):
         return None if isinstance(value, float) and not math.isfinite(value) else value
     return _json_text(value)

@@ -1,7 +1,7 @@
-"""Facts of many objects at once: each is fetched in the version that was listed, and DuckDB aggregates them together.
+"""Facts of many objects at once: each is fetched in its listed version, and DuckDB aggregates them together.
 
-Invariants: facts belong to the version that they were read from; memory and disk stay bounded however large an
-object is; an object that cannot be read is a fact too, and hinders no other.
+Invariants: facts belong to the version they were read from; memory and disk stay bounded however large an object is; an
+unreadable object is recorded as a fact too and does not block others.
 """
 
 import json
@@ -22,7 +22,7 @@ from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.db.object_summaries import NO_DAY, PART_FIELDS, DaySummary, ObjectFacts
 from app.object_store.port import ObjectInfo, ObjectStore
 
-AT_ONCE = 16  # as many connections as the store keeps
+AT_ONCE = 16  # size of the store's connection pool
 GROUP_OBJECTS = 64
 GROUP_BYTES = 64 << 20
 PIECE_BYTES = 1 << 20
@@ -34,8 +34,8 @@ NOTE_CHARACTERS = 300
 
 @dataclass(frozen=True, slots=True)
 class FactsBatch:
-    """What was found. `unread` could not be fetched or held in memory, which is not the object's fault: it is tried
-    again later.
+    """The facts of one batch. `unread` objects could not be fetched or did not fit in memory; this is not the object's
+    fault, so they are retried later.
     """
 
     read: Sequence[ObjectFacts]
@@ -44,7 +44,7 @@ class FactsBatch:
 
 @dataclass(frozen=True, slots=True)
 class FetchedObject:
-    """One object. Without a local copy, `refused` says why the store did not return it; without both, it is neither
+    """One object. Without a local copy, `refused` says why the store did not return it; without either, it is neither
     Parquet nor CSV.
     """
 
@@ -54,8 +54,8 @@ class FetchedObject:
 
 
 def aggregated(store: ObjectStore, engine: Engine, infos: Sequence[ObjectInfo]) -> Iterator[FactsBatch]:
-    """Facts of these objects, group by group, the next one fetched meanwhile. Objects that are gone are left out; those
-    that were replaced since have the version that is there now. Raises Transient when the store fails.
+    """Facts of these objects, group by group; the next group is prefetched. Deleted objects are left out; for replaced
+    objects the current version is read. Raises Transient when the store fails.
     """
     if not infos:
         return
@@ -87,7 +87,7 @@ def _groups(infos: Sequence[ObjectInfo]) -> Iterator[Sequence[ObjectInfo]]:
 
 
 def _fetch(store: ObjectStore, folder: Path, info: ObjectInfo) -> FetchedObject | None:
-    """A local copy of the version that was listed, or of the one that is there now; None for an object that is gone."""
+    """A local copy of the listed version, or else of the current one; None for a deleted object."""
     wanted: ObjectInfo | None = info
     for _ in range(ATTEMPTS):
         if wanted is None:
@@ -109,7 +109,7 @@ def _fetch(store: ObjectStore, folder: Path, info: ObjectInfo) -> FetchedObject 
 
 
 def _copy(body: BinaryIO, start: bytes, file: Path) -> Path:
-    """What was read already and the rest, in a new file."""
+    """Write `start`, already read, and the rest of the body to a new file."""
     with ExitStack() as undo:
         undo.callback(file.unlink, missing_ok=True)
         with written(), file.open("xb") as copy:
@@ -134,8 +134,8 @@ def _facts(engine: Engine, futures: Sequence[Any]) -> FactsBatch:
 
 
 def _read(engine: Engine, copies: Sequence[FetchedObject]) -> FactsBatch:
-    """All in one query; one by one when that fails, to find which cannot be read. One that needs more memory than there
-    is now is tried again later, when no report runs.
+    """Read all in one query; if it fails, one by one, to find the unreadable ones. An object that needs more memory
+    than is free now is retried later, when no report runs.
     """
     if not copies:
         return FactsBatch([])
@@ -154,7 +154,7 @@ def _read(engine: Engine, copies: Sequence[FetchedObject]) -> FactsBatch:
 
 
 def _faulty(one: FetchedObject, error: AppError) -> ObjectFacts:
-    """With the object's key in place of the copy's name."""
+    """The facts of an unreadable object; the message has the object's key instead of the copy's name."""
     return replace(one.facts, fault=error.message.replace(str(one.file), one.facts.key))
 
 

@@ -1,10 +1,10 @@
-"""Reports run by DuckDB over exactly the objects that are there, and never over half of one version.
+"""Reports run by DuckDB over exactly the objects that exist now, never over a mix of two versions.
 
-Invariants: in a directory every file is pinned by a link, or copied, before it is read; in a bucket every object is
-fetched whole by one request, and where one is too large for that, the answer counts only if no object has changed
-meanwhile. Whatever goes wrong with an object, the objects are listed again and the report is run again, a few times
-only; one that still fails is left out and named, and hinders no other; an error of the report itself is raised at once.
-Where there is a table of closed days, its files are read in the place of the objects that they were made from.
+Invariants: in a directory, every file is pinned by a hard link, or copied, before it is read; in a bucket, every object
+is fetched whole with one request, and if one is too large for that, the answer counts only if no object has changed
+meanwhile. When an object cannot be read, the objects are listed again and the report is retried a few times; an object
+that still fails is left out and named, and does not block others; an error of the report itself is raised at once.
+Where there is a table of closed days, its files replace the objects that they were made from.
 """
 
 import json
@@ -41,18 +41,18 @@ from app.db.object_summaries import Version, VersionToRead
 
 ATTEMPTS = 4
 WHOLE_BYTES = 16 << 20
-BROKEN = 20  # more than that is not the fault of single objects
+BROKEN = 20  # with more, single objects are not to blame
 BROKEN_SECONDS = 600.0
 OTHER = "send other values; if none works, correct the report's SQL file"
 WARNINGS = 20
-STAR = re.compile(r"(select|distinct|,|\.)\s*\*", re.IGNORECASE)  # not the star of count(*) or of a product
+STAR = re.compile(r"(select|distinct|,|\.)\s*\*", re.IGNORECASE)  # not the star of count(*) or of a multiplication
 LeftOut = Mapping[Version, tuple[str, str]]
 """Version -> key and reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadSet:
-    """What a report reads: versions of objects, and of the table the rows of a span."""
+    """What a report reads: versions of objects, and the table's rows within a span."""
 
     sources: Sequence[VersionToRead]
     table: TableRows = NO_TABLE
@@ -60,7 +60,7 @@ class ReadSet:
 
     @property
     def in_table(self) -> TableState | None:
-        """The state of the table that has all of it; None where objects are read too."""
+        """The table's state if the table alone has everything; None if objects are read too."""
         return None if self.sources or any(file.without for file in self.table.files) else self.table.state
 
 
@@ -69,28 +69,28 @@ class ReportObjects(Protocol):
 
     @contextmanager
     def opened(self, wanted: ReadSet) -> Iterator[tuple[Engine, Sequence[ReportFile]]]:
-        """An engine, and these objects as it reads them, good until the block ends: whole versions, the listed ones or
-        newer. May raise Conflict when one of them is gone already.
+        """An engine, and these objects as files that it can read until the block ends: whole versions, as listed or
+        newer. May raise Conflict when one has been deleted.
         """
 
     def certain(self, wanted: ReadSet) -> bool:
-        """Whether what was read in `opened` cannot have been of two versions."""
+        """Whether the read in `opened` cannot have mixed two versions."""
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalObjects:
-    """Objects of a directory. `pin(key, target)` links or copies the version that is there; None when there is none."""
+    """Objects of a directory. `pin(key, target)` links or copies the current version; None when there is none."""
 
     engine: Engine
     pin: Callable[[str, Path], str | None]
 
     @contextmanager
     def opened(self, wanted: ReadSet) -> Iterator[tuple[Engine, Sequence[ReportFile]]]:
-        """See `ReportObjects.opened`. A whole version that is newer than the listed one serves as well, and an object
-        that is gone is left out: the answer is of now, however fast objects are replaced.
+        """See `ReportObjects.opened`. A version newer than the listed one is fine if it is whole, and a deleted object
+        is left out: the answer reflects the present, however fast objects are replaced.
         """
         with TemporaryDirectory(dir=self.engine.folder, prefix="pins-") as folder:
             files, newer = [], []
@@ -113,7 +113,7 @@ class LocalObjects:
             yield self.engine, [*files, *described, *_of_table(self.engine, table, wanted.span)]
 
     def certain(self, wanted: ReadSet) -> bool:
-        """See `ReportObjects.certain`: a link stays what it is."""
+        """See `ReportObjects.certain`: a linked version never changes."""
         del wanted
         return True
 
@@ -123,7 +123,7 @@ class LocalObjects:
 
 
 class BucketObjects:
-    """Objects of a bucket. `remote(whole)` is how it is reached now; its keys may change from time to time."""
+    """Objects of a bucket. `remote(whole)` gives the current bucket and keys; the keys may rotate."""
 
     def __init__(
         self,
@@ -147,14 +147,14 @@ class BucketObjects:
         yield engine, [*files, *_of_table(engine, table, wanted.span)]
 
     def certain(self, wanted: ReadSet) -> bool:
-        """See `ReportObjects.certain`: fetched whole, unless one is too large to be held in memory; and a newer version
-        of CSV may have other columns, which nothing in its rows tells. Files of the table never change.
+        """See `ReportObjects.certain`: true when all are fetched whole, so none is too large for memory, and none is
+        CSV: a newer CSV version may have other columns, and its rows do not show it. Files of the table never change.
         """
         is_csv = any(format_of(source.key) == "csv" for source in wanted.sources)
         return not wanted.sources or (self._whole(wanted) and not is_csv)
 
     def _whole(self, wanted: ReadSet) -> bool:
-        """Of large files, and so of all that are read with them, only the parts that a report needs are fetched."""
+        """False if a file is large: then only the parts that the report needs are fetched, of all files of the read."""
         sizes = [*(each.size_bytes for each in wanted.sources), *(each.size_bytes for each in wanted.table.files)]
         return max(sizes, default=0) <= self._whole_bytes
 
@@ -169,7 +169,7 @@ class BucketObjects:
             return self._engines[whole]
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         with self._lock:
             for engine in self._engines.values():
                 engine.close()
@@ -177,14 +177,14 @@ class BucketObjects:
 
 
 def _of_table(engine: Engine, table: Mapping[str, TableFile], span: ReportSpan) -> Sequence[ReportFile]:
-    """Files of the table by the names that the engine knows them by."""
+    """Files of the table, under the names that the engine uses."""
     found = schemas(engine, [(name, file.key) for name, file in table.items()])
     return [table_file_of(name, file, json.dumps(found[name]), span) for name, file in table.items()]
 
 
 class Queries:
-    """Runs reports. `local` checks their texts; it reads no object. `table`: that of closed days, where there is one;
-    `spark`: what runs reports of closed days alone, where it is not DuckDB.
+    """Runs reports. `local` checks their SQL and reads no object. `table`: the table of closed days, if there is one;
+    `spark`: runs reports that need only closed days, if Spark is configured.
     """
 
     def __init__(
@@ -205,19 +205,19 @@ class Queries:
         self._broken: dict[tuple[str, Version], tuple[str, float]] = {}
 
     def close(self) -> None:
-        """Give the memory of all engines back; a later report re-opens them."""
+        """Release the memory of all engines; a later report reopens them."""
         self._objects.close()
         self._local.close()
 
     def columns(self, report: ReportDefinition) -> Mapping[str, str]:
-        """Name -> type of the answer's columns, without reading any object. Raises Permanent when it cannot be run."""
+        """Name -> type of the answer's columns, without reading any object. Raises Permanent if it cannot run."""
         self.check(report)
         values = {each.name: None if each.required else each.read(None) for each in report.parameters}
         with _named(report):
             return self._local.columns(report.sql(relation(self._local.folder, [])), values)
 
     def check(self, report: ReportDefinition) -> None:
-        """Raises Permanent for a report that may not or cannot be run."""
+        """Raises Permanent for a report that is not allowed or cannot run."""
         if report.text in self._checked:
             return
         try:
@@ -230,7 +230,7 @@ class Queries:
         self._checked.add(report.text)
 
     def has_older_rows(self, view: ListingView) -> bool:
-        """Whether the table has rows whose objects are gone, which the summaries know nothing of."""
+        """Whether the table has rows whose objects were deleted, so that the summaries lack them."""
         if self._table is None:
             return False
         number, rows = self._day_rows
@@ -242,8 +242,8 @@ class Queries:
         return any(count > rows[day] for day, count in self._table.day_counts().items())
 
     def to_read(self, span: ReportSpan, as_of: datetime | None = None) -> ReadSet:
-        """What has to be read for a span, now or of the table as it was. Raises BadParameter for an instant of which
-        there is no table.
+        """What to read for a span: now, or from the table as of `as_of`. Raises BadParameter if there is no table for
+        that time.
         """
         if as_of is not None:
             if self._table is None:
@@ -262,14 +262,14 @@ class Queries:
         return ReadSet([source for source in sources if table.beside(source)], table, span)
 
     def confirm(self, objects: ReportObjects, wanted: ReadSet) -> None:
-        """Raises UnreadableObject when what was read may have been of two versions."""
+        """Raises UnreadableObject if the read may have mixed two versions."""
         if not objects.certain(wanted):
             self._summaries.refresh()
             if not self._summaries.holds(wanted.sources):
                 raise UnreadableObject("objects were replaced while they were read", RETRY_HINT)
 
     def look_again(self) -> None:
-        """Something that was to be read is gone."""
+        """Refresh the listing and the table, since something to be read has been deleted."""
         self._summaries.refresh()
         if self._table is not None:
             self._table.look_again()
@@ -277,9 +277,9 @@ class Queries:
     def run(
         self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape, as_of: datetime | None = None
     ) -> ReportAnswer:
-        """The answer over all rows that are there, or that the table of closed days had; what is left out is in its
-        warnings. Raises Permanent when the report is wrong, Transient when no object can be read, or they are replaced
-        each time.
+        """The answer over all current rows, or over the table of closed days as of `as_of`; its warnings name what is
+        left out. Raises Permanent for an invalid report, Transient when no object can be read or objects are replaced
+        during each attempt.
         """
         self.check(report)
         with _named(report, values):
@@ -298,8 +298,8 @@ class Queries:
     def _answer(
         self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape, as_of: datetime | None
     ) -> ReportAnswer:
-        """Without the objects with which this report went wrong a while ago; where the report does not fit, without
-        those whose columns are of another kind than in most.
+        """Run without the objects that recently broke this report. If the column types do not match, retry without the
+        objects whose column types differ from the majority.
         """
         wanted = self.to_read(ReportSpan(*report.span(values)), as_of)
         if self._spark and self._spark.knows(report) and (state := wanted.in_table):
@@ -316,7 +316,7 @@ class Queries:
             return self._attempt(report, values, shape, wanted, broken)
         except InvalidReport:
             for odd in mixed_type_columns(report.text, sources):
-                with suppress(InvalidReport):  # the error over all objects is raised below
+                with suppress(InvalidReport):  # the error for all objects is raised below
                     return self._attempt(report, values, shape, wanted, {**broken, **odd})
             raise
 
@@ -339,8 +339,8 @@ class Queries:
         return answer
 
     def _find_broken(self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape) -> bool:
-        """Remember each object with which alone the report goes wrong, twice, while it does not with others. False when
-        there is none, or too many, or the search takes too long.
+        """Bisect for objects that break the report twice on their own while it works with others, and remember them.
+        False when there are none or too many, or the search takes too long.
         """
         began = time.monotonic()
         waiting = [self._summaries.sources(*report.span(values))]
@@ -367,7 +367,7 @@ class Queries:
     def _trouble(
         self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape, sources: Sequence[VersionToRead]
     ) -> str:
-        """Why these cannot be read by the report; "" when they can, or the report does not fit so few of them."""
+        """Why the report cannot read these objects; "" when it can, or when it is invalid over so few of them."""
         try:
             self._attempt(report, values, shape, ReadSet(sources), {})
         except (UnreadableObject, Conflict) as error:
@@ -379,7 +379,7 @@ class Queries:
 
 @contextmanager
 def _named(report: ReportDefinition, values: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Errors of a report with its name. What goes wrong with values that a caller chose is the caller's to correct."""
+    """Add the report's name to its errors. Errors caused by a caller's parameter values become the caller's to fix."""
     try:
         yield
     except ReportTooLarge as error:
@@ -398,7 +398,7 @@ def _named(report: ReportDefinition, values: Mapping[str, Any] | None = None) ->
 
 @contextmanager
 def _fitting(engine: Engine, relation: str) -> Iterator[None]:
-    """When the report does not fit the rows, look whether it is the objects that no longer fit together."""
+    """When names or types do not match, check whether the cause is objects that no longer fit together."""
     try:
         yield
     except UnboundName as error:
@@ -411,7 +411,7 @@ def _fitting(engine: Engine, relation: str) -> Iterator[None]:
 
 @contextmanager
 def _by_key(files: Sequence[ReportFile]) -> Iterator[None]:
-    """Errors with the key of an object instead of the name of its copy."""
+    """Replace the names of local copies in errors by the objects' keys."""
     try:
         yield
     except UnreadableObject as error:
@@ -422,7 +422,7 @@ def _by_key(files: Sequence[ReportFile]) -> Iterator[None]:
 
 
 def _with_warnings(shape: AnswerShape, left_out: LeftOut) -> AnswerShape:
-    """The shape with a warning for each object that is left out."""
+    """The shape plus a warning for each object left out."""
     found = [{"object": key, "message": f"left out of this report: {reason}"} for key, reason in left_out.values()]
     if len(found) > WARNINGS:
         more = {"object": "", "message": f"{len(found) - WARNINGS} more objects are left out of this report"}
@@ -431,8 +431,8 @@ def _with_warnings(shape: AnswerShape, left_out: LeftOut) -> AnswerShape:
 
 
 def mixed_type_columns(text: str, sources: Sequence[VersionToRead]) -> Iterator[LeftOut]:
-    """What to leave out of a report with this text, so that each further column that it names is of one kind: that of
-    most objects, then that of the next most.
+    """What to leave out of this report so that each undocumented column it names has one type: first the type of most
+    objects, then the next most common.
     """
     kinds: dict[str, dict[str, list[VersionToRead]]] = {}
     words = {word.lower() for word in re.findall(r"\w+", text)}

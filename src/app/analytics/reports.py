@@ -1,17 +1,17 @@
-"""Reports: one SQL file each, with title, typed parameters and the shape of its answer in comments at its head; and
-what the built-in ones answer from the summaries.
+"""Reports: one SQL file each, whose head comments give title, typed parameters and the shape of the answer; and the
+answers of the built-in ones from the summaries.
 
-    -- title: Each device over time          what it is called
-    -- path: devices/latest                  where it is served; the file's name with dashes unless said
+    -- title: Each device over time          display name
+    -- path: devices/latest                  where it is served; default: the file name with dashes
     -- param from: timestamp = 2026-01-01: x typed query parameter, its default (none: null) and what it means
-    -- param n: integer 1..60 = 5: x         the same with its lowest and highest value
-    -- param device_id: text required: x     one that must be sent
-    -- format: parquet                       how the answer is written unless asked for otherwise (json)
-    -- reads: timestamp >= $from             what the objects that it reads may be limited to
+    -- param n: integer 1..60 = 5: x         the same with minimum and maximum
+    -- param device_id: text required: x     a required parameter
+    -- format: parquet                       default format of the answer (otherwise json)
+    -- reads: timestamp >= $from             how the objects to read may be limited
     -- answer: devices                       name of the list in the JSON answer; `object`: its one row is the answer
-    -- summary: devices                      answered from the summaries of this name
+    -- summary: devices                      answered from the summary of this name
 
-Invariant: values reach DuckDB only as bound parameters; the one thing that is filled into the text is the placeholder.
+Invariant: values reach DuckDB only as bound parameters; only the placeholder is substituted in the SQL text.
 """
 
 import json
@@ -43,11 +43,11 @@ RESERVED = frozenset({"format", "scan"})
 OPTIONS = RESERVED | {"as_of", "formula_safe"}
 TAKEN = frozenset({"schema", "explore"})
 MAX_TEXT = 1000
-WRITTEN = re.compile(r"[0-9.eE+-]+")  # Python also reads 1_000, blanks around a number, and digits of other scripts
+WRITTEN = re.compile(r"[0-9.eE+-]+")  # Python also accepts 1_000, surrounding spaces, and digits of other scripts
 
 
 class BadParameter(Rejected):
-    """A parameter that the caller has to correct (HTTP 422)."""
+    """A parameter that the caller must correct (HTTP 422)."""
 
 
 def _text(text: str) -> str:
@@ -85,7 +85,7 @@ KINDS: Mapping[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class QueryParameter:
-    """A query parameter. `default` is as it would be sent; "" = null. `limits`: lowest and highest value."""
+    """A query parameter. `default`: in the form that a caller would send, "" = null; `limits`: minimum and maximum."""
 
     name: str
     kind: str
@@ -95,7 +95,7 @@ class QueryParameter:
     required: bool = False
 
     def read(self, text: str | None) -> Any:
-        """The value of `text`, the default for None. Raises BadParameter."""
+        """Parse `text`; None gives the default. Raises BadParameter."""
         if text is None and self.required:
             raise BadParameter(f"{self.name} is missing", f"send {self.name}: {self.allowed}")
         text = self.default if text is None else text
@@ -111,13 +111,13 @@ class QueryParameter:
 
     @property
     def allowed(self) -> str:
-        """What may be sent."""
+        """A description of the allowed values."""
         return KINDS[self.kind][1] + (f" from {self.limits[0]} to {self.limits[1]}" if self.limits else "")
 
 
 @dataclass(frozen=True, slots=True)
 class ReadLimits:
-    """Names of the parameters that limit which objects are read; "" = not limited by that."""
+    """Names of the parameters that limit which objects are read; "" = no limit."""
 
     device: str = ""
     since: str = ""
@@ -126,7 +126,7 @@ class ReadLimits:
 
 @dataclass(frozen=True, slots=True)
 class ReportDefinition:
-    """One SQL file. `text` is it with its placeholder; `answer` and `summary` are as in its head."""
+    """One SQL file. `text`: its content, with the placeholder; `answer` and `summary`: as in its head comments."""
 
     name: str
     path: str
@@ -140,11 +140,11 @@ class ReportDefinition:
     format: str = "json"
 
     def sql(self, relation: str = RELATION) -> str:
-        """The statement over these rows."""
+        """The statement, reading from `relation`."""
         return PLACEHOLDER.sub(lambda _: relation, self.text)
 
     def values(self, query: Iterable[tuple[str, str]]) -> Mapping[str, Any]:
-        """Parameter -> value of a query string. Raises BadParameter for unknown, repeated, missing or wrong ones."""
+        """Parameter -> value from a query string. Raises BadParameter for unknown, repeated, missing or bad ones."""
         given: dict[str, str] = {}
         names = {parameter.name for parameter in self.parameters}
         for name, text in query:
@@ -166,14 +166,14 @@ class ReportDefinition:
         return values
 
     def span(self, values: Mapping[str, Any]) -> tuple[str | None, datetime | None, datetime | None]:
-        """Device, start and end that `reads` limits the rows to; None = not limited."""
+        """Device, start and end to which `reads` limits the rows; None = no limit."""
         device, since, until = (values.get(name) for name in (self.reads.device, self.reads.since, self.reads.until))
         return device, since, until
 
 
 def load_reports(folders: Sequence[Path]) -> Mapping[str, ReportDefinition]:
-    """Path -> report, for every SQL file of the folders; one of a later folder replaces one without a summary. Raises
-    Permanent for one that cannot be understood, or when two have one path.
+    """Path -> report, for every SQL file in the folders; a file in a later folder can replace a report that has no
+    summary. Raises Permanent for an invalid file, or when two share a path.
     """
     reports: dict[str, ReportDefinition] = {}
     own: dict[str, Path] = {}
@@ -190,7 +190,7 @@ def load_reports(folders: Sequence[Path]) -> Mapping[str, ReportDefinition]:
 
 
 def parse(name: str, text: str) -> ReportDefinition:
-    """The report in `text`. Raises Permanent when its head or its placeholder is not as it must be."""
+    """Parse the report in `text`. Raises Permanent when its head or placeholder is invalid."""
     if not NAME.fullmatch(name):
         raise _fault(name, "its name is not usable", "use a to z, 0 to 9 and _")
     head: dict[str, list[str]] = {}
@@ -249,7 +249,7 @@ def _parameter(report: str, line: str) -> QueryParameter:
 
 
 def _reads(report: str, line: str, kinds: Mapping[str, str]) -> ReadLimits:
-    """`kinds` of the parameters: a limit must be of the column's kind, which it is compared with."""
+    """Parse a `reads` line. `kinds`: parameter -> kind; a limit needs the kind of the column it is compared with."""
     limits = {}
     for part in filter(None, (each.strip() for each in line.split(","))):
         found = LIMIT.fullmatch(part)
@@ -271,28 +271,28 @@ def _fault(report: str, message: str, hint: str) -> Permanent:
     return Permanent(f"report {report}.sql: {message}", hint)
 
 
-# What the built-in reports answer, from aggregates by device and day.
+# Answers of the built-in reports, from aggregates by device and day.
 #
-# Invariant: the answer depends on the parts alone and not on their order, so the same objects give the same bytes.
+# Invariant: the answer does not depend on the order of the parts, so the same objects give the same bytes.
 
 LATEST = ("timestamp", *NUMBERS, "device_type", "location", NANOS)
 """The columns of the latest reading, as they are kept; older versions kept it without the nanoseconds at the end."""
 
-EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - instants in answers are UTC without a zone, as DuckDB's are
+EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - timestamps in answers are naive UTC, as in DuckDB
 ColumnKind = Literal["text", "integer", "number", "instant", "date"]
 NUMBER: ColumnKind = "number"
 
 
 @dataclass(frozen=True, slots=True)
 class ReportTable:
-    """Rows, and column -> kind in their order; instants are UTC without a zone."""
+    """Rows, and column -> kind in column order; timestamps are naive UTC."""
 
     columns: Mapping[str, ColumnKind]
     rows: Sequence[tuple[Any, ...]]
 
 
 def merged(parts: Iterable[DaySummary]) -> Mapping[Pair, DaySummary]:
-    """One part for each pair."""
+    """Merge the parts of each (device, day) pair into one."""
     by_pair: dict[Pair, list[DaySummary]] = {}
     for part in parts:
         by_pair.setdefault((part.device, part.day), []).append(part)
@@ -300,7 +300,7 @@ def merged(parts: Iterable[DaySummary]) -> Mapping[Pair, DaySummary]:
 
 
 def _merged(parts: Sequence[DaySummary]) -> DaySummary:
-    """The sum of parts; device and day are those of the first."""
+    """The sum of parts, with the device and day of the first."""
     return DaySummary(
         device=parts[0].device,
         day=parts[0].day,
@@ -317,7 +317,7 @@ def _merged(parts: Sequence[DaySummary]) -> DaySummary:
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
-    """Exact to the last bit, whatever the order."""
+    """An exactly rounded sum, independent of the order."""
     held = [value for value in values if value is not None]
     try:
         return math.fsum(held) if held else None
@@ -326,7 +326,7 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 def rank(latest: tuple[Any, ...]) -> list[tuple[bool, Any]]:
-    """By instant and its nanoseconds; ties as DuckDB orders structs: from left to right, null above all."""
+    """Sort key: timestamp with nanoseconds; ties as DuckDB orders structs: left to right, null greatest."""
     instant, *values = latest[: len(LATEST) - 1]
     nanos = latest[-1] if len(latest) == len(LATEST) else 0
     return [(value is None, 0 if value is None else value) for value in (instant, nanos, *values)]
@@ -341,7 +341,7 @@ def _at(microseconds: int | None) -> datetime | None:
 
 
 def _devices(days: Mapping[Pair, DaySummary]) -> Mapping[str, list[DaySummary]]:
-    """Device id -> its parts, oldest first; by code point, as DuckDB sorts. Rows without a device are left out."""
+    """Device id -> its parts, oldest first. Sorted by code point, as in DuckDB; rows without a device are left out."""
     by_text: dict[str, list[DaySummary]] = {}
     for part in sorted(days.values(), key=lambda part: part.day):
         by_text.setdefault(part.device, []).append(part)
@@ -350,7 +350,7 @@ def _devices(days: Mapping[Pair, DaySummary]) -> Mapping[str, list[DaySummary]]:
 
 
 def _span(parts: Collection[DaySummary]) -> tuple[datetime | None, datetime | None, int]:
-    """First and last instant, and the number of rows."""
+    """First and last timestamp, and row count."""
     first = min((part.min_us for part in parts if part.min_us is not None), default=None)
     last = max((part.max_us for part in parts if part.max_us is not None), default=None)
     return _at(first), _at(last), sum(part.rows for part in parts)
@@ -359,7 +359,7 @@ def _span(parts: Collection[DaySummary]) -> tuple[datetime | None, datetime | No
 def parts_within(
     days: Mapping[Pair, DaySummary], device: str | None, since: datetime | None, until: datetime | None
 ) -> Mapping[Pair, DaySummary]:
-    """The parts of one device and a span of whole days; None = not limited."""
+    """The parts of one device within a span of whole days; None = no limit."""
     if device is None and since is None and until is None:
         return days
     text = None if device is None else json.dumps(device)
@@ -403,7 +403,7 @@ def daily_summary(days: Mapping[Pair, DaySummary]) -> ReportTable:
 
 
 def rows_by_day(days: Mapping[Pair, DaySummary]) -> ReportTable:
-    """A row for each day, of all devices together."""
+    """A row for each day, over all devices."""
     parts: dict[int, list[DaySummary]] = {}
     for part in days.values():
         if part.day != NO_DAY:
@@ -428,7 +428,7 @@ def devices(days: Mapping[Pair, DaySummary]) -> ReportTable:
 
 
 def device_latest(days: Mapping[Pair, DaySummary]) -> ReportTable:
-    """The latest reading of each device that has one with an instant."""
+    """The latest reading of each device; devices without any timestamp are left out."""
     rows = [
         (device, _at(latest[0]), *latest[1 : len(LATEST) - 1])
         for device, parts in _devices(days).items()

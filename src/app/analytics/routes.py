@@ -1,8 +1,8 @@
-"""/analytics: a route for each report, the list of them, the schema of the data, and the page to explore them with.
+"""/analytics: a route per report, the list of reports, the schema of the data, and a page to explore them.
 
-Invariants: the built-in answers come from memory and touch no file; everything else runs in a thread, once for all who
-ask for the same; the event loop is never held. Every answer carries when the objects were listed, how long it took and
-its ETag.
+Invariants: built-in answers come from memory and touch no file; everything else runs in a thread, and identical
+concurrent requests share one run; the event loop is never blocked. Every answer carries the time of the listing, its
+duration and its ETag.
 """
 
 import asyncio
@@ -156,7 +156,7 @@ def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -
     answer, extra = _answering(analytics, report), {**READ, "parameters": _parameters(report)}
     paths = [f"/analytics/{report.path}", *([f"/{report.path}"] if report.path in ALIASES else [])]
     if report.path == report.name.replace("_", "-") and report.name not in analytics.reports:
-        paths.append(f"/analytics/{report.name}")  # as its file is called
+        paths.append(f"/analytics/{report.name}")  # the file name
     for path in paths:
         router.add_api_route(
             path,
@@ -248,7 +248,7 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
         status, headers = response_head(asked, view, found, if_none_match=tags, began=began)
         if status == UNCHANGED:
             return Response(status_code=status, headers=headers)
-        if found.size_bytes <= SMALL_BYTES:  # a stream costs a task group and threads, and many may wait for one answer
+        if found.size_bytes <= SMALL_BYTES:  # a stream costs a task group and threads, and many may share one answer
             return Response(b"".join(found.pieces()), headers=headers)
         return StreamingResponse(found.pieces(), headers=headers)
 
@@ -256,9 +256,9 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
 
 
 class FastPath:
-    """The API, for requests of these `paths`: cached answers of reports are sent at once.
+    """ASGI wrapper of the API that sends cached report answers at once.
 
-    Most requests for reports are of this kind, and routing would take longer than the rest of such a request.
+    Most requests for reports hit the cache, and routing would take longer than the rest of such a request.
     """
 
     def __init__(self, api: Asgi, analytics: Analytics) -> None:
@@ -268,7 +268,7 @@ class FastPath:
         self.paths = [f"{start}/{report.path}" for report in reports for start in ("", "/analytics")]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI call."""
+        """Handle one ASGI call."""
         began = time.perf_counter()
         found = self._held(scope)
         if found is None:
@@ -282,7 +282,7 @@ class FastPath:
         await send({"type": "http.response.body", "body": b"" if status == UNCHANGED else b"".join(answer.pieces())})
 
     def _held(self, scope: Scope) -> tuple[ReportRequest, ListingView, ReportAnswer] | None:
-        """The cached answer of this request, small enough to be sent in one piece."""
+        """The cached answer to this request, if it is small enough to send in one piece."""
         asked = self._analytics.parsed.get((scope["path"], scope["query_string"]))
         view = self._analytics.summaries.view
         if scope["method"] != "GET" or asked is None or view is None:
@@ -325,7 +325,7 @@ def _instant(text: str | None) -> datetime | None:
 
 
 async def _view(analytics: Analytics) -> ListingView:
-    """The last listing; before the first one, wait a while for it."""
+    """The last listing; wait a while for the first one."""
     until = time.monotonic() + FIRST_SECONDS
     if analytics.summaries.view is None and analytics.refresher.trouble is None:
         analytics.refresher.hurry()
@@ -403,7 +403,7 @@ def _statement(analytics: Analytics) -> Callable[..., Any]:
 
 
 def _naive(at: datetime | None) -> datetime | None:
-    """UTC without a zone, as queries have it."""
+    """Naive UTC, as queries use it."""
     try:
         return at.astimezone(UTC).replace(tzinfo=None) if at and at.tzinfo else at
     except OverflowError:

@@ -1,5 +1,5 @@
-"""/analytics as a whole: parsed requests, shared and cached answers, the engines, and the thread that keeps summaries
-fresh.
+"""The /analytics service: parsed requests, shared and cached answers, the engines, and the thread that refreshes the
+summaries.
 """
 
 import asyncio
@@ -36,9 +36,9 @@ from app.db.object_summaries import SqlSummaries
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore
 
-# Invariants: an answer is kept for one state of the objects only, and for a short time only when it may depend on the
-# clock; an expired answer is dropped with the next request at the latest; large answers, which lie on disk, are not
-# kept; few reports run at once, the others wait for their turn within limits.
+# Invariants: an answer is cached for one state of the objects only, and only briefly if it may depend on the clock; an
+# expired answer is dropped by the next request at the latest; large answers, which are on disk, are not cached; few
+# reports run at once, and a bounded number of others wait their turn.
 
 PLACES = 2
 KEPT_ANSWERS = 64
@@ -48,16 +48,18 @@ WAITING = 200
 
 
 class SingleFlightCache:
-    """One run for all who ask for the same at once; its answer is kept while it holds. Event loop's thread only."""
+    """Concurrent requests for the same answer share one run; the answer is cached until it expires. Event-loop thread
+    only.
+    """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, tuple[ReportAnswer, float]] = OrderedDict()  # until when, monotonic
-        self._soonest = math.inf  # no answer that is kept expires earlier
+        self._kept: OrderedDict[Hashable, tuple[ReportAnswer, float]] = OrderedDict()  # expiry, monotonic
+        self._soonest = math.inf  # no cached answer expires earlier
         self._running: dict[Hashable, asyncio.Task[ReportAnswer]] = {}
         self._places = asyncio.Semaphore(PLACES)
 
     def held(self, key: Hashable) -> ReportAnswer | None:
-        """The answer that is kept under `key` and still holds."""
+        """The unexpired answer cached under `key`, if any."""
         self._drop_expired()
         if key not in self._kept:
             return None
@@ -65,8 +67,8 @@ class SingleFlightCache:
         return self._kept[key][0]
 
     async def answer(self, key: Hashable, make: Callable[[], ReportAnswer], keep_seconds: float) -> ReportAnswer:
-        """The answer of `make`, run in a thread, once for all who wait for `key`. Raises what it raises, and Transient
-        when too many reports are waiting.
+        """The result of `make`, run in a thread, once for all callers waiting for `key`. Raises what `make` raises, and
+        Transient when too many reports are waiting.
         """
         running = self._running.get(key)
         if running is None:
@@ -109,12 +111,12 @@ class SingleFlightCache:
 
 
 def busy_error() -> Transient:
-    """The error when too many run at once."""
+    """The error for too many concurrent reports."""
     return Transient("too many reports are waiting", "send the same request again later", retry_after_seconds=5)
 
 
-# Invariant: the key of an answer holds everything that the answer depends on: report, parameters, format, the state of
-# the objects, and the warnings.
+# Invariant: an answer's cache key has everything that the answer depends on: report, parameters, format, state of the
+# objects, and warnings.
 
 REMEMBERED = 256
 UNCHANGED = 304
@@ -125,8 +127,8 @@ Scope = MutableMapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ReportRequest:
-    """A parsed request for a report. `scan`: run it although there is a summary; `formula_safe`: see `formats`;
-    `as_of`: over the table of closed days as it was then.
+    """A parsed request for a report. `scan`: run the query even if there is a summary; `formula_safe`: see `formats`;
+    `as_of`: read the table of closed days as of this time.
     """
 
     report: ReportDefinition
@@ -138,14 +140,14 @@ class ReportRequest:
 
     @property
     def from_memory(self) -> bool:
-        """Whether the summaries have the answer: they are sums of whole days."""
+        """Whether the summaries, which are sums of whole days, can give the answer."""
         _, since, until = self.report.span(self.values)
         is_whole_days = all(at is None or at.time() == datetime.min.time() for at in (since, until))
         return bool(self.report.summary) and not self.scan and self.as_of is None and is_whole_days
 
 
 def key_of(asked: ReportRequest, view: ListingView, warnings: Warnings) -> Hashable:
-    """What the answer depends on."""
+    """The cache key: everything the answer depends on."""
     how = asked.format, asked.scan, asked.formula_safe, asked.as_of
     return asked.report.path, *how, tuple(asked.values.items()), view.number, warnings
 
@@ -153,7 +155,7 @@ def key_of(asked: ReportRequest, view: ListingView, warnings: Warnings) -> Hasha
 def response_head(
     asked: ReportRequest, view: ListingView, answer: ReportAnswer, *, if_none_match: str, began: float
 ) -> tuple[int, dict[str, str]]:
-    """Status and headers: 304 when the caller has this answer already. `began` is by the performance counter."""
+    """Status and headers; 304 when the caller already has this answer. `began`: a `time.perf_counter` reading."""
     as_of = answer.state.committed_at if asked.as_of and answer.state else view.as_of
     headers = {
         "ETag": answer.etag,
@@ -174,7 +176,7 @@ def response_head(
 
 
 def warnings_of(view: ListingView, trouble: AppError | None) -> Warnings:
-    """Objects that are left out or not wholly understood, and why the answer is not of now."""
+    """Objects that are left out or only partly readable, and why the answer may be stale."""
     found = list(view.faults[:WARNINGS])
     if len(view.faults) > WARNINGS:
         found.append(("", f"{len(view.faults) - WARNINGS} more objects are left out or not wholly understood"))
@@ -188,8 +190,8 @@ def text_of(at: datetime) -> str:
     return at.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
-# Invariants: building touches nothing; where nobody ever asked, nothing is listed and DuckDB is not imported; from
-# the first request on, also after later starts, summaries are kept fresh; a failed refresh is followed by the next one.
+# Invariants: construction has no side effects; before the first request ever, nothing is listed and DuckDB is not
+# imported; after it, also across restarts, summaries are kept fresh; a failed refresh is retried at the next interval.
 
 FOLDER = "analytics"
 LOCK = "lock"
@@ -204,8 +206,8 @@ Keys = tuple[str, str, str]
 
 
 class Refresher:
-    """Refreshes the summaries while the process serves, from the first `hurry` on, or at once when `is_asked` says that
-    there was one in an earlier process. `trouble` says why the last attempt failed, if it did.
+    """Refreshes the summaries while the process serves, starting with the first `hurry`, or at once if `is_asked`
+    reports one from an earlier process. `trouble`: why the last attempt failed, if it did.
     """
 
     def __init__(self, summaries: Summaries, is_asked: Callable[[], bool], interval_seconds: float) -> None:
@@ -218,26 +220,26 @@ class Refresher:
         self.trouble: AppError | None = None
 
     def start(self) -> None:
-        """Begin, a moment after everything else."""
+        """Start the thread; the first refresh comes shortly after startup."""
         self._thread.start()
 
     def hurry(self) -> None:
-        """Refresh now: somebody is waiting."""
+        """Refresh now, since a request is waiting."""
         self._awake.set()
 
     def close(self, seconds: float) -> None:
-        """End, waiting at most that long for a refresh that is running."""
+        """Stop; wait at most `seconds` for a running refresh."""
         self._ended = True
         self._awake.set()
         if self._thread.is_alive():
             self._thread.join(seconds)
 
     def _turn(self) -> None:
-        """Each refresh runs in a thread of its own, so that whatever it raises ends there and is logged."""
+        """The refresh loop. Each refresh runs in a separate thread, which contains whatever it raises; it is logged."""
         pause_seconds = FIRST_SECONDS
         with ThreadPoolExecutor(1, thread_name_prefix="analytics") as one:
             asked = one.submit(self._is_asked)
-            if asked.exception() is None and not asked.result():  # the refresh fails and logs in the same way
+            if asked.exception() is None and not asked.result():  # if this raises, so does the refresh, which is logged
                 self._awake.wait()
             while True:
                 self._awake.wait(pause_seconds)
@@ -266,10 +268,10 @@ class Refresher:
 
 
 def pause_after(taken_seconds: float, used_seconds: float, interval_seconds: float) -> float:
-    """How long to wait after a refresh that took so long, while the process used so much of the processor.
+    """How long to wait after a refresh that took `taken_seconds` of wall time and `used_seconds` of process CPU time.
 
-    What comes just after its folder was listed is seen by the next listing, so that both have to fit into the interval;
-    but a listing of very many objects must not take more than a fifth of one core. Waiting for a network takes none.
+    An object that arrives just after its folder was listed is seen by the next listing, so both must fit into the
+    interval; but listing very many objects must not use more than a fifth of one core. Network waits use no CPU.
     """
     busy_seconds = min(taken_seconds, used_seconds)
     return max(interval_seconds - 2 * taken_seconds, SHARE * busy_seconds, min(LEAST_SECONDS, interval_seconds))
@@ -277,7 +279,7 @@ def pause_after(taken_seconds: float, used_seconds: float, interval_seconds: flo
 
 @dataclass(frozen=True, slots=True)
 class ProcessFolder:
-    """A folder below `root` that belongs to this process alone; what ended processes left is removed."""
+    """A private folder of this process below `root`; folders left by ended processes are removed."""
 
     root: Path
     name: str = field(default_factory=lambda: uuid4().hex)
@@ -289,7 +291,7 @@ class ProcessFolder:
         return self.root / self.name
 
     def enter(self) -> None:
-        """Make the folder and hold its lock, which the kernel releases with the process."""
+        """Create the folder and lock it; the kernel releases the lock when the process ends."""
         from filelock import lock_descriptor
 
         self.root.mkdir(parents=True, exist_ok=True)
@@ -310,7 +312,7 @@ class ProcessFolder:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor that holds the lock; -1 when another process has it, or there is no such folder."""
+    """A descriptor that holds the lock; -1 when another process holds it, or the folder does not exist."""
     from filelock import lock_descriptor
 
     try:
@@ -326,8 +328,8 @@ def _locked(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Analytics:
-    """What the routes act on. `parsed`: requests by path and query, the newest last; `described`: the list of reports
-    with their columns.
+    """Services for the routes. `parsed`: requests by path and query, newest last; `described`: the reports with their
+    columns.
     """
 
     reports: Mapping[str, ReportDefinition]
@@ -342,7 +344,7 @@ class Analytics:
     described: list[Mapping[str, Any]] = field(default_factory=list)
 
     def start(self) -> None:
-        """Begin to refresh."""
+        """Start refreshing."""
         self.workplace.enter()
         self.refresher.start()
 
@@ -354,7 +356,7 @@ class Analytics:
         self.workplace.leave()
 
     def remember(self, scope: Scope, asked: ReportRequest) -> None:
-        """Keep a parsed request, for the next one with the same path and query."""
+        """Cache a parsed request for later ones with the same path and query."""
         if len(self.parsed) >= REMEMBERED:
             del self.parsed[next(iter(self.parsed))]
         self.parsed[scope["path"], scope["query_string"]] = asked
@@ -369,8 +371,8 @@ def build(
     *,
     table: ClosedDays | None,
 ) -> Analytics:
-    """/analytics over `store`. `keys` gives those of the bucket; `table` is that of closed days. Raises Permanent for a
-    report that cannot be understood, and BadSettings when Spark's client is not installed.
+    """Build the /analytics service over `store`. `keys` gives the bucket's access keys; `table`: the table of closed
+    days. Raises Permanent for an invalid report, and BadSettings when the Spark client is not installed.
     """
     analytics = settings.analytics
     workplace = ProcessFolder(settings.service.data_dir.resolve() / FOLDER)

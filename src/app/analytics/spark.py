@@ -1,7 +1,7 @@
-"""Reports of closed days over Spark Connect: the texts of `sql/analytics/spark`, over the Iceberg table.
+"""Reports of closed days over Spark Connect: the SQL of `sql/analytics/spark`, over the Iceberg table.
 
-Invariants: the client is imported when the first such report runs; a report reads one snapshot, the one that was chosen
-for it; its rows come in batches, so memory stays bounded; the exceptions of the client end here.
+Invariants: the client is imported when the first such report runs; a report reads exactly one chosen snapshot; rows
+arrive in batches, so memory stays bounded; the client's exceptions are translated here.
 """
 
 import socket
@@ -28,8 +28,8 @@ RETRIES = 2
 
 @dataclass(frozen=True, slots=True)
 class SparkRemote:
-    """`url`: sc://host:port, with a token where the server wants one; `table`: its name in a catalog of that Spark, ""
-    where it is read by its location.
+    """`url`: sc://host:port, with a token if the server requires one; `table`: the table's name in one of Spark's
+    catalogs, "" to read it by its location.
     """
 
     url: str
@@ -43,17 +43,17 @@ class SparkRemote:
 
 
 def spark_texts(folders: Sequence[Path]) -> Mapping[str, str]:
-    """Report -> its statement for Spark, which lies below the folder of the report itself."""
+    """Report name -> its Spark statement, from a folder below that of the report itself."""
     found: dict[str, str] = {}
     for folder in folders:
-        for file in folder.glob("*.sql"):  # it may replace one of an earlier folder
+        for file in folder.glob("*.sql"):  # a report here overrides one in an earlier folder
             found.pop(file.stem, None)
         found.update({file.stem: file.read_text(encoding="utf-8") for file in (folder / FOLDER).glob("*.sql")})
     return found
 
 
 class SparkReports:
-    """Runs the reports that have a text for Spark."""
+    """Runs the reports that have a Spark statement."""
 
     def __init__(self, remote: SparkRemote, texts: Mapping[str, str], seconds: float, folder: Path) -> None:
         self._remote = remote
@@ -62,7 +62,7 @@ class SparkReports:
         self._folder = folder
 
     def knows(self, report: ReportDefinition) -> bool:
-        """Whether there is a text for it."""
+        """Whether the report has a Spark statement."""
         return report.name in self._texts
 
     def run(
@@ -73,7 +73,9 @@ class SparkReports:
         state: TableState,
         span: ReportSpan,
     ) -> ReportAnswer:
-        """The answer. Raises Transient when Spark cannot be reached, TooSlow, and Permanent when it cannot run this."""
+        """The answer. Raises Transient if Spark is unreachable, ReportTooSlow, and Permanent if Spark cannot run the
+        report.
+        """
         import pyarrow as pa
 
         limits = {report.reads.device, report.reads.since, report.reads.until}
@@ -95,7 +97,7 @@ class SparkReports:
 
     @contextmanager
     def _session(self) -> Iterator[Any]:
-        """A session of this report alone, interrupted when it takes too long."""
+        """A session for this report only, interrupted after the time limit."""
         host, port = self._remote.address
         away = f"start it, or set ANALYTICS_ENGINE=duckdb; SPARK_REMOTE names {host}:{port}"
         try:
@@ -137,11 +139,11 @@ class SparkReports:
 
 
 def _rows(table: Any, span: ReportSpan) -> Any:
-    """The rows of a span, with every documented column in its type, as DuckDB's reports see them."""
+    """The rows of a span, with every documented column in its type, as in the DuckDB reports."""
     from pyspark.sql.connect import functions as f
 
     def given(name: str, kind: str) -> Any:
-        """Also what stands in columns of other types, see `app.lake.columns`."""
+        """The column, including values kept in columns of other types; see `app.lake.columns`."""
         own = [each for each in table.columns if each == name or each.startswith(f"{name}_as_")]
         return f.coalesce(*(f.col(each).cast(kind) for each in own)) if own else f.lit(None).cast(kind)
 
@@ -174,11 +176,12 @@ def _instant(text: str) -> Any:
 
 
 def _batches(session: Any, frame: Any) -> Iterator[Any]:
-    """The answer as Arrow record batches, of which there is at least one."""
+    """The answer as Arrow record batches, at least one."""
     import pyarrow as pa
     from pyspark.sql.pandas.types import to_arrow_schema
 
-    # What `toLocalIterator` is made of, which itself gives Python rows; `toArrow` holds the whole answer in memory.
+    # The internals of `toLocalIterator`, which itself yields Python rows; `toArrow` would hold the whole answer in
+    # memory.
     plan = frame._plan.to_proto(session.client)  # noqa: SLF001 - see above
     schema = to_arrow_schema(frame.schema, timezone="UTC")
     yield pa.RecordBatch.from_pylist([], schema)

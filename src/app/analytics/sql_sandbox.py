@@ -1,9 +1,9 @@
-"""/analytics/sql: one SELECT over the view `telemetry`, in a process of its own.
+"""/analytics/sql: one SELECT over the view `telemetry`, in a separate process.
 
 Invariants: the statement is parsed by DuckDB and refused unless it is one SELECT whose tables are `telemetry` or its
-own, and whose functions are all listed here; the view reads a fixed list of objects; the process has no environment, no
-configuration that it could change, and limits of memory, time, disk and answer that the kernel or its parent enforces,
-so that whatever a statement does ends there. One statement runs at a time.
+own CTEs, and whose functions are all listed here; the view reads a fixed list of objects; the process has no
+environment and no configuration that it could change, and the kernel or its parent enforces limits on memory, time,
+disk and answer size, so that a statement cannot affect anything else. One statement runs at a time.
 """
 
 import json
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 MAX_CHARACTERS = 20_000
 MAX_ROWS = 100_000
 ANSWER_BYTES = 64 << 20
-BASE_BYTES = 512 << 20  # of an interpreter with DuckDB and pyarrow that runs nothing yet, their threads included
+BASE_BYTES = 512 << 20  # an idle interpreter with DuckDB and pyarrow, including their threads
 SPILL_BYTES = 1 << 30
 START_SECONDS = 10.0
 TRACE_CHARACTERS = 2000
@@ -56,7 +56,7 @@ ATTEMPTS = 3
 KEPT = ("PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE")
 NARROW = "narrow it by device_id, from and to, or aggregate more"
 ONE_SELECT = "send one SELECT over telemetry; docs/analytics.md lists what is allowed"
-# A name of WITH that is also one of DuckDB's own would open that where the WITH does not reach.
+# A CTE with the name of a DuckDB built-in would expose the built-in wherever the CTE is out of scope.
 OWN_NAME = re.compile(r"(?!duckdb_|sqlite_|pg_|pragma_|information_)[A-Za-z_][A-Za-z0-9_]{0,62}")
 OPERATOR = re.compile(r"[^\w\s'\"]{1,3}")
 TABLES = frozenset({"BASE_TABLE", "SUBQUERY", "JOIN", "EMPTY", "EXPRESSION_LIST", "TABLE_FUNCTION"})
@@ -105,7 +105,7 @@ class SqlBusy(Transient):
 
 @dataclass(frozen=True, slots=True)
 class SqlRequest:
-    """A statement, and what its view is limited to: None = not limited. Instants are UTC without a zone."""
+    """A statement, and the limits of its view; None = no limit. Timestamps are naive UTC."""
 
     sql: str
     device_id: str | None = None
@@ -114,8 +114,8 @@ class SqlRequest:
 
 
 class SqlSandbox:
-    """Runs statements over what `queries` says that there is to read. `objects(engine)` gives the objects, copied or
-    pinned below the engine's folder.
+    """Runs statements over the objects that `queries` selects. `objects(engine)` gives the objects, copied or pinned
+    below the engine's folder.
     """
 
     def __init__(
@@ -129,13 +129,13 @@ class SqlSandbox:
         self._process: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:
-        """End a statement that is running."""
+        """Stop the running statement, if any."""
         if self._process is not None:
             self._process.kill()
 
     def run(self, request: SqlRequest, shape: AnswerShape) -> ReportAnswer:
-        """The whole answer. Raises BadParameter for what the caller has to change, SqlBusy, and Transient when objects
-        cannot be read or are replaced each time.
+        """The whole answer. Raises BadParameter for what the caller must change, SqlBusy, and Transient when objects
+        cannot be read or are replaced during each attempt.
         """
         if len(request.sql) > MAX_CHARACTERS:
             raise BadParameter(f"the statement has more than {MAX_CHARACTERS} characters", "send a shorter one")
@@ -219,7 +219,7 @@ def _too_slow(limits: EngineLimits) -> BadParameter:
 
 
 def _fault(fault: Mapping[str, str] | None, limits: EngineLimits) -> AppError:
-    """The error of the process. None: a signal ended it, since it was refused memory inside of DuckDB."""
+    """The process's fault as an error. None: a signal killed it because a memory allocation inside DuckDB failed."""
     if fault is None or fault["kind"] == ReportTooLarge.__name__:
         return BadParameter(f"the statement needs more than {limits.memory_mb} MB of memory, or 1 GB of disk", NARROW)
     if fault["kind"] == ReportTooSlow.__name__:
@@ -232,11 +232,11 @@ def _fault(fault: Mapping[str, str] | None, limits: EngineLimits) -> AppError:
     return known.get(fault["kind"], BadParameter)(fault["message"], fault["hint"])
 
 
-# What runs in the process.
+# Code that runs in the child process.
 
 
 def main() -> int:
-    """Read a job from standard input; write the answer to the file `answer`, or what is wrong to standard output."""
+    """Read a job from standard input; write the answer to the file `answer`, or the error to standard output."""
     import pyarrow as pa
 
     job = json.load(sys.stdin)
@@ -293,7 +293,7 @@ def check(engine: Engine, sql: str) -> None:
 
 
 def _refused_in(node: Mapping[str, Any], tables: Collection[str]) -> str:
-    """What of this node is not allowed, "" for nothing. Every table has the field `sample`."""
+    """What this node contains that is not allowed, "" if nothing. Every table node has the field `sample`."""
     kind = node.get("type")
     if "sample" in node and kind not in TABLES and not str(kind).endswith("_NODE"):
         return f"{kind} as a table"

@@ -1,4 +1,4 @@
-"""The summaries: which versions of objects are there now, and what they add up to by device and day."""
+"""The summaries: which object versions exist now, and their totals by device and day."""
 
 import json
 import logging
@@ -29,26 +29,25 @@ from app.db.object_summaries import (
 from app.object_store.deltas import unfolded_deltas
 from app.object_store.port import ObjectInfo, ObjectStore
 
-# Invariants: a version is read once in its life, by whichever process meets it first, but for versions that are known
-# together, as one sum of a day that is over: when one of them comes or goes, the others are read once more. What is
-# answered is the state of one whole listing, never half of one; a listing that fails changes nothing. The cost of a new
-# object is that of its own days.
+# Invariants: each version is read once, by whichever process sees it first. The exception is a pack, one sum over all
+# versions of a past day: when one of them is added or removed, the others are re-read. Answers reflect one whole
+# listing, never part of one; a failed listing changes nothing. A new object costs only the work for its own days.
 
 PAIRS = 500
 ROUNDS = 3
 KEPT = timedelta(hours=1)
-LOOKED = timedelta(hours=2)  # the export writes some versions that are replaced before a listing shows them
-ASKED = 16_384  # objects whose properties are remembered
-LOOSE_DAYS = 3  # most late rows come within them
-PACKING_SECONDS = 5.0  # of one refresh
+LOOKED = timedelta(hours=2)  # some versions that the export writes are replaced before a listing shows them
+ASKED = 16_384  # cache size: objects whose properties are kept
+LOOSE_DAYS = 3  # most late rows arrive within this time
+PACKING_SECONDS = 5.0  # per refresh
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ListingView:
-    """What one whole listing showed; `versions`: those that queries read. `number` grows with each change, `as_of` with
-    each listing, that of a day in `changes` when an object with rows of it comes or goes.
+    """The result of one whole listing; `versions`: those that queries read. `number` increases with each change,
+    `as_of` with each listing, and a day's number in `changes` when an object with rows of that day is added or removed.
     """
 
     number: int
@@ -65,12 +64,12 @@ class ListingView:
 
 @dataclass(slots=True)
 class _State:
-    """What the refreshing thread holds, at times half of a listing. `batches`: the versions of each batch of the last
-    whole listing, by digest; `moved`: an object came or went since the last view; `touched`: pairs whose sum is not up
-    to date yet; `leaving`, `leaving_packs`: what is to be forgotten, and when; `looked_at`: when all that is known was
-    last compared with `current`; `sweeps`: None until what is known was loaded.
+    """State of the refreshing thread; may hold part of a listing. `batches`: digest -> versions, for each batch of the
+    last whole listing; `moved`: an object was added or removed since the last view; `touched`: pairs whose sum is out
+    of date; `leaving`, `leaving_packs`: what to forget, and when; `looked_at`: when the stored facts were last compared
+    with `current`; `sweeps`: None until the stored facts are loaded.
 
-    `is_stale`: what is known is not what is held here, which has to be loaded anew.
+    `is_stale`: this state differs from the stored facts and must be reloaded.
     """
 
     current: VersionSet = field(default_factory=VersionSet)
@@ -92,7 +91,7 @@ class _State:
 
 
 class Summaries:
-    """`prefix` without a slash at its end. All methods may be called from any thread."""
+    """Keeps the summaries of all objects below `prefix`, which has no trailing slash. Thread-safe."""
 
     def __init__(
         self, store: ObjectStore, facts: SqlSummaries, engine: Engine, prefix: str, clock: Callable[[], datetime]
@@ -107,7 +106,7 @@ class Summaries:
         self._view: ListingView | None = None
         self._asked: dict[tuple[str, str, datetime], ObjectInfo] = {}
         self._schemas: Mapping[str, str] = {}
-        self._packed_day = 0  # that on which there was nothing more to pack
+        self._packed_day = 0  # the last day on which everything was packed
 
     @property
     def view(self) -> ListingView | None:
@@ -115,25 +114,25 @@ class Summaries:
         return self._view
 
     def sources(self, device: str | None, since: datetime | None, until: datetime | None) -> Sequence[VersionToRead]:
-        """What a query over this device and span has to read, all of one view; None = not limited."""
-        epoch = datetime(1970, 1, 1)  # noqa: DTZ001 - naive UTC as everywhere in queries
+        """What a query over this device and span must read, from a single view; None = no limit."""
+        epoch = datetime(1970, 1, 1)  # noqa: DTZ001 - naive UTC, as in all queries
         last = None if until is None else (until - epoch - timedelta(microseconds=1)).days
         return self.sources_of_days(device, None if since is None else (since - epoch).days, last)
 
     def sources_of_days(self, device: str | None, first: int | None, last: int | None) -> Sequence[VersionToRead]:
-        """As `sources`, for whole days that count from 1970-01-01."""
+        """As `sources`, for whole days, counted from 1970-01-01."""
         if (view := self._view) is None:
             return []
         found = self._facts.keys(None if device is None else json.dumps(device), first, last)
         return list(compress(found, view.versions.among([source.version for source in found])))
 
     def holds(self, sources: Sequence[VersionToRead]) -> bool:
-        """Whether the last view has all of them."""
+        """Whether the last view contains all of these versions."""
         view = self._view
         return view is not None and all(view.versions.among([source.version for source in sources]))
 
     def refresh(self) -> ListingView:
-        """List, learn what is new, drop what is gone, and recompute the sums of both. Raises what the stores raise."""
+        """List the objects, read new versions, drop deleted ones, and update the sums. Raises what the stores raise."""
         with self._lock:
             if self._view is None:
                 self._facts.note_asked()
@@ -151,7 +150,7 @@ class Summaries:
             raise Transient("another process keeps removing the summaries", "look for a second Headwater on this state")
 
     def _load(self, as_of: datetime) -> None:
-        """Take all that is known for current: the listing that follows drops what is not."""
+        """Load all stored facts as current; the listing that follows drops versions that no longer exist."""
         held, sweeps = self._state, self._facts.sweeps()
         state = self._state = _State(number=held.number, changes=held.changes, leaving=held.leaving)
         self._schemas = self._facts.schemas()
@@ -173,8 +172,8 @@ class Summaries:
         state.sweeps, state.looked_at = sweeps, as_of
 
     def _list(self, as_of: datetime) -> Sequence[tuple[str, str]]:
-        """Bring `current` up to the store; what could not be fetched. A batch that the last listing had, with every
-        version of it known, is not even read.
+        """Update `current` from the store; returns what could not be fetched. A batch that is unchanged since the last
+        listing, with all its versions known, is not parsed at all.
         """
         state = self._state
         unread: list[tuple[str, str]] = []
@@ -195,8 +194,8 @@ class Summaries:
         return unread
 
     def _look(self, infos: Sequence[ObjectInfo], unread: list[tuple[str, str]]) -> tuple[bytes, bool]:
-        """The versions that count, and whether these are all of the batch: what is new is learnt, what cannot be
-        fetched is added to `unread`, and deltas whose rows another object holds do not count.
+        """The versions that count, and whether they are the whole batch. New versions are read; those that cannot be
+        fetched are added to `unread`; deltas whose rows another object already contains do not count.
         """
         left = unfolded_deltas((info for info in infos if self._is_ours(info.key)), self._head)
         by_version = {version_of(info.key, info.etag): info for info in left.infos}
@@ -208,8 +207,8 @@ class Summaries:
         return b"".join(here), left.is_whole and here >= by_version.keys()
 
     def _head(self, one: ObjectInfo | str) -> ObjectInfo | None:
-        """An object that may have deltas beside it, asked once. One that may not be looked at says nothing, nor does
-        one of another batch that was replaced since it was listed.
+        """Properties of an object that may have deltas next to it, cached. None if access is denied, or if the object
+        is in another batch and was replaced after the listing.
         """
         listed = None if isinstance(one, str) else (one.key, one.etag, one.modified_at)
         if listed is not None and listed in self._asked:
@@ -228,12 +227,12 @@ class Summaries:
         return found
 
     def _is_ours(self, key: str) -> bool:
-        """All but markers of folders, and what is other programs' own: names that begin with `_` or `.`."""
+        """False for folder markers and for other programs' private names, which begin with `_` or `.`."""
         path = f"/{key.removeprefix(self._folder)}"
         return "/_" not in path and "/." not in path and path[-1] != "/"
 
     def _learn(self, infos: Mapping[Version, ObjectInfo], unread: list[tuple[str, str]]) -> set[Version]:
-        """The versions that were taken: those given, or newer ones that had taken their place."""
+        """Read versions and return those added: the given ones, or newer ones that have replaced them."""
         state = self._state
         known = self._facts.known(infos)
         state.touched |= self._facts.pairs(known)
@@ -242,7 +241,7 @@ class Summaries:
         taken = set(known)
         left = [pair for _, pair in state.leaving_packs]
         if left and any(not infos.keys().isdisjoint(pack.versions) for pack in self._facts.packs(left)):
-            state.is_stale = True  # they are back
+            state.is_stale = True  # deleted versions are back
         wanted = [] if state.is_stale else [infos[version] for version in infos.keys() - taken]
         for group in aggregated(self._store, self._engine, wanted):
             self._facts.save(group.read)
@@ -279,8 +278,8 @@ class Summaries:
         self._state.size_bytes += sign * sum(pack.sizes)
 
     def _drop(self, versions: Sequence[Version], as_of: datetime, unread: list[tuple[str, str]]) -> None:
-        """Count out what is no longer current. A pack that has other versions too cannot tell their sum, so that it is
-        broken up, and they are learnt again.
+        """Subtract versions that are no longer current. A pack that also has other versions does not know their
+        separate sum, so it is broken up, and those versions are re-read.
         """
         if not versions:
             return
@@ -292,7 +291,7 @@ class Summaries:
         packs = [pack for pack in some if not gone.isdisjoint(pack.versions)]
         if packs:
             self._schemas = self._facts.schemas()
-        # Nothing is asked from here on until all is counted out, so that no failure leaves half of it.
+        # No store is called from here on until everything is subtracted, so that no failure leaves it half done.
         state.touched |= pairs | {pack.pair for pack in packs}
         state.current.drop(versions)
         state.moved = True
@@ -304,7 +303,7 @@ class Summaries:
         for pack in packs:
             self._count_pack(pack, -1)
         state.leaving += [(as_of + KEPT, version) for version in versions]
-        state.is_stale |= bool(gone - known.keys() - packed)  # another process has forgotten them
+        state.is_stale |= bool(gone - known.keys() - packed)  # another process has removed their facts
         broken = [pack for pack in packs if not gone.issuperset(pack.versions)]
         state.leaving_packs += [(as_of + KEPT, pack.pair) for pack in packs if gone.issuperset(pack.versions)]
         if broken:
@@ -322,7 +321,7 @@ class Summaries:
         }
         again = in_order(b"".join(left))
         state.current.drop(list(left))
-        # Their batches are looked at next time, whether they can be read now or not.
+        # Their batches are parsed next time, whether or not they can be read now.
         state.batches = {digest: held for digest, held in state.batches.items() if not is_among(held, again).any()}
         self._swept(self._facts.forget((), [pack.pair for pack in packs]))
         self._learn(left, unread)
@@ -345,8 +344,8 @@ class Summaries:
             state.touched.difference_update(pairs)
 
     def _all_kept(self) -> bool:
-        """Whether the facts of every current version are still kept: another process may have removed some in between,
-        and what was added up lacks them then. If not, everything is learnt again.
+        """Whether the facts of every current version are still stored. Another process may have removed some meanwhile,
+        so that the sums lack them; then everything is reloaded.
         """
         state = self._state
         sweeps, now = self._facts.sweeps(), self._clock()
@@ -360,7 +359,7 @@ class Summaries:
         return not state.current.beyond(known)
 
     def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]]) -> ListingView:
-        """Show what was found, in one step; where nothing has changed, all but the times is the last view's."""
+        """Publish the new view atomically. If no object has changed, it reuses the data of the last view."""
         state = self._state
         self._forget(as_of)
         held = self._view
@@ -380,7 +379,7 @@ class Summaries:
         return view
 
     def _forget(self, now: datetime) -> None:
-        """Remove facts of versions that left a while ago: another process may still have been working with them."""
+        """Remove facts of versions that left a while ago; not at once, since another process may still use them."""
         state = self._state
         due, packs = [], []
         while state.leaving and state.leaving[0][0] <= now:
@@ -393,13 +392,13 @@ class Summaries:
             self._swept(self._facts.forget(gone, left))
 
     def _swept(self, sweeps: int) -> None:
-        """After a removal of our own; when somebody else removed something too, that is looked at next time."""
+        """Record our own removal. If another process removed something too, the next refresh checks for it."""
         state = self._state
         if sweeps == (state.sweeps or 0) + 1:
             state.sweeps = sweeps
 
     def _pack(self, now: datetime) -> None:
-        """Once a day, and for a while with each refresh until there is nothing more to pack."""
+        """Pack past days: once a day, for a limited time per refresh until there is nothing left to pack."""
         day = (now - EPOCH).days
         until = time.monotonic() + PACKING_SECONDS
         while self._packed_day < day and time.monotonic() < until:
@@ -408,7 +407,7 @@ class Summaries:
 
 
 def _columns(schemas: Counter[str]) -> Mapping[str, Mapping[str, int]]:
-    """Column -> type -> in how many objects."""
+    """Column -> type -> number of objects."""
     found: dict[str, dict[str, int]] = {}
     for columns, count in schemas.items():
         for name, kind in json.loads(columns).items() if count > 0 else ():

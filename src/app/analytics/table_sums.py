@@ -1,7 +1,7 @@
-"""What `/analytics` sums of an object, taken from the rows while they are written: such an object is never read for it.
+"""Computes an object's `/analytics` facts from its rows while they are written, so that it need not be read back.
 
-Invariant: the facts are those that reading the object would give. Where that is not certain, there are none, and the
-object is read as any other.
+Invariant: the facts equal those from reading the object. If that is not certain, there are none, and the object is read
+like any other.
 """
 
 import json
@@ -30,7 +30,7 @@ TYPES = {
 
 
 class TableSums:
-    """Of one object of one device and day. `schema` is that of the object, `form` parquet or csv."""
+    """Facts of one object with one device and day. `schema`: the object's schema; `form`: parquet or csv."""
 
     def __init__(self, schema: "pa.Schema", form: str) -> None:
         self._is_csv = form == "csv"
@@ -43,7 +43,7 @@ class TableSums:
         self._latest: tuple[Any, ...] | None = None
 
     def add(self, table: "pa.Table") -> None:
-        """Rows as they are written, with their instants in nanoseconds and in order of these."""
+        """Add rows as they are written, sorted by their timestamps in nanoseconds."""
         import numpy as np
         import pyarrow as pa
 
@@ -52,7 +52,7 @@ class TableSums:
         times = table.column(INSTANT)
         instants = (times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()).view(pa.int64()).to_numpy()
         if self._is_csv and (instants % 1000).any():
-            self._columns = {}  # DuckDB rounds what a text has below the microsecond
+            self._columns = {}  # DuckDB rounds text timestamps to microseconds
             return
         self._rows += table.num_rows
         self._first_ns = int(instants[0]) if self._first_ns is None else self._first_ns
@@ -62,7 +62,9 @@ class TableSums:
             if name in self._columns and (values := _finite(table.column(name))).size:
                 total = float(np.add.reduce(values, dtype=np.longdouble))
                 sums.append((total, values.size, float(values.max())))
-        last = range(int(np.searchsorted(instants, instants[-1])), table.num_rows)  # several differ in tags
+        last = range(
+            int(np.searchsorted(instants, instants[-1])), table.num_rows
+        )  # several rows can share the last timestamp
         columns = [table.column(name) if name in self._columns else None for name in LATEST[1:-1]]
         readings = [_reading(columns, row, self._last_ns) for row in last]
         if self._latest is not None and before_ns == self._last_ns:
@@ -70,7 +72,7 @@ class TableSums:
         self._latest = readings[0] if len(readings) == 1 else max(readings, key=rank)
 
     def facts(self, key: str, etag: str, size_bytes: int) -> ObjectFacts | None:
-        """Of the object in the version that it got; None where only reading it tells."""
+        """The facts of the object in the version just written; None if only reading it can give them."""
         if not self._columns or self._first_ns is None or self._last_ns is None:
             return None
         first_us, last_us = self._first_ns // 1000, self._last_ns // 1000
@@ -94,7 +96,7 @@ class TableSums:
 
 
 def _columns(schema: "pa.Schema", *, is_csv: bool) -> dict[str, str]:
-    """Name -> type as DuckDB tells it; empty where it would read a column in another way than its name and type say."""
+    """Name -> DuckDB type; empty if DuckDB would read a column differently than its name and type suggest."""
     found: dict[str, str] = {}
     for each in schema:
         arrow = str(getattr(each.type, "value_type", each.type))
@@ -109,7 +111,7 @@ def _columns(schema: "pa.Schema", *, is_csv: bool) -> dict[str, str]:
 
 
 def _finite(column: Any) -> Any:
-    """The finite values of a column of numbers as float64, a numpy array."""
+    """The finite values of a numeric column as a float64 numpy array."""
     import numpy as np
 
     values = column.to_numpy().astype(np.float64, copy=False)
@@ -117,7 +119,7 @@ def _finite(column: Any) -> Any:
 
 
 def _reading(columns: Sequence[Any], row: int, instant_ns: int) -> tuple[Any, ...]:
-    """The values of LATEST in a row, as reading the object gives them."""
+    """The values of LATEST in a row, as reading the object would give them."""
     values = [None if column is None else column[row].as_py() for column in columns]
     numbers, texts = values[: len(NUMBERS)], values[len(NUMBERS) :]
     finite = (None if value is None or not math.isfinite(value) else float(value) for value in numbers)

@@ -1,7 +1,7 @@
-"""A set of versions in little memory: 16 bytes each, sorted, one after another.
+"""A compact set of versions: 16 bytes each, sorted and concatenated.
 
-Invariants: a version is in the set or not, to the last bit; a reader in another thread sees the set before a
-change or after it.
+Invariants: membership is exact, compared on all bits; a reader in another thread sees the set either before or after
+a change.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,11 @@ SHARE = 8
 
 
 class VersionSet:
-    """One thread changes it, any thread reads."""
+    """A set that one thread writes and any thread may read."""
 
     def __init__(self) -> None:
-        # One attribute: a reader never meets the sorted ones of one state beside the loose ones of another.
+        # One attribute, so that a reader never combines the sorted versions of one state with the loose ones of
+        # another.
         self._held: tuple[bytes, set[Version]] = (b"", set())
 
     def __len__(self) -> int:
@@ -26,40 +27,40 @@ class VersionSet:
         return len(packed) // SIZE + len(loose)
 
     def copy(self) -> "VersionSet":
-        """The set as it is now, which stays so. What is sorted is held once for both."""
+        """An independent copy of the set. The sorted part is shared, not copied."""
         packed, loose = self._held
         made = VersionSet()
         made._held = (packed, set(loose))
         return made
 
     def among(self, versions: Sequence[Version]) -> Sequence[bool]:
-        """For each of them whether it is in the set."""
+        """For each version, whether it is in the set."""
         packed, loose = self._held
         found: list[bool] = is_among(b"".join(versions), packed).tolist() if packed else [False] * len(versions)
         return [one or version in loose for one, version in zip(found, versions, strict=True)] if loose else found
 
     def add(self, version: Version) -> None:
-        """One that is not in the set."""
+        """Add a version that is not in the set."""
         packed, loose = self._held
         loose.add(version)
         if len(loose) >= max(LOOSE, len(packed) // SIZE // SHARE):
             self._held = (in_order(packed + b"".join(loose)), set())
 
     def extend(self, packed: bytes) -> None:
-        """Many that are not in the set, one after another in any order."""
+        """Add concatenated versions, in any order, none of which is in the set."""
         self._held = (in_order(self.joined + packed), set())
 
     @property
     def joined(self) -> bytes:
-        """All, one after another in any order."""
+        """All versions, concatenated in any order."""
         return self._held[0] + b"".join(self._held[1])
 
     def beyond(self, packed: bytes) -> Sequence[Version]:
-        """All that are not in `packed`, versions one after another in any order."""
+        """All versions of the set that are not in `packed`, which holds concatenated versions in any order."""
         return beyond(self.joined, packed)
 
     def drop(self, versions: Sequence[Version]) -> None:
-        """Take these out."""
+        """Remove these versions."""
         packed, loose = self._held
         is_gone = is_among(packed, in_order(b"".join(versions)))
         self._held = (_array(packed)[~is_gone].tobytes(), loose.difference(versions))
@@ -72,7 +73,7 @@ def _array(packed: bytes) -> Any:
 
 
 def in_order(packed: bytes) -> bytes:
-    """Versions one after another, sorted."""
+    """Sort concatenated versions."""
     import numpy as np
 
     found: bytes = np.sort(_array(packed)).tobytes()
@@ -80,13 +81,13 @@ def in_order(packed: bytes) -> bytes:
 
 
 def beyond(wanted: bytes, packed: bytes) -> Sequence[Version]:
-    """Those of `wanted` that are not in `packed`, both versions one after another in any order."""
+    """Versions of `wanted` that are not in `packed`; both are concatenated in any order."""
     gone: bytes = _array(wanted)[~is_among(wanted, in_order(packed))].tobytes()
     return [gone[start : start + SIZE] for start in range(0, len(gone), SIZE)]
 
 
 def is_among(wanted: bytes, held: bytes) -> Any:
-    """A mask over `wanted`; `held` is sorted."""
+    """A boolean mask over `wanted`: which of them are in `held`, which is sorted."""
     import numpy as np
 
     array, looked = _array(held), _array(wanted)

@@ -1,1 +1,1 @@
-"""The warehouse: seven tables of product analytics behind /dwh, safe to post to twice."""
+"""The warehouse: seven product-analytics tables behind /dwh; repeated POSTs are safe."""

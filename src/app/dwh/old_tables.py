@@ -1,7 +1,7 @@
-"""Brings over the rows of another program's seven tables, such as those of the DWH Helper that Headwater replaces.
+"""Imports the rows of another program's seven tables, such as those of the DWH Helper that Headwater replaces.
 
-Invariants: the other database is only read; each row is new, there already, or set aside with its reason; it can be
-repeated, since rows whose natural key is there are left as they are.
+Invariants: the other database is only read; each row is inserted, already present, or set aside with a reason; the
+import can be repeated, since rows whose natural key exists are left unchanged.
 """
 
 import json
@@ -36,7 +36,7 @@ COLUMNS: dict[Dialect, str] = {
 
 @dataclass(slots=True)
 class ImportedTable:
-    """What became of one table's rows. `set_aside`: id and reason; `left_columns` have no place in the warehouse."""
+    """The import result of one table. `set_aside`: id and reason; `left_columns` do not exist in the warehouse."""
 
     table: str
     read: int = 0
@@ -50,7 +50,7 @@ class ImportedTable:
 def import_old_tables(
     source: Database, warehouse: Warehouse, at: datetime, *, dry_run: bool = False
 ) -> list[ImportedTable]:
-    """Each table of the source that has the name of one of ours. Raises Permanent when there is none."""
+    """Import each source table that has the name of one of ours. Raises Permanent when there is none."""
     with source.transaction(read_only=True) as session:
         names = other_tables(session, source.dialect)
         if not names:
@@ -104,7 +104,7 @@ def _store(
 
 
 def _line(columns: Sequence[TableColumn], values: Sequence[Any]) -> bytes:
-    """A line of NDJSON. A value that its column cannot hold is written as text, which the row parser refuses."""
+    """A line of NDJSON. A value that does not fit its column is written as text, so that the row parser refuses it."""
     pairs = [f"{json.dumps(column.name)}:{_json(column, value)}" for column, value in zip(columns, values, strict=True)]
     return f"{{{','.join(pairs)}}}\n".encode("utf-8", "surrogatepass")
 
@@ -128,7 +128,7 @@ def _json(column: TableColumn, value: Any) -> str:
 
 
 def format_result(done: Sequence[ImportedTable], *, dry_run: bool) -> Iterator[str]:
-    """The lines that a person reads."""
+    """The result as lines of text for a person."""
     for each in done:
         new = "would be new" if dry_run else "new"
         yield (

@@ -1,6 +1,6 @@
-"""The OpenAPI of /dwh, from the declaration of the tables.
+"""The OpenAPI of /dwh, generated from the table declarations.
 
-Invariant: it promises neither more nor less than the decoder does, which schemathesis tries.
+Invariant: it accepts exactly what the decoder accepts; schemathesis tests this.
 """
 
 from collections.abc import Mapping
@@ -35,12 +35,12 @@ WRITE_FAULTS = faults(
 
 
 def row(table: Table) -> Schema:
-    """A row as it is posted: what the decoder takes."""
+    """A row as posted: what the decoder accepts."""
     return _schema(reader(table.name).row_type)
 
 
 def stored_row(table: Table) -> Schema:
-    """A row as it is read. Nothing is required: `select` chooses the columns."""
+    """A row as returned. No column is required, since `select` chooses the columns."""
     always = {"id", table.key.name, "created_at"}
     plain = {column.name: value_type(TableColumn(column.name, column.kind)) for column in table.stored}
     kinds = {name: kind if name in always or kind is Raw else kind | None for name, kind in plain.items()}
@@ -87,7 +87,7 @@ def erasing(table: Table) -> Mapping[str, Any]:
 
 
 def _filters(table: Table) -> Schema:
-    """A value to be equal to, or `operator.value`; several are allowed."""
+    """A value to equal, or `operator.value`; several are allowed."""
     return {column.name: {"type": "string", "pattern": WITHOUT_NUL} for column in table.stored}
 
 

@@ -1,6 +1,6 @@
-"""Which rows a request asks for: its parameters, checked against the table, and the SQL that follows.
+"""Which rows a request selects: its parameters, checked against the table, and the resulting SQL.
 
-Invariant: names in the SQL come from the declaration, values are bound; what is unknown is refused. The operators are
+Invariant: names in the SQL come from the declaration, values are bound; unknown names are refused. The operators are
 those of PostgREST, https://docs.postgrest.org/en/stable/references/api/tables_views.html.
 """
 
@@ -27,7 +27,7 @@ MAX_ROWS = 10_000
 MAX_FILE_ROWS = 1_000_000
 MAX_OFFSET = (1 << 63) - 1 - MAX_FILE_ROWS
 MAX_ID = (1 << 63) - 1
-MAX_PLACE_CHARACTERS = 1000  # of a text in a link: clients and proxies refuse long ones
+MAX_PLACE_CHARACTERS = 1000  # of a text value in a link: clients and proxies refuse long URLs
 OPTIONS = (
     "pk",
     "limit",
@@ -45,9 +45,9 @@ ERASURE_OPTIONS = ("forget", "dry_run")
 YES_NO = {"true": True, "false": False, "1": True, "0": False}
 CASTS = {"uuid": "::uuid", "instant": "::timestamptz", "float": "::double precision"}
 
-# Filters: `column=value` for equality, `column=operator.value` for the operators below, `not.` before any of them.
+# Filters: `column=value` for equality, `column=operator.value` for the operators below; `not.` negates any of them.
 #
-# Invariant: both databases find the same rows. Text is compared by its bytes; `like` is exact about case in both.
+# Invariant: both databases find the same rows. Text is compared bytewise; `like` is case-sensitive in both.
 
 COMPARISONS = {"eq": "=", "neq": "<>", "gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 OPERATORS = (*COMPARISONS, "in", "is", "like", "ilike")
@@ -61,7 +61,7 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class ColumnFilter:
-    """One condition on a column. `values`: what the operator compares with; for `is` one word, for `like` a pattern."""
+    """One condition on a column. `values`: the operands; one keyword for `is`, one pattern for `like`."""
 
     column: TableColumn
     operator: str
@@ -69,7 +69,7 @@ class ColumnFilter:
     negated: bool = False
 
     def sql(self, dialect: Dialect, name: str) -> tuple[str, Params]:
-        """The condition, and its parameters, whose names begin with `name`."""
+        """The SQL condition and its parameters, whose names begin with `name`."""
         condition, params = self._plain(dialect, name)
         return (f"NOT ({condition})" if self.negated else condition), params
 
@@ -88,7 +88,7 @@ class ColumnFilter:
         return f"{_ordered(self.column, dialect) if ordered else column} {COMPARISONS[self.operator]} {places}", params
 
     def _matching(self, dialect: Dialect, name: str) -> tuple[str, Params]:
-        """SQLite's LIKE is never exact about case and folds ASCII only, so a GLOB stands for it there."""
+        """The condition for `like` and `ilike`. SQLite uses GLOB: its LIKE always ignores case, for ASCII only."""
         column, pattern, folds = self.column.name, self.values[0], self.operator == "ilike"
         if dialect == "postgres":
             return f"{column} {'ILIKE' if folds else 'LIKE'} :{name}", {name: _pattern(pattern, "%", "_", r"\%_", "\\")}
@@ -97,8 +97,9 @@ class ColumnFilter:
 
 
 def _pattern(text: str, any_text: str, any_character: str, special: str, escape: str = "") -> str:
-    """A pattern of PostgREST, where `*` and `%` stand for any text, `_` for any character and a backslash for the next
-    one, in the form of the database. `escape` goes before a special character; without one it stands in brackets.
+    """Translate a PostgREST pattern, where `*` and `%` match any text, `_` any character, and a backslash quotes the
+    next one, to the database's syntax. `escape` precedes a special character; without it, the character is put in
+    brackets.
     """
     parts = []
     for escaped, many, one, plain in PATTERN.findall(text):
@@ -110,7 +111,7 @@ def _pattern(text: str, any_text: str, any_character: str, special: str, escape:
 
 
 def filter_of(column: TableColumn, given: str) -> ColumnFilter:
-    """The filter that `column=given` asks for. Raises Refused."""
+    """Parse the filter `column=given`. Raises Refused."""
     found = FILTER.fullmatch(given)
     negated, operator = (bool(found["negated"]), found["operator"]) if found else (False, "")
     text = found["text"] if found else given
@@ -139,7 +140,7 @@ def _wrong(name: str, what: str) -> Refused:
 
 
 def _items(column: TableColumn, text: str) -> Sequence[str]:
-    """The items of `(a,b,"c,d")`; in quotes, a backslash stands before a quote or a backslash."""
+    """Parse the items of `(a,b,"c,d")`; inside quotes, a backslash escapes a quote or a backslash."""
     if not (text.startswith("(") and text.endswith(")")) or len(text) < len("()"):
         what = f"takes in.(…), a list in parentheses; the text itself is eq.in.{text[:20]}"
         raise _wrong(column.name, what)
@@ -163,7 +164,7 @@ def _digits(text: str) -> int | None:
 
 
 def _typed(column: TableColumn, text: str) -> Any:
-    """The value of a column's kind. Raises ValueError or OverflowError."""
+    """Parse a value of the column's kind. Raises ValueError or OverflowError."""
     if column.kind in INTEGER_BITS:
         value, bits = _digits(text), INTEGER_BITS[column.kind]
         return value if value is not None and -(1 << bits) <= value < 1 << bits else _refuse(text)
@@ -183,16 +184,16 @@ def _refuse(text: str) -> Any:
     raise ValueError(text)
 
 
-# A place in an order: the value that the rows are sorted by, and the id, of the last row that was read.
+# Keyset pagination: a position is the sort value and the id of the last row that was read.
 #
-# Invariant: the row of a place need not exist any more, and what is inserted meanwhile moves none: whoever goes from
-# place to place meets each row whose sorted value stays the same exactly once.
+# Invariant: the row at a position may have been deleted, and inserts do not shift positions: a client that follows the
+# links sees each row whose sort value does not change exactly once.
 
 
 @dataclass(frozen=True, slots=True)
 class KeysetPosition:
-    """`value` as the database gives it, timestamps and UUIDs as text; None for none, and in the order by id. `of_row`:
-    it is too long for a link, and has to be looked up in the row.
+    """`value` as the database returns it, timestamps and UUIDs as text; None for null, and when sorting by id.
+    `of_row`: the value is too long for a link and must be looked up in the row.
     """
 
     id: int
@@ -200,7 +201,7 @@ class KeysetPosition:
     of_row: bool = False
 
     def token(self, sort_by: str) -> str:
-        """The opaque `after` of a link."""
+        """The opaque `after` parameter of a link."""
         value = repr(self.value) if isinstance(self.value, float) else self.value
         if isinstance(value, str) and len(value) > MAX_PLACE_CHARACTERS:
             value = []
@@ -208,7 +209,7 @@ class KeysetPosition:
 
 
 def _place(token: str, column: TableColumn) -> KeysetPosition:
-    """Raises ValueError for what is not the token of a place in the order by this column."""
+    """Parse a token. Raises ValueError unless it is for a position in the order by this column."""
     padded = token + "=" * (-len(token) % 4)
     sort_by, value, id_ = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
     if sort_by != column.name or type(id_) is not int or not 0 <= id_ <= MAX_ID:
@@ -216,15 +217,15 @@ def _place(token: str, column: TableColumn) -> KeysetPosition:
     if value is None or value == []:
         return KeysetPosition(id_, of_row=value == [])
     if column.kind == "float":
-        return KeysetPosition(id_, float(value))  # NaN and infinity too, which other programs may have stored
+        return KeysetPosition(id_, float(value))  # also NaN and infinity, which other programs may have stored
     return KeysetPosition(id_, _typed(column, str(value)))
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Rows of one table: those that meet all `filters`, in an order, from a place on. One more than `limit` is read.
+    """Rows of one table that match all `filters`, sorted, starting after a position. One row more than `limit` is read.
 
-    `columns` are those of an answer; `given` is the query string that asked for it; `bom` and `formula_safe` make CSV
+    `columns`: the columns of the answer; `given`: the query string of the request; `bom` and `formula_safe` make CSV
     for spreadsheets.
     """
 
@@ -242,15 +243,16 @@ class Selection:
     formula_safe: bool = False
 
     def is_made(self, dialect: Dialect) -> bool:
-        """Whether the database makes the JSON of each row. SQLite does so for less than its values cost one by one; but
-        it writes 15 digits of a float, reads all of a JSON value again, and does it for every row before it sorts.
+        """Whether the database builds the JSON of each row. In SQLite this is cheaper than returning the values one by
+        one. But it writes floats with only 15 digits, re-parses JSON values, and builds every row's JSON before it
+        sorts.
         """
         is_json = dialect == "sqlite" and self.format in ("json", "ndjson") and self.sort_by.name == "id"
         return is_json and not any(column.kind in ("float", "json") for column in self.columns)
 
     def rows_sql(self, dialect: Dialect) -> tuple[str, Params]:
-        """The rows: the columns in their order, then those of `KeysetPosition` that are not among them; or id and JSON
-        where it is made.
+        """SQL for the rows: the columns in order, then those of `KeysetPosition` that are not among them; or id and
+        JSON if the database builds it.
         """
         if self.is_made(dialect):
             flag = "json(CASE {0} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END)"
@@ -263,40 +265,40 @@ class Selection:
         return self._sql(read, dialect, self.limit + 1, self.offset)
 
     def edge_sql(self, dialect: Dialect) -> tuple[str, Params]:
-        """Id and sorted value of the last row and of the one behind it, as far as there are such rows."""
+        """SQL for the id and sort value of the page's last row and of the row after it, if they exist."""
         read = ", ".join(("id", _read(self.sort_by, dialect)) if self.sort_by.name != "id" else ("id",))
         return self._sql(read, dialect, 2, self.offset + self.limit - 1)
 
     def place_sql(self) -> tuple[str, Params]:
-        """The sorted value of the row of a place that does not hold it."""
+        """SQL for the sort value of the row at a position that lacks the value."""
         found = f"SELECT {self.sort_by.name} AS value FROM {self.table.name} WHERE id = :after_id"  # noqa: S608
         return found, {"after_id": self.after.id if self.after else None}
 
     def count_sql(self, dialect: Dialect) -> tuple[str, Params]:
-        """How many rows meet the filters, wherever the page begins."""
+        """SQL for the number of rows that match the filters, regardless of the page."""
         conditions, params = conditions_of(self.filters, dialect)
         return f"SELECT count(*) AS total FROM {self.table.name}{_where(conditions)}", params  # noqa: S608 - declared
 
     def place_of(self, row: Sequence[Any], dialect: Dialect) -> KeysetPosition:
-        """The place of a row that was read by `rows_sql`."""
+        """The position of a row read by `rows_sql`."""
         if self.is_made(dialect):
             return KeysetPosition(row[0])
         names = [column.name for column in self._read_columns()]
         return self.edge_place([row[names.index(name)] for name in ("id", self.sort_by.name)])
 
     def edge_place(self, row: Sequence[Any]) -> KeysetPosition:
-        """The place of a row that was read by `edge_sql`."""
+        """The position of a row read by `edge_sql`."""
         value = row[-1] if self.sort_by.name != "id" else None
         is_flag = self.sort_by.kind == "bool" and value is not None
         return KeysetPosition(row[0], bool(value) if is_flag else value)
 
     def content_range(self, total: int) -> str:
-        """Which of `total` rows the answer has; behind a place only the total is known."""
+        """The Content-Range: which of `total` rows the answer has; after a position only the total is known."""
         last = min(self.offset + self.limit, total) - 1
         return f"*/{total}" if self.after or last < self.offset else f"{self.offset}-{last}/{total}"
 
     def next_page(self, path: str, after: KeysetPosition) -> str:
-        """The URL of what follows, at the same cost however far it is."""
+        """The URL of the next page; its cost does not grow with the distance from the first page."""
         kept = [(name, value) for name, value in self.given if name not in ("offset", "after", "after_id")]
         by_id = self.sort_by.name == "id"
         place = ("after_id", str(after.id)) if by_id else ("after", after.token(self.sort_by.name))
@@ -322,7 +324,7 @@ class Selection:
         ), {**params, "row_limit": limit, "row_offset": offset}
 
     def _behind(self, after: KeysetPosition, dialect: Dialect) -> tuple[str, Params]:
-        """The condition for rows behind a place. Those without a value are last in both directions."""
+        """The condition for rows after a position. Nulls are last in both directions."""
         sign = "<" if self.descending else ">"
         behind_id = f"id {sign} :after_id"
         column = _ordered(self.sort_by, dialect)
@@ -346,13 +348,13 @@ def _where(conditions: Sequence[str]) -> str:
 
 
 def _ordered(column: TableColumn, dialect: Dialect, table: Table | None = None) -> str:
-    """The column as it is compared: text by its bytes, in both databases. `table` where an output has the same name."""
+    """The column as compared: text bytewise, in both databases. `table` qualifies it if an output has the same name."""
     collation = ' COLLATE "C"' if column.kind == "text" and dialect == "postgres" else ""
     return f"{f'{table.name}.' if table else ''}{column.name}{collation}"
 
 
 def _read(column: TableColumn, dialect: Dialect) -> str:
-    """The column as a plain value, the same in both databases."""
+    """SQL that reads the column as a plain value, the same in both databases."""
     if dialect == "sqlite":
         return column.name
     if column.kind == "instant":
@@ -361,7 +363,7 @@ def _read(column: TableColumn, dialect: Dialect) -> str:
 
 
 def selection(table: Table, given: Sequence[tuple[str, str]]) -> Selection:
-    """What the query string asks for. Raises Refused: 400 for what is unknown, 422 for a value out of its range."""
+    """Parse the query string. Raises Refused: 400 for unknown names or options, 422 for a value out of range."""
     options = single(given, OPTIONS)
     format_ = _one_of(options, "format", FORMATS)
     limit = _whole(options, "limit", (1, MAX_ROWS if format_ == "json" else MAX_FILE_ROWS))
@@ -386,7 +388,7 @@ def selection(table: Table, given: Sequence[tuple[str, str]]) -> Selection:
 
 @dataclass(frozen=True, slots=True)
 class Erasure:
-    """Which rows to delete. `forget`: their natural keys, all of which are named by `keys`, may come back."""
+    """Which rows to delete. `forget`: allow their natural keys, all listed in `keys`, to be inserted again."""
 
     table: Table
     filters: Sequence[ColumnFilter]
@@ -396,7 +398,9 @@ class Erasure:
 
 
 def erasure(table: Table, given: Sequence[tuple[str, str]]) -> Erasure:
-    """What the query string of a DELETE asks for. Raises Refused, also without a filter: that would be every row."""
+    """Parse the query string of a DELETE. Raises Refused, also if there is no filter, since that would delete every
+    row.
+    """
     options = single(given, ("pk", *ERASURE_OPTIONS))
     forget, dry_run = (flag(options, name) for name in ERASURE_OPTIONS)
     filters = filters_of(table, given, ("pk", *ERASURE_OPTIONS))
@@ -412,7 +416,7 @@ def erasure(table: Table, given: Sequence[tuple[str, str]]) -> Erasure:
 
 
 def flag(options: Mapping[str, str], name: str) -> bool:
-    """An option that is true or false, which it is when it is absent. Raises Refused."""
+    """A boolean option; false when absent. Raises Refused."""
     value = YES_NO.get(options.get(name, "false").lower())
     if value is None:
         raise Refused(422, f"{name} is not true or false", "correct it", name)
@@ -420,7 +424,7 @@ def flag(options: Mapping[str, str], name: str) -> bool:
 
 
 def single(given: Sequence[tuple[str, str]], names: Sequence[str]) -> Mapping[str, str]:
-    """The options among the parameters. Raises Refused for one that is given twice."""
+    """The options among the parameters. Raises Refused for a repeated option."""
     options: dict[str, str] = {}
     for name, value in given:
         if name in options:
@@ -431,7 +435,7 @@ def single(given: Sequence[tuple[str, str]], names: Sequence[str]) -> Mapping[st
 
 
 def filters_of(table: Table, given: Sequence[tuple[str, str]], options: Sequence[str]) -> Sequence[ColumnFilter]:
-    """The filters among the parameters: all but the options; `pk` is another name of `id`. Raises Refused."""
+    """The filters among the parameters: all except the options; `pk` is an alias of `id`. Raises Refused."""
     columns, filters = {column.name: column for column in table.stored}, list[ColumnFilter]()
     for name, text in given:
         if name == "pk":
@@ -479,7 +483,7 @@ def _after(options: Mapping[str, str], sort_by: TableColumn) -> KeysetPosition |
 
 
 def _one_of(options: Mapping[str, str], name: str, allowed: Sequence[str]) -> str:
-    """The first one is the default."""
+    """The option's value; the first of `allowed` is the default."""
     value = options.get(name, allowed[0])
     if value not in allowed:
         raise Refused(400, f"{name} is not one of {', '.join(allowed)}", "use one of these", name)

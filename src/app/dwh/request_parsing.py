@@ -1,4 +1,4 @@
-"""One POST, from its bytes to rows that can be stored: options, formats, checks, batches."""
+"""Parses a POST, from its bytes to storable rows: options, formats, checks, batches."""
 
 import csv
 import hashlib
@@ -35,10 +35,10 @@ from app.dwh.warehouse import MERGE, RESOLUTIONS, Resolution
 from app.object_store.port import ReadableBody
 from app.web.errors import Refusal, Refused
 
-# Bodies, cut into the JSON of single rows: a JSON document, NDJSON, or CSV; gzip around any of them.
+# Splits bodies into the JSON of single rows: a JSON document, NDJSON, or CSV, each optionally gzipped.
 #
-# Invariants: bytes are counted before they are parsed, also those that gzip makes; NDJSON and CSV hold no more than
-# one row and one group of rows in memory.
+# Invariants: bytes are counted before they are parsed, also after decompression; NDJSON and CSV hold no more than one
+# row and one group of rows in memory.
 
 GROUP_ROWS, GROUP_BYTES = 1000, 1 << 18
 BLOCK_BYTES = 1 << 18
@@ -56,8 +56,8 @@ Groups = Iterator[Sequence[Slice]]
 
 
 class BodyBytes(io.RawIOBase):
-    """The bytes of a body as Python's own readers take them: unpacked, counted and hashed. `limit_bytes` is for what
-    gzip makes; None for a body without gzip, which was counted as it came.
+    """A body as a raw stream for Python's readers: decompressed, counted and hashed. `limit_bytes`: the limit for the
+    decompressed size; None for a body without gzip, which was counted on receipt.
     """
 
     def __init__(self, body: ReadableBody, limit_bytes: int | None) -> None:
@@ -68,18 +68,18 @@ class BodyBytes(io.RawIOBase):
         self.digest = hashlib.sha256()
 
     def readable(self) -> bool:
-        """As RawIOBase has it."""
+        """See RawIOBase."""
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """As RawIOBase has it. Raises Refused for invalid gzip, and for too much of it."""
+        """See RawIOBase. Raises Refused for invalid gzip, and when it decompresses to too much."""
         piece = self._body.read(len(buffer)) if self._limit_bytes is None else self._inflated(len(buffer))
         self.digest.update(piece)
         buffer[: len(piece)] = piece
         return len(piece)
 
     def _inflated(self, count: int) -> bytes:
-        """The next bytes of all members; none at the end."""
+        """The next decompressed bytes, across gzip members; none at the end."""
         piece = b""
         while not piece:
             if not self._packed:
@@ -105,7 +105,7 @@ class BodyBytes(io.RawIOBase):
 
 
 def json_rows(stream: BinaryIO, limit_bytes: int) -> Groups:
-    """The rows of `{"data": [...]}`, held whole: a row can be told only when its end is there."""
+    """The rows of `{"data": [...]}`, held in memory, since a row is known only once its end has arrived."""
     held = stream.read(limit_bytes + 1)
     if len(held) > limit_bytes:
         raise too_large(limit_bytes, "send it as NDJSON, which may be larger, or less at once")
@@ -114,7 +114,7 @@ def json_rows(stream: BinaryIO, limit_bytes: int) -> Groups:
 
 
 def _rows_of(held: bytes) -> Sequence[Slice]:
-    """The rows as views of the body. Cut out of their envelope here, so that a second `data` is no JSON."""
+    """The rows as views of the body. The envelope is removed here by hand, so that a second `data` is invalid JSON."""
     opening = OPENING.match(held)
     end = _last(held, len(held))
     array_end = _last(held, end - 1)
@@ -128,8 +128,8 @@ def _rows_of(held: bytes) -> Sequence[Slice]:
 
 
 def _rows_beside_a_bad_value(array: bytes, held: bytes) -> Sequence[bytes]:
-    """The rows of an array that holds a value which JSON cannot: its row is left to the reader of rows, which names it.
-    Text without JSON's grammar, such as a body that was cut off, refuses all of it.
+    """The rows of an array with a value that is not valid JSON; the row reader later names the row. If the text does
+    not have JSON grammar, such as a truncated body, everything is refused.
     """
     try:
         rows = split_json(array)
@@ -145,7 +145,7 @@ def _rows_beside_a_bad_value(array: bytes, held: bytes) -> Sequence[bytes]:
 
 
 def _misshapen(held: bytes) -> Refused:
-    """Why this is not the envelope: no JSON at all, or another shape."""
+    """Why this is not the envelope: not JSON, or another shape."""
     try:
         msgspec.json.decode(held, type=dict[str, msgspec.Raw] | list[msgspec.Raw])
     except UNREADABLE:
@@ -154,14 +154,14 @@ def _misshapen(held: bytes) -> Refused:
 
 
 def _last(held: bytes, end: int) -> int:
-    """The end of `held[:end]` without blanks."""
+    """The end of `held[:end]` without trailing whitespace."""
     while end > 0 and held[end - 1] in BLANKS:
         end -= 1
     return end
 
 
 def ndjson_rows(stream: BinaryIO, row_bytes: int) -> Groups:
-    """One object a line; blank lines count for nothing."""
+    """One object per line; blank lines are ignored."""
 
     def lines() -> Iterator[bytes]:
         start = BOM
@@ -177,7 +177,7 @@ def ndjson_rows(stream: BinaryIO, row_bytes: int) -> Groups:
 
 
 def grouped(rows: Iterable[bytes]) -> Groups:
-    """Rows in groups of bounded number and size."""
+    """Group rows, with a bounded number and size per group."""
     group: list[bytes] = []
     size_bytes = 0
     for row in rows:
@@ -191,38 +191,38 @@ def grouped(rows: Iterable[bytes]) -> Groups:
 
 
 def too_large(limit_bytes: int, hint: str) -> Refused:
-    """The answer to a body over its limit."""
+    """The error for a body over its limit."""
     return Refused(413, f"the body is larger than {limit_bytes} bytes", hint)
 
 
 def row_too_large(row_bytes: int) -> Refused:
-    """The answer to a row without an end."""
+    """The error for a row over its limit."""
     return Refused(413, f"a row is larger than {row_bytes} bytes", "look for a missing newline or closing quote")
 
 
-# CSV as rows of JSON, so that its values are checked by the same compiled decoder as all others.
+# Converts CSV to rows of JSON, so that the same compiled decoder checks its values as all others.
 #
-# Invariants: an empty cell is null; a cell never changes what stands in another one. Source of the form: RFC 4180, with
-# a header line, in UTF-8.
+# Invariants: an empty cell is null; a cell never affects the content of another. Format: RFC 4180, with a header line,
+# in UTF-8.
 
 NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 Cell = Callable[[str], bytes]
 
 
 class CsvBody:
-    """Header, then rows; see above."""
+    """A CSV body: header, then rows; see above."""
 
     def __init__(self, table: Table, row_bytes: int) -> None:
         self._table = table
         self._row_bytes = row_bytes
-        self._read_characters = 0  # of one row
+        self._read_characters = 0  # of the current row
         self._heads: Sequence[bytes] = ()
         self._cells: Sequence[Cell] = ()
         self._names: Sequence[str] = ()
 
     def rows(self, stream: BinaryIO) -> Iterator[bytes]:
         """Each row as JSON. Raises Refused."""
-        csv.field_size_limit(max(csv.field_size_limit(), self._row_bytes))  # the process's; its default is 128 KiB
+        csv.field_size_limit(max(csv.field_size_limit(), self._row_bytes))  # process-wide; the default is 128 KiB
         count = 0
         try:
             for cells in csv.reader(self._lines(stream), strict=True):
@@ -238,9 +238,9 @@ class CsvBody:
             raise Refused(400, f"the body is not CSV: {where}: {error}", hint) from None
 
     def _lines(self, stream: BinaryIO) -> Iterator[str]:
-        """A byte that is not UTF-8 becomes half of a surrogate pair, which refuses its cell and not the body."""
+        """Decoded lines. An invalid UTF-8 byte becomes a lone surrogate, so only its cell is refused, not the body."""
         text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-        # What is too long is refused here: the reader of CSV would take 4 bytes for each letter.
+        # Refuse long lines here: the CSV reader would use 4 bytes per character.
         while line := text.readline(self._row_bytes + 1):
             self._read_characters += len(line)
             if self._read_characters > self._row_bytes:
@@ -267,7 +267,7 @@ class CsvBody:
             return row
 
     def _fault(self, cells: Sequence[str]) -> tuple[str, str]:
-        """The column and what is wrong: with one cell, or with their number."""
+        """The column and the fault: an invalid cell, or the wrong number of cells."""
         counts = f"the row has {len(cells)} cells, the header {len(self._names)}"
         if len(cells) < len(self._names):
             return self._names[len(cells)], f"is missing: {counts}; the last cell is {quoted_value(cells[-1])}"
@@ -282,14 +282,14 @@ class CsvBody:
 
 
 def _cell(column: TableColumn) -> Cell:
-    """What makes a cell's JSON; raises ValueError for text that is not a value of the kind."""
+    """A function that converts a cell to JSON; it raises ValueError for text that is invalid for the column's kind."""
     if column.kind in ("text", "uuid", "instant"):
         return _text_cell
 
     def turned(cell: str) -> bytes:
         if not cell:
             return b"null"
-        raw = cell.encode(errors="surrogateescape")  # as it came
+        raw = cell.encode(errors="surrogateescape")  # the original bytes
         if column.kind == "bool" and cell.lower() in ("true", "false"):
             return raw.lower()
         if column.kind == "json" and _is_json(raw):
@@ -316,9 +316,9 @@ def _is_json(raw: bytes) -> bool:
     return True
 
 
-# How a POST wants its body to be read and stored: query string and headers, checked.
+# Options of a POST: its query string and headers, validated.
 #
-# Invariant: what is unknown is refused, since a misspelt `dry_run` would otherwise store.
+# Invariant: unknown options are refused; otherwise a misspelt `dry_run` would store rows.
 
 Form = Literal["json", "ndjson", "csv"]
 FORMS: Mapping[str, Form] = {
@@ -333,7 +333,7 @@ KEY = re.compile(r"[!-~]{1,255}")
 
 @dataclass(frozen=True, slots=True)
 class WriteOptions:
-    """`key` is the Idempotency-Key, "" for none."""
+    """Options of a POST. `key` is the Idempotency-Key, "" for none."""
 
     form: Form = "json"
     gzip: bool = False
@@ -346,7 +346,7 @@ class WriteOptions:
 def options(
     given: Sequence[tuple[str, str]], headers: Mapping[str, str], preferred: Sequence[str] = ()
 ) -> WriteOptions:
-    """Raises Refused. Of what is preferred, what is not known is ignored, as RFC 7240 has it."""
+    """Parse the options. Raises Refused. Unknown preferences are ignored, as RFC 7240 requires."""
     chosen = dict(given)
     for name in chosen.keys() - {"on_error", "dry_run"}:
         raise Refused(400, f"unknown parameter {name[:80]}", "use on_error and dry_run", name[:80])
@@ -381,21 +381,21 @@ def _packed(headers: Mapping[str, str]) -> bool:
     return "gzip" in encoding
 
 
-# One POST, from its bytes to rows that can be stored: checked, cut into batches, spooled.
+# Receives a POST: rows are checked, split into batches and spooled.
 #
-# Invariants: memory is bounded by the first rows, which are held as they are, a group of rows and the spool's part of
-# it, however large the body; nothing of a body reaches the database before the last byte was checked.
+# Invariants: memory is bounded, however large the body: the first rows, which are held unencoded, one group of rows,
+# and the spool's in-memory part; nothing reaches the database before the last byte of the body is checked.
 
 SPOOL_BYTES = HELD_BYTES = 1 << 22
 HELD_ROWS = 10_000
 MAX_FAULTS = 1000
 LENGTH_BYTES = 8
-Frame = tuple[int, Sequence[Sequence[Any]]]  # the number of a batch, and rows of it, by column
+Frame = tuple[int, Sequence[Sequence[Any]]]  # batch number, and rows of that batch, by column
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Rows of one batch, and then the bytes of its rows as they came, with their commas and brackets."""
+    """Limits of one batch: its rows, and the bytes of its rows as received, including commas and brackets."""
 
     rows: int
     size_bytes: int
@@ -403,8 +403,8 @@ class BatchLimits:
 
 @dataclass(slots=True)
 class ReceivedBody:
-    """What a body came to, as it comes. `digest` is of its bytes, hex; `size_bytes` of its good rows. The caller closes
-    it.
+    """The rows of a body, filled as it arrives. `digest`: of its bytes, hex; `size_bytes`: of its valid rows. The
+    caller closes it.
     """
 
     limits: BatchLimits
@@ -420,16 +420,16 @@ class ReceivedBody:
     _batch_bytes: int = 0
 
     def read(self) -> Iterator[Iterator[Values]]:
-        """The batches, each as an iterator of its rows; read one to its end before the next."""
+        """The batches, each an iterator over its rows; exhaust one before starting the next."""
         for _, frames in groupby(self._frames(), key=lambda frame: frame[0]):
             yield chain.from_iterable(zip(*columns, strict=True) for _, columns in frames)
 
     def blocks(self) -> Iterator[Sequence[Values]]:
-        """All rows, some at a time, by column."""
+        """All rows, in blocks, by column."""
         return (columns for _, columns in self._frames())
 
     def add(self, checked: CheckedRows) -> None:
-        """The next rows, dealt out to batches, and what is wrong with others."""
+        """Add rows, distributing them over batches, and the faults of the invalid ones."""
         self.fault_count += len(checked.faults)
         self.faults += checked.faults[: MAX_FAULTS - len(self.faults)]
         start, first = 0, self.batches
@@ -442,8 +442,8 @@ class ReceivedBody:
             start = end
 
     def deal(self, sizes: Sequence[int]) -> Sequence[int]:
-        """How many of the next rows go to each batch: to the current one first, then to new ones, each until it is full
-        by number or by size; a larger single row goes alone.
+        """How many of the next rows go to each batch: first the current one, then new ones, each until it is full by
+        count or size. A single row over the size limit gets its own batch.
         """
         ends = [0]
         for position, size_bytes in enumerate(sizes):
@@ -483,9 +483,9 @@ class ReceivedBody:
 def receive(
     body: ReadableBody, table: Table, chosen: WriteOptions, limits: BatchLimits, *, body_bytes: int, stream_bytes: int
 ) -> ReceivedBody:
-    """Takes in the body of a POST; the caller closes what comes of it. Raises Refused.
+    """Receive the body of a POST; the caller closes the result. Raises Refused.
 
-    No JSON body and no row may be larger than `body_bytes`, and no other body, unpacked, than `stream_bytes`.
+    `body_bytes` limits a JSON body and a single row; `stream_bytes` limits any other body, after decompression.
     """
     unpacked_bytes = body_bytes if chosen.form == "json" else stream_bytes
     raw = BodyBytes(body, unpacked_bytes if chosen.gzip else None)

@@ -1,4 +1,4 @@
-"""Answers of /dwh: of POST as JSON; of GET as JSON, NDJSON, CSV or Parquet, read in one thread and sent in another."""
+"""Answers of /dwh: POST as JSON; GET as JSON, NDJSON, CSV or Parquet, read in one thread and sent in another."""
 
 import codecs
 import csv
@@ -23,7 +23,7 @@ PIECE_IDS = 10_000
 
 
 def answer_to_post(done: InsertResult, faults: Sequence[RowFault] | None, fault_count: int) -> Iterator[bytes]:
-    """The body, in pieces, since there may be millions of ids. `faults` None: not asked to skip them."""
+    """The body, in pieces, since there may be millions of ids. `faults`: None unless the caller asked to skip them."""
     yield b'{"inserted_ids":['
     for start in range(0, len(done.ids), PIECE_IDS):
         ids = msgspec.json.encode(done.ids[start : start + PIECE_IDS].tolist())
@@ -37,9 +37,9 @@ def answer_to_post(done: InsertResult, faults: Sequence[RowFault] | None, fault_
     yield b"}"
 
 
-# Rows as the bytes of an answer: JSON, NDJSON, CSV or Parquet, written to a file block by block.
+# Encodes rows as JSON, NDJSON, CSV or Parquet, written to a file block by block.
 #
-# Invariant: the same rows in each; a writer holds one block, of Parquet one row group, at most.
+# Invariant: every format has the same rows; a writer holds at most one block, or one row group for Parquet.
 
 PARQUET_ROWS = 20_000
 MEDIA: dict[Format, str] = {
@@ -52,7 +52,7 @@ Block = Sequence[Sequence[Any]]
 
 
 def _turned(block: Block, turns: Mapping[int, Callable[[Any], Any]]) -> Block:
-    """The block with the values of some columns turned; most tables have none of these."""
+    """The block with the values of some columns converted; most tables need no conversion."""
     if not turns:
         return block
     rows = [list(row) for row in block]
@@ -67,7 +67,7 @@ def _turns(columns: Sequence[TableColumn], **by_kind: Callable[[Any], Any]) -> M
 
 
 def _encoder(columns: Sequence[TableColumn]) -> Callable[[Block], bytes]:
-    """Rows as lines of JSON, encoded in compiled code from a row type that holds what the database gave."""
+    """Encodes rows as lines of JSON in compiled code, using a row type that holds the database's values."""
     row: Any = msgspec.defstruct("StoredRow", [(column.name, Any) for column in columns], gc=False)
     encode = msgspec.json.Encoder().encode_lines
     turns = _turns(columns, bool=bool, json=msgspec.Raw)
@@ -75,7 +75,7 @@ def _encoder(columns: Sequence[TableColumn]) -> Callable[[Block], bytes]:
 
 
 def _made(block: Block) -> bytes:
-    """As `_encoder`, of lines that the database has made; beside each, its id."""
+    """As `_encoder`, for rows of an id and a line of JSON that the database built."""
     return ("\n".join([line for _, line in block]) + "\n").encode()
 
 
@@ -86,11 +86,11 @@ class NdjsonWriter:
         self._file, self._lines = file, lines
 
     def write(self, block: Block) -> None:
-        """The next rows."""
+        """Write the next rows."""
         self._file.write(self._lines(block))
 
     def close(self) -> None:
-        """No more rows."""
+        """Finish the output."""
 
 
 class _JsonWriter(NdjsonWriter):
@@ -102,18 +102,18 @@ class _JsonWriter(NdjsonWriter):
         file.write(b'{"rows":[')
 
     def write(self, block: Block) -> None:
-        """A newline is never inside a row, so each one becomes a comma."""
+        """Write the next rows. A row never contains a newline, so each newline becomes a comma."""
         self._file.write((b"," if self._rows else b"") + self._lines(block)[:-1].replace(b"\n", b","))
         self._rows += len(block)
 
     def close(self) -> None:
-        """The end of the array."""
+        """Write the end of the array."""
         self._file.write(b'],"count":%d}' % self._rows)
 
 
 class _CsvWriter(NdjsonWriter):
-    """A header, then rows; null is an empty cell. `formula_safe`: an apostrophe before text that a spreadsheet would
-    take for a formula; numbers stay as they are.
+    """A header, then rows; null is an empty cell. `formula_safe`: prefix an apostrophe to text that a spreadsheet would
+    take for a formula; numbers stay unchanged.
     """
 
     def __init__(self, columns: Sequence[TableColumn], file: Any, *, bom: bool, formula_safe: bool) -> None:
@@ -132,7 +132,7 @@ class _CsvWriter(NdjsonWriter):
 
 
 def _with_quoted_returns(block: Block) -> str:
-    """Rows with a carriage return somewhere, which Python quotes only when lines end in one."""
+    """Encode rows that contain a carriage return, which Python quotes only if it is part of the line terminator."""
     lines = io.StringIO(newline="")
     for row in block:
         line = io.StringIO(newline="")
@@ -146,7 +146,7 @@ def _without_formula(text: str) -> str:
 
 
 class _ParquetWriter(NdjsonWriter):
-    """Typed columns; JSON stays text, instants are UTC in microseconds."""
+    """Typed columns; JSON stays text, timestamps are UTC in microseconds."""
 
     def __init__(self, columns: Sequence[TableColumn], file: Any) -> None:
         import pyarrow as pa
@@ -165,7 +165,7 @@ class _ParquetWriter(NdjsonWriter):
         self._held: list[Sequence[Any]] = []
 
     def write(self, block: Block) -> None:
-        """A row group takes many blocks."""
+        """Add the next rows; a row group has many blocks."""
         self._held += block
         if len(self._held) >= PARQUET_ROWS:
             self._flush()
@@ -189,14 +189,14 @@ class _ParquetWriter(NdjsonWriter):
         return pa.array(values, kind)
 
     def close(self) -> None:
-        """The last row group, and the footer."""
+        """Write the last row group and the footer."""
         if self._held:
             self._flush()
         self._writer.close()
 
 
 def writer(selection: Selection, file: Any, *, made: bool) -> NdjsonWriter:
-    """The writer of an answer. `made`: the database makes the lines, see `Selection.is_made`."""
+    """The writer of an answer. `made`: the database builds the lines, see `Selection.is_made`."""
     columns = selection.columns
     if selection.format == "csv":
         return _CsvWriter(columns, file, bom=selection.bom, formula_safe=selection.formula_safe)
@@ -206,7 +206,7 @@ def writer(selection: Selection, file: Any, *, made: bool) -> NdjsonWriter:
     return (_JsonWriter if selection.format == "json" else NdjsonWriter)(file, lines)
 
 
-# Answers of more than a little are compressed when the client asks for it; nothing is done when it does not.
+# Answers above a minimum size are compressed if the client accepts it.
 
 GZIP_FROM_BYTES = 1 << 10
 GZIP_LEVEL = 1  # a tenth of the size at the speed of the database; higher levels cost more than they save
@@ -220,7 +220,7 @@ def gzipped(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class GzipWriter:
-    """A file that compresses what is written to it, once it is worth that. Close it to write the end."""
+    """A file that compresses its data once there is enough to be worth it. Close it to write the end."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -229,7 +229,7 @@ class GzipWriter:
 
     @property
     def started(self) -> bool:
-        """Whether what is written to the file is compressed."""
+        """Whether the output is compressed."""
         return self._compress is not None
 
     def write(self, piece: bytes) -> None:
@@ -242,32 +242,31 @@ class GzipWriter:
         self._file.write(self._compress.compress(piece))
 
     def close(self) -> None:
-        """The last bytes."""
+        """Write the last bytes."""
         self._file.write(self._compress.flush() if self._compress else self._held)
 
 
-# Bytes between a thread that writes them and one that reads them, each at its own speed.
+# A byte buffer between a writing and a reading thread, each at its own speed.
 #
-# Invariants: what the reader has not taken yet is in a file without a name in TMPDIR, but for the first bytes, which
-# stay in memory; bytes are read once, in their order; a reader never waits for a writer that has ended, however it
-# ended.
+# Invariants: unread bytes are in an unnamed file in TMPDIR, except the first ones, which stay in memory; bytes are read
+# once, in order; a reader never waits for a writer that has ended, whether or not it failed.
 
-MEMORY_BYTES = 1 << 16  # as many clients may be slow as there are connections
+MEMORY_BYTES = 1 << 16  # small, since every connection may have a slow client
 BROKEN = Permanent("the answer could not be made to its end", "report it with the log, which says why")
 
 
 class ClientDisconnected(Exception):
-    """Nobody reads any more."""
+    """The reader has gone."""
 
 
 class ByteSpool:
     """One writer and one reader."""
 
-    closed = False  # as writers of files look at it
+    closed = False  # file writers check this
 
     def __init__(self) -> None:
         self._file = temporary_file(memory_bytes=MEMORY_BYTES)
-        self._first = self._end = 0  # of what is in the file and was not read
+        self._first = self._end = 0  # range of the unread bytes in the file
         self._changed = threading.Condition()
         self._shown = self._ended = self._abandoned = False
         self._error: AppError | None = None
@@ -275,7 +274,7 @@ class ByteSpool:
 
     @contextmanager
     def written(self) -> Iterator["ByteSpool"]:
-        """Write inside the block; the bytes are whole when it ends, and end in an error when it raises one."""
+        """Write inside the block. Its end completes the bytes; if it raises, the reader gets the error."""
         error: AppError | None = BROKEN
         try:
             yield self
@@ -288,7 +287,7 @@ class ByteSpool:
                 self._changed.notify_all()
 
     def write(self, piece: bytes) -> int:
-        """Put bytes behind the others. Raises ClientDisconnected, and Transient when the disk takes no more."""
+        """Append bytes. Raises ClientDisconnected, and Transient when the disk is full."""
         with self._changed:
             if self._abandoned:
                 raise ClientDisconnected
@@ -305,20 +304,22 @@ class ByteSpool:
         return len(piece)
 
     def flush(self) -> None:
-        """As a file has it; does nothing."""
+        """Part of the file interface; does nothing."""
 
     def tell(self) -> int:
-        """Where the next byte goes."""
+        """The position of the next byte."""
         return self.size_bytes
 
     def show(self) -> None:
-        """The reader may begin."""
+        """Let the reader begin."""
         with self._changed:
             self._shown = True
             self._changed.notify_all()
 
     def wait(self, *, whole: bool = False) -> int | None:
-        """Until the reader may begin, or all is there; the size in the latter case. Raises what the writer raised."""
+        """Wait until the reader may begin or the bytes are complete; returns the size if complete. Raises the writer's
+        error.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._ended or (self._shown and not whole))
             if self._ended and self._error:
@@ -326,7 +327,7 @@ class ByteSpool:
             return self.size_bytes if self._ended else None
 
     def read(self, count: int) -> bytes:
-        """The next bytes: `count`, fewer or none at the end. Raises what the writer raised."""
+        """The next `count` bytes; fewer or none at the end. Raises the writer's error."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._abandoned or self._end - self._first >= count)
             if self._abandoned:
@@ -336,28 +337,28 @@ class ByteSpool:
             self._file.seek(self._first)
             piece = self._file.read(min(count, self._end - self._first))
             self._first += len(piece)
-            if self._first == self._end:  # the reader has caught up: the file is used again
+            if self._first == self._end:  # the reader has caught up: reuse the file from its start
                 self._first = self._end = 0
             return piece
 
     def close(self) -> None:
-        """Free the bytes; the writer is told at its next write. Idempotent."""
+        """Free the bytes; the writer's next write raises ClientDisconnected. Idempotent."""
         with self._changed:
             self._abandoned = True
             self._file.close()
 
 
-# Answers to GET: rows are read in one thread at the speed of the database, and sent in another at that of the client.
+# Answers to GET: one thread reads rows at the speed of the database, another sends them at the speed of the client.
 #
-# Invariants: what fails before the first byte is sent is an error, what fails later cuts the answer, so that no
-# client takes it for whole; memory is bounded, and a slow reader holds no connection.
+# Invariants: a failure before the first byte is an error response; a later one truncates the answer, so that no client
+# takes it for complete; memory is bounded, and a slow reader holds no database connection.
 
 HEAD_BYTES, PIECE_BYTES = 1 << 18, 1 << 19
 
 
 class AnswerPage(ByteSpool):
-    """One answer: `produce` in one thread, the rest in another. The reader closes it, and reading from the database
-    ends with the next block.
+    """One answer: `produce` runs in one thread, the rest in another. The reader closes it, which stops the database
+    read at the next block.
     """
 
     def __init__(self, warehouse: Warehouse, selection: Selection, *, count: bool = False, gzip: bool = False) -> None:
@@ -366,22 +367,22 @@ class AnswerPage(ByteSpool):
         self._selection = selection
         self._count = count
         self._gzip = GzipWriter(self) if gzip and selection.format != "parquet" else None
-        # For callers that have begun: the last row when more follow it, and how many rows meet the filters, if asked.
+        # Valid once the reader may begin: the last row if more follow, and the number of matching rows, if asked.
         self.last: KeysetPosition | None = None
         self.total: int | None = None
 
     def produce(self) -> None:
-        """Read the rows to their end, or until nobody wants them. `wait` and `pieces` raise what goes wrong."""
+        """Read all rows, or until the client disconnects. `wait` and `pieces` raise any error."""
         with suppress(ClientDisconnected), self.written():
             self._fill()
 
     def look(self) -> None:
-        """Find out what the headers say, without any rows. Raises what the database raises."""
+        """Get the data for the headers without reading rows. Raises what the database raises."""
         with self._warehouse.selected(self._selection, count=self._count) as found:
             self.last, self.total = found.last(), found.total
 
     def _fill(self) -> None:
-        """Write the rows; `last` is known when the reader may begin."""
+        """Write the rows; `last` is set before the reader may begin."""
         chosen, dialect = self._selection, self._warehouse.database.dialect
         made = chosen.is_made(dialect)
         out = writer(chosen, self._gzip or self, made=made)
@@ -404,10 +405,10 @@ class AnswerPage(ByteSpool):
 
     @property
     def compressed(self) -> bool:
-        """Whether the bytes are those of gzip; for callers that have begun."""
+        """Whether the bytes are gzip; valid once the reader may begin."""
         return self._gzip is not None and self._gzip.started
 
     def pieces(self) -> Iterator[bytes]:
-        """The bytes. Raises what the database raised in the middle of it."""
+        """The bytes. Raises what the database raised while reading."""
         while piece := self.read(PIECE_BYTES):
             yield piece

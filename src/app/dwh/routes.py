@@ -1,7 +1,7 @@
-"""/dwh: rows in and rows out, one pair of routes per declared table.
+"""/dwh: writing and reading rows, one set of routes per declared table.
 
-Invariant: a route holds one of few places while it works, so that many clients wait instead of filling memory and the
-pool of connections; who reads slowly holds none.
+Invariant: semaphores bound the number of working routes, so that many clients wait instead of filling memory and the
+connection pool; a slow reader does not hold a semaphore.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ from app.web.auth import needs
 from app.web.body_bridge import GONE, acquire_place, read_in_thread
 from app.web.errors import Refusal, Refused
 
-READERS = {"postgres": 4, "sqlite": 2}  # rows of SQLite are read in this process: more threads only wait for each other
+READERS = {"postgres": 4, "sqlite": 2}  # SQLite reads in this process: more threads only block each other
 WRITERS = 6
 BUSY = Refusal(
     429, "too many requests to /dwh at once", "send the same request again later", headers={"Retry-After": "5"}
 )
 OTHERS = ["OPTIONS", "PATCH", "PUT", "TRACE"]
-GZIPPED_IDS = 1000  # an answer to POST with fewer is small
+GZIPPED_IDS = 1000  # an answer to POST with fewer ids is small
 
 
 def build(warehouse: Warehouse, dwh: DwhSettings, limits: LimitSettings, clock: Callable[[], datetime]) -> APIRouter:
@@ -50,7 +50,7 @@ def build(warehouse: Warehouse, dwh: DwhSettings, limits: LimitSettings, clock: 
 
 @dataclass(frozen=True, slots=True)
 class TableRoutes:
-    """The routes of one table, and the places that all tables share."""
+    """The routes of one table, and the semaphores that all tables share."""
 
     table: Table
     warehouse: Warehouse
@@ -65,7 +65,7 @@ class TableRoutes:
         """GET, HEAD, POST and DELETE."""
         table, add = self.table, partial(router.add_api_route, f"/{self.table.path}")
         may_read = needs("dwh:read")
-        # First, since the first route of a path answers for its other methods, and knows only its own.
+        # First: the first route of a path answers requests with other methods, and would list only its own.
         add(_other, methods=OTHERS, include_in_schema=False, openapi_extra=may_read)
         add(self._read, methods=["HEAD"], include_in_schema=False, openapi_extra=may_read)
         add(
@@ -108,12 +108,12 @@ class TableRoutes:
                     place.callback(self.readers.release)
                     await run_in_threadpool(page.look)
                 head = Response(headers=_headers(chosen, request.url.path, page), media_type=MEDIA[chosen.format])
-                del head.headers["content-length"]  # of the rows that GET would send, which nobody has read
+                del head.headers["content-length"]  # unknown, since no rows were read
                 return head
             producing = asyncio.ensure_future(run_in_threadpool(page.produce))
-            # The place is that of the reading from the database, however slowly the client takes the answer.
+            # The semaphore covers only the database read, however slowly the client takes the answer.
             producing.add_done_callback(lambda _: self.readers.release())
-            # In HTTP/1.0 the end of a connection is the end of an answer: it could not be told from a cut.
+            # In HTTP/1.0 the end of the connection ends the answer, so a truncated one would go unnoticed.
             whole = request.scope["http_version"] == "1.0"
             size_bytes = await run_in_threadpool(page.wait, whole=whole)
             headers = _headers(chosen, request.url.path, page)
@@ -167,8 +167,8 @@ async def _other() -> Response:
 
 
 def _preferred(request: Request) -> Sequence[str]:
-    """What `Prefer` asks for, see RFC 7240: a value may be in quotes and have parameters; what is not known there is
-    ignored, as it says.
+    """The preferences of `Prefer`, see RFC 7240: a value may be quoted and have parameters; unknown ones are ignored,
+    as it requires.
     """
     asked = ",".join(request.headers.getlist("prefer")).lower().split(",")
     return ["".join(each.partition(";")[0].split()).replace('"', "") for each in asked]

@@ -1,4 +1,4 @@
-"""Rows out of JSON, checked by a typed decoder per table that is made from the table's declaration."""
+"""Decodes and checks rows of JSON, with a typed decoder per table that is built from the table's declaration."""
 
 import json
 import re
@@ -19,9 +19,10 @@ from app.db.database import instant_text
 from app.dwh.tables import BY_NAME, INTEGER_BITS, KEY_CHARACTERS, Table, TableColumn
 from app.web.errors import Refused
 
-# What is wrong with a row, as the caller is told.
+# Faults of rows, as reported to the caller.
 #
-# Invariant: a message says where and what is wanted; only `fault` of a request may repeat a value of the body.
+# Invariant: a message gives the location and what is expected; only `fault` of a request may repeat a value of the
+# body.
 
 SHAPE_HINT = "see /docs for the columns of this table"
 ROW_HINT = "correct that row, or send ?on_error=skip to store the others"
@@ -29,22 +30,22 @@ ROW_HINT = "correct that row, or send ?on_error=skip to store the others"
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """A row that cannot be stored. `index` counts from 0; `field` is "" when it is the row as such."""
+    """A row that cannot be stored. `index` counts from 0; `field` is "" if the fault is in the row as a whole."""
 
     index: int
     field: str
     message: str
 
     def refusal(self) -> Refused:
-        """The answer when one bad row refuses the whole request."""
+        """The error when one bad row makes the whole request fail."""
         where = f"row {self.index}, field {self.field}" if self.field else f"row {self.index}"
         fault = f"data.{self.index}.{self.field}" if self.field else f"data.{self.index}"
         return Refused(422, f"{where}: {self.message}", ROW_HINT, fault)
 
 
-# Text that a JSON decoder refuses as a whole, cut into its parts, so that the one value to blame can be named.
+# Splits text that the JSON decoder refused as a whole, so that the one invalid value can be named.
 #
-# Invariant: only the fallback of a refused text comes here; what is cut is decoded again, strictly.
+# Invariant: this is only a fallback for refused text; each part is decoded again, strictly.
 
 TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
 KEY_OF_MEMBER = re.compile(rb'[ \t\r\n]*("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\r\n]*:', re.DOTALL)
@@ -53,14 +54,14 @@ SHOWN_CHARACTERS = 60
 
 
 class CsvRow(bytes):
-    """The JSON of a CSV row. `fault`: column and message when a cell cannot be written as JSON."""
+    """The JSON of a CSV row. `fault`: column and message if a cell cannot be converted to JSON."""
 
     fault: tuple[str, str] | None = None
 
 
 def split_json(text: bytes) -> Sequence[bytes]:
-    """What stands between the commas of a JSON array or object. Raises ValueError when strings or brackets do not end,
-    or anything follows them.
+    """The text between the commas of a JSON array or object. Raises ValueError if a string or bracket is not closed, or
+    if anything follows the end.
     """
     parts: list[bytes] = []
     opened: list[bytes] = []
@@ -86,7 +87,7 @@ def split_json(text: bytes) -> Sequence[bytes]:
 
 
 def json_members(row: bytes) -> Mapping[str, bytes]:
-    """The JSON of each value of a row by its key; what cannot be cut is left out."""
+    """Key -> JSON of the value, for each member of a row; members that cannot be split are left out."""
     found: dict[str, bytes] = {}
     with suppress(ValueError):
         for part in split_json(row.strip(b" \t\r\n")):
@@ -96,8 +97,8 @@ def json_members(row: bytes) -> Mapping[str, bytes]:
 
 
 def has_json_grammar(text: bytes) -> bool:
-    """Whether this is JSON but for a value that JSON cannot hold: NaN, Infinity, half of a surrogate pair, a control
-    character, bytes that are not UTF-8. What nests too deeply to look at counts too: its brackets match.
+    """Whether this is JSON except for a value that JSON does not allow: NaN, Infinity, a lone surrogate, a control
+    character, invalid UTF-8. Text that nests too deeply to be parsed also counts: its brackets match.
     """
     try:
         json.loads(text.decode("utf-8", "surrogateescape"), strict=False, parse_int=str, parse_float=str)
@@ -113,11 +114,11 @@ def quoted_value(value: str) -> str:
     return repr(value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS] + "…")
 
 
-# What a JSON decoder lets pass and a warehouse must not: repeated keys, NUL, deep nesting.
+# Detects what a JSON decoder accepts and a warehouse must not: repeated keys, NUL, deep nesting.
 #
-# Invariant: nothing suspicious passes unseen, at the cost of a few searches through all the text. Keys are counted:
-# `":` stands behind each key, so when no blank may come between the two, and no escape hides a quote or a colon, the
-# text has at least as many as it has keys; when it has just as many as came out of the decoder, none was there twice.
+# Invariant: nothing suspicious goes unnoticed, at the cost of a few searches through the whole text. Keys are counted:
+# `":` follows each key. If there is no whitespace between the two, and no escape hides a quote or a colon, the text has
+# at least as many `":` as keys; if that equals the number of keys from the decoder, no key was repeated.
 
 MAX_DEPTH = 100
 MARK = b'":'
@@ -130,7 +131,7 @@ NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 class NeedsRowCheck(Exception):
-    """Only a look at each row by itself can tell."""
+    """The rows must be checked one by one."""
 
 
 class _RepeatedKey(Exception):
@@ -138,10 +139,10 @@ class _RepeatedKey(Exception):
 
 
 def check_keys(text: bytes, keys: int, json_texts: Sequence[str]) -> None:
-    """`keys` columns and `json_texts`, as a decoder leaves them, came from `text`: raise NeedsRowCheck unless it has no
-    repeated key and no NUL.
+    """Raise NeedsRowCheck unless `text` certainly has no repeated key and no NUL. A decoder produced `keys` columns and
+    `json_texts` from it.
     """
-    # One byte is found ten times quicker than two, and most texts hold neither escapes nor blanks but spaces.
+    # Searching for one byte is ten times faster than for two; most texts have no escapes and no whitespace but spaces.
     if b"\\" in text and any(mark in text for mark in HIDDEN):
         raise NeedsRowCheck
     if any(blank in text and blank + b":" in text for blank in BLANKS):
@@ -151,7 +152,7 @@ def check_keys(text: bytes, keys: int, json_texts: Sequence[str]) -> None:
 
 
 def repeated_key(text: bytes) -> str | None:
-    """A key that one object of `text` holds twice; None when there is none. `text` is JSON that was read already."""
+    """A key that occurs twice in one object of `text`, or None. `text` is known to be valid JSON."""
 
     def check(pairs: list[tuple[str, Any]]) -> None:
         if len({key for key, _ in pairs}) < len(pairs):
@@ -165,9 +166,9 @@ def repeated_key(text: bytes) -> str | None:
 
 
 def check_numbers(text: bytes) -> None:
-    """Raise NeedsRowCheck for a number that is not 0 and yet nearer to it than a double can be, or of very many digits.
+    """Raise NeedsRowCheck for a nonzero number that underflows a double, or one with very many digits.
 
-    PostgreSQL writes such a number out: nine characters such as 1e-16000 come back as sixteen thousand.
+    PostgreSQL expands such numbers: eight characters such as 1e-16000 come back as sixteen thousand.
     """
     if SMALL_OR_LONG.search(text):
         for number in (token for token in TOKENS.findall(text) if not token.startswith(b'"')):
@@ -177,7 +178,7 @@ def check_numbers(text: bytes) -> None:
 
 
 def depth(value: Any) -> int:
-    """How many objects and arrays are around the innermost value. Level by level, so that depth costs no stack."""
+    """The nesting depth of objects and arrays. Iterates level by level, so that depth uses no stack."""
     levels = 0
     level = [value]
     while level := [each for each in level if isinstance(each, dict | list)]:
@@ -186,11 +187,10 @@ def depth(value: Any) -> int:
     return levels
 
 
-# What the values of a column become: plain values, in the form that both databases read.
+# Converts the values of a column to plain values, in the form that both databases accept.
 #
-# Invariant: a whole column at a time, since that costs a fraction of a value at a time; what only some values are is
-# left to the way value by value, and what cannot be stored raises NeedsRowCheck, OverflowError or an error of the
-# decoder.
+# Invariant: a whole column is converted at once, at a fraction of the cost per value; columns with mixed values fall
+# back to value by value; what cannot be stored raises NeedsRowCheck, OverflowError or a decoder error.
 
 BLANK = re.compile(rb"[ \t\r\n]")
 BETWEEN = re.compile(rb'("(?:[^"\\]|\\.)*")|[ \t\r\n]+', re.DOTALL)
@@ -203,12 +203,12 @@ UUID_CHARACTERS, UUID_BYTES = 36, 16
 HYPHENS = (8, 13, 18, 23)
 NAIVE, WHOLE = len("2026-02-07T12:34:56.789000"), len("2026-02-07T12:34:56.789000Z")
 SECONDS = len("2026-02-07T12:34:56")
-# What an instant of each length lacks: msgspec leaves out what is zero, and the offset where there is none.
+# The missing suffix by length of a timestamp: msgspec omits zero microseconds, and the offset of naive ones.
 LACKING = {SECONDS: ".000000Z", SECONDS + 1: ".000000Z", NAIVE: "Z", WHOLE: ""}
 
 
 def converter_of(column: TableColumn) -> Turn:
-    """The function for the values of a column."""
+    """The function that converts the values of a column."""
     if column.kind == "uuid":
         return _uuids
     if column.kind == "instant":
@@ -226,7 +226,7 @@ def _filled(values: Values, *, default: bool | None) -> Values:
 
 
 def _uuids(values: Values) -> Values:
-    """All together, which costs less than a pattern for each. All have 36 characters."""
+    """Check all UUIDs together, which is cheaper than a regex for each. All have 36 characters."""
     text = "".join(values)
     if any(text[place::UUID_CHARACTERS].count("-") < len(values) for place in HYPHENS):
         raise NeedsRowCheck
@@ -240,7 +240,7 @@ def _uuids(values: Values) -> Values:
 
 
 def _texts(values: Values) -> Values:
-    """Text, of which some may have come as integers."""
+    """Convert values to text; some may be integers."""
     if set(map(type, values)) <= {str, NoneType}:
         return values
     return [None if value is None or value is UNSET else _text(value) for value in values]
@@ -262,7 +262,7 @@ def _instants(values: Values) -> Values:
 
 
 def instant_texts(instants: Sequence[datetime]) -> Sequence[str]:
-    """As `instant_text`; naive ones are in UTC. Encoded all together, and mended where the encoder is brief."""
+    """As `instant_text`; naive ones are in UTC. All are encoded together, then what the encoder omits is added."""
     encoded = msgspec.json.encode(instants)[2:-2]
     texts = encoded.decode().split('","')
     lengths = set(map(len, texts))
@@ -281,27 +281,27 @@ def _mended(text: str, at: datetime) -> str:
 
 
 def _json(raw: Raw) -> str | None:
-    """The value as written, without the whitespace between its parts: 1.10 stays 1.10, thirty digits stay thirty. It is
-    still decoded, which detects invalid JSON, invalid Unicode and numbers that are not finite.
+    """The JSON as written, minus whitespace between tokens: 1.10 stays 1.10, thirty digits stay thirty. It is still
+    decoded to detect invalid JSON, invalid Unicode and numbers that are not finite.
     """
     value = msgspec.json.decode(raw)
     if value is None:
         return None
     text = bytes(raw)
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
-        raise NeedsRowCheck  # nests deeper than databases and readers can be trusted with
+        raise NeedsRowCheck  # databases and readers may not handle deeper nesting
     check_numbers(text)
     if SURROGATE.search(text):
-        msgspec.json.encode(value)  # raises for half of a pair
+        msgspec.json.encode(value)  # raises for a lone surrogate
     if BLANK.search(text):
         text = BETWEEN.sub(rb"\1", text)
     return text.decode()
 
 
-# Rows out of JSON, checked in compiled code: a typed decoder per table, made from its declaration.
+# Decodes rows of JSON and checks them in compiled code: a typed decoder per table, built from its declaration.
 #
-# Invariants: a row that comes out can be stored in either database and means the same in both; a row that cannot is
-# named with its field. Source of the types: https://jcristharif.com/msgspec/supported-types.html.
+# Invariants: a returned row can be stored in either database and means the same in both; any other row is reported with
+# its field. Source of the types: https://jcristharif.com/msgspec/supported-types.html.
 
 Slice = bytes | Raw
 
@@ -316,7 +316,7 @@ UNKNOWN_COLUMN = "is not a column of this table"
 
 @dataclass(frozen=True, slots=True)
 class CheckedRows:
-    """Rows that can be stored, by column, with the size of each as it came, and those that cannot."""
+    """The valid rows, by column, with the received size of each, and the faults of the others."""
 
     columns: Sequence[Values]
     sizes: Sequence[int]
@@ -324,7 +324,7 @@ class CheckedRows:
 
     @property
     def rows(self) -> Sequence[Values]:
-        """The good rows."""
+        """The valid rows."""
         return list(zip(*self.columns, strict=True))
 
 
@@ -340,7 +340,7 @@ class RowReader:
         self._json = [position for position, column in enumerate(table.columns) if column.kind == "json"]
 
     def read(self, slices: Sequence[Slice], first: int) -> CheckedRows:
-        """Rows that stand next to each other in a body, the first with the index `first`."""
+        """Check consecutive rows of a body; the first has the index `first`."""
         try:
             columns = self._together(slices)
         except (*UNREADABLE, NeedsRowCheck, OverflowError):
@@ -348,12 +348,12 @@ class RowReader:
         return CheckedRows(columns, list(map(len, slices)))
 
     def _together(self, slices: Sequence[Slice]) -> Sequence[Values]:
-        """All of them at once. Raises NeedsRowCheck when something can only be told row by row."""
+        """Decode all rows at once. Raises NeedsRowCheck when they must be checked one by one."""
         columns: list[Values] = list(zip(*map(astuple, map(self._decode, slices)), strict=True))
         keys = len(slices) * len(columns) - sum(column.count(UNSET) for column in columns)
         turned = [turn(column) for turn, column in zip(self._turns, columns, strict=True)]
         json_texts = [value for position in self._json for value in turned[position] if value]
-        # a decoder keeps one of two equal keys
+        # the decoder keeps only one of two equal keys
         again = [msgspec.json.encode(msgspec.json.decode(text)).decode() for text in json_texts]
         check_keys(b",".join(slices), keys, again)
         return turned
@@ -375,7 +375,7 @@ class RowReader:
         return [(turn, (value,)) for turn, value in zip(self._turns, astuple(self._decode(row)), strict=True)]
 
     def _fault(self, row: Slice, index: int) -> RowFault | None:
-        """What is wrong with one row; None when nothing is."""
+        """The fault of one row, or None."""
         if isinstance(row, CsvRow) and row.fault:
             return RowFault(index, *row.fault)
         try:
@@ -387,14 +387,14 @@ class RowReader:
                 (turned,) = turn(value)
             except (*UNREADABLE, NeedsRowCheck, OverflowError):
                 return self._wrong(row, index, column.name)
-            # no database stores a NUL; in JSON it is escaped
+            # neither database stores NUL; in JSON it is escaped
             if isinstance(turned, str) and (NUL_IN_JSON.search(turned) if column.kind == "json" else "\x00" in turned):
                 return self._wrong(row, index, column.name)
         repeated = repeated_key(bytes(row))
         return None if repeated is None else RowFault(index, repeated[:FIELD_CHARACTERS], "is given twice")
 
     def _wrong(self, row: Slice, index: int, name: str) -> RowFault:
-        """A value that its column does not take. Only a cell of CSV is repeated."""
+        """The fault of a value that its column does not accept. Only CSV cells are repeated in the message."""
         column = self._columns.get(name)
         if column is None:
             return RowFault(index, name[:FIELD_CHARACTERS], UNKNOWN_COLUMN)
@@ -421,15 +421,15 @@ class RowReader:
 
 
 def row_type(fields: Sequence[Any]) -> Any:
-    """A row with these fields and no others."""
+    """A row type with exactly these fields."""
     return msgspec.defstruct("Row", fields, forbid_unknown_fields=True, kw_only=True, gc=False)
 
 
 @lru_cache(maxsize=16)
 def reader(table_name: str, *, merging: bool = False) -> RowReader:
-    """The reader of a table; made once, since a typed decoder takes a while to make.
+    """The reader of a table; cached, since building a typed decoder is slow.
 
-    `merging`: what is absent stays as it is in the row that is there, so a column with a default must be given.
+    `merging`: absent values keep those of the existing row, so a column with a default must be given.
     """
     table = BY_NAME[table_name]
     if merging:
@@ -447,7 +447,7 @@ def _field(column: TableColumn) -> Any:
 
 
 def value_type(column: TableColumn) -> Any:
-    """The type that a value is decoded as. What the decoder leaves to others stands in its JSON Schema only."""
+    """The type that a value is decoded as. Constraints that are checked elsewhere appear only in its JSON Schema."""
     if column.kind in INTEGER_BITS:
         bits = INTEGER_BITS[column.kind]
         return Annotated[int, Meta(ge=-(1 << bits), le=(1 << bits) - 1)]

@@ -1,7 +1,7 @@
-"""The seven tables, declared once: routes, row types, DDL, upsert and OpenAPI are all read from here.
+"""The seven tables, declared once: routes, row types, DDL, upserts and OpenAPI are all derived from here.
 
-Invariant: the first column of a table is its natural key, required and unique. Every table has `id` and `created_at`
-besides, which the database gives.
+Invariant: the first column of a table is its natural key, required and unique. Every table also has `id` and
+`created_at`, which the database sets.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,9 @@ WANTED: dict[Kind, str] = {
 
 @dataclass(frozen=True, slots=True)
 class TableColumn:
-    """One column. `default` is what an absent or null value becomes; `takes_integers`: text that may come as one."""
+    """One column. `default` replaces an absent or null value; `takes_integers`: a text column that also accepts
+    integers.
+    """
 
     name: str
     kind: Kind
@@ -36,7 +38,7 @@ class TableColumn:
 
     @property
     def wanted(self) -> str:
-        """What a value has to be, for messages."""
+        """A description of valid values, for messages."""
         if self.required and self.kind == "text":
             return f"text of 1 to {KEY_CHARACTERS} characters, without NUL"
         return WANTED[self.kind]
@@ -44,7 +46,7 @@ class TableColumn:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table. `number` orders locks; `updates`: a row whose key exists gives it its values that are not null."""
+    """One table. `number` orders locks; `updates`: a new row's non-null values update the row with the same key."""
 
     number: int
     name: str
@@ -59,12 +61,12 @@ class Table:
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of the columns that a caller gives, in order."""
+        """Names of the columns that a caller sets, in order."""
         return [column.name for column in self.columns]
 
     @property
     def stored(self) -> Sequence[TableColumn]:
-        """All columns, as rows are read back."""
+        """All columns of a returned row."""
         return [TableColumn("id", "bigint"), *self.columns, TableColumn("created_at", "instant")]
 
 
@@ -162,8 +164,7 @@ TABLES = (EVENTS, DEVICES, PERMANENT, TECHNICAL, EVENT_PROPERTIES, USER_PROPERTI
 BY_NAME = {table.name: table for table in TABLES}
 
 
-# How the columns are declared in PostgreSQL; the first migrations in `sql/dwh/migrations` say the same, which a test
-# checks.
+# Column types in PostgreSQL. A test checks that the first migrations in `sql/dwh/migrations` match.
 POSTGRES_TYPES: dict[Kind, str] = {
     "uuid": "uuid",
     "text": "text",
@@ -174,5 +175,5 @@ POSTGRES_TYPES: dict[Kind, str] = {
     "json": "jsonb",
     "instant": "timestamptz",
 }
-# In SQLite the text has the width of every instant that we write, so that its order is the order in time.
+# In SQLite the text has the same width as all timestamps that we write, so that text order is time order.
 SQLITE_NOW = "strftime('%Y-%m-%dT%H:%M:%f000Z', 'now')"

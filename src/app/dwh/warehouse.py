@@ -1,4 +1,4 @@
-"""The warehouse in SQLite or PostgreSQL: rows in, each once, and rows out."""
+"""The warehouse in SQLite or PostgreSQL: stores each row once, and reads rows."""
 
 import json
 import threading
@@ -23,15 +23,15 @@ from app.web.errors import Refused
 if TYPE_CHECKING:
     from app.dwh.request_parsing import ReceivedBody
 
-# The rows of one request into their table, in one transaction of the caller's.
+# Inserts the rows of one request into their table, in the caller's transaction.
 #
-# Invariants: each row once, by its natural key; ids are given in the order of the rows; writers of a table take
-# turns, so that overlapping requests never deadlock. Rows that are new, as most are, take the shortest way: COPY into
-# the table itself. Only when it meets a key that is there already do they go through a temporary table, where COPY
-# knows conflicts. Every name in the SQL comes from the declaration of a table, never from a caller.
+# Invariants: each row is stored once, by its natural key; ids follow the order of the rows; writers of a table take
+# turns, so that overlapping requests never deadlock. New rows, the common case, take the fast path: COPY directly into
+# the table. Only when a key already exists do rows go through a temporary table, since COPY cannot handle conflicts.
+# Every name in the SQL comes from a table declaration, never from a caller.
 
-LOCKS = 4_937_238_650_200  # with a table's number added; no other program uses these for its advisory locks
-STATEMENT_ROWS = 20  # of an INSERT in SQLite; more bring no more
+LOCKS = 4_937_238_650_200  # plus the table's number; no other program uses these advisory locks
+STATEMENT_ROWS = 20  # per INSERT in SQLite; more do not help
 PROBED_KEYS = 16
 MERGE_ROWS = 20_000
 Resolution = Literal["ignore-duplicates", "merge-duplicates"]
@@ -43,7 +43,7 @@ Columns = Sequence[Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class InsertResult:
-    """`ids` of rows that were really inserted; in a dry run they are left out, and only their number is told."""
+    """The result of an insert. `ids`: of rows actually inserted; a dry run omits them and reports only their number."""
 
     ids: "array[int]"
     rows: int
@@ -54,15 +54,15 @@ class InsertResult:
 
 
 def _on_conflict(table: Table, *, past: bool = False) -> str:
-    """Rows of the `past` add what is not known yet, and replace nothing."""
+    """The ON CONFLICT clause. With `past`, existing values are kept and only nulls are filled in."""
     first, second = (table.name, "excluded") if past else ("excluded", table.name)
     taken = ", ".join(f"{name} = coalesce({first}.{name}, {second}.{name})" for name in table.names[1:])
     return f"ON CONFLICT ({table.key.name}) DO {f'UPDATE SET {taken}' if table.updates else 'NOTHING'}"
 
 
 def _upsert(table: Table, rows: int = 0, *, past: bool = False) -> str:
-    """The upsert of one row, its values bound in order; in SQLite also of several `rows`: `created_at` of all is bound
-    first, then their values. Many rows a statement, and an instant that is not made for each, save a third of the time.
+    """The upsert of one row, its values bound in order; in SQLite also of several `rows`: a shared `created_at` is
+    bound first, then the values. Many rows per statement, and a timestamp computed once, save a third of the time.
     """
     values = ", ".join("?" * len(table.columns))
     names = ", ".join((["created_at"] if rows else []) + list(table.names))
@@ -71,7 +71,7 @@ def _upsert(table: Table, rows: int = 0, *, past: bool = False) -> str:
 
 
 def in_sqlite(session: Session, table: Table, batches: "ReceivedBody", deleted: "DeletedKeys") -> "array[int]":
-    """By prepared statements: only this transaction writes, so what is newer at its end is what it inserted."""
+    """Insert by prepared statements. SQLite has one writer, so all newer ids at the end are from this transaction."""
     before = largest_id(session, table)
     (now,) = session.rows(f"SELECT {SQLITE_NOW} AS text")
     rows: Iterator[Row] = chain.from_iterable(zip(*block, strict=True) for block in batches.blocks())
@@ -86,7 +86,7 @@ def in_sqlite(session: Session, table: Table, batches: "ReceivedBody", deleted: 
 
 
 def in_postgres(session: Session, table: Table, batches: "ReceivedBody", deleted: "DeletedKeys") -> "array[int]":
-    """By COPY. What one group of rows has stored when the next one meets a conflict stays stored."""
+    """Insert by COPY. Groups already stored stay so when a later group meets a conflict."""
     if table.updates:
         return _staged(session, table, deleted, (merge_duplicates(batch, {}) for batch in batches.read()))
     ids = array("q")
@@ -98,7 +98,7 @@ def in_postgres(session: Session, table: Table, batches: "ReceivedBody", deleted
             copied = session.append_new(table.name, table.names, group)
             if copied is None:
                 break
-            # Without rows that came from elsewhere: `now()` is when the transaction began.
+            # Excludes rows from other writers: `now()` is the start of this transaction.
             ids += _given(session, table, before, copied, own="AND created_at = now()")
             before = ids[-1]
     if len(ids) < batches.rows:
@@ -108,7 +108,7 @@ def in_postgres(session: Session, table: Table, batches: "ReceivedBody", deleted
 
 
 def lock_table(session: Session, table: Table) -> int:
-    """Wait for this table's turn in PostgreSQL; the largest id until now. Ids given from here on are larger."""
+    """Wait for the table's lock in PostgreSQL; returns the largest id so far. Later ids are larger."""
     session.rows("SELECT set_config('lock_timeout', '25s', true)")
     session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCKS + table.number)
     return largest_id(session, table)
@@ -117,16 +117,16 @@ def lock_table(session: Session, table: Table) -> int:
 def largest_id(session: Session, table: Table) -> int:
     """The largest id, 0 for none."""
     (row,) = session.rows(f"SELECT coalesce(max(id), 0) AS newest FROM {table.name}")  # noqa: S608
-    return int(row["largest_id"])
+    return int(row["newest"])
 
 
 def merge_duplicates(rows: Iterable[Row], found: dict[Any, Row]) -> Iterable[Row]:
-    """One row per key in `found`, at its first place: of each column the last value that is not null. A statement can
-    update a row once only.
+    """Merge rows into `found`: one row per key, at its first position, with the last non-null value of each column.
+    This is needed because one statement can update a row only once.
     """
     seen: Row = ()
     for row in rows:
-        if row != seen:  # a device mostly sends many events in a row
+        if row != seen:  # a device usually sends many events in succession
             held = found.get(row[0], row)
             found[row[0]] = [new if new is not None else old for new, old in zip(row, held, strict=True)]
             seen = row
@@ -134,13 +134,13 @@ def merge_duplicates(rows: Iterable[Row], found: dict[Any, Row]) -> Iterable[Row
 
 
 def _stage(table: Table) -> str:
-    """The name of the temporary table that takes rows in PostgreSQL, where COPY knows no conflicts."""
+    """The name of the temporary table for rows in PostgreSQL, since COPY cannot handle conflicts."""
     return f"staged_{table.name}"
 
 
 def _create_stage(session: Session, table: Table) -> None:
-    """Made once per connection; it is empty whenever a transaction begins to use it. The server numbers the rows as
-    they come, which costs less than to send their numbers.
+    """Create the temporary table, once per connection; it is empty at the start of each use. The server numbers
+    incoming rows, which is cheaper than sending the numbers.
     """
     columns = ", ".join(f"{each.name} {POSTGRES_TYPES[each.kind]}" for each in table.columns)
     ordinal = "n bigint GENERATED ALWAYS AS IDENTITY"
@@ -148,7 +148,7 @@ def _create_stage(session: Session, table: Table) -> None:
 
 
 def _merge(table: Table, *, past: bool = False) -> str:
-    """The upsert of all staged rows, in the order in which they came."""
+    """The upsert of all staged rows, in order of arrival."""
     columns = ", ".join(table.names)
     staged = f"SELECT {columns} FROM {_stage(table)} ORDER BY n"  # noqa: S608
     return f"INSERT INTO {table.name} ({columns}) {staged} {_on_conflict(table, past=past)}"
@@ -161,7 +161,7 @@ def _staged(
     chunks: Iterable[Iterable[Row]],
     before: int | None = None,
 ) -> "array[int]":
-    """By COPY into a temporary table, and from there: rows that are only updated have ids from before."""
+    """Insert by COPY into a temporary table and an upsert from there. Rows that are only updated keep their ids."""
     _create_stage(session, table)
     ids_written = "SELECT coalesce(string_agg(id::text, ','), '') AS ids FROM written"
     merge_chunk = f"WITH written AS ({_merge(table)} RETURNING id) {ids_written}"
@@ -179,18 +179,18 @@ def _staged(
 
 
 def _given(session: Session, table: Table, before: int, written: int, *, own: str = "") -> "array[int]":
-    """The ids above `before` that were given to `written` rows, in order; -1: not known how many."""
+    """The ids above `before` assigned to `written` rows, in order; -1: number unknown."""
     newer = f"FROM {table.name} WHERE id > :newest"
-    # Two searches in the index, however many there are.
+    # Two index lookups, regardless of the number of rows.
     ends = f"SELECT (SELECT min(id) {newer}) AS first, (SELECT max(id) {newer}) AS last"
     (span,) = session.rows(ends, newest=before)
     if span["first"] is not None and span["last"] - span["first"] + 1 == written:
-        return array("q", range(span["first"], span["last"] + 1))  # so many rows fill all of it, and are all ours
+        return array("q", range(span["first"], span["last"] + 1))  # no gaps, so all ids are ours
     return array("q", (id_ for (id_,) in session.stream(f"SELECT id {newer} {own} ORDER BY id", newest=before)))
 
 
 def _known(session: Session, table: Table, batches: "ReceivedBody") -> bool:
-    """Whether some of the first rows are there already, as they all are when a request is repeated."""
+    """Whether some of the first rows already exist, as they all do when a request is repeated."""
     keys = next(batches.blocks())[0]
     probed = f"{table.key.name} = ANY(:keys::{POSTGRES_TYPES[table.key.kind]}[])"
     (row,) = session.rows(
@@ -201,7 +201,7 @@ def _known(session: Session, table: Table, batches: "ReceivedBody") -> bool:
 
 
 def _groups(blocks: Iterator[Columns], rows: int) -> Iterator[Iterator[Columns]]:
-    """Some rows together; read a group to its end before the next."""
+    """Group blocks into about `rows` rows each; exhaust one group before starting the next."""
 
     def until_enough(first: Columns) -> Iterator[Columns]:
         taken = 0
@@ -219,14 +219,14 @@ def _chunks(rows: Iterator[Row], count: int) -> Iterator[Iterator[Row]]:
         yield chain((first,), islice(rows, count - 1))
 
 
-# Rows of several tables at once, as a pull brings them, in one transaction of the caller's.
+# Loads rows of several tables at once, as delivered by a pull, in the caller's transaction.
 #
-# Invariants: in PostgreSQL no lock is held while rows still come, and locks are taken in the order of the tables'
-# numbers, so that two loads never wait for each other; memory is bounded by one chunk and the devices of a load.
+# Invariants: in PostgreSQL no lock is held while rows still arrive, and locks are taken in the order of the tables'
+# numbers, so that two loads never deadlock; memory is bounded by one chunk and the devices of a load.
 
 
 def load_postgres(session: Session, chunks: Iterable[Tables], deleted: "DeletedKeys", *, past: bool) -> int:
-    """Stage all rows, then merge them; how many events are new."""
+    """Stage all rows, then merge them; returns the number of new events."""
     staged: set[str] = set()
     latest: dict[str, dict[Any, Row]] = {}
     for chunk in chunks:
@@ -250,7 +250,7 @@ def load_postgres(session: Session, chunks: Iterable[Tables], deleted: "DeletedK
 
 
 def load_sqlite(session: Session, chunks: Iterable[Tables], deleted: "DeletedKeys", *, past: bool) -> int:
-    """Store all rows by prepared statements; how many events are new."""
+    """Store all rows by prepared statements; returns the number of new events."""
     latest: dict[str, dict[Any, Row]] = {}
     before = largest_id(session, EVENTS)
     for chunk in chunks:
@@ -268,16 +268,16 @@ def load_sqlite(session: Session, chunks: Iterable[Tables], deleted: "DeletedKey
 
 
 def _in_order(table: Table, rows: EventRows) -> Iterable[Row]:
-    """The rows with all columns of the table in their order; null where a column is missing."""
+    """The rows with all columns of the table, in table order; null for missing columns."""
     if tuple(rows.names) == tuple(table.names):
         return rows.rows
     places = [rows.names.index(each) if each in rows.names else None for each in table.names]
     return ([None if place is None else row[place] for place in places] for row in rows.rows)
 
 
-# Rows that were deleted on request, and stay so.
+# Keeps rows that were deleted on request from returning.
 #
-# Invariant: the keys are looked at in the turn of the table, so that no row comes back that was deleted meanwhile.
+# Invariant: keys are checked while holding the table's lock, so that a row deleted meanwhile does not come back.
 
 LOOKED_UP_ROWS = 1000
 HASH: dict[Dialect, str] = {
@@ -291,7 +291,7 @@ HASH: dict[Dialect, str] = {
 
 @dataclass(frozen=True, slots=True)
 class EraseResult:
-    """How many rows were deleted, how many keys are remembered for it, and how many are no longer."""
+    """Numbers of rows deleted, of keys newly remembered as deleted, and of keys forgotten."""
 
     deleted: int
     remembered: int = 0
@@ -308,11 +308,11 @@ class DeletedKeys:
         return HASH[self._queries.database.dialect].format(table=table.name, key=f"CAST({key} AS text)")
 
     def any_of(self, session: Session, table: Table) -> bool:
-        """Whether there are any of this table."""
+        """Whether this table has any deleted keys."""
         return bool(session.rows(self._queries["has_deleted"], table=table.name)[0]["has_deleted"])
 
     def left_out(self, session: Session, table: Table, rows: Iterable[Row]) -> Iterator[Row]:
-        """The other rows."""
+        """The rows whose keys were not deleted."""
         each = iter(rows)
         if not self.any_of(session, table):
             yield from each
@@ -321,12 +321,12 @@ class DeletedKeys:
             yield from (row for row in some if str(row[0]) not in found)
 
     def among(self, session: Session, table: Table, keys: Sequence[str]) -> Collection[str]:
-        """Those of some keys that belong to deleted rows."""
+        """Those of the given keys that belong to deleted rows."""
         found = session.rows(self._queries["deleted_keys"], table=table.name, keys=json.dumps(keys))
         return {row["key"] for row in found}
 
     def leave_out_staged(self, session: Session, table: Table) -> None:
-        """Take them out of what was staged in PostgreSQL."""
+        """Remove deleted rows from the staged ones in PostgreSQL."""
         if self.any_of(session, table):
             of_table = "table_name = :table AND "
             session.run(
@@ -336,7 +336,7 @@ class DeletedKeys:
             )
 
     def remember(self, session: Session, table: Table, condition: str, params: Mapping[str, Any], at: datetime) -> int:
-        """Add the keys of all rows that meet the condition; how many are new."""
+        """Remember the keys of all rows that match the condition; returns how many are new."""
         key_hash = self._hash(table, table.key.name)
         return session.run(
             "INSERT INTO dwh_deleted (table_name, key_hash, deleted_at) "  # noqa: S608 - declared
@@ -347,18 +347,17 @@ class DeletedKeys:
         )
 
     def forget(self, session: Session, table: Table, keys: Sequence[str]) -> int:
-        """Remove these keys; how many there were."""
+        """Forget these keys; returns how many were remembered."""
         names = {f"key_{number}": key for number, key in enumerate(keys)}
         places = ", ".join(self._hash(table, f":{name}") for name in names)
         condition = f"table_name = :table AND key_hash IN ({places})"
         return session.run(f"DELETE FROM dwh_deleted WHERE {condition}", table=table.name, **names) if keys else 0  # noqa: S608
 
 
-# The warehouse in SQLite or PostgreSQL: rows in, each once, and rows out.
+# The warehouse in SQLite or PostgreSQL: stores each row once, and reads rows.
 #
-# Invariants: a request is one transaction, together with the answer kept under its Idempotency-Key; ids are given in
-# the order of the rows; writers of a table take turns, so that overlapping requests neither deadlock nor give up a
-# lock.
+# Invariants: a request is one transaction, which includes the answer stored under its Idempotency-Key; ids follow the
+# order of the rows; writers of a table take turns, so that overlapping requests neither deadlock nor give up a lock.
 
 FILE = "dwh.db"
 VARIABLES = "DWH_DATABASE_URL"
@@ -375,13 +374,13 @@ KEPT_DAYS = 7
 
 
 class _RollBack(Exception):
-    """Ends the transaction of a dry run."""
+    """Rolls back the transaction of a dry run."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelectedRows:
-    """`blocks` of rows hold one more than was asked for, if there are so many. `total`: how many meet the filters, None
-    when nobody asked.
+    """The result of a selection. `blocks` have one row more than requested, if it exists. `total`: number of matching
+    rows, None if not requested.
     """
 
     blocks: Iterator[Sequence[Sequence[Any]]]
@@ -390,7 +389,7 @@ class SelectedRows:
     total: int | None
 
     def last(self) -> KeysetPosition | None:
-        """The last row when more follow it, before the blocks are read to the end; costs a search of its own."""
+        """The last row, if more follow it, without reading all blocks; costs a separate query."""
         found = list(self.edge)
         return self.selection.edge_place(found[0]) if len(found) > 1 else None
 
@@ -403,11 +402,11 @@ class Warehouse:
         self._lite = database.dialect == "sqlite"
         self._queries = NamedQueries(database, sql_directory() / "dwh")
         self._deleted = DeletedKeys(self._queries)
-        # SQLite has one writer; threads that wait here do so in turn, where its own lock would be a matter of luck.
+        # SQLite has one writer. Threads queue on this lock, because waiting for SQLite's own lock is not fair.
         self._turn = threading.Lock()
 
     def ping(self) -> str:
-        """One round trip, of which nothing is to be said. Raises Transient or Permanent when it cannot be made."""
+        """One round trip to the database; returns "". Raises Transient or Permanent when it fails."""
         self.database.ping()
         return ""
 
@@ -426,12 +425,12 @@ class Warehouse:
         dry_run: bool = False,
         resolution: Resolution | None = None,
     ) -> InsertResult:
-        """Store what is not there yet, all or nothing: for `caller`, under an Idempotency-Key ("" for none).
+        """Store rows that do not exist yet, all or nothing: for `caller`, under an Idempotency-Key ("" for none).
 
-        `resolution` says what becomes of a row whose key is there; None: what the table declares.
+        `resolution`: how to treat a row whose key exists; None: as the table declares.
 
-        Raises Refused for a key that was used for another request. Transient means that it may or may not have been
-        stored: the same request again does no harm.
+        Raises Refused for an Idempotency-Key that was used for another request. After Transient, the rows may or may
+        not be stored; repeating the request is safe.
         """
         if resolution:
             table = replace(table, updates=resolution == MERGE)
@@ -455,7 +454,7 @@ class Warehouse:
     def _answered(
         self, session: Session, name: Mapping[str, str], fingerprint: str, at: datetime
     ) -> InsertResult | None:
-        """The stored answer of an earlier request with the same Idempotency-Key; None for the first one."""
+        """The stored answer of an earlier request with the same Idempotency-Key; None for the first request."""
         session.run(self._queries["forget_requests"], before_at=at - timedelta(days=KEPT_DAYS))
         if session.run(self._queries["claim_request"], **name, fingerprint=fingerprint, created_at=at):
             return None
@@ -468,16 +467,16 @@ class Warehouse:
         return InsertResult(ids, answer["rows"], answer["batches"], len(ids), replayed=True)
 
     def load(self, chunks: Iterable[Tables], *, past: bool = False) -> int:
-        """Rows of several tables in one transaction, all or nothing; how many events are new. Idempotent.
+        """Load rows of several tables in one transaction; returns the number of new events. Idempotent.
 
-        What is there stays, but for devices: these take the values that came last. Rows of the `past` replace none.
+        Existing rows stay unchanged, except devices, which take the latest values. With `past`, nothing is replaced.
         """
         with self._writing() as session:
             return (load_sqlite if self._lite else load_postgres)(session, chunks, self._deleted, past=past)
 
     def erase(self, erasure: Erasure, *, at: datetime) -> EraseResult:
-        """Delete all rows that meet the filters, and remember hashes of their natural keys, so that nothing brings them
-        back; or, to lift that, forget them.
+        """Delete all rows that match the filters, and remember hashes of their natural keys, so that they are not
+        inserted again; or, to allow that again, forget the hashes.
         """
         table, dialect = erasure.table, self.database.dialect
         conditions, params = conditions_of(erasure.filters, dialect)
@@ -496,7 +495,7 @@ class Warehouse:
         return EraseResult(deleted, remembered, forgotten)
 
     def known(self, uuids: Collection[str]) -> int:
-        """How many of these events are there, or were deleted on request; a few thousand at a time at most."""
+        """How many of these events are stored, or were deleted on request. Pass at most a few thousand at a time."""
         asked = sorted(uuids)
         with self.database.transaction(read_only=True) as session:
             (found,) = session.rows(self._queries["known_events"], uuids=json.dumps(asked))
@@ -515,7 +514,7 @@ class Warehouse:
 
     @contextmanager
     def selected(self, selection: Selection, *, count: bool = False) -> Iterator["SelectedRows"]:
-        """What a selection finds, in its order, in bounded memory, from one snapshot; valid inside the block."""
+        """The rows of a selection, in order, in bounded memory, from one snapshot; valid inside the block."""
         dialect = self.database.dialect
         with self.database.transaction(read_only=True) as session:
             if not self._lite:
@@ -532,7 +531,7 @@ class Warehouse:
 
 
 def _looked_up(session: Session, selection: Selection, after: KeysetPosition) -> KeysetPosition:
-    """The place with its value. Raises Rejected when its row was deleted."""
+    """The position with its value. Raises Rejected when its row was deleted."""
     looking, params = selection.place_sql()
     for row in session.rows(looking, **params):
         return KeysetPosition(after.id, row["value"])
@@ -552,5 +551,5 @@ def open_warehouse(url: str, data_dir: Path) -> Warehouse:
 
 
 def other_tables(session: Session, dialect: Dialect) -> Collection[str]:
-    """The tables of the database that have the names of ours."""
+    """The database's tables that share a name with one of ours."""
     return {row["name"] for row in session.rows(TABLE_NAMES[dialect])} & BY_NAME.keys()

@@ -1,1 +1,1 @@
-"""/s3: objects in and out, on S3 or on a local directory, for people and programs without an SDK."""
+"""/s3: object upload and download, on S3 or a local directory, for people and programs without an SDK."""

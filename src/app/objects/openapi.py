@@ -1,6 +1,6 @@
-"""The OpenAPI of /s3: its answers as models, its error statuses, and what does not follow from the routes' parameters.
+"""The OpenAPI of /s3: response models, error statuses, and whatever the routes' parameters do not imply.
 
-Invariant: each status that a route answers is named.
+Invariant: every status that a route returns is documented.
 """
 
 from collections.abc import Mapping, Sequence
@@ -126,7 +126,7 @@ class ObjectDeleted(BaseModel):
 
 
 def answers(model: type[BaseModel], codes: Sequence[int] = ()) -> Answers:
-    """200 with this JSON, and what a route may refuse beside what all do."""
+    """200 with this JSON, plus a route's own error statuses in addition to those of all routes."""
     return {200: {"description": "done", "model": model}, **_faults(codes)}
 
 
@@ -149,7 +149,7 @@ FORM_ANSWERS: Answers = {204: {"description": "stored"}, **_faults((404, *BODY))
 
 
 def upload(*, kept: bool = True) -> Mapping[str, Any]:
-    """The body of an upload, its conditions and checksums, and what is `kept` with the object."""
+    """The body of an upload, its conditions and checksums, and, if `kept`, the headers stored with the object."""
     told = {**(KEPT if kept else {}), **CHECKED}
     form = {"type": "object", "required": ["file"], "properties": {"file": BINARY}}
     return {

@@ -1,8 +1,7 @@
-"""What a request to /s3 may ask for: conditions and ranges, the keys that its caller reaches, links, stored headers.
+"""Validates requests to /s3: conditions and ranges, the keys that the caller may access, links, stored headers.
 
-Invariants: a key that stores would rewrite is never written, and one that the caller may not touch answers the same
-whether or not it exists; a link gives no more than whoever made it had: one object, by reading, until a time that is
-part of what is signed.
+Invariants: a key that a store would rewrite is never written; a forbidden key gets the same answer whether or not it
+exists; a link grants no more than its creator had: reading one object, until a time that is part of the signed text.
 """
 
 import base64
@@ -43,18 +42,18 @@ HIDDEN_SEGMENT = ".headwater"
 SECRET_BYTES = 32
 SECRET_NAME = "link.key"  # noqa: S105 - the name of the file
 CHANGED_HINT = "look at the object, then send it again"
-POLICY = "POST\n"  # begins what is signed of a form, as an instant does of a link
+POLICY = "POST\n"  # prefix of a form's signed text; that of a link begins with a timestamp
 LINK_HINT = "ask the sender for a new one"
 
 
 def not_found(key: str) -> Refused:
-    """There is no such object."""
+    """The error for a missing object."""
     return Refused(404, f"there is no object {key!r}", "list what there is: GET /s3/objects?prefix=", fault="key")
 
 
 @dataclass(frozen=True, slots=True)
 class ByteSpan:
-    """The bytes `[first, first + count)`; `part` False = it is the whole object."""
+    """The bytes `[first, first + count)`; `part` is False for the whole object."""
 
     first: int
     count: int
@@ -62,11 +61,11 @@ class ByteSpan:
 
 
 def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
-    """What to send. Raises Refused with 416 for a range that begins after the end."""
+    """The span to send. Raises Refused with 416 for a range that begins after the end."""
     size_bytes = held.size_bytes
     match = RANGE.fullmatch(fields.get("range", ""))
     whole = ByteSpan(0, size_bytes, part=False)
-    # what cannot be parsed as a range is ignored (RFC 9110), and a date, which has only seconds, never names a version
+    # an invalid range is ignored (RFC 9110); a date never identifies a version, since it has only whole seconds
     if match is None or match[1] + match[2] == "" or fields.get("if-range", held.etag).strip() != held.etag:
         return whole
     if match[1]:
@@ -87,7 +86,7 @@ def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
 
 
 def is_unchanged(fields: Mapping[str, str], held: ObjectInfo) -> bool:
-    """Whether the caller has this version already: 304. ETags decide where both are given, and an invalid date is
+    """Whether the caller already has this version (304). ETags take precedence over dates, and an invalid date is
     ignored (RFC 9110, 13.1.3).
     """
     given = fields.get("if-none-match")
@@ -98,7 +97,7 @@ def is_unchanged(fields: Mapping[str, str], held: ObjectInfo) -> bool:
 
 
 def check_match(fields: Mapping[str, str], held: ObjectInfo) -> None:
-    """Raises Refused with 412 when the caller wants another version than this."""
+    """Raises Refused with 412 unless this is the version that the caller requires."""
     given = fields.get("if-match")
     if given is not None:
         if not _named(given, held.etag, weak=False):
@@ -111,13 +110,13 @@ def check_match(fields: Mapping[str, str], held: ObjectInfo) -> None:
 
 
 def check_unmatched(fields: Mapping[str, str], held: ObjectInfo) -> None:
-    """Raises Refused with 412 when the caller wants no change of this version."""
+    """Raises Refused with 412 if the caller excludes this version."""
     if _named(fields.get("if-none-match", ""), held.etag, weak=True):
         raise Refused(412, f"the object has the ETag {held.etag}", CHANGED_HINT, fault="If-None-Match")
 
 
 def expected_of(fields: Mapping[str, str], held: ObjectInfo | None) -> str:
-    """`PutRequest.expected` of an upload with conditions, when `held` is what is there now. Raises Refused with 412."""
+    """`PutRequest.expected` for a conditional upload, where `held` is the current object. Raises Refused with 412."""
     if held is None:
         if "if-match" in fields:
             raise Refused(412, "there is no object", CHANGED_HINT, fault="If-Match")
@@ -136,12 +135,13 @@ def _named(given: str, etag: str, *, weak: bool) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class KeyPolicy:
-    """`allowed` prefixes of the routes and `own` of the caller, "" and none = all; under `read_only` nobody writes, and
-    under `exports`, which is the same place also where the routes may write it, no key of an odd form is deleted. Under
-    `table` nobody ever writes: a file of a table that is replaced in place gives wrong counts in silence.
+    """Which keys may be read and written. `allowed`: prefixes of the routes, none = all; `own`: the caller's prefix, ""
+    = all; `read_only`: prefix without writes; `exports`: the export's prefix, set even if the routes may write there,
+    where keys of an unusual form cannot be deleted; `table`: prefix without any writes, since replacing a table file in
+    place silently gives wrong counts.
 
-    Each holds for every key that a store could take the given one for: a backslash must not lead out of a prefix, or
-    into one.
+    Each rule applies to every key that a store could take the given one for: a backslash must not lead out of a prefix,
+    or into one.
     """
 
     allowed: tuple[str, ...] = ()
@@ -151,7 +151,7 @@ class KeyPolicy:
     table: str | None = None
 
     def reads(self, key: str) -> str:
-        """`key`, of whatever form: the store looks whether it has exactly that one. Raises Refused."""
+        """Return `key` if it may be read, in any form: the store looks up exactly that key. Raises Refused."""
         for form in {key, normalized_key(key)}:
             if form.split("/", 1)[0].startswith(HIDDEN_SEGMENT):
                 hint = "choose another first segment"
@@ -160,7 +160,7 @@ class KeyPolicy:
         return key
 
     def writes(self, key: str) -> str:
-        """`key`, which a new object may have. Raises Refused."""
+        """Return `key` if a new object may have it. Raises Refused."""
         try:
             check_key(key)
         except BadKey as error:
@@ -168,7 +168,7 @@ class KeyPolicy:
         return self._changes(key)
 
     def deletes(self, key: str) -> str:
-        """`key`, of whatever form. Raises Refused."""
+        """Return `key`, in any form, if it may be deleted. Raises Refused."""
         if not is_new_form(key) and self.exports is not None and _is_below(self.exports, key):
             raise Refused(
                 403,
@@ -193,14 +193,14 @@ class KeyPolicy:
         return key
 
     def lists(self, prefix: str) -> str:
-        """`prefix`. Raises Refused."""
+        """Return `prefix` if it may be listed. Raises Refused."""
         if not CONTROL.isdisjoint(prefix) or len(prefix.encode("utf-8", "surrogatepass")) > MAX_KEY_BYTES:
             raise Refused(422, "no key begins like this prefix", "leave out control characters", fault="prefix")
         self._within(prefix, "prefix")
         return prefix
 
     def sweeps(self, key: str) -> bool:
-        """Whether an upload to `key` can have come through /s3."""
+        """Whether an upload to `key` may have come through /s3."""
         return (not self.allowed or key.startswith(self.allowed)) and not (
             self.read_only is not None and key.startswith(self.read_only)
         )
@@ -219,15 +219,15 @@ def _is_below(prefix: str, key: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class StoreLinks:
-    """Links to the store itself, which has its own clock. `presign` takes key, seconds and Content-Disposition;
-    `presign_form` key, type, sizes and seconds.
+    """Links to the store itself, which uses its own clock. `presign` takes key, seconds and Content-Disposition;
+    `presign_form` takes key, type, sizes and seconds.
     """
 
     presign: Callable[[str, int, str], str]
     presign_form: Callable[[str, str, range, int], tuple[str, Mapping[str, str]]]
 
-    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:  # noqa: ARG002 - as SignedLinks has it
-        """A URL."""
+    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:  # noqa: ARG002 - same signature as SignedLinks
+        """The URL of a link."""
         return self.presign(held.key, seconds, disposition(held.key, held.headers.get("content-disposition", "")))
 
     def form(
@@ -235,34 +235,34 @@ class StoreLinks:
         key: str,
         content_type: str,
         sizes: range,
-        now: datetime,  # noqa: ARG002 - as SignedLinks has it
+        now: datetime,  # noqa: ARG002 - same signature as SignedLinks
         seconds: int,
     ) -> tuple[str, Mapping[str, str]]:
-        """Where a form may upload one file, and its fields: exactly this key and type, one of these sizes."""
+        """URL and fields of a form that uploads one file with exactly this key and type, and one of these sizes."""
         return self.presign_form(key, content_type, sizes, seconds)
 
 
 class SignedLinks:
-    """Links to this service, signed with a secret of its own in `folder`. Removing that file revokes every link."""
+    """Links to this service, signed with a secret file in `folder`. Removing that file revokes all links."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / SECRET_NAME
 
     def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:
-        """A path of this service."""
+        """The link, as a path of this service."""
         expires = int((now + timedelta(seconds=seconds)).timestamp())
         signature = self._sign(f"{expires}\n{held.key}")
         return "/s3/shared?" + urlencode({"key": held.key, "expires": expires, "signature": signature})
 
     def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
-        """Raises Refused unless this service made the link and it has not expired: both look the same."""
+        """Raises Refused unless this service made the link and it has not expired; both give the same error."""
         if not self._is_ours(f"{expires}\n{key}", signature) or now.timestamp() >= expires:
             raise Refused(403, "the link has expired or was changed", LINK_HINT, fault="signature")
 
     def form(
         self, key: str, content_type: str, sizes: range, now: datetime, seconds: int
     ) -> tuple[str, Mapping[str, str]]:
-        """As StoreLinks has it. The policy has the form of S3's."""
+        """See `StoreLinks.form`. The policy has the format of S3's."""
         expires_at = (now + timedelta(seconds=seconds)).astimezone(UTC)
         conditions = [{"key": key}, {"Content-Type": content_type}, ["content-length-range", sizes[0], sizes[-1]]]
         policy = {"expiration": f"{expires_at:%Y-%m-%dT%H:%M:%SZ}", "conditions": conditions}
@@ -271,8 +271,8 @@ class SignedLinks:
         return "/s3/shared", fields
 
     def check_form(self, fields: Iterable[tuple[str, str]], now: datetime) -> tuple[str, str, range]:
-        """Key, type and sizes of a form. Raises Refused unless its fields are exactly those that were made; as on S3,
-        their names are compared without case.
+        """Key, type and sizes of a form. Raises Refused unless its fields are exactly the issued ones; as on S3, field
+        names are case-insensitive.
         """
         given = dict(join_headers(fields))
         text = given.pop("policy", "")
@@ -295,7 +295,7 @@ class SignedLinks:
         return hmac.new(self._secret(), text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
     def _secret(self) -> bytes:
-        """Read each time, so that processes that share a folder agree, and that removing it works at once."""
+        """The secret, read each time, so that processes sharing a folder agree and removal takes effect at once."""
         try:
             if not self._path.exists():
                 self._create()
@@ -304,7 +304,7 @@ class SignedLinks:
             raise Permanent(f"{self._path}: {error.strerror}", "let the service's user write to DATA_DIR") from error
 
     def _create(self) -> None:
-        """Whole or not at all, and never over one that another process made meanwhile."""
+        """Create the secret atomically, never overwriting one that another process created meanwhile."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_name(f".{SECRET_NAME}.{secrets.token_hex(8)}")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -320,19 +320,19 @@ class SignedLinks:
             temporary.unlink()
 
 
-# What a request says of the bytes that it sends, and what a download says of those that are there.
+# Headers that an upload stores with an object, and headers of a download.
 
 
 META = "x-amz-meta-"
 SERVER_SIDE = ("x-amz-server-side-encryption", "x-amz-storage-class")
 NOT_KEPT = ("x-amz-acl", "x-amz-copy-source", "x-amz-grant-", "x-amz-object-lock-", "x-amz-website-redirect-location")
-MAX_HEADER, MAX_METADATA = 1024, 2000  # S3 takes 2 KB of metadata, our own mark included
+MAX_HEADER, MAX_METADATA = 1024, 2000  # S3 allows 2 KB of metadata, including our own marker
 MAX_TAGS, MAX_TAG_NAME, MAX_TAG_VALUE = 10, 128, 256
 TAG_TEXT = re.compile(r"[\w +\-=.:/@]*")
 
 
 def join_headers(pairs: Iterable[tuple[str, str]]) -> Mapping[str, str]:
-    """Header fields with lower case names; values of a name that comes several times are joined by commas."""
+    """Header fields with lower-case names; values of a repeated name are joined by commas."""
     fields: dict[str, str] = {}
     for name, value in pairs:
         lower = name.lower()
@@ -341,9 +341,9 @@ def join_headers(pairs: Iterable[tuple[str, str]]) -> Mapping[str, str]:
 
 
 def stored_fields(fields: Mapping[str, str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """The headers and the metadata of the object that a request sends; a header without a value is in it as "".
+    """Headers and metadata to store with the object, from a request; a header without a value is "".
 
-    Raises Refused for what some store would refuse or change.
+    Raises Refused for values that some store would reject or change.
     """
     for name in fields:
         if name.startswith(SERVER_SIDE):
@@ -390,7 +390,7 @@ def _header(name: str, text: str) -> str:
 
 
 def _tags(text: str) -> str:
-    """Tags in one form. Source of the limits: the S3 API reference, PutObjectTagging."""
+    """Tags in canonical form. Source of the limits: the S3 API reference, PutObjectTagging."""
     try:
         pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=bool(text), errors="strict")
     except ValueError:
@@ -410,8 +410,8 @@ def _tags(text: str) -> str:
 
 
 def download_headers(held: ObjectInfo, span: ByteSpan) -> Mapping[str, str]:
-    """Of a download. A cache may keep it for its caller, and asks each time whether it is still right, unless whoever
-    stored it said otherwise.
+    """The headers of a download. By default, only private caches may store it, and must revalidate it each time; a
+    stored Cache-Control overrides this.
     """
     kept = {name: value for name, value in held.headers.items() if value.isascii() and value.isprintable()}
     count = kept.get(TAG_COUNT) or str(len(parse_qsl(kept.get(TAGS, ""), keep_blank_values=True)))
@@ -433,15 +433,15 @@ def download_headers(held: ObjectInfo, span: ByteSpan) -> Mapping[str, str]:
 
 
 def _header_text(text: str) -> str:
-    """As S3 sends metadata that another program stored with other characters (RFC 2047)."""
+    """Encode metadata with other characters, stored by another program, as S3 sends it (RFC 2047)."""
     if text.isascii() and text.isprintable():
         return text
     return f"=?UTF-8?B?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
 
 
 def disposition(key: str, stored: str = "") -> str:
-    """Content-Disposition of a download: never shown as a page, whatever is `stored` with the object, and named as it
-    says there or as the last segment of its key.
+    """Content-Disposition of a download: always an attachment, whatever is `stored` with the object. The file name is
+    the stored one, or the last segment of the key.
     """
     parameters = stored.partition(";")[2].strip()
     if parameters:

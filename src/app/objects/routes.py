@@ -1,8 +1,8 @@
-"""/s3: list, look, download, upload, update, patch, delete, link.
+"""/s3: list, inspect, download, upload, update, patch, delete, link.
 
-Invariants: what can be refused is refused before a body is read; bodies and downloads go through block by block. A
-download takes one of few places for large pieces, and goes on with small ones without it: many slow clients cost little
-and keep nobody else waiting.
+Invariants: requests are refused before the body is read where possible; uploads and downloads are streamed block by
+block. Only a few downloads at once use large pieces; the others use small ones. So many slow clients cost little and
+do not block others.
 """
 
 import asyncio
@@ -86,7 +86,7 @@ Work = Callable[[ReadableBody, str, "Sequence[tuple[str, str]]"], StoredObject]
 
 @dataclass(frozen=True, slots=True)
 class ObjectRoutes:
-    """What the routes act on."""
+    """The state and services that the routes use."""
 
     store: ObjectStore
     transfers: Transfers
@@ -105,13 +105,13 @@ class ObjectRoutes:
 
     @property
     def own_links(self) -> SignedLinks:
-        """The links that lead here. Raises Refused when they lead to the store itself."""
+        """The signed links to this service. Raises Refused when links lead to the store itself."""
         if isinstance(self.links, SignedLinks):
             return self.links
         raise Refused(404, "links of this store do not lead here", LINK_HINT)
 
     async def held(self, key: str, *, tags: bool = False) -> ObjectInfo:
-        """What is at `key`, with its `tags` if they are needed. Raises Refused with 404."""
+        """The object at `key`, with its tags if `tags`. Raises Refused with 404."""
         found = await self.ask(self.transfers.properties if tags else self.store.head, key)
         if found is None:
             raise not_found(key)
@@ -133,7 +133,9 @@ def build(serving: ObjectRoutes) -> APIRouter:
 
 
 class ObjectRoute(APIRoute):
-    """What stores refuse is a parameter that is wrong here, or a condition that does not hold."""
+    """Translates store errors: Rejected to 422 for an invalid parameter, Conflict to 409, or 412 for a failed
+    condition.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """See `fastapi.routing.APIRoute`."""
@@ -186,7 +188,7 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         known = _reach(request, serving).reads(key)
         try:
             found = await serving.ask(serving.transfers.properties, known)
-        except Permanent:  # an S3 key that may not read tags still sees the rest
+        except Permanent:  # credentials without permission to read tags still see the rest
             found = await serving.ask(serving.store.head, known)
         return JSONResponse(info_json(known, found))
 
@@ -205,7 +207,7 @@ def _get_and_head(router: APIRouter, path: str, route: Callable[..., Any], scope
 
 
 async def _download(request: Request, serving: ObjectRoutes, key: str) -> Response:
-    """What is replaced between the look and the first byte is looked at again."""
+    """Send an object; if it is replaced between the lookup and the first byte, look it up again."""
     fields = join_headers(request.headers.items())
     for look in range(LOOKS):
         held = await serving.held(key)
@@ -225,7 +227,7 @@ async def _download(request: Request, serving: ObjectRoutes, key: str) -> Respon
 
 
 async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> Response:
-    """The answer. Where others hold all places, it is read in small pieces, however slowly they take theirs."""
+    """The response. If other downloads use all slots for large pieces, this one does not wait and uses small pieces."""
     with ExitStack() as taken:
         piece_bytes = PIECE_BYTES
         if serving.roomy.locked():
@@ -340,7 +342,7 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
         known, fields = _reach(request, serving).writes(key), join_headers(request.headers.items())
         expected = None
         if CONDITIONS & fields.keys():
-            # of `If-None-Match: *` the store decides, and of anything else the version that is there now
+            # the store checks `If-None-Match: *`; any other condition is checked against the current version
             creates = fields.get("if-none-match", "").strip() == "*"
             held = None if creates else await serving.ask(serving.store.head, known)
             expected = expected_of(fields, held)
@@ -367,8 +369,8 @@ async def _to_change(request: Request, serving: ObjectRoutes, key: str) -> Objec
 async def _written(
     request: Request, serving: ObjectRoutes, key: str, expected: str | None, held: ObjectInfo | None = None
 ) -> Response:
-    """Store the body at `key`. What is said of `held`, which it replaces, stays where the request says nothing; of its
-    Content-Encoding, which describes the bytes, only that they are still gzip.
+    """Store the body at `key`. Headers, metadata and type that the request does not send are kept from `held`, which
+    it replaces; but Content-Encoding, which describes the bytes, only if they are still gzip.
     """
     sent, sent_metadata = stored_fields(join_headers(request.headers.items()))
     old = held.headers if held else {}
@@ -388,7 +390,7 @@ async def _written(
 
 
 async def _received(request: Request, serving: ObjectRoutes, work: Work) -> StoredObject | None:
-    """What `work` makes of the body, which is a form or bare; None when the client disconnected."""
+    """The result of `work` for the body, which is a form or bare; None if the client disconnected."""
     boundary, fields = boundary_of(request.headers), join_headers(request.headers.items())
     ChecksummedBody.check(fields)
 
@@ -418,7 +420,7 @@ def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
                 fault="offset",
                 headers={"Content-Range": f"bytes */{held.size_bytes}"},
             )
-        stored_fields(join_headers(request.headers.items()))  # refuses signed chunks, whose frames would be stored
+        stored_fields(join_headers(request.headers.items()))  # refuses signed chunks, whose framing would be stored
         done = await _received(request, serving, lambda body, *_: serving.transfers.patch(held, offset, body))
         return GONE if done is None else JSONResponse(patched_json(held.key, done, offset))
 
@@ -436,11 +438,11 @@ def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
         return JSONResponse({"key": held.key, "deleted": True})
 
 
-# What /s3 answers, as JSON and as headers.
+# Answers of /s3 as JSON.
 
 
 def instant(at: datetime) -> str:
-    """Whole seconds with Z, as S3's own listings are shown."""
+    """Whole seconds with Z, as in S3's own listings."""
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -459,7 +461,7 @@ def page_json(question: ListingRequest, page: ListingPage) -> Mapping[str, Any]:
 
 
 def info_json(key: str, held: ObjectInfo | None) -> Mapping[str, Any]:
-    """An object's properties."""
+    """Properties of an object."""
     if held is None:
         return {"key": key, "exists": False, "size": None}
     return {

@@ -1,4 +1,4 @@
-"""Bodies of /s3 on their way in and out."""
+"""Request and response bodies of /s3."""
 
 import asyncio
 import base64
@@ -16,10 +16,9 @@ from app.object_store.port import ObjectInfo, ReadableBody, Transfers
 from app.objects.requests import LINK_HINT, ByteSpan
 from app.web.errors import Refused
 
-# The file of a multipart form as a body, without keeping it anywhere.
+# Streams the file of a multipart form as a body, without storing it.
 #
-# Invariant: the body ends only when the whole form was read and holds exactly one file; a form that breaks off
-# raises.
+# Invariant: the body ends only once the whole form is read and has exactly one file; a truncated form raises.
 
 FIELD = "file"
 MOST_FIELDS = 100
@@ -29,10 +28,10 @@ FORM_HINT = "send one file, as `curl -F file=@name` does, or the bare bytes"
 
 
 class FormReader:
-    """Reads to the file when it is created. `content_type` is what the file's own header says, "" for nothing; `fields`
-    are the texts that came before it.
+    """Reads up to the file on creation. `content_type`: from the file's own header, "" if absent; `fields`: the text
+    fields before the file.
 
-    Browsers send a file field in which nobody chose a file as an empty file without a name, which is ignored.
+    If no file was chosen, browsers send the file field as an empty, unnamed file; it is ignored.
     """
 
     def __init__(self, body: ReadableBody, boundary: str) -> None:
@@ -43,7 +42,7 @@ class FormReader:
         self.content_type = self._find()
 
     def read(self, count: int, /) -> bytes:
-        """See Readable."""
+        """See ReadableBody."""
         if not self._piece:
             event = next(self._events, None)
             if event is None:
@@ -82,7 +81,7 @@ class FormReader:
             raise Refused(422, "the form holds more than one file", FORM_HINT, fault=FIELD)
 
     def _parsed(self, boundary: str) -> Iterator[Any]:
-        """Segments, the bytes of each, and None at its end. Raises Refused."""
+        """Yields each segment, then its bytes, then None at its end. Raises Refused."""
         from multipart import MultipartError, PushMultipartParser
 
         try:
@@ -90,7 +89,7 @@ class FormReader:
             while not parser.closed:
                 yield from parser.parse(self._body.read(STEP_BYTES))
             while self._body.read(STEP_BYTES):
-                pass  # what follows the form belongs to it and means nothing
+                pass  # data after the end of the form is ignored
         except MultipartError as error:
             raise Refused(400, f"the form cannot be read: {error}", FORM_HINT) from error
 
@@ -114,7 +113,7 @@ def boundary_of(fields: Mapping[str, str]) -> str | None:
 
 
 def peek_body(body: ReadableBody, count: int) -> tuple[bytes, ReadableBody]:
-    """The first `count` bytes of a body, or all of a shorter one, and the whole body."""
+    """The first `count` bytes of a body, or all of a shorter one, and a body that still has all bytes."""
     start = b""
     while len(start) < count and (data := body.read(count - len(start))):
         start += data
@@ -122,33 +121,33 @@ def peek_body(body: ReadableBody, count: int) -> tuple[bytes, ReadableBody]:
 
 
 class _ReplayedBody:
-    """A body whose `start` was read before."""
+    """A body whose `start` has already been read."""
 
     def __init__(self, start: bytes, body: ReadableBody) -> None:
         self._start, self._body = start, body
 
     def read(self, count: int, /) -> bytes:
-        """See Readable."""
+        """See ReadableBody."""
         if not self._start:
             return self._body.read(count)
         data, self._start = self._start[:count], self._start[count:]
         return data
 
 
-# The content type that an upload is stored with.
+# The content type to store with an upload.
 
 UNKNOWN = "application/octet-stream"
-# what clients send when they know nothing: curl says the last one of any bare body
+# sent by clients that do not know the type: curl sends the last one for any bare body
 SAYS_NOTHING = frozenset({"", UNKNOWN, "binary/octet-stream", "application/x-www-form-urlencoded"})
 MORE_TYPES = {".parquet": "application/vnd.apache.parquet", ".ndjson": "application/x-ndjson", ".md": "text/markdown"}
 MAX_CHARACTERS = 200
-# the module's own table: what this machine's files say must not decide
+# only the module's built-in table: this machine's files must not affect the result
 KNOWN = mimetypes.MimeTypes(filenames=())
 
 
 def media_type(given: str, key: str, held: str = "") -> str:
-    """What the client said, unless that was nothing or no header can carry it; then that of the object that is `held`,
-    or what the key's ending says.
+    """The client's content type, if it gave a valid one; otherwise `held`, that of the current object, or the type
+    implied by the key's suffix.
     """
     said = given.strip()
     fits = said.isascii() and said.isprintable() and len(said) <= MAX_CHARACTERS
@@ -162,17 +161,17 @@ def media_type(given: str, key: str, held: str = "") -> str:
     return MORE_TYPES.get(ending) or (guessed if guessed and not encoding else UNKNOWN)
 
 
-# What a request promises of its body, checked before a store has made it visible.
+# Checks a body against its checksums and size limits before the store makes it visible.
 
 
 class Crc32:
-    """CRC-32 in hashlib's form."""
+    """CRC-32 with the hashlib interface."""
 
     def __init__(self) -> None:
         self._value = 0
 
     def update(self, data: bytes, /) -> None:
-        """The next bytes."""
+        """Add the next bytes."""
         self._value = zlib.crc32(data, self._value)
 
     def digest(self) -> bytes:
@@ -191,10 +190,10 @@ NO_CHECKSUMS = frozenset({f"{CHECKSUM}algorithm", f"{CHECKSUM}type", f"{CHECKSUM
 
 
 class ChecksummedBody:
-    """A body that ends only when its bytes are those that the request's checksums promise.
+    """A body that ends only if its bytes match the request's checksums.
 
-    Raises Refused when it is created for a checksum that cannot be read (400) or computed (422), and with 400 at the
-    end of a body that has another one: whoever stores it has not made it visible by then.
+    Creation raises Refused for a checksum that cannot be parsed (400) or computed (422). The end of a body that does
+    not match raises Refused with 400, before the store makes the object visible.
     """
 
     def __init__(self, body: ReadableBody, fields: Mapping[str, str]) -> None:
@@ -205,7 +204,7 @@ class ChecksummedBody:
 
     @staticmethod
     def check(fields: Mapping[str, str]) -> None:
-        """Raises Refused for what can be seen without the body."""
+        """Raises Refused for faults that can be found without the body."""
         for name in fields:
             if name.startswith(CHECKSUM) and name not in CHECKSUMS and name not in NO_CHECKSUMS:
                 known = ", ".join(CHECKSUMS)
@@ -224,7 +223,7 @@ class ChecksummedBody:
         return promised
 
     def read(self, count: int, /) -> bytes:
-        """See Readable."""
+        """See ReadableBody."""
         data = self._body.read(count)
         for name, promised, digest in self._promised:
             if data:
@@ -236,14 +235,14 @@ class ChecksummedBody:
 
 
 class SizedBody:
-    """A body of one of these sizes. Raises Refused with 400, as S3 does, before a store has made it visible."""
+    """A body with one of these sizes. Raises Refused with 400, as S3 does, before the store makes it visible."""
 
     def __init__(self, body: ReadableBody, sizes: range) -> None:
         self._body, self._sizes = body, sizes
         self._size_bytes = 0
 
     def read(self, count: int, /) -> bytes:
-        """See Readable."""
+        """See ReadableBody."""
         data = self._body.read(count)
         self._size_bytes += len(data)
         if self._size_bytes > self._sizes[-1]:
@@ -253,16 +252,16 @@ class SizedBody:
         return data
 
 
-# An object on its way out, read in threads piece by piece.
+# Downloads an object, read in threads piece by piece.
 #
-# Invariant: every byte comes from the one version that was looked at; what cannot be read any more breaks the answer
-# off before its promised length, which every client notices.
+# Invariant: every byte is from the version that was looked up; if it can no longer be read, the response ends before
+# its declared length, which every client notices.
 
 PIECE_BYTES, LEAN_BYTES = 1 << 19, 1 << 16
 
 
 class OpenSpan:
-    """A span that is open; `close` it."""
+    """An open span; the caller must `close` it."""
 
     def __init__(
         self, threads: Executor, opened: ExitStack, stream: ReadableBody, count: int, piece_bytes: int
@@ -272,7 +271,7 @@ class OpenSpan:
         self._reading: asyncio.Future[bytes] | None = None
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """All of it. Raises what reading raises."""
+        """The bytes of the span, in pieces. Raises what reading raises."""
         loop = asyncio.get_running_loop()
         while self._left:
             count = min(self._piece_bytes, self._left)
@@ -284,7 +283,7 @@ class OpenSpan:
             yield data
 
     def close(self) -> None:
-        """Let go of the stream as soon as no thread reads it. Waits for nobody."""
+        """Close the stream as soon as no thread is reading it. Does not block."""
         if self._reading is None or self._reading.done():
             self._threads.submit(self._opened.close)
         else:
@@ -292,14 +291,14 @@ class OpenSpan:
 
     def _closed_after(self, reading: "asyncio.Future[bytes]") -> None:
         if not reading.cancelled():
-            reading.exception()  # looked at: nobody waits for it any more
+            reading.exception()  # marks it as retrieved, since nothing awaits it any more
         self._threads.submit(self._opened.close)
 
 
 async def open_span(
     threads: Executor, transfers: Transfers, held: ObjectInfo, span: ByteSpan, piece_bytes: int
 ) -> OpenSpan:
-    """Open a span in a thread. Raises Conflict when the version is gone."""
+    """Open a span in a thread. Raises Conflict when the version no longer exists."""
 
     def work() -> tuple[ExitStack, ReadableBody]:
         with ExitStack() as stack:

@@ -1,7 +1,7 @@
-"""The sweeps: what killed processes left behind in a bucket, and what runs set aside long ago.
+"""Cleanup jobs: uploads that killed processes left in a bucket, and objects that runs set aside long ago.
 
-Invariant: only uploads that are far older than an upload through /s3 can become are aborted, and only below keys that
-/s3 may write; only objects of the `_set_aside` folders are deleted.
+Invariant: an upload is aborted only if it is far older than any /s3 upload can be, and only below keys that /s3 may
+write; only objects in the `_set_aside` folders are deleted.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from app.core.runs import Context, Failure, Job, Report
 from app.object_store.set_aside import SetAsideStore
 
 NAME = "s3_sweep"
-HOUSEKEEPING = "housekeeping"  # of no pipeline in particular
+HOUSEKEEPING = "housekeeping"  # belongs to no pipeline
 INTERVAL_SECONDS = 3600
 SET_ASIDE_NAME = "set_aside_sweep"
 SET_ASIDE_INTERVAL_SECONDS = 86_400
@@ -26,7 +26,7 @@ Sweep = Callable[[datetime, Callable[[str], bool]], int]
 
 
 def build(sweep: Sweep, hours: int, ours: Callable[[str], bool], clock: Callable[[], datetime]) -> Job:
-    """The job."""
+    """The job that aborts multipart uploads older than `hours`."""
 
     def work(context: Context) -> Report:
         before = clock() - timedelta(hours=hours)
@@ -39,7 +39,7 @@ def build(sweep: Sweep, hours: int, ours: Callable[[str], bool], clock: Callable
 
 
 def build_set_aside(folders: Mapping[str, SetAsideStore], days: int, clock: Callable[[], datetime]) -> Job:
-    """The daily job that deletes what was set aside more than `days` ago; `folders` by the pipeline that fills them."""
+    """The daily job that deletes objects set aside more than `days` ago. `folders`: by the pipeline that fills them."""
 
     def work(context: Context) -> Report:
         before = clock() - timedelta(days=days)
