@@ -102,8 +102,8 @@ def check(service: BuiltService, *, settings: bool, as_json: bool) -> int:
     def print_text() -> None:
         line(f"settings: the environment and {env_file or f'no .env file in {Path.cwd()}'}")
         if settings:
-            rows = [(each.names[0], values[each.goes_to]) for each in VARIABLES if each.goes_to in values]
-            table(("variable", "value"), rows)
+            known = [(each.names[0], values[each.goes_to]) for each in VARIABLES if each.goes_to in values]
+            table(("variable", "value"), known)
         for warning in said:
             line(f"warning: {warning}")
         if unread:
