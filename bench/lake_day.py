@@ -22,7 +22,7 @@ import io, json, random, sys
 from datetime import datetime, timedelta, UTC
 import pyarrow as pa, pyarrow.parquet as pq
 from app.object_store.local import LocalDirectory
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 root, devices, rows, days = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 store, draw, texts = LocalDirectory(__import__("pathlib").Path(root)), random.Random(1), ("hall", "roof")
 for day in days:
@@ -38,7 +38,7 @@ for day in days:
             file = io.BytesIO()
             pq.write_table(pa.table(columns), file, compression="zstd")
             key = f"telemetry/device_id=D{device:04}/date={day.replace('-', '/')}/export_{hour:02}0000.parquet"
-            store.put(key, io.BytesIO(file.getvalue()), Put("application/vnd.apache.parquet"))
+            store.put(key, io.BytesIO(file.getvalue()), PutRequest("application/vnd.apache.parquet"))
 """
 ASK = """
 import duckdb, json, sys, time
@@ -128,14 +128,14 @@ import io, json, sys
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq
 from app.object_store.local import LocalDirectory
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 root, key = sys.argv[1:]
 store = LocalDirectory(Path(root))
 with store.open(key) as body:
     rows = pq.read_table(io.BytesIO(body.read()))
 file = io.BytesIO()
 pq.write_table(pa.concat_tables([rows, rows.slice(0, 1)]), file, compression="zstd")
-store.put(key, io.BytesIO(file.getvalue()), Put("application/vnd.apache.parquet"))
+store.put(key, io.BytesIO(file.getvalue()), PutRequest("application/vnd.apache.parquet"))
 """
 SNAPSHOTS = """
 import json, sys

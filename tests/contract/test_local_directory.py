@@ -35,7 +35,7 @@ import io, os, signal, sys
 from pathlib import Path
 from typing import Any
 from app.object_store.local import LocalDirectory
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 
 def die(event, arguments):
     if event == "os.rename" and str(arguments[1]).endswith(sys.argv[2]):
@@ -43,7 +43,7 @@ def die(event, arguments):
 
 sys.addaudithook(die)
 note = {"rows": "2", "long": "x" * int(sys.argv[3])}
-LocalDirectory(Path(sys.argv[1])).put("a/k", io.BytesIO(b"new bytes"), Put("text/new", note))
+LocalDirectory(Path(sys.argv[1])).put("a/k", io.BytesIO(b"new bytes"), PutRequest("text/new", note))
 """
 TOO_LONG = 100_000  # for an extended attribute, which holds 64 KiB at most on any file system of Linux
 
@@ -53,7 +53,7 @@ from pathlib import Path
 from typing import Any
 from app.core.errors import Conflict
 from app.object_store.local import LocalDirectory
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 
 store, done = LocalDirectory(Path(sys.argv[1])), 0
 while done < int(sys.argv[2]):
@@ -61,7 +61,7 @@ while done < int(sys.argv[2]):
     try:
         with store.open("sum", info.etag if info else None) as stream:
             found = int(stream.read()) if stream else 0
-        store.put("sum", io.BytesIO(b"%d" % (found + 1)), Put("text/plain", expected=info.etag if info else ""))
+        store.put("sum", io.BytesIO(b"%d" % (found + 1)), PutRequest("text/plain", expected=info.etag if info else ""))
     except Conflict:
         continue
     done += 1

@@ -21,10 +21,10 @@ DIRECTORY_AND_INBOX = """
 from io import BytesIO
 from pathlib import Path
 from app.object_store.local import LocalDirectory
-from app.object_store.port import Put
+from app.object_store.port import PutRequest
 store = LocalDirectory(Path("data/objects"))
 store.probe()
-store.put("a/b", BytesIO(b"bytes"), Put(content_type="text/x", metadata={"m": "1"}))
+store.put("a/b", BytesIO(b"bytes"), PutRequest(content_type="text/x", metadata={"m": "1"}))
 info = store.head("a/b")
 assert (info.size_bytes, info.content_type, dict(info.metadata)) == (5, "text/x", {"m": "1"}), info
 sys.exit(main(["run", "csv_inbox"]))

@@ -150,9 +150,8 @@ class DynamoTable:
         self._first_at: datetime | None = None
 
     def plan(self) -> AccessPath:
-        """The current access path: an index may have been added or dropped, or the table replaced.
-
-        Raises Permanent for a table that cannot be read.
+        """The current access path: an index may have been added or dropped, or the table replaced. Raises Permanent for
+        a table that cannot be read.
         """
         described = require_member(self.call("describe_table", TableName=self.given.table_name), "Table", self.where)
         plan = plan_of(described, self.given)
@@ -378,10 +377,8 @@ class DynamoSource:
         return hour
 
     def _read_query(self, plan: AccessPath, window: Window) -> HourFile:
-        """Query the hour with the traits seen so far.
-
-        Query once with every trait if the hour is the run's first, still open, empty, or read again; and also whenever
-        an item shows a new trait.
+        """Query the hour with the traits seen so far; with every trait if it is the run's first, still open, empty or
+        read again, or if an item shows a new trait.
         """
         newest = self._newest = self._newest or self.look(plan, firsts=self._table.looks_at_first(self._now))
         is_text, traits = plan.timestamp_type == "S", self._table.traits
