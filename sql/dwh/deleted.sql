@@ -1,11 +1,11 @@
--- Rows that were deleted on request, by the hashes of their natural keys; app.dwh.warehouse.HASH has the same hash.
+-- Rows deleted on request, by the hashes of their natural keys; app.dwh.warehouse.HASH computes the same hash.
 
 -- name: has_deleted
--- Whether any row of a table was deleted: only then are rows compared with the deleted ones.
+-- Whether any row of a table was deleted: only then are rows checked against deleted ones.
 SELECT EXISTS (SELECT 1 AS found FROM dwh_deleted WHERE table_name = :table) AS has_deleted;
 
 -- name: deleted_keys (sqlite)
--- Which of a JSON list of keys belong to deleted rows.
+-- Which keys of a JSON list belong to deleted rows.
 SELECT asked.value AS key FROM json_each(:keys) AS asked
 WHERE EXISTS (
     SELECT 1 FROM dwh_deleted
@@ -15,7 +15,7 @@ WHERE EXISTS (
 );
 
 -- name: deleted_keys (postgres)
--- Which of a JSON list of keys belong to deleted rows.
+-- Which keys of a JSON list belong to deleted rows.
 SELECT asked.each AS key FROM jsonb_array_elements_text(CAST(:keys AS jsonb)) AS asked (each)
 WHERE EXISTS (
     SELECT 1 FROM dwh_deleted

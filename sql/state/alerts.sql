@@ -1,18 +1,18 @@
--- Alerts that are open. Each change is one statement, so of several processes one tells.
+-- Open alerts. Each change is one statement, so only one of several processes sends the alert.
 
 -- name: open_alerts
--- All of them.
+-- All open alerts.
 SELECT job, event, told_at FROM open_alerts ORDER BY job, event;
 
 -- name: begin_alert
--- A row only for the one who is first.
+-- Returns a row only to the first caller.
 INSERT INTO open_alerts (job, event, told_at) VALUES (:job, :event, :at)
 ON CONFLICT (job, event) DO NOTHING
 RETURNING job;
 
 -- name: end_alerts
--- What was told of a job's runs before an instant is over; rows only for the one who ends it. Clocks and objects are no
--- runs.
+-- Alerts about a job's runs from before :before are over; returns rows only to the caller that ends them. Clocks and
+-- objects are no runs.
 DELETE FROM open_alerts
 WHERE job = :job AND event NOT IN ('clock_ahead', 'objects_missing') AND told_at < :before
 RETURNING job;

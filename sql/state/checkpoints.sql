@@ -1,9 +1,9 @@
--- Checkpoints: what is confirmed, per pipeline and partition (device_id). Instants in a result are named with _at.
+-- Checkpoints: what is confirmed, per pipeline and partition (device_id). Timestamps in results end in _at.
 
 -- name: cursors
--- Partition and cursor, for those that have one: a partition that only ever failed has none. A cursor after :until_at comes
--- from a clock that was ahead. What was finished before that is known up to the newest window that a right clock recorded,
--- else to the newest day of which records went, else from the first cursor on.
+-- Partition and cursor; a partition that only ever failed has none. A cursor after :until_at was set by a clock that was
+-- ahead. It is replaced by the newest window recorded by a correct clock, else by the newest day whose records were
+-- deleted, else by the first cursor.
 SELECT device_id, cursor_at
 FROM (
     SELECT
@@ -32,7 +32,7 @@ FROM (
 WHERE cursor_at <= :until_at;
 
 -- name: starts
--- Partition and first cursor, for those that have one that does not come from a clock that was ahead.
+-- Partition and first cursor, unless a clock that was ahead set it.
 SELECT device_id, started_at
 FROM export_checkpoints
 WHERE pipeline = :pipeline AND started_at <= :until_at;
@@ -49,7 +49,7 @@ WHERE
 ORDER BY window_start, part;
 
 -- name: live_records (postgres)
--- The records of windows that start at since_at or later, of these partitions, a list in JSON, or of all.
+-- The records of windows that start at since_at or later, of the partitions in a JSON list, or of all.
 SELECT
     device_id, window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
     source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded, updated_at
@@ -71,7 +71,7 @@ WHERE
 ORDER BY device_id, window_start, part;
 
 -- name: save_record
--- Insert or replace the record of one object. Whatever was wrong with it before is over.
+-- Insert or replace the record of one object. Clears earlier trouble.
 INSERT INTO export_windows (
     pipeline, device_id, window_start, part, window_end, s3_key, version, digest, record_count, size_bytes,
     source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, folded, updated_at
@@ -105,7 +105,7 @@ WHERE
     AND version = :version;
 
 -- name: troubles
--- How many objects listings showed to be missing, or to be another program's.
+-- How many objects are missing from listings, or belong to another program.
 SELECT pipeline, trouble, count(*) AS objects
 FROM export_windows
 WHERE trouble <> ''
@@ -117,7 +117,7 @@ INSERT INTO undeleted_objects (pipeline, s3_key, error) VALUES (:pipeline, :key,
 ON CONFLICT (pipeline, s3_key) DO UPDATE SET error = excluded.error;
 
 -- name: forget_undeleted
--- It is gone.
+-- The object has been deleted.
 DELETE FROM undeleted_objects WHERE pipeline = :pipeline AND s3_key = :key;
 
 -- name: undeleted
@@ -125,13 +125,13 @@ DELETE FROM undeleted_objects WHERE pipeline = :pipeline AND s3_key = :key;
 SELECT s3_key, error FROM undeleted_objects WHERE pipeline = :pipeline ORDER BY s3_key;
 
 -- name: forget_deltas
--- The rows of a window's deltas are part of its object now.
+-- The window's object now contains the rows of its deltas.
 DELETE FROM export_windows
 WHERE pipeline = :pipeline AND device_id = :partition AND window_start = :starts_at AND part > 0;
 
 -- name: retire_records
--- Records of closed windows that start before :before_at and end by :until_at go; their starts and rows. What a listing
--- showed to be wrong stays, and so does the record of a window that still has deltas.
+-- Deletes records of closed windows that start before :before_at and end by :until_at; returns their starts and rows.
+-- Keeps records with trouble from a listing, and those of windows that still have deltas.
 DELETE FROM export_windows
 WHERE
     pipeline = :pipeline AND device_id = :partition AND window_start < :before_at AND window_end <= :until_at
@@ -145,18 +145,18 @@ WHERE
 RETURNING window_start AS starts_at, record_count;
 
 -- name: save_day
--- Insert or replace what is known of a day of which records went.
+-- Insert or replace the summary of a day whose records were deleted.
 INSERT INTO export_days (pipeline, device_id, day_at, windows) VALUES (:pipeline, :partition, :day_at, :windows)
 ON CONFLICT (pipeline, device_id, day_at) DO UPDATE SET windows = excluded.windows;
 
 -- name: days
--- Days of a partition of which records went.
+-- Days of a partition whose records were deleted.
 SELECT day_at, windows FROM export_days
 WHERE pipeline = :pipeline AND device_id = :partition AND day_at >= :since_at AND day_at < :until_at;
 
 -- name: save_checkpoint
--- The partition is well. Cursor and high watermark only move forward: a repeated older commit must not undo a newer one.
--- Those after :until_at come from clocks that were ahead, and are replaced.
+-- The partition succeeded. Cursor and high watermark only move forward: repeating an older commit must not undo a newer
+-- one. Those after :until_at were set by clocks that were ahead, and are replaced.
 INSERT INTO export_checkpoints AS held (
     pipeline, device_id, started_at, last_exported_at, high_watermark_at, status, s3_key, record_count, error_message,
     created_at, updated_at
@@ -185,7 +185,7 @@ ON CONFLICT (pipeline, device_id) DO UPDATE SET
     updated_at = excluded.updated_at;
 
 -- name: save_failure
--- The partition could not go on. Its cursor stays; without one it gets none.
+-- The partition failed. Its cursor stays; without one it gets none.
 INSERT INTO export_checkpoints (pipeline, device_id, status, error_message, created_at, updated_at)
 VALUES (:pipeline, :partition, 'error', :message, :now_at, :now_at)
 ON CONFLICT (pipeline, device_id) DO UPDATE SET

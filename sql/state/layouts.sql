@@ -1,4 +1,4 @@
--- Layouts as older versions kept them: which window length and format hold from when on.
+-- Layouts from older versions: the window length and format from each date on.
 
 -- name: layouts
 -- All layouts of a pipeline, oldest first.

@@ -1,4 +1,4 @@
--- What the pages show, from what is confirmed and recorded. Instants in a result are named with _at.
+-- Data for the pages, from what is confirmed and recorded. Timestamps in results end in _at.
 
 -- name: add_new_rows
 -- Add one ended run to its quarter of an hour.
@@ -22,7 +22,7 @@ WHERE slot_at >= :since_at AND slot_at < :until_at
 ORDER BY job, slot_at;
 
 -- name: failures_in_a_row
--- The runs of a job that failed since its last good one, and when the first of them began.
+-- A job's failed runs since its last good one, and when the first of them began.
 SELECT count(*) AS runs, min(started_at) AS since_at
 FROM runs
 WHERE
@@ -41,14 +41,14 @@ WHERE
     );
 
 -- name: partial_runs
--- The latest runs of all jobs that were partly delivered, in which rows may have been set aside.
+-- The latest partial runs of all jobs, in which rows may have been set aside.
 SELECT * FROM runs
 WHERE outcome = 'partial' AND started_at >= :since_at
 ORDER BY started_at DESC
 LIMIT :limit;
 
 -- name: chosen_runs
--- One page of runs, newest first; '' stands for every job and outcome. `news`: only those that found something.
+-- One page of runs, newest first; '' means every job and outcome. `news`: only those that found something.
 SELECT * FROM runs
 WHERE
     started_at >= :since_at AND started_at < :until_at AND (:job = '' OR job = :job) AND (:outcome = '' OR outcome = :outcome)
@@ -57,7 +57,7 @@ ORDER BY started_at DESC, run_id DESC
 LIMIT :limit;
 
 -- name: count_runs
--- How many runs there are of that choice, whatever they found.
+-- How many runs that selection has, whatever they found.
 SELECT count(*) AS runs, sum(CASE WHEN outcome <> 'ok' OR new_rows > 0 OR corrected_rows > 0 THEN 1 ELSE 0 END) AS with_news
 FROM runs
 WHERE started_at >= :since_at AND started_at < :until_at AND (:job = '' OR job = :job) AND (:outcome = '' OR outcome = :outcome);
@@ -67,7 +67,7 @@ WHERE started_at >= :since_at AND started_at < :until_at AND (:job = '' OR job =
 SELECT * FROM runs WHERE run_id = :run_id;
 
 -- name: runs_that_begin_with
--- Of the runs whose id begins so, two, which is one too many.
+-- Two runs whose id starts with this, which is enough to see that it is ambiguous.
 SELECT * FROM runs WHERE substr(run_id, 1, length(:start)) = :start LIMIT 2;
 
 -- name: run_before
@@ -86,11 +86,11 @@ ORDER BY started_at DESC
 LIMIT 1;
 
 -- name: same_error
--- In how many kept runs of a job the same error was seen.
+-- How many kept runs of a job had this error.
 SELECT count(*) AS runs FROM runs WHERE job = :job AND error = :error;
 
 -- name: windows_written
--- What a run wrote and no later one has replaced, from windows that are not older than a day.
+-- What a run wrote and no later run has replaced, from windows at most a day old.
 SELECT
     device_id, window_start AS starts_at, window_end AS ends_at, s3_key, record_count, size_bytes, status, trouble,
     updated_at
@@ -107,7 +107,7 @@ WHERE pipeline = :pipeline AND device_id = :partition AND window_start >= :since
 ORDER BY window_start, part;
 
 -- name: partition_totals
--- How many partitions each pipeline has, how far the last and the first of them are, and how many could not go on.
+-- Each pipeline: its number of partitions, slowest and furthest cursor, and how many partitions failed.
 SELECT
     pipeline, count(*) AS partitions, min(last_exported_at) AS slowest_at, max(last_exported_at) AS furthest_at,
     min(high_watermark_at) AS oldest_at, sum(CASE WHEN status = 'error' THEN 1 ELSE 0 END) AS failing
@@ -116,8 +116,8 @@ WHERE device_id <> '' AND last_exported_at IS NOT NULL
 GROUP BY pipeline;
 
 -- name: trouble_by_partition
--- What listings showed to be missing or changed, by partition, most first; `all_...` are of every partition of the
--- pipeline, also of those beyond the limit. Named by trouble, as its index is.
+-- Missing or changed objects found by listings, by partition, most first; `all_...` cover every partition of the
+-- pipeline, even beyond the limit. Filters by trouble to use its index.
 SELECT
     pipeline, device_id, trouble, count(DISTINCT window_start) AS windows, min(window_start) AS first_at,
     max(window_end) AS last_at,
@@ -132,7 +132,7 @@ ORDER BY windows DESC, pipeline, device_id
 LIMIT :limit;
 
 -- name: quiet_partitions
--- Partitions of pulls whose windows never had a row, or had some in many of them and have none any more.
+-- Partitions of pulls whose windows never had a row, or often had some and now have none.
 SELECT pipeline, device_id, min(window_start) AS first_at, max(CASE WHEN record_count > 0 THEN window_end END) AS last_at
 FROM export_windows
 WHERE pipeline IN ('amplitude', 'appmetrica')
@@ -149,8 +149,7 @@ HAVING
 ORDER BY pipeline, device_id;
 
 -- name: trouble_windows
--- The windows of a pipeline with which something is wrong, in the order of their index: a condition on time would make
--- SQLite read all windows.
+-- A pipeline's windows with trouble, in index order: a condition on time would make SQLite read all windows.
 SELECT device_id, window_start AS starts_at, window_end AS ends_at, trouble
 FROM export_windows
 WHERE pipeline = :pipeline AND trouble <> ''
@@ -158,7 +157,7 @@ ORDER BY trouble, device_id, window_start
 LIMIT :limit;
 
 -- name: partition_groups
--- Partitions of a pipeline in groups of :size by name, one page of them; a size of 1 gives each by itself.
+-- One page of a pipeline's partitions in groups of :size by name; a size of 1 returns each by itself.
 SELECT
     min(device_id) AS first_name, max(device_id) AS last_name, count(*) AS partitions,
     min(last_exported_at) AS slowest_at, min(high_watermark_at) AS oldest_at, max(error_message) AS error
@@ -184,7 +183,8 @@ WHERE
     AND (:last = '' OR device_id <= :last) AND lower(device_id) LIKE :pattern ESCAPE '!';
 
 -- name: any_rows
--- A row when any partition has an object of that span, or had one of a day from :since_day_at on whose records went.
+-- A row if any partition has an object in that span, or had one on a day from :since_day_at on whose records were
+-- deleted.
 SELECT 1 AS found FROM export_windows
 WHERE pipeline = :pipeline AND window_start >= :since_at AND window_start < :until_at
 UNION ALL
@@ -193,7 +193,7 @@ WHERE pipeline = :pipeline AND day_at >= :since_day_at AND day_at < :until_at
 LIMIT 1;
 
 -- name: any_rows_between
--- The same of the partitions from :first to :last: one look into each index for each of them.
+-- The same for partitions from :first to :last, with one look-up per partition and index.
 SELECT 1 AS found
 FROM export_checkpoints AS c
 WHERE
@@ -215,11 +215,11 @@ WHERE
 LIMIT 1;
 
 -- name: dismissed
--- Problems that a person has seen and put away.
+-- Problems that a person dismissed.
 SELECT problem_id, dismissed_at FROM dismissed_problems;
 
 -- name: dismiss
--- What happens later is a problem again.
+-- Later occurrences count as a problem again.
 INSERT INTO dismissed_problems (problem_id, dismissed_at, dismissed_by) VALUES (:problem_id, :at, :by)
 ON CONFLICT (problem_id) DO UPDATE SET dismissed_at = excluded.dismissed_at, dismissed_by = excluded.dismissed_by;
 

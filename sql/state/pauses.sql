@@ -1,14 +1,14 @@
--- Paused jobs. Every process follows them, and a restart changes nothing.
+-- Paused jobs. Every process follows them; they survive restarts.
 
 -- name: paused
--- All jobs that are paused.
+-- All paused jobs.
 SELECT job, paused_at, paused_by FROM paused_jobs ORDER BY job;
 
 -- name: pause
--- The first one who pauses a job is kept.
+-- Keeps the first pause of a job.
 INSERT INTO paused_jobs (job, paused_at, paused_by) VALUES (:job, :at, :by)
 ON CONFLICT (job) DO NOTHING;
 
 -- name: resume
--- The timer is followed again; nothing when the job is not paused.
+-- Resumes scheduled runs; does nothing if the job is not paused.
 DELETE FROM paused_jobs WHERE job = :job;

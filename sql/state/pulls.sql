@@ -1,7 +1,7 @@
--- Pulls: questions put to export services, and the calls that a day has had.
+-- Pulls: requests to export services, and the calls made per day.
 
 -- name: add_export
--- The next number for a question that has none. A question that is there already keeps its own.
+-- Gives a new request the next number. An existing request keeps its own.
 INSERT INTO pull_exports (export_id, service, owner, request, parts_count, status, created_at)
 SELECT
     coalesce((SELECT max(export_id) FROM pull_exports), 0) + 1, :service, :owner, :request, :parts_count, 'open',
@@ -12,43 +12,43 @@ WHERE NOT EXISTS (
 ON CONFLICT DO NOTHING;
 
 -- name: date_export
--- A question that was made while the clock was ahead is as old as its repetition.
+-- A request recorded while the clock was ahead takes the time of its repetition.
 UPDATE pull_exports
 SET created_at = :created_at
 WHERE service = :service AND owner = :owner AND request = :request AND created_at > :created_at;
 
 -- name: export_of
--- A question by its text.
+-- A request by its text.
 SELECT export_id, request, parts_count, status, asked_at, created_at
 FROM pull_exports
 WHERE service = :service AND owner = :owner AND request = :request;
 
 -- name: export_by_id
--- A question by its number.
+-- A request by its number.
 SELECT export_id, request, parts_count, status, asked_at, created_at
 FROM pull_exports
 WHERE service = :service AND export_id = :export_id;
 
 -- name: open_exports
--- Questions of an owner whose file was not taken in yet, oldest first.
+-- An owner's requests whose file was not loaded yet, oldest first.
 SELECT export_id, request, parts_count, status, asked_at, created_at
 FROM pull_exports
 WHERE service = :service AND owner = :owner AND status = 'open'
 ORDER BY export_id;
 
 -- name: save_export
--- How far a question is.
+-- Progress of a request.
 UPDATE pull_exports
 SET parts_count = :parts_count, status = :status, asked_at = :asked_at
 WHERE export_id = :export_id;
 
 -- name: forget_exports
--- Questions that were done with long ago.
+-- Requests that were completed long ago.
 DELETE FROM pull_exports
 WHERE service = :service AND owner = :owner AND status = 'done' AND created_at < :before_at;
 
 -- name: count_call
--- One more call today, unless the day has had all that it allows.
+-- Counts one call today, unless the day's limit is reached.
 INSERT INTO pull_calls AS held (service, day_at, calls)
 VALUES (:service, :day_at, 1)
 ON CONFLICT (service, day_at) DO UPDATE SET calls = held.calls + 1

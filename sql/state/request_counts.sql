@@ -1,7 +1,7 @@
 -- Requests that an outside system charges for.
 
 -- name: add_requests
--- Add what one process sent between two instants to the sums of their hour.
+-- Add the requests that one process sent between two timestamps to the sums of their hour.
 INSERT INTO request_counts AS held (hour_at, kind, requests, first_at, last_at)
 VALUES (:hour_at, :kind, :requests, :first_at, :last_at)
 ON CONFLICT (hour_at, kind) DO UPDATE SET
@@ -10,7 +10,7 @@ ON CONFLICT (hour_at, kind) DO UPDATE SET
     last_at = CASE WHEN held.last_at > excluded.last_at THEN held.last_at ELSE excluded.last_at END;
 
 -- name: requests_between
--- The sums of each hour; what a clock that was ahead recorded does not count.
+-- The sums of each hour, without those recorded by a clock that was ahead.
 SELECT kind, requests, first_at, last_at FROM request_counts WHERE hour_at >= :since_at AND last_at <= :until_at;
 
 -- name: forget_requests_counted

@@ -1,4 +1,4 @@
--- The record of runs.
+-- Run records.
 
 -- name: save_run
 -- Insert or replace the record of one run.
@@ -27,8 +27,8 @@ ON CONFLICT (run_id) DO UPDATE SET
     ledger = excluded.ledger;
 
 -- name: prune_runs
--- Keep the newest runs of a job up to :until_at, and those after it. Without that many the inner query is NULL and nothing
--- goes.
+-- Keep a job's newest runs up to :until_at, and those after it. With fewer runs than that, the inner query is NULL and
+-- nothing is deleted.
 DELETE FROM runs
 WHERE
     job = :job
@@ -38,7 +38,7 @@ WHERE
     );
 
 -- name: recent_runs
--- The newest runs of all jobs. Those that a clock recorded that was ahead come after all others.
+-- The newest runs of all jobs. Runs recorded by a clock that was ahead come last.
 SELECT * FROM (
     SELECT 0 AS ahead, runs.* FROM runs WHERE started_at <= :until_at
     ORDER BY started_at DESC, run_id DESC LIMIT :limit
@@ -52,7 +52,7 @@ ORDER BY ahead, started_at DESC, run_id DESC
 LIMIT :limit;
 
 -- name: recent_runs_of_job
--- The newest runs of one job. Those that a clock recorded that was ahead come after all others.
+-- The newest runs of one job. Runs recorded by a clock that was ahead come last.
 SELECT * FROM (
     SELECT 0 AS ahead, runs.* FROM runs WHERE job = :job AND started_at <= :until_at
     ORDER BY started_at DESC, run_id DESC LIMIT :limit
@@ -66,7 +66,7 @@ ORDER BY ahead, started_at DESC, run_id DESC
 LIMIT :limit;
 
 -- name: last_ended
--- The newest runs of a job that have ended. Those that a clock recorded that was ahead come after all others.
+-- The newest ended runs of a job. Runs recorded by a clock that was ahead come last.
 SELECT * FROM (
     SELECT 0 AS ahead, runs.* FROM runs WHERE job = :job AND ended_at IS NOT NULL AND started_at <= :until_at
     ORDER BY started_at DESC, run_id DESC LIMIT :limit
@@ -80,19 +80,19 @@ ORDER BY ahead, started_at DESC, run_id DESC
 LIMIT :limit;
 
 -- name: last_done
--- The start of the newest run of a job that came to its end; what a clock recorded that was ahead does not count.
+-- The start of a job's newest completed run, without those recorded by a clock that was ahead.
 SELECT started_at FROM runs
 WHERE job = :job AND outcome IN ('ok', 'partial') AND started_at <= :until_at
 ORDER BY started_at DESC
 LIMIT 1;
 
 -- name: is_counted
--- A row when this run has ended before, so that its sums are counted already.
+-- A row if this run has ended before, so its sums are already counted.
 SELECT 1 AS found FROM runs WHERE run_id = :run_id AND ended_at IS NOT NULL;
 
 -- name: correct_totals
--- Runs of a job end one after the other: one that seems to have ended after the run that ends now was recorded by a clock
--- that was ahead.
+-- A job's runs end one after another: one that seems to end after the current run was recorded by a clock that was
+-- ahead.
 UPDATE job_totals SET ended_at = :ended_at WHERE job = :job AND ended_at > :ended_at;
 
 -- name: add_total
@@ -122,5 +122,5 @@ VALUES (:job, :entry, :reason, :number)
 ON CONFLICT (job, entry, reason) DO UPDATE SET total = held.total + excluded.total;
 
 -- name: ledger_totals
--- All sums of ledgers.
+-- All ledger sums.
 SELECT job, entry, reason, total FROM ledger_totals ORDER BY job, entry, reason;

@@ -1,21 +1,21 @@
 -- Summaries: aggregates of every version of every object below the prefix, for /analytics.
 
 -- name: facts (postgres)
--- What is known of these versions; :ids is a JSON array of texts.
+-- Facts about these versions; :ids is a JSON array of texts.
 SELECT o.object_id, o.object_key, o.size_bytes, o.row_count, o.fault, s.columns
 FROM analytics_objects AS o
 LEFT JOIN analytics_schemas AS s ON s.schema_id = o.schema_id
 WHERE o.object_id IN (SELECT json_array_elements_text(CAST(:ids AS json)));
 
 -- name: facts (sqlite)
--- What is known of these versions; :ids is a JSON array of texts.
+-- Facts about these versions; :ids is a JSON array of texts.
 SELECT o.object_id, o.object_key, o.size_bytes, o.row_count, o.fault, s.columns
 FROM analytics_objects AS o
 LEFT JOIN analytics_schemas AS s ON s.schema_id = o.schema_id
 WHERE o.object_id IN (SELECT value FROM json_each(:ids));
 
 -- name: all_facts
--- What is known of all versions that are not packed.
+-- Facts about all versions that are not packed.
 SELECT o.object_id, o.object_key, o.size_bytes, o.row_count, o.fault, s.columns
 FROM analytics_objects AS o
 LEFT JOIN analytics_schemas AS s ON s.schema_id = o.schema_id;
@@ -51,24 +51,24 @@ INNER JOIN analytics_parts AS p
     ON p.device = json_extract(pair.value, '$[0]') AND p.day = json_extract(pair.value, '$[1]');
 
 -- name: all_packs
--- What is packed.
+-- All packs.
 SELECT device, day, etags, packed FROM analytics_days;
 
 -- name: packs_of_pairs (postgres)
--- What is packed of these days of these devices; :pairs is a JSON array of [device, day].
+-- Packs for these days of these devices; :pairs is a JSON array of [device, day].
 SELECT d.device, d.day, d.etags, d.packed
 FROM json_array_elements(CAST(:pairs AS json)) AS pair
 INNER JOIN analytics_days AS d ON d.device = pair ->> 0 AND d.day = CAST(pair ->> 1 AS integer);
 
 -- name: packs_of_pairs (sqlite)
--- What is packed of these days of these devices; :pairs is a JSON array of [device, day].
+-- Packs for these days of these devices; :pairs is a JSON array of [device, day].
 SELECT d.device, d.day, d.etags, d.packed
 FROM json_each(:pairs) AS pair
 INNER JOIN analytics_days AS d
     ON d.device = json_extract(pair.value, '$[0]') AND d.day = json_extract(pair.value, '$[1]');
 
 -- name: packs_of_span
--- What is packed of this device (any, when null) in this span of days (open, when null).
+-- Packs for this device (any if null) in this span of days (open if null).
 SELECT device, day, etags, packed
 FROM analytics_days
 WHERE
@@ -77,7 +77,7 @@ WHERE
     AND (CAST(:last_day AS INTEGER) IS NULL OR day <= :last_day);
 
 -- name: packable
--- Versions without a fault that have one part, of a day before :before_day, with that part; some of them, by device and day.
+-- Versions without a fault whose single part is of a day before :before_day, with that part; limited, by device and day.
 SELECT
     p.object_id, p.device, p.day, p.row_count, p.min_us, p.max_us, p.voltage_sum, p.voltage_count,
     p.temperature_max, p.soc_sum, p.soc_count, p.latest, o.object_key, o.etag, o.size_bytes, o.schema_id
@@ -90,16 +90,16 @@ ORDER BY p.device, p.day
 LIMIT :at_once;
 
 -- name: save_pack
--- Insert or replace what is packed of one day of one device.
+-- Insert or replace the pack of one day of one device.
 INSERT INTO analytics_days (device, day, etags, packed) VALUES (:device, :day, :etags, :packed)
 ON CONFLICT (device, day) DO UPDATE SET etags = excluded.etags, packed = excluded.packed;
 
 -- name: forget_pack
--- Remove what is packed of one day of one device.
+-- Remove the pack of one day of one device.
 DELETE FROM analytics_days WHERE device = :device AND day = :day;
 
 -- name: keys
--- Versions that can be read and have rows of this device (any, when null) in this span of days (open, when null).
+-- Readable versions with rows of this device (any if null) in this span of days (open if null).
 SELECT DISTINCT o.object_id, o.object_key, o.etag, o.size_bytes, o.schema_id
 FROM analytics_objects AS o
 INNER JOIN analytics_parts AS p ON p.object_id = o.object_id
@@ -110,7 +110,7 @@ WHERE
 ORDER BY o.object_key;
 
 -- name: schemas
--- Columns with their types of all objects, each set once.
+-- Columns and types of all objects, each set once.
 SELECT schema_id, columns FROM analytics_schemas;
 
 -- name: save_object
@@ -120,7 +120,7 @@ VALUES (:object_id, :key, :etag, :size_bytes, :rows, :schema_id, :fault)
 ON CONFLICT (object_id) DO NOTHING;
 
 -- name: save_schema
--- Columns that several objects have are kept once.
+-- Columns that several objects share are stored once.
 INSERT INTO analytics_schemas (schema_id, columns) VALUES (:schema_id, :columns)
 ON CONFLICT (schema_id) DO NOTHING;
 
@@ -152,19 +152,19 @@ DELETE FROM analytics_objects WHERE object_id IN (SELECT json_array_elements_tex
 DELETE FROM analytics_objects WHERE object_id IN (SELECT value FROM json_each(:ids));
 
 -- name: object_ids
--- Every version that is known and not packed.
+-- Every known version that is not packed.
 SELECT object_id FROM analytics_objects;
 
 -- name: is_asked
--- Whether anybody ever asked.
+-- Whether a report was ever requested.
 SELECT EXISTS (SELECT 1 FROM analytics_asked) AS asked;
 
 -- name: note_asked
--- Somebody asked.
+-- A report was requested.
 INSERT INTO analytics_asked (only_row) VALUES (1) ON CONFLICT (only_row) DO NOTHING;
 
 -- name: forget_old_objects
--- Remove versions that have rows of a day before :day.
+-- Remove versions with rows of a day before :day.
 DELETE FROM analytics_objects WHERE object_id IN (SELECT object_id FROM analytics_parts WHERE day < :day);
 
 -- name: forget_old_parts
@@ -172,7 +172,7 @@ DELETE FROM analytics_objects WHERE object_id IN (SELECT object_id FROM analytic
 DELETE FROM analytics_parts WHERE day < :day;
 
 -- name: sweeps
--- How often versions were removed so far.
+-- How often versions have been removed.
 SELECT coalesce(max(sweeps), 0) AS sweeps FROM analytics_sweeps;
 
 -- name: count_sweep

@@ -1,4 +1,4 @@
--- Of equal instants the greatest by the columns from left to right, null above all, as DuckDB orders structs.
+-- Equal timestamps: the greatest row by the columns from left to right, null above all, as DuckDB orders structs.
 SELECT device_id, timestamp, voltage, current, power, temperature, soc, power_factor, device_type, location
 FROM (
     SELECT

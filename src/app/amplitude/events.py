@@ -42,7 +42,7 @@ LARGE_LINE = "line above 16 MiB"
 
 
 Refuse = Callable[[str, bytes, int, str], None]
-"""Takes a line that is not an event: the reason, its bytes, which line of its block, and what is wrong with it."""
+"""Handles a line that is not an event: the reason, its bytes, its line in the block, and what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)

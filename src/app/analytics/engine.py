@@ -34,7 +34,7 @@ DOCUMENTED: Mapping[str, str] = {
     INSTANT: "TIMESTAMP",
     NANOS: "SMALLINT",
 }
-"""The columns that a report always finds -> their types."""
+"""The columns that every report has -> their types."""
 
 PAD, PAD_WITH_INSTANT = "columns.parquet", "columns-with-instant.parquet"
 SOURCES = frozenset({"range", "generate_series", "unnest", "repeat"})

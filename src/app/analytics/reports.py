@@ -276,7 +276,7 @@ def _fault(report: str, message: str, hint: str) -> Permanent:
 # Invariant: the answer does not depend on the order of the parts, so the same objects give the same bytes.
 
 LATEST = ("timestamp", *NUMBERS, "device_type", "location", NANOS)
-"""The columns of the latest reading, as they are kept; older versions kept it without the nanoseconds at the end."""
+"""The stored columns of the latest reading; older versions stored it without the nanoseconds at the end."""
 
 EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - timestamps in answers are naive UTC, as in DuckDB
 ColumnKind = Literal["text", "integer", "number", "instant", "date"]

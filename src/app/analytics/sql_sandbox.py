@@ -96,7 +96,7 @@ PURE = """
     year yearweek
 """
 FUNCTIONS = frozenset(PURE.split())
-"""Functions of their arguments alone: nothing of settings, sessions, sequences, logs, files or the network."""
+"""Pure functions: they use no settings, sessions, sequences, logs, files or network."""
 
 
 class SqlBusy(Transient):

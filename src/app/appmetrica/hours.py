@@ -64,7 +64,7 @@ DUE_AFTER = timedelta(minutes=15)
 STEP = timedelta(hours=24)
 UNIT = "records"
 NARROWED = "appmetrica_narrowed"
-"""The pipeline whose cursor says up to where requests are made hour by hour."""
+"""The pipeline whose cursor is the time up to which requests are made hour by hour."""
 log = logging.getLogger(__name__)
 
 
@@ -308,7 +308,7 @@ def _span(export: PendingExport) -> Window:
 # are pulled again; a day is requested only while less than BUDGET of the daily calls are used.
 
 RECOUNTED = "appmetrica_recount"
-"""The pipeline whose records are days of receipt; `digest` is the day on which each was counted last."""
+"""The pipeline whose records are days of receipt; `digest` is the day of each one's last count."""
 BUDGET = 0.5
 DAY = timedelta(days=1)
 

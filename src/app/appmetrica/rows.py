@@ -263,7 +263,7 @@ def read_hour(application_id: int | None, window: Window, file: BinaryIO) -> Rec
 
 
 Refuse = Callable[[datetime | None, BadRow], None]
-"""Where rows go that cannot be taken, with the hour that each tells of, None when it tells of none."""
+"""Receives rows that cannot be loaded, each with its hour, or None if it has none."""
 
 
 class SortedRows:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 DOTENV = Path(".env")
-"""Read from the working directory beside the environment."""
+"""Read from the working directory, in addition to the environment."""
 
 NEW_KEY = "python -m app keys new admin --scopes admin"
-"""The command that hints name: it runs as it stands, and its key opens every page."""
+"""The command named in hints: it runs as written, and its key opens every page."""

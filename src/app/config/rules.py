@@ -123,7 +123,7 @@ NEEDS = (
     ("AMPLITUDE_MOBILE_CLIENT_ID", "AMPLITUDE_MOBILE_SECRET_KEY"),
     ("AMPLITUDE_MOBILE_SECRET_KEY", "AMPLITUDE_MOBILE_CLIENT_ID"),
 )
-"""Where the first name is set, the second must be: half a configuration is never what somebody meant."""
+"""If the first name is set, the second must be too: half a configuration is always a mistake."""
 
 
 def loopback(host: str) -> bool:

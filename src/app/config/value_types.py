@@ -41,7 +41,7 @@ RECEIVED = (
     "errors",
     "ecommerce_events",
 )
-"""Resources of AppMetrica whose rows say when they were received."""
+"""AppMetrica resources whose rows have a time of receipt."""
 COLUMN_TYPES = {
     "double": "double",
     "float": "double",

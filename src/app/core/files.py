@@ -18,7 +18,7 @@ from uuid import uuid4
 
 TEMPORARY_SUFFIX = ".tmp"
 NAME_BYTES = 255
-"""What a name in a directory can have on every common file system."""
+"""The longest file name that every common file system allows."""
 EXTENSION_BYTES = 16
 CONTINUATION = range(0x80, 0xC0)
 

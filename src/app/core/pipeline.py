@@ -109,7 +109,7 @@ class Sums:
 
 
 UNCOUNTED = Count(-1, 0)
-"""The source cannot count for less than it costs to read: read, and compare the rows themselves."""
+"""Counting at the source costs as much as reading: read the rows and compare them."""
 
 
 class Batch(Protocol):
@@ -323,7 +323,7 @@ class Sink(Protocol[B_contra, E]):
 
 
 Objects = Mapping[int, tuple[str, str]]
-"""Of one window: part -> key and version of what a listing shows."""
+"""One window's objects in a listing: part -> key and version."""
 
 
 class Deltas(Protocol[E]):

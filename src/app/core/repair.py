@@ -139,7 +139,7 @@ ROUNDING = 2.0**-53  # maximum relative rounding error of one addition
 HEAL_HINT = "if nobody wanted that, run verify with --heal, or set EXPORT_HEAL=auto"
 
 Asked = Callable[[str, Sequence[Window], Collection[str]], Mapping[datetime, Mapping[str, Sums]]]
-"""Of a partition, adjacent windows and fields that are numbers: the source's sums by window start and field."""
+"""Partition, adjacent windows, numeric fields -> the source's sums by window start and field."""
 
 
 def same_sums(asked: Mapping[str, Sums], known: Mapping[str, Sums]) -> bool:

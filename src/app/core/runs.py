@@ -21,7 +21,7 @@ from app.core.ledger import Ledger, fault_of
 
 VALUES = "values"  # the unit of a ledger that counts single values of rows
 current_run: ContextVar[str] = ContextVar("current_run", default="")
-"""The id of the run that this thread works for; "" outside of runs."""
+"""The id of this thread's run; "" outside of runs."""
 log = logging.getLogger(__name__)
 
 

@@ -22,10 +22,10 @@ Read = Callable[[int], bytes]
 
 BLOCK_BYTES = 1 << 20
 LONGEST_RECORD_BYTES = 1 << 24
-"""The one limit for a record and for a header that come in, line end included."""
+"""The size limit of an incoming record or header, including its line end."""
 MASTER_RECORD_BYTES = 4 * LONGEST_RECORD_BYTES
-"""What is read back from the master. It can never be reached: a record that came in grows by delimiters only, and there
-are no more of these than bytes in a header. Earlier versions let records of twice that limit in.
+"""The limit when reading the master. It is never reached: an incoming record grows only by delimiters,
+at most one per byte of a header. Earlier versions accepted records of twice that limit.
 """
 BOM = b"\xef\xbb\xbf"
 LF, CR, QUOTE = 10, 13, 34

@@ -26,11 +26,11 @@ NAMED_FILES = 5
 PENDING = ".pending-"
 REASON, BAD_ROWS, RECORD = ".reason.json", ".bad_rows.csv", ".json"
 WRITTEN_BYTES = 38
-"""What `write_durably` puts around a name."""
+"""Bytes that `write_durably` adds to a name."""
 STEM_BYTES = NAME_BYTES - WRITTEN_BYTES - len("..merge-journal.json")
-"""What of the master's name is in the names beside it; with the longest of what is put around it, it fits."""
+"""How much of the master's name goes into the names beside it: short enough for the longest addition."""
 REJECTED_BYTES = NAME_BYTES - WRITTEN_BYTES - len(BAD_ROWS)
-"""What the name of a rejected file may have, so that its reason and its bad rows can be named after it."""
+"""The longest name of a rejected file that leaves room for the names of its reason and its bad rows."""
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 log = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ LONG_KEY_BYTES = 64
 LONG_VALUE_BYTES = 512
 FEW_PAIRS = 16
 FIRST_BITS_LEAST, FIRST_BITS_MOST = 12, 22
-"""The most is 4 MiB: the next size falls out of the processor's cache, and a look into it costs five times as much."""
+"""The most is 4 MiB: the next size exceeds the processor's cache, and a look-up costs five times as much."""
 BLANK = np.uint64(0)
-"""Stands for a record that is not a row. No key's hash begins with 32 zeros, so neither a hash nor its half is this."""
+"""Marks a record that is not a row. No key's hash begins with 32 zeros, so neither a hash nor its half equals it."""
 
 _FACTOR, _OTHER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 _HALF = np.uint64(32)
@@ -201,7 +201,7 @@ def _shared(cells: CellSlices, order: Offsets, is_last: Truths) -> dict[bytes, i
 # and the reader checks each row that it points to. It is not synced: its checksum detects damage from a power cut.
 
 ENTRY = np.dtype("<u8")
-"""The upper half is that of the hash, BLANK for a record that is not a row; the lower half is the length."""
+"""Upper half: the upper half of the hash, or BLANK for a record that is not a row. Lower half: the length."""
 LENGTH = np.uint64((1 << 32) - 1)
 HEAD_BYTES = 4096
 PIECE_RECORDS = 1 << 16

@@ -95,7 +95,7 @@ class VersionToRead:
 
 
 PART_FIELDS = tuple(each.name for each in fields(DaySummary))[:-1]
-"""All but `latest`, in the order of the class and of the query."""
+"""All fields except `latest`, in the order of the class and of the query."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def unpacked(device: str, day: int, digests: bytes, packed: bytes) -> DayPack:
 
 
 Merged = Callable[[Iterable[DaySummary]], Mapping[Pair, DaySummary]]
-"""Adds up parts, to one for each pair."""
+"""Adds up parts into one per pair."""
 
 
 def version_of(key: str, etag: str) -> Version:

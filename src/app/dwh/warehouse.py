@@ -286,7 +286,7 @@ HASH: dict[Dialect, str] = {
         "encode(sha256(convert_to((SELECT salt FROM dwh_deleted_salt) || '{table}/' || {key}, 'UTF8')), 'hex')"
     ),
 }
-"""What is kept of a natural key, as text, of a deleted row; as in `deleted.sql` and the migration."""
+"""What is stored of a deleted row's natural key, as text; same as in `deleted.sql` and the migration."""
 
 
 @dataclass(frozen=True, slots=True)

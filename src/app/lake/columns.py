@@ -28,7 +28,7 @@ FIRST: Mapping[str, str] = {
     "power_factor": "double",
     NANOS: "int",
 }
-"""The columns of a new table -> their types. Further ones come after them."""
+"""The columns of a new table -> their types. Other columns follow."""
 ARROW = {
     "boolean": pa.bool_(),
     "int": pa.int32(),
@@ -42,7 +42,7 @@ ARROW = {
     "binary": pa.binary(),
     "decimal(20, 0)": pa.decimal128(20, 0),
 }
-"""Iceberg's types that columns may have -> the Arrow types in which the files of the table hold them."""
+"""Supported Iceberg column types -> the Arrow types in the table's files."""
 WIDER = {"int": ("long",), "float": ("double",)}
 
 

@@ -21,7 +21,7 @@ DAY = 86_400
 MAX_DEVICE_BYTES = 255
 
 Head = Callable[[ObjectInfo | str], ObjectInfo | None]
-"""The properties of a listed object, or of a key; None when it is gone or may not be looked at."""
+"""The properties of a listed object, or of a key; None if it is gone or access is denied."""
 
 
 @dataclass(frozen=True, slots=True)

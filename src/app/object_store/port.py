@@ -26,11 +26,11 @@ MAX_KEY_BYTES = 1024
 MAX_PAGE = 1000
 BATCH = 1000
 MARK = "headwater-write"
-"""Metadata that tells which write made an object; not shown to readers."""
+"""Metadata that identifies the write that made an object; not shown to readers."""
 STORAGE_CLASS = "x-amz-storage-class"
 TAGS, TAG_COUNT = "x-amz-tagging", "x-amz-tagging-count"
 CONTENT_HEADERS = ("content-encoding", "cache-control", "content-disposition", "content-language", "expires")
-"""What is said of the bytes beside their type: these, TAGS (as in a URL) and what S3 says of how an object is kept."""
+"""An object's properties besides its type: these, TAGS (as in a URL) and how S3 stores the object."""
 CONTROL = frozenset(map(chr, (*range(0x20), 0x7F)))
 
 

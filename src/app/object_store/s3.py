@@ -67,7 +67,7 @@ STORED_HEADERS: Mapping[str, str] = {
     SSE_KMS_KEY: "SSEKMSKeyId",
     "x-amz-website-redirect-location": "WebsiteRedirectLocation",
 }
-"""What an object keeps beside its type and metadata, in S3's names and the SDK's."""
+"""What an object keeps besides its type and metadata, in S3's names and the SDK's."""
 TAGS_HINT = "let the key read and write tags (s3:GetObjectTagging, s3:PutObjectTagging), or remove them from the object"
 MAX_PUT_BYTES = 5 << 30
 MAX_METADATA_BYTES = 2048

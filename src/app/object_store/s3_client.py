@@ -260,11 +260,11 @@ FOLDERS_A_PAGE = 2
 PARTS = 4096
 
 Fields = Sequence[str]
-"""Key, time of change, ETag and size of an entry, in text."""
+"""Key, modification time, ETag and size of an entry, as text."""
 
 ListQuery = Mapping[str, Any]
 Ask = Callable[[ListQuery], Mapping[str, Any]]
-"""One ListObjectsV2 as the SDK answers it, its exceptions translated."""
+"""One ListObjectsV2 call through the SDK, with its exceptions translated."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ CSV_BLOCK_BYTES = 1 << 20
 WRITE_BYTES = 1 << 18
 TIMESTAMP, NANOS = "timestamp", "timestamp_nanos"
 CSV_ROWS = {b"headwater.format": b"csv"}
-"""Schema metadata of rows that were read from a CSV object: every value but the timestamp is text there."""
+"""Schema metadata of rows read from a CSV object, where every value but the timestamp is text."""
 LOST_TAGS = {b"headwater.lost-tags": b"yes"}
 """Schema metadata of rows from an object without the mark `tags: all`: older versions dropped all but two tags."""
 CONTENT_TYPES = {"parquet": "application/vnd.apache.parquet", "csv": "text/csv; charset=utf-8"}

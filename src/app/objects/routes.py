@@ -81,7 +81,7 @@ GZIP = b"\x1f\x8b"
 T = TypeVar("T")
 Key = Annotated[str, Query(description="the object's key, percent-encoded: a bare + is a space")]
 Work = Callable[[ReadableBody, str, "Sequence[tuple[str, str]]"], StoredObject]
-"""Stores a body that came with this content type, after these fields of a form."""
+"""Stores a body with this content type, which follows these form fields."""
 
 
 @dataclass(frozen=True, slots=True)

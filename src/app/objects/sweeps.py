@@ -22,7 +22,7 @@ SET_ASIDE_HINT = (
 )
 
 Sweep = Callable[[datetime, Callable[[str], bool]], int]
-"""Abort the uploads that were begun before under keys that are ours; how many."""
+"""Abort uploads of our keys that were started before this time; returns how many."""
 
 
 def build(sweep: Sweep, hours: int, ours: Callable[[str], bool], clock: Callable[[], datetime]) -> Job:

@@ -60,7 +60,7 @@ def _in_utc(at: datetime) -> datetime:
 
 
 Instant = Annotated[AwareDatetime, AfterValidator(_in_utc)]
-"""An instant of a request, in UTC."""
+"""A timestamp in a request, in UTC."""
 
 
 def build(ops: Operations) -> APIRouter:

@@ -68,13 +68,13 @@ def shutdown_budget(grace_seconds: float) -> ShutdownBudget:
 # The service as a value: nothing in it has been started.
 
 History = Callable[[int], Sequence[Mapping[str, Any]]]
-"""What a job took in lately, newest first, at most so many: lines of a table, all with the same columns."""
+"""What a job loaded lately, newest first, at most this many: table rows with the same columns."""
 
 Replacement = Callable[[Context, Window, bool], Report]
-"""Write a span again from the source; the last argument allows that rows go which the source no longer has."""
+"""Write a span again from the source; the last argument allows removing rows that the source no longer has."""
 
 Undo = Callable[[Context, str], Report]
-"""Take back what a run did, given its id or the beginning of it; a dry run says in `notes` what that would be."""
+"""Undo a run, given its id or a prefix of it; a dry run says in `notes` what it would undo."""
 
 
 class WindowedPipeline(Protocol):

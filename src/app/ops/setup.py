@@ -94,7 +94,7 @@ PIPELINES: Mapping[str, tuple[Sequence[SetupQuestion], Sequence[str]]] = {
     ),
     "appmetrica": ((SetupQuestion("APPMETRICA_API_KEY"), SetupQuestion("APPMETRICA_APPLICATION_ID")), ("appmetrica",)),
 }
-"""What is asked for, and the systems that are tried then."""
+"""The questions, and the systems that are then tried."""
 
 
 def setup(

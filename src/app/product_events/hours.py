@@ -42,7 +42,7 @@ HOUR = timedelta(hours=1)
 ABOVE_LIMIT, KEEPS_FAILING = "hour above the service's limit", "hour that keeps failing"
 REFUSED = "refused by the warehouse"
 NOT_HAD = "not had"
-"""The version in the record of a window that could not be had; `closed` says that it was set aside."""
+"""The version in the record of a window that could not be loaded; `closed` means it was set aside."""
 GZIP = "application/gzip"
 SET_ASIDE_AFTER = timedelta(days=1)
 GIVEN_UP_AFTER = timedelta(days=4)

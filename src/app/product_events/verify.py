@@ -34,7 +34,7 @@ from app.product_events.hours import DamagedObject, PartitionRun, PullContext, P
 from app.product_events.mapping import missing_events
 
 Given = Callable[[Window], PulledHour]
-"""The hours that a service gave. Raises what keeps it from giving one."""
+"""The hours that a service returned. Raises the error that prevents one."""
 
 
 class PullEnds(ABC):

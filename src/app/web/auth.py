@@ -110,7 +110,7 @@ OPEN = "open"
 SIGN_IN = f"send a key as `Authorization: Bearer` or `X-API-Key`; `{NEW_KEY}` makes one"
 LOCKED = Refusal(503, "locked: API_KEYS is not set, so only /health and /ready are answered", UNLOCK)
 Methods = Mapping[str, str]
-"""The methods of a path: what a caller must be allowed, OPEN for everybody, "" for nobody."""
+"""Method of a path -> the permission that a caller needs; OPEN for everybody, "" for nobody."""
 Fields = Mapping[bytes, str]
 """Header fields by lower-case name."""
 

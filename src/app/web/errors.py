@@ -16,7 +16,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 Answers = dict[int | str, dict[str, Any]]
-"""`responses` of a FastAPI route: what it answers, by status."""
+"""`responses` of a FastAPI route: its answers by status."""
 
 RETRY_SECONDS = 5
 BROKEN = "something went wrong inside Headwater"

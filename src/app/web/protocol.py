@@ -43,7 +43,7 @@ FULL = Refusal(
 
 LOOK_SECONDS = 0.001
 of_a_request = ContextVar("of_a_request", default=False)
-"""True in the context of whatever a request does, and of all that it begins."""
+"""True in the context of a request, and of everything it starts."""
 
 
 class FairEventLoop(asyncio.SelectorEventLoop):

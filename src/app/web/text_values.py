@@ -9,7 +9,7 @@ from app.web.errors import Refused
 # A plus sign in a query string decodes to a blank: `12:34:56+02:00` arrives as `12:34:56 02:00`, which is unambiguous.
 BLANK_FOR_PLUS = re.compile(r"(.*:\d\d(?:[.,]\d+)?) (\d\d:?\d\d)", re.ASCII)
 FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"
-"""A text that begins with one of these, of which the last four are wide, is a formula to some spreadsheet."""
+"""Some spreadsheets read a text that begins with one of these as a formula; the last four are full-width."""
 
 
 def check_query(query: bytes) -> None:
