@@ -10,6 +10,7 @@ from shell import Shell
 
 AS_ON_MACOS = """
 import os, sys
+import urllib.request  # on macOS it needs a module that only macOS has
 import app.main
 from app.cli import main
 sys.platform = "darwin"
