@@ -8,7 +8,7 @@ a commit dated in the future.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import datetime, timedelta
 from sys import intern
 from typing import Any
@@ -230,29 +230,9 @@ def _retired(rows: Sequence[Row]) -> dict[datetime, int]:
     }
 
 
-# Records take a kilobyte each and there are many, so they are stored compactly. `Sums` becomes a list of its values in
-# order, with only the count for a text field, and without the sum of absolute values if it equals the sum. "=" as
-# fields means that they equal the counts in the sums.
-
-
-def _listed(sums: Sums) -> Sequence[Any]:
-    if sums.total is None:
-        return [sums.values]
-    values = [sums.values, sums.total, sums.least, sums.greatest]
-    return values if sums.magnitude == sums.total else [*values, sums.magnitude]
-
-
-def _sums(listed: Sequence[Any]) -> Sums:
-    return Sums(*(*listed, listed[1]) if len(listed) == 4 else listed)  # noqa: PLR2004 - see above
-
-
-def _values(sums: Mapping[str, Sums]) -> Mapping[str, int]:
-    return {name: each.values for name, each in sums.items()}
-
-
 def _columns(record: Record) -> dict[str, Any]:
-    fields = "=" if record.fields == _values(record.sums) else json.dumps(record.fields, separators=(",", ":"))
-    sums = {name: _listed(each) for name, each in record.sums.items()}
+    # A list per field in `Sums`' order; only the count for a field whose values are not numbers.
+    sums = {name: [each.values] if each.total is None else astuple(each) for name, each in record.sums.items()}
     return {
         "starts_at": record.window.start,
         "ends_at": record.window.end,
@@ -268,15 +248,12 @@ def _columns(record: Record) -> dict[str, Any]:
         "status": "closed" if record.closed else "open",
         "source_digest": record.source_digest,
         "folded": record.folded,
-        "fields": fields if record.fields else "",
+        "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
         "sums": json.dumps(sums, separators=(",", ":")) if sums else "",
     }
 
 
 def _record(row: Row, now: datetime) -> Record:
-    sums = {intern(name): _sums(listed) for name, listed in json.loads(row["source_sums"] or "{}").items()}
-    known = row["source_fields"] or "{}"
-    fields = _values(sums) if known == "=" else {intern(name): n for name, n in json.loads(known).items()}
     return Record(
         window=Window(row["starts_at"], row["ends_at"]),
         part=row["part"],
@@ -289,9 +266,9 @@ def _record(row: Row, now: datetime) -> Record:
         min_at=row["min_at"],
         max_at=row["max_at"],
         closed=row["status"] == "closed" and max(row["ends_at"], row["updated_at"]) <= now + AHEAD,
-        fields=fields,
+        fields={intern(name): number for name, number in json.loads(row["source_fields"] or "{}").items()},
         source_digest=row["source_digest"],
-        sums=sums,
+        sums={intern(name): Sums(*listed) for name, listed in json.loads(row["source_sums"] or "{}").items()},
         trouble=row["trouble"],
         folded=row["folded"],
         written_at=row["updated_at"],
