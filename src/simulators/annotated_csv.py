@@ -5,7 +5,6 @@ that a fault can be placed after any row.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice, repeat
 
@@ -15,26 +14,18 @@ from simulators.http_server import Piece
 
 ANNOTATIONS = frozenset({"datatype", "group", "default"})
 BATCH_ROWS = 1000
+SPECIAL = frozenset(',"\r\n')
 Result = tuple[str, Iterable[Table]]
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """The client's CSV options; no annotations unless requested."""
-
-    annotations: tuple[str, ...] = ()
-    delimiter: str = ","
-    header: bool = True
-
-
 class AnnotatedCsv:
-    """Writes results, each with a name and tables. `batch_rows` limits the rows per piece."""
+    """Writes results, each with a name and tables, with the annotations that the client asked for, in its order.
+    `batch_rows` limits the rows per piece.
+    """
 
-    def __init__(self, dialect: Dialect, batch_rows: int = BATCH_ROWS) -> None:
-        self._dialect = dialect
+    def __init__(self, annotations: Sequence[str] = (), batch_rows: int = BATCH_ROWS) -> None:
+        self._annotations = annotations
         self._batch_rows = batch_rows
-        special = f'{dialect.delimiter}"\r\n'
-        self._special = frozenset(special)
 
     def pieces(self, results: Iterable[Result]) -> Iterator[Piece]:
         """All results, each followed by an empty line; without any result, a single empty line."""
@@ -49,7 +40,7 @@ class AnnotatedCsv:
     def error(self, message: str) -> bytes:
         """The error table that follows rows already sent, reporting that the query failed."""
         known = {"datatype": ["string", "string"], "group": ["true", "true"], "default": ["", ""]}
-        rows = [[f"#{name}", *known[name]] for name in self._dialect.annotations]
+        rows = [[f"#{name}", *known[name]] for name in self._annotations]
         rows += [["", "error", "reference"], ["", message, ""]]
         return ("\r\n" + "".join(map(self._line, rows))).encode()
 
@@ -76,20 +67,18 @@ class AnnotatedCsv:
             "group": ["false", "false", *("true" if column.group else "false" for column in one.columns)],
             "default": [name, number, *defaults],
         }
-        rows = [[f"#{annotation}", *known[annotation]] for annotation in self._dialect.annotations]
-        if self._dialect.header:
-            rows.append(["", "result", "table", *one.labels()])
+        rows = [[f"#{annotation}", *known[annotation]] for annotation in self._annotations]
+        rows.append(["", "result", "table", *one.labels()])
         return "".join(map(self._line, rows)).encode()
 
     def _rows(
         self, name: str, number: int, columns: Sequence[Column], data: Sequence[Sequence[object]]
     ) -> Iterator[Piece]:
-        result = "" if "default" in self._dialect.annotations else self._quoted(name)
-        delimiter = self._dialect.delimiter
-        start = f"{delimiter}{result}{delimiter}{number}{delimiter}"
+        result = "" if "default" in self._annotations else self._quoted(name)
+        start = f",{result},{number},"
         rows = zip(*(self._cells(cells, one) for cells, one in zip(data, columns, strict=True)), strict=True)
         while batch := list(islice(rows, self._batch_rows)):
-            text = "".join(f"{start}{delimiter.join(row)}\r\n" for row in batch)
+            text = "".join(f"{start}{','.join(row)}\r\n" for row in batch)
             yield Piece(text.encode(), len(batch))
 
     def _cells(self, cells: Sequence[object], column: Column) -> Iterator[str]:
@@ -101,10 +90,10 @@ class AnnotatedCsv:
         return ("" if cell is None else write(cell) for cell in cells)
 
     def _line(self, cells: Iterable[str]) -> str:
-        return self._dialect.delimiter.join(map(self._quoted, cells)) + "\r\n"
+        return ",".join(map(self._quoted, cells)) + "\r\n"
 
     def _quoted(self, text: str) -> str:
-        if not text or (text[0] not in " \t\v\f\x85\xa0" and text != "\\." and self._special.isdisjoint(text)):
+        if not text or (text[0] not in " \t\v\f\x85\xa0" and text != "\\." and SPECIAL.isdisjoint(text)):
             return text
         plain = text.replace('"', '""').replace("\r", "").replace("\n", "\r\n")
         return f'"{plain}"'

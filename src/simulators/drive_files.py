@@ -92,19 +92,9 @@ class Files:
             if file["id"] in self.used:
                 raise KeyError(file["id"])
             now, number = self._clock(), next(self._numbers)
-            made = StoredFile(
-                file["id"],
-                file["name"],
-                file["parent"],
-                file["drive_id"],
-                file["mime_type"],
-                now,
-                now,
-                number,
-                f"rev{number}",
-                content,
-                file.get("properties", {}),
-            )
+            names = (file["name"], file["parent"], file["drive_id"], file["mime_type"])
+            properties = file.get("properties", {})
+            made = StoredFile(file["id"], *names, now, now, number, f"rev{number}", content, properties)
             self._hold(made.file_id, made)
             return made
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 from simulators.http_server import Answer, Request, Simulator
 
 TOKEN = re.compile(r"\s*(#\w+|:\w+|BETWEEN|AND|<=|>=|=|<|>)")
 Item = dict[str, dict[str, Any]]
 Holds = Callable[[Item], bool]
+T = TypeVar("T")
 
 
 class NotUnderstood(Exception):
@@ -43,28 +44,22 @@ class Expression:
         return lambda item: all(test(item) for test in tests)
 
     def _compared(self) -> Holds:
-        name, operator = self._name(), self._next()
+        name, operator = self._placeholder(self.names), self._next()
         if operator == "BETWEEN":
-            low = self._value()
+            low = self._placeholder(self.values)
             self._must("AND")
-            high = self._value()
+            high = self._placeholder(self.values)
             return lambda item: _compare(">=", item.get(name), low) and _compare("<=", item.get(name), high)
         if operator not in COMPARED:
             raise NotUnderstood(operator)
-        value = self._value()
+        value = self._placeholder(self.values)
         return lambda item: _compare(operator, item.get(name), value)
 
-    def _name(self) -> str:
+    def _placeholder(self, given: Mapping[str, T]) -> T:
         token = self._next()
-        if token not in self.names:
+        if token not in given:
             raise NotUnderstood(token)
-        return self.names[token]
-
-    def _value(self) -> Mapping[str, Any]:
-        token = self._next()
-        if token not in self.values:
-            raise NotUnderstood(token)
-        return self.values[token]
+        return given[token]
 
     def _takes(self, token: str) -> bool:
         found = self.at < len(self.tokens) and self.tokens[self.at] == token
@@ -87,13 +82,9 @@ class Expression:
 
 def condition(text: str, request: Mapping[str, Any]) -> Holds:
     """The predicate of an expression. Raises NotUnderstood."""
-    tokens, position, end = [], 0, len(text.rstrip())
-    while position < end:
-        found = TOKEN.match(text, position)
-        if found is None:
-            raise NotUnderstood(text[position:])
-        tokens.append(found[1])
-        position = found.end()
+    tokens = TOKEN.findall(text)
+    if "".join(tokens) != "".join(text.split()):
+        raise NotUnderstood(text)
     names = request.get("ExpressionAttributeNames", {})
     return Expression(tokens, names, request.get("ExpressionAttributeValues", {})).parsed()
 

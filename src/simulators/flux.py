@@ -28,8 +28,8 @@ from simulators.flux_steps import (
     Data,
     Table,
     evaluate,
+    function_argument,
     labels_of,
-    predicate_argument,
     run_step,
     table,
     text_argument,
@@ -100,7 +100,7 @@ class _Run:
         bounds = self._bounds(steps[0])
         predicates, rest = [], steps[1:]
         while rest and _pushed_down(rest[0]):
-            predicates.append(predicate_argument(rest.pop(0), "fn"))
+            predicates.append(function_argument(rest.pop(0), "fn").body)
         return self._stored(bounds, predicates), bounds, rest
 
     def _check_bucket(self, call: Call) -> str:
@@ -187,7 +187,7 @@ class _Run:
         self._check_bucket(call)
         start = self._instant(call, "start", self._now_ns - THIRTY_DAYS_NS)
         stop = self._instant(call, "stop", self._now_ns)
-        predicates = [predicate_argument(call, "predicate")] if "predicate" in call.arguments else []
+        predicates = [function_argument(call, "predicate").body] if "predicate" in call.arguments else []
         rows = (row for _, _, row in self._matching((start, stop), predicates))
         found = sorted({value for row in rows for value in SCHEMA_CALLS[call.name](call, row)})
         return [table([Column("_value", "string")], [found])] if found else []

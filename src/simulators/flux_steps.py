@@ -145,77 +145,54 @@ def renamed(source: Table, new_label: Callable[[str], str]) -> Table:
     return Table(columns, source.key, source.load)
 
 
-@dataclass(frozen=True, slots=True)
-class Axes:
-    """The columns of a pivot: one row per value of `row`, one column per value of `column`, cells from `value`."""
-
-    row: str
-    column: str
-    value: str
-
-
-def pivoted(tables: Iterable[Table], axes: Axes) -> Iterator[Table]:
-    """`pivot(rowKey: [row], columnKey: [column], valueColumn: value)`: one column per value of the column key.
+def pivoted(tables: Iterable[Table], row: str, column: str, value: str) -> Iterator[Table]:
+    """`pivot(rowKey: [row], columnKey: [column], valueColumn: value)`: one row per value of the row key, one column per
+    value of the column key.
 
     Rows come in order of first occurrence of their row key, table by table; columns in neither the group key nor the
     row key are dropped. Raises FluxError when a column key value is the name of a column that stays.
     """
     groups: dict[object, list[Table]] = {}
     for one in tables:
-        for label in (axes.row, axes.column, axes.value):
+        for label in (row, column, value):
             one.index(label)
         key = one.key_by_label()
-        key.pop(axes.column, None)
+        key.pop(column, None)
         groups.setdefault(tuple(sorted(key.items())), []).append(one)
     for group in groups.values():
-        yield from _pivot_group(group, axes)
+        yield _pivot_group(group, row, column, value)
 
 
-def _pivot_group(group: list[Table], axes: Axes) -> Iterator[Table]:
+def _pivot_group(group: list[Table], row: str, column: str, value: str) -> Table:
     first = group[0]
-    keys = [column for column in first.columns if column.group and column.label not in (axes.column, axes.value)]
-    values = tuple(first.key_by_label()[column.label] for column in keys)
-    times, fields = _spread(group, axes)
+    keys = [each for each in first.columns if each.group and each.label not in (column, value)]
+    key = tuple(first.key_by_label()[each.label] for each in keys)
+    times, fields = _spread(group, row, column, value)
     for name in fields:
-        if name == axes.row or any(column.label == name for column in keys):
+        if name == row or any(each.label == name for each in keys):
             message = f'value "{name}" appears in a column key column, but a column named "{name}" already exists'
             raise FluxError(f'{message}; consider renaming "{name}" to something else before pivoting')
-    kind_of_row = first.columns[first.index(axes.row)].kind
-    columns = [*keys, Column(axes.row, kind_of_row), *(Column(name, kind) for name, (kind, _) in fields.items())]
-    filled: Data = [[value] * len(times) for value in values]
-    filled.append(times)
-    filled.extend(cells for _, cells in fields.values())
-    yield table(columns, filled, values)
+    kind_of_row = first.columns[first.index(row)].kind
+    columns = [*keys, Column(row, kind_of_row), *(Column(name, kind) for name, (kind, _) in fields.items())]
+    filled: Data = [[cell] * len(times) for cell in key]
+    return table(columns, [*filled, times, *(cells for _, cells in fields.values())], key)
 
 
-def _spread(group: list[Table], axes: Axes) -> tuple[Cells, dict[str, tuple[str, Cells]]]:
+def _spread(group: list[Table], row: str, column: str, value: str) -> tuple[Cells, dict[str, tuple[str, Cells]]]:
     """Times in order of first occurrence, and the type and cells of each field for them."""
-    loaded = [(one, one.load()) for one in group]
-    times = loaded[0][1][group[0].index(axes.row)]
-    are_distinct = len(set(times)) == len(times)
-    direct: dict[str, tuple[str, Cells]] = {}
-    for one, data in loaded:
-        name = one.key_by_label().get(axes.column)
-        if name is None or name in direct or data[one.index(axes.row)] != times or not are_distinct:
-            return _spread_slowly(loaded, axes)
-        direct[str(name)] = one.columns[one.index(axes.value)].kind, data[one.index(axes.value)]
-    return times, direct
-
-
-def _spread_slowly(loaded: list[tuple[Table, Data]], axes: Axes) -> tuple[Cells, dict[str, tuple[str, Cells]]]:
     times: dict[Value | None, int] = {}
     fields: dict[str, tuple[str, dict[int, Value | None]]] = {}
-    for one, data in loaded:
-        kind = one.columns[one.index(axes.value)].kind
-        cells = (data[one.index(label)] for label in (axes.column, axes.row, axes.value))
-        for name, time, value in zip(*cells, strict=True):
-            known, column = fields.setdefault(str(name), (kind, {}))
+    for one in group:
+        kind, data = one.columns[one.index(value)].kind, one.load()
+        cells = (data[one.index(label)] for label in (column, row, value))
+        for name, time, cell in zip(*cells, strict=True):
+            known, found = fields.setdefault(str(name), (kind, {}))
             if known != kind:
                 kinds = f"{FLUX_NAMES[known]} and {FLUX_NAMES[kind]}"
                 raise FluxError(f'schema collision detected: column "{name}" is both of type {kinds}')
-            column[times.setdefault(time, len(times))] = value
-    rows = range(len(times))
-    return list(times), {name: (kind, [cells.get(row) for row in rows]) for name, (kind, cells) in fields.items()}
+            found[times.setdefault(time, len(times))] = cell
+    places = range(len(times))
+    return list(times), {name: (kind, [found.get(at) for at in places]) for name, (kind, found) in fields.items()}
 
 
 COMPARE: Mapping[str, Callable[[object, object], bool]] = {
@@ -270,11 +247,6 @@ def texts_argument(call: Call, name: str, default: Sequence[str] | None = None) 
     if len(texts) != len(value.values):
         raise missing(call, name)
     return texts
-
-
-def predicate_argument(call: Call, name: str) -> Expression:
-    """The body of an argument that is a function of `r`."""
-    return function_argument(call, name).body
 
 
 def function_argument(call: Call, name: str) -> Function:
@@ -360,7 +332,7 @@ def run_step(tables: Tables, call: Call, bounds: Bounds) -> Tables:
 
 def _filter(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
     """`filter`: a table left without rows is dropped unless `onEmpty: "keep"`."""
-    predicate = predicate_argument(call, "fn")
+    predicate = function_argument(call, "fn").body
     keep_empty = text_argument(call, "onEmpty", "drop") == "keep"
     wanted = labels_of(predicate)
     for one in tables:
@@ -398,7 +370,7 @@ def _pivot(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
     rows, columns = (texts_argument(call, name) for name in ("rowKey", "columnKey"))
     if len(rows) != 1 or len(columns) != 1:
         raise FluxError("this simulator pivots one column over one other only", "not implemented")
-    return pivoted(tables, Axes(rows[0], columns[0], text_argument(call, "valueColumn")))
+    return pivoted(tables, rows[0], columns[0], text_argument(call, "valueColumn"))
 
 
 def _rename(tables: Tables, call: Call, _bounds: Bounds) -> Tables:

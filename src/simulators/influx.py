@@ -9,14 +9,14 @@ import json
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import partial
 from itertools import chain
 from threading import Lock
 
-from simulators.annotated_csv import ANNOTATIONS, BATCH_ROWS, AnnotatedCsv, Dialect, Result
+from simulators.annotated_csv import ANNOTATIONS, BATCH_ROWS, AnnotatedCsv, Result
 from simulators.flux import answer_flux
 from simulators.flux_parser import FluxError, FluxSyntax, parse_rfc3339
 from simulators.flux_steps import Column, table
@@ -292,13 +292,13 @@ class InfluxSimulator(Simulator):
     def _query(self, request: Request) -> Answer:
         """Stream the pieces of the result; an error before the first piece becomes a status."""
         try:
-            text, dialect, now_ns = self._decoded(request)
+            text, annotations, now_ns = self._decoded(request)
         except ValueError as error:
             return refused(400, f"failed to decode request body: {error}")
         if not self._knows_org(request):
             return refused(400, "failed to decode request body: organization not found")
         fault = self.faults.take(text)
-        writer = AnnotatedCsv(dialect, BATCH_ROWS if getattr(fault, "after_rows", None) is None else 1)
+        writer = AnnotatedCsv(annotations, BATCH_ROWS if getattr(fault, "after_rows", None) is None else 1)
 
         def record(status: int, rows: int, sent_bytes: int, whole: bool) -> None:  # noqa: FBT001 - a callback
             with self._lock:
@@ -317,17 +317,17 @@ class InfluxSimulator(Simulator):
             fault, pieces, headers={**CSV_HEADERS, **VERSION}, error=writer.error, wait=self.wait, record=record
         )
 
-    def _decoded(self, request: Request) -> tuple[str, Dialect, int]:
-        """Query text, dialect, and the time that relative times refer to. Raises ValueError."""
+    def _decoded(self, request: Request) -> tuple[str, Sequence[str], int]:
+        """Query text, annotations, and the time that relative times refer to. Raises ValueError."""
         if request.headers.get("content-type", "").startswith("application/vnd.flux"):
-            return request.body.decode(), Dialect(), self._now_ns()
+            return request.body.decode(), (), self._now_ns()
         payload = json.loads(request.body)
         if not isinstance(payload, dict) or not isinstance(payload.get("query"), str) or not payload["query"]:
             raise ValueError("request body requires either query or AST")
         if payload.get("type", "flux") != "flux":
             raise ValueError(f"unknown query type: {payload['type']}")
         now_ns = parse_rfc3339(payload["now"]) if payload.get("now") else self._now_ns()
-        return payload["query"], _dialect(payload.get("dialect") or {}), now_ns
+        return payload["query"], _annotations(payload.get("dialect") or {}), now_ns
 
 
 Record = Callable[[int, int, int, bool], None]  # status, rows, bytes on the wire, whether it was sent completely
@@ -345,7 +345,10 @@ def answer_with(
     """The answer with these pieces and the fault applied. `error` formats a failure inside the answer."""
     if isinstance(fault, Refuse):
         record(fault.status, 0, 0, False)  # noqa: FBT003 - a callback
-        return _refusal(fault)
+        if fault.html:
+            page = f"<html><body><h1>{fault.status}</h1><p>{fault.message}</p></body></html>"
+            return Answer(fault.status, {"Content-Type": "text/html"}, page.encode())
+        return refused(fault.status, fault.message, fault.code, fault.retry_after_seconds)
     if isinstance(fault, Stall) and fault.after_rows is None:
         wait(fault.seconds)
     stream = _disturbed(pieces, fault, error, wait)
@@ -377,15 +380,11 @@ def _disturbed(
             yield piece
             yield from pieces
             return
-        if isinstance(fault, Cut | ErrorTable) and _ends(piece):
+        if isinstance(fault, Cut | ErrorTable) and piece.data == b"\r\n":  # the end of the result
             break
         rows += piece.rows
         yield piece
     yield from _struck(fault, Piece(b""), error, wait)
-
-
-def _ends(piece: Piece) -> bool:
-    return piece.data == b"\r\n"
 
 
 def _struck(
@@ -413,13 +412,6 @@ def refused(status: int, message: str, code: str = "", retry_after_seconds: int 
     return Answer(status, headers, _json({"code": code, "message": message}))
 
 
-def _refusal(fault: Refuse) -> Answer:
-    if fault.html:
-        page = f"<html><body><h1>{fault.status}</h1><p>{fault.message}</p></body></html>"
-        return Answer(fault.status, {"Content-Type": "text/html"}, page.encode())
-    return refused(fault.status, fault.message, fault.code, fault.retry_after_seconds)
-
-
 def _guarded(first: Piece, rest: Iterator[Piece], error: Callable[[str], bytes]) -> Iterator[Piece]:
     """The pieces; a failure after the first one is reported inside the answer."""
     yield first
@@ -436,18 +428,14 @@ def _with_empty_table(results: Iterator[Result], fault: EmptyTable) -> Iterator[
     return ((name, chain([empty], tables)) for name, tables in results)
 
 
-def _dialect(given: Mapping[str, object]) -> Dialect:
-    """Annotations in the requested order; comment prefix and time format are accepted and ignored."""
-    annotations = given.get("annotations") or []
-    if not isinstance(annotations, list):
-        raise ValueError("annotations must be an array")  # noqa: TRY004 - the caller answers ValueError
-    for name in annotations:
-        if name not in ANNOTATIONS:
-            raise ValueError(f"unknown dialect annotation type: {name}")
-    delimiter = given.get("delimiter") or ","
-    if not isinstance(delimiter, str) or len(delimiter) != 1:
-        raise ValueError("invalid dialect delimiter: must be a single character")
-    return Dialect(tuple(annotations), delimiter, header=given.get("header") is not False)
+def _annotations(dialect: Mapping[str, object]) -> Sequence[str]:
+    """The annotations that a dialect asks for; comment prefix and time format are ignored."""
+    if dialect.get("delimiter", ",") != "," or dialect.get("header", True) is not True:
+        raise ValueError("this simulator writes commas and a header only")
+    annotations = dialect.get("annotations") or []
+    if not isinstance(annotations, list) or not ANNOTATIONS.issuperset(annotations):
+        raise ValueError(f"unknown dialect annotation type: {annotations}")
+    return annotations
 
 
 def _json(value: object) -> bytes:

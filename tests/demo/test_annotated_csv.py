@@ -1,11 +1,11 @@
 """The bytes of annotated CSV, compared with the examples of contracts/influxdb.md section 2."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 
-from simulators.annotated_csv import AnnotatedCsv, Dialect, decimal_text
+from simulators.annotated_csv import AnnotatedCsv, decimal_text
 from simulators.flux_parser import parse_rfc3339, rfc3339
 from simulators.flux_steps import TIME, Column, Table, table
 from simulators.line_protocol import Value
@@ -36,8 +36,8 @@ def cpu(host: str, values: list[float]) -> Table:
     return table(COLUMNS, [*same[:2], times, *same[2:], values], key)
 
 
-def written(*results: tuple[str, Iterable[Table]], dialect: Dialect | None = None) -> str:
-    writer = AnnotatedCsv(dialect or Dialect(ALL))
+def written(*results: tuple[str, Iterable[Table]], annotations: Sequence[str] = ALL) -> str:
+    writer = AnnotatedCsv(annotations)
     return b"".join(piece.data for piece in writer.pieces(results)).decode()
 
 
@@ -87,21 +87,15 @@ def test_table_numbers_begin_again_with_each_result() -> None:
 
 def test_without_the_default_annotation_every_row_names_its_result() -> None:
     assert (
-        written(("_result", [one_column("long", 1)]), dialect=Dialect())
-        == ",result,table,_value\r\n,_result,0,1\r\n\r\n"
+        written(("_result", [one_column("long", 1)]), annotations=()) == ",result,table,_value\r\n,_result,0,1\r\n\r\n"
     )
 
 
 def test_annotations_come_in_the_order_asked_for() -> None:
-    text = written(("_result", [one_column("long", 1)]), dialect=Dialect(("group", "datatype")))
+    text = written(("_result", [one_column("long", 1)]), annotations=("group", "datatype"))
     assert (
         text == "#group,false,false,false\r\n#datatype,string,long,long\r\n,result,table,_value\r\n,_result,0,1\r\n\r\n"
     )
-
-
-def test_delimiter_and_missing_header_are_as_asked_for() -> None:
-    text = written(("_result", [one_column("string", "a,b", "c;d")]), dialect=Dialect((), ";", header=False))
-    assert text == ';_result;0;a,b\r\n;_result;0;"c;d"\r\n\r\n'
 
 
 @pytest.mark.parametrize(
@@ -145,11 +139,11 @@ def test_times_keep_nanoseconds_and_lose_trailing_zeros(text: str) -> None:
 
 
 def test_an_error_table_follows_rows_after_an_empty_line() -> None:
-    assert AnnotatedCsv(Dialect(ALL)).error("engine: unexpected EOF") == (
+    assert AnnotatedCsv(ALL).error("engine: unexpected EOF") == (
         b"\r\n#datatype,string,string\r\n#group,true,true\r\n#default,,\r\n"
         b",error,reference\r\n,engine: unexpected EOF,\r\n"
     )
 
 
 def test_an_error_table_has_only_the_annotations_asked_for() -> None:
-    assert AnnotatedCsv(Dialect()).error("x, y") == b'\r\n,error,reference\r\n,"x, y",\r\n'
+    assert AnnotatedCsv().error("x, y") == b'\r\n,error,reference\r\n,"x, y",\r\n'

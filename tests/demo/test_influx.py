@@ -46,7 +46,7 @@ def test_bare_flux_is_answered_without_annotations(filled: InfluxSimulator) -> N
     assert b"\r\n,_result,0," in got.data
 
 
-def test_an_unknown_annotation_or_a_long_delimiter_is_refused(filled: InfluxSimulator) -> None:
+def test_an_unknown_annotation_or_another_delimiter_is_refused(filled: InfluxSimulator) -> None:
     for got in (post_flux(filled, QUERY, annotations=("colour",)), post_flux(filled, QUERY, delimiter="ab")):
         assert got.status == 400
         assert got.json()["message"].startswith("failed to decode request body: ")

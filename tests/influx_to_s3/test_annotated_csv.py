@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from app.core.errors import AppError, Permanent, Transient
 from app.influx_to_s3.annotated_csv import CsvBlock, read_blocks
 from app.influx_to_s3.reader import QueryTooLarge
-from simulators.annotated_csv import AnnotatedCsv, Dialect
+from simulators.annotated_csv import AnnotatedCsv
 from simulators.flux_steps import TIME, Cells, Column, Table
 from simulators.flux_steps import table as made_table
 
@@ -287,7 +287,7 @@ def tables(draw: st.DrawFn) -> Table:
 @given(st.lists(st.lists(tables(), max_size=5), max_size=3), st.integers(0, 1 << 30))
 @settings(max_examples=40, deadline=None)
 def test_any_cutting_and_any_block_size_give_one_result(results: list[list[Table]], seed: int) -> None:
-    writer = AnnotatedCsv(Dialect(("datatype", "group", "default")))
+    writer = AnnotatedCsv(("datatype", "group", "default"))
     body = b"".join(piece.data for piece in writer.pieces((f"r{n}", one) for n, one in enumerate(results)))
     expected = [
         tuple("nan" if isinstance(cell, float) and math.isnan(cell) else cell for cell in row)
