@@ -147,7 +147,7 @@ def test_workers_are_known_while_they_are_seen(new_state: Callable[[str], State]
     state.workers.see("b")
     assert state.workers.alive(30) == 2
     state.workers.forget("a")
-    assert (state.workers.alive(30), state.workers.alive(0)) == (1, 0)
+    assert (state.workers.alive(30), state.workers.alive(-1)) == (1, 0)
     lease = state.leases.acquire("influx_to_s3/1", "a", 30)
     state.leases.acquire("influx_to_s3_reconcile", "a", 30)
     assert lease is not None
