@@ -9,6 +9,7 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 from app.core.errors import Transient
@@ -141,8 +142,14 @@ UNKNOWN = "application/octet-stream"
 SAYS_NOTHING = frozenset({"", UNKNOWN, "binary/octet-stream", "application/x-www-form-urlencoded"})
 MORE_TYPES = {".parquet": "application/vnd.apache.parquet", ".ndjson": "application/x-ndjson", ".md": "text/markdown"}
 MAX_CHARACTERS = 200
-# only the module's built-in table: this machine's files must not affect the result
-KNOWN = mimetypes.MimeTypes(filenames=())
+
+
+@cache
+def built_in_types() -> mimetypes.MimeTypes:
+    """The table of the standard library without this machine's files, which must not affect the result. Made when it is
+    first needed, since it takes half a megabyte.
+    """
+    return mimetypes.MimeTypes(filenames=())
 
 
 def media_type(given: str, key: str, held: str = "") -> str:
@@ -157,7 +164,7 @@ def media_type(given: str, key: str, held: str = "") -> str:
         return held
     name = key.rpartition("/")[2]
     ending = "." + name.rpartition(".")[2].lower()
-    guessed, encoding = KNOWN.guess_type(name)
+    guessed, encoding = built_in_types().guess_type(name)
     return MORE_TYPES.get(ending) or (guessed if guessed and not encoding else UNKNOWN)
 
 

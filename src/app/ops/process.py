@@ -44,6 +44,8 @@ def tune() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # pyarrow and DuckDB import pandas wherever it is installed: 91 MiB that are never used here.
     sys.meta_path.insert(0, Absent("pandas"))
+    # FastAPI imports it to refuse its models: 1.5 MiB.
+    sys.meta_path.insert(0, Absent("pydantic.v1"))
 
 
 def show_pandas() -> None:

@@ -20,9 +20,8 @@ from starlette.exceptions import HTTPException
 
 from app.core.errors import AppError, Permanent
 from app.web.auth import OPEN, RouteScopes, needs
-from app.web.errors import ErrorAnswer, Refusal, Refused, Send, faults, refusal_of
+from app.web.errors import ERROR_SCHEMA, ErrorAnswer, Refusal, Refused, Send, faults, refusal_of
 
-ERROR = {"$ref": f"#/components/schemas/{ErrorAnswer.__name__}"}
 PAGE_PARTS = {
     "swagger-ui-bundle.js": "text/javascript; charset=utf-8",
     "swagger-ui.css": "text/css; charset=utf-8",
@@ -67,10 +66,12 @@ class HeadwaterApi(FastAPI):
         """The OpenAPI document, built once."""
         if not self.openapi_schema:
             document = super().openapi()
-            document["components"]["securitySchemes"] = KEYS
+            error = ErrorAnswer.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas = document["components"]["schemas"] | error.pop("$defs") | {ErrorAnswer.__name__: error}
+            document["components"] = {"schemas": dict(sorted(schemas.items())), "securitySchemes": KEYS}
             for methods in document["paths"].values():
                 for operation in methods.values():
-                    _complete(operation, document["components"]["schemas"])
+                    _complete(operation, schemas)
         return super().openapi()
 
 
@@ -82,7 +83,7 @@ def _complete(operation: dict[str, Any], schemas: Mapping[str, Any]) -> None:
         operation["description"] = f"{operation.get('description', '')}\n\nScope: `{scope}`.".strip()
     meanings = {**(WITH_KEY if scope != OPEN else {}), **(WITH_BODY if "requestBody" in operation else {})}
     for status, meaning in meanings.items():
-        answers.setdefault(str(status), {"description": meaning, "content": {"application/json": {"schema": ERROR}}})
+        answers.setdefault(str(status), faults({status: meaning})[status])
     if "parameters" not in operation and "requestBody" not in operation:
         answers.pop("422", None)
     for answer in answers.values():
@@ -90,7 +91,7 @@ def _complete(operation: dict[str, Any], schemas: Mapping[str, Any]) -> None:
             if media == "application/json":
                 schema = content.get("schema") or {"type": "object"}
                 error = {"error": {"message": answer["description"], "hint": "what to do next"}}
-                content.setdefault("example", error if schema == ERROR else example_of(schema, schemas))
+                content.setdefault("example", error if schema == ERROR_SCHEMA else example_of(schema, schemas))
                 content["schema"] = schema
             elif media in TEXTS:
                 content.setdefault("schema", {"type": "string"})
