@@ -45,4 +45,4 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
 
 
 def pytest_report_header() -> list[str]:
-    return [f"left out, commit {last_version.COMMIT} is not in this clone: {name}" for name in collect_ignore]
+    return [f"left out, commits {last_version.FENCED} are not in this clone: {name}" for name in collect_ignore]

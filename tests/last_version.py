@@ -1,6 +1,6 @@
-"""The last version as it was installed: its wheel, built once from git history, in an environment of its own.
+"""Older versions as they were installed: the wheel of each, built once from git history, in an environment of its own.
 
-Kept in HEADWATER_LAST_VERSION, else below ~/.cache, so that only the first run of the tests builds it.
+Kept in HEADWATER_LAST_VERSION, else in ~/.cache, so that only the first run of the tests builds them.
 """
 
 import os
@@ -16,42 +16,56 @@ import pytest
 from needs import needs
 
 COMMIT = "3315a57"
+BEFORE_SHORT_RECORDS = "fd5802c"  # before migration 0026, whose fence is the newest
+FENCED = (COMMIT, BEFORE_SHORT_RECORDS)
 REPOSITORY = Path(__file__).parent.parent
-FOLDER = Path(os.environ.get("HEADWATER_LAST_VERSION") or Path.home() / ".cache" / f"headwater-{COMMIT}")
+FOLDER = Path(os.environ.get("HEADWATER_LAST_VERSION") or Path.home() / ".cache")
 BUILD_SECONDS = 300
 
 
+def folder_of(commit: str) -> Path:
+    return FOLDER / f"headwater-{commit}"
+
+
 def is_available() -> bool:
-    """Whether the last version is built already or can be."""
-    if (FOLDER / "bin" / "python").exists():
-        return True
+    """Whether both versions are built already or can be."""
+    return all((folder_of(commit) / "bin" / "python").exists() or is_known(commit) for commit in FENCED)
+
+
+def is_known(commit: str) -> bool:
     git = shutil.which("git")
-    command = [str(git), "cat-file", "-e", f"{COMMIT}^{{commit}}"]
+    command = [str(git), "cat-file", "-e", f"{commit}^{{commit}}"]
     return git is not None and not subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=False).returncode
 
 
 @pytest.fixture(scope="session")
 def last_version() -> Path:
     """The Python of an environment in which `-m app` is the last version."""
-    python = FOLDER / "bin" / "python"
+    return installed(COMMIT)
+
+
+def installed(commit: str) -> Path:
+    """The Python of an environment in which `-m app` is the version of that commit."""
+    folder = folder_of(commit)
+    python = folder / "bin" / "python"
     if python.exists():
         return python
     uv, git = needs("uv"), needs("git")
-    FOLDER.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=FOLDER.parent) as made:
-        build(uv, git, Path(made))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as made:
+        build(uv, git, commit, Path(made))
         with suppress(OSError):  # another process was quicker, which serves as well
-            (Path(made) / "venv").rename(FOLDER)
+            (Path(made) / "venv").rename(folder)
     assert python.exists()
     return python
 
 
-def build(uv: Path, git: Path, folder: Path) -> None:
+def build(uv: Path, git: Path, commit: str, folder: Path) -> None:
     """The sources as they were committed, their wheel, and an environment with that and its pinned requirements."""
     source, wheels, venv = folder / "source", folder / "wheels", folder / "venv"
     source.mkdir()
     archive = folder / "source.tar"
-    run(git, "archive", f"--output={archive}", COMMIT, folder=REPOSITORY)
+    run(git, "archive", f"--output={archive}", commit, folder=REPOSITORY)
     run(Path("tar"), "-xf", str(archive), "-C", str(source), folder=folder)
     run(uv, "build", "--quiet", "--wheel", "--out-dir", str(wheels), folder=source)
     run(

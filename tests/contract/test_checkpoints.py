@@ -99,17 +99,50 @@ def test_a_record_keeps_what_the_values_of_the_source_came_to(store: Store) -> N
     assert [(found.sums, found.fields) for found in store.records()] == [(sums, {}), ({}, {}), (sums, fields)]
 
 
-def test_a_record_of_the_version_before_keeps_its_values_too(state: State) -> None:
+def test_a_record_does_not_store_the_same_twice(state: State) -> None:
     store = Store(state.checkpoints, state.leases)
-    store.commit(Commit([record(1)]), store.lease())
-    texts = {"fields": '{"voltage":3,"note":7}', "sums": '{"voltage":[3,9.5,1.0,5.0,9.5],"note":[7]}'}
+    sums = {"voltage": Sums(3, 9.5, 1.0, 5.0, 9.5), "power": Sums(3, -1.0, -5.0, 2.0, 9.0), "note": Sums(7)}
+    fields = {name: each.values for name, each in sums.items()}
+    one = replace(record(1), fields=fields, sums=sums, source_digest=record(1).digest)
+    other = replace(record(2), fields={"voltage": 3}, source_digest="cd" * 32)
+    store.commit(Commit([one, other]), store.lease())
     with state.database.transaction() as session:
-        session.run("UPDATE export_windows SET source_fields = :fields, source_sums = :sums", **texts)
+        rows = session.stream(
+            "SELECT source_fields, source_digest, source_sums FROM export_windows ORDER BY window_start"
+        )
+        assert [tuple(row) for row in rows] == [
+            ("=", "=", '{"voltage":[3,9.5,1.0,5.0],"power":[3,-1.0,-5.0,2.0,9.0],"note":[7]}'),
+            ('{"voltage":3}', "cd" * 32, ""),
+        ]
+    assert store.records() == [one, other]
+
+
+def test_what_the_version_before_stored_is_read_as_it_is(state: State) -> None:
+    store = Store(state.checkpoints, state.leases)
+    lease = store.lease()
+    store.commit(Commit([record(1)]), lease)
+    texts = {
+        "fields": '{"voltage":3,"note":7}',
+        "sums": '{"voltage":[3,9.5,1.0,5.0,9.5],"note":[7]}',
+        "digest": "ab" * 32,
+    }
+    day = {"pipeline": PIPELINE, "day_at": START, "windows": '{"0":5,"7200":2}'}
+    with state.database.transaction() as session:
+        session.run(
+            "UPDATE export_windows SET source_fields = :fields, source_sums = :sums, source_digest = :digest", **texts
+        )
+        session.run("INSERT INTO export_days VALUES (:pipeline, 'd1', :day_at, :windows)", **day)
     (found,) = store.records()
-    assert (found.fields, found.sums) == (
+    assert (found.fields, found.sums, found.source_digest) == (
         {"voltage": 3, "note": 7},
         {"voltage": Sums(3, 9.5, 1.0, 5.0, 9.5), "note": Sums(7)},
+        "ab" * 32,
     )
+    known = {START: 5, START + 2 * HOUR: 2}
+    assert state.checkpoints.retired(PIPELINE, "d1", Window(START, END)) == known
+    store.commit(Commit([replace(record(1), closed=True)]), lease)
+    assert state.checkpoints.retire(PIPELINE, "d1", END, END, lease) == 1
+    assert state.checkpoints.retired(PIPELINE, "d1", Window(START, END)) == {**known, START + HOUR: 2**33}
 
 
 def test_a_mark_says_what_a_listing_showed_of_that_very_version(store: Store) -> None:

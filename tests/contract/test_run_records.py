@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,17 @@ def test_saving_is_idempotent_and_replaces_by_run_id(runs: Runs) -> None:
     runs.save(ended(1))
     runs.save(ended(1))
     assert list(runs.recent(None, 10)) == [ended(1)]
+
+
+def test_who_started_a_run_and_what_it_requested_is_kept_with_and_without_a_ledger(state: State) -> None:
+    known: dict[str, Any] = {"started_by": "ops", "requests": {"put": 2.0}}
+    saved = [run(1), replace(run(2), **known), replace(ended(3), **known)]
+    for one in saved:
+        state.runs.save(one)
+    assert list(state.runs.recent(None, 10)) == saved[::-1]
+    with state.database.transaction() as session:
+        (first, second, _) = [row[0] for row in session.stream("SELECT ledger FROM runs ORDER BY started_at")]
+    assert (first, second) == ("{}", '{"started_by":"ops","requests":{"put":2.0},"is_kept":false}')
 
 
 def test_recent_runs_come_newest_first_and_no_more_than_asked_for(runs: Runs) -> None:

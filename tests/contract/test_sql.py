@@ -302,7 +302,7 @@ def test_migrations_are_applied_once_and_in_order(new_state: Callable[[str], Sta
         *("0001_state", "0002_operations", "0003_pulls", "0004_summaries", "0005_alerts", "0006_ledger"),
         *("0008_foreign_objects", "0009_window_fields", "0010_lease_terms", "0011_one_object", "0012_reconcile"),
         *("0013_folded", "0014_live_records", "0016_new_rows", "0018_request_counts", "0020_sessions", "0022_workers"),
-        *("0023_window_days", "0024_analytics_asked", "0025_analytics_days"),
+        *("0023_window_days", "0024_analytics_asked", "0025_analytics_days", "0026_short_records"),
     )
     names = [f"state/{each}" for each in numbered]
     assert [row["name"] for row in applied] == names

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import datetime, timedelta
+from math import gcd
 from sys import intern
 from typing import Any
 
@@ -218,21 +219,54 @@ class SqlCheckpoints:
 
 
 def _day(retired: Mapping[datetime, int], day: datetime) -> str:
-    seconds = {int((start - day).total_seconds()): rows for start, rows in sorted(retired.items())}
-    return json.dumps({at: rows for at, rows in seconds.items() if 0 <= at < DAY_SECONDS}, separators=(",", ":"))
+    """The seconds between windows, then the rows of each from midnight on; null where there was none."""
+    seconds = {int((start - day).total_seconds()): rows for start, rows in retired.items()}
+    of_day = {at: rows for at, rows in seconds.items() if 0 <= at < DAY_SECONDS}
+    step = gcd(*of_day) or DAY_SECONDS
+    return json.dumps([step, *(of_day.get(at) for at in range(0, max(of_day) + 1, step))], separators=(",", ":"))
 
 
 def _retired(rows: Sequence[Row]) -> dict[datetime, int]:
-    return {
-        row["day_at"] + timedelta(seconds=int(second)): number
-        for row in rows
-        for second, number in json.loads(row["windows"]).items()
-    }
+    retired: dict[datetime, int] = {}
+    for row in rows:
+        match json.loads(row["windows"]):
+            case [step, *numbers]:
+                found = {at * step: number for at, number in enumerate(numbers) if number is not None}
+            case of_older_version:  # second of the day -> rows
+                found = {int(second): number for second, number in of_older_version.items()}
+        retired |= {row["day_at"] + timedelta(seconds=second): number for second, number in found.items()}
+    return retired
+
+
+# A thousand devices have 360,000 records, so they are stored without repetitions. `Sums` is a list of its values in
+# order: only the count if the values are not numbers, and no magnitude if it equals the total, as it does while no
+# value is negative. SAME stands for fields that equal the counts in the sums, and for the digest of a source whose rows
+# are those of the object. Older versions, which migration 0026 keeps from writing, stored all of it: their records are
+# read here too.
+SAME = "="
+
+
+def _listed(sums: Sums) -> Sequence[Any]:
+    if sums.total is None:
+        return [sums.values]
+    values = astuple(sums)
+    return values[:-1] if sums.magnitude == sums.total else values
+
+
+def _sums(listed: Sequence[Any]) -> Sums:
+    match listed:
+        case [values, total, least, greatest]:
+            return Sums(values, total, least, greatest, total)
+    return Sums(*listed)
+
+
+def _values(sums: Mapping[str, Sums]) -> Mapping[str, int]:
+    return {name: each.values for name, each in sums.items()}
 
 
 def _columns(record: Record) -> dict[str, Any]:
-    # A list per field in `Sums`' order; only the count for a field whose values are not numbers.
-    sums = {name: [each.values] if each.total is None else astuple(each) for name, each in record.sums.items()}
+    sums = {name: _listed(each) for name, each in record.sums.items()}
+    fields = SAME if record.fields == _values(record.sums) else json.dumps(record.fields, separators=(",", ":"))
     return {
         "starts_at": record.window.start,
         "ends_at": record.window.end,
@@ -246,14 +280,16 @@ def _columns(record: Record) -> dict[str, Any]:
         "min_at": record.min_at,
         "max_at": record.max_at,
         "status": "closed" if record.closed else "open",
-        "source_digest": record.source_digest,
+        "source_digest": SAME if record.source_digest == record.digest else record.source_digest,
         "folded": record.folded,
-        "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
+        "fields": fields if record.fields else "",
         "sums": json.dumps(sums, separators=(",", ":")) if sums else "",
     }
 
 
 def _record(row: Row, now: datetime) -> Record:
+    sums = {intern(name): _sums(listed) for name, listed in json.loads(row["source_sums"] or "{}").items()}
+    fields, source_digest = row["source_fields"] or "{}", row["source_digest"]
     return Record(
         window=Window(row["starts_at"], row["ends_at"]),
         part=row["part"],
@@ -266,9 +302,9 @@ def _record(row: Row, now: datetime) -> Record:
         min_at=row["min_at"],
         max_at=row["max_at"],
         closed=row["status"] == "closed" and max(row["ends_at"], row["updated_at"]) <= now + AHEAD,
-        fields={intern(name): number for name, number in json.loads(row["source_fields"] or "{}").items()},
-        source_digest=row["source_digest"],
-        sums={intern(name): Sums(*listed) for name, listed in json.loads(row["source_sums"] or "{}").items()},
+        fields=_values(sums) if fields == SAME else {intern(name): n for name, n in json.loads(fields).items()},
+        source_digest=row["digest"] if source_digest == SAME else source_digest,
+        sums=sums,
         trouble=row["trouble"],
         folded=row["folded"],
         written_at=row["updated_at"],

@@ -85,7 +85,7 @@ def now_of(session: Session, queries: NamedQueries) -> datetime:
     return now
 
 
-FORMAT = "v3|"
+FORMAT = "v4|"
 FREE = FORMAT  # the owner of a released lease
 LOST_HINT = "no action needed: the process that holds it goes on; several takeovers in a row mean a stalled machine"
 ROUNDING_SECONDS = 0.1

@@ -298,16 +298,18 @@ def _columns(run: Run) -> dict[str, Any]:
         "more": run.report.more,
         "error": storable(run.error),
         "hint": storable(run.hint),
-        # More keys in the ledger's document: earlier versions read only the ledger's own keys from it.
-        "ledger": json.dumps(
-            {
-                **to_json(run.report.ledger),
-                "is_kept": bool(run.report.ledger),
-                "started_by": storable(run.started_by),
-                "requests": run.requests,
-            }
-        ),
+        "ledger": json.dumps(_ledger_document(run), separators=(",", ":")),
     }
+
+
+def _ledger_document(run: Run) -> dict[str, Any]:
+    """The ledger and, in the same column, what else is known of the run. Most runs have nothing to say: then nothing is
+    stored, since it would be half of the table. An earlier version reads the ledger's own keys, all of them or none.
+    """
+    document = dict(to_json(run.report.ledger)) if run.report.ledger else {}
+    more = {"started_by": storable(run.started_by), "requests": run.requests}
+    document |= {name: value for name, value in more.items() if value}
+    return document | {"is_kept": bool(run.report.ledger)} if document else {}
 
 
 # Requests that an outside system charges for, summed by hour: every process adds what it sent.
