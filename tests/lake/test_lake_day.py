@@ -14,8 +14,9 @@ import pyarrow as pa
 import pytest
 
 from app.core.closed_days import ReportSpan
-from app.core.errors import Permanent, Transient
+from app.core.errors import Permanent, Rejected, Transient
 from app.core.runs import Report
+from app.lake.day import GROUP_ROWS
 from app.lake.job import NAME
 from app.object_store.local import LocalDirectory
 from app.object_store.port import PutRequest
@@ -97,6 +98,59 @@ def test_new_fields_and_other_types_and_nanoseconds_arrive_as_they_are(tree: Tre
     renamed = {key: count for key, count in table_rows.items() if "mode_as_double" not in str(key)}
     assert not {key: count for key, count in renamed.items() if object_rows[key] != count}
     assert sum(table_rows.values()) == sum(object_rows.values())
+
+
+def test_names_with_a_dot_and_names_that_look_like_ours_keep_their_values(tree: Tree) -> None:
+    tree.run()
+    tree.put(
+        "a", 9, rows("a", 9, **{"cpu.load": pa.array([1, 2, 3, 4], pa.int32()), "n_as_double": pa.array([*"wxyz"])})
+    )
+    tree.put("a", 10, rows("a", 10, **{"cpu.load": pa.array([2**40] * 4), "n": pa.array([1, 2, 3, 4])}))
+    tree.run()
+    tree.put("a", 11, rows("a", 11, n=pa.array([0.5] * 4)))
+    tree.put("a", 12, rows("a", 12, n=pa.array([1.5] * 4), n_as_double=pa.array([2.5] * 4)))
+    tree.run()
+    with tree.table() as table:
+        found = table.scan().to_arrow()
+        kinds = {each.name: str(each.field_type) for each in table.schema().fields}
+    assert kinds["cpu.load"] == "long"
+    assert sorted(found["cpu.load"].drop_null().to_pylist()) == [1, 2, 3, 4, *[2**40] * 4]
+    assert sorted(found["n_as_double"].drop_null().to_pylist()) == [*"wxyz"]
+    assert sorted(found["n"].drop_null().to_pylist()) == [1, 2, 3, 4]
+    assert sorted(found["n_as_double_2"].drop_null().to_pylist()) == [0.5] * 4 + [1.5] * 4
+    assert found["n_as_double_as_double"].drop_null().to_pylist() == [2.5] * 4
+
+
+def wrong_columns(count: int, kind: str) -> pa.Table:
+    """Rows of device `b` that no table can take."""
+    table = rows("b", 9, count)
+    if kind == "a type that it does not have":
+        return table.append_column("tags", pa.array([["x"]] * count))
+    if kind == "two columns of a name":
+        return table.append_column("voltage", pa.array([1.0] * count))
+    if kind == "another device at the end":
+        return table.set_column(1, "device_id", pa.array(["b"] * (count - 1) + ["a"]))
+    times = table["timestamp"].to_pylist()
+    return table.set_column(0, "timestamp", pa.array([*times[:-1], NOW], table.schema.field(0).type))
+
+
+@pytest.mark.parametrize("count", [4, 3 * GROUP_ROWS // 2], ids=["small", "large"])
+@pytest.mark.parametrize(
+    "kind",
+    ["a type that it does not have", "two columns of a name", "another device at the end", "another day at the end"],
+)
+def test_an_object_of_any_size_that_cannot_be_taken_is_set_aside_alone(tree: Tree, count: int, kind: str) -> None:
+    tree.put("b", 9, rows("b", 9, 3))
+    tree.run()
+    before = tree.in_table()
+    tree.put("b", 9, wrong_columns(count, kind))
+    tree.put("c", 9)
+    report = tree.run()
+    assert not report.failures
+    assert [(one.number, one.new) for one in report.ledger.set_aside] == [(1, 1)]
+    after = tree.in_table()
+    assert not before - after  # also what was taken of the object's earlier version
+    assert sum(after.values()) == sum(before.values()) + 4
 
 
 def test_rows_stay_whose_objects_are_gone_and_the_rest_follows_its_objects(tree: Tree) -> None:
@@ -185,7 +239,7 @@ def lose_manifests(tree: Tree) -> None:
         (restore_old_catalog, "the catalog was behind the table"),
         (empty_the_lake, "1 states of the table cannot be read, since files of theirs are gone"),
         (lose_a_file, "1 files of the table are gone"),
-        (cut_a_file, "1 files of the table are gone or cut"),
+        (cut_a_file, "1 files of the table are gone or damaged"),
         (lose_metadata, "the table is made anew from the objects"),
         (lose_the_newest_metadata, "1 states of the table cannot be read"),
         (restore_a_catalog_without_the_table, "the catalog was behind the table"),
@@ -215,6 +269,76 @@ def test_a_damaged_file_of_the_table_costs_no_row_of_an_object_and_is_said(tree:
     path.write_bytes(bytes(path.stat().st_size))
     tree.put("b", 9)
     assert tree.run().notes == ("1 files of the table cannot be read: their days are made anew from the objects",)
+    assert tree.in_table() == tree.in_objects()
+
+
+def damage(path: Path) -> None:
+    """Other bytes in the middle, as a disk may give them."""
+    content = path.read_bytes()
+    middle = len(content) // 3
+    path.write_bytes(
+        content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 9]) + content[middle + 9 :]
+    )
+
+
+def test_damage_that_leaves_the_size_as_it_was_is_found_within_a_week(tree: Tree) -> None:
+    tree.run()
+    damage(Path(tree.files()[0].removeprefix("file://")))
+    notes: list[str] = []
+    for _ in range(7 * 24):
+        tree.now += timedelta(hours=1)
+        notes += tree.run().notes
+    assert notes.count("1 files of the table are gone or damaged") == 1
+    assert tree.in_table() == tree.in_objects()
+
+
+@pytest.mark.parametrize("pattern", ["*.metadata.json", "snap-*.avro", "*-m0.avro"])
+@pytest.mark.parametrize("size", [0, 100, -1], ids=["empty", "cut", "other bytes"])
+def test_a_damaged_description_of_the_table_is_passed_over(tree: Tree, pattern: str, size: int) -> None:
+    tree.run()
+    tree.put("b", 9)
+    tree.run()
+    newest = max((tree.folder / "objects" / "lake").rglob(pattern), key=lambda path: path.stat().st_mtime_ns)
+    if size < 0:
+        damage(newest)
+    else:
+        newest.write_bytes(newest.read_bytes()[:size])
+    (note,) = tree.run().notes
+    assert note == "1 states of the table cannot be read, since files of theirs are gone or damaged"
+    assert tree.in_table() == tree.in_objects()
+    assert tree.run().notes == ()
+
+
+def test_a_description_that_is_not_understood_is_left_alone(tree: Tree) -> None:
+    tree.run()
+    newest = max((tree.folder / "objects" / "lake").rglob("*.metadata.json"))
+    newest.write_text(newest.read_text().replace('"format-version":2', '"format-version":9'))
+    with pytest.raises(Permanent, match="cannot be understood") as raised:
+        tree.run()
+    assert "install a newer Headwater" in raised.value.hint
+    assert newest.exists()
+    assert tree.reader().day_counts() == {}
+
+
+@pytest.mark.parametrize("pattern", ["snap-*.avro", "*-m0.avro"])
+@pytest.mark.parametrize("harm", [Path.unlink, damage], ids=["gone", "damaged"])
+def test_an_earlier_state_that_cannot_be_read_hinders_nothing(
+    tree: Tree, pattern: str, harm: Callable[[Path], None]
+) -> None:
+    tree.run()
+    first_at = datetime.now(UTC)
+    tree.put("b", 9)
+    tree.run()
+    lake = tree.folder / "objects" / "lake"
+    harm(min(lake.rglob(pattern), key=lambda path: path.stat().st_mtime_ns))
+    tree.now = datetime.now(UTC)
+    with pytest.raises(Rejected, match="cannot be read") as raised:
+        tree.reader().rows_at(first_at, ReportSpan())
+    assert raised.value.hint == "send a later instant"
+    for path in lake.rglob("*.*"):
+        os.utime(path, (0, 0))  # old enough to be removed, if nothing named them
+    tree.put("b", 10)
+    tree.run()
     assert tree.in_table() == tree.in_objects()
 
 

@@ -5,7 +5,8 @@ Values of another type go to a separate column, so that no value is rounded, tru
 cannot hold is an error of its object.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain, count
 from typing import Any
 
 import pyarrow as pa
@@ -91,12 +92,13 @@ class LakeColumns:
             ]
         )
 
-    def take(self, schema: Any) -> tuple[Mapping[str, str], bool]:
-        """Map table columns to the columns of an object with this Arrow schema; and whether any were added or widened.
+    def take(self, schema: Any) -> Mapping[str, str]:
+        """Table column -> column of an object with this Arrow schema; adds and widens columns as needed.
 
         Raises Rejected for what the table cannot hold; then nothing has changed.
         """
         kinds = dict(self.kinds)
+        folded = {name.casefold(): name for name in kinds}
         targets: dict[str, str] = {}
         for field in schema:
             known = field.name in (TIMESTAMP, NANOS, DEVICE) or str(field.type) == "null"
@@ -105,25 +107,30 @@ class LakeColumns:
                 raise Rejected(
                     f"column {field.name} is {field.type}, which the table cannot hold", "cast it at its writer"
                 )
-            if field.name.casefold() in {name.casefold() for name in kinds.keys() - {field.name}}:
+            if folded.get(field.name.casefold(), field.name) != field.name:
                 raise Rejected(f"column {field.name} differs in case only from another one", "rename it at its writer")
-            name, wider = _target(field.name, kind, kinds)
-            targets[name] = field.name
-            kinds[name] = wider
-        changed = kinds != self.kinds
+            # Not a column of the object's own, nor one that differs in case only: values would take its place.
+            taken = {*schema.names, *targets} - {field.name}
+            names = (each for each in _names(field.name, kind) if folded.get(each.casefold(), each) == each)
+            name, wider = next(
+                (each, wider) for each in names if each not in taken and (wider := _wider(kinds.get(each, kind), kind))
+            )
+            targets[name], kinds[name], folded[name.casefold()] = field.name, wider, name
         self.kinds = kinds
         for name in kinds.keys() - self.ids.keys():
             self._last_id += 1
             self.ids[name] = self._last_id
-        return targets, changed
+        return targets
 
 
-def _target(name: str, kind: str, kinds: Mapping[str, str]) -> tuple[str, str]:
-    """The column for values of this type, and its resulting type."""
-    held = kinds.get(name, kind)
-    if held == kind or held in WIDER.get(kind, ()):
-        return name, held
-    if kind in WIDER.get(held, ()):
-        return name, kind
-    # The name is deterministic, so that all values of one type of a field are in one column.
-    return f"{name}_as_{kind.partition('(')[0]}", kind
+def _names(name: str, kind: str) -> Iterator[str]:
+    """The columns for values of this type, the preferred one first. The order is fixed, so that all values of one type
+    of a field are in one column.
+    """
+    of_kind = f"{name}_as_{kind.partition('(')[0]}"
+    return chain((name, of_kind), (f"{of_kind}_{number}" for number in count(2)))
+
+
+def _wider(held: str, kind: str) -> str:
+    """The type that holds the values of both types; "" if there is none."""
+    return held if held == kind or held in WIDER.get(kind, ()) else kind if kind in WIDER.get(held, ()) else ""

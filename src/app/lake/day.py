@@ -8,9 +8,9 @@ unreadable object is set aside and does not block others.
 import io
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -38,10 +38,19 @@ AHEAD, READERS = 16, 4
 WHOLE_BYTES = COPY_BYTES = 1 << 20
 PARQUET = "application/vnd.apache.parquet"
 US = pa.timestamp("us", "UTC")
+UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 class SourceMoved(Conflict):
     """An object of the slice changed since it was listed: a later run handles the slice."""
+
+
+class PartlyTaken(Exception):
+    """An object whose first rows are in the files already cannot be taken: `key` and `reason`."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +68,14 @@ class Compacted:
     """What was written of a slice.
 
     `kept_rows`: rows kept although their objects are gone; `damaged`: unreadable files of the table, which may have
-    held such rows. `aside`: key and reason of each object that was set aside.
+    held such rows. `aside`: key -> reason of each object that was set aside.
     """
 
     files: list[NewFile] = field(default_factory=list)
     rows: int = 0
     kept_rows: int = 0
     damaged: int = 0
-    aside: list[tuple[str, str]] = field(default_factory=list)
+    aside: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +92,31 @@ class Compaction:
 
     def run(self, rewrite: Rewrite, columns: LakeColumns, stop: Stop) -> Compacted:
         """Write the files of a slice. Raises SourceMoved when an object changed since the slice was planned."""
-        done = Compacted()
-        self.spool.mkdir(parents=True, exist_ok=True)
-        try:
-            with ExitStack() as opened, ThreadPoolExecutor(READERS, thread_name_prefix="lake") as pool:
-                parts = FileParts(
-                    lambda: opened.enter_context(self._temporary()), rewrite.day, columns, self.max_bytes, done.aside
-                )
+        unfit: dict[str, str] = {}
+        while True:
+            try:
+                return self._run(rewrite, columns, stop, unfit)
+            except PartlyTaken as error:  # rare: it is a large object, or has a value that its type allows
+                unfit[error.key] = error.reason[:200]
+            except OSError as error:  # the store raises our own errors only
+                raise Transient(f"{self.spool} cannot be used: {error}"[:300], "make room in DATA_DIR") from error
+
+    def _run(self, rewrite: Rewrite, columns: LakeColumns, stop: Stop, unfit: Mapping[str, str]) -> Compacted:
+        """One attempt; `unfit` has the objects that earlier ones could not take, with the reason."""
+        done = Compacted(aside=dict(unfit))
+        with ExitStack() as opened, ThreadPoolExecutor(READERS, thread_name_prefix="lake") as pool:
+            parts = FileParts(
+                lambda: opened.enter_context(self._temporary()), rewrite.day, columns, self.max_bytes, done.aside
+            )
+            try:
                 self._fill(parts, rewrite, pool, stop, done)
                 written = parts.close()
-                done.rows = parts.rows
-                for number, file in enumerate(written):
-                    stop.check()
-                    done.files.append(self._put(file, rewrite, len(done.aside), number))
-        except OSError as error:  # the store raises our own errors only
-            raise Transient(f"{self.spool} cannot be used: {error}"[:300], "make room in DATA_DIR") from error
+            finally:
+                parts.end_part()
+            done.rows = parts.rows
+            for number, file in enumerate(written):
+                stop.check()
+                done.files.append(self._put(file, rewrite, len(done.aside), number))
         if sum(file.footer.num_rows for file in done.files) != done.rows:
             raise Permanent(f"{rewrite.day}: the files have other rows than the objects", "please report it")
         return done
@@ -114,8 +133,8 @@ class Compaction:
             if of is not member:
                 done.kept_rows += parts.add_kept(old.until(member.device, of.device))
                 member = of
-            with _readable(info, body, done.aside) as file:
-                if file is not None and parts.add(info.key, of.device, file):
+            with body:
+                if info.key not in done.aside and parts.add(info.key, of.device, body):
                     covered.setdefault(of.device, set()).add((named_second(info.key) or 0) // seconds)
         done.kept_rows += parts.add_kept(old.until(member.device, None))
 
@@ -166,22 +185,32 @@ class Compaction:
 
     def _temporary(self) -> BinaryIO:
         """An unnamed file: a killed process leaves nothing behind."""
+        self.spool.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=self.spool)
+
+    def is_damaged(self, file: LakeFile) -> bool:
+        """Whether a file of the table exists, but cannot be read to its end. Reads it whole."""
+        try:
+            deque(self._rows_of(file), maxlen=0)
+        except (pa.ArrowException, OSError):
+            return True
+        return False
 
     def _old_rows(self, files: Sequence[LakeFile], done: Compacted) -> Iterator[pa.Table]:
         """The rows of replaced files, as far as they still exist and can be read."""
         for held in sorted(files, key=lambda file: file.key):
-            if held.missing:
-                continue
-            with self.store.open(held.key) as body:
-                if body is None:
-                    continue
-                with self._copied(body) as copy:
-                    try:
-                        with pq.ParquetFile(copy) as file:
-                            yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(GROUP_ROWS))
-                    except (pa.ArrowException, OSError):
-                        done.damaged += 1
+            try:
+                yield from self._rows_of(held)
+            except (pa.ArrowException, OSError):
+                done.damaged += 1
+
+    def _rows_of(self, held: LakeFile) -> Iterator[pa.Table]:
+        """The rows of a file of the table; none if it is gone. Raises ArrowException or OSError if it is damaged."""
+        with self.store.open(held.key) as body:
+            if body is None:
+                return
+            with self._copied(body) as copy, pq.ParquetFile(copy, page_checksum_verification=True) as file:
+                yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(GROUP_ROWS))
 
     def _put(self, file: BinaryIO, rewrite: Rewrite, aside: int, number: int) -> NewFile:
         key = f"{self.folder}/data/{file_name(rewrite, aside, number, self.nonce)}"
@@ -190,20 +219,6 @@ class Compaction:
         file.seek(0)
         self.store.put(key, file, PutRequest(PARQUET))
         return NewFile(key, rewrite.day, size_bytes, footer)
-
-
-@contextmanager
-def _readable(info: ObjectInfo, body: BinaryIO, aside: list[tuple[str, str]]) -> Iterator[pq.ParquetFile | None]:
-    """The object's Parquet file; None, with the object set aside, where it is not valid."""
-    with body:
-        try:
-            file = pq.ParquetFile(body)
-        except (pa.ArrowException, OSError) as error:
-            aside.append((info.key, str(error)[:200]))
-            yield None
-            return
-        with file:
-            yield file
 
 
 class _KeptRows:
@@ -246,8 +261,8 @@ def _by_device(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
 class FileParts:
     """The files of a slice on the local disk. A new file starts when columns are added or one is large enough.
 
-    Since objects are small, tables with the same schema are collected before they are aligned. `rows` is counted when
-    rows are accepted, not when they are written.
+    Since objects are small, tables with the same schema are collected before they are aligned. `aside`: key -> reason
+    of each object that is left out.
     """
 
     def __init__(
@@ -256,30 +271,32 @@ class FileParts:
         day: "date",
         columns: LakeColumns,
         max_bytes: int,
-        aside: list[tuple[str, str]],
+        aside: dict[str, str],
     ) -> None:
         self._opened, self._columns, self._max_bytes, self._aside = opened, columns, max_bytes, aside
-        self._end_us = round(ends_at(day).timestamp() * 1_000_000)
+        self._end_seconds = round(ends_at(day).timestamp())
         self._files: list[BinaryIO] = []
         self._writer: pq.ParquetWriter | None = None
+        self._fitting: pa.Schema | None = None
         self._waiting: list[tuple[str, pa.Table]] = []
         self._waiting_rows = 0
         self.rows = 0
 
-    def add(self, key: str, device: str, file: pq.ParquetFile) -> bool:
-        """Add all rows of an object; False when it was set aside."""
-        size = _group_rows(max(file.metadata.num_columns, len(self._columns.kinds)))
-        if file.metadata.num_rows > size:
-            for table in _pieces(key, device, file, size):
-                self._gather("", table)
-        else:
-            try:
-                table = _of_device(file.read(), device)
-            except (Rejected, pa.ArrowException, OSError) as error:
-                self._aside.append((key, str(error)[:200]))
-                return False
-            self._gather(key, table)
-        self.rows += file.metadata.num_rows
+    def add(self, key: str, device: str, body: BinaryIO) -> bool:
+        """Add all rows of an object; False when it is set aside. Raises PartlyTaken."""
+        rows = 0
+        try:
+            with pq.ParquetFile(body) as file:
+                self._check_columns(file.schema_arrow)
+                for table in _tables(file, _group_rows(max(file.metadata.num_columns, len(self._columns.kinds)))):
+                    self._gather(key, self._checked(table, device))
+                    rows += table.num_rows
+        except (Rejected, pa.ArrowException, OSError) as error:
+            if rows:
+                raise PartlyTaken(key, str(error)) from error
+            self._aside[key] = str(error)[:200]
+            return False
+        self.rows += rows
         return True
 
     def add_kept(self, tables: Iterator[pa.Table]) -> int:
@@ -291,6 +308,31 @@ class FileParts:
         self.rows += rows
         return rows
 
+    def _check_columns(self, schema: pa.Schema) -> None:
+        """Raises Rejected or ArrowException for columns that the table cannot hold. Most objects have known ones."""
+        if self._fitting is None or not self._fitting.equals(schema):
+            if repeated := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+                raise Rejected(f"several columns are named {', '.join(repeated)}", "rename them at their writer")
+            self._shaped(schema.empty_table())
+            self._fitting = schema
+
+    def _checked(self, table: pa.Table, device: str) -> pa.Table:
+        """The table with the device from the key, which later shows whose rows these are. Raises Rejected."""
+        table = table.replace_schema_metadata()
+        instants = table[TIMESTAMP]
+        span, units = pc.min_max(instants), UNITS[instants.type.unit]
+        first, end = ((self._end_seconds - before) * units for before in (DAY_SECONDS, 0))
+        if instants.null_count or (table.num_rows and not first <= span["min"].value <= span["max"].value < end):
+            raise Rejected("a row lies outside its day, or has no timestamp", "move the object away")
+        if DEVICE not in table.schema.names:
+            return table.append_column(DEVICE, pa.repeat(pa.scalar(device), table.num_rows))
+        found = pc.unique(table[DEVICE]).to_pylist()
+        if found not in ([device], []):
+            raise Rejected(
+                f"device_id is {found[:3]}, and its key says {device!r}", "write it below the key of its device"
+            )
+        return table
+
     def _gather(self, key: str, table: pa.Table) -> None:
         if self._waiting and not self._waiting[0][1].schema.equals(table.schema):
             self._flush()
@@ -300,38 +342,41 @@ class FileParts:
             self._flush()
 
     def _flush(self) -> None:
-        """Write the collected tables. If that fails, write each object alone, to find the faulty one."""
+        """Write the collected tables. Raises PartlyTaken for one with a value that the table cannot hold."""
         waiting, self._waiting, self._waiting_rows = self._waiting, [], 0
         if not waiting:
             return
         try:
             self._write(pa.concat_tables([table for _, table in waiting]))
         except (Rejected, pa.ArrowException) as error:
-            if len(waiting) == 1:
-                key, table = waiting[0]
-                if not key:
-                    raise Permanent(f"rows cannot be taken: {error}", "move the object away") from error
-                self._aside.append((key, str(error)[:200]))
-                self.rows -= table.num_rows
-                return
-            for one in waiting:
-                self._waiting = [one]
-                self._flush()
+            faulty = next((key for key, table in waiting if not self._fits(table)), "")
+            if not faulty:
+                raise Permanent(f"rows cannot be taken: {error}", "move the object away") from error
+            raise PartlyTaken(faulty, str(error)) from error
+
+    def _fits(self, table: pa.Table) -> bool:
+        try:
+            self._shaped(table)
+        except (Rejected, pa.ArrowException):
+            return False
+        return True
 
     def _write(self, table: pa.Table) -> None:
-        table, changed = self._shaped(table)
-        if changed or (self._files and self._files[-1].tell() >= self._max_bytes):
-            self._end_part()
+        table = self._shaped(table)
+        if self._writer and (not self._writer.schema.equals(table.schema) or self._files[-1].tell() >= self._max_bytes):
+            self.end_part()
         if self._writer is None:
             self._files.append(self._opened())
             self._stream = pa.BufferedOutputStream(pa.PythonFile(self._files[-1], mode="w"), COPY_BYTES)
-            self._writer = pq.ParquetWriter(self._stream, table.schema, compression="zstd", compression_level=1)
+            self._writer = pq.ParquetWriter(
+                self._stream, table.schema, compression="zstd", compression_level=1, write_page_checksum=True
+            )
         self._writer.write_table(table, row_group_size=GROUP_ROWS)
 
-    def _shaped(self, table: pa.Table) -> tuple[pa.Table, bool]:
-        """The rows with the columns of the table, and whether columns changed. Raises Rejected or ArrowException."""
-        table = self._in_microseconds(table)
-        targets, changed = self._columns.take(table.schema)
+    def _shaped(self, table: pa.Table) -> pa.Table:
+        """The rows with the columns of the table, which may get more. Raises Rejected or ArrowException."""
+        table = _in_microseconds(table)
+        targets = self._columns.take(table.schema)
         schema = self._columns.schema()
         columns = []
         for name, kind in zip(schema.names, schema.types, strict=True):
@@ -340,29 +385,10 @@ class FileParts:
                 continue
             column = table[targets[name]]
             columns.append(column if column.type == kind else column.cast(kind))
-        return pa.Table.from_arrays(columns, schema=schema), changed
+        return pa.Table.from_arrays(columns, schema=schema)
 
-    def _in_microseconds(self, table: pa.Table) -> pa.Table:
-        index = table.schema.get_field_index(TIMESTAMP)
-        kind = table.schema.field(index).type if index >= 0 else None
-        if kind is None or not pa.types.is_timestamp(kind):
-            raise Rejected(f"column timestamp is {kind}", "write it as a timestamp")
-        if kind.tz is None:
-            table = table.set_column(index, TIMESTAMP, pc.assume_timezone(table[TIMESTAMP], "UTC"))
-        if kind.unit == "ns":
-            table = split_nanoseconds(
-                table.set_column(index, TIMESTAMP, table[TIMESTAMP].cast(pa.timestamp("ns", "UTC"))), with_nanos=True
-            )
-        elif kind.unit != "us":
-            table = table.set_column(index, TIMESTAMP, table[TIMESTAMP].cast(US))
-        span = pc.min_max(table[TIMESTAMP].cast(pa.int64())).as_py()
-        if table[TIMESTAMP].null_count or (
-            table.num_rows and not self._end_us - DAY_SECONDS * 1_000_000 <= span["min"] <= span["max"] < self._end_us
-        ):
-            raise Rejected("a row lies outside its day, or has no timestamp", "move the object away")
-        return table
-
-    def _end_part(self) -> None:
+    def end_part(self) -> None:
+        """End the file that is being written, also after an error. Idempotent."""
         if self._writer is not None:
             self._writer.close()
             self._stream.detach()  # closing it would also close the file
@@ -373,7 +399,7 @@ class FileParts:
         self._flush()
         if not self._files:
             self._write(self._columns.schema().empty_table())
-        self._end_part()
+        self.end_part()
         return self._files
 
 
@@ -381,22 +407,25 @@ def _group_rows(columns: int) -> int:
     return max(1, min(GROUP_ROWS, GROUP_CELLS // columns))
 
 
-def _pieces(key: str, device: str, file: pq.ParquetFile, rows: int) -> Iterator[pa.Table]:
-    """A large object in tables of at most `rows` rows. Some may already be written when a later one cannot be read."""
-    try:
-        for batch in file.iter_batches(rows):
-            yield _of_device(pa.Table.from_batches([batch]), device)
-    except (Rejected, pa.ArrowException, OSError) as error:
-        raise Permanent(f"{key} cannot be read: {error}"[:300], "restore an earlier version of it") from error
+def _tables(file: pq.ParquetFile, rows: int) -> Iterator[pa.Table]:
+    """The rows of an object: at once, or if it is large in tables of at most `rows` rows."""
+    if file.metadata.num_rows <= rows:
+        yield file.read()
+        return
+    for batch in file.iter_batches(rows):
+        yield pa.Table.from_batches([batch])
 
 
-def _of_device(table: pa.Table, device: str) -> pa.Table:
-    """The table with the device from the key, which later shows whose rows these are. Raises Rejected."""
-    table = table.replace_schema_metadata()
-    index = table.schema.get_field_index(DEVICE)
-    if index < 0:
-        return table.append_column(DEVICE, pa.repeat(pa.scalar(device), table.num_rows))
-    found = pc.unique(table[DEVICE]).to_pylist()
-    if found not in ([device], []):
-        raise Rejected(f"device_id is {found[:3]}, and its key says {device!r}", "write it below the key of its device")
-    return table
+def _in_microseconds(table: pa.Table) -> pa.Table:
+    """The rows with UTC timestamps; digits below the microsecond become a column of their own. Raises Rejected."""
+    index = table.schema.get_field_index(TIMESTAMP)
+    kind = table.schema.field(index).type if index >= 0 else None
+    if kind is None or not pa.types.is_timestamp(kind):
+        raise Rejected(f"column timestamp is {kind}", "write it as a timestamp")
+    if kind.tz is None:
+        table = table.set_column(index, TIMESTAMP, pc.assume_timezone(table[TIMESTAMP], "UTC"))
+    if kind.unit == "ns":
+        return split_nanoseconds(
+            table.set_column(index, TIMESTAMP, table[TIMESTAMP].cast(pa.timestamp("ns", "UTC"))), with_nanos=True
+        )
+    return table.set_column(index, TIMESTAMP, table[TIMESTAMP].cast(US))

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from importlib.util import find_spec
 from time import monotonic
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 from app.config.settings import Settings
 from app.core.closed_days import ClosedDays
@@ -20,8 +21,8 @@ from app.core.runs import Context, Failure, Job, Report
 from app.object_store.port import ObjectStore
 
 if TYPE_CHECKING:
-    from app.lake.day import Compacted, NewFile
-    from app.lake.plan import LakeFile, Rewrite, TreeLayout
+    from app.lake.day import Compaction, NewFile
+    from app.lake.plan import LakeFile, Rewrite
     from app.lake.table import Catalog, LakeTable
 
 NAME = "lake_day"
@@ -30,6 +31,7 @@ SERVES = "influx_to_s3"
 ATTEMPTS = 3
 RUN_SECONDS = 600.0
 MAX_BYTES = 256 << 20
+CHECK_EVERY_SECONDS, CHECK_BYTES = 7 * 86_400.0, 1 << 30  # or, of a large table, this much a run
 UNREADABLE = "object that the table cannot take"
 IS_CSV = "CSV object: the table takes Parquet"
 
@@ -74,31 +76,6 @@ def catalog_of(settings: Settings, store: ObjectStore) -> "Catalog":
     return Catalog(catalog_uri(settings), store, location_base(settings), settings.lake.prefix, settings.s3.prefix)
 
 
-@dataclass(slots=True)
-class LakeLedger:
-    """What happens to the objects of closed days. `counted` is from the listing, the rest from the slices written."""
-
-    counted: int = 0
-    csv: int = 0
-    new: int = 0
-    swapped: int = 0
-    kept: int = 0
-    aside: int = 0
-    newly_aside: int = 0
-    waiting: int = 0
-    sample: str = ""
-
-    def landed(self, rewrite: "Rewrite", done: "Compacted") -> None:
-        """Account for a written slice: it is new, or replaces files."""
-        good = rewrite.objects - len(done.aside)
-        self.swapped += good if rewrite.replaced else 0
-        self.new += 0 if rewrite.replaced else good
-        self.aside += len(done.aside)
-        self.newly_aside += len(done.aside)
-        if done.aside and not self.sample:
-            self.sample = ": ".join(done.aside[0])
-
-
 @dataclass(frozen=True, slots=True)
 class LakeDay:
     """The work of the job. `run_seconds`: after this time a run commits what it has; the next run continues.
@@ -123,97 +100,101 @@ class LakeDay:
         raise Transient("other processes changed the table each time", "no action needed; it is retried")
 
     def _once(self, context: Context, table: "LakeTable") -> Report:
+        from app.lake.day import Compaction
         from app.lake.plan import closed_days, plan, read_layout
 
-        settings, lake = self.settings, self.settings.lake
+        settings, prefix, export = self.settings, self.settings.s3.prefix, self.settings.export
         table.load(context.now_at, repair=not context.dry_run)
-        files = table.files()
-        prefix, export = settings.s3.prefix, settings.export
         layout = read_layout(self.store, prefix, export.date_format, export.window_seconds)
-        wait = timedelta(seconds=export.grace_seconds, hours=lake.wait_hours)
+        spool = settings.service.data_dir / "spool"
+        compaction = Compaction(self.store, prefix, table.folder, layout, spool, self.max_bytes, context.run_id[:12])
+        files = self._checked(table.files(), compaction, context.now_at)
+        wait = timedelta(seconds=export.grace_seconds, hours=settings.lake.wait_hours)
         days = list(closed_days(self.store.list(f"{prefix}/"), prefix, layout, (context.now_at - wait).date()))
         made = plan(days, files, self.max_bytes)
-        account = LakeLedger(sum(one.objects + one.csv for one in days), sum(one.csv for one in days))
-        account.kept, account.aside = made.kept - made.kept_aside, made.kept_aside
-        missing = sum(file.missing for file in files)
-        notes = [*table.notes, *([f"{missing} files of the table are gone or cut"] if missing else [])]
+        notes = list(table.notes)
+        if missing := sum(file.missing for file in files):
+            notes.append(f"{missing} files of the table are gone or damaged")
+        aside: dict[str, str] = {}
         if context.dry_run:
-            account.waiting = sum(rewrite.objects for rewrite in made.rewrites)
-            return self._report(account, Report(notes=(*notes, f"would write {len(made.rewrites)} slices")))
-        context.progress.advance(total=len(made.rewrites))
-        report = self._write(context, table, layout, made.rewrites, account)
-        removed = table.expire(context.clock(), timedelta(days=lake.snapshot_days))
-        notes += [f"{removed} old files removed"] if removed else []
-        return self._report(account, replace(report, notes=(*notes, *report.notes)))
+            tally = Tally(waiting=sum(rewrite.objects for rewrite in made.rewrites))
+            report = Report(notes=[f"would write {len(made.rewrites)} slices"])
+        else:
+            report, tally, aside = self._write(context, table, compaction, made.rewrites)
+            if removed := table.expire(context.clock(), timedelta(days=settings.lake.snapshot_days)):
+                notes.append(f"{removed} old files removed")
+        csv = sum(one.csv for one in days)
+        tally += Tally(counted=csv + sum(one.objects for one in days), already_there=made.kept - made.kept_aside)
+        reasons = [
+            SetAside(UNREADABLE, made.kept_aside + len(aside), len(aside), ": ".join(next(iter(aside.items()), ()))),
+            SetAside(IS_CSV, csv),
+        ]
+        ledger = ledger_of(tally, *(one for one in reasons if one.number), unit="objects")
+        return replace(report, ledger=ledger, notes=(*notes, *report.notes))
+
+    def _checked(self, files: Sequence["LakeFile"], compaction: "Compaction", now: datetime) -> Sequence["LakeFile"]:
+        """The files of the table. Each is read whole about once a week, in turn, since the listing does not show damage
+        that leaves the size as it was.
+        """
+        seconds, size_bytes = self.settings.lake.interval_seconds, sum(file.entry.file_size_in_bytes for file in files)
+        turns = int(max(1, CHECK_EVERY_SECONDS // seconds, size_bytes // CHECK_BYTES))
+        turn = int(now.timestamp() // seconds) % turns
+
+        def is_damaged(file: "LakeFile") -> bool:
+            return crc32(file.key.encode()) % turns == turn and compaction.is_damaged(file)
+
+        return [replace(file, missing=file.missing or is_damaged(file)) for file in files]
 
     def _write(
-        self,
-        context: Context,
-        table: "LakeTable",
-        layout: "TreeLayout",
-        rewrites: Sequence["Rewrite"],
-        account: LakeLedger,
-    ) -> Report:
-        """Write the slices and commit them together. A slice that fails waits and does not block others."""
-        from app.lake.day import Compaction, SourceMoved
+        self, context: Context, table: "LakeTable", compaction: "Compaction", rewrites: Sequence["Rewrite"]
+    ) -> tuple[Report, Tally, dict[str, str]]:
+        """Write the slices and commit them together. A slice that fails waits and does not block others.
 
-        columns = table.columns()
-        spool = self.settings.service.data_dir / "spool"
-        compaction = Compaction(
-            self.store, self.settings.s3.prefix, table.folder, layout, spool, self.max_bytes, context.run_id[:12]
-        )
+        Returns what became of their objects as well, and the reason for each that was set aside.
+        """
+        from app.lake.day import SourceMoved
+
+        columns, done_until = table.columns(), monotonic() + self.run_seconds
         new: list[NewFile] = []
         replaced: list[LakeFile] = []
         failures: list[Failure] = []
-        done_until, rows, kept_rows, moved, damaged = monotonic() + self.run_seconds, 0, 0, 0, 0
+        aside: dict[str, str] = {}
+        tally, rows, kept_rows, moved, damaged = Tally(), 0, 0, 0, 0
+        context.progress.advance(total=len(rewrites))
         for number, rewrite in enumerate(rewrites):
             if new and monotonic() > done_until:
-                account.waiting += sum(one.objects for one in rewrites[number:])
+                tally += Tally(waiting=sum(one.objects for one in rewrites[number:]))
                 break
             try:
                 done = compaction.run(rewrite, columns, context.stop)
-            except SourceMoved:
-                moved += 1
-                account.waiting += rewrite.objects
+            except (Transient, Permanent, Rejected, SourceMoved) as error:
+                tally += Tally(waiting=rewrite.objects)
+                if isinstance(error, SourceMoved):
+                    moved += 1
+                else:
+                    failures.append(Failure(rewrite.day.isoformat(), error.message, error.hint))
                 continue
-            except (Transient, Permanent, Rejected) as error:
-                failures.append(Failure(rewrite.day.isoformat(), error.message, error.hint))
-                account.waiting += rewrite.objects
-                continue
-            account.landed(rewrite, done)
+            good = rewrite.objects - len(done.aside)
+            tally += Tally(read=good, corrected=good) if rewrite.replaced else Tally(read=good, new=good)
             new += done.files
             replaced += rewrite.replaced
+            aside |= done.aside
             rows, kept_rows, damaged = rows + done.rows, kept_rows + done.kept_rows, damaged + done.damaged
             context.progress.advance(done=1, rows=done.rows)
         if new:
             context.stop.check()
             table.commit(columns, new, replaced)
-        notes = [f"{moved} slices changed while they were read: the next run takes them"] if moved else []
-        notes += (
-            [f"{damaged} files of the table cannot be read: their days are made anew from the objects"]
-            if damaged
-            else []
+        told = (
+            (moved, "slices changed while they were read: the next run takes them"),
+            (damaged, "files of the table cannot be read: their days are made anew from the objects"),
+            (kept_rows, "rows stay whose objects are gone"),
         )
-        notes += [f"{kept_rows} rows stay whose objects are gone"] if kept_rows else []
-        return Report(
+        report = Report(
             rows=rows,
             bytes=sum(file.size_bytes for file in new),
             windows=len(new),
             failures=failures,
-            more=monotonic() > done_until and bool(account.waiting),
-            notes=notes,
+            more=monotonic() > done_until and bool(tally.waiting),
+            notes=[f"{count} {what}" for count, what in told if count],
         )
-
-    @staticmethod
-    def _report(account: LakeLedger, report: Report) -> Report:
-        tally = Tally(
-            counted=account.counted,
-            read=account.new + account.swapped,
-            new=account.new,
-            already_there=account.kept,
-            corrected=account.swapped,
-            waiting=account.waiting,
-        )
-        aside = [SetAside(UNREADABLE, account.aside, account.newly_aside, account.sample)] if account.aside else []
-        aside += [SetAside(IS_CSV, account.csv)] if account.csv else []
-        return replace(report, ledger=ledger_of(tally, *aside, unit="objects"))
+        return report, tally, aside

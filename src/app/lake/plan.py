@@ -42,7 +42,7 @@ class DeviceDay:
 
 @dataclass(frozen=True, slots=True)
 class LakeFile:
-    """A file of the table. `entry`: its pyiceberg entry. `missing`: it is gone from the store, or truncated."""
+    """A file of the table. `entry`: its pyiceberg entry. `missing`: it is gone from the store, truncated or damaged."""
 
     key: str
     day: date

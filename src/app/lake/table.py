@@ -7,16 +7,18 @@ references them, and never when they are young.
 """
 
 import io
+import json
 import logging
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
-from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError
+from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError, ValidationError
 from pyiceberg.io import FileIO, InputFile, OutputFile
 from pyiceberg.io.pyarrow import (
     compute_statistics_plan,
@@ -26,8 +28,8 @@ from pyiceberg.io.pyarrow import (
 from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
 from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.schema import Schema
-from pyiceberg.serializers import FromInputFile
 from pyiceberg.table import Table
+from pyiceberg.table.metadata import TableMetadataUtil
 from pyiceberg.transforms import DayTransform
 from pyiceberg.typedef import Record
 from pyiceberg.types import IcebergType, NestedField
@@ -35,7 +37,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.core.closed_days import TableState
-from app.core.errors import Conflict, Permanent, Transient
+from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.windows import EPOCH
 from app.lake.columns import FIRST, TIMESTAMP, LakeColumns
 from app.lake.day import NewFile
@@ -44,6 +46,11 @@ from app.object_store.port import ObjectInfo, ObjectStore, PutRequest
 
 NAMESPACE, TABLE = "headwater", "telemetry"
 METADATA = re.compile(r"(\d+)-[0-9a-f-]+\.metadata\.json")
+# What pyiceberg's decoders raise for a file that is gone or damaged: the bytes may ask for anything.
+DAMAGED = (
+    *(FileNotFoundError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, SystemError, MemoryError),
+    *(zlib.error, Rejected),
+)
 STORE, BASE = "headwater.store", "headwater.base"
 ORPHAN_AGE = timedelta(days=1)
 COMMIT_AGE = timedelta(minutes=10)
@@ -259,16 +266,28 @@ class LakeTable:
             return str(connection.execute(select(IcebergTables.metadata_location).where(*self._row)).scalar() or "")
 
     def _read(self, location: str) -> bool:
-        """Load the table and its entries from this metadata file; False when one of its files is gone."""
-        files = StoreFileIO(self._catalog.properties)
+        """Load the table and its entries from this metadata file; False when one of its files is gone or damaged.
+
+        Raises Permanent for one that is whole but not ours, or cannot be understood: it must not be removed.
+        """
+        files, self._entries = StoreFileIO(self._catalog.properties), []
         try:
-            metadata = FromInputFile.table_metadata(files.new_input(location))
-            self._check_ours(metadata, location)
+            text = files.new_input(location).open().read()
+            json.loads(text)
+            metadata = TableMetadataUtil.parse_raw(text)
+        except (FileNotFoundError, ValueError):
+            return False
+        except ValidationError as error:
+            raise Permanent(
+                f"{location} cannot be understood: {error}"[:300],
+                "if it is damaged, delete it: the state before it is then taken; otherwise install a newer Headwater",
+            ) from error
+        self._check_ours(metadata, location)
+        table = Table(self._name, metadata, location, files, self._catalog)
+        try:
             _at(metadata.location, self._catalog.properties)  # the location it writes to
-            table = Table(self._name, metadata, location, files, self._catalog)
             self._entries = [task.file for task in table.scan().plan_files()]
-        except FileNotFoundError:
-            self._entries = []
+        except DAMAGED:
             return False
         self._table = table
         return True
@@ -289,7 +308,9 @@ class LakeTable:
         """Set the catalog to the metadata file `key`, "" for none, and remove the unreadable ones."""
         location = f"{self._where.base}{key}" if key else ""
         if unreadable:
-            self.notes.append(f"{len(unreadable)} states of the table cannot be read, since files of theirs are gone")
+            self.notes.append(
+                f"{len(unreadable)} states of the table cannot be read, since files of theirs are gone or damaged"
+            )
             if not key:
                 self.notes.append("the table is made anew from the objects")
         if held != location:
@@ -323,7 +344,10 @@ class LakeTable:
         return LakeFile(key, day, entry, missing=held is None or held.size_bytes != entry.file_size_in_bytes)
 
     def valid_at(self, instant: datetime | None) -> tuple[TableState, list[LakeFile]] | None:
-        """The snapshot that was newest at `instant` (None: now), and its files; None if there was none."""
+        """The snapshot that was newest at `instant` (None: now), and its files; None if there was none.
+
+        Raises Rejected when its files are not known any more.
+        """
         table, newest = self._table, self._table.current_snapshot() if self._table else None
         if table is None or newest is None:
             return None
@@ -334,7 +358,11 @@ class LakeTable:
             return None
         # Not by timestamp: one from a clock that was ahead does not count once another snapshot followed.
         found = max(valid, key=lambda each: each.sequence_number or 0)
-        files = [self._file(task.file) for task in table.scan(snapshot_id=found.snapshot_id).plan_files()]
+        try:
+            files = [self._file(task.file) for task in table.scan(snapshot_id=found.snapshot_id).plan_files()]
+        except DAMAGED as error:
+            told = f"the state of {_taken_at(found).isoformat()} cannot be read: {error or type(error).__name__}"
+            raise Rejected(told[:300], "send a later instant") from error
         return self._state(found), files
 
     def _state(self, snapshot: Any) -> TableState:
@@ -385,9 +413,10 @@ class LakeTable:
             for name in sorted(columns.ids, key=lambda name: columns.ids[name]):
                 kind = columns.kinds[name]
                 if name not in held:
-                    update.add_column(name, IcebergType.model_validate(kind))
+                    # As a path: a name such as `cpu.load` would otherwise be that of a column inside a struct.
+                    update.add_column((name,), IcebergType.model_validate(kind))
                 elif held[name] != kind:
-                    update.update_column(name, field_type=IcebergType.model_validate(kind))
+                    update.update_column((name,), field_type=IcebergType.model_validate(kind))
         given = {each.name: each.field_id for each in transaction.table_metadata.schema().fields}
         if given != columns.ids:
             raise Conflict("another process added columns", "no action needed; it is retried")
@@ -428,16 +457,17 @@ class LakeTable:
         return len(unnamed)
 
     def _named(self, table: Table) -> set[str]:
-        """Every key that a snapshot of the table or its metadata log references."""
+        """Every key that a snapshot of the table or its metadata log references, as far as snapshots can be read."""
         locations = {table.metadata_location, *(each.metadata_file for each in table.metadata.metadata_log)}
         seen: set[str] = set()
         for snapshot in table.snapshots():
             locations.add(snapshot.manifest_list)
-            for manifest in snapshot.manifests(table.io):
-                if manifest.manifest_path not in seen:
-                    seen.add(manifest.manifest_path)
-                    entries = manifest.fetch_manifest_entry(table.io, discard_deleted=True)
-                    locations.update(entry.data_file.file_path for entry in entries)
+            with suppress(*DAMAGED):
+                for manifest in snapshot.manifests(table.io):
+                    if manifest.manifest_path not in seen:
+                        seen.add(manifest.manifest_path)
+                        entries = manifest.fetch_manifest_entry(table.io, discard_deleted=True)
+                        locations.update(entry.data_file.file_path for entry in entries)
         return {location.removeprefix(self._where.base) for location in locations | seen}
 
 
