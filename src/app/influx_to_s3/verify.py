@@ -62,7 +62,8 @@ class ExportEnds:
     def partitions(self, span: Window) -> Sequence[str]:
         """See `Ends.partitions`. Devices that cannot have objects are set aside and not compared."""
         known = self.opened.pipeline.checkpoints.cursors(self.opened.pipeline.name)
-        return sorted(filter(is_nameable, {*known, *self.opened.source.partitions(span.start)}))
+        devices = {*known, *self.opened.source.partitions(span.start)}
+        return sorted(device for device in devices if is_nameable(device, self.opened.sink.store))
 
     def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
         """See `Ends.slots`: for every device that has a checkpoint, or points since the start of the span."""
