@@ -171,8 +171,8 @@ class Export:
         return self._isolated(opened, context, devices, one)
 
     def ends(self, stop: Stop) -> ExportEnds:
-        """Both ends as they are now. Does not depend on a run in progress and changes nothing."""
-        return ExportEnds(self._open(stop, dry_run=True), self._clock)
+        """Both ends as they are now. Does not depend on a run in progress. Only healing changes anything."""
+        return ExportEnds(self._open(stop, dry_run=True), self._clock, lambda: self._open(stop, dry_run=False))
 
     def _open(
         self,
