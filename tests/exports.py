@@ -127,6 +127,10 @@ class CountingStore:
     def conditional(self) -> bool:
         return self.inner.conditional
 
+    @property
+    def segment_bytes(self) -> int:
+        return self.inner.segment_bytes
+
     def put(self, key: str, body: Any, put: Any) -> str:
         self.before_put(key)
         etag = self.inner.put(key, body, put)

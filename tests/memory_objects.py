@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from app.core.errors import Conflict
 from app.object_store.port import (
+    MAX_KEY_BYTES,
     ListingBatch,
     ListingPage,
     ListingRequest,
@@ -24,6 +25,8 @@ from app.object_store.port import (
 
 
 class MemoryObjects:
+    segment_bytes = MAX_KEY_BYTES
+
     def __init__(self) -> None:
         self._turn = threading.Lock()
         self._numbers = itertools.count(1)

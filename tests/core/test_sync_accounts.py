@@ -85,6 +85,13 @@ def test_late_rows_of_closed_windows_are_new_and_the_others_there_already() -> N
     assert fields == {VALUE: Tally(counted=11, already_there=11)}
 
 
+def test_after_the_state_was_lost_the_rows_that_the_objects_hold_are_there_already() -> None:
+    world = closed_world()
+    world.records.clear()
+    world.cursors.clear()
+    assert Process(world).run_until_done().ledger.fields == {VALUE: Tally(counted=10, read=10, already_there=10)}
+
+
 @pytest.mark.parametrize(("new", "outcome"), [(2, Outcome.PARTIAL), (0, Outcome.OK)])
 def test_what_is_newly_set_aside_makes_a_run_partial_and_what_was_before_does_not(new: int, outcome: Outcome) -> None:
     world = World()

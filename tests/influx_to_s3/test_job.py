@@ -159,15 +159,20 @@ def test_a_failing_count_fails_the_run_and_moves_nothing(exporter: Exporter) -> 
     exporter.check()
 
 
-def test_the_longest_device_id_is_exported_or_fails_alone(exporter: Exporter) -> None:
-    """A directory takes names of 255 bytes, of which `device_id=` is a part."""
-    longest, fits = "x" * 255, "y" * 245
-    for device in (longest, fits, "D1"):
+def test_a_device_id_too_long_for_a_directory_name_is_set_aside_and_no_job_fails_on_it(exporter: Exporter) -> None:
+    """A directory's name has at most 255 bytes, of which `device_id=` takes ten."""
+    longest = "x" * 245
+    for device in ("D1", longest, longest + "x", "€" * 85):
         exporter.write(NOON, device)
     exporter.at(minutes=1)
     run = exporter.run()
-    assert [failure.partition for failure in run.report.failures] == [longest]
-    assert {device for device, *_ in exported(exporter.store)} == {fits, "D1"}
+    assert (run.report.failures, run.report.ledger.closes) == ((), True)
+    assert [(aside.number, aside.new) for aside in run.report.ledger.set_aside] == [(6, 6)]
+    assert sorted({device for device, *_ in exported(exporter.store)}) == ["D1", longest]
+    exporter.at(hours=3)
+    exporter.well()
+    exporter.reconcile()
+    exporter.backfill(NOON, NOON + HOUR)
 
 
 def test_an_object_store_that_is_full_or_away_fails_the_run_with_a_hint(exporter: Exporter) -> None:

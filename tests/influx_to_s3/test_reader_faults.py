@@ -385,7 +385,16 @@ def test_an_answer_of_nothing_at_all_is_no_answer(make: Make, answer: bytes) -> 
 
 @pytest.mark.parametrize(
     "body",
-    [b"<html>Sign in</html>", b"{}", b"null", b"[1]", b"\xff\xfe"],
+    [
+        b"<html>Sign in</html>",
+        b"{}",
+        b"null",
+        b"[1]",
+        b"\xff\xfe",
+        b'{"results":null}',
+        b'{"results":{"series":[]}}',
+        b'{"results":[1]}',
+    ],
 )
 def test_another_program_at_the_address_gives_an_error_of_ours(make: Make, body: bytes) -> None:
     head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body) + 1}\r\n\r\n".encode()
@@ -398,6 +407,14 @@ def test_another_program_at_the_address_gives_an_error_of_ours(make: Make, body:
         ):
             with pytest.raises(AppError):
                 question()
+
+
+def test_a_web_page_instead_of_an_answer_is_named() -> None:
+    with answering(plain_answer(b"<html>\n<head><title>Sign in</title></head></html>\n")) as url:
+        reader = influxql_without_credentials(url, "db")
+        with pytest.raises(Transient, match="<html>") as told:
+            list(reader.counts(None, HOUR, 60))
+        assert "login page" in told.value.hint
 
 
 def test_a_series_without_values_holds_nothing() -> None:

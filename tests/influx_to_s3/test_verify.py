@@ -138,6 +138,22 @@ def test_a_device_that_nobody_knows_is_refused_with_those_that_are_known(full: E
     assert {each.sign for each in verify(ends, SPAN, Stop(), "D1")} == {Verdict.EQUAL}
 
 
+@pytest.mark.parametrize("is_layout_lost", [False, True])
+def test_what_healing_writes_has_its_columns_in_the_layout_file(full: Exporter, *, is_layout_lost: bool) -> None:
+    full.write(NOON - 5 * HOUR + timedelta(seconds=9), "D1", "pressure=2.5", phase="A")
+    if is_layout_lost:
+        for key in (*full.keys, "telemetry/_headwater/layout.json"):
+            delete(full, key)
+    export = full.export()
+    assert mend(full, export)[0].outcome is Outcome.OK
+    assert {(each["kind"], each["name"]) for each in full.layout["columns"]} >= {
+        ("field", "pressure"),
+        ("tag", "phase"),
+    }
+    assert signs(export) == {}
+    full.check()
+
+
 def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exactly(with_delta: Exporter) -> None:
     full, export = with_delta, with_delta.export()
     before = {key: content(full.store, key) for key in full.keys}

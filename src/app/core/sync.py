@@ -299,10 +299,11 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: WindowTask) -> _Set
                     f"{one.stored_bytes} bytes written" if one.stored_bytes else "nothing to write",
                 )
                 before, fields = task.record.fields if task.record else {}, {}
+                is_same = held is not None and one.batch.digest == held.digest  # also where the record was lost
                 for name, tally in one.batch.accounts.items():
                     # Rows that an unchanged object, or its record, already holds are not new.
                     known = 0 if one.is_united else min(before.get(name, 0), tally.new)
-                    there = known if one.stored_bytes else tally.new
+                    there = known if one.stored_bytes and not is_same else tally.new
                     fields[name] = replace(tally, new=tally.new - there, already_there=tally.already_there + there)
                 aside: Sequence[SetAside] = ()
                 if pipeline.set_aside and not context.dry_run:

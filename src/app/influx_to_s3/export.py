@@ -110,7 +110,9 @@ class Export:
         since = max(opened.now - timedelta(days=export.reconcile_days), opened.tree.first_start_at)
         by_content = Window(since, since + CONTENT_SPAN)
         # A device without a cursor is new: the job closes its windows, beginning at the first start.
-        cursors = {device: at for device, at in self._checkpoints.cursors(NAME).items() if is_nameable(device)}
+        cursors = {
+            device: at for device, at in self._checkpoints.cursors(NAME).items() if is_nameable(device, self._store)
+        }
 
         def one(device: str, done: Done) -> None:
             until = min(opened.now, cursors[device])
@@ -169,8 +171,8 @@ class Export:
         return self._isolated(opened, context, devices, one)
 
     def ends(self, stop: Stop) -> ExportEnds:
-        """Both ends as they are now. Does not depend on a run in progress and changes nothing."""
-        return ExportEnds(self._open(stop, dry_run=True), self._clock)
+        """Both ends as they are now. Does not depend on a run in progress. Only healing changes anything."""
+        return ExportEnds(self._open(stop, dry_run=True), self._clock, lambda: self._open(stop, dry_run=False))
 
     def _open(
         self,
@@ -326,7 +328,8 @@ class Export:
                     told=done,
                 )
 
-        devices = sorted(filter(is_nameable, {*cursors, *opened.source.partitions(span.start)}))
+        known = {*cursors, *opened.source.partitions(span.start)}
+        devices = sorted(device for device in known if is_nameable(device, self._store))
         return self._isolated(opened, context, devices, one)
 
     def _retire(self, context: Context, cursors: Mapping[str, datetime], now: datetime) -> None:
@@ -367,7 +370,9 @@ class Export:
         def find(device: str) -> datetime | None:
             if not written:
                 written.append(any(True for _ in self._store.list(f"{start}device_id=")))
-            return lost_cursor(self._store, prefix, device, tree, now) if written[0] and is_nameable(device) else None
+            if not written[0] or not is_nameable(device, self._store):
+                return None
+            return lost_cursor(self._store, prefix, device, tree, now)
 
         return find
 

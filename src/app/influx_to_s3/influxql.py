@@ -277,7 +277,7 @@ class InfluxQlReader:
         try:
             with self._question(f"SHOW RETENTION POLICIES ON {identifier(self._database)}") as answer:
                 for result in self._results(_lines(answer.chunks)):
-                    for series in result.get("series", ()):
+                    for series in result.get("series") or ():
                         found += (dict(zip(series["columns"], row, strict=True)) for row in series.get("values", ()))
                 return found, answer.told_at, answer.version
         except Permanent:
@@ -324,7 +324,7 @@ class InfluxQlReader:
         ended = 0
         with self._question(statements) as answer:
             for result in self._results(_lines(answer.chunks)):
-                yield from (series for series in result.get("series", ()) if series.get("values"))
+                yield from (series for series in result.get("series") or () if series.get("values"))
                 if not result.get("partial"):
                     ended += 1
                     yield None
@@ -355,16 +355,19 @@ class InfluxQlReader:
     def _document(self, line: bytes) -> Mapping[str, Any]:
         if line.startswith(b"json: "):
             raise Permanent(f"InfluxDB cannot write its answer: {line[:200].decode(errors='replace')}", CANNOT_HINT)
+        other = f"{self._connection.url} answers with something else than InfluxQL's results: {line[:100]!r}"
+        hint = "check that INFLUXDB_URL is an InfluxDB server and not, for example, a proxy's login page"
         try:
             # Python parses JSON's -0 as an integer, but only a float can be negative zero.
             document = json.loads(line, parse_int=_integer if NEGATIVE_ZERO.search(line) else None)
         except ValueError as error:
+            if not line.startswith(b"{"):
+                raise Transient(other, f"{hint}; it is retried") from error
             raise Transient("InfluxDB's answer ends inside a document", "no action needed: it is read again") from error
-        if not isinstance(document, dict) or not {"results", "error"} & document.keys():
-            raise Permanent(
-                f"{self._connection.url} answers with something else than InfluxQL's results: {line[:100]!r}",
-                "check that INFLUXDB_URL is an InfluxDB server",
-            )
+        results = document.get("results") if isinstance(document, dict) else None
+        is_answer = isinstance(results, list) and all(isinstance(each, dict) for each in results)
+        if not isinstance(document, dict) or not (is_answer or "error" in document):
+            raise Permanent(other, hint)
         return document
 
     def _failed(self, message: str) -> AppError:

@@ -61,10 +61,11 @@ class ExportGapMap:
 
     export: "SharedClient[Export]"
     checkpoints: SqlCheckpoints
+    store: "ObjectStore"
 
     def partitions(self) -> Sequence[str]:
         """See `GapMapSource.partitions`."""
-        return sorted(filter(is_nameable, self.checkpoints.cursors(NAME)))
+        return sorted(device for device in self.checkpoints.cursors(NAME) if is_nameable(device, self.store))
 
     def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
         """See `GapMapSource.cells`."""
@@ -120,6 +121,6 @@ def build(
         replace=lambda context, span, allow_shrink: export().replace(context, span, allow_shrink=allow_shrink),
         rewrite=lambda context, span: export().rewrite(context, span),
         verification=lambda stop: export().ends(stop),
-        chart=ExportGapMap(export, checkpoints),
+        chart=ExportGapMap(export, checkpoints, store),
         checks=[ConnectionCheck("influxdb", "InfluxDB", "INFLUXDB_URL", check)] if settings.influx.url else (),
     )

@@ -50,10 +50,16 @@ AT, OWNER = "\0at", "\0device"
 
 @dataclass(slots=True)
 class ExportEnds:
-    """`app.core.verify.Ends` over the export. Caches the listing of one partition and day."""
+    """`app.core.verify.Ends` over the export. Caches the listing of one partition and day.
+
+    `opened` changes nothing beside the data. `open_to_write` opens the export as a run does: healing may write a column
+    that is new, which the layout file must name before, or it may find that file gone.
+    """
 
     opened: OpenedExport
     clock: Callable[[], datetime]
+    open_to_write: Callable[[], OpenedExport]
+    is_writing: bool = False
     listed: tuple[tuple[str, str], Listing] = NOT_LISTED
     looked_at: PartitionWindow | None = None
     slice: timedelta = SLICE
@@ -62,7 +68,8 @@ class ExportEnds:
     def partitions(self, span: Window) -> Sequence[str]:
         """See `Ends.partitions`. Devices that cannot have objects are set aside and not compared."""
         known = self.opened.pipeline.checkpoints.cursors(self.opened.pipeline.name)
-        return sorted(filter(is_nameable, {*known, *self.opened.source.partitions(span.start)}))
+        devices = {*known, *self.opened.source.partitions(span.start)}
+        return sorted(device for device in devices if is_nameable(device, self.opened.sink.store))
 
     def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
         """See `Ends.slots`: for every device that has a checkpoint, or points since the start of the span."""
@@ -112,6 +119,8 @@ class ExportEnds:
     def heal(self, context: Context, slot: PartitionWindow) -> Report:
         """See `Ends.heal`."""
         self.listed = NOT_LISTED
+        if not self.is_writing:
+            self.opened, self.is_writing = self.open_to_write(), True
         return heal_window(self.opened.pipeline, context, slot.partition, slot.window, self.clock())
 
     def cells(self, checkpoints: SqlCheckpoints, partition: str, span: Window) -> Sequence[MapCell]:

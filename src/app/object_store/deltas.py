@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from app.core.errors import Rejected
 from app.core.pipeline import ObjectState
-from app.object_store.port import CONTROL, ObjectInfo
+from app.object_store.port import CONTROL, ObjectInfo, ObjectStore
 
 NAME = re.compile(r"(?P<folder>(?:.*/)?)export_(\d\d)(\d\d)(\d\d)\.(?P<format>parquet|csv)", re.DOTALL)
 WINDOW = re.compile(r"[\d-]{10}T(\d\d):(\d\d):(\d\d)Z/[\d-]{10}T(\d\d):(\d\d):(\d\d)Z")
 DAY = 86_400
+FOLDER = "device_id="
 MAX_DEVICE_BYTES = 255
 
 Head = Callable[[ObjectInfo | str], ObjectInfo | None]
@@ -47,17 +48,18 @@ class _Noted:
         return self.start < second < self.end
 
 
-def check_device(device: str) -> None:
-    """Raises Rejected for an id that cannot be part of a key unchanged."""
+def check_device(device: str, store: ObjectStore) -> None:
+    """Raises Rejected for an id that cannot be part of a key of this store unchanged."""
     problem = ""
+    longest_bytes = min(MAX_DEVICE_BYTES, store.segment_bytes - len(FOLDER))
     if not device or "/" in device or ".." in device:
         problem = "is empty or holds '/' or '..'"
     elif "\\" in device:
         problem = "holds a backslash, which some stores take for a slash"
     elif not CONTROL.isdisjoint(device):
         problem = "holds a control character"
-    elif len(device.encode("utf-8", "surrogatepass")) > MAX_DEVICE_BYTES:
-        problem = f"is longer than {MAX_DEVICE_BYTES} bytes"
+    elif len(device.encode("utf-8", "surrogatepass")) > longest_bytes:
+        problem = f"is longer than {longest_bytes} bytes"
     if problem:
         raise Rejected(
             f"device id {device[:80]!r} {problem}, so it cannot name an object",
@@ -65,10 +67,10 @@ def check_device(device: str) -> None:
         )
 
 
-def is_nameable(device: str) -> bool:
-    """True for a device whose id can be part of a key."""
+def is_nameable(device: str, store: ObjectStore) -> bool:
+    """True for a device whose id can be part of a key of this store."""
     try:
-        check_device(device)
+        check_device(device, store)
     except Rejected:
         return False
     return True

@@ -30,7 +30,7 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
-from app.core.files import replace_durably, sync_directory, sync_file
+from app.core.files import NAME_BYTES, replace_durably, sync_directory, sync_file
 from app.core.windows import EPOCH
 from app.object_store.port import (
     CONTROL,
@@ -81,6 +81,7 @@ class LocalDirectory:
         self._clock_ns = clock_ns
         self._turn = threading.Lock()
         self.conditional = False  # until `probe` has confirmed that the root can be written and locked
+        self.segment_bytes = NAME_BYTES
 
     def probe(self) -> None:
         """Write and lock below the root, and remove what killed processes left there more than a day ago."""

@@ -93,6 +93,10 @@ class ObjectStore(Protocol):
     def conditional(self) -> bool:
         """True when `probe` found that the store honours conditions; False before it has run."""
 
+    @property
+    def segment_bytes(self) -> int:
+        """The longest part of a key between slashes, in bytes of UTF-8, that the store can hold."""
+
     def probe(self) -> None:
         """Check that the store can be reached and written, and whether it honours conditions."""
 

@@ -20,6 +20,7 @@ from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.network import SharedClient
 from app.core.windows import EPOCH
 from app.object_store.port import (
+    MAX_KEY_BYTES,
     STORAGE_CLASS,
     TAG_COUNT,
     TAGS,
@@ -92,6 +93,7 @@ class S3Store:
         self.target = target
         self.translated = partial(translate_s3_errors, target=target)
         self.probe_key = check_key(probe_key)
+        self.segment_bytes = MAX_KEY_BYTES
         self._honours: bool | None = None
         self._bucket_seen = False
         self.client = SharedClient(self._make)

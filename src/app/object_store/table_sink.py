@@ -122,7 +122,7 @@ class TableSink:
 
     def key(self, partition: str, window: Window, part: int) -> str:
         """See the module. Raises Rejected for a partition that cannot be part of a key, or when no second is left."""
-        check_device(partition)
+        check_device(partition, self.store)
         layout = self.layout_at(window.start)
         named_at = window.start + timedelta(seconds=part)
         if named_at >= window.end:
