@@ -1,6 +1,6 @@
 """Windows lie on one grid from the epoch on, and their age decides what may be done with them."""
 
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 
 import pytest
 
@@ -11,6 +11,7 @@ from app.core.windows import (
     Window,
     age_of,
     floor_to,
+    named_day,
     next_midnight,
     refuse_future,
     window_at,
@@ -96,3 +97,28 @@ def test_a_span_that_has_not_begun_or_ends_after_today_is_in_the_future() -> Non
     for span in (Window(NOON, midnight), Window(NOON - HOUR, midnight + INSTANT), Window(last - HOUR, last)):
         with pytest.raises(Rejected, match="lies in the future"):
             refuse_future(span, NOON)
+
+
+@pytest.mark.parametrize(
+    "date_format", ["%Y/%m/%d", "%Y-%m-%d", "%Y%m%d", "%Y/%j", "year=%Y/month=%m/%Y-%m-%d", "%d.%m.%Y", "%Y/%j/%m-%d"]
+)
+def test_a_day_is_found_again_in_its_name_also_where_a_directive_is_repeated(date_format: str) -> None:
+    for day in (date(2026, 2, 7), date(2024, 2, 29), date(2026, 12, 31)):
+        assert named_day(day.strftime(date_format), date_format) == day
+
+
+@pytest.mark.parametrize(
+    ("text", "date_format"),
+    [
+        ("2026/02/30", "%Y/%m/%d"),
+        ("2026/2/7", "%Y/%m/%d"),
+        ("2026-02-07", "%Y/%m/%d"),
+        ("2026/02/07x", "%Y/%m/%d"),
+        ("2026/02/2026-03-07", "%Y/%m/%Y-%m-%d"),
+        ("2026/367", "%Y/%j"),
+        ("", "%Y/%m/%d"),
+        ("07", "%d"),
+    ],
+)
+def test_text_that_is_not_the_name_of_a_day_names_none(text: str, date_format: str) -> None:
+    assert named_day(text, date_format) is None

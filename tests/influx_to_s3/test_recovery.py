@@ -1,6 +1,7 @@
 """The layout of data that have no layout file: an older version's, or what was lost and is read from the objects."""
 
 import io
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -107,6 +108,13 @@ def test_without_a_state_length_format_and_dates_are_read_from_the_objects() -> 
         Layout(midnight + 3 * DAY, 900, "csv", "%Y-%m-%d", "ns"),
     )
     assert (tree.first_start_at, tree.sealed_day) == (NOON, date(2026, 2, 10))
+
+
+def test_dates_whose_format_repeats_a_directive_are_read_from_the_objects_too() -> None:
+    store, wanted = MemoryObjects(), replace(WANTED, date_format="%Y/%m/%Y-%m-%d")
+    add(store, NOON, date_format=wanted.date_format)
+    tree = layout_from_data(store, "telemetry", kept=(), starts=(), wanted=wanted, first_start_at=NOON + DAY)
+    assert tree.layouts[0] == replace(OLD, date_format=wanted.date_format)
 
 
 @pytest.mark.parametrize(("units", "expected"), [(("us", "us"), "us"), (("ns", "ns"), "ns"), (("us", "ns"), "ns")])

@@ -5,10 +5,11 @@ a day, so no window crosses midnight UTC; every timestamp is an aware datetime i
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from enum import Enum
 
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
@@ -17,6 +18,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 HOUR_SECONDS = 3_600
 DAY_SECONDS = 86_400
 FAILURES_IN_A_ROW = 2
+WIDTHS = {"Y": 4, "m": 2, "d": 2, "j": 3}
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +50,25 @@ class Window:
 
     def __str__(self) -> str:
         return f"{self.start:%Y-%m-%dT%H:%M:%SZ}/{self.end:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def named_day(text: str, date_format: str) -> date | None:
+    """The UTC day that `date_format` writes as `text`, None if there is none.
+
+    Directives have a fixed width and may be repeated, as in `%Y/%Y-%m-%d`, which `strptime` does not accept.
+    """
+    found: dict[str, str] = {}
+    wider = 0
+    for directive in re.finditer("%([Ymdj])", date_format):
+        width, at = WIDTHS[directive[1]], directive.start() + wider
+        found[directive[1]] = text[at : at + width]
+        wider += width - len(directive[0])
+    names = "Yj" if "j" in found else "Ymd"
+    try:
+        day = datetime.strptime(" ".join(found[name] for name in names), " ".join(f"%{name}" for name in names)).date()  # noqa: DTZ007 - a day of UTC
+    except (ValueError, KeyError):
+        return None
+    return day if day.strftime(date_format) == text else None
 
 
 def floor_to(instant: datetime, seconds: int) -> datetime:

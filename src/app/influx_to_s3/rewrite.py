@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from app.core.pipeline import ALL_TAGS, Commit, ObjectState, Record
 from app.core.runs import Context, Done, Report
 from app.core.sync import delete_deltas
-from app.core.windows import DAY_SECONDS, EPOCH, Age, Window, age_of, floor_to, windows_between
+from app.core.windows import DAY_SECONDS, EPOCH, Age, Window, age_of, floor_to, named_day, windows_between
 from app.db.checkpoints import Layout
 from app.influx_to_s3.layout import (
     COMPUTED,
@@ -157,9 +157,9 @@ def _exported(
             continue
         for written_as in formats:
             with suppress(ValueError):
-                at = datetime.strptime(f"{named['date']} {named['time']}", f"{written_as} %H%M%S").replace(tzinfo=UTC)
-                if at.strftime(written_as) == named["date"]:
-                    yield at, written_as, named["device"], info
+                at = datetime.strptime(f"{named['time']}+0000", "%H%M%S%z").timetz()
+                if day := named_day(named["date"], written_as):
+                    yield datetime.combine(day, at), written_as, named["device"], info
                     break
 
 

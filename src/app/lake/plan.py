@@ -19,6 +19,7 @@ from typing import Any
 
 from app.core.closed_days import ListedVersion
 from app.core.errors import Permanent
+from app.core.windows import named_day
 from app.object_store.port import ObjectStore
 
 OBJECT = re.compile(r"device_id=([^/]+)/date=(.+)/export_\d{6}\.(parquet|csv)")
@@ -249,9 +250,4 @@ def file_name(rewrite: Rewrite, aside: int, part: int, nonce: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _day(text: str, formats: tuple[str, ...]) -> date | None:
-    for each in formats:
-        try:
-            return datetime.strptime(text, each).replace(tzinfo=UTC).date()
-        except ValueError:
-            continue
-    return None
+    return next((day for each in formats if (day := named_day(text, each))), None)
