@@ -291,10 +291,15 @@ def test_a_file_that_cannot_be_read_ends_the_run_and_is_left_as_it_is(store: Clo
     assert get(store, KEY) == body
 
 
+LATER = {**to_json(new_layout(HOURLY, NOON))["layouts"][0], "from": "2027-01-01T00:00:00Z"}
+ALWAYS_TEXT = [{"from": "1970-01-01", "type": "text"}]
+
+
 def broken(**change: Any) -> bytes:
     """The file of a good tree with some of it spoilt."""
     document = dict(to_json(replace(new_layout(HOURLY, NOON), columns=(COUNT,))))
     document["columns"] = [{**document["columns"][0], **change.pop("column", {})}]
+    document["layouts"] = [{**document["layouts"][0], **change.pop("layout", {})}]
     return json.dumps({**document, **change}).encode()
 
 
@@ -308,7 +313,19 @@ def broken(**change: Any) -> bytes:
         {"sealed_day": "soon"},
         {"first_start": 7},
         {"first_start": "2026-02-07T12:00:00"},
+        {"first_start": "9999-12-31T00:00:00Z"},
+        {"sealed_day": "9999-12-31"},
         {"layouts": [{"from": "1970-01-01T00:00:00Z"}]},
+        {"layout": {"window_seconds": 0}},
+        {"layout": {"window_seconds": -3600}},
+        {"layout": {"window_seconds": 7}},
+        {"layout": {"window_seconds": None}},
+        {"layout": {"format": "orc"}},
+        {"layout": {"timestamp_unit": "ms"}},
+        {"layout": {"date_format": "%d"}},
+        {"layout": {"date_format": ""}},
+        {"layouts": [LATER, to_json(new_layout(HOURLY, NOON))["layouts"][0]]},
+        {"columns": [{"name": "n", "kind": kind, "source": "n", "types": ALWAYS_TEXT} for kind in ("tag", "field")]},
         {"columns": {"count": "integer"}},
     ],
 )
@@ -329,7 +346,7 @@ COLUMNS = st.builds(
 )
 
 
-@given(st.lists(COLUMNS, max_size=4), DAYS, st.sampled_from(["us", "ns"]))
+@given(st.lists(COLUMNS, max_size=4, unique_by=lambda column: column.name), DAYS, st.sampled_from(["us", "ns"]))
 @settings(max_examples=60, deadline=None)
 def test_the_file_gives_back_every_tree_also_with_lone_surrogates(columns: list[Column], day: date, unit: str) -> None:
     later = Layout(datetime(day.year, day.month, day.day, tzinfo=UTC), 900, "csv", "%Y/%j", unit)

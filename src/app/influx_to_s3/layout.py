@@ -19,21 +19,25 @@ from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
-from itertools import chain, count
+from itertools import chain, count, pairwise
 from typing import Any
 
 import pyarrow as pa
 
 from app.core.errors import Conflict, Permanent, Transient
-from app.core.windows import EPOCH, Window, floor_to, windows_between
+from app.core.windows import DAY_SECONDS, EPOCH, Window, floor_to, named_day, windows_between
 from app.db.checkpoints import Layout
 from app.object_store.port import ObjectStore, PutRequest
+from app.object_store.table_sink import CONTENT_TYPES
 
 FOLDER = "_headwater"
 NAME = "layout.json"
 VERSION = 1
 CONFLICTS = 20
 EVER = date(1970, 1, 1)
+NEVER = date(9000, 1, 1)
+A_DAY = date(2026, 11, 29)
+UNITS = ("us", "ns")
 DOUBLE, INTEGER, TEXT, BOOLEAN, UNSIGNED = "double", "integer", "text", "boolean", "unsigned"
 TYPES = (DOUBLE, INTEGER, TEXT, BOOLEAN, UNSIGNED)
 KINDS = ("tag", "field", "text of", "double of")
@@ -287,24 +291,36 @@ def from_json(document: Mapping[str, Any]) -> LayoutDocument:
     """Parse the JSON document. Raises ValueError, KeyError or TypeError if it is invalid."""
     if document["version"] != VERSION:
         raise ValueError(f"it is of version {document['version']!r}; this Headwater knows version {VERSION}")
-    layouts = tuple(
-        Layout(
-            _instant(each["from"]),
-            int(each["window_seconds"]),
-            str(each["format"]),
-            str(each["date_format"]),
-            str(each["timestamp_unit"]),
-        )
-        for each in document["layouts"]
+    layouts = tuple(map(_layout, document["layouts"]))
+    if not layouts or any(later.effective_at <= each.effective_at for each, later in pairwise(layouts)):
+        raise ValueError("it holds no layouts, or not in order of time")
+    columns = tuple(map(_column, document["columns"]))
+    if len({each.name for each in columns}) < len(columns):
+        raise ValueError("two of its columns have the same name")
+    first_start_at, sealed_day = _instant(document["first_start"]), date.fromisoformat(document["sealed_day"])
+    if max(first_start_at.date(), sealed_day) >= NEVER:
+        raise ValueError("its first start or sealed day is out of range")
+    return LayoutDocument(first_start_at, sealed_day, layouts, columns)
+
+
+def _layout(each: Mapping[str, Any]) -> Layout:
+    """What a person may have edited is checked here, since a wrong cut or name writes the same rows a second time."""
+    layout = Layout(
+        _instant(each["from"]),
+        int(each["window_seconds"]),
+        str(each["format"]),
+        str(each["date_format"]),
+        str(each["timestamp_unit"]),
     )
-    if not layouts:
-        raise ValueError("it holds no layout")
-    return LayoutDocument(
-        _instant(document["first_start"]),
-        date.fromisoformat(document["sealed_day"]),
-        layouts,
-        tuple(map(_column, document["columns"])),
-    )
+    if (
+        layout.window_seconds < 1
+        or DAY_SECONDS % layout.window_seconds
+        or layout.format not in CONTENT_TYPES
+        or layout.timestamp_unit not in UNITS
+        or named_day(A_DAY.strftime(layout.date_format), layout.date_format) != A_DAY
+    ):
+        raise ValueError(f"its layout from {each['from']} has a value that is not known")
+    return layout
 
 
 def _instant(text: str) -> datetime:
