@@ -203,6 +203,20 @@ def test_after_a_clock_was_weeks_ahead_the_next_run_brings_what_comes_now(export
     exporter.check()
 
 
+def test_a_clock_that_was_ahead_at_the_first_start_delays_nothing(exporter: Exporter) -> None:
+    exporter.write(NOON)
+    exporter.at(hours=40 * 24)
+    exporter.run()
+    assert exporter.layout["first_start"] > f"{NOON:%Y-%m-%d}"
+    exporter.at(minutes=1)
+    exporter.well()
+    exporter.check()
+    first_start = exporter.layout["first_start"]
+    exporter.at(hours=-24)  # and one that is behind later moves nothing
+    exporter.run()
+    assert exporter.layout["first_start"] == first_start
+
+
 def test_a_lost_state_goes_on_where_the_objects_say_and_reads_nothing_again(exporter: Exporter, tmp_path: Path) -> None:
     exporter.environ = WEEKS
     for days in range(19, 0, -1):

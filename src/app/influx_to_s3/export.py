@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import cache
 from uuid import uuid4
 
 from app.config.settings import Settings
@@ -255,6 +256,12 @@ class Export:
                     f"{tree.first_start_at:%Y-%m-%dT%H:%M:%SZ}",
                     NAME,
                 )
+        if tree.first_start_at > now and start_at is None and not dry_run and not self._is_written():
+            # The clock was ahead at the first start. Nothing has been written since, so nothing waits for it to come.
+            first_start_at = self._first_tree(now).first_start_at
+            tree = self._layout_file.change(
+                lambda each: replace(each, first_start_at=min(each.first_start_at, first_start_at))
+            )
         if change is not None:
             tree = change(tree, now) if dry_run else self._layout_file.change(lambda tree: change(tree, now))
         return tree, now
@@ -364,17 +371,20 @@ class Export:
 
         In a new tree, where no device has a cursor, the destination is listed only once.
         """
-        start = f"{prefix}/" if (prefix := self._settings.s3.prefix) else ""
-        written: list[bool] = []
+        prefix = self._settings.s3.prefix
+        is_written = cache(self._is_written)
 
         def find(device: str) -> datetime | None:
-            if not written:
-                written.append(any(True for _ in self._store.list(f"{start}device_id=")))
-            if not written[0] or not is_nameable(device, self._store):
+            if not is_written() or not is_nameable(device, self._store):
                 return None
             return lost_cursor(self._store, prefix, device, tree, now)
 
         return find
+
+    def _is_written(self) -> bool:
+        """Whether the destination has any object of the export."""
+        start = f"{prefix}/" if (prefix := self._settings.s3.prefix) else ""
+        return any(True for _ in self._store.list(f"{start}device_id="))
 
     def _shrinking(self, source: InfluxSource, *, removes: bool) -> Callable[[], Shrink]:
         """What may be removed: rows that the source lacks although its retention still covers them."""
