@@ -361,10 +361,11 @@ NAMED: Mapping[str, tuple[bytes, str]] = {
     "inventory.csv": (b"device_id,owner\nD1,me\n", "is CSV without a column timestamp"),
     "latin.csv": (b"timestamp,device_id\n2026-02-07,M\xfcller\n", "not CSV in UTF-8"),
     "latin-header.csv": (b"timestamp,device_id,gr\xf6\xdfe\n", "UTF-8"),
-    "ragged.csv": (b"timestamp,device_id\n2026-02-07,D1\n2026-02-07\n", "CSV Error on Line: 3"),
-    "open.csv": (b'timestamp,device_id\n2026-02-07,"D1\n', "CSV Error"),
+    "ragged.csv": (b"timestamp,device_id\n2026-02-07,D1\n2026-02-07\n", "3: Expected Number of Columns: 2 Found: 1"),
+    "open.csv": (b'timestamp,device_id\n2026-02-07,"D1\n', "Line: 2: Value with unterminated quote found"),
     "empty.csv": (b"", "its first line has no names"),
     "cut.csv.gz": (gzip.compress(b"timestamp,device_id\n" * 900)[:30], ""),
+    "cut-later.csv.gz": (gzip.compress(b"timestamp,device_id\n" + b"2026-02-07,D1\n" * 50_000)[:-40], "end-of-stream"),
     "rows.jsonl": (b'{"device_id": "D1"}\n', "neither Parquet nor CSV"),
     "export": (b"device_id", "neither Parquet nor CSV"),
     "nothing": (b"", "neither Parquet nor CSV"),
@@ -499,6 +500,28 @@ def test_an_object_whose_further_column_is_damaged_is_left_out_of_reports_that_r
         assert found == [{"n": 24}]
         assert [warning["object"] for warning in warnings] == [f"{PREFIX}/3.parquet"]
         assert str(lake.folder) not in warnings[0]["message"]
+
+
+def test_a_device_whose_only_object_is_damaged_is_answered_with_a_warning(lake: Lake) -> None:
+    head, rows = b"timestamp,device_id,note\n", b"2026-02-07,D2,fine\n"
+    lake.put("d1.csv", head + b"2026-02-07,D1,fine\n")
+    lake.put("d2.csv", head + rows * 9000 + b"2026-02-07,D2,M\xfcller\n")
+    assert faults(lake) == {}
+
+    def notes(what: str, device: str) -> tuple[list[str], int]:
+        text = "-- param device_id: text required\n-- reads: device_id = $device_id\n"
+        name = "note" if what == "note" else "whole"
+        report = parse(name, f"{text}SELECT {what} {OWN} WHERE device_id = $device_id")
+        answer = lake.queries.run(report, {"device_id": device}, AnswerShape("json", "data"))
+        return [row["note"] for row in json.loads(b"".join(answer.pieces()))["data"]], answer.left_out
+
+    assert notes("*", "D1") == (["fine"], 0)
+    assert notes("*", "D2") == ([], 1)
+    lake.put("more.csv", head + rows)
+    lake.summaries.refresh()
+    # DuckDB 1.5 fails inside when it is to name this one column, and refuses every query from then on
+    assert notes("note", "D2") == (["fine"], 1)
+    assert lake.from_objects("overview")[0][0] == 9003
 
 
 def test_a_warning_survives_a_start_and_goes_with_its_object(lake: Lake) -> None:

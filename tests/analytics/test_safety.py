@@ -4,6 +4,7 @@ import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,7 @@ HEADS = {
     "-- param t: text\n-- reads: timestamp < $t\nSELECT $t": "`reads: timestamp < $t` with t, which is text",
     "SELECT * FROM read_parquet('{{S3_PATH}}/x')": "read_parquet",
     "SELECT '{{OTHER}}'": "read_parquet",
+    "-- answer: count\nSELECT 1": "answer: count",
 }
 
 
@@ -164,6 +166,20 @@ def test_a_head_that_cannot_be_understood_stops_the_start_and_says_what_is_allow
     with pytest.raises(Permanent) as raised:
         parse("report", text)
     assert HEADS[text] in str(raised.value)
+
+
+def test_a_head_is_read_as_people_write_it(tmp_path: Path) -> None:
+    prose = "-- summary of the week\n-- path to success\n-- answer to all\n-- reads everything\n-- title\n"
+    report = parse("mine", f"{prose}SELECT 1 AS x")
+    assert (report.title, report.path, report.answer, report.summary) == ("mine", "mine", "data", "")
+    assert report.description == "summary of the week path to success answer to all reads everything title"
+    assert parse("mine", "--\ttitle:\tA\n-- answer:\nSELECT 1 AS x").title == "A"
+    for default in ("2026-02-07T12:30:00Z", "'2026-02-07T12:30:00Z'", "2026-02-07 12:30:00+00:00"):
+        (given,) = parse("mine", f"-- param at: timestamp = {default}: since: x\nSELECT $at AS x").parameters
+        assert (given.read(None), given.meaning) == (datetime(2026, 2, 7, 12, 30), "since: x"), default  # noqa: DTZ001
+    (tmp_path / "own.sql").write_bytes(b"\xef\xbb\xbf-- title: Own\n-- summary: overview\nSELECT 1 AS x")
+    own = load_reports([sql_directory() / "analytics", tmp_path])["own"]
+    assert (own.title, own.summary) == ("Own", ""), "its own SQL answers it"
 
 
 def test_an_own_report_replaces_a_shipped_one_that_has_no_summary(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The delivery map: the cells of a span in a time zone, the worst state in each, and listings that are shared."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from app.core.errors import Rejected, Transient
+from app.core.pipeline import Commit
 from app.core.verify import CellState, MapCell
 from app.core.windows import Window
 from app.db.page_queries import NameFilter
@@ -75,6 +77,28 @@ def test_the_worst_state_in_a_cell_wins_and_a_window_longer_than_a_cell_fills_al
     assert worst_state("") == "n"
     never, lost = (MapCell(Window(edges[0], edges[1]), CellState.MISSING, rows, 0) for rows in (0, 48))
     assert (letter_of(never), letter_of(lost)) == ("l", "m"), "what was never written is late, not missing"
+
+
+class Colons:
+    """A destination of two devices, the name of one of which is that of the other with a colon."""
+
+    def partitions(self) -> Sequence[str]:
+        return ["site", "site:meter"]
+
+    def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
+        state = CellState.EQUAL if partition == "site" else CellState.STALE
+        return [MapCell(Window(span.start, span.start + HOUR), state, 9, 1)]
+
+
+def test_a_device_named_like_another_with_a_colon_has_a_row_of_its_own(tmp_path: Path) -> None:
+    with closing(open_state("", tmp_path)) as state:
+        for name in ("site", "site:meter"):
+            lease = state.leases.acquire("export", "me", 30)
+            assert lease
+            state.checkpoints.commit("export", name, Commit(cursor_at=NOW), lease)
+        maps = DeliveryMaps({"export": Colons()}, state.pages, lambda: NOW)
+        found = maps.whole("export", cells_of_span("24h", None, UTC, NOW))
+    assert [(row.name, row.cells[0]) for row in found.rows] == [("site", "k"), ("site:meter", "c")]
 
 
 class Listed:

@@ -325,6 +325,7 @@ def runs(pages: Pages, run_id: str) -> None:
     pages.open("/run?id=nobody", "document.getElementById('verdict').innerText.includes('not kept any more')")
     assert browser.run("document.getElementById('log-part').hidden")
     pages.clean_in_all_looks("a run that is gone")
+    pages.open("/run", "document.getElementById('verdict').innerText.includes('not kept any more')")
     pages.open("/runs?outcome=failed", "document.querySelectorAll('#runs tr').length > 0")
     assert "OK" not in pages.text("#runs")
     pages.clean_in_all_looks("the list of runs")

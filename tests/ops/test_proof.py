@@ -1,6 +1,7 @@
 """Verification and healing as people start them, over HTTP and by command; pauses and counters outlive a process."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from app import main
+from app import cli, main
 from app.core.errors import Rejected
 from app.core.verify import ComparedWindow, PartitionWindow, Verdict
 from app.core.windows import Window
@@ -81,6 +82,10 @@ def test_what_cannot_be_verified_is_refused(daemons: Daemons) -> None:
         ("/ops/jobs/shelf/heal", {**span(), "partition": "shelf"}, 400),
     ):
         assert daemon.post(path, body).status == status, path
+    years = {"from": "2020-01-01T00:00:00Z", "to": "2026-01-01T00:00:00Z", "partition": "it's one"}
+    hint = daemon.post("/ops/jobs/shelf/heal", years).json["error"]["hint"]
+    given = vars(cli.parser().parse_args(shlex.split(hint.split("`")[1])[3:]))
+    assert (given["job"], given["start"].year, given["partition"], given["heal"]) == ("shelf", 2020, "it's one", True)
     assert daemon.get("/ops/gaps?job=failing").status == 400
     assert daemon.get("/ops/gaps?job=shelf&to=0001-01-01T00:00:00%2B01:00").status == 422
 

@@ -233,6 +233,7 @@ def distinct(names: Sequence[str]) -> Sequence[str]:
 
 NESTED = "NESTED"
 HEADER_CHARACTERS = 1 << 20
+GZIP_BYTES = 1 << 20
 HINT = "save it as UTF-8 with commas and a first line of column names"
 SCHEMA = "SELECT file_name, name, duckdb_type, num_children FROM parquet_schema({})"
 Columns = Mapping[str, str]
@@ -261,8 +262,10 @@ def _of_csv(file: str) -> Columns:
     try:
         with opened(file, "rt", encoding="utf-8-sig", newline="") as text:
             header = next(csv.reader(io.StringIO(_first_record(text), newline=""), strict=True), [])
+            while file.endswith(".gz") and text.buffer.read(GZIP_BYTES):
+                pass  # to its end: DuckDB takes a file that was cut off for a shorter one
     except (UnicodeDecodeError, csv.Error, OSError, EOFError, zlib.error) as error:
-        raise UnreadableObject(f"{file}: its first line is not CSV in UTF-8: {error}", HINT) from error
+        raise UnreadableObject(f"{file}: is not CSV in UTF-8: {error}", HINT) from error
     if not any(header):
         raise UnreadableObject(f"{file}: its first line has no names", HINT)
     columns: dict[str, str] = {}

@@ -42,6 +42,7 @@ FORBIDDEN = frozenset({"write_log", "parse_duckdb_log_message", "nextval", "curr
 SPILL = "1GB"
 MESSAGE_CHARACTERS = 300
 RETRY_HINT = "no action needed, it is retried; if this goes on, look at the object that is named"
+FATAL = ("INTERNAL Error", "FATAL Error")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Matched by text, since pyarrow passes on DuckDB's errors without their class.
 WRONG = re.compile(
@@ -163,17 +164,23 @@ class Engine:
             if self._connection is None:
                 self._connection = _opened(self.folder, self.limits, self.remote)
             connection = self._connection
-        with translate_duckdb_errors(seconds), connection.cursor() as cursor:
-            if seconds is None:
-                yield cursor
-                return
-            timer = threading.Timer(seconds, cursor.interrupt)
-            timer.daemon = True
-            timer.start()
-            try:
-                yield cursor
-            finally:
-                timer.cancel()
+        try:
+            with translate_duckdb_errors(seconds), connection.cursor() as cursor:
+                if seconds is None:
+                    yield cursor
+                    return
+                timer = threading.Timer(seconds, cursor.interrupt)
+                timer.daemon = True
+                timer.start()
+                try:
+                    yield cursor
+                finally:
+                    timer.cancel()
+        except UnreadableObject as error:
+            if error.message.startswith(FATAL):  # it refuses every later query, of other objects too
+                with self._lock:
+                    self._connection = None if self._connection is connection else self._connection
+            raise
 
 
 def _opened(folder: Path, limits: EngineLimits, remote: RemoteBucket | None) -> Any:
@@ -355,6 +362,10 @@ def _error(error: Exception, seconds: float | None) -> AppError:
 
     said = str(error).split("\n\nLINE ", 1)[0]  # the rest quotes the statement
     text = said.split("\n", 1)[0][:MESSAGE_CHARACTERS]
+    if "CSV" in text:  # the reason is the last line before the advice, after the record itself
+        text = f"{text}: {said.partition(chr(10) + 'Possible ')[0].rstrip().rsplit(chr(10), 1)[-1]}"[
+            :MESSAGE_CHARACTERS
+        ]
     if isinstance(error, duckdb.InterruptException) or text.startswith("INTERRUPT"):
         hint = "narrow its parameters, or raise ANALYTICS_TIMEOUT_SECONDS"
         return ReportTooSlow(f"the report took longer than {seconds or 0:g} s", hint)

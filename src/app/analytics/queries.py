@@ -43,6 +43,7 @@ ATTEMPTS = 4
 WHOLE_BYTES = 16 << 20
 BROKEN = 20  # with more, single objects are not to blame
 BROKEN_SECONDS = 600.0
+OF_STORE = re.compile(r"(HTTP|IO|Connection) Error")
 OTHER = "send other values; if none works, correct the report's SQL file"
 WARNINGS = 20
 STAR = re.compile(r"(select|distinct|,|\.)\s*\*", re.IGNORECASE)  # not the star of count(*) or of a multiplication
@@ -343,21 +344,25 @@ class Queries:
         False when there are none or too many, or the search takes too long.
         """
         began = time.monotonic()
-        waiting = [self._summaries.sources(*report.span(values))]
+        sources = self._summaries.sources(*report.span(values))
+        waiting = [sources]
         broken: dict[Version, str] = {}
-        is_any_right = False
         while waiting:
             part = waiting.pop()
             trouble = self._trouble(report, values, shape, part) and self._trouble(report, values, shape, part)
             if not trouble:
-                is_any_right |= bool(part)
-            elif len(part) > 1:
+                continue
+            if len(part) > 1:
                 waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
             elif part:
                 broken[part[0].version] = trouble
             if len(broken) > BROKEN or time.monotonic() - began > self._local.limits.seconds:
                 return False
-        if not broken or not is_any_right:
+        # Where it works with none of them, the store or the report may be to blame.
+        is_other_cause = len(broken) == len(sources) and (
+            any(map(OF_STORE.match, broken.values())) or bool(self._trouble(report, values, shape, ()))
+        )
+        if not broken or is_other_cause:
             return False
         now = time.monotonic()
         found = {(report.path, version): (text, now + BROKEN_SECONDS) for version, text in broken.items()}

@@ -9,7 +9,7 @@ answers of the built-in ones from the summaries.
     -- format: parquet                       default format of the answer (otherwise json)
     -- reads: timestamp >= $from             how the objects to read may be limited
     -- answer: devices                       name of the list in the JSON answer; `object`: its one row is the answer
-    -- summary: devices                      answered from the summary of this name
+    -- summary: devices                      a shipped report: answered from the summary of this name
 
 Invariant: values reach DuckDB only as bound parameters; only the placeholder is substituted in the SQL text.
 """
@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -33,15 +33,17 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
 PATH = re.compile(r"[a-z0-9_-]{1,60}(/[a-z0-9_-]{1,60}){0,3}")
 PARAM = re.compile(
     r"(?P<name>\w+): *(?P<kind>\w+)(?: +(?P<low>-?\d+)\.\.(?P<high>-?\d+))?(?P<required> +required)?"
-    r"(?: *= *(?P<default>[^:]*?|'[^']*'))?(?:: *(?P<meaning>.*))?"
+    # a time of day has colons too: `= 2026-01-01T12:00:00Z: meaning`
+    r"(?: *= *(?P<default>'[^']*'|[\d-]+[T ][\d:.]+(?:Z|[+-][\d:]+)?|[^:]*?))?(?: *: *(?P<meaning>.*))?"
 )
 LIMIT = re.compile(r"(device_id *=|timestamp *>=|timestamp *<) *\$(\w+)")
 LIMITS: Mapping[str, str] = {"device_id=": "text", "timestamp>=": "timestamp", "timestamp<": "timestamp"}
 FORMATS = ("json", "ndjson", "csv", "parquet", "xlsx")
-FIELD = re.compile(rf"^-- *(?:(title|path|param|reads|answer|summary)\b:? *(.*)|(format): *({'|'.join(FORMATS)}) *)$")
+FIELD = re.compile(r"--\s*(?:(title|path|reads|answer|summary|format):|(param)\b:?)(.*)")
 RESERVED = frozenset({"format", "scan"})
 OPTIONS = RESERVED | {"as_of", "formula_safe"}
 TAKEN = frozenset({"schema", "explore"})
+TAKEN_IN_JSON = frozenset({"count", "warnings"})
 MAX_TEXT = 1000
 WRITTEN = re.compile(r"[0-9.eE+-]+")  # Python also accepts 1_000, surrounding spaces, and digits of other scripts
 
@@ -179,10 +181,12 @@ def load_reports(folders: Sequence[Path]) -> Mapping[str, ReportDefinition]:
     own: dict[str, Path] = {}
     for file in (file for folder in folders for file in sorted(folder.glob("*.sql"))):
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise _fault(file.stem, f"cannot be read: {error}", "make it a readable UTF-8 file") from error
         report = parse(file.stem, text)
+        if file.parent != folders[0] or report.summary not in TABLES:
+            report = replace(report, summary="")  # elsewhere it is a word of the description
         if report.path in reports and (reports[report.path].summary or own[report.path] == file.parent):
             raise _fault(report.name, f"the path {report.path} is another report's", "rename the file")
         reports[report.path], own[report.path] = report, file.parent
@@ -196,13 +200,14 @@ def parse(name: str, text: str) -> ReportDefinition:
     head: dict[str, list[str]] = {}
     words: list[str] = []
     for line in text.splitlines():
-        if found := FIELD.match(line):
-            head.setdefault(found[1] or found[3], []).append((found[2] or found[4] or "").strip())
+        found = FIELD.match(line)
+        if found and (found[1] != "format" or found[3].strip() in FORMATS):
+            head.setdefault(found[1] or found[2], []).append(found[3].strip())
         elif line.startswith("--"):
             words.append(line.removeprefix("--").strip())
 
     def last(field: str, default: str) -> str:
-        return head[field][-1] if field in head else default
+        return head[field][-1] if any(head.get(field, ())) else default
 
     text = text.strip().removesuffix(";")
     if "{{" in PLACEHOLDER.sub("", text):
@@ -210,6 +215,8 @@ def parse(name: str, text: str) -> ReportDefinition:
     path = last("path", name.replace("_", "-"))
     if not PATH.fullmatch(path) or path in TAKEN:
         raise _fault(name, f"the path {path[:80]!r} cannot be", "use other words of a to z, 0 to 9, - and _")
+    if (answer := last("answer", "data")) in TAKEN_IN_JSON:
+        raise _fault(name, f"answer: {answer} is another part of the answer", "use another word")
     parameters = [_parameter(name, line) for line in head.get("param", ())]
     return ReportDefinition(
         name=name,
@@ -219,7 +226,7 @@ def parse(name: str, text: str) -> ReportDefinition:
         text=text,
         parameters=parameters,
         reads=_reads(name, last("reads", ""), {each.name: each.kind for each in parameters}),
-        answer=last("answer", "data"),
+        answer=answer,
         summary=last("summary", ""),
         format=last("format", "json"),
     )

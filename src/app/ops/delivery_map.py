@@ -413,17 +413,19 @@ class DeliveryMaps:
         errors = {line.partition: line.error for line in lines}
         rows = [
             MapRow(name, text, problems=int(bool(PROBLEMS & set(text))), newest_at=newest.get(name), error=errors[name])
-            for name, text in _one_row_a_source(painted).items()
+            for name, text in _one_row_a_source(painted, newest).items()
         ]
         return DeliveryMap(total, rows, listed=True)
 
 
-def _one_row_a_source(painted: Mapping[str, str]) -> Mapping[str, str]:
-    """Merge rows of longer windows of a source (`web:weeks`) into the source's row where they show a fault."""
+def _one_row_a_source(painted: Mapping[str, str], known: Collection[str]) -> Mapping[str, str]:
+    """Merge rows of longer windows of a source (`web:weeks`) into the source's row where they show a fault. They have
+    no checkpoint of their own; a device whose name is another's with a colon does, and is among those `known`.
+    """
     found = dict(painted)
     for name, text in painted.items():
         base = name.rpartition(":")[0]
-        if base in painted:
+        if base in painted and name not in known:
             wrong = (each if each in PROBLEMS | {"u"} else "n" for each in text)
             found[base] = "".join(map(worst_state, zip(found[base], wrong, strict=True)))
             del found[name]

@@ -4,6 +4,7 @@ Invariant: every route declares its scope. Reading records or listings needs `op
 reading whole windows and writing need `ops:run`.
 """
 
+import shlex
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
@@ -366,12 +367,12 @@ def _acting(router: APIRouter, ops: Operations) -> None:
 
     @router.post("/ops/jobs/{job}/verify", summary="Compare both ends by content", **ACT_ABLE)
     def verify(job: JobInPath, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
-        ops.proofs.start(known(scheduler, job), _a_year(part), part.partition, _caller(request))
+        ops.proofs.start(known(scheduler, job), _a_year(job, part), part.partition, _caller(request))
         return {"job": job, "state": "verifying"}
 
     @router.post("/ops/jobs/{job}/heal", summary="Compare, and mend what differs", **ACT_ABLE)
     def heal(job: JobInPath, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
-        work = ops.proofs.heal(known(scheduler, job), _a_year(part), part.partition, _caller(request))
+        work = ops.proofs.heal(known(scheduler, job), _a_year(job, part, " --heal"), part.partition, _caller(request))
         scheduler.queue(job, work, _caller(request))
         ops.maps.forget(job)
         return accepted(scheduler, job)
@@ -382,9 +383,11 @@ def _caller(request: Request) -> str:
     return name
 
 
-def _a_year(span: Span) -> Window:
-    hint = "ask for a year at a time, or use `python -m app verify`"
-    return bounded(span.from_at, span.to_at, "body", MOST_DAYS, hint)
+def _a_year(job: str, part: Part, option: str = "") -> Window:
+    command = f"python -m app verify {job} --from {whole_second(part.from_at)} --to {whole_second(part.to_at)}"
+    command += f" --partition {shlex.quote(part.partition)}" if part.partition else ""
+    hint = f"ask for a year at a time, or run `{command}{option}`"
+    return bounded(part.from_at, part.to_at, "body", MOST_DAYS, hint)
 
 
 def known(scheduler: Scheduler, job: str) -> str:

@@ -1,6 +1,6 @@
 "use strict";
 // One run: what it did with every row, window by window, and its log.
-const id = view.get("id") || "";
+const id = view.get("id") || "-"; // without one the server names no run, as for one that is gone
 const ENTRIES = [["counted", "Counted at the source", "asked from the source", ""], ["new", "New", "delivered by this run", "="], ["already_there", "Already there", "delivered before, equal", "+"], ["corrected", "Corrected", "replaced with new values", "+"], ["set_aside", "Set aside", "kept, with the reason", "+"], ["waiting", "Waiting", "not delivered yet", "+"]];
 const gapOf = (tally) => tally.counted - tally.new - tally.already_there - tally.corrected - tally.set_aside - tally.waiting;
 const REQUESTS = { put: "PUT", list: "LIST", get: "GET", delete: "DELETE", read_unit: "read units" }, FEW = 12;
