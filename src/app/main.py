@@ -161,18 +161,17 @@ def object_routes(parts: "ServiceParts") -> "APIRouter":
     """/s3."""
     from app.object_store.local import LocalDirectory
     from app.objects import routes
-    from app.objects.requests import SignedLinks, StoreLinks
+    from app.objects.requests import SignedLinks
 
     store, settings = parts.store, parts.settings
     largest = settings.limits.max_upload_bytes
     if isinstance(store, LocalDirectory):
-        links = SignedLinks(settings.service.data_dir)
+        links = SignedLinks(settings.service.data_dir, now)
         return routes.build(routes.ObjectRoutes(store, store, key_policy(settings), links, now, largest))
     from app.object_store.s3_multipart import S3Transfers
 
     remote = S3Transfers(cast("S3Store", store))
-    presigned = StoreLinks(remote.link, remote.form)
-    return routes.build(routes.ObjectRoutes(store, remote, key_policy(settings), presigned, now, largest))
+    return routes.build(routes.ObjectRoutes(store, remote, key_policy(settings), remote, now, largest))
 
 
 def key_policy(settings: Settings) -> "KeyPolicy":

@@ -26,7 +26,7 @@ from app.dwh.warehouse import InsertResult, Warehouse
 from app.object_store.port import ReadableBody
 from app.web.api import StreamedResponse, accepts_gzip
 from app.web.auth import needs
-from app.web.body_bridge import GONE, acquire_place, read_in_thread
+from app.web.body_bridge import acquire_place, read_in_thread
 from app.web.errors import Refusal, Refused
 
 READERS = {"postgres": 4, "sqlite": 2}  # SQLite reads in this process: more threads only block each other
@@ -140,10 +140,7 @@ class TableRoutes:
                 )
                 return done, received
 
-        stored = await read_in_thread(request, self.writers, BUSY, self.threads, store)
-        if stored is None:
-            return GONE
-        done, received = stored
+        done, received = await read_in_thread(request, self.writers, BUSY, self.threads, store)
         content = answer_to_post(done, received.faults if chosen.skip else None, received.fault_count)
         headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
         if len(done.ids) > GZIPPED_IDS and accepts_gzip(request.headers.get("accept-encoding", "")):
