@@ -27,14 +27,13 @@ from app.object_store.port import ReadableBody
 from app.web.api import StreamedResponse, accepts_gzip
 from app.web.auth import needs
 from app.web.body_bridge import acquire_place, read_in_thread
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refusal
 
 READERS = {"postgres": 4, "sqlite": 2}  # SQLite reads in this process: more threads only block each other
 WRITERS = 6
 BUSY = Refusal(
     429, "too many requests to /dwh at once", "send the same request again later", headers={"Retry-After": "5"}
 )
-OTHERS = ["OPTIONS", "PATCH", "PUT", "TRACE"]
 GZIPPED_IDS = 1000  # an answer to POST with fewer ids is small
 
 
@@ -65,8 +64,6 @@ class TableRoutes:
         """GET, HEAD, POST and DELETE."""
         table, add = self.table, partial(router.add_api_route, f"/{self.table.path}")
         may_read = needs("dwh:read")
-        # First: the first route of a path answers requests with other methods, and would list only its own.
-        add(_other, methods=OTHERS, include_in_schema=False, openapi_extra=may_read)
         add(self._read, methods=["HEAD"], include_in_schema=False, openapi_extra=may_read)
         add(
             self._read,
@@ -156,11 +153,6 @@ class TableRoutes:
             place.callback(self.writers.release)
             done = await run_in_threadpool(self.warehouse.erase, chosen, at=self.clock())
         return JSONResponse(asdict(done) | ({"dry_run": True} if chosen.dry_run else {}))
-
-
-async def _other() -> Response:
-    methods = "GET, HEAD, POST, DELETE"
-    raise Refused(405, f"this path takes {methods}", "see /docs", headers={"Allow": methods})
 
 
 def _preferred(request: Request) -> Sequence[str]:

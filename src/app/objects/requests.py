@@ -321,6 +321,9 @@ def stored_fields(fields: Mapping[str, str]) -> tuple[Mapping[str, str], Mapping
 
     Raises Refused for values that some store would reject or change.
     """
+    if "content-range" in fields:  # curl -C sends the rest of a file only, which would replace the whole object
+        hint = "send the whole object, or PATCH /s3/patch?offset="
+        raise Refused(400, "Content-Range: part of an object cannot be sent here", hint, fault="Content-Range")
     for name in fields:
         if name.startswith(SERVER_SIDE):
             raise Refused(422, f"{name} is the service's setting", "set S3_SSE or S3_STORAGE_CLASS", fault=name)

@@ -52,6 +52,7 @@ from app.objects.requests import (
 )
 from app.objects.streams import (
     LEAN_BYTES,
+    PAYLOAD_HASH,
     PIECE_BYTES,
     ChecksummedBody,
     FormReader,
@@ -407,7 +408,9 @@ async def _written(
 
 async def _received(request: Request, serving: ObjectRoutes, work: Work) -> StoredObject:
     """The result of `work` for the body, which is a form or bare."""
-    boundary, fields = boundary_of(request.headers), join_headers(request.headers.items())
+    boundary, fields = boundary_of(request.headers), dict(join_headers(request.headers.items()))
+    if boundary is not None:
+        fields.pop(PAYLOAD_HASH, None)  # covers the whole form, not its file
     ChecksummedBody.check(fields)
 
     def store(feed: ReadableBody) -> StoredObject:
