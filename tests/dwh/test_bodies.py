@@ -114,6 +114,12 @@ def test_csv_has_every_kind_of_value() -> None:
     ]
 
 
+def test_a_timestamp_of_csv_may_have_an_offset_of_whole_hours_as_postgresql_writes_it() -> None:
+    sent = f"uuid,event_time\n{U},2026-02-07 12:34:56+00\n{uuid_of(2)},2026-02-07 12:34:56.5-05\n"
+    found = [row[2] for row in values(take(EVENTS, "csv", [sent.encode()]))]
+    assert found == ["2026-02-07T12:34:56.000000Z", "2026-02-07T17:34:56.500000Z"]
+
+
 @pytest.mark.parametrize(
     ("line", "field"),
     [

@@ -366,9 +366,12 @@ OTHER_PROGRAM_HINT = (
     "python -m app import-dwh URL, where URL is that of this database"
 )
 TABLE_NAMES: dict[Dialect, str] = {
-    "sqlite": "SELECT name FROM sqlite_master WHERE type = 'table'",
-    "postgres": "SELECT relname AS name FROM pg_class WHERE relkind IN ('r', 'p') AND pg_table_is_visible(oid)",
+    "sqlite": "SELECT lower(name) AS name FROM sqlite_master WHERE type IN ('table', 'view')",
+    "postgres": (
+        "SELECT relname AS name FROM pg_class WHERE relkind IN ('r', 'p', 'v', 'm', 'f') AND pg_table_is_visible(oid)"
+    ),
 }
+"""Tables and views: both have rows, and neither leaves the name to another. SQLite's names have no case."""
 TURN_SECONDS = 60.0
 KEPT_DAYS = 7
 
@@ -551,5 +554,5 @@ def open_warehouse(url: str, data_dir: Path) -> Warehouse:
 
 
 def other_tables(session: Session, dialect: Dialect) -> Collection[str]:
-    """The database's tables that share a name with one of ours."""
+    """The database's tables and views that share a name with one of ours."""
     return {row["name"] for row in session.rows(TABLE_NAMES[dialect])} & BY_NAME.keys()
