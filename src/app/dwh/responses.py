@@ -17,6 +17,7 @@ from app.dwh.query import Format, KeysetPosition, Selection
 from app.dwh.rows import RowFault
 from app.dwh.tables import TableColumn
 from app.dwh.warehouse import InsertResult, Warehouse
+from app.web.errors import Refused
 from app.web.text_values import FORMULA
 
 PIECE_IDS = 10_000
@@ -183,7 +184,11 @@ class _ParquetWriter(NdjsonWriter):
 
         kind = self._schema.field(column.name).type
         if column.kind == "instant":
-            return pa.array(values, pa.string()).cast(kind)
+            try:
+                return pa.array(values, pa.string()).cast(kind)
+            except pa.ArrowInvalid as error:
+                what = f"{column.name} holds a timestamp of another program that Parquet cannot hold"
+                raise Refused(422, what, "leave the column out of select=, or take another format", "format") from error
         if column.kind == "bool":
             return pa.array([None if value is None else bool(value) for value in values], kind)
         return pa.array(values, kind)
