@@ -297,7 +297,7 @@ class AccessGuard:
         """
         fields = _fields(scope)
         site, origin = fields.get(b"sec-fetch-site", ""), fields.get(b"origin", "")
-        if self.allowed_origin(scope):
+        if origin and self.allowed_origin(scope):
             return True
         return site in OWN_PAGES if site else not origin or urlsplit(origin).netloc == fields.get(b"host", "")
 
