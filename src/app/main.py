@@ -144,12 +144,13 @@ def create_api(
     )
     about = settings.service
     routers = [
+        # FastAPI tries routes one after the other, so those with the most requests come first.
+        object_routes(parts),
+        warehouse_routes.build(parts.warehouse, settings.dwh, settings.limits, now),
+        report_routes.build(analytics),
         pages.build(guard, lambda: routes.overview(ops)),
         page_data.build(ops),
         routes.build(ops),
-        warehouse_routes.build(parts.warehouse, settings.dwh, settings.limits, now),
-        object_routes(parts),
-        report_routes.build(analytics),
         *pipelines.routers(),
     ]
     built = build_api(about.title, about.version, about.description, routers)
