@@ -274,8 +274,10 @@ def test_a_call_needs_a_key_of_the_scope_unless_it_is_open_to_all() -> None:
     for method in ("POST", "DELETE"):
         assert refused(guard, called(method, x_api_key=secret), methods).status == 403
     assert refused(guard, called(x_api_key=secret), {}).status == 404
-    unknown = refused(guard, called("HEAD", x_api_key=secret), methods)
-    assert (unknown.status, unknown.headers) == (405, {"Allow": "DELETE, GET, POST, PUT"})
+    asyncio.run(guard.authorize(called("HEAD", x_api_key=secret), methods))  # as GET
+    unknown = refused(guard, called("PATCH", x_api_key=secret), methods)
+    assert (unknown.status, unknown.headers) == (405, {"Allow": "DELETE, GET, HEAD, POST, PUT"})
+    assert refused(guard, called("HEAD", x_api_key=secret), {"POST": "ops:read"}).status == 405
 
 
 def test_the_first_route_of_a_path_and_method_counts_and_near_misses_are_no_routes() -> None:

@@ -144,12 +144,13 @@ def create_api(
     )
     about = settings.service
     routers = [
+        # FastAPI tries routes one after the other, so those with the most requests come first.
+        object_routes(parts),
+        warehouse_routes.build(parts.warehouse, settings.dwh, settings.limits, now),
+        report_routes.build(analytics),
         pages.build(guard, lambda: routes.overview(ops)),
         page_data.build(ops),
         routes.build(ops),
-        warehouse_routes.build(parts.warehouse, settings.dwh, settings.limits, now),
-        object_routes(parts),
-        report_routes.build(analytics),
         *pipelines.routers(),
     ]
     built = build_api(about.title, about.version, about.description, routers)
@@ -161,18 +162,17 @@ def object_routes(parts: "ServiceParts") -> "APIRouter":
     """/s3."""
     from app.object_store.local import LocalDirectory
     from app.objects import routes
-    from app.objects.requests import SignedLinks, StoreLinks
+    from app.objects.requests import SignedLinks
 
     store, settings = parts.store, parts.settings
     largest = settings.limits.max_upload_bytes
     if isinstance(store, LocalDirectory):
-        links = SignedLinks(settings.service.data_dir)
+        links = SignedLinks(settings.service.data_dir, now)
         return routes.build(routes.ObjectRoutes(store, store, key_policy(settings), links, now, largest))
     from app.object_store.s3_multipart import S3Transfers
 
     remote = S3Transfers(cast("S3Store", store))
-    presigned = StoreLinks(remote.link, remote.form)
-    return routes.build(routes.ObjectRoutes(store, remote, key_policy(settings), presigned, now, largest))
+    return routes.build(routes.ObjectRoutes(store, remote, key_policy(settings), remote, now, largest))
 
 
 def key_policy(settings: Settings) -> "KeyPolicy":

@@ -280,6 +280,13 @@ class TestEveryStore:
             assert sorted(objects) == [key for key in rolled if not tails[key][1]]  # SeaweedFS sorts a slash first
             assert sorted(prefixes) == sorted({prefix + head + tail for head, tail, _ in tails.values() if tail})
 
+    def test_a_folder_whose_objects_were_deleted_is_no_object(self, both: Both) -> None:
+        both.write("p/q/1", b"1")
+        both.store.delete("p/q/1")
+        for prefix in ("p/", "p/q/"):
+            for delimiter in ("", "/"):
+                assert both.transfers.page(ListingRequest(prefix, delimiter)).objects == []
+
     def test_keys_that_stores_would_rewrite_are_rejected(self, both: Both) -> None:
         for key in ("", "/a", "a//b", "a/../b", "a\nb", "k" * 1025, "a\ud800b"):
             with pytest.raises((Rejected, UnicodeEncodeError)):

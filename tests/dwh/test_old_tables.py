@@ -101,6 +101,67 @@ def test_a_database_of_another_program_is_told_as_such_and_left_alone(
         assert [each.read for each in import_old_tables(old, warehouse, AT)] == [5, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("dialect", "made", "told"),
+    [
+        ("sqlite", "CREATE TABLE EVENTS_PART (id INTEGER)", "import-dwh"),
+        ("sqlite", "CREATE VIEW events_part AS SELECT 1 AS id", "import-dwh"),
+        ("sqlite", "CREATE TABLE x (a); CREATE INDEX events_part ON x (a)", "empty database"),
+        ("sqlite", "CREATE TABLE dwh_requests (a)", "empty database"),
+        ("postgres", "CREATE VIEW events_part AS SELECT 1 AS id", "import-dwh"),
+        ("postgres", "CREATE MATERIALIZED VIEW events_part AS SELECT 1 AS id", "import-dwh"),
+        ("postgres", "CREATE SEQUENCE events_part", "empty database"),
+        ("postgres", "CREATE DOMAIN events_part AS integer", "empty database"),
+        ("postgres", "CREATE TABLE dwh_deleted (a integer)", "empty database"),
+    ],
+)
+def test_whatever_another_program_made_under_our_names_is_told_as_such(
+    request: pytest.FixtureRequest, tmp_path: Path, dialect: str, made: str, told: str
+) -> None:
+    url = f"sqlite:///{tmp_path}/old.db"
+    if dialect == "sqlite":
+        with closing(sqlite3.connect(tmp_path / "old.db")) as old:
+            old.executescript(made)
+    else:
+        server = request.getfixturevalue("postgres_server")
+        url = str(server.new_database())
+        server.run_sql(made, url.rpartition("/")[2])
+    with closing(open_warehouse(url, tmp_path)) as warehouse, pytest.raises(Permanent) as refused:
+        warehouse.ping()
+    assert told in refused.value.hint
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "postgres"])
+def test_columns_of_another_case_and_timestamps_with_a_time_zone_are_brought_over(
+    request: pytest.FixtureRequest, tmp_path: Path, dialect: str
+) -> None:
+    filled = f"""
+    CREATE TABLE events_part ("ID" INTEGER, "UUID" VARCHAR(36), event_time {{}}, "Event_Type" {{}}, "so""me" INTEGER);
+    INSERT INTO events_part VALUES (1, '{A}', '2026-02-01 10:20:30+00', NULL, 1);
+    INSERT INTO events_part VALUES (2, '{B}', '2026-02-01 10:20:30.25+05', NULL, 1);
+    INSERT INTO events_part VALUES (3, '{C}', '2026-02-01 10:20:30.5+05:30', NULL, 1);
+    UPDATE events_part SET "Event_Type" = {{}};
+    """  # noqa: S608 - constants
+    url = f"sqlite:///{tmp_path}/old.db"
+    if dialect == "sqlite":
+        with closing(sqlite3.connect(tmp_path / "old.db")) as old:
+            old.executescript(filled.format("TEXT", "BLOB", "X'C3BC'"))
+    else:
+        server = request.getfixturevalue("postgres_server")
+        url = str(server.new_database())
+        server.run_sql(filled.format("TIMESTAMPTZ", "TEXT", "'ü'"), url.rpartition("/")[2])
+    with closing(open_warehouse("", tmp_path / "new")) as warehouse, closing(opened(url)) as old:
+        (done,) = import_old_tables(old, warehouse, AT)
+        assert (done.new, done.set_aside, done.left_columns) == (3, [], ['so"me'])
+        events = Desk(warehouse).get(BY["events_part"], sort_dir="asc", select="event_time,event_type")
+    assert [each["event_time"] for each in events] == [
+        "2026-02-01T10:20:30.000000Z",
+        "2026-02-01T05:20:30.250000Z",
+        "2026-02-01T04:50:30.500000Z",
+    ]
+    assert [each["event_type"] for each in events] == ["ü"] * 3
+
+
 def test_the_command_brings_them_over(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

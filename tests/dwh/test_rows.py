@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.db.database import instant_text
-from app.dwh.rows import RowFault, instant_texts, reader, repeated_key
+from app.dwh.rows import CheckedRows, RowFault, instant_texts, reader, repeated_key
 from app.dwh.tables import TABLES
 from warehouse import BY_NAME, rows_of, uuid_of
 
 U = uuid_of(1)
 NUL, NUL_TWICE = "\\u0000", "\\\\u0000"
+
+
+def rows_in(checked: CheckedRows) -> list[tuple[Any, ...]]:
+    return list(zip(*checked.columns, strict=True))
 
 
 def read(table: str, *texts: str | bytes) -> Any:
@@ -25,7 +29,7 @@ def read(table: str, *texts: str | bytes) -> Any:
 def fault(table: str, text: str | bytes) -> RowFault:
     good = json.dumps(rows_of(BY_NAME[table], 1)[0])
     checked = read(table, good, text, good)
-    assert len(checked.rows) == 2
+    assert len(rows_in(checked)) == 2
     found: RowFault
     (found,) = checked.faults
     assert found.index == 1
@@ -37,7 +41,7 @@ def one(table: str, **values: Any) -> dict[str, Any]:
     key = {"uuid": U} if BY_NAME[table].key.kind == "uuid" else {}
     checked = read(table, json.dumps({**key, **values}))
     assert checked.faults == ()
-    return dict(zip(BY_NAME[table].names, checked.rows[0], strict=True))
+    return dict(zip(BY_NAME[table].names, rows_in(checked)[0], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,7 @@ def test_text_that_looks_suspicious_is_kept(value: str) -> None:
 def test_an_escaped_backslash_before_u0000_is_no_nul() -> None:
     checked = read("events_part", f'{{"uuid":"{U}","platform":"a{NUL_TWICE}b"}}')
     assert checked.faults == ()
-    assert "\\u0000" in checked.rows[0][4]
+    assert "\\u0000" in rows_in(checked)[0][4]
 
 
 def test_json_keeps_its_numbers_and_its_order() -> None:
@@ -168,7 +172,7 @@ def test_json_keeps_its_numbers_and_its_order() -> None:
 def test_json_is_kept_as_written_but_for_its_blanks(sent: str, kept: str) -> None:
     checked = read("technical_data", f'{{"uuid":"{U}","plan_json":{sent}}}')
     assert checked.faults == ()
-    assert dict(zip(BY_NAME["technical_data"].names, checked.rows[0], strict=True))["plan_json"] == kept
+    assert dict(zip(BY_NAME["technical_data"].names, rows_in(checked)[0], strict=True))["plan_json"] == kept
 
 
 def test_a_hundred_levels_are_read() -> None:
@@ -222,7 +226,7 @@ def test_the_quick_way_gives_what_the_way_row_by_row_gives(table: Any) -> None:
     quick = read(table.name, *texts)
     slow = read(table.name, "{}", *texts)
     assert quick.faults == ()
-    assert [list(row) for row in quick.rows] == [list(row) for row in slow.rows]
+    assert [list(row) for row in rows_in(quick)] == [list(row) for row in rows_in(slow)]
     assert list(quick.sizes) == list(slow.sizes) == [len(text.encode()) for text in texts]
 
 

@@ -24,6 +24,7 @@ from app.dwh.tables import DEVICES, EVENTS, LOCATIONS, PERMANENT, TABLES, TECHNI
 from app.dwh.warehouse import MERGE_ROWS, EraseResult, open_warehouse
 from app.product_events.mapping import EventRows
 from app.web.errors import Refused
+from postgres import PostgresServer
 from warehouse import AT, BY_NAME, SORTED, Desk, key_of, mixed, rows_of, uuid_of, walked
 
 
@@ -258,15 +259,20 @@ def test_a_text_that_is_too_long_for_a_link_is_looked_up_in_its_row(desk: Desk) 
         desk.get(LOCATIONS, **order, after=token)
 
 
+FAR = "infinity,-infinity,0044-03-15 BC,12026-01-01 00:00:00.5"
+
+
 @pytest.mark.parametrize("table", [EVENTS, PERMANENT, LOCATIONS], ids=lambda table: table.name)
 def test_whoever_follows_links_meets_each_row_of_the_start_once_while_rows_are_inserted(
     desk: Desk, table: Table
 ) -> None:
     desk.post(table, mixed(table, range(40)))
-    if table is LOCATIONS and desk.warehouse.database.dialect == "postgres":  # which another program may have stored
+    foreign = {LOCATIONS.name: ("location_lat", "NaN,-Infinity"), EVENTS.name: ("event_time", FAR)}
+    if desk.warehouse.database.dialect == "postgres" and table.name in foreign:  # what another program may have stored
+        column, values = foreign[table.name]
         with desk.warehouse.database.transaction() as session:
-            session.run("UPDATE user_locations SET location_lat = 'NaN' WHERE id % 7 = 0")
-            session.run("UPDATE user_locations SET location_lat = '-Infinity' WHERE id % 11 = 0")
+            for number, value in enumerate(values.split(","), 7):
+                session.run(f"UPDATE {table.name} SET {column} = '{value}' WHERE id % {number} = 0")  # noqa: S608
     numbers = count(1000)
     for sort_by in SORTED[table.name]:
         for sort_dir in ("asc", "desc"):
@@ -276,6 +282,22 @@ def test_whoever_follows_links_meets_each_row_of_the_start_once_while_rows_are_i
             ids = walked(desk, table, 23, lambda: desk.post(table, mixed(table, islice(numbers, 1))), **order, **select)
             assert len(ids) == len(set(ids)), (sort_by, sort_dir)
             assert start <= set(ids), (sort_by, sort_dir)
+
+
+def test_timestamps_outside_the_years_of_four_digits_are_shown_as_they_are_and_refused_for_parquet(
+    postgres_server: PostgresServer, tmp_path: Path
+) -> None:
+    with closing(open_warehouse(postgres_server.new_database(), tmp_path)) as warehouse:
+        desk = Desk(warehouse)
+        desk.post(EVENTS, [{"uuid": uuid_of(number)} for number in range(2)])
+        for far in FAR.split(","):
+            with warehouse.database.transaction() as session:
+                session.run("UPDATE events_part SET event_time = CAST(:far AS timestamptz) WHERE id = 1", far=far)
+            shown = desk.get(EVENTS, pk=1)[0]["event_time"]
+            assert (shown.partition(" ")[0], "BC" in shown) == (far.partition(" ")[0], "BC" in far)
+            with pytest.raises(Refused, match="Parquet cannot hold"):
+                desk.read(EVENTS, format="parquet")
+        assert desk.read(EVENTS, format="parquet", select="uuid").body
 
 
 def test_the_caller_decides_what_becomes_of_a_row_that_is_there(desk: Desk) -> None:

@@ -306,12 +306,14 @@ def test_a_download_is_named_as_its_key_ends_and_nothing_breaks_out_of_the_heade
 
 
 def test_a_signed_link_holds_for_its_key_until_its_end_and_for_nothing_else(tmp_path: Path) -> None:
-    links = SignedLinks(tmp_path / "data")
-    path = links.make(ObjectInfo("a b/ü+%.csv", 1, '"e"', AT), AT, 60)
+    now = AT
+    links = SignedLinks(tmp_path / "data", lambda: now)
+    path = links.link("a b/ü+%.csv", 60)
     signature = path.rpartition("=")[2]
     expires = int((AT + timedelta(seconds=60)).timestamp())
-    links.check("a b/ü+%.csv", AT + timedelta(seconds=59), expires, signature)
-    SignedLinks(tmp_path / "data").check("a b/ü+%.csv", AT, expires, signature)
+    SignedLinks(tmp_path / "data", lambda: now).check("a b/ü+%.csv", expires, signature)
+    now = AT + timedelta(seconds=59)
+    links.check("a b/ü+%.csv", expires, signature)
     wrong = [
         ("a b/ü+%.csv", AT + timedelta(seconds=60), expires, signature),
         ("a b/ü+%.csv", AT, expires + 1, signature),
@@ -319,21 +321,21 @@ def test_a_signed_link_holds_for_its_key_until_its_end_and_for_nothing_else(tmp_
         ("a b/ü+%.csv", AT, expires, ""),
         ("a b/ü+%.csv", AT, expires, "\ud800ü"),
     ]
-    for key, now, until, signed in wrong:
+    for key, now, until, signed in wrong:  # noqa: B007 - the clock of the links
         with pytest.raises(Refused):
-            links.check(key, now, until, signed)
+            links.check(key, until, signed)
     secret = tmp_path / "data" / "link.key"
     assert secret.stat().st_mode & 0o077 == 0
     assert len(list(secret.parent.iterdir())) == 1
     secret.unlink()
     with pytest.raises(Refused):
-        links.check("a b/ü+%.csv", AT, expires, signature)
+        links.check("a b/ü+%.csv", expires, signature)
 
 
 def test_the_secret_of_links_is_on_the_disk_before_its_name_and_that_before_a_link_is_given(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     with disk.recorded():
-        SignedLinks(tmp_path).make(HELD, AT, 60)
+        SignedLinks(tmp_path, lambda: AT).link(HELD.key, 60)
     assert [each.what for each in disk.effects] == ["flush", "link", "flush", "remove"]
     assert (disk.effects[0].size_bytes, disk.effects[1].target, disk.effects[2].path) == (
         SECRET_BYTES,
@@ -343,14 +345,14 @@ def test_the_secret_of_links_is_on_the_disk_before_its_name_and_that_before_a_li
 
 
 def test_a_form_holds_for_its_fields_until_its_end_and_for_nothing_else(tmp_path: Path) -> None:
-    links, end = SignedLinks(tmp_path), AT + timedelta(seconds=60)
-    url, fields = links.form("a b/ü.csv", "text/csv", range(1, 6), AT, 60)
+    now, end = AT, AT + timedelta(seconds=60)
+    links = SignedLinks(tmp_path, lambda: now)
+    url, fields = links.form("a b/ü.csv", "text/csv", range(1, 6), 60)
     assert url == "/s3/shared"
     given = list(fields.items())
     right = ("a b/ü.csv", "text/csv", range(1, 6))
-    assert links.check_form(given, end - timedelta(seconds=1)) == right
-    assert links.check_form([(name.upper(), value) for name, value in given], AT) == right
-    other = dict(links.form("other", "text/csv", range(1, 6), AT, 60)[1])
+    assert links.check_form([(name.upper(), value) for name, value in given]) == right
+    other = dict(links.form("other", "text/csv", range(1, 6), 60)[1])
     for wrong in (
         [],
         [*given, ("x-amz-meta-a", "b")],
@@ -364,13 +366,15 @@ def test_a_form_holds_for_its_fields_until_its_end_and_for_nothing_else(tmp_path
         *([(name, "\ud800ü" if name == field else value) for name, value in given] for field in fields),
     ):
         with pytest.raises(Refused) as caught:
-            links.check_form(wrong, AT)
+            links.check_form(wrong)
         assert caught.value.refusal.status == 403
-    with pytest.raises(Refused, match="expired"):
-        links.check_form(given, end)
-    expires = int(end.timestamp())
     with pytest.raises(Refused):  # what is signed of a form never opens a link
-        links.check("a b/ü.csv", AT, expires, fields["signature"])
+        links.check("a b/ü.csv", int(end.timestamp()), fields["signature"])
+    now = end - timedelta(seconds=1)
+    assert links.check_form(given) == right
+    now = end
+    with pytest.raises(Refused, match="expired"):
+        links.check_form(given)
 
 
 def test_the_texts_before_the_file_of_a_form_are_its_fields() -> None:

@@ -116,6 +116,8 @@ def test_an_update_keeps_gzip_only_where_its_bytes_are_gzip_and_an_empty_header_
         {"x-amz-storage-class": "GLACIER"},
         {"x-amz-checksum-crc32c": "AAAAAA=="},
         {"x-amz-checksum-crc64nvme": "AAAAAAAAAAA="},
+        {"x-amz-trailer": "x-amz-checksum-crc32"},
+        {"x-amz-content-sha256": "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"},
     ],
     ids=str,
 )
@@ -129,6 +131,18 @@ def test_what_some_store_would_refuse_or_change_is_refused_by_all_and_stores_not
     assert not objects.get("/object-info", params={"key": key}).json()["exists"]
 
 
+@pytest.mark.parametrize(("method", "path"), [("POST", "upload"), ("PUT", "update"), ("PATCH", "patch")])
+def test_a_part_of_a_file_as_curl_continues_uploads_never_replaces_the_whole(
+    objects: httpx.Client, method: str, path: str
+) -> None:
+    key = f"headers{next(numbers)}/file"
+    objects.post("/upload", params={"key": key}, content=b"0123456789")
+    rest = {"content-range": "bytes 5-9/10"}
+    refused = objects.request(method, f"/{path}", params={"key": key}, content=b"56789", headers=rest)
+    assert (refused.status_code, refused.json()["error"]["field"]) == (400, "Content-Range")
+    assert raw(objects, key)[0] == b"0123456789"
+
+
 def promises(data: bytes) -> dict[str, str]:
     digests = {
         "content-md5": hashlib.md5(data, usedforsecurity=False).digest(),
@@ -136,7 +150,12 @@ def promises(data: bytes) -> dict[str, str]:
         "x-amz-checksum-sha1": hashlib.sha1(data, usedforsecurity=False).digest(),
         "x-amz-checksum-sha256": hashlib.sha256(data).digest(),
     }
-    return {name: base64.b64encode(digest).decode() for name, digest in digests.items()}
+    standard = f"md5=:AAAA:, SHA-256=:{base64.b64encode(hashlib.sha256(data).digest()).decode()}:"
+    return {
+        **{name: base64.b64encode(digest).decode() for name, digest in digests.items()},
+        "content-digest": standard,
+        "repr-digest": standard,
+    }
 
 
 def test_a_checksum_that_does_not_match_is_400_and_changes_nothing(objects: httpx.Client) -> None:
@@ -158,6 +177,18 @@ def test_a_checksum_that_does_not_match_is_400_and_changes_nothing(objects: http
         assert answer.status_code == 400
     info = objects.get("/object-info", params={"key": key}).json()
     assert (info["etag"], info["size"], info["metadata"]) == (etag, 3, {"a": "b"})
+
+
+def test_the_hash_of_a_signed_request_holds_for_bare_bytes_and_covers_more_than_the_file_of_a_form(
+    objects: httpx.Client,
+) -> None:
+    params = {"key": f"headers{next(numbers)}/file"}
+    right, wrong = (hashlib.sha256(data).hexdigest() for data in (b"12345", b"other"))
+    for hashed, status in ((right, 200), ("UNSIGNED-PAYLOAD", 200), (wrong, 400), ("no hash", 400)):
+        headers = {"x-amz-content-sha256": hashed}
+        assert objects.post("/upload", params=params, content=b"12345", headers=headers).status_code == status
+        form = {"file": ("n", b"12345")}
+        assert objects.post("/upload", params=params, files=form, headers=headers).status_code == 200
 
 
 def test_bytes_with_the_promised_checksums_are_stored(objects: httpx.Client) -> None:

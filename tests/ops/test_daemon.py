@@ -207,6 +207,14 @@ def test_every_refusal_has_the_one_shape(shared: Daemon, path: str, body: object
     assert reply.json["error"]["hint"]
 
 
+def test_head_is_answered_wherever_get_is_with_the_same_headers_and_no_body(shared: Daemon) -> None:
+    for path in ("/ops/jobs", "/metrics", "/openapi.json", "/dwh/events-part", "/s3/objects", "/analytics"):
+        got, looked = shared.get(path), shared.call("HEAD", path)
+        assert (looked.status, looked.text) == (200, ""), path
+        assert looked.headers["Content-Type"] == got.headers["Content-Type"]
+        assert "HEAD" in shared.call("PATCH", path).headers["Allow"]
+
+
 def test_metrics_count_runs_and_name_the_build(shared: Daemon) -> None:
     shared.until(lambda: 'headwater_runs_total{job="more",outcome="ok"} 3' in shared.get("/metrics").text)
     text = shared.get("/metrics").text

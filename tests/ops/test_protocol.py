@@ -42,6 +42,7 @@ def answers(daemon: Daemon, sent: Sequence[bytes]) -> bytes:
         "two hosts": HOST + HOST,
         "two lengths": HOST + b"Content-Length: 1\r\nContent-Length: 2\r\n",
         "a length beside chunks": HOST + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n",
+        "a transfer coding that is not undone": HOST + b"Transfer-Encoding: gzip, chunked\r\n",
         "a control character": HOST + b"X: a\0b\r\n",
         "a folded field": HOST + b"X: a\r\n b\r\n",
         "a blank before the colon": HOST + b"X : a\r\n",

@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
+from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 from types import MappingProxyType
@@ -126,6 +127,7 @@ NEEDS = (
 """If the first name is set, the second must be too: half a configuration is always a mistake."""
 
 
+@lru_cache(maxsize=64)  # asked for each request while there are no keys
 def loopback(host: str) -> bool:
     """True when only this machine can reach `host`."""
     try:

@@ -54,6 +54,7 @@ Row = dict[str, Any]
 
 NAMED = re.compile(r"^-- name: *(?P<name>\w+)(?: *\((?P<dialect>\w+)\))? *$", re.MULTILINE)
 DIALECTS: tuple[Dialect, ...] = ("sqlite", "postgres")
+NAME_TAKEN = "another program made something of this name: use an empty database, or in PostgreSQL a schema of your own"
 BROKEN_INSTALLATION = "reinstall Headwater: the installation is damaged or a query is missing"
 
 

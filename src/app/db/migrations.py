@@ -98,7 +98,8 @@ class MigratedDatabase:
     @contextmanager
     def transaction(self, *, read_only: bool = False) -> Iterator[Session]:
         """See `Database.transaction`; the first one applies the migrations first."""
-        self.prepare()
+        if not self._prepared:
+            self.prepare()
         try:
             with self._database.transaction(read_only=read_only) as session:
                 yield session

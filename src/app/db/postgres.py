@@ -20,7 +20,7 @@ from psycopg.rows import DictRow, dict_row, tuple_row
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.core.network import CA_HINT, is_untrusted
-from app.db.database import Connections, DamagedDatabase, Dialect, Row, bound
+from app.db.database import NAME_TAKEN, Connections, DamagedDatabase, Dialect, Row, bound
 
 T = TypeVar("T")
 
@@ -69,6 +69,7 @@ SQLSTATE_PASSING = ("08", "25006", "25P", "40", "53", "55P03", "57", "58")
 SQLSTATE_ACCESS = ("28", "3D", "42501")
 SQLSTATE_VALUE = ("22",)
 SQLSTATE_GONE = ("42P01", "42703")  # a table or a column
+SQLSTATE_TAKEN = ("42P07", "42710")  # a relation or a type of this name exists; only migrations create any
 SQLSTATE_NO_EQUIVALENT = "22P05"
 # This encoding stores bytes without a character set, so each client reads them as different text.
 NO_TEXT = "SQL_ASCII"
@@ -265,7 +266,7 @@ class PsycopgErrors:
             return Transient(message, "no action needed if it passes; otherwise look at the server's log and load")
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return Transient(message, f"check that the server runs and that {self._variables} points to it")
-        hint = "bug in Headwater; please report it"
+        hint = NAME_TAKEN if state in SQLSTATE_TAKEN else "bug in Headwater; please report it"
         return DamagedDatabase(message) if state in SQLSTATE_GONE else Permanent(message, hint)
 
 

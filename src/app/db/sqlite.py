@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
-from app.db.database import INSTANT_SUFFIX, Connections, DamagedDatabase, Dialect, Row, bound
+from app.db.database import INSTANT_SUFFIX, NAME_TAKEN, Connections, DamagedDatabase, Dialect, Row, bound
 
 BUSY_SECONDS = 10.0
 STREAMED_ROWS = 1000
@@ -317,4 +317,5 @@ def _error(path: Path, error: sqlite3.Error | OverflowError) -> AppError:
         return DamagedDatabase(message)
     if code in PASSING:
         return Transient(message, PASSING[code])
-    return Permanent(message, LASTING.get(code, "bug in Headwater; please report it"))
+    unknown = NAME_TAKEN if " already " in str(error) else "bug in Headwater; please report it"
+    return Permanent(message, LASTING.get(code, unknown))

@@ -18,7 +18,7 @@ import msgspec
 
 from app.core.errors import Permanent
 from app.db.database import Database, Dialect, Session
-from app.dwh.request_parsing import NUMBER, BatchLimits, WriteOptions, receive
+from app.dwh.request_parsing import NUMBER, BatchLimits, WriteOptions, receive, with_minutes
 from app.dwh.rows import UNREADABLE
 from app.dwh.tables import TABLES, Table, TableColumn
 from app.dwh.warehouse import Warehouse, other_tables
@@ -66,12 +66,14 @@ def _bring(
     session: Session, dialect: Dialect, table: Table, warehouse: Warehouse, *, at: datetime, dry_run: bool
 ) -> ImportedTable:
     there = [row["name"] for row in session.rows(COLUMNS[dialect], table=table.name)]
-    columns = [column for column in table.columns if column.name in there]
+    found = {name.lower(): name for name in there} | {name: name for name in there}  # the exact spelling first
+    columns = [column for column in table.columns if column.name in found]
     ours = {"id", "created_at", *table.names}
-    done = ImportedTable(table.name, left_columns=[name for name in there if name not in ours])
+    done = ImportedTable(table.name, left_columns=[name for name in there if name.lower() not in ours])
     as_text = "::text" if dialect == "postgres" else ""
-    read = [f"{name}{as_text}" for name in ("id" if "id" in there else "NULL", *(column.name for column in columns))]
-    order = "ORDER BY id" if "id" in there else ""
+    quoted = {name: '"{}"'.format(found[name].replace('"', '""')) for name in ours & found.keys()}
+    read = [f"{quoted.get(name, 'NULL')}{as_text}" for name in ("id", *(column.name for column in columns))]
+    order = f"ORDER BY {quoted['id']}" if "id" in quoted else ""
     rows = session.stream(f"SELECT {', '.join(read)} FROM {table.name} {order}")  # noqa: S608 - declared names
     for first in rows:
         chunk = [first, *islice(rows, CHUNK_ROWS - 1)]
@@ -115,7 +117,7 @@ def _json(column: TableColumn, value: Any) -> str:
     if column.kind == "uuid":  # SQLAlchemy stores 32 digits or 16 bytes
         with suppress(ValueError):
             return json.dumps(str(UUID(bytes=value) if isinstance(value, bytes) else UUID(str(value))))
-    text = str(value)
+    text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
     if column.kind == "bool":
         return FLAGS.get(text.lower(), json.dumps(text))
     if column.kind in ("integer", "bigint", "float") and NUMBER.fullmatch(text):
@@ -124,7 +126,7 @@ def _json(column: TableColumn, value: Any) -> str:
         with suppress(*UNREADABLE):
             msgspec.json.decode(text)
             return text.replace("\n", " ")
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(with_minutes(text) if column.kind == "instant" else text, ensure_ascii=False)
 
 
 def format_result(done: Sequence[ImportedTable], *, dry_run: bool) -> Iterator[str]:

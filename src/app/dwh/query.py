@@ -56,6 +56,8 @@ IS = {"null": "NULL", "not_null": "NOT NULL", "true": "TRUE", "false": "FALSE", 
 LIST_ITEM = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,"()]*)', re.DOTALL)
 MAX_LIST, MAX_PATTERN_CHARACTERS = 1000, 1000
 PATTERN = re.compile(r"\\(.)|([%*])|(_)|(.)", re.DOTALL)
+FAR = re.compile(r"-?infinity|[0-9]{4,6}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?\+00( BC)?", re.ASCII)
+"""Timestamps of other programs that lie outside the years 1 to 9999, as PostgreSQL writes them."""
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -218,6 +220,8 @@ def _place(token: str, column: TableColumn) -> KeysetPosition:
         return KeysetPosition(id_, of_row=value == [])
     if column.kind == "float":
         return KeysetPosition(id_, float(value))  # also NaN and infinity, which other programs may have stored
+    if column.kind == "instant" and FAR.fullmatch(value):
+        return KeysetPosition(id_, value)
     return KeysetPosition(id_, _typed(column, str(value)))
 
 
@@ -358,7 +362,10 @@ def _read(column: TableColumn, dialect: Dialect) -> str:
     if dialect == "sqlite":
         return column.name
     if column.kind == "instant":
-        return f"""to_char({column.name}, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS {column.name}"""
+        near = f"""to_char({column.name}, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
+        # Other programs may have stored infinity, which to_char makes null, or dates whose era it leaves out.
+        is_near = f"{column.name} BETWEEN '0001-01-01' AND '9999-12-31 23:59:59.999999'"
+        return f"CASE WHEN {is_near} THEN {near} ELSE {column.name}::text END AS {column.name}"
     return f"{column.name}::text AS {column.name}" if column.kind in ("uuid", "json") else column.name
 
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from email.message import Message
-from functools import partial
-from itertools import chain, groupby, pairwise
 from typing import Any, BinaryIO, Literal
 
 import msgspec
@@ -147,7 +145,7 @@ def _rows_beside_a_bad_value(array: bytes, held: bytes) -> Sequence[bytes]:
 def _misshapen(held: bytes) -> Refused:
     """Why this is not the envelope: not JSON, or another shape."""
     try:
-        msgspec.json.decode(held, type=dict[str, msgspec.Raw] | list[msgspec.Raw])
+        msgspec.json.decode(held, type=msgspec.Raw)
     except UNREADABLE:
         return Refused(400, "the body is not JSON", "check its syntax, also that it is complete")
     return Refused(422, ENVELOPE, SHAPE_HINT, "data")
@@ -206,6 +204,7 @@ def row_too_large(row_bytes: int) -> Refused:
 # in UTF-8.
 
 NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
+SIGNS = ("+", "-")
 Cell = Callable[[str], bytes]
 
 
@@ -283,7 +282,9 @@ class CsvBody:
 
 def _cell(column: TableColumn) -> Cell:
     """A function that converts a cell to JSON; it raises ValueError for text that is invalid for the column's kind."""
-    if column.kind in ("text", "uuid", "instant"):
+    if column.kind == "instant":
+        return lambda cell: _text_cell(with_minutes(cell))
+    if column.kind in ("text", "uuid"):
         return _text_cell
 
     def turned(cell: str) -> bytes:
@@ -306,6 +307,11 @@ def _text_cell(cell: str) -> bytes:
         return msgspec.json.encode(cell) if cell else b"null"
     except UnicodeEncodeError:
         raise ValueError("must be valid UTF-8") from None
+
+
+def with_minutes(instant: str) -> str:
+    """PostgreSQL writes an offset of whole hours without minutes, 10:20:30+00, which the decoder does not read."""
+    return f"{instant}:00" if instant[-3:-2] in SIGNS and ":" in instant else instant
 
 
 def _is_json(raw: bytes) -> bool:
@@ -390,7 +396,6 @@ SPOOL_BYTES = HELD_BYTES = 1 << 22
 HELD_ROWS = 10_000
 MAX_FAULTS = 1000
 LENGTH_BYTES = 8
-Frame = tuple[int, Sequence[Sequence[Any]]]  # batch number, and rows of that batch, by column
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,8 +408,8 @@ class BatchLimits:
 
 @dataclass(slots=True)
 class ReceivedBody:
-    """The rows of a body, filled as it arrives. `digest`: of its bytes, hex; `size_bytes`: of its valid rows. The
-    caller closes it.
+    """The rows of a body, filled as it arrives. `batches`: how many the limits make of them; `digest`: of the body's
+    bytes, hex; `size_bytes`: of its valid rows. The caller closes it.
     """
 
     limits: BatchLimits
@@ -414,70 +419,53 @@ class ReceivedBody:
     fault_count: int = 0
     digest: str = ""
     size_bytes: int = 0
-    held: list[Frame] = field(default_factory=list)
-    spool: BinaryIO = field(default_factory=partial(temporary_file, memory_bytes=SPOOL_BYTES))
+    held: list[Sequence[Values]] = field(default_factory=list)
+    spool: BinaryIO | None = None
     _batch_rows: int = 0
     _batch_bytes: int = 0
 
-    def read(self) -> Iterator[Iterator[Values]]:
-        """The batches, each an iterator over its rows; exhaust one before starting the next."""
-        for _, frames in groupby(self._frames(), key=lambda frame: frame[0]):
-            yield chain.from_iterable(zip(*columns, strict=True) for _, columns in frames)
-
     def blocks(self) -> Iterator[Sequence[Values]]:
         """All rows, in blocks, by column."""
-        return (columns for _, columns in self._frames())
+        yield from self.held
+        if self.spool is not None:
+            self.spool.seek(0)
+            while head := self.spool.read(LENGTH_BYTES):
+                yield msgspec.msgpack.decode(self.spool.read(int.from_bytes(head)))
 
     def add(self, checked: CheckedRows) -> None:
-        """Add rows, distributing them over batches, and the faults of the invalid ones."""
+        """Add a block of rows, and the faults of the invalid ones."""
         self.fault_count += len(checked.faults)
         self.faults += checked.faults[: MAX_FAULTS - len(self.faults)]
-        start, first = 0, self.batches
-        for number, length in enumerate(self.deal(checked.sizes), first):
-            end = start + length
-            if length:
-                whole = length == len(checked.sizes)
-                part = checked.columns if whole else [column[start:end] for column in checked.columns]
-                self._put((number, part), sum(checked.sizes[start:end]))
-            start = end
+        if not checked.sizes:
+            return
+        self._count_batches(checked.sizes)
+        self.rows += len(checked.sizes)
+        self.size_bytes += sum(checked.sizes)
+        if self.rows <= HELD_ROWS and self.size_bytes <= HELD_BYTES:
+            self.held.append(checked.columns)
+            return
+        if self.spool is None:
+            self.spool = temporary_file(memory_bytes=SPOOL_BYTES)
+        packed = msgspec.msgpack.encode(checked.columns)
+        self.spool.write(len(packed).to_bytes(LENGTH_BYTES) + packed)
 
-    def deal(self, sizes: Sequence[int]) -> Sequence[int]:
-        """How many of the next rows go to each batch: first the current one, then new ones, each until it is full by
-        count or size. A single row over the size limit gets its own batch.
-        """
-        ends = [0]
-        for position, size_bytes in enumerate(sizes):
+    def _count_batches(self, sizes: Sequence[int]) -> None:
+        """Each batch takes rows until it is full by count or size. A single row over the size limit gets its own."""
+        for size_bytes in sizes:
             full = self._batch_rows == self.limits.rows
             if full:
                 self._batch_rows = 0
             if full or not self.batches or self._batch_bytes + size_bytes + 1 > self.limits.size_bytes:
                 self.batches += 1
-                ends.append(position)
                 self._batch_bytes = 1
             self._batch_rows += 1
             self._batch_bytes += size_bytes + 1
-        ends.append(len(sizes))
-        return [end - start for start, end in pairwise(ends)]
-
-    def _put(self, frame: Frame, size_bytes: int) -> None:
-        self.rows += len(frame[1][0])
-        self.size_bytes += size_bytes
-        if self.rows <= HELD_ROWS and self.size_bytes <= HELD_BYTES:
-            self.held.append(frame)
-            return
-        packed = msgspec.msgpack.encode(frame)
-        self.spool.write(len(packed).to_bytes(LENGTH_BYTES) + packed)
-
-    def _frames(self) -> Iterator[Frame]:
-        yield from self.held
-        self.spool.seek(0)
-        while head := self.spool.read(LENGTH_BYTES):
-            yield msgspec.msgpack.decode(self.spool.read(int.from_bytes(head)))
 
     def close(self) -> None:
         """Free the rows. Idempotent."""
         self.held.clear()
-        self.spool.close()
+        if self.spool is not None:
+            self.spool.close()
 
 
 def receive(

@@ -1,4 +1,4 @@
-"""Answers of /dwh: POST as JSON; GET as JSON, NDJSON, CSV or Parquet, read in one thread and sent in another."""
+"""Answers to GET: JSON, NDJSON, CSV or Parquet, read in one thread and sent in another."""
 
 import codecs
 import csv
@@ -14,28 +14,10 @@ import msgspec
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import temporary_file
 from app.dwh.query import Format, KeysetPosition, Selection
-from app.dwh.rows import RowFault
 from app.dwh.tables import TableColumn
-from app.dwh.warehouse import InsertResult, Warehouse
+from app.dwh.warehouse import Warehouse
+from app.web.errors import Refused
 from app.web.text_values import FORMULA
-
-PIECE_IDS = 10_000
-
-
-def answer_to_post(done: InsertResult, faults: Sequence[RowFault] | None, fault_count: int) -> Iterator[bytes]:
-    """The body, in pieces, since there may be millions of ids. `faults`: None unless the caller asked to skip them."""
-    yield b'{"inserted_ids":['
-    for start in range(0, len(done.ids), PIECE_IDS):
-        ids = msgspec.json.encode(done.ids[start : start + PIECE_IDS].tolist())
-        yield (b"," if start else b"") + ids[1:-1]
-    inserted = done.inserted_rows
-    yield f'],"count":{inserted},"batches":{done.batches},"skipped":{done.rows - inserted}'.encode()
-    if done.dry_run:
-        yield b',"dry_run":true'
-    if faults is not None:
-        yield b',"errors":%b,"error_count":%d' % (msgspec.json.encode(faults), fault_count)
-    yield b"}"
-
 
 # Encodes rows as JSON, NDJSON, CSV or Parquet, written to a file block by block.
 #
@@ -183,7 +165,11 @@ class _ParquetWriter(NdjsonWriter):
 
         kind = self._schema.field(column.name).type
         if column.kind == "instant":
-            return pa.array(values, pa.string()).cast(kind)
+            try:
+                return pa.array(values, pa.string()).cast(kind)
+            except pa.ArrowInvalid as error:
+                what = f"{column.name} holds a timestamp of another program that Parquet cannot hold"
+                raise Refused(422, what, "leave the column out of select=, or take another format", "format") from error
         if column.kind == "bool":
             return pa.array([None if value is None else bool(value) for value in values], kind)
         return pa.array(values, kind)

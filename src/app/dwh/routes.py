@@ -5,13 +5,14 @@ connection pool; a slow reader does not hold a semaphore.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
@@ -20,21 +21,22 @@ from app.config.settings import DwhSettings, LimitSettings
 from app.dwh import openapi
 from app.dwh.query import Selection, erasure, selection
 from app.dwh.request_parsing import BatchLimits, ReceivedBody, options, receive
-from app.dwh.responses import MEDIA, AnswerPage, answer_to_post, gzipped
+from app.dwh.responses import MEDIA, AnswerPage, gzipped
+from app.dwh.rows import RowFault
 from app.dwh.tables import TABLES, Table
 from app.dwh.warehouse import InsertResult, Warehouse
 from app.object_store.port import ReadableBody
 from app.web.api import StreamedResponse, accepts_gzip
 from app.web.auth import needs
-from app.web.body_bridge import GONE, acquire_place, read_in_thread
-from app.web.errors import Refusal, Refused
+from app.web.body_bridge import acquire_place, read_in_thread
+from app.web.errors import Refusal
 
 READERS = {"postgres": 4, "sqlite": 2}  # SQLite reads in this process: more threads only block each other
 WRITERS = 6
 BUSY = Refusal(
     429, "too many requests to /dwh at once", "send the same request again later", headers={"Retry-After": "5"}
 )
-OTHERS = ["OPTIONS", "PATCH", "PUT", "TRACE"]
+PIECE_IDS = 10_000
 GZIPPED_IDS = 1000  # an answer to POST with fewer ids is small
 
 
@@ -65,8 +67,6 @@ class TableRoutes:
         """GET, HEAD, POST and DELETE."""
         table, add = self.table, partial(router.add_api_route, f"/{self.table.path}")
         may_read = needs("dwh:read")
-        # First: the first route of a path answers requests with other methods, and would list only its own.
-        add(_other, methods=OTHERS, include_in_schema=False, openapi_extra=may_read)
         add(self._read, methods=["HEAD"], include_in_schema=False, openapi_extra=may_read)
         add(
             self._read,
@@ -140,11 +140,8 @@ class TableRoutes:
                 )
                 return done, received
 
-        stored = await read_in_thread(request, self.writers, BUSY, self.threads, store)
-        if stored is None:
-            return GONE
-        done, received = stored
-        content = answer_to_post(done, received.faults if chosen.skip else None, received.fault_count)
+        done, received = await read_in_thread(request, self.writers, BUSY, self.threads, store)
+        content = _answer_to_post(done, received.faults if chosen.skip else None, received.fault_count)
         headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
         if len(done.ids) > GZIPPED_IDS and accepts_gzip(request.headers.get("accept-encoding", "")):
             content, headers["Content-Encoding"] = gzipped(content), "gzip"
@@ -161,9 +158,19 @@ class TableRoutes:
         return JSONResponse(asdict(done) | ({"dry_run": True} if chosen.dry_run else {}))
 
 
-async def _other() -> Response:
-    methods = "GET, HEAD, POST, DELETE"
-    raise Refused(405, f"this path takes {methods}", "see /docs", headers={"Allow": methods})
+def _answer_to_post(done: InsertResult, faults: Sequence[RowFault] | None, fault_count: int) -> Iterator[bytes]:
+    """The body, in pieces, since there may be millions of ids. `faults`: None unless the caller asked to skip them."""
+    yield b'{"inserted_ids":['
+    for start in range(0, len(done.ids), PIECE_IDS):
+        ids = msgspec.json.encode(done.ids[start : start + PIECE_IDS].tolist())
+        yield (b"," if start else b"") + ids[1:-1]
+    inserted = done.inserted_rows
+    yield f'],"count":{inserted},"batches":{done.batches},"skipped":{done.rows - inserted}'.encode()
+    if done.dry_run:
+        yield b',"dry_run":true'
+    if faults is not None:
+        yield b',"errors":%b,"error_count":%d' % (msgspec.json.encode(faults), fault_count)
+    yield b"}"
 
 
 def _preferred(request: Request) -> Sequence[str]:

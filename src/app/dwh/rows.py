@@ -322,11 +322,6 @@ class CheckedRows:
     sizes: Sequence[int]
     faults: Sequence[RowFault] = field(default_factory=tuple)
 
-    @property
-    def rows(self) -> Sequence[Values]:
-        """The valid rows."""
-        return list(zip(*self.columns, strict=True))
-
 
 class RowReader:
     """Turns the JSON of rows into values for one table."""
@@ -340,23 +335,18 @@ class RowReader:
         self._json = [position for position, column in enumerate(table.columns) if column.kind == "json"]
 
     def read(self, slices: Sequence[Slice], first: int) -> CheckedRows:
-        """Check consecutive rows of a body; the first has the index `first`."""
+        """Check consecutive rows of a body, all at once where that is possible; the first has the index `first`."""
         try:
-            columns = self._together(slices)
+            columns: list[Values] = list(zip(*map(astuple, map(self._decode, slices)), strict=True))
+            keys = len(slices) * len(columns) - sum(column.count(UNSET) for column in columns)
+            turned = [turn(column) for turn, column in zip(self._turns, columns, strict=True)]
+            json_texts = [value for position in self._json for value in turned[position] if value]
+            # the decoder keeps only one of two equal keys
+            again = [msgspec.json.encode(msgspec.json.decode(text)).decode() for text in json_texts]
+            check_keys(b",".join(slices), keys, again)
         except (*UNREADABLE, NeedsRowCheck, OverflowError):
             return self._one_by_one(slices, first)
-        return CheckedRows(columns, list(map(len, slices)))
-
-    def _together(self, slices: Sequence[Slice]) -> Sequence[Values]:
-        """Decode all rows at once. Raises NeedsRowCheck when they must be checked one by one."""
-        columns: list[Values] = list(zip(*map(astuple, map(self._decode, slices)), strict=True))
-        keys = len(slices) * len(columns) - sum(column.count(UNSET) for column in columns)
-        turned = [turn(column) for turn, column in zip(self._turns, columns, strict=True)]
-        json_texts = [value for position in self._json for value in turned[position] if value]
-        # the decoder keeps only one of two equal keys
-        again = [msgspec.json.encode(msgspec.json.decode(text)).decode() for text in json_texts]
-        check_keys(b",".join(slices), keys, again)
-        return turned
+        return CheckedRows(turned, list(map(len, slices)))
 
     def _one_by_one(self, slices: Sequence[Slice], first: int) -> CheckedRows:
         rows: list[Values] = []

@@ -6,6 +6,7 @@ Invariant: the first column of a table is its natural key, required and unique. 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Kind = Literal["uuid", "text", "integer", "bigint", "float", "bool", "json", "instant"]
@@ -44,7 +45,7 @@ class TableColumn:
         return WANTED[self.kind]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Table:
     """One table. `number` orders locks; `updates`: a new row's non-null values update the row with the same key."""
 
@@ -54,17 +55,17 @@ class Table:
     columns: Sequence[TableColumn]
     updates: bool = False
 
-    @property
+    @cached_property
     def key(self) -> TableColumn:
         """The natural key."""
         return self.columns[0]
 
-    @property
+    @cached_property
     def names(self) -> Sequence[str]:
         """Names of the columns that a caller sets, in order."""
         return [column.name for column in self.columns]
 
-    @property
+    @cached_property
     def stored(self) -> Sequence[TableColumn]:
         """All columns of a returned row."""
         return [TableColumn("id", "bigint"), *self.columns, TableColumn("created_at", "instant")]

@@ -74,7 +74,7 @@ def in_sqlite(session: Session, table: Table, batches: "ReceivedBody", deleted: 
     """Insert by prepared statements. SQLite has one writer, so all newer ids at the end are from this transaction."""
     before = largest_id(session, table)
     (now,) = session.rows(f"SELECT {SQLITE_NOW} AS text")
-    rows: Iterator[Row] = chain.from_iterable(zip(*block, strict=True) for block in batches.blocks())
+    rows = _each(batches.blocks())
     together = batches.rows - batches.rows % STATEMENT_ROWS
     if deleted.any_of(session, table):
         rows, together = deleted.left_out(session, table, rows), 0
@@ -88,7 +88,7 @@ def in_sqlite(session: Session, table: Table, batches: "ReceivedBody", deleted: 
 def in_postgres(session: Session, table: Table, batches: "ReceivedBody", deleted: "DeletedKeys") -> "array[int]":
     """Insert by COPY. Groups already stored stay so when a later group meets a conflict."""
     if table.updates:
-        return _staged(session, table, deleted, (merge_duplicates(batch, {}) for batch in batches.read()))
+        return _staged(session, table, deleted, (merge_duplicates(_each([block]), {}) for block in batches.blocks()))
     ids = array("q")
     if not batches.rows:
         return ids
@@ -102,9 +102,14 @@ def in_postgres(session: Session, table: Table, batches: "ReceivedBody", deleted
             ids += _given(session, table, before, copied, own="AND created_at = now()")
             before = ids[-1]
     if len(ids) < batches.rows:
-        rows = islice(chain.from_iterable(batches.read()), len(ids), None)
+        rows = islice(_each(batches.blocks()), len(ids), None)
         ids += _staged(session, table, deleted, _chunks(rows, MERGE_ROWS), before)
     return ids
+
+
+def _each(blocks: Iterable[Columns]) -> Iterator[Row]:
+    """The rows of blocks by column, one by one."""
+    return chain.from_iterable(zip(*block, strict=True) for block in blocks)
 
 
 def lock_table(session: Session, table: Table) -> int:
@@ -366,9 +371,12 @@ OTHER_PROGRAM_HINT = (
     "python -m app import-dwh URL, where URL is that of this database"
 )
 TABLE_NAMES: dict[Dialect, str] = {
-    "sqlite": "SELECT name FROM sqlite_master WHERE type = 'table'",
-    "postgres": "SELECT relname AS name FROM pg_class WHERE relkind IN ('r', 'p') AND pg_table_is_visible(oid)",
+    "sqlite": "SELECT lower(name) AS name FROM sqlite_master WHERE type IN ('table', 'view')",
+    "postgres": (
+        "SELECT relname AS name FROM pg_class WHERE relkind IN ('r', 'p', 'v', 'm', 'f') AND pg_table_is_visible(oid)"
+    ),
 }
+"""Tables and views: both have rows, and neither leaves the name to another. SQLite's names have no case."""
 TURN_SECONDS = 60.0
 KEPT_DAYS = 7
 
@@ -551,5 +559,5 @@ def open_warehouse(url: str, data_dir: Path) -> Warehouse:
 
 
 def other_tables(session: Session, dialect: Dialect) -> Collection[str]:
-    """The database's tables that share a name with one of ours."""
+    """The database's tables and views that share a name with one of ours."""
     return {row["name"] for row in session.rows(TABLE_NAMES[dialect])} & BY_NAME.keys()

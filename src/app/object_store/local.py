@@ -20,7 +20,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -100,17 +100,15 @@ class LocalDirectory:
         if path is None:
             return None
 
-        with _translated(key):
-            # Without the lock first; if a writer may be between note and rename, again under the lock.
-            for turn in (nullcontext(), self._locked()):
-                with turn:
-                    found = _stat(path)
-                    if found is None:
-                        return None
-                    info, certain = self._notes.read(key, path, _info(key, found))
-                if certain:
-                    break
-            return info
+        with _translated(key), ExitStack() as lock:
+            is_locked = False
+            while (found := _stat(path)) is not None:
+                info, certain = self._notes.read(key, path, _info(key, found))
+                if certain or is_locked:
+                    return info
+                lock.enter_context(self._locked())  # a writer may be between note and rename: look again
+                is_locked = True
+        return None
 
     def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
         """As `write`."""
@@ -186,9 +184,7 @@ class LocalDirectory:
                 self._notes.remove(key)
                 self._prune(path.parent)
 
-    def properties(self, key: str) -> ObjectInfo | None:
-        """Same as `head`, which returns everything."""
-        return self.head(key)
+    properties = head  # which returns everything
 
     def write(self, key: str, body: ReadableBody, put: PutRequest) -> StoredObject:
         """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""

@@ -330,13 +330,16 @@ def take_entries(response_dict: dict[str, Any], customized_response_dict: dict[s
 
 
 def infos_of(page: Mapping[str, Any], prefix: str = "") -> Sequence[ObjectInfo]:
-    """The objects of a page, whether its entries were extracted or parsed by the SDK. SeaweedFS treats `a//` as `a/`:
-    objects without the prefix are left out.
+    """The objects of a page, whether its entries were extracted or parsed by the SDK.
+
+    Two things that SeaweedFS lists are left out: objects without the prefix, since it treats `a//` as `a/`, and with a
+    delimiter the empty folders that deleted objects leave, which have no ETag and cannot be read.
     """
     taken = page.get(TAKEN)
     with _readable():
         read = [info_of(entry["Key"], entry["Size"], entry) for entry in page.get("Contents", ())]
-    return [info for info in (*(taken.infos() if taken else ()), *read) if info.key.startswith(prefix)]
+    infos = (*(taken.infos() if taken else ()), *read)
+    return [info for info in infos if info.key.startswith(prefix) and (info.etag.strip('"') or info.key[-1:] != "/")]
 
 
 def info_of(key: str, size_bytes: int, found: Mapping[str, Any]) -> ObjectInfo:

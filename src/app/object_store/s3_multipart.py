@@ -79,20 +79,20 @@ class S3Transfers:
 
     def write(self, key: str, body: ReadableBody, put: PutRequest) -> StoredObject:
         """PutObject for a body that fits into one part, otherwise a multipart upload."""
-        return self._assembled(key, put, lambda assembly: assembly.take(body))
+        return self._sent(key, put, lambda upload: upload.take(body))
 
     def patch(self, held: ObjectInfo, offset: int, body: ReadableBody) -> StoredObject:
         """Large unchanged ranges are copied by the store itself; the rest is read and sent again."""
         metadata = {name: value for name, value in held.metadata.items() if name != MARK}
         put = PutRequest(held.content_type, metadata, held.etag, held.headers)
 
-        def fill(assembly: "_Assembly") -> None:
-            assembly.least_part_bytes = -(-held.size_bytes // PARTS_OF_OLD // MIB) * MIB
-            assembly.keep(held, 0, offset)
-            end = offset + assembly.take(body)
-            assembly.keep(held, end, held.size_bytes - end, last=True)
+        def fill(upload: S3Upload) -> None:
+            upload.least_part_bytes = -(-held.size_bytes // PARTS_OF_OLD // MIB) * MIB
+            upload.keep(held, 0, offset)
+            end = offset + upload.take(body)
+            upload.keep(held, end, held.size_bytes - end, last=True)
 
-        return self._assembled(held.key, put, fill)
+        return self._sent(held.key, put, fill)
 
     def open_span(self, held: ObjectInfo, first: int, count: int) -> AbstractContextManager[ReadableBody]:
         """GetObject with a range."""
@@ -136,19 +136,19 @@ class S3Transfers:
             )
         return str(made["url"]), made["fields"]
 
-    def _assembled(self, key: str, put: PutRequest, fill: "Callable[[_Assembly], Any]") -> StoredObject:
+    def _sent(self, key: str, put: PutRequest, fill: "Callable[[S3Upload], Any]") -> StoredObject:
         """Write the object that `fill` assembles, with a mark that identifies this write."""
         check_key(key)
         # If the response of the last operation is lost, the mark on the current object tells whether it succeeded.
         put = replace(put, metadata={**put.metadata, MARK: uuid4().hex})
         check_headers(key, put)
         with ExitStack() as stack:
-            assembly = _Assembly(self._store, self._services, key, put, stack)
-            fill(assembly)
-            if assembly.parts is None:
-                return self._put(key, assembly.rest(), put)
+            upload = S3Upload(self._store, self._services, key, put, stack)
+            fill(upload)
+            if not upload.has_parts:
+                return self._put(key, upload.rest(), put)
             guarded = put.expected is not None and self._guards()
-            return replace(assembly.complete(guarded=guarded), guarded=guarded or put.expected is None)
+            return replace(upload.complete(guarded=guarded), guarded=guarded or put.expected is None)
 
     def _put(self, key: str, data: bytearray, put: PutRequest) -> StoredObject:
         guarded = put.expected is None or self._store.conditional
@@ -181,9 +181,10 @@ def honours_conditions(store: S3Store, key: str) -> bool:
     services = UploadPool(1, 1)
     store.put(key, io.BytesIO(b"probe"), PutRequest("text/plain"))
     try:
-        with begin_upload(store, services, key, put) as parts:
-            parts.send(bytearray(b"probe"))
-            parts.complete(5, guarded=True)
+        with ExitStack() as stack:
+            upload = S3Upload(store, services, key, put, stack)
+            upload.take(io.BytesIO(b"probe"))
+            upload.complete(guarded=True)
     except Conflict:
         return True
     finally:
@@ -244,25 +245,89 @@ class UploadPool:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-class S3Parts:
-    """A multipart upload in progress; see `begin_upload`. Not thread-safe."""
+class S3Upload:
+    """An object sent from front to back: a multipart upload once it outgrows a part, which is aborted when the block of
+    `stack` raises. Not thread-safe.
+    """
 
-    def __init__(self, store: S3Store, services: UploadPool, key: str, put: PutRequest, upload_id: str) -> None:
-        self._store, self._services, self._key, self._put = store, services, key, put
-        self._place = {"Bucket": store.target.bucket, "Key": key, "UploadId": upload_id}
+    def __init__(self, store: S3Store, services: UploadPool, key: str, put: PutRequest, stack: ExitStack) -> None:
+        self._store, self._services, self._key, self._put, self._stack = store, services, key, put, stack
+        self._held = bytearray()  # allocated for a whole part once the object is large
+        self._held_bytes = 0
+        self._size_bytes = 0
+        self._large = False
+        self._place: Mapping[str, str] = {}  # of the multipart upload, once it has begun
         self._sent: list[Future[Any]] = []
         self._under_way: list[Future[Any]] = []
+        self.least_part_bytes = 0
 
     @property
-    def number(self) -> int:
-        """The number of the next part."""
-        return len(self._sent) + 1
+    def has_parts(self) -> bool:
+        """Whether it has become a multipart upload."""
+        return bool(self._place)
 
-    def send(self, data: bytearray) -> None:
-        """Send the next part."""
-        self._start("upload_part", {"Body": data})
+    def take(self, body: ReadableBody) -> int:
+        """Append all of `body`; returns its size in bytes."""
+        before = self._size_bytes
+        while data := body.read(min(STEP_BYTES, self._room_bytes())):
+            self._add(data)
+        return self._size_bytes - before
 
-    def copy(self, held: ObjectInfo, first: int, count: int) -> bool:
+    def keep(self, held: ObjectInfo, first: int, count: int, *, last: bool = False) -> None:
+        """Append the bytes `[first, first + count)` of the version to be replaced; nothing unless `count` is positive.
+
+        Whole parts are copied. Bytes that share a part with others are read, since all parts but the `last` have the
+        same size.
+        """
+        started = min(self._room_bytes(), count) if self._held_bytes else 0
+        self._read(held, first, started)
+        copied = self._copy_parts(held, first + started, count - started, last=last) if count > 0 else 0
+        self._read(held, first + started + copied, count - started - copied)
+
+    def _read(self, held: ObjectInfo, first: int, count: int) -> None:
+        if count > 0:
+            with self._store.open_span(held, first, count) as stream:
+                self.take(stream)
+
+    def _copy_parts(self, held: ObjectInfo, first: int, count: int, *, last: bool) -> int:
+        """The number of bytes that the store copied; fewer than `count` if they do not fill a part, or if it cannot
+        copy.
+        """
+        copied = 0
+        while (size_bytes := self._room_bytes()) <= count - copied or (copied and last and copied < count):
+            size_bytes = min(size_bytes, count - copied)
+            if not self._copy_part(held, first + copied, size_bytes):
+                break
+            copied += size_bytes
+            self._size_bytes += size_bytes
+        return copied
+
+    def _room_bytes(self) -> int:
+        return max(part_bytes(len(self._sent) + 1), self.least_part_bytes) - self._held_bytes
+
+    def _add(self, data: bytes) -> None:
+        end = self._held_bytes + len(data)
+        if end > LARGE_BYTES and not self._large:
+            self._stack.enter_context(self._services.place())
+            self._large = True
+        if self._large and end > len(self._held):
+            held, self._held = self._held, bytearray(self._held_bytes + self._room_bytes())
+            self._held[: len(held)] = held
+        self._held[self._held_bytes : end] = data
+        self._held_bytes = end
+        self._size_bytes += len(data)
+        if not self._room_bytes():
+            self._start("upload_part", {"Body": self.rest()})
+
+    def rest(self) -> bytearray:
+        """Take the bytes that were not sent yet."""
+        held, count = self._held, self._held_bytes
+        self._held, self._held_bytes = bytearray(), 0
+        if count < len(held):
+            del held[count:]  # shrinks without a copy
+        return held
+
+    def _copy_part(self, held: ObjectInfo, first: int, count: int) -> bool:
         """Have the store copy the next part from the version `held`; False when it does not support that."""
         if self._services.copies is False:
             return False
@@ -280,13 +345,26 @@ class S3Parts:
         return self._services.copies
 
     def _start(self, operation: str, given: Mapping[str, Any]) -> None:
-        part_bytes(self.number)  # raises for an invalid number
+        """Send the next part in another thread; the first one begins the multipart upload."""
+        number = len(self._sent) + 1
+        part_bytes(number)  # raises for an invalid number
+        if not self._place:
+            self._begin()
         for future in self._under_way:
             if future.done():
                 future.result()  # raise the error of a finished part early
         self._under_way = [future for future in self._under_way if not future.done()]
-        self._sent.append(self._services.start(partial(self._part, operation, self.number, given)))
+        self._sent.append(self._services.start(partial(self._part, operation, number, given)))
         self._under_way.append(self._sent[-1])
+
+    def _begin(self) -> None:
+        place = {"Bucket": self._store.target.bucket, "Key": self._key}
+        with self._store.translated(self._key):
+            begun = self._store.client().create_multipart_upload(
+                **place, **put_arguments(self._put, self._store.target)
+            )
+            self._place = {**place, "UploadId": begun["UploadId"]}
+        self._stack.push(lambda kind, *_: self._abort() if kind else None)
 
     def _part(self, operation: str, number: int, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The part's entry for Complete; None when the store does not support the operation."""
@@ -302,8 +380,10 @@ class S3Parts:
             sums = {name: told[name] for name in told if name.startswith("Checksum") and name != "ChecksumType"}
             return {"PartNumber": number, "ETag": told["ETag"], **sums}
 
-    def complete(self, size_bytes: int, *, guarded: bool) -> StoredObject:
-        """Turn the parts into the object. `guarded`: the store is known to check the version itself."""
+    def complete(self, *, guarded: bool) -> StoredObject:
+        """Send the rest and turn the parts into the object. `guarded`: the store is known to check the version."""
+        if self._held_bytes or not self._place:
+            self._start("upload_part", {"Body": self.rest()})
         # The error of any part is raised here, before anything is replaced.
         parts = [future.result() for future in self._sent]
         expected = self._put.expected
@@ -314,8 +394,8 @@ class S3Parts:
                 answer = self._complete(parts, condition_of(expected) if guarded else {})
             except AppError as error:
                 found = confirm_lost_answer(self._store, self._key, self._put, error)
-                return StoredObject(found.etag, size_bytes, None, guarded)
-        return StoredObject(answer["ETag"], size_bytes, answer.get("VersionId"), guarded)
+                return StoredObject(found.etag, self._size_bytes, None, guarded)
+        return StoredObject(answer["ETag"], self._size_bytes, answer.get("VersionId"), guarded)
 
     def _complete(self, parts: list[Mapping[str, Any]], condition: Mapping[str, str]) -> Any:
         """The SDK retries a Complete whose response was lost, but the store has dropped the upload by then."""
@@ -329,8 +409,8 @@ class S3Parts:
                     raise Transient(f"{self._key}: another program ended the upload", AGAIN_HINT) from error
                 raise
 
-    def abort(self) -> None:
-        """Abort the upload. Waits for parts in flight, since they would outlive it."""
+    def _abort(self) -> None:
+        """Waits for parts in flight, since they would outlive the upload."""
         for future in [each for each in self._sent if not each.cancel()]:
             with suppress(AppError):
                 future.result()
@@ -338,20 +418,6 @@ class S3Parts:
             abort_upload(self._store, self._key, self._place["UploadId"])
         except AppError as error:
             log.warning("parts of an upload stay behind until they are swept: %s", error)
-
-
-@contextmanager
-def begin_upload(store: S3Store, services: UploadPool, key: str, put: PutRequest) -> Iterator[S3Parts]:
-    """CreateMultipartUpload; the upload is aborted if the block raises."""
-    with store.translated(key):
-        answer = store.client().create_multipart_upload(
-            Bucket=store.target.bucket, Key=key, **put_arguments(put, store.target)
-        )
-        parts = S3Parts(store, services, key, put, answer["UploadId"])
-    with ExitStack() as undo:
-        undo.callback(parts.abort)
-        yield parts
-        undo.pop_all()
 
 
 def abort_upload(store: S3Store, key: str, upload_id: str) -> bool:
@@ -364,92 +430,6 @@ def abort_upload(store: S3Store, key: str, upload_id: str) -> bool:
                 raise
             return False
     return True
-
-
-class _Assembly:
-    """An object assembled from front to back. It becomes a multipart upload when it outgrows a part."""
-
-    def __init__(self, store: S3Store, services: UploadPool, key: str, put: PutRequest, stack: ExitStack) -> None:
-        self._store, self._services, self._key, self._put, self._stack = store, services, key, put, stack
-        self._held = bytearray()  # allocated for a whole part once the object is large
-        self._held_bytes = 0
-        self._size_bytes = 0
-        self._large = False
-        self.least_part_bytes = 0
-        self.parts: S3Parts | None = None
-
-    def take(self, body: ReadableBody) -> int:
-        """Append all of `body`; returns its size in bytes."""
-        before = self._size_bytes
-        while data := body.read(min(STEP_BYTES, self._room_bytes())):
-            self._add(data)
-        return self._size_bytes - before
-
-    def keep(self, held: ObjectInfo, first: int, count: int, *, last: bool = False) -> None:
-        """Append the bytes `[first, first + count)` of the version to be replaced; nothing unless `count` is positive.
-
-        Whole parts are copied. Bytes that share a part with others are read, since all parts but the `last` have the
-        same size.
-        """
-        started = min(self._room_bytes(), count) if self._held_bytes else 0
-        self._read(held, first, started)
-        copied = self._copy(held, first + started, count - started, last=last) if count > 0 else 0
-        self._read(held, first + started + copied, count - started - copied)
-
-    def _read(self, held: ObjectInfo, first: int, count: int) -> None:
-        if count > 0:
-            with self._store.open_span(held, first, count) as stream:
-                self.take(stream)
-
-    def _copy(self, held: ObjectInfo, first: int, count: int, *, last: bool) -> int:
-        """The number of bytes that the store copied; fewer than `count` if they do not fill a part, or if it cannot
-        copy.
-        """
-        copied = 0
-        while (size_bytes := self._room_bytes()) <= count - copied or (copied and last and copied < count):
-            size_bytes = min(size_bytes, count - copied)
-            if not self._begin().copy(held, first + copied, size_bytes):
-                break
-            copied += size_bytes
-            self._size_bytes += size_bytes
-        return copied
-
-    def _room_bytes(self) -> int:
-        return max(part_bytes(self.parts.number if self.parts else 1), self.least_part_bytes) - self._held_bytes
-
-    def _add(self, data: bytes) -> None:
-        end = self._held_bytes + len(data)
-        if end > LARGE_BYTES and not self._large:
-            self._stack.enter_context(self._services.place())
-            self._large = True
-        if self._large and end > len(self._held):
-            held, self._held = self._held, bytearray(self._held_bytes + self._room_bytes())
-            self._held[: len(held)] = held
-        self._held[self._held_bytes : end] = data
-        self._held_bytes = end
-        self._size_bytes += len(data)
-        if not self._room_bytes():
-            self._begin().send(self.rest())
-
-    def _begin(self) -> S3Parts:
-        if self.parts is None:
-            self.parts = self._stack.enter_context(begin_upload(self._store, self._services, self._key, self._put))
-        return self.parts
-
-    def rest(self) -> bytearray:
-        """Take the bytes that were not sent yet."""
-        held, count = self._held, self._held_bytes
-        self._held, self._held_bytes = bytearray(), 0
-        if count < len(held):
-            del held[count:]  # shrinks without a copy
-        return held
-
-    def complete(self, *, guarded: bool) -> StoredObject:
-        """Send the rest and complete the object."""
-        parts = self._begin()
-        if self._held_bytes:
-            parts.send(self.rest())
-        return parts.complete(self._size_bytes, guarded=guarded)
 
 
 # Parts that killed uploads left in a bucket: invisible, but charged.

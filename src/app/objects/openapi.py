@@ -74,8 +74,8 @@ class ObjectListing(BaseModel):
     """A page of a listing; `continuation` asks for the next one."""
 
     prefix: str
-    count: int = Field(ge=0)
     objects: list[ListedObject]
+    count: int = Field(ge=0)
     common_prefixes: list[str] = Field(default=[], description="with a delimiter")
     continuation: str = ""
 
@@ -125,9 +125,12 @@ class ObjectDeleted(BaseModel):
     deleted: bool
 
 
-def answers(model: type[BaseModel], codes: Sequence[int] = ()) -> Answers:
-    """200 with this JSON, plus a route's own error statuses in addition to those of all routes."""
-    return {200: {"description": "done", "model": model}, **_faults(codes)}
+def answers(model: type[BaseModel], codes: Sequence[int] = ()) -> dict[str, Any]:
+    """Keyword arguments of a route that answers 200 with the given fields of `model`; `codes` are its own error
+    statuses, in addition to those of all routes.
+    """
+    responses: Answers = {200: {"description": "done"}, **_faults(codes)}
+    return {"response_model": model, "response_model_exclude_unset": True, "responses": responses}
 
 
 def _faults(codes: Sequence[int]) -> Answers:

@@ -217,60 +217,36 @@ def _is_below(prefix: str, key: str) -> bool:
     return key.startswith(prefix) or normalized_key(key).startswith(prefix)
 
 
-@dataclass(frozen=True, slots=True)
-class StoreLinks:
-    """Links to the store itself, which uses its own clock. `presign` takes key, seconds and Content-Disposition;
-    `presign_form` takes key, type, sizes and seconds.
+class SignedLinks:
+    """Links to this service, with the methods of `S3Transfers`: signed with a secret file in `folder`. Removing that
+    file revokes all links.
     """
 
-    presign: Callable[[str, int, str], str]
-    presign_form: Callable[[str, str, range, int], tuple[str, Mapping[str, str]]]
-
-    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:  # noqa: ARG002 - same signature as SignedLinks
-        """The URL of a link."""
-        return self.presign(held.key, seconds, disposition(held.key, held.headers.get("content-disposition", "")))
-
-    def form(
-        self,
-        key: str,
-        content_type: str,
-        sizes: range,
-        now: datetime,  # noqa: ARG002 - same signature as SignedLinks
-        seconds: int,
-    ) -> tuple[str, Mapping[str, str]]:
-        """URL and fields of a form that uploads one file with exactly this key and type, and one of these sizes."""
-        return self.presign_form(key, content_type, sizes, seconds)
-
-
-class SignedLinks:
-    """Links to this service, signed with a secret file in `folder`. Removing that file revokes all links."""
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, clock: Callable[[], datetime]) -> None:
         self._path = folder / SECRET_NAME
+        self._clock = clock
 
-    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:
+    def link(self, key: str, seconds: int, disposition: str = "") -> str:  # noqa: ARG002 - as S3Transfers
         """The link, as a path of this service."""
-        expires = int((now + timedelta(seconds=seconds)).timestamp())
-        signature = self._sign(f"{expires}\n{held.key}")
-        return "/s3/shared?" + urlencode({"key": held.key, "expires": expires, "signature": signature})
+        expires = int((self._clock() + timedelta(seconds=seconds)).timestamp())
+        signature = self._sign(f"{expires}\n{key}")
+        return "/s3/shared?" + urlencode({"key": key, "expires": expires, "signature": signature})
 
-    def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
+    def check(self, key: str, expires: int, signature: str) -> None:
         """Raises Refused unless this service made the link and it has not expired; both give the same error."""
-        if not self._is_ours(f"{expires}\n{key}", signature) or now.timestamp() >= expires:
+        if not self._is_ours(f"{expires}\n{key}", signature) or self._clock().timestamp() >= expires:
             raise Refused(403, "the link has expired or was changed", LINK_HINT, fault="signature")
 
-    def form(
-        self, key: str, content_type: str, sizes: range, now: datetime, seconds: int
-    ) -> tuple[str, Mapping[str, str]]:
-        """See `StoreLinks.form`. The policy has the format of S3's."""
-        expires_at = (now + timedelta(seconds=seconds)).astimezone(UTC)
+    def form(self, key: str, content_type: str, sizes: range, seconds: int) -> tuple[str, Mapping[str, str]]:
+        """See `S3Transfers.form`. The policy has the format of S3's."""
+        expires_at = (self._clock() + timedelta(seconds=seconds)).astimezone(UTC)
         conditions = [{"key": key}, {"Content-Type": content_type}, ["content-length-range", sizes[0], sizes[-1]]]
         policy = {"expiration": f"{expires_at:%Y-%m-%dT%H:%M:%SZ}", "conditions": conditions}
         text = base64.b64encode(json.dumps(policy).encode()).decode()
         fields = {"key": key, "Content-Type": content_type, "policy": text, "signature": self._sign(POLICY + text)}
         return "/s3/shared", fields
 
-    def check_form(self, fields: Iterable[tuple[str, str]], now: datetime) -> tuple[str, str, range]:
+    def check_form(self, fields: Iterable[tuple[str, str]]) -> tuple[str, str, range]:
         """Key, type and sizes of a form. Raises Refused unless its fields are exactly the issued ones; as on S3, field
         names are case-insensitive.
         """
@@ -279,7 +255,7 @@ class SignedLinks:
         if not self._is_ours(POLICY + text, given.pop("signature", "")):
             raise Refused(403, "the policy of the form was changed or is missing", LINK_HINT, fault="policy")
         policy = json.loads(base64.b64decode(text))
-        if now >= datetime.fromisoformat(policy["expiration"]):
+        if self._clock() >= datetime.fromisoformat(policy["expiration"]):
             raise Refused(403, "the upload link has expired", LINK_HINT, fault="policy")
         key, content_type, (_, first, last) = policy["conditions"]
         wanted = {"key": key["key"], "content-type": content_type["Content-Type"]}
@@ -345,6 +321,9 @@ def stored_fields(fields: Mapping[str, str]) -> tuple[Mapping[str, str], Mapping
 
     Raises Refused for values that some store would reject or change.
     """
+    if "content-range" in fields:  # curl -C sends the rest of a file only, which would replace the whole object
+        hint = "send the whole object, or PATCH /s3/patch?offset="
+        raise Refused(400, "Content-Range: part of an object cannot be sent here", hint, fault="Content-Range")
     for name in fields:
         if name.startswith(SERVER_SIDE):
             raise Refused(422, f"{name} is the service's setting", "set S3_SSE or S3_STORAGE_CLASS", fault=name)

@@ -10,12 +10,11 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, TypeVar
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
 from app.core.errors import Conflict, Permanent, Rejected
@@ -25,7 +24,6 @@ from app.object_store.port import (
     MAX_PAGE,
     TAGS,
     BadKey,
-    ListingPage,
     ListingRequest,
     ObjectInfo,
     ObjectStore,
@@ -36,13 +34,14 @@ from app.object_store.port import (
 )
 from app.objects import openapi
 from app.objects.requests import (
+    CHANGED_HINT,
     LINK_HINT,
     ByteSpan,
     KeyPolicy,
     SignedLinks,
-    StoreLinks,
     check_match,
     check_unmatched,
+    disposition,
     download_headers,
     expected_of,
     is_unchanged,
@@ -53,6 +52,7 @@ from app.objects.requests import (
 )
 from app.objects.streams import (
     LEAN_BYTES,
+    PAYLOAD_HASH,
     PIECE_BYTES,
     ChecksummedBody,
     FormReader,
@@ -64,8 +64,11 @@ from app.objects.streams import (
 )
 from app.web.api import StreamedResponse, refuse_unknown_parameters
 from app.web.auth import OPEN, needs
-from app.web.body_bridge import GONE, read_in_thread
+from app.web.body_bridge import read_in_thread
 from app.web.errors import Refusal, Refused
+
+if TYPE_CHECKING:
+    from app.object_store.s3_multipart import S3Transfers
 
 READERS, WRITERS, ROOMY = 16, 64, 100
 LOOKS = 3
@@ -79,6 +82,7 @@ NOT_MODIFIED = ("ETag", "Cache-Control", "Expires", "Last-Modified", "Vary")
 CONDITIONS = {"if-match", "if-none-match", "if-unmodified-since"}
 GZIP = b"\x1f\x8b"
 T = TypeVar("T")
+LinkSeconds = Annotated[int, Query(ge=1, le=MAX_LINK_SECONDS)]
 Key = Annotated[str, Query(description="the object's key, percent-encoded: a bare + is a space")]
 Work = Callable[[ReadableBody, str, "Sequence[tuple[str, str]]"], StoredObject]
 """Stores a body with this content type, which follows these form fields."""
@@ -91,7 +95,7 @@ class ObjectRoutes:
     store: ObjectStore
     transfers: Transfers
     reach: KeyPolicy
-    links: SignedLinks | StoreLinks
+    links: "SignedLinks | S3Transfers"
     clock: Callable[[], datetime]
     max_upload_bytes: int = 5 << 30
     readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "s3-read"))
@@ -150,9 +154,8 @@ class ObjectRoute(APIRoute):
                 fault = "key" if isinstance(error, BadKey) else ""
                 raise Refused(422, error.message, error.hint, fault) from error
             except Conflict as error:
-                asked = CONDITIONS & set(request.headers)
-                hint = "look at the object, then send it again"
-                raise Refused(412 if asked else 409, f"changed in the meantime: {error.message}", hint) from error
+                status = 412 if CONDITIONS & set(request.headers) else 409
+                raise Refused(status, f"changed in the meantime: {error.message}", CHANGED_HINT) from error
 
         return answered
 
@@ -166,7 +169,7 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         "/objects",
         summary="Objects below a prefix, in order",
         openapi_extra=needs("s3:read"),
-        responses=openapi.answers(openapi.ObjectListing),
+        **openapi.answers(openapi.ObjectListing),
     )
     async def objects(
         request: Request,
@@ -174,23 +177,36 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         delimiter: Annotated[str, Query(max_length=100)] = "",
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
         continuation: Annotated[str, Query(max_length=4096)] = "",
-    ) -> Response:
+    ) -> Any:
         question = ListingRequest(_reach(request, serving).lists(prefix), delimiter, limit, continuation)
-        return JSONResponse(page_json(question, await serving.ask(serving.transfers.page, question)))
+        page = await serving.ask(serving.transfers.page, question)
+        listed = [
+            {
+                "Key": info.key,
+                "LastModified": _whole_seconds(info.modified_at),
+                "Size": info.size_bytes,
+                "ETag": info.etag,
+            }
+            for info in page.objects
+        ]
+        answer = {"prefix": prefix, "objects": listed, "count": len(listed)}
+        if delimiter:
+            answer["common_prefixes"] = list(page.prefixes)
+        return {**answer, "continuation": page.continuation} if page.continuation else answer
 
     @router.get(
         "/object-info",
         summary="Whether there is an object, and its properties",
         openapi_extra=needs("s3:read"),
-        responses=openapi.answers(openapi.ObjectProperties),
+        **openapi.answers(openapi.ObjectProperties),
     )
-    async def object_info(request: Request, key: Key) -> Response:
+    async def object_info(request: Request, key: Key) -> Any:
         known = _reach(request, serving).reads(key)
         try:
             found = await serving.ask(serving.transfers.properties, known)
         except Permanent:  # credentials without permission to read tags still see the rest
             found = await serving.ask(serving.store.head, known)
-        return JSONResponse(info_json(known, found))
+        return _properties(known, found) if found else {"key": known, "exists": False, "size": None}
 
 
 def _get_and_head(router: APIRouter, path: str, route: Callable[..., Any], scope: str, summary: str) -> None:
@@ -251,17 +267,14 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
         "/link",
         summary="A link that reads one object for a while without a key",
         openapi_extra=needs("s3:read"),
-        responses=openapi.answers(openapi.ObjectLink, (404,)),
+        **openapi.answers(openapi.ObjectLink, (404,)),
     )
-    async def link(
-        request: Request, key: Key, expires: Annotated[int, Query(ge=1, le=MAX_LINK_SECONDS)] = LINK_SECONDS
-    ) -> Response:
+    async def link(request: Request, key: Key, expires: LinkSeconds = LINK_SECONDS) -> Any:
         held = await serving.held(_reach(request, serving).reads(key))
-        now = serving.clock()
-        made = await serving.ask(serving.links.make, held, now, expires)
-        url = str(request.base_url).rstrip("/") + made if made.startswith("/") else made
-        until = instant(now + timedelta(seconds=expires))
-        return JSONResponse({"key": held.key, "url": url, "expires_at": until})
+        name = disposition(held.key, held.headers.get("content-disposition", ""))
+        ends_at = _whole_seconds(serving.clock() + timedelta(seconds=expires))
+        url = await serving.ask(serving.links.link, held.key, expires, name)
+        return {"key": held.key, "url": _absolute(request, url), "expires_at": ends_at}
 
     async def shared(
         request: Request,
@@ -269,10 +282,15 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
         expires: Annotated[int, Query(ge=0, le=MAX_INTEGER)],
         signature: Annotated[str, Query(max_length=200)],
     ) -> Response:
-        await serving.ask(serving.own_links.check, key, serving.clock(), expires, signature)
+        await serving.ask(serving.own_links.check, key, expires, signature)
         return await _download(request, serving, serving.reach.reads(key))
 
     _get_and_head(router, "/shared", shared, OPEN, "What a link leads to")
+
+
+def _absolute(request: Request, url: str) -> str:
+    """The links of this service are paths."""
+    return str(request.base_url).rstrip("/") + url if url.startswith("/") else url
 
 
 def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -280,17 +298,17 @@ def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
         "/upload-link",
         summary="A form that uploads one object without a key: exact key and type, bounded size",
         openapi_extra=needs("s3:write"),
-        responses=openapi.answers(openapi.UploadForm),
+        **openapi.answers(openapi.UploadForm),
     )
     async def upload_link(
         request: Request,
         key: Key,
-        expires: Annotated[int, Query(ge=1, le=MAX_LINK_SECONDS)] = LINK_SECONDS,
+        expires: LinkSeconds = LINK_SECONDS,
         *,
         content_type: Annotated[str, Query(max_length=200)] = "",
         min_bytes: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0,
         max_bytes: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
-    ) -> Response:
+    ) -> Any:
         known = _reach(request, serving).writes(key)
         largest = serving.max_upload_bytes if max_bytes is None else max_bytes
         if not min_bytes <= largest <= serving.max_upload_bytes:
@@ -298,20 +316,20 @@ def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
             raise Refused(422, "there is no such size", hint, fault="max_bytes")
         if "${filename}" in known:
             raise Refused(422, "S3 replaces ${filename} in the key of a form", "choose another key", fault="key")
-        media, sizes, now = media_type(content_type, known), range(min_bytes, largest + 1), serving.clock()
+        media = media_type(content_type, known)
         if content_type.strip() not in ("", media):
             raise Refused(422, "no object can have this type", "leave it out, or correct it", fault="content_type")
-        url, fields = await serving.ask(serving.links.form, known, media, sizes, now, expires)
-        answer = {
+        ends_at = _whole_seconds(serving.clock() + timedelta(seconds=expires))
+        url, fields = await serving.ask(serving.links.form, known, media, range(min_bytes, largest + 1), expires)
+        return {
             "key": known,
-            "url": str(request.base_url).rstrip("/") + url if url.startswith("/") else url,
-            "fields": dict(fields),
+            "url": _absolute(request, url),
+            "fields": fields,
             "content_type": media,
             "min_bytes": min_bytes,
             "max_bytes": largest,
-            "expires_at": instant(now + timedelta(seconds=expires)),
+            "expires_at": ends_at,
         }
-        return JSONResponse(answer)
 
     @router.post(
         "/shared",
@@ -322,13 +340,13 @@ def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
     )
     async def shared_upload(request: Request) -> Response:
         def work(body: ReadableBody, _: str, fields: Sequence[tuple[str, str]]) -> StoredObject:
-            key, content_type, sizes = serving.own_links.check_form(fields, serving.clock())
+            key, content_type, sizes = serving.own_links.check_form(fields)
             return serving.transfers.write(serving.reach.writes(key), SizedBody(body, sizes), PutRequest(content_type))
 
         if boundary_of(request.headers) is None:
             raise Refused(415, "not a form", "send multipart/form-data with the fields of the link, then the file")
         done = await _received(request, serving, work)
-        return GONE if done is None else Response(status_code=204, headers={"ETag": done.etag})
+        return Response(status_code=204, headers={"ETag": done.etag})
 
 
 def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -336,9 +354,9 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
         "/upload",
         summary="Create or replace an object",
         openapi_extra={**needs("s3:write"), **openapi.upload()},
-        responses=openapi.answers(openapi.ObjectStored, openapi.BODY),
+        **openapi.answers(openapi.ObjectStored, openapi.BODY),
     )
-    async def upload(request: Request, key: Key) -> Response:
+    async def upload(request: Request, key: Key) -> Any:
         known, fields = _reach(request, serving).writes(key), join_headers(request.headers.items())
         expected = None
         if CONDITIONS & fields.keys():
@@ -352,9 +370,9 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
         "/update",
         summary="Replace an object that exists",
         openapi_extra={**needs("s3:write"), **openapi.upload()},
-        responses=openapi.answers(openapi.ObjectStored, (404, *openapi.BODY)),
+        **openapi.answers(openapi.ObjectStored, (404, *openapi.BODY)),
     )
-    async def update(request: Request, key: Key) -> Response:
+    async def update(request: Request, key: Key) -> Any:
         held = await _to_change(request, serving, _reach(request, serving).writes(key))
         return await _written(request, serving, held.key, held.etag, held)
 
@@ -368,7 +386,7 @@ async def _to_change(request: Request, serving: ObjectRoutes, key: str) -> Objec
 
 async def _written(
     request: Request, serving: ObjectRoutes, key: str, expected: str | None, held: ObjectInfo | None = None
-) -> Response:
+) -> Mapping[str, Any]:
     """Store the body at `key`. Headers, metadata and type that the request does not send are kept from `held`, which
     it replaces; but Content-Encoding, which describes the bytes, only if they are still gzip.
     """
@@ -385,13 +403,14 @@ async def _written(
         content_type = media_type(media, key, held.content_type if held else "")
         return serving.transfers.write(key, body, PutRequest(content_type, metadata, expected, headers))
 
-    done = await _received(request, serving, work)
-    return GONE if done is None else JSONResponse(stored_json(key, done))
+    return _stored(key, await _received(request, serving, work))
 
 
-async def _received(request: Request, serving: ObjectRoutes, work: Work) -> StoredObject | None:
-    """The result of `work` for the body, which is a form or bare; None if the client disconnected."""
-    boundary, fields = boundary_of(request.headers), join_headers(request.headers.items())
+async def _received(request: Request, serving: ObjectRoutes, work: Work) -> StoredObject:
+    """The result of `work` for the body, which is a form or bare."""
+    boundary, fields = boundary_of(request.headers), dict(join_headers(request.headers.items()))
+    if boundary is not None:
+        fields.pop(PAYLOAD_HASH, None)  # covers the whole form, not its file
     ChecksummedBody.check(fields)
 
     def store(feed: ReadableBody) -> StoredObject:
@@ -408,9 +427,9 @@ def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
         "/patch",
         summary="Overwrite bytes from an offset on; the rest, the type, headers and metadata stay",
         openapi_extra={**needs("s3:write"), **openapi.upload(kept=False)},
-        responses=openapi.answers(openapi.ObjectPatched, (404, 416, *openapi.BODY)),
+        **openapi.answers(openapi.ObjectPatched, (404, 416, *openapi.BODY)),
     )
-    async def patch(request: Request, key: Key, offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0) -> Response:
+    async def patch(request: Request, key: Key, offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0) -> Any:
         held = await _to_change(request, serving, _reach(request, serving).writes(key))
         if offset > held.size_bytes:
             raise Refused(
@@ -422,7 +441,8 @@ def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
             )
         stored_fields(join_headers(request.headers.items()))  # refuses signed chunks, whose framing would be stored
         done = await _received(request, serving, lambda body, *_: serving.transfers.patch(held, offset, body))
-        return GONE if done is None else JSONResponse(patched_json(held.key, done, offset))
+        warning = {"warning": PARQUET_WARNING} if held.key.lower().endswith(".parquet") else {}
+        return _stored(held.key, done, offset=offset, guarded=done.guarded, **warning)
 
 
 def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -430,60 +450,36 @@ def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
         "/delete",
         summary="Delete an object",
         openapi_extra=needs("s3:delete"),
-        responses=openapi.answers(openapi.ObjectDeleted, (404, 412)),
+        **openapi.answers(openapi.ObjectDeleted, (404, 412)),
     )
-    async def delete(request: Request, key: Key) -> Response:
+    async def delete(request: Request, key: Key) -> Any:
         held = await _to_change(request, serving, _reach(request, serving).deletes(key))
         await serving.ask(serving.store.delete, held.key)
-        return JSONResponse({"key": held.key, "deleted": True})
+        return {"key": held.key, "deleted": True}
 
 
-# Answers of /s3 as JSON.
+def _whole_seconds(at: datetime) -> datetime:
+    """As in S3's own listings."""
+    return at.replace(microsecond=0)
 
 
-def instant(at: datetime) -> str:
-    """Whole seconds with Z, as in S3's own listings."""
-    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _stored(key: str, done: StoredObject, **more: Any) -> Mapping[str, Any]:
+    """What every write answers, an ObjectStored."""
+    answer = {"key": key, "etag": done.etag, "version_id": done.version_id, "size": done.size_bytes, **more}
+    return answer if done.guarded else {**answer, "guarded": False}
 
 
-def page_json(question: ListingRequest, page: ListingPage) -> Mapping[str, Any]:
-    """A page of a listing."""
-    objects = [
-        {"Key": info.key, "LastModified": instant(info.modified_at), "Size": info.size_bytes, "ETag": info.etag}
-        for info in page.objects
-    ]
-    answer: dict[str, Any] = {"prefix": question.prefix, "objects": objects, "count": len(objects)}
-    if question.delimiter:
-        answer["common_prefixes"] = list(page.prefixes)
-    if page.continuation:
-        answer["continuation"] = page.continuation
-    return answer
-
-
-def info_json(key: str, held: ObjectInfo | None) -> Mapping[str, Any]:
-    """Properties of an object."""
-    if held is None:
-        return {"key": key, "exists": False, "size": None}
+def _properties(key: str, held: ObjectInfo) -> Mapping[str, Any]:
+    """An ObjectProperties."""
+    headers = held.headers
     return {
         "key": key,
         "exists": True,
         "size": held.size_bytes,
         "etag": held.etag,
-        "last_modified": instant(held.modified_at),
+        "last_modified": _whole_seconds(held.modified_at),
         "content_type": held.content_type,
         "metadata": {name: value for name, value in held.metadata.items() if name != MARK},
-        **{name.replace("-", "_"): held.headers[name] for name in CONTENT_HEADERS if name in held.headers},
-        **({"tags": dict(parse_qsl(held.headers[TAGS], keep_blank_values=True))} if TAGS in held.headers else {}),
+        **{name.replace("-", "_"): headers[name] for name in CONTENT_HEADERS if name in headers},
+        **({"tags": dict(parse_qsl(headers[TAGS], keep_blank_values=True))} if TAGS in headers else {}),
     }
-
-
-def stored_json(key: str, done: StoredObject) -> Mapping[str, Any]:
-    """An upload."""
-    answer = {"key": key, "etag": done.etag, "version_id": done.version_id, "size": done.size_bytes}
-    return answer if done.guarded else {**answer, "guarded": False}
-
-
-def patched_json(key: str, done: StoredObject, offset: int) -> Mapping[str, Any]:
-    """A patch."""
-    answer = {**stored_json(key, done), "offset": offset, "guarded": done.guarded}
-    return {**answer, "warning": PARQUET_WARNING} if key.lower().endswith(".parquet") else answer

@@ -5,6 +5,7 @@ import base64
 import hashlib
 import io
 import mimetypes
+import re
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
@@ -187,12 +188,17 @@ class Crc32:
 
 
 CHECKSUM = "x-amz-checksum-"
+PAYLOAD_HASH, UNSIGNED = "x-amz-content-sha256", "UNSIGNED-PAYLOAD"
+SHA256_BYTES = 32
 CHECKSUMS: Mapping[str, tuple[int, Callable[[], Any]]] = {
     "content-md5": (16, lambda: hashlib.md5(usedforsecurity=False)),
     f"{CHECKSUM}crc32": (4, Crc32),
     f"{CHECKSUM}sha1": (20, lambda: hashlib.sha1(usedforsecurity=False)),
-    f"{CHECKSUM}sha256": (32, hashlib.sha256),
+    f"{CHECKSUM}sha256": (SHA256_BYTES, hashlib.sha256),
 }
+DIGESTS = ("content-digest", "repr-digest")
+"""RFC 9530: algorithm=:base64:, several of them separated by commas; others than SHA-256 are ignored."""
+DIGEST = re.compile(r"sha-256\s*=\s*:([^:]*):", re.IGNORECASE)
 NO_CHECKSUMS = frozenset({f"{CHECKSUM}algorithm", f"{CHECKSUM}type", f"{CHECKSUM}mode"})
 
 
@@ -206,28 +212,28 @@ class ChecksummedBody:
     def __init__(self, body: ReadableBody, fields: Mapping[str, str]) -> None:
         self._body = body
         self._promised = [
-            (name, self._promise(name, fields[name]), CHECKSUMS[name][1]()) for name in CHECKSUMS if name in fields
+            (name, _promised(name, text, size_bytes), make())
+            for name, (size_bytes, make) in CHECKSUMS.items()
+            if (text := fields.get(name)) is not None
         ]
+        texts = [(name, found[1]) for name in DIGESTS if (found := DIGEST.search(fields.get(name, "")))]
+        if (payload := fields.get(PAYLOAD_HASH, "")) not in ("", UNSIGNED):
+            texts.append((PAYLOAD_HASH, payload))
+        self._promised += [(name, _promised(name, text, SHA256_BYTES), hashlib.sha256()) for name, text in texts]
 
     @staticmethod
     def check(fields: Mapping[str, str]) -> None:
         """Raises Refused for faults that can be found without the body."""
+        if fields.get(PAYLOAD_HASH, "").startswith("STREAMING-"):  # also without Content-Encoding: aws-chunked
+            raise Refused(422, "a body in signed chunks cannot be read", "send the plain bytes", fault=PAYLOAD_HASH)
         for name in fields:
             if name.startswith(CHECKSUM) and name not in CHECKSUMS and name not in NO_CHECKSUMS:
                 known = ", ".join(CHECKSUMS)
                 raise Refused(422, f"{name} cannot be checked here", f"send one of {known}", fault=name)
+        if "x-amz-trailer" in fields:
+            hint = "send the checksum in a header"
+            raise Refused(422, "checksums after the body are not read", hint, fault="x-amz-trailer")
         ChecksummedBody(io.BytesIO(), fields)
-
-    @staticmethod
-    def _promise(name: str, text: str) -> bytes:
-        size_bytes = CHECKSUMS[name][0]
-        try:
-            promised = base64.b64decode(text.strip(), validate=True)
-        except ValueError:
-            promised = b""
-        if len(promised) != size_bytes:
-            raise Refused(400, f"{name} is not {size_bytes} bytes in base64", "compute it again", fault=name)
-        return promised
 
     def read(self, count: int, /) -> bytes:
         """See ReadableBody."""
@@ -239,6 +245,18 @@ class ChecksummedBody:
                 came = base64.b64encode(digest.digest()).decode()
                 raise Refused(400, f"{name}: the bytes that came have {came}", "send them again", fault=name)
         return data
+
+
+def _promised(name: str, text: str, size_bytes: int) -> bytes:
+    in_hex = name == PAYLOAD_HASH
+    try:
+        promised = bytes.fromhex(text) if in_hex else base64.b64decode(text.strip(), validate=True)
+    except ValueError:
+        promised = b""
+    if len(promised) != size_bytes:
+        form = "hex" if in_hex else "base64"
+        raise Refused(400, f"{name} is not {size_bytes} bytes in {form}", "compute it again", fault=name)
+    return promised
 
 
 class SizedBody:

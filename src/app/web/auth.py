@@ -135,7 +135,7 @@ class RouteScopes:
         held.update({method: scope for method, scope in methods.items() if method not in held})
 
     def of(self, path: str) -> Methods:
-        """The methods of a path; none when there is no such path."""
+        """The declared methods of a path; none when there is no such path."""
         fixed = self._fixed.get(path)
         if fixed is not None:
             return fixed
@@ -196,7 +196,8 @@ class AccessGuard:
     throttle: SignInThrottle = field(default_factory=SignInThrottle)
 
     async def authorize(self, scope: Scope, methods: Methods) -> None:
-        """Check that the caller may call a path with these `methods`, and put the caller into the request's state.
+        """Check that the caller may call a path with these `methods`, and HEAD where there is GET; put the caller into
+        the request's state.
 
         Raises Refused: 401 without valid credentials, 403 without the scope, 429 above the key's rate, 404 and 405
         (only for callers with a key) for an unknown path or method. Raises Transient when a session cannot be looked
@@ -206,7 +207,8 @@ class AccessGuard:
         if method not in SAFE_METHODS and not self._own_page(scope):
             hint = "call from the dashboard itself, or name the page's origin in CORS_ORIGINS"
             raise Refused(403, "a page of another site started this call", hint)
-        wanted = methods.get(method, "")
+        answered = {"HEAD": methods["GET"], **methods} if "GET" in methods else methods
+        wanted = answered.get(method, "")
         if wanted == OPEN:
             return
         grant = await self.grant(scope)
@@ -219,8 +221,8 @@ class AccessGuard:
             raise Refused(429, f"too many requests with the key {grant.name}", "send fewer", headers=wait)
         if not methods:
             raise Refused(404, "Not Found", "see /docs for what there is")
-        if method not in methods:
-            allowed = {"Allow": ", ".join(sorted(methods))}
+        if method not in answered:
+            allowed = {"Allow": ", ".join(sorted(answered))}
             hint = "see /docs for the methods of this path"
             raise Refused(405, "Method Not Allowed", hint, headers=allowed)
         if not wanted:
@@ -295,7 +297,7 @@ class AccessGuard:
         """
         fields = _fields(scope)
         site, origin = fields.get(b"sec-fetch-site", ""), fields.get(b"origin", "")
-        if self.allowed_origin(scope):
+        if origin and self.allowed_origin(scope):
             return True
         return site in OWN_PAGES if site else not origin or urlsplit(origin).netloc == fields.get(b"host", "")
 

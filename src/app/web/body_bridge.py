@@ -14,7 +14,6 @@ from io import BytesIO
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 
 from app.core.errors import Transient
 from app.object_store.port import ReadableBody
@@ -24,15 +23,15 @@ FIRST_BYTES = 1 << 16
 WAIT_SECONDS = 30.0
 WAKE_BYTES = 1 << 19
 HIGH_BYTES = 1 << 20
-GONE = Response(status_code=400)  # client disconnected
+GONE = Refusal(400, "the client disconnected before the end of the body", "send it again")  # nobody reads it
 T = TypeVar("T")
 
 
 async def read_in_thread(
     request: Request, places: asyncio.Semaphore, busy: Refusal, threads: Executor, work: Callable[[ReadableBody], T]
-) -> T | None:
-    """The result of `work` on the body, run in a thread that holds one of the `places`; None when the client
-    disconnected. Raises Refused with `busy` when no place becomes free in time.
+) -> T:
+    """The result of `work` on the body, run in a thread that holds one of the `places`. Raises Refused: with `busy`
+    when no place becomes free in time, and when the client disconnects.
     """
     blocks, first, whole = request.stream(), bytearray(), True
 
@@ -55,7 +54,7 @@ async def read_in_thread(
         finally:
             places.release()
     except ClientDisconnect:
-        return None
+        raise Refused(*GONE) from None
 
 
 async def acquire_place(places: asyncio.Semaphore, busy: Refusal) -> None:

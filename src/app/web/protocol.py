@@ -203,10 +203,13 @@ class PunctualProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """RFC 9112 requires exactly one Host. With two, each reader might pick a different one."""
+        """RFC 9112 requires exactly one Host. With two, each reader might pick a different one. The parser undoes the
+        transfer coding `chunked` only: a body in any other one would be stored as it came.
+        """
         hosts = sum(name == b"host" for name, _ in self.headers)
+        coded = any(name == b"transfer-encoding" and value.lower() != b"chunked" for name, value in self.headers)
         head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        if head_bytes > HEAD_BYTES or (hosts != 1 and (hosts or self.parser.get_http_version() == HOST_SINCE)):
+        if coded or head_bytes > HEAD_BYTES or (hosts != 1 and (hosts or self.parser.get_http_version() == HOST_SINCE)):
             raise _HeadRefused
         self._in_head = False
         self._outgoing.still_coming = True
