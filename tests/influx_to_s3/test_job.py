@@ -1,6 +1,7 @@
 """The export job and what it is given: which devices, and what a failing one, wrong settings or a faulty source do."""
 
 import io
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,6 +46,27 @@ def test_only_the_listed_devices_are_exported(exporter: Exporter) -> None:
     exporter.at(minutes=1)
     exporter.well(DEVICE_IDS="D1, D3")
     assert sorted({device for device, *_ in exported(exporter.store)}) == ["D1", "D3"]
+
+
+def test_a_device_that_leaves_the_list_stops_and_goes_on_where_it_stopped_when_it_comes_back(
+    exporter: Exporter,
+) -> None:
+    exporter.environ = {"EXPORT_GRACE_SECONDS": "0"}
+    for device in ("D1", "D2"):
+        exporter.write(NOON, device)
+    exporter.at(minutes=1)
+    exporter.well()
+    for hours in range(1, 5):
+        for device in ("D1", "D2"):
+            exporter.write(NOON + hours * HOUR, device)
+    exporter.at(hours=5)
+    exporter.well(DEVICE_IDS="D1")
+    exporter.reconcile(DEVICE_IDS="D1")
+    exporter.backfill(NOON, NOON + 5 * HOUR, DEVICE_IDS="D1")
+    assert Counter(device for device, *_ in exported(exporter.store)) == {"D1": 5, "D2": 1}
+    assert exporter.export(DEVICE_IDS="D1").chart.partitions() == ["D1"]
+    exporter.well()
+    exporter.check()
 
 
 STRANGE = ['D"1', "D\\", "${x}", "a b,c=d", "é€😀", "'; DROP", "%2F", "x" * 200, "..", "a/b"]

@@ -377,15 +377,16 @@ def _cursors(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Ma
     A partition whose cursor is lost, or was set by a clock that was ahead, continues where the destination says.
     Starting from the first start would repeat all windows since then and keep its live windows waiting.
     """
-    cursors = pipeline.checkpoints.cursors(pipeline.name)
+    found = pipeline.checkpoints.cursors(pipeline.name).items()
+    cursors = {partition: at for partition, at in found if partition == UNNAMED or pipeline.is_wanted(partition)}
     known = {partition: at for partition, at in cursors.items() if at <= how.now}
     if not pipeline.refused:
         known.pop(UNNAMED, None)
     unnamed = (UNNAMED,) if pipeline.refused else ()
     for partition in (*unnamed, *(cursors.keys() - {UNNAMED}), *pipeline.source.partitions(how.first_at)):
         if partition not in known:
-            found = pipeline.lost_cursor(partition) if pipeline.lost_cursor else None
-            known[partition] = found or how.first_at
+            continues_at = pipeline.lost_cursor(partition) if pipeline.lost_cursor else None
+            known[partition] = continues_at or how.first_at
             if not context.dry_run:
                 commit = Commit(cursor_at=known[partition])
                 pipeline.checkpoints.commit(pipeline.name, partition, commit, context.lease)

@@ -449,7 +449,8 @@ class Pipeline(Generic[B, E]):
     take into its rows and returns what it was. `rewrite_seconds(partitions)`: `Grid.rewrite_seconds` of a pass in which
     that many partitions have rows. `summarise(encoded, key, version)`: what is committed with the record of an object
     just written; for open windows only if `summarises_open`. `refused(context, at, live)` handles the rows of a
-    partition that the sink cannot name, and of the partition "".
+    partition that the sink cannot name, and of the partition "". `is_wanted(partition)`: False for one that the
+    settings leave out; its cursor waits.
     """
 
     name: str
@@ -468,6 +469,7 @@ class Pipeline(Generic[B, E]):
     lost_cursor: Callable[[str], datetime | None] | None = None
     set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
     refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
+    is_wanted: Callable[[str], bool] = lambda _: True
     unit: str = VALUES
     rewrite_seconds: Callable[[int], float] | None = None
     summarise: Callable[[E, str, str], Sequence[Any]] | None = None

@@ -31,7 +31,7 @@ from app.db.checkpoints import Layout, SqlCheckpoints
 from app.db.object_summaries import ObjectFacts
 from app.influx_to_s3.flux import FluxReader
 from app.influx_to_s3.influxql import InfluxQlReader
-from app.influx_to_s3.job import NAME, ObjectSums
+from app.influx_to_s3.job import NAME, ObjectSums, exported_devices
 from app.influx_to_s3.layout import DEVICE, TAGS, LayoutDocument, LayoutFile, TreeColumns, with_types_of
 from app.influx_to_s3.reader import InfluxConnection, Reader
 from app.influx_to_s3.rewrite import devices_in, layout_from_data, lost_cursor, rewrite
@@ -76,6 +76,7 @@ class Export:
         self._settings = settings
         self._checkpoints = checkpoints
         self._store = store
+        self._is_exported = exported_devices(settings, store)
         self._clock = clock
         self._steps = steps
         self._rewrite_seconds = rewrite_seconds
@@ -111,9 +112,7 @@ class Export:
         since = max(opened.now - timedelta(days=export.reconcile_days), opened.tree.first_start_at)
         by_content = Window(since, since + CONTENT_SPAN)
         # A device without a cursor is new: the job closes its windows, beginning at the first start.
-        cursors = {
-            device: at for device, at in self._checkpoints.cursors(NAME).items() if is_nameable(device, self._store)
-        }
+        cursors = {device: at for device, at in self._checkpoints.cursors(NAME).items() if self._is_exported(device)}
 
         def one(device: str, done: Done) -> None:
             until = min(opened.now, cursors[device])
@@ -173,7 +172,9 @@ class Export:
 
     def ends(self, stop: Stop) -> ExportEnds:
         """Both ends as they are now. Does not depend on a run in progress. Only healing changes anything."""
-        return ExportEnds(self._open(stop, dry_run=True), self._clock, lambda: self._open(stop, dry_run=False))
+        return ExportEnds(
+            self._open(stop, dry_run=True), self._clock, self._is_exported, lambda: self._open(stop, dry_run=False)
+        )
 
     def _open(
         self,
@@ -281,6 +282,7 @@ class Export:
             deltas=sink,
             kept=self._kept,
             identities=self._identities,
+            is_wanted=lambda device: not export.device_ids or device in export.device_ids,
             large_points=export.batch_size,
             lost_cursor=self._lost_cursors(tree, now),
             set_aside=self._aside.keep_values,
@@ -335,8 +337,7 @@ class Export:
                     told=done,
                 )
 
-        known = {*cursors, *opened.source.partitions(span.start)}
-        devices = sorted(device for device in known if is_nameable(device, self._store))
+        devices = sorted(filter(self._is_exported, {*cursors, *opened.source.partitions(span.start)}))
         return self._isolated(opened, context, devices, one)
 
     def _retire(self, context: Context, cursors: Mapping[str, datetime], now: datetime) -> None:

@@ -61,15 +61,21 @@ class ExportGapMap:
 
     export: "SharedClient[Export]"
     checkpoints: SqlCheckpoints
-    store: "ObjectStore"
+    is_exported: Callable[[str], bool]
 
     def partitions(self) -> Sequence[str]:
         """See `GapMapSource.partitions`."""
-        return sorted(device for device in self.checkpoints.cursors(NAME) if is_nameable(device, self.store))
+        return sorted(filter(self.is_exported, self.checkpoints.cursors(NAME)))
 
     def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
         """See `GapMapSource.cells`."""
         return self.export().ends(Stop()).cells(self.checkpoints, partition, span)
+
+
+def exported_devices(settings: "Settings", store: "ObjectStore") -> Callable[[str], bool]:
+    """Whether a device has objects: DEVICE_IDS lists it or is empty, and its id can be part of a key."""
+    listed = frozenset(settings.export.device_ids)
+    return lambda device: (not listed or device in listed) and is_nameable(device, store)
 
 
 def build(
@@ -121,6 +127,6 @@ def build(
         replace=lambda context, span, allow_shrink: export().replace(context, span, allow_shrink=allow_shrink),
         rewrite=lambda context, span: export().rewrite(context, span),
         verification=lambda stop: export().ends(stop),
-        chart=ExportGapMap(export, checkpoints, store),
+        chart=ExportGapMap(export, checkpoints, exported_devices(settings, store)),
         checks=[ConnectionCheck("influxdb", "InfluxDB", "INFLUXDB_URL", check)] if settings.influx.url else (),
     )

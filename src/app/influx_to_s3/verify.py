@@ -35,7 +35,6 @@ from app.influx_to_s3.reader import QueryTooLarge, RawCells
 from app.influx_to_s3.row_batch import computed_from
 from app.influx_to_s3.rows import constant
 from app.influx_to_s3.source import OpenedExport
-from app.object_store.deltas import is_nameable
 from app.object_store.port import ObjectInfo
 from app.object_store.row_digest import cell_lanes, mixed, row_lanes, seed_of, summed, value_bits
 from app.object_store.table_sink import by_window, lost_tags_in
@@ -58,6 +57,7 @@ class ExportEnds:
 
     opened: OpenedExport
     clock: Callable[[], datetime]
+    is_exported: Callable[[str], bool]
     open_to_write: Callable[[], OpenedExport]
     is_writing: bool = False
     listed: tuple[tuple[str, str], Listing] = NOT_LISTED
@@ -68,8 +68,7 @@ class ExportEnds:
     def partitions(self, span: Window) -> Sequence[str]:
         """See `Ends.partitions`. Devices that cannot have objects are set aside and not compared."""
         known = self.opened.pipeline.checkpoints.cursors(self.opened.pipeline.name)
-        devices = {*known, *self.opened.source.partitions(span.start)}
-        return sorted(device for device in devices if is_nameable(device, self.opened.sink.store))
+        return sorted(filter(self.is_exported, {*known, *self.opened.source.partitions(span.start)}))
 
     def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
         """See `Ends.slots`: for every device that has a checkpoint, or points since the start of the span."""
