@@ -38,7 +38,8 @@ def table_of(
     if not first:
         raise Rejected(FaultKind.NO_ROWS)
     known = [key, *required, *(master[0] if master else [])]
-    header, rows = first[0], first[1:]
+    header = first[0]
+    rows = [row for row in first[1:] if row != header or len(header) == 1]
     names = names_of(header, known)
     for part in others:
         rows += appended(part, names, known)
@@ -52,14 +53,17 @@ def table_of(
 
 
 def text_of(content: bytes, encoding: str) -> str:
-    """The text without byte order marks before it."""
+    """The text without byte order marks before it; after one, an encoding other than UTF-8 can only be ASCII."""
+    plain = content
+    while plain.startswith(b"\xef\xbb\xbf"):
+        plain = plain[3:]
     try:
-        text = content.decode(encoding)
+        text = plain.decode("ascii" if plain != content and encoding != "utf-8" else encoding)
     except UnicodeDecodeError as error:
         raise Rejected(FaultKind.ENCODING) from error
     if "\0" in text:
         raise Rejected(FaultKind.ENCODING)
-    return text.lstrip("\ufeff")
+    return text
 
 
 def appended(rows: list[list[str]], names: list[str], known: Sequence[str]) -> list[list[str]]:
