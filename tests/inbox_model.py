@@ -38,11 +38,11 @@ def table_of(
     if not first:
         raise Rejected(FaultKind.NO_ROWS)
     known = [key, *required, *(master[0] if master else [])]
-    header = first[0]
-    rows = [row for row in first[1:] if row != header or len(header) == 1]
+    header, rows = first[0], first[1:]
     names = names_of(header, known)
     for part in others:
         rows += appended(part, names, known)
+    rows = [row for row in rows if row != header or len(names) == 1]
     if len(set(names)) < len(names):
         raise Rejected(FaultKind.HEADER)
     if not {key, *required} <= set(names):

@@ -92,6 +92,7 @@ PLAIN: Mapping[str, bytes] = {
     # headers that come again
     "two files appended without a mark": b"k,a\nx,1\nk,a\ny,2\nk,a\n",
     "a header again, and rows as long as it": b"k,a\nx,1\nk,a\ny,2\nk,b\nz,a\n",
+    "a header again behind a mark, and a value like a name": b"k,a\nx,1\n" + BOM + b"k,a\ny,k\nk,a\nz,a\n",
     "the name of the only column as a value": b"k\nx\nk\ny\n",
     # spreadsheets
     "a row of delimiters": b"k,a,b\nx,1,2\n,,\ny,3,4\n",
@@ -191,7 +192,7 @@ CASES = [
 
 
 def test_there_are_as_many_awkward_inputs_as_were_promised() -> None:
-    assert len(CASES) >= 101
+    assert len(CASES) >= 102
 
 
 @pytest.mark.parametrize(("keys", "master", "content"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])

@@ -381,22 +381,21 @@ class IncomingFile:
         different header.
         """
         header = self.header
+        if block.begins and len(block.rows):
+            position = int(block.rows[0])
+            record = block.record(position)
+            values = _values(self.dialect, record, 0)
+            names = columns(values, self._known)
+            if names == header.names:
+                block.drop([0])
+            elif {name for name in names if name} & set(header.names) or values[0].lower().startswith("sep="):
+                told = "another file begins here, and its header is not that of the first line"
+                raise malformed(FaultKind.SECOND_HEADER, told, block.line_of(position), record)
         # The search in the whole block is fast, and rules out nearly every block.
         if len(header.names) > 1 and header.record in block.data:
             sizes = block.stops[block.rows] - block.starts[block.rows]
             again = np.flatnonzero(sizes == len(header.record)).tolist()
             block.drop([place for place in again if block.record(int(block.rows[place])) == header.record])
-        if not block.begins or not len(block.rows):
-            return
-        position = int(block.rows[0])
-        record = block.record(position)
-        values = _values(self.dialect, record, 0)
-        names = columns(values, self._known)
-        if names == header.names:
-            block.drop([0])
-        elif {name for name in names if name} & set(header.names) or values[0].lower().startswith("sep="):
-            told = "another file begins here, and its header is not that of the first line"
-            raise malformed(FaultKind.SECOND_HEADER, told, block.line_of(position), record)
 
     def _cut_empty_fields(self, block: RecordBlock) -> None:
         """Drop empty fields after the last column, if the header or every row has them."""
