@@ -19,7 +19,7 @@ USED_LATER = (
     "app.appmetrica.job",
     "app.cli",
     "app.csv_inbox.job",
-    "app.csv_inbox.transaction",
+    "app.csv_inbox.file_steps",
     "app.dynamo_to_drive.job",
     "app.influx_to_s3.job",
     "app.main",

@@ -17,8 +17,7 @@ WATCHED = frozenset({"open", "os.rename", "os.link", "os.remove", "os.mkdir", "o
 USED_LATER = (
     "filelock",
     "numpy",
-    "app.csv_inbox.quarantine",
-    "app.csv_inbox.transaction",
+    "app.csv_inbox.file_steps",
 )
 
 

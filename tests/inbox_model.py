@@ -42,6 +42,7 @@ def table_of(
     names = names_of(header, known)
     for part in others:
         rows += appended(part, names, known)
+    rows = [row for row in rows if row != header or len(names) == 1]
     if len(set(names)) < len(names):
         raise Rejected(FaultKind.HEADER)
     if not {key, *required} <= set(names):
@@ -52,14 +53,17 @@ def table_of(
 
 
 def text_of(content: bytes, encoding: str) -> str:
-    """The text without byte order marks before it."""
+    """The text without byte order marks before it; after one, an encoding other than UTF-8 can only be ASCII."""
+    plain = content
+    while plain.startswith(b"\xef\xbb\xbf"):
+        plain = plain[3:]
     try:
-        text = content.decode(encoding)
+        text = plain.decode("ascii" if plain != content and encoding != "utf-8" else encoding)
     except UnicodeDecodeError as error:
         raise Rejected(FaultKind.ENCODING) from error
     if "\0" in text:
         raise Rejected(FaultKind.ENCODING)
-    return text.lstrip("\ufeff")
+    return text
 
 
 def appended(rows: list[list[str]], names: list[str], known: Sequence[str]) -> list[list[str]]:

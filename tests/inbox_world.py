@@ -15,7 +15,7 @@ from app.core.runs import Context, Lease, Report, Stop
 from app.csv_inbox.config import InboxConfig, configured
 from app.csv_inbox.discovery import InboxPaths, InboxRun
 from app.csv_inbox.job import run, undo
-from app.csv_inbox.quarantine import LoadRecord, loads
+from app.csv_inbox.transaction import LoadRecord, loads
 
 Table = tuple[list[str], list[list[str]]]
 WORD, FACTOR, OTHER = (1 << 64) - 1, 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93

@@ -89,6 +89,11 @@ PLAIN: Mapping[str, bytes] = {
     "an appended file with blanks in its header": b"k,a\r\nx,1\r\n" + BOM + b"k, a\r\ny,2\r\n",
     "a byte order mark alone at the end": b"k,a\nx,1\n" + BOM,
     "a byte order mark before an empty line": b"k,a\nx,1\n" + BOM + b"\ny,2\n",
+    # headers that come again
+    "two files appended without a mark": b"k,a\nx,1\nk,a\ny,2\nk,a\n",
+    "a header again, and rows as long as it": b"k,a\nx,1\nk,a\ny,2\nk,b\nz,a\n",
+    "a header again behind a mark, and a value like a name": b"k,a\nx,1\n" + BOM + b"k,a\ny,k\nk,a\nz,a\n",
+    "the name of the only column as a value": b"k\nx\nk\ny\n",
     # spreadsheets
     "a row of delimiters": b"k,a,b\nx,1,2\n,,\ny,3,4\n",
     "rows of delimiters at the end": b"k,a,b\nx,1,2\n,,\n,,\n,,",
@@ -165,6 +170,10 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], bytes | None, bytes]] = {
     "blanks as delimiters": ({"csv_delimiter": " "}, None, b"k a\nx 1\n"),
     "latin-1 text": ({"csv_encoding": "latin-1"}, "k,ä\nm,ö\n".encode("latin-1"), "k,ä\nx,ü\n".encode("latin-1")),
     "cp1252 text with a hole": ({"csv_encoding": "cp1252"}, None, b"k,a\nx,\x81\n"),
+    "latin-1 and a byte order mark": ({"csv_encoding": "latin-1"}, b"a,k\n1,m\n", BOM + b"a,k\n2,x\n"),
+    "latin-1, a byte order mark and sep=": ({"csv_encoding": "latin-1"}, b"a,k\n1,m\n", BOM + b"sep=;\na;k\n2;x\n"),
+    "cp1252, and UTF-8 behind a mark": ({"csv_encoding": "cp1252"}, b"a,k\n1,m\n", BOM + "a,k\né,x\n".encode()),
+    "cp1252, and a header of UTF-8 behind a mark": ({"csv_encoding": "cp1252"}, None, BOM + "é,k\n1,x\n".encode()),
     "required columns with blanks": ({"required_columns": ["a", "c"]}, MASTER, b"k, a ,c\nx,1,2\n"),
     "a required column is missing": ({"required_columns": ["c"]}, MASTER, b"k,a\nx,1\n"),
     "a file above the limit": ({"max_file_size_mb": 0.001}, MASTER, b"k,a\n" + b"x,1\n" * 500),
@@ -183,7 +192,7 @@ CASES = [
 
 
 def test_there_are_as_many_awkward_inputs_as_were_promised() -> None:
-    assert len(CASES) >= 94
+    assert len(CASES) >= 102
 
 
 @pytest.mark.parametrize(("keys", "master", "content"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])

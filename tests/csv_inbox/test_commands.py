@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from app.core.errors import Rejected
+from app.core.errors import BadSettings, Rejected
+from app.csv_inbox.config import load_config
 from app.csv_inbox.discovery import InboxPaths
 from app.csv_inbox.job import run
 from inbox_world import world
@@ -174,6 +175,22 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(tmp_path: Path) -> No
     assert done.returncode == 78
     assert len(done.stderr.splitlines()) == 3
     assert "did you mean 'watch_dir'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[" * 100_000, "not JSON"),
+        ('{"merged_file": "/"}', "merged_file: a name of 0 bytes"),
+        ('{"csv_encoding": "unicode_escape"}', "csv_encoding"),
+        ('{"csv_encoding": "hex"}', "csv_encoding"),
+        ('{"key_column": "\\ud800"}', "key_column"),
+    ],
+)
+def test_an_odd_configuration_is_a_fault_that_is_told(tmp_path: Path, content: str, told: str) -> None:
+    (tmp_path / "my.json").write_text(content)
+    with pytest.raises(BadSettings, match=told):
+        load_config(tmp_path / "my.json", tmp_path)
 
 
 def test_a_run_to_undo_is_named_by_a_beginning_of_its_id_that_only_it_has(tmp_path: Path) -> None:

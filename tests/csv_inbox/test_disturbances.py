@@ -185,14 +185,14 @@ def test_a_file_taken_away_between_commit_and_archive_is_archived_all_the_same(t
 
 
 class Meanwhile(Stop):
-    """A stop signal that nobody gives: at its first safe point while the next master is written, something happens."""
+    """A stop signal that nobody gives: at its first safe point while a temporary file is written, something happens."""
 
-    def __init__(self, here: World, act: Callable[[], object]) -> None:
+    def __init__(self, here: World, act: Callable[[], object], *files: str) -> None:
         super().__init__()
-        self._folder, self._acts = here.folder, [act]
+        self._folder, self._acts, self._files = here.folder, [act], files or ("master", "restored")
 
     def check(self) -> None:
-        if self._acts and any(any(self._folder.glob(f".*.{what}.merge.tmp")) for what in ("master", "restored")):
+        if self._acts and any(any(self._folder.glob(f".*.{what}.merge.tmp")) for what in self._files):
             self._acts.pop()()
 
 
@@ -217,6 +217,24 @@ def test_a_master_that_changes_while_it_is_read_is_merged_into_as_it_is_then(
     assert not [name for name in here.names(tmp_path) if ".tmp" in name]
     here.run()
     assert here.master == b"k,a\ny,1\ntheirs,1\nx,2\n"
+
+
+def test_a_master_that_is_replaced_while_the_file_is_read_gets_no_rows_in_the_order_of_its_old_columns(
+    tmp_path: Path,
+) -> None:
+    here = world(tmp_path)
+    here.take("0.csv", "k,a\nx,1\n")
+
+    def replace_master() -> None:
+        (tmp_path / "theirs").write_bytes(b"a,k\n1,x\n")
+        (tmp_path / "theirs").replace(here.config.merged_file)
+
+    here.drop("1.csv", "k,a\ny,2\n")
+    with pytest.raises(Transient, match="was replaced while it was read"):
+        here.run(stop=Meanwhile(here, replace_master, "rows"))
+    assert (here.master, here.waiting) == (b"a,k\n1,x\n", ["1.csv"])
+    here.run()
+    assert here.master == b"a,k\n1,x\n2,y\n"
 
 
 def test_a_master_that_changes_while_a_merge_is_taken_back_keeps_what_was_written_to_it(tmp_path: Path) -> None:

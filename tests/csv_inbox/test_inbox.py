@@ -145,6 +145,35 @@ def test_names_that_are_odd_stay_one_clean_line_each(tmp_path: Path) -> None:
     assert here.waiting == []
 
 
+def test_names_and_headers_of_any_bytes_are_one_line_each_in_the_log_at_every_level(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = world(tmp_path, log_level="DEBUG", csv_encoding="latin-1")
+    for name in (b"\xff.csv", b"a\nb.csv"):
+        here.drop(os.fsdecode(name), b'k,"new\nline \x85"\nx,1\n')
+        here.drop("bad-" + os.fsdecode(name), b'"k\n",a\nx\n')
+    notes = here.run().notes
+    with (here.config.archive_dir / here.archived[-1]).open("a") as writer:
+        writer.write("y,2\n")
+    notes = (*notes, *here.run().notes)
+    assert len(notes) == 6
+    assert all(note.isprintable() for note in notes)
+    log = here.config.log_file.read_text(encoding="utf-8").splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\S+Z - [A-Z]+ - ", line) for line in log)
+    assert "archived \\xff.csv as" in "\n".join(log)
+    assert "new\\nline" in "\n".join(log)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_inboxs_own_files_may_lie_in_the_inbox(tmp_path: Path) -> None:
+    own = {"merged_file": "csv_inbox/m.csv", "metadata_file": "csv_inbox/meta.csv", "log_file": "csv_inbox/log.csv"}
+    here = world(tmp_path, **own)
+    here.take("1.csv", "k,a\nx,1\n")
+    assert here.run().notes == ()
+    assert here.rejected == []
+    assert here.metadata["row_count"] == 1
+
+
 def test_oldest_first_then_by_name_and_the_extension_in_any_case(tmp_path: Path) -> None:
     here = world(tmp_path)
     for name, at, value in (("b.csv", 300, "b"), ("z.CSV", 100, "z"), ("a.Csv", 200, "a"), ("c.csv", 300, "c")):

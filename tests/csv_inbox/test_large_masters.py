@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.csv_inbox import merge
+from app.csv_inbox.config import UnmergeableFile
 from app.csv_inbox.csv_tokenizer import (
     CellSlices,
     CsvDialect,
     FieldBounds,
-    MalformedCsv,
     blocks,
     find_field_bounds,
     walked,
@@ -165,8 +165,8 @@ def outcome(data: bytes, *, plain: bool) -> tuple[list[int], list[int], int] | s
     quotes = np.flatnonzero(np.frombuffer(data, np.uint8) == ord('"'))
     try:
         found: FieldBounds = walked(data, DIALECT, quotes) if plain else find_field_bounds(data, DIALECT)
-    except MalformedCsv as error:
-        return error.message
+    except UnmergeableFile as error:
+        return error.faults[0].reason
     return found.at.tolist(), found.lasts.tolist(), found.inner
 
 

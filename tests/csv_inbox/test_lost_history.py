@@ -174,6 +174,19 @@ def test_a_journal_of_an_undo_that_is_set_back_removes_no_later_master(tmp_path:
     assert here.master == NEW.encode()
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", "1", '{"archiving": 1}', '{"archiving": null, "renamings": [[1]]}']
+)
+def test_a_damaged_journal_stops_the_run_and_changes_nothing(tmp_path: Path, content: str) -> None:
+    here = world(tmp_path)
+    here.take("old.csv", OLD)
+    here.drop("new.csv", NEW)
+    InboxPaths(here.config).journal.write_text(content)
+    with pytest.raises(Permanent, match=r"journal .* is damaged"):
+        here.run()
+    assert (here.master, here.waiting) == (OLD.encode(), ["new.csv"])
+
+
 def test_a_journal_of_late_rows_that_is_set_back_does_not_take_them_in_again(tmp_path: Path) -> None:
     here = world(tmp_path)
     with here.drop("slow.csv", "k,a\nx,1\n").open("a", 1) as writer:

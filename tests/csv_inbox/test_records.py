@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.csv_inbox.config import UnmergeableFile
 from app.csv_inbox.csv_tokenizer import (
     NONE,
     CellSlices,
     CsvDialect,
     FieldBounds,
-    MalformedCsv,
     RecordBlock,
     find_field_bounds,
     walked,
@@ -29,8 +29,8 @@ def outcome(data: bytes, *, plain: bool) -> tuple[list[int], list[int]] | str:
     try:
         quotes = np.flatnonzero(np.frombuffer(data, np.uint8) == ord('"'))
         found: FieldBounds = walked(data, DIALECT, quotes) if plain else find_field_bounds(data, DIALECT)
-    except MalformedCsv as error:
-        return error.message
+    except UnmergeableFile as error:
+        return error.faults[0].reason
     whole = int(found.lasts[-1]) + 1 if len(found.lasts) else 0
     return found.at[:whole].tolist(), found.lasts.tolist()
 
@@ -53,7 +53,7 @@ def test_values_of_columns_are_those_of_single_fields(parts: list[str]) -> None:
     data = "".join([*parts, "\n"]).encode()
     try:
         marks = find_field_bounds(data, DIALECT)
-    except MalformedCsv:
+    except UnmergeableFile:
         return
     if not len(marks.lasts):
         return
@@ -61,9 +61,8 @@ def test_values_of_columns_are_those_of_single_fields(parts: list[str]) -> None:
     records = [block.record(position) for position in block.rows.tolist()]
     fields = [[DIALECT.unquoted(field) for field in DIALECT.fields(record)] for record in records]
     width = len(fields[0]) if fields else 0
-    uneven = [at for at, row in zip(block.rows.tolist(), fields, strict=True) if len(row) != width]
-    assert [at for at, _ in block.uneven(width)] == uneven
-    for place in range(width if not uneven else 0):
+    assert block.widths.tolist() == [len(row) for row in fields]
+    for place in range(width if set(block.widths.tolist()) == {width} else 0):
         cells = block.cells(place, DIALECT)
         assert [cells.value(at) for at in range(len(fields))] == [row[place] for row in fields]
 

@@ -7,7 +7,7 @@ Invalid settings raise one BadSettings with one line per fault. No files or fold
 import codecs
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
@@ -49,40 +49,42 @@ class FileFault:
 
 
 class UnmergeableFile(Rejected):
-    """This file goes to quarantine. `records` are the raw bad rows, for the file of bad rows below the line `header`.
+    """This file goes to quarantine; of the master, which is never set aside, it says that it cannot be read.
 
-    `more` is the number of faults beyond `faults`; `rows` is the number of rows read before the file was rejected.
+    `more` is the number of faults beyond `faults`; `rows` is the number of rows read before the file was rejected;
+    `bad_rows` is what stands in the file of bad rows: the header and the raw rows.
     """
 
     def __init__(
-        self,
-        faults: list[FileFault],
-        hint: str,
-        *,
-        kind: FaultKind,
-        header: bytes = b"",
-        records: list[bytes] | None = None,
-        more: int = 0,
-        rows: int = 0,
+        self, kind: FaultKind, faults: Sequence[FileFault], hint: str, *, more: int = 0, rows: int = 0
     ) -> None:
         first = faults[0]
         where = f"line {first.line}: " if first.line else ""
         others = len(faults) - 1 + more
-        super().__init__(f"{where}{first.reason}" + (f" (and {others} more faults)" if others else ""), hint)
-        self.faults = faults
+        told = f"{where}{first.reason}" + (f" (and {others} more faults)" if others else "")
+        super().__init__(printable(told), printable(hint))
         self.kind = kind
-        self.header = header
-        self.records = records or []
+        self.faults = faults
         self.more = more
         self.rows = rows
+        self.bad_rows = b""
 
 
 class FileStillChanging(Transient):
     """The file changed or vanished while it was processed; it is left for the next run."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "no action needed; the next run looks again")
+
 
 class StuckFile(Transient):
     """This file cannot be read or moved at the moment; it stays in the inbox, and every run reports it."""
+
+
+def printable(text: str) -> str:
+    """The text as one line that any log, terminal and database takes, whatever is in a file's name or header."""
+    clean = os.fsencode(text).decode("utf-8", "backslashreplace") if not text.isascii() else text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in clean)
 
 
 MOST_KEPT = 1000
@@ -94,7 +96,7 @@ def _placed(name: Any, info: ValidationInfo[Any]) -> Path:
         raise ValueError
     folder: Path = info.context
     # Resolved, since a rename replaces the master: a symbolic link must still lead to it afterwards.
-    return (folder / name).expanduser().resolve()
+    return (folder / name).resolve()
 
 
 def _encoding(name: str) -> str:
@@ -102,9 +104,9 @@ def _encoding(name: str) -> str:
     lower, upper = bytes(range(128)), bytes(range(128, 256))
     try:
         found = codecs.lookup(name).name
-        if lower.decode(found) == lower.decode("ascii") and (
-            found in ("utf-8", "utf-8-sig") or len(upper.decode(found, "replace")) == len(upper)
-        ):
+        one_byte_each = found in ("utf-8", "utf-8-sig") or len(upper.decode(found, "replace")) == len(upper)
+        # Python's own unicode_escape would pass without the last test.
+        if one_byte_each and len(rb"\u0041".decode(found)) > 1 and lower.decode(found) == lower.decode("ascii"):
             return found
     except (LookupError, UnicodeError) as error:
         raise ValueError from error
@@ -178,7 +180,7 @@ def load_config(named: Path | None, data_dir: Path) -> InboxConfig:
     except OSError as error:
         fault = f"CSV_MONITOR_CONFIG={str(path)!r}: {error.strerror}; allowed: a JSON file that can be read"
         raise BadSettings([fault]) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSettings([f"{path}: not JSON: {error}; allowed: one object with the documented keys"]) from error
     if not isinstance(given, dict):
         raise BadSettings([f"{path}: a {type(given).__name__}; allowed: one object with the documented keys"])
@@ -230,6 +232,6 @@ def _clashes(config: InboxConfig) -> list[str]:
     limits = {"merged_file": NAME_BYTES, "metadata_file": NAME_BYTES, "log_file": NAME_BYTES - 2}
     for key, limit in limits.items():
         size = len(os.fsencode(getattr(config, key).name))
-        if size > limit:
-            found.append(f"{key}: a name of {size} bytes; allowed: at most {limit}")
+        if not 0 < size <= limit:
+            found.append(f"{key}: a name of {size} bytes; allowed: 1 to {limit}")
     return found

@@ -6,15 +6,14 @@ line, never a guess.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
-from app.core.errors import AppError
-from app.csv_inbox.config import FaultKind
+from app.csv_inbox.config import FaultKind, FileFault, UnmergeableFile
 
 Offsets = npt.NDArray[np.int64]
 Octets = npt.NDArray[np.uint8]
@@ -30,16 +29,18 @@ at most one per byte of a header. Earlier versions accepted records of twice tha
 BOM = b"\xef\xbb\xbf"
 LF, CR, QUOTE = 10, 13, 34
 NONE = np.zeros(0, np.int64)
+LONGEST_VALUE = 200
 
 
-class MalformedCsv(AppError):
-    """Malformed CSV. `line` is the line in the file, None if unknown; `record` is the raw record."""
+def malformed(kind: FaultKind, reason: str, line: int | None = None, record: bytes = b"") -> UnmergeableFile:
+    """The error for a fault that ends the reading of a file. `record` is the raw record, b"" if it is not shown."""
+    fault = FileFault(reason, line, None, shown(record) if record else None)
+    return UnmergeableFile(kind, [fault], "correct the file and put it into the inbox again")
 
-    def __init__(self, message: str, line: int | None = None, record: bytes = b"", *, kind: FaultKind) -> None:
-        super().__init__(message)
-        self.line = line
-        self.record = record
-        self.kind = kind
+
+def shown(record: bytes) -> str:
+    """The beginning of a raw record, as text."""
+    return record[:LONGEST_VALUE].decode("utf-8", "backslashreplace")
 
 
 class CsvDialect:
@@ -51,32 +52,17 @@ class CsvDialect:
         self.bom = BOM if encoding == "utf-8-sig" else b""
         d = re.escape(delimiter.encode("ascii"))
         # Possessive quantifiers (`*+`, `++`): an unclosed quote would otherwise cause endless backtracking.
-        quoted = rb'"(?:[^"]++|"")*+"[^' + d + rb"\n]*+"
-        plain = rb'(?!")[^' + d + rb"\n]*+"
-        self._field = re.compile(rb"(?:" + quoted + rb"|" + plain + rb")")
-        self._record = re.compile(
-            rb"(?:" + quoted + rb"|" + plain + rb")(?:" + d + rb"(?:" + quoted + rb"|" + plain + rb"))*+\n"
-        )
+        field = rb'(?:"(?:[^"]++|"")*+"[^' + d + rb'\n]*+|(?!")[^' + d + rb"\n]*+)"
+        self.record = re.compile(field + rb"(?:" + d + field + rb")*+\n")
+        self._field = re.compile(rb"(" + field + rb")" + d)
         self._value = re.compile(rb'"((?:[^"]++|"")*+)"(.*+)', re.DOTALL)
         self._blank = re.compile(rb'[ \t"' + d + rb"]*+")
         self._needs_quotes = re.compile(rb'["\r\n' + d + rb"]")
 
     def fields(self, record: bytes) -> list[bytes]:
-        """The raw fields, with their quotes, of one record without its line end."""
+        """The raw fields, with their quotes, of one whole record without its line end."""
         d = self.delimiter.encode("ascii")
-        if b'"' not in record:
-            return record.split(d)
-        found = []
-        at = 0
-        while True:
-            match = self._field.match(record, at)
-            if match is None:  # an opening quote that is never closed
-                found.append(record[at:])
-                return found
-            found.append(match[0])
-            at = match.end() + 1
-            if at > len(record):
-                return found
+        return self._field.findall(record + d) if b'"' in record else record.split(d)
 
     def blank(self, record: bytes) -> bool:
         """True if there are only delimiters, blanks and empty quotes, as spreadsheets write an empty row."""
@@ -92,15 +78,11 @@ class CsvDialect:
         match = self._value.fullmatch(field)
         return match[1].replace(b'""', b'"') + match[2] if match else field
 
-    def outside(self, field: bytes) -> bytes:
-        """The part of a raw field outside its quotes."""
-        match = self._value.fullmatch(field)
-        return match[2] if match else field
-
-    def record_end(self, data: bytes, at: int) -> int:
-        """The end offset, after the line end, of the record that begins at `at`; -1 if it does not end in `data`."""
-        match = self._record.match(data, at)
-        return match.end() if match else -1
+    def has_return_outside_quotes(self, record: bytes) -> bool:
+        """True for a carriage return that is not part of a quoted value."""
+        fields = self.fields(record) if b"\r" in record else []
+        matches = ((field, self._value.fullmatch(field)) for field in fields)
+        return any(b"\r" in (match[2] if match else field) for field, match in matches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +100,7 @@ class FieldBounds:
 
 
 def find_field_bounds(data: bytes, dialect: CsvDialect, line: int = 1) -> FieldBounds:
-    """The field bounds in `data`, which begins with a record on `line` and may end anywhere. Raises MalformedCsv."""
+    """The field bounds in `data`, which begins with a record on `line` and may end anywhere. Raises UnmergeableFile."""
     array = np.frombuffer(data, np.uint8)
     found = array == ord(dialect.delimiter)
     found |= array == LF
@@ -177,10 +159,9 @@ def _no_lone_return(array: Octets, quotes: Offsets, line: int) -> None:
         raise _lone_return(line + int(np.count_nonzero(array[: lone[0]] == LF)))
 
 
-def _lone_return(line: int) -> MalformedCsv:
-    return MalformedCsv(
-        "a carriage return that ends no line; write line ends as LF or CRLF", line, kind=FaultKind.LONE_RETURN
-    )
+def _lone_return(line: int) -> UnmergeableFile:
+    told = "a carriage return that ends no line; write line ends as LF or CRLF"
+    return malformed(FaultKind.LONE_RETURN, told, line)
 
 
 def walked(data: bytes, dialect: CsvDialect, quotes: Offsets, line: int = 1) -> FieldBounds:
@@ -188,16 +169,14 @@ def walked(data: bytes, dialect: CsvDialect, quotes: Offsets, line: int = 1) -> 
     at: list[int] = []
     lasts: list[int] = []
     start = 0
-    while (end := dialect.record_end(data, start)) > 0:
-        record = data[start : end - 1]
-        fields = dialect.fields(record)
-        if b"\r" in record.removesuffix(b"\r"):
-            plain = [*fields[:-1], fields[-1].removesuffix(b"\r")]
-            if any(b"\r" in dialect.outside(field) for field in plain):
-                raise _lone_return(line + data.count(b"\n", 0, start))
-        at.extend(list(accumulate((len(field) + 1 for field in fields), initial=start - 1))[1:])
+    while match := dialect.record.match(data, start):
+        record = match[0][:-1]
+        if dialect.has_return_outside_quotes(record.removesuffix(b"\r")):
+            raise _lone_return(line + data.count(b"\n", 0, start))
+        ends = accumulate((len(field) + 1 for field in dialect.fields(record)), initial=start - 1)
+        at.extend(list(ends)[1:])
         lasts.append(len(at) - 1)
-        start = end
+        start = match.end()
     inner = data.count(b"\n", 0, start) - len(lasts)
     return FieldBounds(np.array(at, np.int64), np.array(lasts, np.int64), quotes, inner, b"\r" in data)
 
@@ -224,19 +203,19 @@ class RecordBlock:
     """Whole records, the first on `line` of the file. If the file's last record lacks its line end, `marks` has one
     just past the data.
 
-    Per record: `starts`, `ends` (after the line end) and `stops` (before it). `rows` are the positions of the records
-    that are rows, which excludes empty lines and `skipped` ones; `widths` are their field counts. `begins`: a byte
-    order mark preceded the block, so a file that was appended to another begins here.
+    Per record: `starts`, `stops` and `ends`, which is after the line end. `rows` are the positions of the records that
+    are rows; empty lines are not. Per row: `widths` is its number of fields, `heads` the mark that ends its first one.
+    `begins`: a byte order mark preceded the block, so a file that was appended to another begins here. `is_cut`: some
+    rows end before their records.
     """
 
-    def __init__(
-        self, data: bytes, marks: FieldBounds, line: int, *, begins: bool = False, skipped: Offsets = NONE
-    ) -> None:
+    is_cut = False
+
+    def __init__(self, data: bytes, marks: FieldBounds, line: int, *, begins: bool = False) -> None:
         self.data = data
         self.marks = marks
         self.line = line
         self.begins = begins
-        self.skipped = skipped
         self.array: Octets = np.frombuffer(data, np.uint8)
         feeds = marks.at[marks.lasts]
         self.ends: Offsets = np.minimum(feeds + 1, len(data))
@@ -245,44 +224,43 @@ class RecordBlock:
         crlf = (feeds > self.starts) & (self.array[feeds - 1] == CR) if marks.returns else 0
         self.stops: Offsets = feeds - crlf
         self.rows: Offsets = np.flatnonzero(self.stops > self.starts)
-        if len(skipped):
-            self.rows = np.setdiff1d(self.rows, skipped, assume_unique=True)
         self.widths: Offsets = np.diff(marks.lasts, prepend=-1)[self.rows]
+        self.heads: Offsets = marks.lasts[self.rows] - self.widths + 1
 
-    def without(self, positions: Offsets) -> "RecordBlock":
-        """The same block, with the records at these positions not counted as rows."""
-        skipped = np.append(self.skipped, positions)
-        return RecordBlock(self.data, self.marks, self.line, begins=self.begins, skipped=skipped)
+    def drop(self, places: Sequence[int]) -> None:
+        """Take the records of these rows for no rows."""
+        if len(places):
+            self.rows, self.widths, self.heads = (
+                np.delete(each, places) for each in (self.rows, self.widths, self.heads)
+            )
 
-    def without_bytes(self, firsts: Offsets, lasts: Offsets, dialect: CsvDialect) -> "RecordBlock":
-        """The same block without the bytes from each of `firsts` to its `lasts`; these contain no line ends."""
-        data = cut(self.data, np.append(0, lasts), np.append(firsts, len(self.data)))
-        marks = find_field_bounds(data if data.endswith(b"\n") else data + b"\n", dialect, self.line)
-        return RecordBlock(data, marks, self.line, begins=self.begins, skipped=self.skipped)
-
-    def tails(self, places: Offsets, width: int) -> Offsets:
-        """The end offset of the first `width` fields of each of these rows, all of which have more fields."""
-        rows = self.rows[places]
-        found: Offsets = self.marks.at[self.marks.lasts[rows] - self.widths[places] + width]
-        return found
-
-    def uneven(self, width: int) -> Iterator[tuple[int, int]]:
-        """The position and field count of each row that does not have `width` fields."""
-        places = self.widths != width
-        return pairs(self.rows[places], self.widths[places])
+    def cut(self, places: Offsets, width: int, stops: Offsets) -> None:
+        """Let each of these rows end after `width` fields, at its `stop`."""
+        self.is_cut = self.is_cut or len(places) > 0
+        self.stops[self.rows[places]] = stops
+        self.widths[places] = width
 
     def check_width(self, width: int) -> None:
-        """Raises MalformedCsv, with the line, if a row does not have `width` fields."""
-        for position, found in self.uneven(width):
-            told = f"{found} fields where the header has {width}"
-            raise MalformedCsv(told, self.line_of(position), self.record(position)[:1000], kind=FaultKind.RAGGED)
+        """Raises UnmergeableFile, with the line, if a row does not have `width` fields."""
+        for place in np.flatnonzero(self.widths != width)[:1].tolist():
+            position = int(self.rows[place])
+            told = f"{self.widths[place]} fields where the header has {width}"
+            raise malformed(FaultKind.RAGGED, told, self.line_of(position), self.record(position))
+
+    def check_text(self, encoding: str) -> None:
+        """Raises UnmergeableFile for the first byte that is invalid in this encoding."""
+        try:
+            if not self.data.isascii():
+                self.data.decode(encoding)
+        except UnicodeDecodeError as error:
+            raise invalid_byte(encoding, self.data[error.start], self.line_at(error.start)) from error
 
     def cells(self, place: int, dialect: CsvDialect) -> CellSlices:
         """The values of a column, one per row; all rows must have that column and the same width."""
-        at, lasts = self.marks.at, self.marks.lasts[self.rows]
-        before = lasts - self.widths + place  # the mark before the field; the block's first field has none
-        starts = self.starts[self.rows] if place == 0 else at[before] + 1
-        stops = np.where(before + 1 == lasts, self.stops[self.rows], at[before + 1])
+        at, lasts = self.marks.at, self.heads + place
+        # The mark before the field ends the field before it; the first field of a block has none.
+        starts = self.starts[self.rows] if place == 0 else at[lasts - 1] + 1
+        stops = np.where(self.widths == place + 1, self.stops[self.rows], at[lasts])
         if not len(self.marks.quotes):
             return CellSlices(self.array, starts, stops - starts)
         quoted = (stops > starts) & (self.array[np.minimum(starts, len(self.data) - 1)] == QUOTE)
@@ -302,15 +280,6 @@ class RecordBlock:
         bare.lengths[doubled] = lengths
         return CellSlices(np.frombuffer(self.data + b"".join(values), np.uint8), bare.starts, bare.lengths)
 
-    def first_invalid(self, encoding: str) -> int:
-        """The offset of the first byte that is invalid in this encoding; -1 if there is none."""
-        try:
-            if not self.data.isascii():
-                self.data.decode(encoding)
-        except UnicodeDecodeError as error:
-            return error.start
-        return -1
-
     def line_at(self, offset: int) -> int:
         """The line of the file that has this byte."""
         return self.line + self.data.count(b"\n", 0, offset)
@@ -324,6 +293,14 @@ class RecordBlock:
         return self.data[int(self.starts[position]) : int(self.stops[position])]
 
 
+def invalid_byte(encoding: str, byte: int, line: int, where: str = "") -> UnmergeableFile:
+    """The error for a byte that is no text, such as the NUL bytes that a half-written disk block leaves."""
+    told = f"a NUL byte (0x{byte:02X})" if byte == 0 else f"invalid {encoding.upper()} byte 0x{byte:02X}"
+    hint = "save the file in the encoding of csv_encoding, without NUL bytes, or set csv_encoding; then drop it again"
+    fault = FileFault(told + where, line, None, f"0x{byte:02X}")
+    return UnmergeableFile(FaultKind.ENCODING, [fault], hint)
+
+
 def blocks(
     read: Read,
     dialect: CsvDialect,
@@ -335,9 +312,9 @@ def blocks(
 ) -> Iterator[RecordBlock]:
     """The records from `read`, in blocks; a record that begins with `bom` starts a new block, without the mark.
 
-    Raises MalformedCsv for an unclosed quote and for a record longer than `longest_bytes`.
+    Raises UnmergeableFile for an unclosed quote and for a record longer than `longest_bytes`.
     """
-    tail, longer = b"", f"a record longer than {longest_bytes >> 20} MiB"
+    tail, told = b"", f"a record longer than {longest_bytes >> 20} MiB"
     # Read at least as much as is held: otherwise a long record would be rescanned for each piece.
     while piece := read(max(size, len(tail))):
         end = piece.rfind(b"\n") + 1
@@ -346,17 +323,23 @@ def blocks(
         while more:
             block, data, more = _first_block(data, dialect, line, bom)
             if block is not None:
-                _refuse_longer(block, longest_bytes, longer)
+                _check_length(block, longest_bytes, told)
                 yield block
-                marks = block.marks
-                line += block.data.count(b"\n") if data else len(marks.lasts) + marks.inner
+                line += block.data.count(b"\n") if data else len(block.marks.lasts) + block.marks.inner
         tail = data + rest  # less than one record
         if len(tail) > longest_bytes:
-            raise MalformedCsv(f"{longer}; is a quote not closed?", line, kind=FaultKind.LONG_RECORD)
-    if tail.removeprefix(bom):
-        last = _last(tail, dialect, line, bom)
-        _refuse_longer(last, longest_bytes, longer)
-        yield last
+            raise malformed(FaultKind.LONG_RECORD, f"{told}; is a quote not closed?", line)
+    body = tail.removeprefix(bom)
+    if body:
+        # The last record of the file, without a line end.
+        marks = find_field_bounds(body + b"\n", dialect, line)
+        if len(marks.lasts) != 1:
+            raise malformed(FaultKind.OPEN_QUOTE, "a quote is not closed before the end of the file", line, body)
+        if body.endswith(b"\r"):
+            raise _lone_return(line)
+        block = RecordBlock(body, marks, line, begins=len(body) < len(tail))
+        _check_length(block, longest_bytes, told)
+        yield block
 
 
 def _first_block(data: bytes, dialect: CsvDialect, line: int, bom: bytes) -> tuple[RecordBlock | None, bytes, bool]:
@@ -365,41 +348,22 @@ def _first_block(data: bytes, dialect: CsvDialect, line: int, bom: bytes) -> tup
     marks = find_field_bounds(body, dialect, line)
     if not len(marks.lasts):
         return None, data, False
-    cut = int(marks.at[marks.lasts[-1]]) + 1
-    block = RecordBlock(body if cut == len(body) else body[:cut], marks, line, begins=len(body) < len(data))
-    at = _next_bom(block, bom)
-    if not at:
-        return block, body[cut:], False
-    # Re-tokenize the rest without the mark: with the mark as text, a quote after it was not seen as opening.
-    return (
-        RecordBlock(body[:at], find_field_bounds(body[:at], dialect, line), line, begins=block.begins),
-        body[at:],
-        True,
-    )
+    end = int(marks.at[marks.lasts[-1]]) + 1
+    begins = len(body) < len(data)
+    block = RecordBlock(body if end == len(body) else body[:end], marks, line, begins=begins)
+    if bom and bom in body:
+        for at in block.starts[1:].tolist():
+            if body.startswith(bom, at):
+                # Tokenize the records before it again: with the mark as text, a quote after it was not an opening one.
+                return (
+                    RecordBlock(body[:at], find_field_bounds(body[:at], dialect, line), line, begins=begins),
+                    body[at:],
+                    True,
+                )
+    return block, body[end:], False
 
 
-def _next_bom(block: RecordBlock, bom: bytes) -> int:
-    """The offset of the next record that begins with `bom`; 0 when none does."""
-    if not bom or bom not in block.data:
-        return 0
-    starts = block.starts[1:]
-    maybe = starts[block.array[starts] == bom[0]].tolist()
-    return next((start for start in maybe if block.data.startswith(bom, start)), 0)
-
-
-def _refuse_longer(block: RecordBlock, longest_bytes: int, told: str) -> None:
-    """Raises MalformedCsv, with the line, for a record longer than the limit."""
+def _check_length(block: RecordBlock, longest_bytes: int, told: str) -> None:
+    """Raises UnmergeableFile, with the line, for a record longer than the limit."""
     if len(block.data) > longest_bytes and (long := block.ends - block.starts > longest_bytes).any():
-        raise MalformedCsv(told, block.line_of(int(long.argmax())), kind=FaultKind.LONG_RECORD)
-
-
-def _last(tail: bytes, dialect: CsvDialect, line: int, bom: bytes) -> RecordBlock:
-    """The last record of a file, without a line end."""
-    body = tail.removeprefix(bom)
-    marks = find_field_bounds(body + b"\n", dialect, line)
-    if len(marks.lasts) != 1:
-        told = "a quote is not closed before the end of the file"
-        raise MalformedCsv(told, line, body[:1000], kind=FaultKind.OPEN_QUOTE)
-    if body.endswith(b"\r"):
-        raise _lone_return(line)
-    return RecordBlock(body, marks, line, begins=len(body) < len(tail))
+        raise malformed(FaultKind.LONG_RECORD, told, block.line_of(int(long.argmax())))

@@ -1,4 +1,4 @@
-"""The paths of one inbox, and the files that wait in it."""
+"""The paths of one inbox, the files that wait in it, and how a file is opened and recognised again."""
 
 import errno
 import hashlib
@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,7 +17,15 @@ from typing import IO, NamedTuple
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import NAME_BYTES, TEMPORARY_SUFFIX, bounded_name, sync_file
 from app.core.runs import Context
-from app.csv_inbox.config import FaultKind, FileFault, FileStillChanging, InboxConfig, StuckFile, UnmergeableFile
+from app.csv_inbox.config import (
+    FaultKind,
+    FileFault,
+    FileStillChanging,
+    InboxConfig,
+    StuckFile,
+    UnmergeableFile,
+    printable,
+)
 
 MEBIBYTE = 1 << 20
 UNIT = "records"
@@ -29,9 +37,8 @@ WRITTEN_BYTES = 38
 """Bytes that `write_durably` adds to a name."""
 STEM_BYTES = NAME_BYTES - WRITTEN_BYTES - len("..merge-journal.json")
 """How much of the master's name goes into the names beside it: short enough for the longest addition."""
-REJECTED_BYTES = NAME_BYTES - WRITTEN_BYTES - len(BAD_ROWS)
-"""The longest name of a rejected file that leaves room for the names of its reason and its bad rows."""
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+NOT_REGULAR = "put the file itself into the inbox, not a link, a pipe or a device"
 log = logging.getLogger(__name__)
 
 
@@ -59,24 +66,20 @@ class InboxPaths:
         """A hidden temporary file of one merge, in the master's folder unless another one is given."""
         return (folder or self.folder) / f"{self._prefix}{load_id}.{what}.merge{TEMPORARY_SUFFIX}"
 
-    def pending(self, load_id: str) -> Path:
-        """The link that holds an input for the archive before the commit."""
-        return self.config.archive_dir / f"{PENDING}{load_id}"
-
     def leftovers(self) -> list[Path]:
-        """Temporary files and pending links of a merge that was never committed."""
-        config = self.config
-        own = self._prefix
+        """Temporary files and pending links of a merge that was never committed. Raises OSError."""
+        config, own = self.config, self._prefix
         folders = {self.folder, config.metadata_file.parent, config.watch_dir}
-        found = [path for folder in folders for path in _listed(folder) if path.name.startswith((own, f".{own}"))]
+        found = [path for each in folders for path in _listed(each) if path.name.startswith((own, f".{own}"))]
         # Reasons, bad rows and records whose `write_durably` was killed.
         found += [
             path
-            for path in (*_listed(self.loads), *_listed(config.rejected_dir))
+            for each in (self.loads, config.rejected_dir)
+            for path in _listed(each)
             if path.name.startswith(".") and any(kind in path.name for kind in (REASON, BAD_ROWS, RECORD))
         ]
-        found = [path for path in found if path.name.endswith(TEMPORARY_SUFFIX)]
-        return [*found, *(path for path in _listed(config.archive_dir) if path.name.startswith(PENDING))]
+        pending = [path for path in _listed(config.archive_dir) if path.name.startswith(PENDING)]
+        return [path for path in found if path.name.endswith(TEMPORARY_SUFFIX)] + pending
 
     def remove_leftovers(self) -> None:
         """Remove what a merge that was never committed left behind. Raises OSError."""
@@ -89,6 +92,11 @@ class InboxPaths:
         given = (config.watch_dir, config.archive_dir, config.rejected_dir, config.metadata_file.parent)
         for folder in (*given, self.folder, self.loads):
             folder.mkdir(parents=True, exist_ok=True)
+
+    def shown(self) -> list[Path]:
+        """What lies in the inbox, without hidden names and the inbox's own files. Raises OSError."""
+        own = {self.config.merged_file, self.config.metadata_file, self.config.log_file, self.lock}
+        return [path for path in _listed(self.config.watch_dir) if path.name[0] != "." and path not in own]
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -103,15 +111,12 @@ def time_stamp(at: datetime) -> str:
     return f"{at:%Y%m%dT%H%M%S}.{at.microsecond // 1000:03d}"
 
 
-def numbered_names(text: str, between: str = ".") -> Iterator[str]:
-    """The text as it is, then with 1, 2, 3, ... appended."""
-    return itertools.chain((text,), (f"{text}{between}{number}" for number in itertools.count(1)))
-
-
-def free_paths(folder: Path, name: str, suffixes: Iterable[str], limit_bytes: int = NAME_BYTES) -> Iterator[Path]:
-    """The paths in the folder, one per suffix, that do not exist yet, so nothing is overwritten."""
-    paths = (folder / bounded_name(name, suffix, limit_bytes) for suffix in suffixes)
-    return (path for path in paths if not os.path.lexists(path))
+def free_paths(folder: Path, name: str, suffix: str, *, end: str = "", limit_bytes: int = NAME_BYTES) -> Iterator[Path]:
+    """Paths that do not exist yet, so nothing is overwritten: name, suffix and end, then with .1, .2, ... between."""
+    for number in itertools.count():
+        path = folder / bounded_name(name, f"{suffix}{f'.{number}' if number else ''}{end}", limit_bytes)
+        if not os.path.lexists(path):
+            yield path
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -158,12 +163,6 @@ def translate_os_errors(doing: str) -> Iterator[None]:
         raise Permanent(what, hint) from error
 
 
-def printable(name: str) -> str:
-    """A file name as one line of printable text, whatever its bytes."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 @dataclass(frozen=True, slots=True)
 class InboxRun:
     """What the parts of one run share. Progress counts MiB; `told` becomes the notes of the run's report."""
@@ -178,14 +177,17 @@ class InboxRun:
         """The configuration."""
         return self.paths.config
 
-    def tell(self, line: str) -> None:
+    def tell(self, line: str, level: int = logging.INFO) -> None:
         """Add a line to the report's notes and to the log."""
         self.told.append(line)
-        log.info("%s", line)
+        log.log(level, "%s", line)
 
-    def beat(self, master: Path | None) -> Callable[[int], None]:
-        """A callback that counts bytes as MiB and checks for a stop: a merge can be aborted until its commit."""
-        self.context.progress.advance(total=master.stat().st_size // MEBIBYTE if master else 0)
+    def beat(self, size_bytes: int) -> Callable[[int], None]:
+        """A callback that counts bytes as MiB and checks for a stop: a merge can be aborted until its commit.
+
+        `size_bytes` more are expected.
+        """
+        self.context.progress.advance(total=size_bytes // MEBIBYTE)
         passed = 0
 
         def beat(size: int) -> None:
@@ -226,14 +228,13 @@ def open_regular(path: Path) -> IO[bytes]:
         # O_NONBLOCK: opening a pipe would wait for its writer, perhaps forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise FileStillChanging(f"{path.name} is gone", "no action needed; the file was removed") from error
+        raise FileStillChanging("it is gone") from error
     except OSError as error:
         fault = FileFault(f"it cannot be opened: {error.strerror}")
-        raise UnmergeableFile([fault], "put a readable, regular file", kind=FaultKind.NO_ACCESS) from error
+        raise UnmergeableFile(FaultKind.NO_ACCESS, [fault], "put a readable, regular file") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        hint = "put the file itself into the inbox, not a pipe or a device"
-        raise UnmergeableFile([FileFault("not a regular file")], hint, kind=FaultKind.NOT_REGULAR)
+        raise UnmergeableFile(FaultKind.NOT_REGULAR, [FileFault("not a regular file")], NOT_REGULAR)
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
@@ -268,30 +269,20 @@ class Candidate:
     refused: str = ""
     md5: str = ""
 
+    @property
+    def name(self) -> str:
+        """Its name as one line of text."""
+        return printable(self.path.name)
 
-def candidates(config: InboxConfig) -> Sequence[Candidate]:
-    """The .csv files in the inbox, oldest first by modification time, then by name; skips hidden names.
-
-    Raises OSError.
-    """
-    shown = [path for path in _listed(config.watch_dir) if not path.name.startswith(".") and path != config.merged_file]
-    found = [candidate(path) for path in shown if path.name.lower().endswith(SUFFIX)]
-    return in_order([each for each in found if each is not None])
-
-
-def ignored_files_note(config: InboxConfig) -> str:
-    """A note on files in the inbox that are ignored because of their names; "" if there are none."""
-    shown = [path for path in _listed(config.watch_dir) if not path.name.startswith(".") and path != config.merged_file]
-    others = sorted(path.name for path in shown if not path.name.lower().endswith(SUFFIX) and not path.is_dir())
-    if not others:
-        return ""
-    named = ", ".join(map(printable, others[:NAMED_FILES])) + (", ..." if others[NAMED_FILES:] else "")
-    return f"{len(others)} files in the inbox are left alone, since their names do not end in {SUFFIX}: {named}"
+    def is_unchanged(self) -> bool:
+        """True while the path is the same file in the same state."""
+        return identity_at(self.path) == self.identity
 
 
-def in_order(found: Sequence[Candidate]) -> Sequence[Candidate]:
-    """Oldest first by modification time, then by name."""
-    return sorted(found, key=lambda each: (each.identity.mtime_ns, each.path.name))
+def candidates(paths: InboxPaths) -> Sequence[Candidate]:
+    """The .csv files in the inbox, in no order. Raises OSError."""
+    found = [candidate(path) for path in paths.shown() if path.name.lower().endswith(SUFFIX)]
+    return [each for each in found if each is not None]
 
 
 def candidate(path: Path) -> Candidate | None:
@@ -308,25 +299,33 @@ def candidate(path: Path) -> Candidate | None:
     return Candidate(path, identity_of(found), refused)
 
 
-def check_can_leave(path: Path) -> None:
-    """Raises StuckFile if this user may not move the file out of its folder; in a sticky folder the user must own it.
+def ignored_files_note(paths: InboxPaths) -> str:
+    """A note on files in the inbox that are ignored because of their names; "" if there are none."""
+    others = sorted(path.name for path in paths.shown() if not path.name.lower().endswith(SUFFIX) and not path.is_dir())
+    if not others:
+        return ""
+    named = ", ".join(map(printable, others[:NAMED_FILES])) + (", ..." if others[NAMED_FILES:] else "")
+    return f"{len(others)} files in the inbox are left alone, since their names do not end in {SUFFIX}: {named}"
+
+
+def check_can_be_taken(each: Candidate) -> None:
+    """Raises UnmergeableFile for what is no regular file, and StuckFile for what this user may not move out of its
+    folder; in a sticky folder the user must own it.
 
     Otherwise such a file would be merged and then fail every run at the same step, ahead of all other files.
     """
-    folder, user, may = path.parent.stat(), os.geteuid(), os.access(path.parent, os.W_OK | os.X_OK)
+    if each.refused:
+        raise UnmergeableFile(FaultKind.NOT_REGULAR, [FileFault(each.refused)], NOT_REGULAR)
+    parent = each.path.parent
+    folder, user, may = parent.stat(), os.geteuid(), os.access(parent, os.W_OK | os.X_OK)
     if may and folder.st_mode & stat.S_ISVTX and user not in (0, folder.st_uid):
         with suppress(FileNotFoundError):  # reported when the file is opened
-            may = path.lstat().st_uid == user
+            may = each.path.lstat().st_uid == user
     if not may:
-        hint = f"let this user write to {path.parent}, or remove the file"
+        hint = f"let this user write to {parent}, or remove the file"
         raise StuckFile("this user may not take it out of the inbox", hint)
 
 
 def is_too_large(size_bytes: int, config: InboxConfig) -> bool:
     """True if the size exceeds `max_file_size_mb`."""
     return size_bytes > config.max_file_size_mb * MEBIBYTE
-
-
-def unchanged(before: Candidate) -> bool:
-    """True while the path is the same file in the same state."""
-    return identity_at(before.path) == before.identity

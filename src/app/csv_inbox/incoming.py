@@ -19,21 +19,23 @@ from typing import IO
 import numpy as np
 
 from app.core.errors import Permanent
-from app.csv_inbox.config import FaultKind, FileFault, FileStillChanging, InboxConfig, UnmergeableFile
+from app.csv_inbox.config import FaultKind, FileFault, FileStillChanging, InboxConfig, UnmergeableFile, printable
 from app.csv_inbox.csv_tokenizer import (
     BOM,
     LONGEST_RECORD_BYTES,
     MASTER_RECORD_BYTES,
     CsvDialect,
-    MalformedCsv,
     Offsets,
     Read,
     RecordBlock,
     blocks,
     find_field_bounds,
+    invalid_byte,
+    malformed,
     pairs,
+    shown,
 )
-from app.csv_inbox.discovery import FileIdentity, identity_of, is_too_large, open_regular, read_some
+from app.csv_inbox.discovery import identity_of, is_too_large, open_regular, read_some
 from app.csv_inbox.key_index import FileKeys
 
 # Headers: the columns of the master, of an incoming file, and their union.
@@ -43,77 +45,123 @@ from app.csv_inbox.key_index import FileKeys
 # row changes only by appended fields.
 
 PIECE_BYTES = 1 << 16
-SHOWN_BYTES = 1000
 ABSENT = -1
-SEPARATOR_LINE = re.compile(rb'"?sep=([^"\r\n\0])"?\r?\n', re.IGNORECASE)
+SEPARATOR_LINE = re.compile(rb'"?sep=([^"\r\n\0\x80-\xff])"?\r?\n', re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class CsvHeader:
-    """The header record. `size_bytes` is the offset of the first row; `eol` may be empty.
+    """The header record, which ends on line `line`. `size_bytes` is the offset of the first row; `eol` may be empty.
 
-    `width` is the number of fields, including empty ones that spreadsheets leave after the last name.
+    `width` is the number of fields, including empty ones that spreadsheets leave after the last name. `dialect` is that
+    of the rows.
     """
 
     names: tuple[str, ...]
     fields: tuple[bytes, ...]
+    record: bytes
     bom: bytes
     eol: bytes
     size_bytes: int
-    lines: int
+    line: int
     width: int
+    dialect: CsvDialect
 
 
-def read_header(read: Read, dialect: CsvDialect) -> CsvHeader:
-    """The master's header; reads past its end.
+def read_header(read: Read, master: CsvDialect, known: Sequence[str] | None = None) -> CsvHeader:
+    """The header of the master, or that of an incoming file, for which `known` names are given; reads past its end.
 
-    Raises MalformedCsv for an empty file, invalid text, an incomplete header or a duplicate name.
+    The master's names are as written. In an incoming file everything that spreadsheets write around a header is
+    skipped: byte order marks, a line such as `sep=;`, which sets the delimiter, blank records, whitespace around names,
+    and unnamed fields after the last name. `known` are names to match as they are: those of the configuration, then the
+    master's. `fields` are in the master's dialect. Raises UnmergeableFile.
     """
-    data = b""
-    while piece := read(max(PIECE_BYTES, len(data))):
-        data += piece
-        if len(data) > MASTER_RECORD_BYTES or len(find_field_bounds(data, dialect).lasts):
-            break
-    bom = BOM if data.startswith(BOM) and dialect.encoding == "utf-8" else b""
-    raw, record = _first(data[len(bom) :], dialect)
-    names = _distinct(_values(dialect, record), record)
-    fields = tuple(dialect.fields(record))
-    lines = max(raw.count(b"\n"), 1)
-    return CsvHeader(names, fields, bom, raw[len(record) :], len(bom) + len(raw), lines, len(names))
-
-
-def read_incoming_header(read: Read, master: CsvDialect, known: Sequence[str]) -> tuple[CsvHeader, CsvDialect]:
-    """The header of an incoming file, and its dialect, which a line such as `sep=;` may set.
-
-    Skips byte order marks, that line and blank records before the header; strips whitespace around names; ignores
-    unnamed fields after the last name. `fields` are in the master's dialect. `known` are names to match as they are:
-    those of the configuration, then the master's. Raises MalformedCsv, also for a NUL byte and for a header longer than
-    LONGEST_RECORD_BYTES.
-    """
-    data = b""
+    data, longest_bytes = b"", MASTER_RECORD_BYTES if known is None else LONGEST_RECORD_BYTES
     while True:
         # The skipped part and the header itself may each be longer than one piece.
         piece = read(max(PIECE_BYTES, len(data)))
         data += piece
-        at, dialect = _before_records(data, master)
-        start, end = _first_row(data, at, dialect)
-        if end or not piece or len(data) - start > LONGEST_RECORD_BYTES:
+        begin, dialect = _before_records(data, master, skip=known is not None)
+        # A file may end without a line end; with one added, a header that is still not complete is cut in its quotes.
+        start, end = _first_row(data if piece else data + b"\n", begin, dialect)
+        if end or not piece or len(data) - start > longest_bytes:
             break
     line = 1 + data.count(b"\n", 0, start)
-    if (end or len(data)) - start > LONGEST_RECORD_BYTES:
-        raise MalformedCsv(f"a header longer than {LONGEST_RECORD_BYTES >> 20} MiB", line, kind=FaultKind.LONG_RECORD)
-    raw, record = _first(data[start:], dialect)
-    written = _values(dialect, record)
-    if any("\0" in name for name in written):
-        raise MalformedCsv("a NUL byte (0x00) in the header", line, record[:SHOWN_BYTES], kind=FaultKind.ENCODING)
-    names = _distinct(columns(written, known), record)
-    as_is = dialect.delimiter == master.delimiter
-    fields = tuple(
-        raw_field if as_is and name == value else master.written(name.encode(master.encoding))
-        for name, value, raw_field in zip(names, written, dialect.fields(record), strict=False)
+    if (end or len(data)) - start > longest_bytes:
+        raise malformed(FaultKind.LONG_RECORD, f"a header longer than {longest_bytes >> 20} MiB", line)
+    if start >= len(data):
+        raise malformed(FaultKind.NO_ROWS, "the file is empty", 1)
+    raw = data[start:end]
+    record = _without_eol(raw)
+    if not end or record.endswith(b"\r"):
+        raise malformed(FaultKind.HEADER, "the header is not complete: a quote or a line end is cut", line)
+    written = _values(dialect, record, line)
+    names, fields = tuple(written), dialect.fields(record)
+    if known is not None:
+        if b"\0" in record:
+            raise invalid_byte(dialect.encoding, 0, line, " in the header")
+        names = columns(written, known)
+        as_is = dialect.delimiter == master.delimiter
+        fields = [
+            raw_field if as_is and name == value else master.written(name.encode(master.encoding))
+            for name, value, raw_field in zip(names, written, fields, strict=False)
+        ]
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise malformed(FaultKind.HEADER, f"the column {twice!r} occurs twice in the header", line, record)
+    return CsvHeader(
+        names=names,
+        fields=tuple(fields),
+        record=record,
+        bom=data[:begin] if known is None else b"",
+        eol=raw[len(record) :],
+        size_bytes=start + len(raw),
+        line=line + max(raw.count(b"\n"), 1) - 1,
+        width=len(written),
+        dialect=dialect,
     )
-    size, lines = start + len(raw), line + max(raw.count(b"\n"), 1) - 1
-    return CsvHeader(names, fields, b"", raw[len(record) :], size, lines, len(written)), dialect
+
+
+def _before_records(data: bytes, dialect: CsvDialect, *, skip: bool) -> tuple[int, CsvDialect]:
+    """The offset of the first record, after a byte order mark, and the dialect of the file.
+
+    `skip`: also after further marks and a `sep=` line.
+    """
+    at = len(BOM) if data.startswith(BOM) else 0
+    while skip and data.startswith(BOM, at):
+        at += len(BOM)
+    if skip and at:
+        dialect = after_mark(dialect)
+    said = SEPARATOR_LINE.match(data, at) if skip else None
+    return (said.end(), CsvDialect(said[1].decode("ascii"), dialect.encoding)) if said else (at, dialect)
+
+
+def after_mark(dialect: CsvDialect) -> CsvDialect:
+    """The dialect of what follows a byte order mark: it is UTF-8, so in another encoding only ASCII can be read."""
+    return dialect if dialect.encoding == "utf-8" else CsvDialect(dialect.delimiter, "ascii")
+
+
+def _first_row(data: bytes, at: int, dialect: CsvDialect) -> tuple[int, int]:
+    """The bounds of the first record that is not blank; the end is 0 until the record is complete."""
+    marks = find_field_bounds(data[at:], dialect, 1 + data.count(b"\n", 0, at))
+    start = at
+    for last in marks.lasts.tolist():
+        end = at + int(marks.at[last]) + 1
+        if not dialect.blank(_without_eol(data[start:end])):
+            return start, end
+        start = end
+    return start, 0
+
+
+def _without_eol(raw: bytes) -> bytes:
+    return raw[:-1].removesuffix(b"\r") if raw.endswith(b"\n") else raw
+
+
+def _values(dialect: CsvDialect, record: bytes, line: int) -> Sequence[str]:
+    try:
+        return [dialect.unquoted(field).decode(dialect.encoding) for field in dialect.fields(record)]
+    except UnicodeDecodeError as error:
+        raise invalid_byte(dialect.encoding, error.object[error.start], line, " in the header") from error
 
 
 def columns(written: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
@@ -138,63 +186,6 @@ def _stripped(name: str) -> str:
     return bare
 
 
-def _before_records(data: bytes, dialect: CsvDialect) -> tuple[int, CsvDialect]:
-    """The offset of the first record, after byte order marks and a `sep=` line, and the file's dialect."""
-    at = 0
-    while dialect.encoding == "utf-8" and data.startswith(BOM, at):
-        at += len(BOM)
-    said = SEPARATOR_LINE.match(data, at)
-    if said is None or said[1] >= b"\x80":
-        return at, dialect
-    return said.end(), CsvDialect(said[1].decode("ascii"), dialect.encoding)
-
-
-def _first_row(data: bytes, at: int, dialect: CsvDialect) -> tuple[int, int]:
-    """The bounds of the first record that is not blank; the end is 0 until the record is complete."""
-    marks = find_field_bounds(data[at:], dialect)
-    start = at
-    for last in marks.lasts.tolist():
-        end = at + int(marks.at[last]) + 1
-        if not dialect.blank(_without_eol(data[start:end])):
-            return start, end
-        start = end
-    return start, 0
-
-
-def _first(body: bytes, dialect: CsvDialect) -> tuple[bytes, bytes]:
-    """The first record with its line end (if it has one), and without it."""
-    marks = find_field_bounds(body, dialect)
-    if len(marks.lasts):
-        raw = body[: int(marks.at[marks.lasts[0]]) + 1]
-        return raw, _without_eol(raw)
-    if not body:
-        raise MalformedCsv("the file is empty", 1, kind=FaultKind.NO_ROWS)
-    if body.endswith(b"\r") or len(find_field_bounds(body + b"\n", dialect).lasts) != 1:
-        raise MalformedCsv("the header is not complete: a quote or a line end is cut", 1, kind=FaultKind.HEADER)
-    return body, body
-
-
-def _without_eol(raw: bytes) -> bytes:
-    return raw[:-1].removesuffix(b"\r") if raw.endswith(b"\n") else raw
-
-
-def _values(dialect: CsvDialect, record: bytes) -> Sequence[str]:
-    try:
-        return [dialect.unquoted(field).decode(dialect.encoding) for field in dialect.fields(record)]
-    except UnicodeDecodeError as error:
-        told = f"invalid {dialect.encoding.upper()} byte 0x{error.object[error.start]:02X} in the header"
-        raise MalformedCsv(told, 1, record[:SHOWN_BYTES], kind=FaultKind.ENCODING) from error
-
-
-def _distinct(names: Sequence[str], record: bytes) -> tuple[str, ...]:
-    if len(set(names)) < len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise MalformedCsv(
-            f"the column {twice!r} occurs twice in the header", 1, record[:SHOWN_BYTES], kind=FaultKind.HEADER
-        )
-    return tuple(names)
-
-
 @dataclass(frozen=True, slots=True)
 class ColumnUnion:
     """The columns of the result, before obsolete ones are dropped.
@@ -212,7 +203,7 @@ class ColumnUnion:
     added: tuple[str, ...]
     key: int
 
-    def header(self, dialect: CsvDialect, dropped: Sequence[int] = ()) -> bytes:
+    def header(self, dialect: CsvDialect, dropped: Container[int] = ()) -> bytes:
         """The header line without the columns `dropped`."""
         fields = [field for place, field in enumerate(self.fields) if place not in dropped]
         return self.bom + dialect.delimiter.encode().join(fields) + self.eol
@@ -259,7 +250,6 @@ def united(
 # The rows of an incoming file.
 
 MOST_FAULTS = 1000
-LONGEST_VALUE = 200
 log = logging.getLogger(__name__)
 
 
@@ -271,19 +261,17 @@ class IncomingFile:
     file's.
     """
 
-    identity: FileIdentity
-    md5: str
-
-    def __init__(self, key_column: str, known: Sequence[str], out: CsvDialect, spool: Path) -> None:
+    def __init__(self, master: CsvHeader | None, config: InboxConfig, spool: Path) -> None:
         self.spool = spool
-        self.out = self.dialect = out
+        self.out = self.dialect = CsvDialect(config.csv_delimiter, config.csv_encoding)
         self.offsets = array("q", [0])
         self.counted = self.unended_bytes = 0
-        self._key_column = key_column
-        self._known = known  # column names to match as they are
         self.keys = FileKeys()
+        self._key_column, self._required, self._master = config.key_column, config.required_columns, master
+        # Column names to match as they are.
+        self._known = (config.key_column, *config.required_columns, *(master.names if master else ()))
         self._faults: list[FileFault] = []
-        self._records: list[bytes] = []
+        self._bad_rows: list[bytes] = []
         self._first_kind: FaultKind | None = None
         self._more = 0
         self._width = 0  # fields in the first row, 0 before it; may be more than the header's
@@ -305,19 +293,13 @@ class IncomingFile:
         for start, end in pairs(first, last):
             yield self.offsets[start], self.offsets[end + 1]
 
-    def read(
-        self, file: IO[bytes], master: CsvHeader | None, required: Sequence[str], beat: Callable[[int], None]
-    ) -> None:
+    def read(self, file: IO[bytes], beat: Callable[[int], None]) -> None:
         """Check and spool every row.
 
-        Raises MalformedCsv, UnmergeableFile, StuckFile, Permanent, OSError and what `beat` raises.
+        Raises UnmergeableFile, StuckFile, Permanent, OSError and what `beat` raises.
         """
-        self.header, self.dialect = read_incoming_header(partial(read_some, file), self.out, self._known)
-        self._check_columns(required)
-        self.union = united(master, self.header, self._key_column, required, self.out)
-        if self.union.added and len(self.union.header(self.out)) > LONGEST_RECORD_BYTES:
-            told = f"with its columns the header of the master is longer than {LONGEST_RECORD_BYTES >> 20} MiB"
-            raise MalformedCsv(told, self.header.lines, kind=FaultKind.LONG_RECORD)
+        self.identity = identity_of(os.fstat(file.fileno()))
+        self._read_header(file)
         digest = hashlib.md5(usedforsecurity=False)
 
         def read(size: int) -> bytes:
@@ -330,113 +312,120 @@ class IncomingFile:
         left = self.header.size_bytes
         while left > 0:  # re-read the header, so that it is in the digest
             left -= len(read(left)) or left
-        bom, line = BOM if self.dialect.encoding == "utf-8" else b"", 1 + self.header.lines
         with self.spool.open("xb") as spool:
-            for block in blocks(read, self.dialect, line, longest_bytes=LONGEST_RECORD_BYTES, bom=bom):
+            first = 1 + self.header.line
+            for block in blocks(read, self.dialect, first, longest_bytes=LONGEST_RECORD_BYTES, bom=BOM):
                 self._take(block, spool)
         self.md5 = digest.hexdigest()
+        if identity_of(os.fstat(file.fileno())) != self.identity:
+            raise FileStillChanging("it changed while it was read")
+        self._finish()
 
-    def _check_columns(self, required: Sequence[str]) -> None:
-        header, dialect = self.header, self.dialect
+    def _read_header(self, file: IO[bytes]) -> None:
+        self.header = header = read_header(partial(read_some, file), self.out, self._known)
+        self.dialect = dialect = header.dialect
         log.debug(
             "header: %d columns in line %d (%s), %d fields in all; delimiter %r, encoding %s, line end %r",
-            *(len(header.names), header.lines, ", ".join(header.names)[:500], header.width),
+            *(len(header.names), header.line, printable(", ".join(header.names)[:500]), header.width),
             *(dialect.delimiter, dialect.encoding, header.eol.decode("ascii")),
         )
-        missing = [name for name in dict.fromkeys((self._key_column, *required)) if name not in header.names]
+        missing = [name for name in dict.fromkeys((self._key_column, *self._required)) if name not in header.names]
         if missing:
             hint = f"the file has: {', '.join(header.names)[:300]}"
             if len(header.names) == 1:
                 hint += f"; its delimiter was taken to be {dialect.delimiter!r}"
             raise UnmergeableFile(
-                [FileFault(f"the column {name!r} is missing", header.lines, name) for name in missing],
+                FaultKind.MISSING_COLUMN,
+                [FileFault(f"the column {name!r} is missing", header.line, name) for name in missing],
                 f"add the column, or change key_column or required_columns; {hint}",
-                kind=FaultKind.MISSING_COLUMN,
             )
+        self.union = united(self._master, header, self._key_column, self._required, self.out)
+        if self.union.added and len(self.union.header(self.out)) > LONGEST_RECORD_BYTES:
+            told = f"with its columns the header of the master is longer than {LONGEST_RECORD_BYTES >> 20} MiB"
+            raise malformed(FaultKind.LONG_RECORD, told, header.line)
 
     def _take(self, block: RecordBlock, spool: IO[bytes]) -> None:
-        self._check_text(block)
-        self.unended_bytes = 0 if block.data.endswith(b"\n") else len(block.data) - int(block.starts[-1])
-        block = _without_blank_records(block, self.dialect)
         if block.begins:
-            block = self._without_header(block)
+            self.dialect = after_mark(self.dialect)
+        if (at := block.data.find(b"\0")) >= 0:
+            raise invalid_byte(self.dialect.encoding, 0, block.line_at(at))
+        block.check_text(self.dialect.encoding)
+        self.unended_bytes = 0 if block.data.endswith(b"\n") else len(block.data) - int(block.starts[-1])
+        _drop_blank_rows(block, self.dialect)
+        self._drop_repeated_headers(block)
         if not len(block.rows):
             return
         self.counted += len(block.rows)
-        block = self._without_empty_fields(block)
-        wanted = len(self.header.names)
-        uneven = [(at, f"{found} fields where the header has {wanted}", None) for at, found in block.uneven(wanted)]
-        if uneven:
-            self._blame(block, FaultKind.RAGGED, uneven)
+        self._cut_empty_fields(block)
+        wanted, column = len(self.header.names), self._key_column
+        uneven = np.flatnonzero(block.widths != wanted)
+        for place in uneven.tolist():
+            self._blame(block, place, FaultKind.RAGGED, f"{block.widths[place]} fields where the header has {wanted}")
+        if len(uneven):
             return
-        column = self._key_column
         keys = block.cells(self.header.names.index(column), self.dialect)
-        empty = block.rows[keys.lengths == 0].tolist()
-        self._blame(block, FaultKind.EMPTY_KEY, [(at, f"the key {column!r} is empty", column) for at in empty])
-        if BOM in block.data and self.dialect.encoding == "utf-8":
-            marked = [at for place, at in enumerate(block.rows.tolist()) if BOM in keys.value(place)]
-            self._blame(
-                block,
-                FaultKind.EMPTY_KEY,
-                [(at, f"a byte order mark in the key {column!r}", column) for at in marked],
-            )
+        for place in np.flatnonzero(keys.lengths == 0).tolist():
+            self._blame(block, place, FaultKind.EMPTY_KEY, f"the key {column!r} is empty", column)
+        for place in range(len(block.rows)) if BOM in block.data else ():
+            if BOM in keys.value(place):
+                self._blame(block, place, FaultKind.EMPTY_KEY, f"a byte order mark in the key {column!r}", column)
         self.keys.add(keys)
         # A file with a fault is not merged, so its rows need not be spooled.
         if not self._faults:
             self._write(block, spool)
 
-    def _check_text(self, block: RecordBlock) -> None:
-        """Raises UnmergeableFile for invalid text or a NUL byte, which a half-written disk block leaves."""
-        encoding, at = self.dialect.encoding, block.data.find(b"\0")
-        if at < 0 and (at := block.first_invalid(encoding)) < 0:
-            return
-        byte = f"0x{block.data[at]:02X}"
-        told = f"a NUL byte ({byte})" if byte == "0x00" else f"invalid {encoding.upper()} byte {byte}"
-        fault = FileFault(told, block.line_at(at), None, byte)
-        raise UnmergeableFile([fault], _encoding_hint(encoding), kind=FaultKind.ENCODING, rows=self.counted)
+    def _drop_repeated_headers(self, block: RecordBlock) -> None:
+        """A header that comes again is no row: after a byte order mark, or to the byte, as appending writers leave it.
 
-    def _without_header(self, block: RecordBlock) -> RecordBlock:
-        """Skip the repeated header of a file that was appended to another. Raises MalformedCsv for a different header.
-
-        Rows may also follow the byte order mark directly, if the appended file had no header.
+        After a mark there may also be rows at once, if the appended file had no header. Raises UnmergeableFile for a
+        different header.
         """
-        if not len(block.rows):
-            return block
-        position = int(block.rows[0])
-        dialect, record = self.dialect, block.record(position)
-        values = [dialect.unquoted(each).decode(dialect.encoding) for each in dialect.fields(record)]
-        names = columns(values, self._known)
-        if names == self.header.names:
-            return block.without(np.array([position]))
-        if {name for name in names if name} & set(self.header.names) or values[0].lower().startswith("sep="):
-            told = "another file begins here, and its header is not that of the first line"
-            raise MalformedCsv(told, block.line_of(position), record[:LONGEST_VALUE], kind=FaultKind.SECOND_HEADER)
-        return block
-
-    def _without_empty_fields(self, block: RecordBlock) -> RecordBlock:
-        """Drop empty fields after the last column, if the header or every row has them."""
         header = self.header
-        named = len(header.names)
-        if header.width == named and not self._width:
-            self._width = int(block.widths[0])
-        if header.width > named:
-            return _without_surplus(block, self.dialect, named, range(named + 1, header.width + 1))
-        if self._width <= named:
-            return block
-        short = block.rows[block.widths == named].tolist()
-        told = f"{named} fields where the rows before have {self._width}"
-        self._blame(block, FaultKind.RAGGED, [(at, told, None) for at in short])
-        return _without_surplus(block, self.dialect, named, range(self._width, self._width + 1))
-
-    def _blame(self, block: RecordBlock, kind: FaultKind, found: Sequence[tuple[int, str, str | None]]) -> None:
-        """Record bad rows, up to MOST_FAULTS; count the others."""
-        room = MOST_FAULTS - len(self._faults)
-        self._more += len(found[room:])
-        for position, reason, column in found[:room]:
+        if block.begins and len(block.rows):
+            position = int(block.rows[0])
             record = block.record(position)
-            self._first_kind = self._first_kind or kind
-            self._faults.append(FileFault(reason, block.line_of(position), column, "" if column else _shown(record)))
-            self._records.append(record)
+            values = _values(self.dialect, record, 0)
+            names = columns(values, self._known)
+            if names == header.names:
+                block.drop([0])
+            elif {name for name in names if name} & set(header.names) or values[0].lower().startswith("sep="):
+                told = "another file begins here, and its header is not that of the first line"
+                raise malformed(FaultKind.SECOND_HEADER, told, block.line_of(position), record)
+        # The search in the whole block is fast, and rules out nearly every block.
+        if len(header.names) > 1 and header.record in block.data:
+            sizes = block.stops[block.rows] - block.starts[block.rows]
+            again = np.flatnonzero(sizes == len(header.record)).tolist()
+            block.drop([place for place in again if block.record(int(block.rows[place])) == header.record])
+
+    def _cut_empty_fields(self, block: RecordBlock) -> None:
+        """Drop empty fields after the last column, if the header or every row has them."""
+        named, widths = len(self.header.names), block.widths
+        if self.header.width > named:
+            allowed = (widths > named) & (widths <= self.header.width)
+        else:
+            self._width = self._width or int(widths[0])
+            allowed = (widths > named) & (widths == self._width)
+            for place in np.flatnonzero(widths == named).tolist() if self._width > named else ():
+                told = f"{named} fields where the rows before have {self._width}"
+                self._blame(block, place, FaultKind.RAGGED, told)
+        wide = np.flatnonzero(allowed)
+        if len(wide):
+            begins, ends = block.marks.at[block.heads[wide] + named - 1], block.stops[block.rows[wide]]
+            empty = ends - begins == widths[wide] - named  # only delimiters
+            for place in np.flatnonzero(~empty).tolist():
+                empty[place] = self.dialect.blank(block.data[int(begins[place]) : int(ends[place])])
+            block.cut(wide[empty], named, begins[empty])
+
+    def _blame(self, block: RecordBlock, place: int, kind: FaultKind, reason: str, column: str | None = None) -> None:
+        """Note a bad row; beyond MOST_FAULTS they are only counted."""
+        if len(self._faults) >= MOST_FAULTS:
+            self._more += 1
+            return
+        position = int(block.rows[place])
+        record = block.record(position)
+        self._first_kind = self._first_kind or kind
+        self._faults.append(FileFault(reason, block.line_of(position), column, "" if column else shown(record)))
+        self._bad_rows.append(record)
 
     def _write(self, block: RecordBlock, spool: IO[bytes]) -> None:
         """Spool the rows in the columns of the new master, verbatim where possible."""
@@ -444,14 +433,14 @@ class IncomingFile:
         eol, d = union.eol, self.out.delimiter.encode()
         translated = self.dialect.delimiter != self.out.delimiter
         # Most files fit as they are: then write the block in one piece and only shift its offsets.
-        as_is = union.order is None and len(block.rows) == len(block.ends) and not translated
+        as_is = union.order is None and len(block.rows) == len(block.ends) and not translated and not block.is_cut
         if as_is and bool((block.ends - block.stops == len(eol)).all()):
             spool.write(block.data)
             self.offsets.frombytes((block.ends + base).tobytes())
             return
         parts = []
-        for position in block.rows.tolist():
-            record = block.record(position)
+        for start, stop in pairs(block.starts[block.rows], block.stops[block.rows]):
+            record = block.data[start:stop]
             if translated:
                 values = [self.dialect.unquoted(raw) for raw in self.dialect.fields(record)]
                 record = d.join(union.rendered([self.out.written(value) for value in values]))
@@ -462,26 +451,18 @@ class IncomingFile:
             parts.append(record)
         spool.write(eol.join([*parts, b""]))
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Sort the keys after everything is read. Raises UnmergeableFile if there are bad rows or no rows."""
         if self._first_kind:
-            delimiter = self.dialect.delimiter.encode()
+            hint = "correct these rows and put the file into the inbox again; no row of it was merged"
+            error = UnmergeableFile(self._first_kind, self._faults, hint, more=self._more)
             fields = [self.dialect.written(name.encode(self.dialect.encoding)) for name in self.header.names]
-            raise UnmergeableFile(
-                self._faults,
-                "correct these rows and put the file into the inbox again; no row of it was merged",
-                kind=self._first_kind,
-                header=delimiter.join(fields) + (self.header.eol or b"\n"),
-                records=self._records,
-                more=self._more,
-                rows=self.counted,
-            )
+            line = self.dialect.delimiter.encode().join(fields) + (self.header.eol or b"\n")
+            error.bad_rows = line + b"".join(record + b"\n" for record in self._bad_rows)
+            raise error
         if not self.counted:
-            raise UnmergeableFile(
-                [FileFault("it has no rows")],
-                "put a file with at least one row below the header",
-                kind=FaultKind.NO_ROWS,
-            )
+            hint = "put a file with at least one row below the header"
+            raise UnmergeableFile(FaultKind.NO_ROWS, [FileFault("it has no rows")], hint)
         self.keys.sort()
 
 
@@ -493,66 +474,28 @@ def read_incoming(
     Raises UnmergeableFile, FileStillChanging if it changed during the read, StuckFile on a read error, Permanent if the
     master lacks the key column, and OSError.
     """
-    known = (config.key_column, *config.required_columns, *(master.names if master else ()))
-    incoming = IncomingFile(config.key_column, known, CsvDialect(config.csv_delimiter, config.csv_encoding), spool)
+    incoming = IncomingFile(master, config, spool)
     with open_regular(path) as file:
-        incoming.identity = before = identity_of(os.fstat(file.fileno()))
-        if is_too_large(before.size, config):
-            told = f"{before.size} bytes, above max_file_size_mb={config.max_file_size_mb:g}"
-            raise UnmergeableFile(
-                [FileFault(told)], "split the file, or raise max_file_size_mb", kind=FaultKind.TOO_LARGE
-            )
+        size_bytes = os.fstat(file.fileno()).st_size
+        if is_too_large(size_bytes, config):
+            told = f"{size_bytes} bytes, above max_file_size_mb={config.max_file_size_mb:g}"
+            raise UnmergeableFile(FaultKind.TOO_LARGE, [FileFault(told)], "split the file, or raise max_file_size_mb")
         try:
-            incoming.read(file, master, config.required_columns, beat)
-        except MalformedCsv as error:
-            fault = FileFault(error.message, error.line, None, _shown(error.record) if error.record else None)
-            hint = "correct the file and put it into the inbox again"
-            if error.kind is FaultKind.ENCODING:
-                hint = _encoding_hint(config.csv_encoding)
-            raise UnmergeableFile([fault], hint, kind=error.kind, rows=incoming.counted) from error
-        if identity_of(os.fstat(file.fileno())) != before:
-            raise FileStillChanging(
-                f"{path.name} changed while it was read", "no action needed; the next run looks again"
-            )
-    incoming.finish()
+            incoming.read(file, beat)
+        except UnmergeableFile as error:
+            error.rows = incoming.counted
+            raise
     return incoming
 
 
-def _encoding_hint(encoding: str) -> str:
-    return f"save the file as {encoding} without NUL bytes, or set csv_encoding, and put it into the inbox again"
-
-
-def _shown(record: bytes) -> str:
-    return record[:LONGEST_VALUE].decode("utf-8", "backslashreplace")
-
-
-def _without_blank_records(block: RecordBlock, dialect: CsvDialect) -> RecordBlock:
-    """The block without blank rows: those of nothing but delimiters, blanks and empty quotes."""
+def _drop_blank_rows(block: RecordBlock, dialect: CsvDialect) -> None:
+    """Drop rows of nothing but delimiters, blanks and empty quotes."""
     soft = np.zeros(256, np.bool_)
     soft[[ord(dialect.delimiter), ord(" "), ord("\t"), ord('"')]] = True
-    positions = block.rows
+    starts, lasts = block.starts[block.rows], block.stops[block.rows] - 1
+    places = np.arange(len(block.rows))
     # The first byte rules out most rows; only rows that look blank at both ends and in the middle are checked in full.
     for part in (0.0, 1.0, 0.5):
-        starts, lasts = block.starts[positions], block.stops[positions] - 1
-        places = starts + ((lasts - starts) * part).astype(np.int64)
-        positions = positions[soft[block.array[places]]]
-    blank = [at for at in positions.tolist() if dialect.blank(block.record(at))]
-    return block.without(np.array(blank, np.int64)) if blank else block
-
-
-def _without_surplus(block: RecordBlock, dialect: CsvDialect, width: int, allowed: Container[int]) -> RecordBlock:
-    """Cut rows with an allowed number of fields to `width` fields, if all further ones are blank."""
-    widths = block.widths
-    wide = np.flatnonzero(widths > width)
-    if not len(wide):
-        return block
-    firsts, lasts = block.tails(wide, width), block.stops[block.rows][wide]
-    only_delimiters = lasts - firsts == widths[wide] - width
-    goes = [
-        place
-        for place, (first, last) in enumerate(pairs(firsts, lasts))
-        if int(widths[wide[place]]) in allowed and (only_delimiters[place] or dialect.blank(block.data[first:last]))
-    ]
-    if not goes:
-        return block
-    return block.without_bytes(firsts[goes], lasts[goes], dialect)
+        at = starts[places] + ((lasts[places] - starts[places]) * part).astype(np.int64)
+        places = places[soft[block.array[at]]]
+    block.drop([place for place in places.tolist() if dialect.blank(block.record(int(block.rows[place])))])

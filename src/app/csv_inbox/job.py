@@ -6,6 +6,7 @@ file does not block the others.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,8 +19,6 @@ from app.core.files import LogFile
 from app.core.ledger import KeptFile, SetAside, Tally, ledger_of
 from app.core.runs import Context, ExitCodes, Failure, Job, Report, ReportSum, Run
 from app.csv_inbox.config import (
-    FaultKind,
-    FileFault,
     FileStillChanging,
     InboxConfig,
     StuckFile,
@@ -34,25 +33,22 @@ from app.csv_inbox.discovery import (
     InboxPaths,
     InboxRun,
     candidates,
-    check_can_leave,
+    check_can_be_taken,
     ignored_files_note,
-    in_order,
     is_too_large,
     md5_of,
     open_regular,
-    printable,
     translate_os_errors,
-    unchanged,
 )
-from app.csv_inbox.quarantine import (
+from app.csv_inbox.quarantine import reject, rejected_by
+from app.csv_inbox.transaction import (
     changed_archive_files,
     changed_master,
     check_master,
     history_row,
     loads,
     preview,
-    reject,
-    rejected_by,
+    recover,
     to_undo,
 )
 
@@ -114,18 +110,13 @@ def run(inbox: InboxRun) -> Report:
         if not inbox.context.dry_run:
             paths.make()
             # Check without the lock and before importing the merge: nearly every run finds nothing.
-            waiting = (
-                candidates(inbox.config) or paths.journal.exists() or paths.leftovers() or changed_archive_files(paths)
-            )
+            waiting = candidates(paths) or paths.journal.exists() or paths.leftovers() or changed_archive_files(paths)
             if not waiting:
                 return Report(notes=_notes(inbox, changed_master(paths)))
-        from app.csv_inbox.transaction import (  # imports numpy: a run that finds nothing does not load it
-            merge_file,
-            preview_merge,
-        )
+        from app.csv_inbox.file_steps import merge_file, rehearsal  # numpy: a run that finds nothing does not load it
 
         if inbox.context.dry_run:
-            with preview_merge(inbox) as rehearse:
+            with rehearsal(inbox) as rehearse:
                 return _all(inbox, rehearse)
         with _started(inbox):
             return _all(inbox, lambda candidate: merge_file(inbox, candidate))
@@ -133,7 +124,7 @@ def run(inbox: InboxRun) -> Report:
 
 def _notes(inbox: InboxRun, *said: str) -> Sequence[str]:
     """The given notes, plus the note on ignored files; empty ones are left out."""
-    return tuple(note for note in (*said, ignored_files_note(inbox.config)) if note)
+    return tuple(note for note in (*said, ignored_files_note(inbox.paths)) if note)
 
 
 def undo(inbox: InboxRun, run_id: str) -> Report:
@@ -144,13 +135,13 @@ def undo(inbox: InboxRun, run_id: str) -> Report:
             found = to_undo(paths, run_id)
             check_master(inbox.config, found[0])
             return Report(rows=sum(load.rows for load in found), notes=tuple(preview(load) for load in found))
-        from app.csv_inbox.transaction import undo_merge
+        from app.csv_inbox.file_steps import undo_merge
 
         with _started(inbox):
             for load in to_undo(paths, run_id):
                 inbox.context.stop.check()
                 inbox.context.progress.advance(total=max(load.size_bytes // MEBIBYTE, 1))
-                undo_merge(paths, load, inbox.clock(), inbox.beat(None))
+                undo_merge(paths, load, inbox.clock(), inbox.beat(0))
                 inbox.tell(f"taken back: {preview(load)}")
             return Report(notes=tuple(inbox.told))
 
@@ -162,8 +153,6 @@ def _started(inbox: InboxRun) -> Iterator[None]:
     Waits up to `lock_timeout_seconds` for the lock. Raises as `run`.
     """
     from filelock import FileLock, Timeout
-
-    from app.csv_inbox.transaction import recover
 
     lock, seconds, stop = inbox.paths.lock, inbox.config.lock_timeout_seconds, inbox.context.stop
     try:
@@ -223,95 +212,83 @@ def _all(inbox: InboxRun, one: Callable[[Candidate], Report]) -> Report:
 
 
 def _steady(inbox: InboxRun) -> Sequence[Candidate]:
-    """Candidates that did not change during the wait, with their MD5 from before it.
+    """The files that did not change during the wait, oldest first; each with its MD5 from before it.
 
     Includes new files made from rows that were appended to files after their merge.
     """
-    from app.csv_inbox.appended_rows import ingest_appended_rows
+    from app.csv_inbox.file_steps import ingest_appended_rows
 
     waits = inbox.config.checksum_wait_seconds
     late = changed_archive_files(inbox.paths)
-    found = [_marked(inbox, each) if waits else each for each in candidates(inbox.config)]
+    found = [_marked(inbox, each) if waits else each for each in candidates(inbox.paths)]
     # One pause for all files.
     if waits and (late or any(not each.refused for each in found)):
-        inbox.context.stop.pause(waits)
+        inbox.context.stop.pause(min(waits, threading.TIMEOUT_MAX))
     steady = []
     for each in found:
-        name, same = printable(each.path.name), unchanged(each)
-        state = "unchanged" if same else "changed"
-        log.debug("%s: %d bytes, size and time %s after %g s", name, each.identity.size, state, waits)
-        if same:
+        is_steady = each.is_unchanged()
+        state = "unchanged" if is_steady else "changed"
+        log.debug("%s: %d bytes, size and time %s after %g s", each.name, each.identity.size, state, waits)
+        if is_steady:
             steady.append(each)
         else:
-            inbox.tell(f"{name}: still being written, left for the next run")
-    for old in (old for old in late if old.is_steady()):
+            inbox.tell(f"{each.name}: still being written, left for the next run")
+    for load, grown in late:
+        if not grown.is_unchanged():
+            continue
         if inbox.context.dry_run:
-            name = printable(old.path.name)
-            inbox.told.append(f"{name}: was written to after it was merged; that would be looked at")
-        elif (taken := ingest_appended_rows(inbox, old)) is not None:
+            inbox.told.append(f"{grown.name}: was written to after it was merged; that would be looked at")
+        elif (taken := ingest_appended_rows(inbox, load, grown)) is not None:
             steady.append(taken)
-    return in_order(steady)
+    return sorted(steady, key=lambda each: (each.identity.mtime_ns, each.path.name))
 
 
-def _marked(inbox: InboxRun, candidate: Candidate) -> Candidate:
-    if candidate.refused or is_too_large(candidate.identity.size, inbox.config):
-        return candidate  # hashing it would delay the others
+def _marked(inbox: InboxRun, each: Candidate) -> Candidate:
+    if each.refused or is_too_large(each.identity.size, inbox.config):
+        return each  # hashing it would delay the others
     try:
-        with open_regular(candidate.path) as file:
-            md5 = md5_of(file, candidate.identity.size)
-            return replace(candidate, md5=md5 or "shorter by now")  # never equals an MD5
+        with open_regular(each.path) as file:
+            return replace(each, md5=md5_of(file, each.identity.size) or "shorter by now")  # never equals an MD5
     except (UnmergeableFile, FileStillChanging, StuckFile):
-        return candidate  # reported when it is merged
+        return each  # reported when it is merged
 
 
-def _guarded(inbox: InboxRun, candidate: Candidate, one: Callable[[Candidate], Report]) -> Report:
+def _guarded(inbox: InboxRun, each: Candidate, one: Callable[[Candidate], Report]) -> Report:
     """Process one file: merge it, reject it, or leave it if it changed or cannot be read or moved."""
-    name = printable(candidate.path.name)
-    inbox.context.progress.advance(total=max(2 * candidate.identity.size // MEBIBYTE, 1))  # read once, appended once
+    inbox.context.progress.advance(total=max(2 * each.identity.size // MEBIBYTE, 1))  # read once, appended once
     try:
-        if candidate.refused:
-            fault, hint = (
-                FileFault(candidate.refused),
-                "put the file itself into the inbox, not a link, a pipe or a device",
-            )
-            return _set_aside(inbox, candidate, UnmergeableFile([fault], hint, kind=FaultKind.NOT_REGULAR))
-        check_can_leave(candidate.path)
         try:
-            return one(candidate)
+            check_can_be_taken(each)
+            return one(each)
         except UnmergeableFile as error:
-            return _set_aside(inbox, candidate, error)
+            return _set_aside(inbox, each, error)
     except FileStillChanging as error:
-        inbox.tell(f"{name}: left for the next run: {error.message}")
+        inbox.tell(f"{each.name}: left for the next run: {error.message}")
         return Report()
     except StuckFile as error:
-        return _left(inbox, name, error)
+        # It stays in the inbox, and each run reports it.
+        inbox.tell(f"{each.name}: stays in the inbox: {error}", logging.ERROR)
+        ledger = ledger_of(Tally(counted=1, waiting=1), unit=UNIT).of_partition(each.name)
+        return Report(failures=(Failure(each.name, error.message, error.hint),), ledger=ledger)
 
 
-def _left(inbox: InboxRun, name: str, error: StuckFile) -> Report:
-    """Leave the file in the inbox; each run reports it."""
-    inbox.told.append(f"{name}: stays in the inbox: {error}")
-    log.error("%r: stays in the inbox: %s", name, error)
-    ledger = ledger_of(Tally(counted=1, waiting=1), unit=UNIT).of_partition(name)
-    return Report(failures=(Failure(name, error.message, error.hint),), ledger=ledger)
+def _set_aside(inbox: InboxRun, each: Candidate, error: UnmergeableFile) -> Report:
+    """Move the file to quarantine; a dry run only reports it.
 
-
-def _set_aside(inbox: InboxRun, candidate: Candidate, error: UnmergeableFile) -> Report:
-    """Move the file to quarantine; a dry run only reports it. Raises StuckFile if it may not be moved, and OSError."""
-    name, where = printable(candidate.path.name), "would be rejected"
+    Raises FileStillChanging if it is gone or was changed, StuckFile if it may not be moved, and OSError.
+    """
+    where = "would be rejected"
     if not inbox.context.dry_run:
         try:
-            target = reject(inbox.paths, candidate, error, inbox.context.run_id, inbox.clock())
-        except FileStillChanging as gone:
-            inbox.tell(f"{name}: {gone.message}")
-            return Report()
+            target = reject(inbox.paths, each, error, inbox.context.run_id, inbox.clock())
         except OSError as refused:
             if refused.errno not in REFUSED:
                 raise
             told = f"{error.message}; and it cannot be moved to {inbox.config.rejected_dir}: {refused.strerror}"
             raise StuckFile(told, "let this user write there, or remove the file") from refused
         where = f"rejected, moved to {target.parent}"
-        log.error("%r: %s: %s", candidate.path.name, where, error)
-    inbox.told.append(f"{name}: {where}: {error}")
+        log.error("%r: %s: %s", each.name, where, error)
+    inbox.told.append(f"{each.name}: {where}: {error}")
     rows = max(error.rows, 1)
-    ledger = ledger_of(Tally(counted=rows, read=rows), SetAside(error.kind.value, rows, rows, name), unit=UNIT)
-    return Report(failures=(Failure(name, error.message, error.hint),), ledger=ledger.of_partition(name))
+    ledger = ledger_of(Tally(counted=rows, read=rows), SetAside(error.kind.value, rows, rows, each.name), unit=UNIT)
+    return Report(failures=(Failure(each.name, error.message, error.hint),), ledger=ledger.of_partition(each.name))

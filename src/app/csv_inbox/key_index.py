@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from app.csv_inbox.config import InboxConfig
 from app.csv_inbox.csv_tokenizer import NONE, CellSlices, Offsets, spread
+from app.csv_inbox.discovery import FileIdentity
 
 Hashes = npt.NDArray[np.uint64]
 Truths = npt.NDArray[np.bool_]
@@ -247,16 +248,16 @@ def lengths_in(entries: Hashes) -> Offsets:
     return (entries & LENGTH).view(np.int64)
 
 
-def _made_for(master: os.stat_result, config: InboxConfig) -> dict[str, Any]:
+def _made_for(master: FileIdentity, config: InboxConfig) -> dict[str, Any]:
     """What an index depends on: the master, its dialect and its key column."""
     return {
         "version": INDEX_VERSION,
-        "master": [master.st_ino, master.st_size, master.st_mtime_ns],
+        "master": [master.inode, master.size, master.mtime_ns],
         "subject": [config.key_column, config.csv_delimiter, config.csv_encoding],
     }
 
 
-def open_matching_index(files: ExitStack, path: Path, master: os.stat_result, config: InboxConfig) -> KeyIndex | None:
+def open_matching_index(files: ExitStack, path: Path, master: FileIdentity, config: InboxConfig) -> KeyIndex | None:
     """Open the index if it matches the master's current state, else None; `files` closes it. Raises OSError."""
     try:
         file = files.enter_context(path.open("rb"))
@@ -289,7 +290,7 @@ class IndexWriter:
         self._rows += int(np.count_nonzero(entries > LENGTH))
         self._file.write(data)
 
-    def seal(self, master: os.stat_result, config: InboxConfig) -> None:
+    def seal(self, master: FileIdentity, config: InboxConfig) -> None:
         """Make this the valid index of the finished master. If the head does not fit, it stays invalid."""
         head = _made_for(master, config) | {"records": self._records, "rows": self._rows, "crc32": self._crc}
         text = json.dumps(head).encode("ascii")

@@ -8,24 +8,23 @@ the run.
 import itertools
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from app.core.errors import Permanent, Transient
 from app.core.files import keep_mode, sync_file
 from app.csv_inbox import key_index
-from app.csv_inbox.config import FaultKind, InboxConfig
+from app.csv_inbox.config import InboxConfig, UnmergeableFile
 from app.csv_inbox.csv_tokenizer import (
     MASTER_RECORD_BYTES,
     NONE,
     CellSlices,
     CsvDialect,
-    MalformedCsv,
     Octets,
     Offsets,
     RecordBlock,
@@ -33,10 +32,10 @@ from app.csv_inbox.csv_tokenizer import (
     cut,
     find_field_bounds,
 )
-from app.csv_inbox.discovery import MEBIBYTE, identity_of
-from app.csv_inbox.incoming import ColumnUnion, CsvHeader, IncomingFile, read_header
+from app.csv_inbox.discovery import MEBIBYTE, FileIdentity, InboxPaths, identity_of
+from app.csv_inbox.incoming import CsvHeader, IncomingFile, read_header
 from app.csv_inbox.key_index import BLANK, LENGTH, Hashes, IndexMismatch, IndexWriter, KeyIndex, Truths
-from app.csv_inbox.quarantine import LoadRecord
+from app.csv_inbox.transaction import LoadRecord
 
 READ_BYTES = 1 << 20
 SCAN_BYTES = 1 << 21
@@ -58,8 +57,8 @@ class MasterWriter:
         self.indexing = indexing
         self.kept_bytes = 0
         self.ranges = array("q")
-        self._removed = removed
         self.beat = beat
+        self._removed = removed
 
     def write(self, data: bytes | memoryview) -> None:
         """Append all bytes: a single write may be short, for example just before the disk is full."""
@@ -83,11 +82,11 @@ class MasterWriter:
                     done = ends[-1]
         self.write(held[done:])
 
-    def note(self, removed: Callable[[], bytes], first: Offsets, last: Offsets) -> None:
-        """Save the removed bytes and their ranges in the old master, if an undo file is kept."""
+    def note(self, data: bytes | memoryview, first: Offsets, last: Offsets, at: int) -> None:
+        """Save these ranges of `data`, which is at this offset of the old master, if an undo file is kept."""
         if self._removed is not None and len(first):
-            self._removed.write(removed())
-            self.ranges.frombytes(np.stack((first, last - first), axis=1).astype(np.int64).tobytes())
+            self._removed.write(cut(data, first, last))
+            self.ranges.frombytes(np.stack((first + at, last - first), axis=1).astype(np.int64).tobytes())
 
     def finish(self) -> None:
         """Append the ranges to the removed bytes, and make the undo file durable."""
@@ -104,11 +103,11 @@ class MatchCounts:
     new row byte for byte, else as replaced. `doubtful` are columns in which no kept row has had a value so far.
     """
 
-    def __init__(self, incoming: IncomingFile, dialect: CsvDialect, spool: IO[bytes]) -> None:
+    def __init__(self, incoming: IncomingFile, spool: IO[bytes]) -> None:
         self.incoming = incoming
         self.union = incoming.union
-        self.dialect = dialect
-        self.padding = dialect.delimiter.encode() * len(incoming.union.added)
+        self.dialect = incoming.out
+        self.padding = self.dialect.delimiter.encode() * len(incoming.union.added)
         self.spool = spool
         self.offsets: Offsets = np.frombuffer(incoming.offsets, np.int64)
         self.doubtful: list[int] = list(self.union.doubtful)
@@ -120,13 +119,20 @@ class MatchCounts:
         """The number of the file's keys that the master has."""
         return int(np.count_nonzero(self._matched))
 
-    def find(self, cells: CellSlices, hashes: Hashes) -> tuple[Offsets, Offsets]:
-        """The positions of the cells whose key is in the file, and the file's last row for each."""
+    def find(self, block: RecordBlock, width: int) -> tuple[Hashes, Offsets, Offsets]:
+        """The key hash of each row, the positions of the rows whose key is in the file, and the file's row for each.
+
+        Raises UnmergeableFile for invalid text and for a row that does not have `width` fields.
+        """
+        block.check_text(self.dialect.encoding)
+        block.check_width(width)
+        cells = block.cells(self.union.key, self.dialect)
+        hashes = key_index.hashed(cells)
         places = self.incoming.keys.candidates(hashes)
         if not len(places):
-            return places, places
+            return hashes, places, places
         rows = self.incoming.keys.last_rows(cells.taken(places), hashes[places])
-        return places[rows >= 0], rows[rows >= 0]
+        return hashes, places[rows >= 0], rows[rows >= 0]
 
     def count(self, rows: Offsets, block: RecordBlock, positions: Offsets) -> None:
         """Count the master's records that are removed; `rows` are the file's rows that replace them."""
@@ -171,126 +177,126 @@ class MatchCounts:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class MergeResult:
-    """A merge into temporary files: its record, the new master's columns, and the stat of the old master, if any."""
+class Master(NamedTuple):
+    """The old master, opened before the incoming file is read, since its columns decide how that file's rows are
+    written. `identity` shows whether another program writes to it or replaces it meanwhile.
+    """
 
-    load: LoadRecord
-    columns: tuple[str, ...]
-    before: os.stat_result | None
+    file: IO[bytes]
+    identity: FileIdentity
+    header: CsvHeader
 
 
-def master_header(path: Path, config: InboxConfig) -> CsvHeader | None:
-    """The master's header; None if there is no master. Raises Permanent if it cannot be parsed."""
+def open_master(files: ExitStack, path: Path, config: InboxConfig) -> Master | None:
+    """The master; None if there is none. `files` closes it. Raises Permanent if its header cannot be parsed."""
     try:
-        with path.open("rb", buffering=0) as file:
-            return read_header(file.read, CsvDialect(config.csv_delimiter, config.csv_encoding))
+        file = files.enter_context(path.open("rb", buffering=0))
+        header = read_header(file.read, CsvDialect(config.csv_delimiter, config.csv_encoding))
     except FileNotFoundError:
         return None
-    except MalformedCsv as error:
+    except UnmergeableFile as error:
         raise _unreadable(path, error) from error
+    return Master(file, identity_of(os.fstat(file.fileno())), header)
 
 
-def _unreadable(path: Path, error: MalformedCsv) -> Permanent:
-    where = f", line {error.line}" if error.line else ""
+def _unreadable(path: Path, error: UnmergeableFile) -> Permanent:
     return Permanent(
-        f"the master {path.name} cannot be read{where}: {error.message}",
+        f"the master {path.name} cannot be read, {error.message}",
         "restore it from a backup or correct it; it was not changed, and files wait in the inbox until it can be read",
     )
 
 
 def merge(
-    master: Path | None,
+    paths: InboxPaths,
+    master: Master | None,
     incoming: IncomingFile,
-    config: InboxConfig,
     load: LoadRecord,
     *,
-    out: Path,
-    removed: Path | None,
     index: Path | None,
-    new_index: Path | None,
     beat: Beat,
-) -> MergeResult:
-    """Write the new master to `out` and the undo data, durably, to `removed` (None: no undo data).
+) -> tuple[LoadRecord, Sequence[str]]:
+    """Write the new master, the undo data and the new index, if they are wanted, to temporary files of `paths`.
 
-    `index` is the master's index, if any; `new_index` is None if none is wanted. `beat` receives byte counts and may
-    stop the merge. Raises Permanent, OSError, Transient if the master changed during the merge, and IndexMismatch if
-    the index does not match the master: then everything written is invalid.
+    Returns the finished record and the columns. All but the index are durable. `index` is the master's index, if it may
+    be used. `beat` receives byte counts and may stop the merge. Raises Permanent, OSError, Transient if the master was
+    written to, and IndexMismatch if the index does not match the master: then everything written is invalid.
     """
-    before = None
+    config, union = paths.config, incoming.union
     with ExitStack() as files:
+
+        def created(what: str, buffering: int = -1) -> IO[bytes]:
+            file: IO[bytes] = files.enter_context(paths.temporary(load.load_id, what).open("xb", buffering))
+            if master is not None:
+                os.fchmod(file.fileno(), os.fstat(master.file.fileno()).st_mode & 0o7777)
+            return file
+
+        size_bytes = incoming.offsets[-1] + (master.identity.size if master else 0)
+        indexing = IndexWriter(created("index")) if size_bytes >= config.index_from_mb * MEBIBYTE else None
         # If columns are added, undo keeps the whole old master instead of the removed rows.
-        rows = _created(files, removed, master) if removed is not None and not incoming.union.added else None
-        indexing = IndexWriter(_created(files, new_index, master)) if new_index is not None else None
-        output = MasterWriter(_created(files, out, master, buffering=0), rows, indexing, beat)
-        spool = files.enter_context(incoming.spool.open("rb", buffering=0))
-        counts = MatchCounts(incoming, CsvDialect(config.csv_delimiter, config.csv_encoding), spool)
-        try:
-            if master is None:
-                output.write(counts.union.header(counts.dialect))
-            else:
-                old = files.enter_context(master.open("rb", buffering=0))
-                fitting = key_index.open_matching_index(files, index, os.fstat(old.fileno()), config) if index else None
-                before = _keep_rows(old, counts, output, fitting, config.merged_file.name)
-        except MalformedCsv as error:
-            raise _unreadable(config.merged_file, error) from error
-        appended = _append(counts, output)
-        output.finish()
-        after = _complete(counts, output, config, out=out, new_index=new_index)
-    union, dropped = counts.union, counts.doubtful
+        removed = created("removed") if config.undo_keep and not union.added else None
+        out = MasterWriter(created("master", buffering=0), removed, indexing, beat)
+        counts = MatchCounts(incoming, files.enter_context(incoming.spool.open("rb", buffering=0)))
+        if master is None:
+            out.write(union.header(counts.dialect))
+        else:
+            fitting = key_index.open_matching_index(files, index, master.identity, config) if index else None
+            try:
+                _keep_rows(master, counts, out, fitting)
+            except UnmergeableFile as error:
+                raise _unreadable(config.merged_file, error) from error
+            # A program that does not take the lock may have written in place: then we read a mix of two versions.
+            if identity_of(os.fstat(master.file.fileno())) != master.identity:
+                told = f"the master {config.merged_file.name} was written to while it was read"
+                raise Transient(told, "no action needed; the next run merges into what it is then")
+        appended = _append(counts, out)
+        out.finish()
+        dropped = frozenset(counts.doubtful)
+        if dropped:
+            after = _drop_columns(paths.temporary(load.load_id, "master"), counts, dropped, beat)
+            # Dropping a column changes every record's length.
+            paths.temporary(load.load_id, "index").unlink(missing_ok=True)
+        else:
+            sync_file(out.file.fileno())
+            after = identity_of(os.fstat(out.file.fileno()))
+            if indexing is not None:
+                indexing.seal(after, config)
     # If columns are added or dropped, every row changes: undo then keeps the whole old master instead of rows.
-    revert = "first" if before is None else "whole" if union.added or dropped else "rows"
+    revert = "first" if master is None else "whole" if union.added or dropped else "rows"
     load = replace(
         load,
         inserted=appended - counts.matched,
         replaced=counts.matched - counts.unchanged,
         unchanged=counts.unchanged,
         columns_added=union.added,
-        columns_removed=tuple(union.names[place] for place in dropped),
+        columns_removed=tuple(union.names[place] for place in counts.doubtful),
         rows_before=counts.kept + counts.taken,
         rows_after=counts.kept + appended,
         revert=revert if config.undo_keep else "",
-        kept_bytes=output.kept_bytes if revert == "rows" else 0,
-        ranges=len(output.ranges) // 2 if revert == "rows" else 0,
-        size_bytes=after.st_size,
-        mtime_ns=after.st_mtime_ns,
-        mtime_before_ns=before.st_mtime_ns if before else 0,
+        kept_bytes=out.kept_bytes if revert == "rows" else 0,
+        ranges=len(out.ranges) // 2 if revert == "rows" else 0,
+        size_bytes=after.size,
+        mtime_ns=after.mtime_ns,
+        mtime_before_ns=master.identity.mtime_ns if master else 0,
     )
-    return MergeResult(load, tuple(name for place, name in enumerate(union.names) if place not in dropped), before)
+    return load, [name for place, name in enumerate(union.names) if place not in dropped]
 
 
-def _created(files: ExitStack, path: Path, master: Path | None, buffering: int = -1) -> IO[bytes]:
-    file: IO[bytes] = files.enter_context(path.open("xb", buffering=buffering))
-    if master is not None:
-        keep_mode(master, file.fileno())
-    return file
-
-
-def _keep_rows(
-    master: IO[bytes], counts: MatchCounts, out: MasterWriter, index: KeyIndex | None, name: str
-) -> os.stat_result:
-    """Write the master's kept rows, along its index if possible; returns the master's stat."""
-    before = os.fstat(master.fileno())
-    header = read_header(master.read, counts.dialect)
-    fits = index is not None and not counts.padding and bool(header.eol)
-    if index is not None and fits and _no_column_is_obsolete(master, header, counts):
-        _IndexedMerge(master, header, counts, out).run(index)
+def _keep_rows(master: Master, counts: MatchCounts, out: MasterWriter, index: KeyIndex | None) -> None:
+    """Write the master's header and kept rows, along its index if possible."""
+    fits = index is not None and not counts.padding and bool(master.header.eol)
+    if index is not None and fits and _no_column_is_obsolete(master, counts):
+        _indexed_merge(master, index, counts, out)
     else:
-        _full_scan(master, header, counts, out)
-    # A program that does not take the lock may have written in place: then we read a mix of two versions.
-    if identity_of(os.fstat(master.fileno())) != identity_of(before):
-        told = f"the master {name} was written to while it was read"
-        raise Transient(told, "no action needed; the next run merges into what it is then")
-    return before
+        _full_scan(master, counts, out)
 
 
-def _no_column_is_obsolete(master: IO[bytes], header: CsvHeader, counts: MatchCounts) -> bool:
+def _no_column_is_obsolete(master: Master, counts: MatchCounts) -> bool:
     """True if the first rows already prove it. Counts nothing."""
     if not counts.doubtful:
         return True
-    master.seek(header.size_bytes)
-    for number, block in enumerate(blocks(master.read, counts.dialect, 1 + header.lines)):
-        _, hits, _ = _looked_up(block, header, counts)
+    master.file.seek(master.header.size_bytes)
+    for number, block in enumerate(blocks(master.file.read, counts.dialect, 1 + master.header.line)):
+        _, hits, _ = counts.find(block, len(master.header.names))
         counts.doubt(block, hits)
         if not counts.doubtful or number == DOUBT_BLOCKS:
             break
@@ -313,33 +319,15 @@ def _append(counts: MatchCounts, out: MasterWriter) -> int:
     return len(rows)
 
 
-def _complete(
-    counts: MatchCounts, output: MasterWriter, config: InboxConfig, *, out: Path, new_index: Path | None
-) -> os.stat_result:
-    """Make the new master durable without obsolete columns, and seal its index; returns the new master's stat."""
-    if counts.doubtful:
-        if new_index is not None:
-            new_index.unlink()  # dropping a column changes every record's length
-        return _drop_columns(out, counts.union, counts.doubtful, counts.dialect, output.beat)
-    sync_file(output.file.fileno())
-    after = os.fstat(output.file.fileno())
-    if output.indexing is not None:
-        output.indexing.seal(after, config)
-    return after
-
-
-def _drop_columns(
-    path: Path, union: ColumnUnion, dropped: Sequence[int], dialect: CsvDialect, beat: Beat
-) -> os.stat_result:
-    """Rewrite the file durably without these columns; everything else is unchanged to the byte."""
-    second = path.with_name(f"{path.name}.2.tmp")
-    d, keep = dialect.delimiter.encode(), [at for at in range(len(union.names)) if at not in frozenset(dropped)]
+def _drop_columns(path: Path, counts: MatchCounts, dropped: Container[int], beat: Beat) -> FileIdentity:
+    """Rewrite the file durably without the doubtful columns; everything else is unchanged to the byte."""
+    second, dialect = path.with_name(f"{path.name}.2.tmp"), counts.dialect
+    d, keep = dialect.delimiter.encode(), [at for at in range(len(counts.union.names)) if at not in dropped]
     with path.open("rb", buffering=0) as file, second.open("xb", buffering=0) as narrow:
         keep_mode(path, narrow.fileno())
         out = MasterWriter(narrow, None, None, beat)
-        out.write(union.header(dialect, dropped))
-        header = read_header(file.read, dialect)
-        file.seek(header.size_bytes)
+        out.write(counts.union.header(dialect, dropped))
+        file.seek(read_header(file.read, dialect).size_bytes)
         for block in blocks(file.read, dialect, 1):
             beat(0)
             lines = []
@@ -349,7 +337,7 @@ def _drop_columns(
                 lines.append(d.join([fields[at] for at in keep]) + block.data[stop:end])
             out.write(b"".join(lines))
         sync_file(narrow.fileno())
-        after = os.fstat(narrow.fileno())
+        after = identity_of(os.fstat(narrow.fileno()))
     second.replace(path)
     return after
 
@@ -358,15 +346,16 @@ def _drop_columns(
 # fallback when no index matches.
 
 
-def _full_scan(master: IO[bytes], header: CsvHeader, counts: MatchCounts, out: MasterWriter) -> None:
-    """Write the header and every kept row. Raises MalformedCsv, OSError and what `out.beat` raises."""
-    master.seek(0)
-    raw = master.read(header.size_bytes)
+def _full_scan(master: Master, counts: MatchCounts, out: MasterWriter) -> None:
+    """Write the header and every kept row. Raises UnmergeableFile, OSError and what `out.beat` raises."""
+    header = master.header
+    master.file.seek(0)
+    raw = master.file.read(header.size_bytes)
     out.write(counts.union.header(counts.dialect) if counts.padding or not header.eol else raw)
     out.kept_bytes = at = header.size_bytes
-    for block in blocks(master.read, counts.dialect, 1 + header.lines, SCAN_BYTES):
+    for block in blocks(master.file.read, counts.dialect, 1 + header.line, SCAN_BYTES):
         out.beat(len(block.data))
-        hashes, hits, rows = _looked_up(block, header, counts)
+        hashes, hits, rows = counts.find(block, len(header.names))
         counts.kept += len(block.rows) - len(hits)
         if counts.doubtful:
             counts.doubt(block, hits)
@@ -379,28 +368,16 @@ def _full_scan(master: IO[bytes], header: CsvHeader, counts: MatchCounts, out: M
         at += len(block.data)
 
 
-def _looked_up(block: RecordBlock, header: CsvHeader, counts: MatchCounts) -> tuple[Hashes, Offsets, Offsets]:
-    """The key hash of each row, the positions of the rows whose key is in the file, and the file's row for each."""
-    encoding = counts.dialect.encoding
-    if (at := block.first_invalid(encoding)) >= 0:
-        told = f"invalid {encoding.upper()} byte 0x{block.data[at]:02X}"
-        raise MalformedCsv(told, block.line_at(at), kind=FaultKind.ENCODING)
-    block.check_width(len(header.names))
-    cells = block.cells(counts.union.key, counts.dialect)
-    hashes = key_index.hashed(cells)
-    return hashes, *counts.find(cells, hashes)
-
-
 def _write(block: RecordBlock, at: int, gone: Offsets, counts: MatchCounts, out: MasterWriter) -> None:
     """Write the block without the removed records; kept records change only by the padding for added columns."""
     first, last = _ranges(block.starts[gone], block.ends[gone])
+    out.note(block.data, first, last, at)
     data = block.data
     if counts.padding:
         size, stops = len(counts.padding), block.stops[block.rows]
         data = np.insert(block.array, np.repeat(stops, size), counts.padding[0]).tobytes()
         first, last = (place + size * np.searchsorted(stops, place, "right") for place in (first, last))
     out.keep(data, first, last)
-    out.note(lambda: cut(data, first, last), first + at, last + at)
     last_goes = len(gone) and int(gone[-1]) == len(block.ends) - 1
     if not block.data.endswith(b"\n") and not last_goes:
         out.write(counts.union.eol)  # the master's last record may lack its line end, and rows follow now
@@ -429,89 +406,65 @@ def _add_entries(indexing: IndexWriter, block: RecordBlock, gone: Offsets, hashe
 # never trusted: each row that it points to must have the recorded key hash and length.
 
 
-class _IndexedMerge:
-    """One pass over the master along its index. Everything before `_at` is done."""
-
-    def __init__(self, master: IO[bytes], header: CsvHeader, counts: MatchCounts, out: MasterWriter) -> None:
-        self._at = 0
-        self._size = os.fstat(master.fileno()).st_size
-        self._master = master
-        self._width = len(header.names)
-        self._counts = counts
-        self._out = out
-        self._header_bytes = header.size_bytes
-        self._held = memoryview(bytearray(CHUNK_BYTES))
-
-    def run(self, index: KeyIndex) -> None:
-        """Write the header and every kept row. The index must cover the whole master.
-
-        Raises IndexMismatch, as do the methods below.
-        """
-        self._chunk(self._header_bytes, NONE, NONE.view(np.uint64))
-        for entries in index.pieces():
-            self._piece(entries)
-        if self._at != self._size:
+def _indexed_merge(master: Master, index: KeyIndex, counts: MatchCounts, out: MasterWriter) -> None:
+    """Write the header and every kept row. Raises IndexMismatch, also where the index does not cover the master."""
+    descriptor, end, header = master.file.fileno(), master.identity.size, master.header
+    buffer = bytearray(CHUNK_BYTES)  # reused, so that the kernel has no new pages to clear
+    out.write(os.pread(descriptor, header.size_bytes, 0))
+    out.kept_bytes = at = header.size_bytes
+    for entries in index.pieces():
+        ends = at + np.cumsum(key_index.lengths_in(entries))
+        if int(ends[-1]) > end:
             raise IndexMismatch
-        self._counts.kept = index.rows - self._counts.taken
-
-    def _piece(self, entries: Hashes) -> None:
-        ends = np.cumsum(key_index.lengths_in(entries))
-        if self._at + int(ends[-1]) > self._size:
-            raise IndexMismatch
-        places = self._counts.incoming.keys.candidates(entries)
-        # Process up to CHUNK_BYTES at a time, or a single longer record.
-        gone, first, done = [], 0, 0
-        while first < len(entries):
-            last = max(int(np.searchsorted(ends, done + CHUNK_BYTES, "right")), first + 1)
-            low, high = np.searchsorted(places, (first, last)).tolist()
+        places = counts.incoming.keys.candidates(entries)
+        gone, done = [], 0
+        while done < len(entries):
+            # Up to CHUNK_BYTES at a time, or a single longer record.
+            stop = max(int(np.searchsorted(ends, at + CHUNK_BYTES, "right")), done + 1)
+            low, high = np.searchsorted(places, (done, stop)).tolist()
             asked = places[low:high]
-            gone.append(asked[self._chunk(int(ends[last - 1]) - done, ends[asked] - done, entries[asked])])
-            first, done = last, int(ends[last - 1])
-        if self._out.indexing is not None:
-            self._out.indexing.add(np.delete(entries, np.concatenate(gone)))
+            data = _read_exactly(descriptor, buffer, at, int(ends[stop - 1]) - at)
+            lengths = key_index.lengths_in(entries[asked])
+            starts = ends[asked] - at - lengths
+            hits = _confirmed(cut(data, starts, starts + lengths), lengths, entries[asked], header, counts)
+            gone.append(asked[hits])
+            first, last = _ranges(starts[hits], (starts + lengths)[hits])
+            out.beat(len(data))
+            out.keep(data, first, last)
+            out.note(data, first, last, at)
+            done, at = stop, at + len(data)
+        if out.indexing is not None:
+            out.indexing.add(np.delete(entries, np.concatenate(gone)))
+    if at != end:
+        raise IndexMismatch
+    counts.kept = index.rows - counts.taken
 
-    def _chunk(self, size: int, stops: Offsets, asked: Hashes) -> Offsets:
-        """Copy the next `size` bytes without matching records; returns which of `asked` matched."""
-        data, lengths = self._read(size), key_index.lengths_in(asked)
-        starts = stops - lengths
-        raw = cut(data, starts, stops)
-        hits = self._matches(raw, lengths, asked)
-        first, last = _ranges(starts[hits], stops[hits])
-        self._out.beat(size)
-        self._out.keep(data, first, last)
-        self._out.note(lambda: cut(data, first, last), first + self._at, last + self._at)
-        self._at += size
-        return hits
 
-    def _read(self, size: int) -> memoryview:
-        """The next bytes of the master, valid until the next call."""
-        if size > MASTER_RECORD_BYTES:
+def _read_exactly(descriptor: int, buffer: bytearray, at: int, size: int) -> memoryview:
+    """These bytes of the file, in the buffer if they fit. Raises IndexMismatch if it ends before them."""
+    if size > MASTER_RECORD_BYTES:
+        raise IndexMismatch
+    data, done = memoryview(buffer if size <= len(buffer) else bytearray(size))[:size], 0
+    while done < size:
+        count = os.preadv(descriptor, [data[done:]], at + done)
+        if not count:
             raise IndexMismatch
-        if size > len(self._held):
-            self._held = memoryview(bytearray(size))
-        data, done = self._held[:size], 0
-        while done < size:
-            count = os.preadv(self._master.fileno(), [data[done:]], self._at + done)
-            if not count:
-                raise IndexMismatch
-            done += count
-        return data
+        done += count
+    return data
 
-    def _matches(self, raw: bytes, lengths: Offsets, asked: Hashes) -> Offsets:
-        """Which of these records have a key of the file; counts them."""
-        if not len(asked):
-            return NONE
-        try:
-            block = RecordBlock(raw, find_field_bounds(raw, self._counts.dialect), 0)
-            block.check_width(self._width)
-        except MalformedCsv as error:
-            raise IndexMismatch from error
-        if len(block.rows) != len(asked) or not np.array_equal(block.ends, np.cumsum(lengths)):
-            raise IndexMismatch
-        cells = block.cells(self._counts.union.key, self._counts.dialect)
-        hashes = key_index.hashed(cells)
-        if ((hashes ^ asked) > LENGTH).any():
-            raise IndexMismatch
-        hits, rows = self._counts.find(cells, hashes)
-        self._counts.count(rows, block, block.rows[hits])
-        return hits
+
+def _confirmed(raw: bytes, lengths: Offsets, asked: Hashes, header: CsvHeader, counts: MatchCounts) -> Offsets:
+    """Which of these records, that the index points to, have a key of the file; counts them."""
+    if not len(asked):
+        return NONE
+    try:
+        block = RecordBlock(raw, find_field_bounds(raw, counts.dialect), 0)
+        hashes, hits, rows = counts.find(block, len(header.names))
+    except UnmergeableFile as error:
+        raise IndexMismatch from error
+    if len(block.rows) != len(asked) or not np.array_equal(block.ends, np.cumsum(lengths)):
+        raise IndexMismatch
+    if ((hashes ^ asked) > LENGTH).any():
+        raise IndexMismatch
+    counts.count(rows, block, block.rows[hits])
+    return hits

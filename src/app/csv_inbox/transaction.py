@@ -11,66 +11,244 @@ archive and inbox. Only an input that exists solely under the archive's pending 
 import json
 import logging
 import os
-import tempfile
-import time
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
-from app.core.errors import Permanent, Rejected, Transient
-from app.core.files import bounded_name, keep_mode, sync_directory, sync_file, write_durably
-from app.core.ledger import Tally, ledger_of
-from app.core.runs import Report
-from app.csv_inbox.config import FileStillChanging, InboxConfig, StuckFile, UnmergeableFile
-from app.csv_inbox.csv_tokenizer import CsvDialect, blocks
+from app.core.errors import Permanent, Rejected
+from app.core.files import bounded_name, sync_directory, write_durably
+from app.csv_inbox.config import FileStillChanging, InboxConfig, StuckFile, UnmergeableFile, printable
 from app.csv_inbox.discovery import (
-    MEBIBYTE,
-    UNIT,
+    RECORD,
     Candidate,
     FileIdentity,
     InboxPaths,
-    InboxRun,
-    free_paths,
     identity_at,
-    identity_of,
-    link_or_copy,
     md5_of,
-    name_folder_in_errors,
-    numbered_names,
     open_regular,
-    printable,
     time_stamp,
-    unchanged,
-)
-from app.csv_inbox.incoming import IncomingFile, read_header, read_incoming
-from app.csv_inbox.key_index import IndexMismatch
-from app.csv_inbox.merge import MergeResult, master_header, merge
-from app.csv_inbox.quarantine import (
-    MERGED,
-    UNDONE,
-    LoadRecord,
-    check_master,
-    load_id_of,
-    load_of,
-    loads,
-    prune,
-    revert_file,
-    save_load,
-    text_of,
 )
 
 VERSION = 1
+KEPT_LOADS = 1000
+RECENT_LOADS = 50
+REVERT = ".undo"
+LEAST_CHARACTERS = 4
+STAMP_CHARACTERS = len("YYYYMMDDTHHMMSS.mmm")
+MERGED, REJECTED, UNDONE = "merged", "rejected", "undone"
 log = logging.getLogger(__name__)
 
 
+# The load history: one small record file for each merged or rejected file. A record is written as part of its own
+# transaction, under a name that stays the same when the transaction is repeated; only the newest records are kept.
+
+
+def load_id_of(folder: Path, at: datetime) -> str:
+    """A new record name. Names sort by time, and this one sorts last even if the clock was set back.
+
+    Undo relies on this order: the newest merge is undone first.
+    """
+    newest = max((name[:STAMP_CHARACTERS] for name in _record_names(folder)), default="")
+    with suppress(ValueError, OverflowError):
+        at = max(at, datetime.strptime(f"{newest}000+0000", "%Y%m%dT%H%M%S.%f%z") + timedelta(milliseconds=1))
+    return f"{time_stamp(at)}-{uuid4().hex[:8]}"
+
+
+def text_of(at: datetime) -> str:
+    """A UTC timestamp as the history shows it."""
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 @dataclass(frozen=True, slots=True)
-class PendingRename:
+class LoadRecord:
+    """The outcome of one file. `load_id` begins with its UTC timestamp, so names sort by time.
+
+    `revert` is how the merge can be undone: "rows" (removed rows were kept), "whole" (the old master was kept),
+    "first" (there was no master), "" (cannot be undone). `size_bytes` and `mtime_ns` are the master's after the merge;
+    `mtime_before_ns` is its modification time before.
+
+    The last five fields serve to find rows appended to the file later: `archive_name` is its raw name in the archive;
+    `source` its device, inode, size and modification time at the last check (empty if unknown); `source_md5` the MD5
+    of everything ingested by then; `rows_at` the offset of its first row; `unended_bytes` the size of a last record
+    without a line end.
+    """
+
+    load_id: str
+    run_id: str
+    file: str
+    at: str
+    outcome: str
+    rows: int = 0
+    inserted: int = 0
+    replaced: int = 0
+    unchanged: int = 0
+    duplicates: int = 0
+    columns_added: tuple[str, ...] = ()
+    columns_removed: tuple[str, ...] = ()
+    rows_before: int = 0
+    rows_after: int = 0
+    seconds: float = 0.0
+    archived_as: str = ""
+    error: str = ""
+    revert: str = ""
+    kept_bytes: int = 0
+    ranges: int = 0
+    size_bytes: int = 0
+    mtime_ns: int = 0
+    mtime_before_ns: int = 0
+    archive_name: str = ""
+    source: tuple[int, ...] = ()
+    source_md5: str = ""
+    rows_at: int = 0
+    unended_bytes: int = 0
+
+    def summary(self) -> str:
+        """One line for people."""
+        parts = [f"{self.rows} rows: {self.inserted} inserted, {self.replaced} replaced, {self.unchanged} unchanged"]
+        if self.duplicates:
+            parts.append(f"{self.duplicates} rows whose key comes again later in the file left out")
+        columns = (("added", self.columns_added), ("removed", self.columns_removed))
+        parts += [f"columns {word}: {printable(', '.join(names)[:500])}" for word, names in columns if names]
+        return f"{self.file}: {self.outcome}, {'; '.join(parts)}; {self.rows_after} rows in all"
+
+
+def load_of(content: Mapping[str, Any]) -> LoadRecord:
+    """A load from its JSON record; unknown keys, from later versions, are ignored."""
+    known = {each.name for each in fields(LoadRecord)}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+    }
+    return LoadRecord(**{name: value for name, value in values.items() if name in known})
+
+
+def save_load(folder: Path, load: LoadRecord) -> None:
+    """Write or replace the record, durably. Raises OSError."""
+    text = json.dumps(asdict(load), indent=1)
+    write_durably(folder / f"{load.load_id}{RECORD}", [text.encode("ascii")])
+
+
+def loads(folder: Path, limit: int = KEPT_LOADS) -> Sequence[LoadRecord]:
+    """Newest first; empty if there is no folder. Unreadable records are skipped."""
+    names = _record_names(folder)
+    found = []
+    for name in sorted(names, reverse=True)[:limit]:
+        with suppress(OSError, ValueError, TypeError):
+            found.append(load_of(json.loads((folder / name).read_bytes())))
+    return found
+
+
+def _record_names(folder: Path) -> list[str]:
+    """The names of the record files; none if there is no folder."""
+    try:
+        return [path.name for path in folder.iterdir() if path.suffix == RECORD and path.name[0] != "."]
+    except FileNotFoundError:
+        return []
+
+
+def revert_file(folder: Path, load_id: str) -> Path:
+    """The undo file of a merge; it exists as long as the merge can be undone."""
+    return folder / f"{load_id}{REVERT}"
+
+
+def prune(folder: Path, undo_keep: int) -> None:
+    """Remove all but the newest `undo_keep` undo files, and the oldest records. Idempotent."""
+    # A merge can be undone for as long as its undo file is there.
+    reverts, records = (sorted(folder.glob(f"*{suffix}"), reverse=True) for suffix in (REVERT, RECORD))
+    for path in (*reverts[undo_keep:], *records[KEPT_LOADS:]):
+        path.unlink(missing_ok=True)
+
+
+def history_row(load: LoadRecord) -> Mapping[str, Any]:
+    """A load as one line of a table."""
+    columns = [f"+{name}" for name in load.columns_added] if load.rows_before else []
+    columns += [f"-{name}" for name in load.columns_removed]
+    as_it_is = ("at", "file", "outcome", "rows", "inserted", "replaced", "unchanged")
+    return {name: getattr(load, name) for name in as_it_is} | {
+        "columns": " ".join(columns)[:200],
+        "total": load.rows_after,
+        "seconds": round(load.seconds, 2),
+        "run": load.run_id[:12],
+        "run_id": load.run_id,
+        "error": load.error,
+    }
+
+
+def to_undo(paths: InboxPaths, run_id: str) -> Sequence[LoadRecord]:
+    """The merges of a run and all later ones, newest first. `run_id` may be a prefix. Raises Rejected."""
+    merged = [load for load in loads(paths.loads) if load.outcome == MERGED]
+    wanted = [place for place, load in enumerate(merged) if load.run_id.startswith(run_id)]
+    if not wanted or len(run_id) < LEAST_CHARACTERS:
+        told = f"no merge of a run {run_id[:40]!r} is in the history"
+        raise Rejected(told, "take the run from: python -m app runs csv_inbox")
+    if len({merged[place].run_id for place in wanted}) > 1:
+        raise Rejected(f"several runs begin with {run_id!r}", "give more of the run's id")
+    taken = merged[: wanted[-1] + 1]
+    gone = next((load for load in taken if not revert_file(paths.loads, load.load_id).exists()), None)
+    if gone is not None:
+        kept = paths.config.undo_keep
+        hint = f"only the last undo_keep={kept} merges can be taken back; drop corrected rows into the inbox instead"
+        raise Rejected(f"the merge of {gone.file} at {gone.at} can no longer be undone", hint)
+    return taken
+
+
+def preview(load: LoadRecord) -> str:
+    """Describes what undoing this merge does."""
+    return (
+        f"{load.file}, merged {load.at}: {load.inserted} inserted rows go, {load.replaced + load.unchanged} rows come "
+        f"back as they were; {load.rows_after} rows become {load.rows_before}"
+    )
+
+
+def check_master(config: InboxConfig, load: LoadRecord) -> None:
+    """Raises Rejected unless the master is as this merge left it, by size and modification time."""
+    if not _is_as_left(config, load):
+        raise Rejected(
+            f"{config.merged_file.name} was changed by something else since {load.file} was merged",
+            "put back the file as the merge left it; undoing would destroy what was done since",
+        )
+
+
+def _is_as_left(config: InboxConfig, load: LoadRecord) -> bool:
+    try:
+        there = config.merged_file.stat()
+    except FileNotFoundError:
+        return False
+    return (there.st_size, there.st_mtime_ns) == (load.size_bytes, load.mtime_ns)
+
+
+def changed_master(paths: InboxPaths) -> str:
+    """A warning if the master is missing or is not as the last merge left it, else "".
+
+    Someone may have restored an older copy that lacks later merges.
+    """
+    last = next((load for load in loads(paths.loads, RECENT_LOADS) if load.outcome == MERGED), None)
+    if last is None or _is_as_left(paths.config, last):
+        return ""
+    what = "was changed by something else" if paths.config.merged_file.exists() else "is gone"
+    return (
+        f"{paths.config.merged_file.name} {what} since {last.file} was merged at {last.at}, when it had "
+        f"{last.rows_after} rows; if rows lack, restore it, or copy their files from the archive into the inbox"
+    )
+
+
+def changed_archive_files(paths: InboxPaths) -> Sequence[tuple[LoadRecord, Candidate]]:
+    """The archived files that were written to since they were merged, each with its merge. Raises OSError."""
+    changed = []
+    for load in loads(paths.loads):
+        if load.outcome != MERGED or not load.source:
+            continue
+        path, merged = paths.config.archive_dir / load.archive_name, FileIdentity(*load.source)
+        found = identity_at(path)
+        if found and found != merged and (found.device, found.inode) == (merged.device, merged.inode):
+            changed.append((load, Candidate(path, found)))
+    return changed
+
+
+class PendingRename(NamedTuple):
     """A temporary file to be renamed to its final name. `inode` shows whether that was done already."""
 
     temporary: Path
@@ -78,8 +256,7 @@ class PendingRename:
     inode: int
 
 
-@dataclass(frozen=True, slots=True)
-class PendingArchive:
+class PendingArchive(NamedTuple):
     """The input's move from the inbox to the archive. `digest` is the MD5 of the merged content."""
 
     pending: Path
@@ -106,11 +283,21 @@ def renaming(temporary: Path, target: Path) -> PendingRename:
 
 def commit(paths: InboxPaths, transaction: Transaction) -> None:
     """Commit the transaction. Raises OSError; then it is not committed."""
+    archiving = transaction.archiving
     # The names must be on disk before the journal that refers to them.
-    archive = {transaction.archiving.pending.parent} if transaction.archiving else set()
+    archive = {archiving.pending.parent} if archiving else set()
     for folder in {each.temporary.parent for each in transaction.renamings} | archive:
         sync_directory(folder)
-    write_durably(paths.journal, [json.dumps(_to_json(transaction, paths.folder), indent=1).encode("ascii")])
+    content = {
+        "version": VERSION,
+        "renamings": transaction.renamings,
+        "removals": transaction.removals,
+        "archiving": archiving and archiving._asdict() | {"identity": archiving.identity._asdict()},
+        "load": asdict(transaction.load),
+    }
+    # Paths are relative to the master's folder, so that the whole tree can be moved before a restart.
+    text = json.dumps(content, indent=1, default=lambda path: os.path.relpath(path, paths.folder))
+    write_durably(paths.journal, [text.encode("ascii")])
 
 
 def complete(paths: InboxPaths, transaction: Transaction) -> bool:
@@ -118,8 +305,11 @@ def complete(paths: InboxPaths, transaction: Transaction) -> bool:
 
     Returns False if it was abandoned. Raises Permanent if it can be neither completed nor abandoned.
     """
+    master = paths.config.merged_file
+    # An undo of the first merge deletes the master; one that changed since is a later one.
+    is_later = master in transaction.removals and master.exists() and not _is_as_left(paths.config, transaction.load)
     # The first renaming replaces the master: if it is impossible, nothing else may be done.
-    if _removes_a_later_master(paths, transaction) or not all(map(_rename, transaction.renamings[:1])):
+    if is_later or not all(map(_rename, transaction.renamings[:1])):
         _give_up(paths, transaction)
         return False
     for each in transaction.renamings[1:]:
@@ -142,7 +332,7 @@ def _rename(each: PendingRename) -> bool:
     """True once the target is the transaction's file; False if that file is gone or was replaced since."""
     if each.temporary.exists():
         each.temporary.replace(each.target)
-        log.debug("renamed %s to %s", each.temporary.name, each.target)
+        log.debug("renamed %s to %s", each.temporary.name, printable(str(each.target)))
         return True
     # Either renamed before a crash, or replaced since: only the inode shows which.
     return each.target.exists() and each.target.stat().st_ino == each.inode
@@ -168,15 +358,6 @@ def _give_up(paths: InboxPaths, transaction: Transaction) -> None:
     sync_directory(paths.folder)
 
 
-def _removes_a_later_master(paths: InboxPaths, transaction: Transaction) -> bool:
-    """True if an undo would delete a master that changed after the merge it undoes."""
-    master = paths.config.merged_file
-    if master not in transaction.removals or not master.exists():
-        return False
-    found = master.stat()
-    return (found.st_size, found.st_mtime_ns) != (transaction.load.size_bytes, transaction.load.mtime_ns)
-
-
 def _archive(each: PendingArchive) -> None:
     """Rename the pending link to its archive name, and remove the inbox's name unless it is a different file by now.
 
@@ -186,7 +367,7 @@ def _archive(each: PendingArchive) -> None:
     merged = _is_merged(each)
     if each.pending.exists() and (merged or _inode(each.pending) != _inode(each.source)):
         each.pending.rename(each.target)
-        log.debug("archived %s as %s", each.source.name, each.target)
+        log.debug("archived %s as %s", printable(each.source.name), printable(str(each.target)))
     if os.path.lexists(each.target) and merged:
         each.source.unlink(missing_ok=True)
     each.pending.unlink(missing_ok=True)
@@ -206,7 +387,7 @@ def _is_merged(each: PendingArchive) -> bool:
         with open_regular(each.source) as file:
             return md5_of(file, held.size) == each.digest
     except (UnmergeableFile, FileStillChanging, StuckFile) as error:
-        log.warning("%s stays in the inbox: %s", each.source.name, error.message)
+        log.warning("%s stays in the inbox: %s", printable(each.source.name), error.message)
         return False
 
 
@@ -220,18 +401,10 @@ def recover(paths: InboxPaths) -> LoadRecord | None:
 
     Raises OSError, and Permanent if the journal is damaged or cannot be completed.
     """
-    done = None
-    try:
-        transaction = _from_json(json.loads(paths.journal.read_bytes()), paths.folder)
-    except FileNotFoundError:
-        transaction = None
-    except ValueError as error:
-        raise Permanent(
-            f"the merge journal {paths.journal.name} is damaged: {error}",
-            "compare master and metadata with a backup, then remove the journal; nothing was changed",
-        ) from error
+    done = transaction = None
     # After a crash past the commit, do the rest now. A crash before it left only temporary files to remove.
-    if transaction is not None:
+    if paths.journal.exists():
+        transaction = _read_journal(paths)
         paths.loads.mkdir(exist_ok=True)
         if complete(paths, transaction):
             done = transaction.load
@@ -239,323 +412,22 @@ def recover(paths: InboxPaths) -> LoadRecord | None:
     return done
 
 
-def _to_json(transaction: Transaction, folder: Path) -> Mapping[str, Any]:
-    """As JSON; paths are relative to the master's folder, so that the whole tree can be moved before a restart."""
-
-    def near(path: Path) -> str:
-        return os.path.relpath(path, folder)
-
-    archiving = transaction.archiving
-    return {
-        "version": VERSION,
-        "renamings": [[near(each.temporary), near(each.target), each.inode] for each in transaction.renamings],
-        "removals": [near(path) for path in transaction.removals],
-        "archiving": archiving
-        and {
-            "pending": near(archiving.pending),
-            "target": near(archiving.target),
-            "source": near(archiving.source),
-            "identity": archiving.identity._asdict(),
-            "digest": archiving.digest,
-        },
-        "load": asdict(transaction.load),
-    }
-
-
-def _from_json(content: Mapping[str, Any], folder: Path) -> Transaction:
-    archiving = None
-    if way := content["archiving"]:
-        target = folder / way["target"]
-        archiving = PendingArchive(
-            folder / way["pending"],
-            target.with_name(bounded_name(target.name)),  # earlier versions committed names that are too long
-            folder / way["source"],
-            FileIdentity(**way["identity"]),
-            way["digest"],
-        )
-    return Transaction(
-        [
-            PendingRename(folder / temporary, folder / target, inode)
+def _read_journal(paths: InboxPaths) -> Transaction:
+    try:
+        content = json.loads(paths.journal.read_bytes())
+        archiving = None
+        if way := content["archiving"]:
+            pending, target, source = (paths.folder / way[name] for name in ("pending", "target", "source"))
+            target = target.with_name(bounded_name(target.name))  # earlier versions committed names that are too long
+            archiving = PendingArchive(pending, target, source, FileIdentity(**way["identity"]), way["digest"])
+        renamings = [
+            PendingRename(paths.folder / temporary, paths.folder / target, inode)
             for temporary, target, inode in content["renamings"]
-        ],
-        [folder / path for path in content["removals"]],
-        archiving,
-        load_of(content["load"]),
-    )
-
-
-# Merging one file as one transaction. Before the commit only temporary files change; they are removed if it fails. A
-# dry run merges only into a temporary folder.
-
-KEPT_BYTES = 1 << 23
-
-
-def merge_file(inbox: InboxRun, candidate: Candidate) -> Report:
-    """Merge one file. Raises UnmergeableFile, FileStillChanging, Transient, Permanent, OSError."""
-    at, began = inbox.clock(), time.monotonic()
-    name, paths, master = printable(candidate.path.name), inbox.paths, inbox.config.merged_file
-    load = LoadRecord(load_id_of(paths.loads, at), inbox.context.run_id, name, text_of(at), MERGED)
-
-    def temporary(what: str) -> Path:
-        return paths.temporary(load.load_id, what)
-
-    try:
-        incoming, merged = _read_and_merge(
-            inbox, candidate, load, master=master, index=paths.index, temporary=temporary
-        )
-        load = replace(merged.load, seconds=time.monotonic() - began)
-        transaction = _prepare(inbox, candidate, incoming, merged, load)
-        commit(paths, transaction)
-    finally:
-        if not paths.journal.exists():  # after a commit the journal needs them
-            paths.remove_leftovers()
-    complete(paths, transaction)
-    if temporary("index").exists():  # rename the index only after its master
-        temporary("index").replace(paths.index)
-    inbox.tell(transaction.load.summary())
-    numbers = (load.rows_after, len(merged.columns), load.size_bytes)
-    log.info("%s: written, %d rows, %d columns, %d bytes", master.name, *numbers)
-    return _report(incoming, load)
-
-
-@contextmanager
-def preview_merge(inbox: InboxRun) -> Iterator[Callable[[Candidate], Report]]:
-    """A dry run: yields a function that reports what merging a file, after the earlier ones, would do.
-
-    That function raises as `merge_file` does.
-    """
-    master, index = inbox.config.merged_file, inbox.paths.index
-    with tempfile.TemporaryDirectory(prefix="headwater-csv-inbox-") as name:
-        folder = Path(name)
-
-        def rehearse(candidate: Candidate) -> Report:
-            nonlocal master, index
-            unique = uuid4().hex
-            load = LoadRecord("", inbox.context.run_id, printable(candidate.path.name), "", "valid")
-            with name_folder_in_errors(folder):
-                incoming, merged = _read_and_merge(
-                    inbox,
-                    candidate,
-                    load,
-                    master=master,
-                    index=index,
-                    temporary=lambda what: folder / f"{unique}.{what}",
-                )
-            incoming.spool.unlink()
-            if master.parent == folder:
-                master.unlink()
-            master, index = folder / f"{unique}.master", folder / f"{unique}.index"
-            inbox.told.append(merged.load.summary())
-            return _report(incoming, merged.load)
-
-        yield rehearse
-
-
-def _report(incoming: IncomingFile, load: LoadRecord) -> Report:
-    """The report for one file. A row replaced by a later row of the same file counts as corrected."""
-    tally = Tally(
-        counted=incoming.counted,
-        read=incoming.rows,
-        new=load.inserted,
-        already_there=load.unchanged,
-        corrected=load.replaced + incoming.duplicates,
-    )
-    ledger = ledger_of(tally, unit=UNIT).of_partition(load.file)
-    return Report(rows=incoming.rows, bytes=incoming.identity.size, ledger=ledger)
-
-
-def _read_and_merge(
-    inbox: InboxRun,
-    candidate: Candidate,
-    load: LoadRecord,
-    *,
-    master: Path,
-    index: Path,
-    temporary: Callable[[str], Path],
-) -> tuple[IncomingFile, MergeResult]:
-    """Check, spool and merge one file into temporary files; the master and its index need not exist."""
-    # glibc returns memory to the kernel once the idle part exceeds twice the largest block ever freed; the kernel then
-    # has to clear each page again, a hundred pages per megabyte merged. Freeing one large, untouched block raises that
-    # limit, so memory is reused from block to block. The daemon sets its own limits.
-    bytearray(KEPT_BYTES)
-    config = inbox.config
-    header = master_header(master, config)
-    beat = inbox.beat(master if header else None)
-    incoming = read_incoming(candidate.path, header, config, temporary("rows"), beat)
-    if candidate.md5 not in ("", incoming.md5):
-        raise FileStillChanging(
-            f"{candidate.path.name} changed under its name", "no action needed; the next run looks again"
-        )
-    log.debug(
-        "%s: MD5 %s, %d rows in %d bytes, %d distinct keys; master %s",
-        *(load.file, "unchanged" if candidate.md5 else "read once"),
-        *(incoming.counted, incoming.identity.size, incoming.keys.count),
-        f"with {len(header.names)} columns" if header else "not there yet",
-    )
-    load = replace(
-        load,
-        rows=incoming.rows,
-        duplicates=incoming.duplicates,
-        source=incoming.identity,
-        source_md5=incoming.md5,
-        rows_at=incoming.header.size_bytes,
-        unended_bytes=incoming.unended_bytes,
-    )
-    size = incoming.offsets[-1] + (master.stat().st_size if header else 0)
-    work = partial(
-        merge,
-        master if header else None,
-        incoming,
-        config,
-        load,
-        out=temporary("master"),
-        removed=temporary("removed") if config.undo_keep and not inbox.context.dry_run else None,
-        new_index=temporary("index") if size >= config.index_from_mb * MEBIBYTE else None,
-        beat=beat,
-    )
-    try:
-        return incoming, work(index=index)
-    except IndexMismatch:
-        for what in ("master", "removed", "index"):
-            temporary(what).unlink(missing_ok=True)
-        return incoming, work(index=None)
-
-
-def _prepare(
-    inbox: InboxRun, candidate: Candidate, incoming: IncomingFile, merged: MergeResult, load: LoadRecord
-) -> Transaction:
-    """Make everything durable under temporary names and link the input into the archive: ready to commit.
-
-    Raises FileStillChanging if the input was replaced, and Transient if a program that does not take the lock replaced
-    the master.
-    """
-    paths, config, at = inbox.paths, inbox.config, inbox.clock()
-    metadata = paths.temporary(load.load_id, "metadata", config.metadata_file.parent)
-    with name_folder_in_errors(config.metadata_file.parent):
-        write_metadata(metadata, merged.columns, load.rows_after, at)
-    renamings = [
-        renaming(paths.temporary(load.load_id, "master"), config.merged_file),
-        renaming(metadata, config.metadata_file),
-    ]
-    if config.undo_keep:
-        removed = paths.temporary(load.load_id, "removed")
-        if load.revert == "whole":
-            removed.unlink(missing_ok=True)
-            link_or_copy(config.merged_file, removed)
-        elif load.revert == "first":
-            removed.touch()
-        renamings.append(renaming(removed, revert_file(paths.loads, load.load_id)))
-    with name_folder_in_errors(config.archive_dir):
-        archiving = _archiving(inbox, candidate, incoming, load.load_id, at)
-    found = identity_of(config.merged_file.stat()) if config.merged_file.exists() else None
-    if found != (identity_of(merged.before) if merged.before else None):
-        raise Transient(
-            f"the master {config.merged_file.name} was replaced while it was read",
-            "no action needed; the next run merges into what it is then",
-        )
-    archive_name = archiving.target.name
-    load = replace(load, archived_as=printable(archive_name), archive_name=archive_name)
-    return Transaction(renamings, [paths.temporary(load.load_id, "rows")], archiving, load)
-
-
-def _archiving(
-    inbox: InboxRun, candidate: Candidate, incoming: IncomingFile, load_id: str, at: datetime
-) -> PendingArchive:
-    """Link exactly the file that was read into the archive. Raises FileStillChanging."""
-    pending, name = inbox.paths.pending(load_id), candidate.path.name
-    try:
-        link_or_copy(candidate.path, pending)
-    except FileNotFoundError as error:
-        if candidate.path.exists():  # then the archive folder is missing
-            raise
-        raise FileStillChanging(f"{name} is gone", "no action needed; the file was removed") from error
-    if not unchanged(replace(candidate, identity=incoming.identity)):
-        raise FileStillChanging(f"{name} was replaced while it was read", "no action needed; the next run merges it")
-    target = next(free_paths(inbox.config.archive_dir, name, numbered_names(f".{time_stamp(at)}")))
-    return PendingArchive(pending, target, candidate.path, incoming.identity, incoming.md5)
-
-
-def write_metadata(temporary: Path, columns: Sequence[str], rows: int, at: datetime) -> None:
-    """Write the metadata durably to a temporary file. `last_updated` is UTC without an offset, as documented."""
-    content = {
-        "last_updated": at.replace(tzinfo=None).isoformat(timespec="microseconds"),
-        "row_count": rows,
-        "column_count": len(columns),
-        "columns": list(columns),
-    }
-    with temporary.open("x", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        sync_file(file.fileno())
-
-
-# Undoing merges, newest first, each as one committed transaction: the master is restored byte for byte.
-#
-# Invariant: a master that changed since the last merge is never overwritten; archived files stay in the archive.
-
-
-def undo_merge(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable[[int], None]) -> None:
-    """Undo the newest merge; `beat` receives the bytes written and may stop it before the commit.
-
-    Raises Rejected if the master was changed since, and OSError.
-    """
-    config = paths.config
-    check_master(config, load)
-    removed = revert_file(paths.loads, load.load_id)
-    renamings, removals = [], [removed]
-    if load.revert == "first":
-        removals = [config.merged_file, config.metadata_file, removed]
-    else:
-        restored = paths.temporary(load.load_id, "restored")
-        metadata = paths.temporary(load.load_id, "metadata", config.metadata_file.parent)
-        if load.revert == "whole":
-            link_or_copy(removed, restored)
-        else:
-            _splice(config, load, removed, restored, beat)
-        dialect = CsvDialect(config.csv_delimiter, config.csv_encoding)
-        with restored.open("rb", buffering=0) as file:
-            header = read_header(file.read, dialect)
-            file.seek(header.size_bytes)
-            rows = sum(len(block.rows) for block in blocks(file.read, dialect, 1))
-        write_metadata(metadata, header.names, rows, at)
-        renamings = [renaming(restored, config.merged_file), renaming(metadata, config.metadata_file)]
-    transaction = Transaction(renamings, removals, None, replace(load, outcome=UNDONE, revert=""))
-    check_master(config, load)  # again: a program that does not take the lock may have written to it meanwhile
-    commit(paths, transaction)
-    complete(paths, transaction)
-
-
-def _splice(config: InboxConfig, load: LoadRecord, kept: Path, restored: Path, beat: Callable[[int], None]) -> None:
-    """Write the master's kept bytes with the removed rows back in place; in `kept` the ranges follow the rows."""
-    with (
-        config.merged_file.open("rb", buffering=0) as master,
-        kept.open("rb", buffering=0) as removed,
-        restored.open("xb") as out,
-    ):
-        keep_mode(config.merged_file, out.fileno())
-        ranges = array("q")
-        size = 2 * load.ranges * ranges.itemsize
-        removed.seek(-size, os.SEEK_END)
-        ranges.frombytes(removed.read(size))
-        removed.seek(0)
-        at = 0
-        for offset, length in zip(ranges[0::2], ranges[1::2], strict=True):
-            _copy(master, out, offset - at, beat)
-            _copy(removed, out, length, beat)
-            at = offset + length
-        _copy(master, out, load.kept_bytes - master.tell(), beat)
-        out.flush()
-        # Restore the modification time too: the previous merge recognises its master by size and time.
-        os.utime(out.fileno(), ns=(load.mtime_before_ns, load.mtime_before_ns))
-        sync_file(out.fileno())
-
-
-def _copy(source: IO[bytes], out: IO[bytes], size: int, beat: Callable[[int], None]) -> None:
-    while size > 0:
-        piece = source.read(min(size, MEBIBYTE))
-        if not piece:
-            raise Rejected("what was kept of the master is incomplete", "restore the master from a backup instead")
-        out.write(piece)
-        beat(len(piece))
-        size -= len(piece)
+        ]
+        removals = [paths.folder / path for path in content["removals"]]
+        return Transaction(renamings, removals, archiving, load_of(content["load"]))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Permanent(
+            f"the merge journal {paths.journal.name} is damaged: {error}",
+            "compare master and metadata with a backup, then remove the journal; nothing was changed",
+        ) from error
