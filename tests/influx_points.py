@@ -1,6 +1,7 @@
 """Points as a reader gives them, columns of a tree in memory, and what was made of both, for tests of the rows."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from app.core.retry import Pauses, RetryPolicy
 from app.core.runs import Stop
 from app.core.windows import EPOCH
 from app.db.checkpoints import Layout
-from app.influx_to_s3.layout import Column, LayoutDocument, LayoutFile, TreeColumns, new_layout
+from app.influx_to_s3.layout import EVER, Column, LayoutDocument, LayoutFile, TreeColumns, new_layout
 from app.influx_to_s3.reader import PointColumns, Reader
 from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.rows import ConflictingValue, canonical_table, merge_ordered
@@ -39,7 +40,9 @@ def columns_of(
     file: LayoutFile | None = None,
 ) -> TreeColumns:
     """The columns of a new tree, or of one that has these."""
-    return TreeColumns(tree or tree_of(*columns), device_tag=device_tag, ignored=ignored, types=types or {}, file=file)
+    given = tree or tree_of(*columns)
+    given = replace(given, ignored_tags=given.ignored_tags or ((EVER, tuple(ignored)),))
+    return TreeColumns(given, device_tag=device_tag, types=types or {}, file=file)
 
 
 def points(*instants: int, tags: Mapping[str, str | None] | None = None, **fields: Sequence[Any]) -> PointColumns:

@@ -28,7 +28,7 @@ from app.influx_to_s3.layout import (
 )
 from app.influx_to_s3.reader import PointColumns
 from app.influx_to_s3.rows import canonical_table
-from influx_points import NOON, NOON_NS, TIMES, columns_of, points, rows_in, tree_of
+from influx_points import IGNORED, NOON, NOON_NS, TIMES, columns_of, points, rows_in, tree_of
 from memory_objects import MemoryObjects
 
 
@@ -148,7 +148,7 @@ def test_no_two_columns_share_a_name_and_each_says_whose_it_is(tags: list[str], 
 
 def test_an_ignored_tag_has_no_column_and_its_name_is_free_for_a_field() -> None:
     columns = columns_of()
-    columns.see(["schema_version", "phase"], {"schema_version": INTEGER})
+    canonical_table(points(0, tags={"schema_version": "2", "phase": "A"}, schema_version=[1]), columns)
     assert columns.tags == {"device_type", "location", "phase"}
     assert columns.fields["schema_version"].name == "schema_version"
 
@@ -187,7 +187,7 @@ def test_a_type_from_the_settings_decides_for_a_column_that_is_new() -> None:
 
 def test_a_type_from_the_settings_is_for_fields_and_not_for_tags_or_overflows() -> None:
     file = LayoutFile(MemoryObjects(), "t", lambda _: tree_of())
-    tree, _ = file.begin(NOON, wanted=lambda tree: tree.layouts[-1], types={}, dry_run=False)
+    tree, _ = file.begin(NOON, wanted=lambda tree: tree.layouts[-1], types={}, ignored=IGNORED, dry_run=False)
     columns = columns_of(tree=tree, file=file, types={"phase": DOUBLE, "n_text": INTEGER})
     table = canonical_table(points(0, tags={"phase": "L1"}, n=[1.5]), columns)
     table = canonical_table(points(0, tags={"phase": "L1"}, n=["x"]), columns)
@@ -220,7 +220,7 @@ def test_what_was_written_before_is_known_to_the_next_run() -> None:
     file = LayoutFile(MemoryObjects(), "t", lambda _: tree_of())
 
     def run() -> TreeColumns:
-        tree, _ = file.begin(NOON, wanted=lambda tree: tree.layouts[-1], types={}, dry_run=False)
+        tree, _ = file.begin(NOON, wanted=lambda tree: tree.layouts[-1], types={}, ignored=IGNORED, dry_run=False)
         return columns_of(tree=tree, file=file)
 
     first = run()

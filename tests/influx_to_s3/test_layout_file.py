@@ -31,12 +31,13 @@ from app.influx_to_s3.layout import (
     from_json,
     new_layout,
     to_json,
+    with_ignored_tags,
     with_layout,
     with_types,
 )
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectInfo, ObjectStore, PutRequest
-from influx_points import LAYOUT, NOON, columns_of
+from influx_points import IGNORED, LAYOUT, NOON, columns_of
 from memory_objects import MemoryObjects
 from object_stores import bucket, get, outside, put, s3_store, shared_bucket, target_of
 
@@ -93,7 +94,9 @@ def begin(
     dry_run: bool = False,
 ) -> tuple[LayoutDocument, datetime]:
     """A run begins."""
-    return file_in(store, wanted).begin(now, wanted=lambda _: wanted, types=types or {}, dry_run=dry_run)
+    return file_in(store, wanted).begin(
+        now, wanted=lambda _: wanted, types=types or {}, ignored=IGNORED, dry_run=dry_run
+    )
 
 
 def text_of(store: ObjectStore) -> str:
@@ -111,7 +114,8 @@ def day_before(tree: LayoutDocument, day: date) -> list[tuple[int, str, str]]:
 
 def test_the_first_run_writes_a_tree_that_begins_on_the_grid_and_seals_today(store: Clocked) -> None:
     tree, now = begin(store, NOON + timedelta(minutes=17))
-    assert tree == LayoutDocument(NOON - DAY, TODAY, (replace(HOURLY, effective_at=EPOCH),))
+    layouts, ignored_tags = (replace(HOURLY, effective_at=EPOCH),), ((EVER, tuple(sorted(IGNORED))),)
+    assert tree == LayoutDocument(NOON - DAY, TODAY, layouts, ignored_tags=ignored_tags)
     assert now == NOON + timedelta(minutes=17)
     assert from_json(json.loads(text_of(store))) == tree
 
@@ -204,6 +208,19 @@ def test_a_type_that_is_no_longer_set_stays_as_it_was_set(store: Clocked) -> Non
     file_in(store).change(lambda tree: add_columns(tree, [COUNT]))
     changed, _ = begin(store, types={"count": DOUBLE})
     assert begin(store)[0] == changed
+
+
+def test_ignored_tags_change_from_the_day_after_and_an_older_tree_has_those_that_are_set() -> None:
+    tree = with_ignored_tags(new_layout(HOURLY, NOON), ["b", "a"], TODAY)
+    assert tree.ignored_tags == ((EVER, ("a", "b")),)
+    assert with_ignored_tags(tree, ["a", "b"], TODAY) is tree
+    changed = with_ignored_tags(replace(tree, sealed_day=TODAY + DAY), ["c"], TODAY)
+    assert [changed.ignored_on(TODAY + n * DAY) for n in range(3)] == [{"a", "b"}, {"a", "b"}, {"c"}]
+    assert with_ignored_tags(changed, ["a", "b"], TODAY).ignored_tags == tree.ignored_tags
+    assert from_json(to_json(changed)) == changed
+    assert (
+        from_json({name: value for name, value in to_json(tree).items() if name != "ignored_tags"}).ignored_tags == ()
+    )
 
 
 def test_a_type_can_be_set_for_a_field_only() -> None:
@@ -327,6 +344,7 @@ def broken(**change: Any) -> bytes:
         {"layouts": [LATER, to_json(new_layout(HOURLY, NOON))["layouts"][0]]},
         {"columns": [{"name": "n", "kind": kind, "source": "n", "types": ALWAYS_TEXT} for kind in ("tag", "field")]},
         {"columns": {"count": "integer"}},
+        {"ignored_tags": [{"from": "2026-02-07", "tags": []}]},
     ],
 )
 def test_a_file_with_a_value_that_is_not_known_is_not_guessed_at(store: Clocked, change: dict[str, Any]) -> None:
@@ -350,12 +368,11 @@ COLUMNS = st.builds(
 @settings(max_examples=60, deadline=None)
 def test_the_file_gives_back_every_tree_also_with_lone_surrogates(columns: list[Column], day: date, unit: str) -> None:
     later = Layout(datetime(day.year, day.month, day.day, tzinfo=UTC), 900, "csv", "%Y/%j", unit)
-    tree = LayoutDocument(NOON, day, (replace(HOURLY, effective_at=EPOCH), later), tuple(columns))
-    store = Clocked()
-    LayoutFile(store, "telemetry", lambda _: tree).begin(NOON, wanted=lambda _: later, types={}, dry_run=False)
-    found, _ = LayoutFile(store, "telemetry", lambda _: tree).begin(
-        NOON, wanted=lambda _: later, types={}, dry_run=True
-    )
+    layouts = (replace(HOURLY, effective_at=EPOCH), later)
+    tree = LayoutDocument(NOON, day, layouts, tuple(columns), ((EVER, ()), (day, ("a", "b"))))
+    file = LayoutFile(Clocked(), "telemetry", lambda _: tree)
+    file.begin(NOON, wanted=lambda _: later, types={}, ignored=["b", "a"], dry_run=False)
+    found, _ = file.begin(NOON, wanted=lambda _: later, types={}, ignored=["b", "a"], dry_run=True)
     assert replace(found, sealed_day=day) == tree
 
 
@@ -443,7 +460,7 @@ def test_what_two_processes_add_and_change_at_once_is_all_there(
             try:
                 start.wait(10)
                 file = file_in(stores[number])
-                tree, _ = file.begin(now, wanted=lambda _: wanted[number], types={}, dry_run=False)
+                tree, _ = file.begin(now, wanted=lambda _: wanted[number], types={}, ignored=IGNORED, dry_run=False)
                 columns = columns_of(tree=tree, file=file)
                 for step in range(8):
                     columns.see([f"tag{number}.{step}", "shared"], {f"Field{step}": (DOUBLE, TEXT)[number]})

@@ -212,6 +212,32 @@ def test_each_tag_set_of_a_device_is_a_row_of_its_own(exporter: Exporter) -> Non
     ]
 
 
+@pytest.mark.parametrize("changes", [("rack", ""), ("", "rack")])
+def test_a_change_of_the_ignored_tags_doubles_nothing_that_is_written_already(
+    exporter: Exporter, changes: tuple[str, str]
+) -> None:
+    def rows() -> int:
+        return sum(table(exporter.store, key).num_rows for key in exporter.keys)
+
+    before, after = ({"INFLUXDB_IGNORED_TAGS": tags, "EXPORT_GRACE_SECONDS": "0"} for tags in changes)
+    for field, rack in (("voltage=1", "A"), ("current=2", "B")):
+        exporter.write(NOON, fields=field, rack=rack)
+        exporter.write(NOON + HOUR, fields=field, rack=rack)
+    exporter.at(hours=1, minutes=1)
+    exporter.well(**before)
+    number = rows()
+    exporter.at(hours=2, minutes=1)
+    exporter.well(**after)
+    exporter.reconcile(**after)
+    exporter.backfill(NOON, NOON + 2 * HOUR, **after)
+    assert rows() == number
+    for field, rack in (("voltage=1", "A"), ("current=2", "B")):
+        exporter.write(NOON + 24 * HOUR, fields=field, rack=rack)
+    exporter.at(hours=25)
+    exporter.well(**after)
+    assert rows() == number + (2 if number == 2 else 1)  # the next day has the other identity
+
+
 def test_points_that_differ_in_ignored_tags_only_are_one_row_and_what_disagrees_is_set_aside(
     exporter: Exporter,
 ) -> None:

@@ -164,7 +164,7 @@ class InfluxSettings(SettingsGroup, title="InfluxDB, the source of influx_to_s3"
     ignored_tags: Annotated[Texts, Allowed("comma-separated values, or empty", obvious=True)] = variable(
         "INFLUXDB_IGNORED_TAGS", default=("schema_version", "enrichment_status"), unset="none"
     )
-    """Tags that are neither a column nor part of a row's identity; points that differ only in these are merged."""
+    """Tags that are neither a column nor part of a row's identity; a change takes effect at the next UTC day."""
     api: Annotated[Literal["flux", "influxql"], LOWER_CASE] = variable("INFLUXDB_API", default="flux")
     """flux for InfluxDB 2; influxql works with 1.x, 2.x and 3."""
     database: Text = variable("INFLUXDB_DATABASE", default=lambda above: above["bucket"], unset="INFLUXDB_BUCKET")

@@ -196,7 +196,6 @@ class Export:
         columns = TreeColumns(
             tree,
             device_tag=settings.influx.device_tag,
-            ignored=settings.influx.ignored_tags,
             types=dict(export.column_types),
             file=None if dry_run else self._layout_file,
         )
@@ -239,7 +238,11 @@ class Export:
             self._store.probe()
         export = self._settings.export
         tree, now = self._layout_file.begin(
-            self._clock(), wanted=self._wanted, types=dict(export.column_types), dry_run=dry_run
+            self._clock(),
+            wanted=self._wanted,
+            types=dict(export.column_types),
+            ignored=self._settings.influx.ignored_tags,
+            dry_run=dry_run,
         )
         start_at = export.start
         if start_at is not None and start_at < tree.first_start_at:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from itertools import chain, count, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -48,6 +48,18 @@ ARROW_TYPES = {
     BOOLEAN: pa.bool_(),
     TEXT: pa.string(),
 }
+T = TypeVar("T")
+
+
+def value_on(history: Sequence[tuple[date, T]], day: date) -> T:
+    """The value in force on `day`. `history`: (first UTC day, value) pairs, oldest first, the first from EVER on."""
+    return next(value for since, value in reversed(history) if since <= day or since == EVER)
+
+
+def with_value_from(history: Sequence[tuple[date, T]], day: date, value: T) -> tuple[tuple[date, T], ...]:
+    """The history in which `value` is in force from `day` on; later changes, which never took effect, are dropped."""
+    earlier = tuple(each for each in history if each[0] < day)
+    return earlier if earlier[-1][1] == value else (*earlier, (day, value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +78,26 @@ class Column:
 
     def type_on(self, day: date) -> str:
         """The type of the values of a day."""
-        return next(kind for since, kind in reversed(self.types) if since <= day or since == EVER)
+        return value_on(self.types, day)
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutDocument:
-    """The content of the file. `sealed_day`: the cut and types of days up to this one may no longer change."""
+    """The content of the file. `sealed_day`: the cut and types of days up to this one may no longer change.
+
+    `ignored_tags`: (first UTC day, sorted names) pairs, oldest first, the first one from EVER on; empty in a new tree.
+    Ignored tags decide what one row is, so a day keeps those under which its first rows were written.
+    """
 
     first_start_at: datetime
     sealed_day: date
     layouts: tuple[Layout, ...]
     columns: tuple[Column, ...] = ()
+    ignored_tags: tuple[tuple[date, tuple[str, ...]], ...] = ()
+
+    def ignored_on(self, day: date) -> frozenset[str]:
+        """The tags that are neither a column nor part of a row's identity on `day`."""
+        return frozenset(value_on(self.ignored_tags, day)) if self.ignored_tags else frozenset()
 
     def layout_at(self, instant: datetime) -> Layout:
         """The layout in force at `instant`."""
@@ -115,11 +136,22 @@ def with_types(tree: LayoutDocument, wanted: Mapping[str, str], today: date) -> 
         kind = wanted.get(column.name)
         if kind is None or column.kind != "field" or column.types[-1][1] == kind:
             return column
-        earlier = tuple(each for each in column.types if each[0] < day)
-        return replace(column, types=earlier if earlier[-1][1] == kind else (*earlier, (day, kind)))
+        return replace(column, types=with_value_from(column.types, day, kind))
 
     columns = tuple(map(retyped, tree.columns))
     return tree if columns == tree.columns else replace(tree, columns=columns)
+
+
+def with_ignored_tags(tree: LayoutDocument, wanted: Iterable[str], today: date) -> LayoutDocument:
+    """Ignore the tags in `wanted` from the day after the later of today and the sealed day.
+
+    A tree that names none was written by an older version, under the setting that it has now.
+    """
+    names, history = tuple(sorted(wanted)), tree.ignored_tags
+    if history and history[-1][1] == names:
+        return tree
+    day = max(tree.sealed_day, today) + timedelta(days=1)
+    return replace(tree, ignored_tags=with_value_from(history, day, names) if history else ((EVER, names),))
 
 
 def with_types_of(tree: LayoutDocument, today: date, *, first: date, end: date) -> LayoutDocument:
@@ -160,7 +192,13 @@ class LayoutFile:
         self._make = make
 
     def begin(
-        self, now: datetime, *, wanted: Callable[[LayoutDocument], Layout], types: Mapping[str, str], dry_run: bool
+        self,
+        now: datetime,
+        *,
+        wanted: Callable[[LayoutDocument], Layout],
+        types: Mapping[str, str],
+        ignored: Iterable[str],
+        dry_run: bool,
     ) -> tuple[LayoutDocument, datetime]:
         """The current layout, and the time up to which this run may write windows.
 
@@ -171,6 +209,7 @@ class LayoutFile:
 
         def changed(tree: LayoutDocument, day: date) -> LayoutDocument:
             tree = with_types(with_layout(tree, wanted(tree), day), types, day)
+            tree = with_ignored_tags(tree, ignored, day)
             return replace(tree, sealed_day=max(tree.sealed_day, day))
 
         found = self._read()
@@ -275,6 +314,7 @@ def to_json(tree: LayoutDocument) -> Mapping[str, Any]:
             }
             for each in tree.layouts
         ],
+        "ignored_tags": [{"from": since.isoformat(), "tags": list(names)} for since, names in tree.ignored_tags],
         "columns": [
             {
                 "name": each.name,
@@ -300,7 +340,12 @@ def from_json(document: Mapping[str, Any]) -> LayoutDocument:
     first_start_at, sealed_day = _instant(document["first_start"]), date.fromisoformat(document["sealed_day"])
     if max(first_start_at.date(), sealed_day) >= NEVER:
         raise ValueError("its first start or sealed day is out of range")
-    return LayoutDocument(first_start_at, sealed_day, layouts, columns)
+    ignored_tags = tuple(
+        (date.fromisoformat(each["from"]), tuple(map(str, each["tags"]))) for each in document.get("ignored_tags", ())
+    )
+    if ignored_tags and ignored_tags[0][0] != EVER:
+        raise ValueError(f"its ignored tags do not begin on {EVER}")
+    return LayoutDocument(first_start_at, sealed_day, layouts, columns, ignored_tags)
 
 
 def _layout(each: Mapping[str, Any]) -> Layout:
@@ -363,8 +408,7 @@ log = logging.getLogger(__name__)
 class TreeColumns:
     """The columns of one tree for one run. Thread-safe.
 
-    `ignored`: tags that are neither a column nor part of a row's identity. `types`: configured types by column, used
-    when a column is first seen. `file`: None for a read-only view.
+    `types`: configured types by column, used when a column is first seen. `file`: None for a read-only view.
 
     Lookups: `tags`, the names of all tag columns, which together with the timestamp identify a row; `tag_columns`, tag
     -> column, and `tag_names`, the reverse; `fields`, field -> column, and `by_name`, the same columns by name;
@@ -377,21 +421,20 @@ class TreeColumns:
         tree: LayoutDocument,
         *,
         device_tag: str,
-        ignored: Iterable[str],
         types: Mapping[str, str],
         file: LayoutFile | None,
     ) -> None:
         self._tree = tree
         self._device_tag = device_tag
-        self.ignored = frozenset(ignored)
+        self.ignored_on = tree.ignored_on
         self._types = types
         self._file = file
         self._lock = threading.Lock()
         self._take(tree)
 
     def see(self, tags: Iterable[str], fields: Mapping[str, str]) -> None:
-        """Ensure that these tags, and these fields with their current types, have columns."""
-        new = [("tag", name, TEXT) for name in tags if name not in self.tag_columns and name not in self.ignored]
+        """Ensure that these tags, of which none is ignored, and these fields with their current types have columns."""
+        new = [("tag", name, TEXT) for name in tags if name not in self.tag_columns]
         new += [("field", name, kind) for name, kind in fields.items() if name not in self.fields]
         if new:
             self._add(new)

@@ -71,11 +71,13 @@ def canonical_table(points: PointColumns, columns: TreeColumns) -> pa.Table:
     kinds: dict[str, list[str]] = {}
     for name, values in points.fields:
         kinds.setdefault(name, []).append(kind_of(values.type))
-    columns.see(points.tags, {name: type_of(some) for name, some in kinds.items()})
     day = day_of(points.times)
+    ignored = columns.ignored_on(day)
+    own = [tag for tag in points.tags if tag not in ignored]
+    columns.see(own, {name: type_of(some) for name, some in kinds.items()})
     table = {TIMESTAMP: points.times}
     for tag, texts in points.tags.items():
-        if tag in columns.ignored:
+        if tag in ignored:
             table[IGNORED + tag] = texts
         else:
             name = columns.tag_columns[tag]

@@ -90,7 +90,7 @@ class ExportEnds:
 
     def _raw(self, device: str, span: Window) -> WindowContent:
         """The source's content of a span, which is halved while it is too large."""
-        influx, ignored = self.opened.source, self.opened.columns.ignored
+        influx, ignored = self.opened.source, self.opened.columns.ignored_on(span.start.date())
         as_text = self._as_text(span)
 
         def read() -> WindowContent:
