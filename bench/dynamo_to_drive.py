@@ -80,7 +80,7 @@ def ours(url: str) -> Reading:
     from app.core.pipeline import UNCOUNTED
     from app.core.runs import Stop
     from app.core.windows import Window
-    from app.dynamo_to_drive.hour_file import Accounts
+    from app.dynamo_to_drive.accounts import Accounts
     from app.dynamo_to_drive.source import DynamoSource, DynamoTable
 
     given = {"DYNAMODB_TABLE_NAME": "bench", "DYNAMODB_TIMESTAMP_UNIT": "s", "DYNAMODB_ENDPOINT_URL": url}

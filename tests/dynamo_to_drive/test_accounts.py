@@ -9,16 +9,8 @@ import pytest
 
 from app.core.ledger import Tally
 from app.core.windows import Window
-from app.dynamo_to_drive.hour_file import (
-    COPY_BYTES,
-    NAMED_ATTRIBUTES,
-    Accounts,
-    FileShape,
-    HourFile,
-    HourWriter,
-    lines_in,
-    read_file,
-)
+from app.dynamo_to_drive.accounts import NAMED_ATTRIBUTES, WOULD_WRITE, WRITTEN, Accounts
+from app.dynamo_to_drive.hour_file import COPY_BYTES, FileShape, HourFile, HourWriter, lines_in, read_file
 from app.dynamo_to_drive.rows import AttributeValue, Item
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, UNREADABLE, TimestampReader
 from app.object_store.local import LocalDirectory
@@ -35,8 +27,9 @@ def row(second: int, temp: str, **others: str) -> Cells:
 
 
 @contextmanager
-def file_of(rows: Sequence[Cells]) -> Iterator[HourFile]:
+def file_of(rows: Sequence[Cells], held: Sequence[Cells] = ()) -> Iterator[HourFile]:
     writer = HourWriter(FileShape(AT, ("id",), TimestampReader()))
+    writer.add_rows(held, held=True)
     writer.add_rows(rows)
     hour = writer.finish()
     writer.close()
@@ -52,15 +45,15 @@ def file_of(rows: Sequence[Cells]) -> Iterator[HourFile]:
         ((row(1, "1", ph=""), row(2, "3")), 0, 1, 1),
         ((row(0, "9"), row(2, "2")), 1, 1, 0),
         ((row(0, "9"), row(0, "8", id="b"), row(1, "4"), row(3, "5")), 1, 0, 1),
-        ((row(2, "2"), row(1, "1")), 1, 1, 0),
+        ((row(2, "2"), row(1, "1")), 0, 2, 0),
     ],
     ids=["none", "the same", "another value", "one that only the file has", "several of them", "out of order"],
 )
 def test_each_row_is_new_the_same_or_corrected_beside_the_file_that_it_replaces(
     held: Sequence[Cells], new: int, same: int, corrected: int
 ) -> None:
-    with file_of((row(1, "1"), row(2, "2"))) as hour:
-        assert hour.landed_over(held) == Tally(new=new, already_there=same, corrected=corrected)
+    with file_of((row(1, "1"), row(2, "2")), held) as hour:
+        assert hour.compared == Tally(new=new, already_there=same, corrected=corrected)
 
 
 def test_rows_that_were_added_twice_are_counted_and_the_later_one_is_kept() -> None:
@@ -73,16 +66,17 @@ def test_rows_that_were_added_twice_are_counted_and_the_later_one_is_kept() -> N
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        ({"held": 5, "only_held": 2}, Tally(3, 3, already_there=3)),
-        ({"only_held": 2, "landed": Tally(new=1, already_there=3, corrected=1)}, Tally(3, 3, 1, 1, 1)),
-        ({"only_held": 9, "landed": Tally(new=11, corrected=1)}, Tally(3, 3, 2, 0, 1)),
-        ({"only_held": 2, "waiting": 5}, Tally(3, 3, waiting=3)),
+        ({"digest": "a", "held_digest": "a"}, Tally(3, 3, already_there=3)),
+        ({"digest": "a", "held_digest": "b", "outcome": WRITTEN}, Tally(3, 3, 1, 1, 1)),
+        ({"digest": "a", "held_digest": "b", "outcome": WOULD_WRITE}, Tally(3, 3, waiting=3)),
+        ({"digest": "a", "held_digest": "b"}, Tally(3, 3, already_there=1, waiting=2)),
+        ({"digest": "a", "held_digest": "b", "compared": Tally(new=3)}, Tally(3, 3, waiting=3)),
     ],
-    ids=["nothing was written", "written", "over a file that a person put out of order", "a dry run"],
+    ids=["nothing was to be written", "written", "a dry run", "not written", "not compared"],
 )
 def test_the_ledger_of_an_hour_closes_whatever_was_done_with_it(told: dict[str, object], expected: Tally) -> None:
     accounts = Accounts(AT)
-    accounts.note(HOUR, counted=3, read=3)
+    accounts.note(HOUR, counted=3, read=3, compared=Tally(new=1, already_there=1, corrected=1))
     accounts.note(HOUR, **told)
     ledger = accounts.closed("table", None)
     assert (ledger.total, ledger.closes, ledger.unit) == (expected, True, "items")
@@ -129,16 +123,6 @@ def test_the_furthest_timestamp_more_than_a_day_ahead_is_told() -> None:
     assert forgetful.ahead == ""
 
 
-def test_what_was_read_for_an_hour_that_failed_waits_but_for_what_its_file_has_already() -> None:
-    accounts = Accounts(AT)
-    accounts.note(HOUR, counted=5, read=6, held=2)
-    whole, failed = (accounts.closed("p", None, is_whole=is_whole).total for is_whole in (True, False))
-    assert whole == Tally(counted=5, read=6, already_there=2)
-    assert failed == Tally(counted=5, read=6, already_there=2, waiting=3)
-    accounts.note(HOUR, held=9, only_held=3)
-    assert accounts.closed("p", None, is_whole=False).total == Tally(counted=5, read=6, already_there=5)
-
-
 def test_a_row_of_a_file_that_the_table_has_in_another_form_is_left_out_and_named() -> None:
     with closing(HourWriter(FileShape(AT, ("id",), TimestampReader()))) as writer:
         saved = {"a": "1.50", "b": "high", "c": "2"}
@@ -146,7 +130,7 @@ def test_a_row_of_a_file_that_the_table_has_in_another_form_is_left_out_and_name
             [{AT: "2026-02-07 12:00:01", "id": each, "temp": temp} for each, temp in saved.items()], held=True
         )
         writer.add_rows([row(1, "1.5", id=each) for each in saved])
-        with closing(writer.finish()) as hour:
+        with closing(writer.finish(is_edited=True)) as hour:
             rows = list(read_file(lines_in(hour.file), escaped=False))
     assert [each["temp"] for each in rows] == ["1.5", "high", "1.5", "2", "1.5"]
     assert writer.rewritten == ["2026-02-07 12:00:01"]

@@ -87,6 +87,84 @@ def test_rows_whose_timestamp_somebody_cut_or_wrote_anew_are_named_and_not_kept(
         assert ship.text(HOUR_12) == before
 
 
+def of_partition(value: str, second: int, temp: str) -> dict[str, dict[str, str]]:
+    return {**item(START + timedelta(seconds=second), temp=temp), "static_partition": {"S": value}}
+
+
+def test_other_partition_values_double_no_row_and_lose_none(ship: Shipping) -> None:
+    ship.put(of_partition("data", 1, "1"), of_partition("data", 2, "2"), of_partition("other", 2, "2"))
+    ship.put(of_partition("other", 3, "9"))
+    ship.run()
+    assert ship.text(HOUR_12).splitlines()[1:] == ["2026-02-07T12:00:01Z,1", "2026-02-07T12:00:02Z,2"]
+    ship.extra["DYNAMODB_PARTITION_VALUES"] = "other,data"
+    assert ship.run().ledger.total.already_there == 2
+    assert ship.text(HOUR_12).splitlines() == [
+        "datetime_utc,static_partition,temp",
+        "2026-02-07T12:00:01Z,data,1",
+        "2026-02-07T12:00:02Z,data,2",
+        "2026-02-07T12:00:02Z,other,2",
+        "2026-02-07T12:00:03Z,other,9",
+    ]
+    ship.extra["DYNAMODB_PARTITION_VALUES"] = "data"
+    assert ship.run().ledger.total.already_there == 2
+    assert ship.text(HOUR_12).splitlines()[1:] == [
+        "2026-02-07T12:00:01Z,,1",
+        "2026-02-07T12:00:02Z,,2",
+        "2026-02-07T12:00:02Z,other,2",
+        "2026-02-07T12:00:03Z,other,9",
+    ]
+    ship.put(of_partition("data", 3, "7"))  # the file's row of this second is of another partition
+    assert (ship.run().ledger.total.new, ship.run().ledger.total.already_there) == (1, 3)
+    assert ship.text(HOUR_12).splitlines()[-2:] == ["2026-02-07T12:00:03Z,,7", "2026-02-07T12:00:03Z,other,9"]
+
+
+def test_of_several_rows_of_a_key_those_that_the_table_has_in_another_form_are_left_out(ship: Shipping) -> None:
+    ship.dynamo.make(DynamoTable(TABLE, ("id",), ("S",)))
+    ship.put(*({"id": {"S": each}, **item(START, temp=f"{each}.50")} for each in "123"))
+    ship.run()
+    assert rows_of(ship) == 3
+    ship.dynamo.make(DynamoTable(TABLE, KEY, ("S", "S")))  # from now on one row a second
+    ship.put({"id": {"S": "2"}, **item(START, temp="2.50")})
+    ship.run()
+    assert rows_of(ship) == 3
+    (file,) = ship.drive.named(HOUR_12)
+    edited = ship.text(HOUR_12).replace("2026-02-07T12:00:00Z", "2026-02-07 12:00:00").replace(".50", ".5")
+    ship.drive.state.files.change(file.file_id, content=edited.encode())
+    assert ship.run().ledger.total.already_there == 1
+    found = [line.split(",") for line in ship.text(HOUR_12).splitlines()[1:]]
+    assert sorted(each[1] for each in found) == ["1", "2", "3"]
+    assert ["2026-02-07T12:00:00Z", "2", "2.50"] in [[each[0], each[1], each[-1]] for each in found]
+
+
+def test_one_instant_in_two_writings_is_two_rows_also_when_the_table_drops_one(ship: Shipping) -> None:
+    texts = ["2026-02-07T12:00:00Z", "2026-02-07T12:00:00.000Z"]
+    ship.put(*({**item(START, temp="1"), "datetime_utc": {"S": text}} for text in texts))
+    ship.run()
+    table = DynamoTable(TABLE, KEY, ("S", "S"))
+    table.put({**item(START, temp="1"), "datetime_utc": {"S": texts[1]}})
+    table.put(item(START + timedelta(seconds=9), temp="2"))
+    ship.dynamo.make(table)
+    assert not ship.run().notes
+    assert rows_of(ship) == 3
+    (file,) = ship.drive.named(HOUR_12)  # but what an editor wrote in another form is the table's row
+    edited = ship.text(HOUR_12).replace("00:09Z", "00:09.0Z")
+    ship.drive.state.files.change(file.file_id, content=edited.encode())
+    assert said(ship.run(), "are in the table with their timestamp in another form")
+
+
+def test_an_hour_that_grows_downloads_its_file_once_a_run(ship: Shipping) -> None:
+    ship.put_rows(START, 3)
+    ship.run()
+    (file,) = ship.drive.named(HOUR_12)
+    for count in range(1, 4):
+        ship.drive.state.asked.clear()
+        ship.put(item(START + timedelta(minutes=count), temp="1"))
+        assert ship.run().ledger.total.new == 1
+        checks_and_download = [f"GET /drive/v3/files/{file.file_id}"] * 4
+        upload = f"PATCH /upload/drive/v3/files/{file.file_id}"
+        assert [each for each in ship.drive.state.asked if file.file_id in each] == [*checks_and_download, upload]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "why"),
     [

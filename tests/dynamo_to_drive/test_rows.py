@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from app.core.errors import Transient
 from app.core.windows import Window
-from app.dynamo_to_drive.hour_file import COPY_BYTES, Accounts, FileShape, HourWriter, lines_in, read_file
+from app.dynamo_to_drive.accounts import Accounts
+from app.dynamo_to_drive.hour_file import COPY_BYTES, FileShape, HourWriter, lines_in, read_file
 from app.dynamo_to_drive.rows import MISSES, AttributeValue, PageReader, cell
 from app.dynamo_to_drive.source import WantedItems
 from app.dynamo_to_drive.timestamps import HourTexts, TimestampReader, ascend

@@ -437,11 +437,11 @@ class Pipeline(Generic[B, E]):
     `kept` is what this process last wrote, as (version, batch) by partition and window start; a cache that may be lost
     at any time. The pipeline owns a kept batch; whoever read any other batch closes it.
 
-    `asks_sink`: before each read, the window's version comes from the sink instead of the records, so that manual
-    changes are noticed. `by_digest`: the sink's own digest is the checkpoint: an object with the same digest is never
-    rewritten, and rows are merged only if some are certainly gone from the source. `deltas`: those of older versions,
-    which are folded into their window's object. `shrink`: which rows that only the object has may be removed, called
-    after the source was read; None: all stay.
+    `by_digest`: the sink's own digest is the checkpoint. Before each read, the window's version comes from the sink
+    instead of the records, so that manual changes are noticed; an object with the same digest is never rewritten, and
+    one that cannot be read is left to the sink. `deltas`: those of older versions, which are folded into their window's
+    object. `shrink`: which rows that only the object has may be removed, called after the source was read; None: all
+    stay.
 
     Windows of more than `large_points` are written LARGE_AT_ONCE at a time, however many partitions are in progress,
     since memory grows with them. `lost_cursor(partition)` derives from the destination where a partition without a
@@ -459,7 +459,6 @@ class Pipeline(Generic[B, E]):
     checkpoints: Checkpoints
     grid: Grid
     shrink: Callable[[], Shrink] | None = None
-    asks_sink: bool = False
     by_digest: bool = False
     deltas: Deltas[E] | None = None
     identities: WrittenRows = field(default_factory=WrittenRows)
@@ -478,7 +477,7 @@ class Pipeline(Generic[B, E]):
     def keep(self, task: "WindowTask", version: str, batch: B) -> None:
         """Remember which rows `version` has while its window is open, and the rows themselves when that pays off."""
         slot = (task.partition, task.window.start)
-        self.identities.keep(slot, version, None if task.final or self.by_digest else batch.identities)
+        self.identities.keep(slot, version, None if task.final else batch.identities)
         if batch.reusable and not task.final:
             self.kept[slot] = (version, batch)
 

@@ -285,7 +285,7 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: WindowTask) -> _Set
     conflicts persist.
     """
     key = pipeline.sink.key(task.partition, task.window, 0)
-    held = pipeline.sink.head(key) if pipeline.asks_sink or task.asks else task.record.held if task.record else None
+    held = pipeline.sink.head(key) if pipeline.by_digest or task.asks else task.record.held if task.record else None
     for _ in range(CONFLICTS):
         context.stop.check()
         try:
@@ -447,7 +447,7 @@ def _united(
     try:
         united = pipeline.source.union(batch, rows, shrink)
     except Permanent as error:
-        if batch.rows == 0 or (task.record is not None and task.record.closed):
+        if batch.rows == 0 or pipeline.by_digest or (task.record is not None and task.record.closed):
             raise
         log.warning("%s: it is written again", error.message)
         return batch
@@ -476,8 +476,6 @@ def _needs_union(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState, 
     """
     if batch.digest == held.digest:
         return False
-    if pipeline.by_digest:
-        return pipeline.shrink is None and held.rows != 0
     identities = pipeline.identities.of((task.partition, task.window.start), held.version)
     return identities is None or not batch.holds_all(identities)
 

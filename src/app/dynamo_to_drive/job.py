@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
@@ -52,9 +51,10 @@ from app.core.windows import (
     window_at,
     windows_between,
 )
+from app.dynamo_to_drive.accounts import Accounts
 from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveCredentials, DriveService
-from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_in, read_file
-from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FileIds, FolderSink, HourSink
+from app.dynamo_to_drive.hour_file import HourFile, lines_in, read_file
+from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FolderSink, HourRecords, HourSink
 from app.dynamo_to_drive.source import DynamoSource, DynamoTable, ping
 from app.object_store.set_aside import SetAsideStore
 from app.ops.connection_checks import ConnectionCheck
@@ -69,15 +69,6 @@ POLICY = RetryPolicy(attempts=5, first_seconds=1.0, cap_seconds=32.0)
 log = logging.getLogger(__name__)
 
 HourPipeline = Pipeline[HourFile, HourFile]
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedHourFiles:
-    """The pipeline of one run, its sink as an `HourSink`, and the accounts that source and sink write to."""
-
-    pipeline: HourPipeline
-    sink: HourSink
-    accounts: Accounts
 
 
 def folder_of(settings: Settings) -> str:
@@ -148,7 +139,7 @@ class HourFileExport:
 
     def verification(self, stop: Stop) -> Ends:
         """Source and destination for verification: the table and the files."""
-        return HourEnds(self, self.opened(_looking(stop)))
+        return HourEnds(self, *self.opened(_looking(stop)))
 
     def backfill(self, context: Context, span: Window) -> Report:
         """Bring every hour of `span` before the cursor up to date; later hours belong to the live job."""
@@ -185,45 +176,35 @@ class HourFileExport:
         final = hour.end <= self.clock() - timedelta(seconds=self.settings.drive.grace_seconds)
         return WindowTask(self.partition, hour, UNCOUNTED, next(iter(known), None), final=final)
 
-    def opened(self, context: Context, span: Window | None = None) -> OpenedHourFiles:
-        """The pipeline of one run over `span`, with its accounts; its retry pauses end when the run stops."""
-        now = self.clock()
+    def opened(self, context: Context, span: Window | None = None) -> tuple[HourPipeline, HourSink]:
+        """The pipeline of one run over `span`, and its sink, which has the accounts. Its retry pauses end when the run
+        stops.
+        """
+        now, drive = self.clock(), self.settings.drive
         accounts = Accounts(self.settings.dynamo.timestamp_attribute, now)
-        sink = self._sink(context, accounts)
-        source = DynamoSource(self.table, self.partition, context.stop, accounts=accounts, now=now, span=span)
-        drive = self.settings.drive
+        records = HourRecords(self.checkpoints, NAME, self.partition, context.lease)
+        given = records, accounts, drive.csv_name_prefix, drive.escape_formulas, context.dry_run
+        sink: HourSink = FolderSink(*given, self.directory)
+        if self.drive is not None:
+            sink = DriveSink(*given, Drive(self.drive, self.policy, context.stop), self.folder)
         pipeline: HourPipeline = Pipeline(
             name=NAME,
-            source=source,
+            source=DynamoSource(self.table, self.partition, context.stop, accounts=accounts, now=now, span=span),
             sink=sink,
             checkpoints=self.checkpoints,
             grid=Grid(lambda start, end: windows_between(start, end, HOUR_SECONDS), drive.grace_seconds),
             shrink=Shrink if drive.allow_shrink else None,
-            asks_sink=True,
             by_digest=True,
         )
-        return OpenedHourFiles(pipeline, sink, accounts)
-
-    def _sink(self, context: Context, accounts: Accounts) -> HourSink:
-        drive = self.settings.drive
-        shape: dict[str, Any] = {
-            "prefix": drive.csv_name_prefix,
-            "escaped": drive.escape_formulas,
-            "dry_run": context.dry_run,
-        }
-        if self.drive is None:
-            return FolderSink(self.directory, accounts, **shape)
-        ids = FileIds(self.checkpoints, NAME, self.partition, context.lease)
-        return DriveSink(Drive(self.drive, self.policy, context.stop), self.folder, ids, accounts, **shape)
+        return pipeline, sink
 
     def _live(self, context: Context) -> Report:
         """Close the hours that are due; update the current hour and the one in its grace period."""
         now = self.clock()
         at = Position(self.partition, self._cursor(context, now), now)
-        opened = self.opened(context, Window(at.cursor_at, now) if at.cursor_at < now else None)
-        live = {window.start: UNCOUNTED for window in live_windows(opened.pipeline, now)}
-        work = partial(sync_partition, opened.pipeline, context, at, live)
-        return self._noted(context, opened.accounts, work)
+        pipeline, sink = self.opened(context, Window(at.cursor_at, now) if at.cursor_at < now else None)
+        live = {window.start: UNCOUNTED for window in live_windows(pipeline, now)}
+        return self._noted(context, sink.accounts, partial(sync_partition, pipeline, context, at, live))
 
     def _noted(self, context: Context, accounts: Accounts, work: Callable[[Done], object]) -> Report:
         """Run `work` and return its report with the ledger.
@@ -245,8 +226,7 @@ class HourFileExport:
             report = Report(failures=(Failure(self.partition, error.message, error.hint),))
         report += parts.total
         notes = [*report.notes, *accounts.notes()]
-        kept = None if context.dry_run else self.set_aside
-        ledger = accounts.closed(self.partition, kept, is_whole=not report.failures)
+        ledger = accounts.closed(self.partition, None if context.dry_run else self.set_aside)
         return replace(report, ledger=ledger, notes=notes)
 
     def _cursor(self, context: Context, now: datetime) -> datetime:
@@ -276,7 +256,7 @@ class HourFileExport:
         return replace(report, late_rows=report.rows)
 
     def _fill(self, context: Context, span: Window) -> Report:
-        opened = self.opened(context, span)
+        pipeline, sink = self.opened(context, span)
         hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
         context.progress.advance(total=len(hours))
 
@@ -286,7 +266,7 @@ class HourFileExport:
             for hour in hours:
                 context.stop.check()
                 with failed.one():
-                    done(sync_window(opened.pipeline, context, self.task(hour)))
+                    done(sync_window(pipeline, context, self.task(hour)))
                 failed.check_outage()
                 context.progress.advance(done=1)
 
@@ -299,7 +279,7 @@ class HourFileExport:
             failed.check()
 
         with self.turn:  # late hours, reconcile and backfill may process the same hour
-            return self._noted(context, opened.accounts, work)
+            return self._noted(context, sink.accounts, work)
 
 
 def build(
@@ -337,10 +317,11 @@ def build(
 
 @dataclass(frozen=True, slots=True)
 class HourEnds:
-    """`app.core.verify.Ends` over table and files; `at` is read-only."""
+    """`app.core.verify.Ends` over table and files; `pipeline` and `sink` are read-only."""
 
     export: HourFileExport
-    at: OpenedHourFiles
+    pipeline: HourPipeline
+    sink: HourSink
 
     def partitions(self, _: Window) -> Sequence[str]:
         """The single partition."""
@@ -349,7 +330,7 @@ class HourEnds:
     def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
         """See `Ends.slots`; there is a single partition."""
         now = self.export.clock()
-        for window in self.at.pipeline.grid.windows(span.start, min(span.end, now)):
+        for window in self.pipeline.grid.windows(span.start, min(span.end, now)):
             if window.end <= now and partition in (None, self.export.partition):
                 yield PartitionWindow(self.export.partition, window)
 
@@ -357,29 +338,28 @@ class HourEnds:
         """See `Ends.source`."""
         from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
 
-        with closing(self.at.pipeline.source.read(slot.partition, slot.window, UNCOUNTED, None)) as hour:
+        with closing(self.pipeline.source.read(slot.partition, slot.window, UNCOUNTED, None)) as hour:
             return content_of(read_file(lines_in(hour.file), escaped=hour.shape.escape))
 
     def destination(self, slot: PartitionWindow) -> WindowContent:
         """See `Ends.destination`."""
         from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
 
-        key = self.at.sink.key(slot.partition, slot.window, 0)
-        there = self.at.sink.peek(key)
-        return content_of(self.at.sink.read(key, there.version)) if there else NOTHING
+        key = self.sink.key(slot.partition, slot.window, 0)
+        there = self.sink.head(key)
+        return content_of(self.sink.rows(key, there.version)) if there else NOTHING
 
     def heal(self, context: Context, slot: PartitionWindow) -> Report:
         """See `Ends.heal`. Raises Permanent if the file was changed and the table has no rows of its hour."""
-        opened, task = self.export.opened(context), self.export.task(slot.window)
+        (pipeline, sink), task = self.export.opened(context), self.export.task(slot.window)
         with self.export.turn:  # late hours and reconcile may process the same file
-            there = opened.sink.peek(opened.sink.key(slot.partition, slot.window, 0))
-            if not there or not task.record or task.record.digest in ("", there.digest):
-                return sync_window(opened.pipeline, context, task)
-            # The file differs from the confirmed one.
-            if not self.source(slot).rows:
-                raise Permanent(f"{slot}: the file was changed, and the table has no rows of it", GONE_HINT)
-            opened.sink.reads_rows = False
-            return sync_window(replace(opened.pipeline, shrink=Shrink), context, task)
+            there = sink.head(sink.key(slot.partition, slot.window, 0))
+            if there and task.record and task.record.digest not in ("", there.digest):
+                # The file differs from the confirmed one.
+                if not self.source(slot).rows:
+                    raise Permanent(f"{slot}: the file was changed, and the table has no rows of it", GONE_HINT)
+                task = replace(task, replaces=True)
+            return sync_window(pipeline, context, task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +374,7 @@ class HourFileGapMap:
 
     def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
         """See `GapMapSource.cells`. A file's version is its MD5 here."""
-        export, sink = self.export, self.export.opened(_looking(Stop())).sink
+        export, sink = self.export, self.export.opened(_looking(Stop()))[1]
         cursor_at = export.checkpoints.cursors(NAME).get(partition)
         moment = MapContext(export.clock(), export.settings.drive.grace_seconds, cursor_at)
         hours = list(windows_between(span.start, min(span.end, moment.now), HOUR_SECONDS))

@@ -13,7 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 from hashlib import md5
@@ -24,6 +24,7 @@ from app.core.files import temporary_file, write_durably
 from app.core.pipeline import Checkpoints, Commit, ObjectState, Record
 from app.core.runs import Lease
 from app.core.windows import Window
+from app.dynamo_to_drive.accounts import WOULD_WRITE, WRITTEN, Accounts
 from app.dynamo_to_drive.drive import (
     FOLDER_TYPE,
     GOOGLE_TYPES,
@@ -34,15 +35,7 @@ from app.dynamo_to_drive.drive import (
     DriveFile,
     FileContent,
 )
-from app.dynamo_to_drive.hour_file import (
-    Accounts,
-    HourFile,
-    UnreadableFile,
-    lines_in,
-    read_file,
-    readable,
-    readable_prefix,
-)
+from app.dynamo_to_drive.hour_file import HourFile, UnreadableFile, lines_in, read_file, readable
 
 MEMORY_BYTES = 1 << 20
 READ_HINT = "no action needed: it is read again"
@@ -96,19 +89,26 @@ class DriveFolder:
 
 
 @dataclass(frozen=True, slots=True)
-class FileIds:
-    """File ids, stored before the files are created: the version in an hour's record is `id:revision`."""
+class HourRecords:
+    """The records of the hours. The version of a file on Drive is `id:revision`, and its id is stored before the file
+    is created.
+    """
 
     checkpoints: Checkpoints
     pipeline: str
     partition: str
     lease: Lease
 
-    def known(self, key: str) -> str:
-        """The file id in the record of the hour that `key` names; "" if there is none."""
+    def of(self, key: str) -> Record | None:
+        """The record of the hour that `key` names."""
         hour = hour_of(key)
         records = self.checkpoints.records(self.pipeline, self.partition, hour.start, hour.end)
-        return next((each.version.partition(":")[0] for each in records if each.key == key), "")
+        return next((each for each in records if each.key == key), None)
+
+    def file_id(self, key: str) -> str:
+        """The file id in the record; "" if there is none."""
+        record = self.of(key)
+        return _id(record.version) if record else ""
 
     def keep(self, key: str, file_id: str) -> None:
         """Commit a record with only the id; the record of the write replaces it later."""
@@ -116,59 +116,57 @@ class FileIds:
         self.checkpoints.commit(self.pipeline, self.partition, Commit((record,)), self.lease)
 
 
+@dataclass(slots=True)
 class HourSink(ABC):
     """`app.core.pipeline.Sink` over CSV files, one per hour. `accounts` records what was there and what was written.
 
-    `escaped`: cells are escaped against formulas. Set `reads_rows` to False if a file is to be replaced whatever its
-    rows: then `head` is `peek`.
+    `escaped`: cells are escaped against formulas.
     """
 
-    def __init__(self, accounts: Accounts, prefix: str, *, escaped: bool, dry_run: bool) -> None:
-        self.reads_rows = True
-        self._accounts = accounts
-        self._prefix = prefix
-        self._escaped = escaped
-        self._dry_run = dry_run
+    records: HourRecords
+    accounts: Accounts
+    prefix: str
+    escaped: bool
+    dry_run: bool
 
     def key(self, partition: str, window: Window, part: int) -> str:  # noqa: ARG002 - one file an hour, no parts
         """The file's name, in UTC."""
-        return f"{self._prefix}_{window.start:%Y%m%d_%H}.csv"
+        return f"{self.prefix}_{window.start:%Y%m%d_%H}.csv"
 
     def head(self, key: str) -> ObjectState | None:
-        """The file's state with its row count; None if there is no file."""
-        if not self.reads_rows:
-            return self.peek(key)
-        if held := self._head(key):
-            self._accounts.note(hour_of(key), held=held.rows)
+        """The file's version and MD5; None if there is no file."""
+        held = self._head(key)
+        self.accounts.note(hour_of(key), held_digest=held.digest if held else "")
         return held
 
     def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
-        """The rows of that version. Raises Conflict if the file has another version."""
+        """The rows of that version, to be merged. Raises Conflict if the file has another version."""
         self._check(key, version)
-        yield from self._rows(key, version)
+        record, hour = self.records.of(key), hour_of(key)
+        self.accounts.note(hour, is_edited=not record or record.digest != self.accounts.of(hour).held_digest)
+        yield from self._mergeable(key, version)
         self._check(key, version)
 
     def encode(self, partition: str, window: Window, batch: HourFile) -> HourFile:
         """Returns the batch, which already is the file; a dry run logs that it would be written."""
-        if self._dry_run:
+        if self.dry_run:
             log.info(
                 "%s: would be written, %d rows, %d bytes", self.key(partition, window, 0), batch.rows, batch.size_bytes
             )
-            self._accounts.note(window, waiting=batch.rows)
+            self.accounts.note(window, outcome=WOULD_WRITE)
         return batch
 
     def put(self, key: str, encoded: HourFile, expected: str | None, *, closing: bool = False) -> str:  # noqa: ARG002
         """Write the file if the existing one still has the expected version. Raises Conflict."""
         if expected is not None:
             self._check(key, expected)
-        landed = encoded.landed_over(readable_prefix(self._rows(key, expected)) if expected else ())
         version = self._put(key, encoded, expected)
-        self._accounts.note(hour_of(key), landed=landed)
+        self.accounts.note(hour_of(key), outcome=WRITTEN)
         return version
 
     @abstractmethod
-    def peek(self, key: str) -> ObjectState | None:
-        """As `head`, but only version and MD5, without reading rows."""
+    def rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
+        """The rows of the file. Raises UnreadableFile, perhaps after some of them."""
 
     @abstractmethod
     def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
@@ -178,58 +176,66 @@ class HourSink(ABC):
     def _head(self, key: str) -> ObjectState | None: ...
 
     @abstractmethod
-    def _rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]: ...
-
-    @abstractmethod
     def _check(self, key: str, version: str) -> None: ...
 
     @abstractmethod
     def _put(self, key: str, encoded: HourFile, expected: str | None) -> str: ...
+
+    def _mergeable(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
+        return self.rows(key, version)
 
     def _day(self, hour: Window) -> str:
         """The name prefix of the files of a day."""
         return self.key("", hour, 0).removesuffix(f"{hour.start:%H}.csv")
 
 
+@dataclass(slots=True)
 class DriveSink(HourSink):
-    """An `HourSink` on Google Drive; a version is `id:headRevisionId`."""
+    """An `HourSink` on Google Drive; a version is `id:headRevisionId`. `noted`: rows of the files as written."""
 
-    def __init__(
-        self,
-        drive: Drive,
-        folder: DriveFolder,
-        ids: FileIds,
-        accounts: Accounts,
-        *,
-        prefix: str,
-        escaped: bool,
-        dry_run: bool,
-    ) -> None:
-        super().__init__(accounts, prefix, escaped=escaped, dry_run=dry_run)
-        self._drive = drive
-        self._folder = folder
-        self._ids = ids
-
-    def peek(self, key: str) -> ObjectState | None:
-        """The file of that name in the folder, else the file with the stored id, wherever a person moved it."""
-        found = self._find(key)
-        return None if found is None else ObjectState(_version(found), found.md5)
-
-    def _head(self, key: str) -> ObjectState | None:
-        found = self._find(key)
-        return (
-            None
-            if found is None
-            else ObjectState(_version(found), found.md5, self._count(found), size_bytes=found.size_bytes)
-        )
+    drive: Drive
+    folder: DriveFolder
+    noted: dict[str, int] = field(default_factory=dict)
 
     def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
         """See `HourSink.listed`; of several files with one name, the oldest."""
         seen = set[str]()
-        for found in self._drive.beginning(self._day(hour), self._folder.folder_id, self._folder.drive_id(self._drive)):
+        for found in self.drive.beginning(self._day(hour), self.folder.folder_id, self.folder.drive_id(self.drive)):
             if found.is_csv and found.name not in seen:
                 seen.add(found.name)
                 yield found.name, found.md5
+
+    def rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:  # noqa: ARG002 - the id says which
+        """See `HourSink.rows`."""
+        file_id = _id(version)
+        with temporary_file(memory_bytes=MEMORY_BYTES) as spool:
+            self.drive.download(file_id, spool)
+            with readable(file_id):
+                yield from read_file(lines_in(spool), escaped=self.escaped)
+
+    def _head(self, key: str) -> ObjectState | None:
+        """The file of that name in the folder, else the file with the stored id, wherever a person moved it."""
+        if (found := self._find(key)) is None:
+            return None
+        self.noted[key] = int(found.properties.get("headwaterRows", 0))
+        return ObjectState(_version(found), found.md5, size_bytes=found.size_bytes)
+
+    def _mergeable(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
+        """The rows up to the first unreadable one: the file is re-created, and its old content stays in its revisions.
+
+        Reports how many rows a person took out.
+        """
+        rows = 0
+        try:
+            for row in self.rows(key, version):
+                rows += 1
+                yield row
+        except UnreadableFile as error:
+            log.warning("%s: %s; re-created; the old content is in the file's revisions", key, error.message)
+        if rows < (written := self.noted.get(key, 0)):
+            told = f"{written - rows} rows were taken out by a person; those that the table lacks are in its revisions"
+            log.warning("%s: %s", key, told)
+            self.accounts.removed.append(f"{key}: {told}")
 
     def _put(self, key: str, encoded: HourFile, expected: str | None) -> str:
         """Create the file under a stored id, or replace its content."""
@@ -237,25 +243,25 @@ class DriveSink(HourSink):
         if encoded.min_at and encoded.max_at:
             properties |= {"headwaterFrom": encoded.min_at.isoformat(), "headwaterTo": encoded.max_at.isoformat()}
         content = FileContent(encoded.file, encoded.digest, encoded.size_bytes, properties)
-        made = self._create(key, content) if expected is None else self._drive.update(_id(expected), content)
+        made = self._create(key, content) if expected is None else self.drive.update(_id(expected), content)
         log.info("%s: uploaded, %d rows, %d bytes", key, encoded.rows, encoded.size_bytes)
         return _version(made)
 
     def _create(self, key: str, content: FileContent) -> DriveFile:
-        self._folder.forget()  # check again, once an hour: a person may have trashed or moved the folder
-        self._folder.drive_id(self._drive)
-        file_id = self._ids.known(key)
+        self.folder.forget()  # check again, once an hour: a person may have trashed or moved the folder
+        self.folder.drive_id(self.drive)
+        file_id = self.records.file_id(key)
         for _ in range(NEW_IDS):
-            held = self._drive.get(file_id) if file_id else None
+            held = self.drive.get(file_id) if file_id else None
             if held is not None and held.is_hour:
                 raise Conflict(f"{key}: is there already", READ_HINT)
             if not file_id or held is not None:  # the id of a trashed file cannot be reused
-                file_id = self._drive.new_id()
-                self._ids.keep(key, file_id)
-            made = self._drive.create(file_id, key, self._folder.folder_id, content)
+                file_id = self.drive.new_id()
+                self.records.keep(key, file_id)
+            made = self.drive.create(file_id, key, self.folder.folder_id, content)
             if made is not None:
                 return made
-            held = self._drive.get(file_id)
+            held = self.drive.get(file_id)
             if held is not None and held.is_hour and held.md5 == content.md5:
                 return held
             if held is None:  # the id was used, and its file permanently deleted
@@ -264,65 +270,38 @@ class DriveSink(HourSink):
 
     def _find(self, key: str) -> DriveFile | None:
         try:
-            named = self._drive.named(key, self._folder.folder_id, self._folder.drive_id(self._drive))
+            named = self.drive.named(key, self.folder.folder_id, self.folder.drive_id(self.drive))
         except Permanent:
-            self._folder.forget()
+            self.folder.forget()
             raise
         for other in named:
             # Warn once per process: a person may wonder which of the two is ours.
-            if not other.is_csv and other.file_id not in self._folder.told:
-                self._folder.told.add(other.file_id)
+            if not other.is_csv and other.file_id not in self.folder.told:
+                self.folder.told.add(other.file_id)
                 what = other.mime_type.replace(GOOGLE_TYPES, "a Google ")
                 log.warning("%s: %s has the same name (%s); it is left alone", other.name, what, other.file_id)
         if found := [each for each in named if each.is_csv]:
             self._put_aside(key, found[1:])
             return found[0]
-        file_id = self._ids.known(key)
-        held = self._drive.get(file_id) if file_id else None
+        file_id = self.records.file_id(key)
+        held = self.drive.get(file_id) if file_id else None
         return held if held is not None and held.is_hour else None
 
     def _put_aside(self, key: str, others: Sequence[DriveFile]) -> None:
         """Trash duplicates of the oldest file with this name; people can still find them in the trash."""
         for other in others:
             log.warning("%s: is there more than once; the oldest is kept, %s goes to the trash", key, other.file_id)
-            if self._dry_run:
+            if self.dry_run:
                 continue
             try:
-                self._drive.trash(other.file_id)
+                self.drive.trash(other.file_id)
             except Permanent as error:
                 log.warning("%s: %s could not be put into the trash: %s", key, other.file_id, error)
 
     def _check(self, key: str, version: str) -> None:
-        held = self._drive.get(_id(version))
+        held = self.drive.get(_id(version))
         if held is None or held.trashed or _version(held) != version:
             raise Conflict(f"{key}: is not the version {version} any more", READ_HINT)
-
-    def _count(self, found: DriveFile) -> int:
-        """The row count from the file's properties; counted if someone else wrote or edited the file.
-
-        An unreadable file counts as 0 rows and is replaced; its old content stays in Drive's revisions.
-        """
-        noted = int(found.properties.get("headwaterRows", 0))
-        if found.properties.get("headwaterMd5") == found.md5:
-            return noted
-        try:
-            rows = sum(1 for _ in self._rows(found.name, found.file_id))
-        except UnreadableFile as error:
-            log.warning("%s: %s; re-created; the old content is in the file's revisions", found.name, error.message)
-            rows = 0
-        if rows < noted:
-            told = f"{noted - rows} rows were taken out by a person; those that the table lacks are in its revisions"
-            told = f"{found.name}: {told}"
-            log.warning("%s", told)
-            self._accounts.removed.append(told)
-        return rows
-
-    def _rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:  # noqa: ARG002 - the id says which
-        file_id = _id(version)
-        with temporary_file(memory_bytes=MEMORY_BYTES) as spool:
-            self._drive.download(file_id, spool)
-            with readable(file_id):
-                yield from read_file(lines_in(spool), escaped=self._escaped)
 
 
 def _id(version: str) -> str:
@@ -336,29 +315,25 @@ def _version(found: DriveFile) -> str:
 BLOCK_BYTES = 1 << 18
 
 
+@dataclass(slots=True)
 class FolderSink(HourSink):
     """An `HourSink` on a directory, created by the first write; version and digest are the MD5."""
 
-    def __init__(self, root: Path, accounts: Accounts, *, prefix: str, escaped: bool, dry_run: bool) -> None:
-        super().__init__(accounts, prefix, escaped=escaped, dry_run=dry_run)
-        self._root = root
-
-    def peek(self, key: str) -> ObjectState | None:
-        """See `HourSink.peek`."""
-        version = self._version(key)
-        return None if version is None else ObjectState(version, version)
+    root: Path
 
     def _head(self, key: str) -> ObjectState | None:
         version = self._version(key)
-        if version is None:
-            return None
-        rows = sum(1 for _ in self._rows(key, version))
-        return ObjectState(version, version, rows, size_bytes=(self._root / key).stat().st_size)
+        return None if version is None else ObjectState(version, version, size_bytes=(self.root / key).stat().st_size)
+
+    def rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:  # noqa: ARG002 - there is one
+        """See `HourSink.rows`."""
+        with _translated(self.root), (self.root / key).open("rb") as file, readable(key):
+            yield from read_file(lines_in(file), escaped=self.escaped)
 
     def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
         """See `HourSink.listed`."""
-        with _translated(self._root):
-            names = sorted(path.name for path in self._root.glob("*.csv") if path.is_file())
+        with _translated(self.root):
+            names = sorted(path.name for path in self.root.glob("*.csv") if path.is_file())
         for name in names:
             if name.startswith(self._day(hour)) and (version := self._version(name)):
                 yield name, version
@@ -367,10 +342,10 @@ class FolderSink(HourSink):
         if expected is None and self._version(key) is not None:
             raise Conflict(f"{key}: is there already", READ_HINT)
         encoded.file.seek(0)
-        with _translated(self._root):
-            self._root.mkdir(parents=True, exist_ok=True)
-            write_durably(self._root / key, iter(partial(encoded.file.read, BLOCK_BYTES), b""))
-        log.info("%s: written, %d rows, %d bytes", self._root / key, encoded.rows, encoded.size_bytes)
+        with _translated(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_durably(self.root / key, iter(partial(encoded.file.read, BLOCK_BYTES), b""))
+        log.info("%s: written, %d rows, %d bytes", self.root / key, encoded.rows, encoded.size_bytes)
         return encoded.digest
 
     def _check(self, key: str, version: str) -> None:
@@ -378,8 +353,8 @@ class FolderSink(HourSink):
             raise Conflict(f"{key}: is not the version that was read before", READ_HINT)
 
     def _version(self, key: str) -> str | None:
-        digest, path = md5(usedforsecurity=False), self._root / key
-        with _translated(self._root):
+        digest, path = md5(usedforsecurity=False), self.root / key
+        with _translated(self.root):
             try:
                 if not path.is_file() and os.path.lexists(path):  # opening a pipe would block forever
                     what = "a directory" if path.is_dir() else "not a regular file"
@@ -390,10 +365,6 @@ class FolderSink(HourSink):
             except FileNotFoundError:
                 return None
         return digest.hexdigest()
-
-    def _rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:  # noqa: ARG002 - there is one
-        with _translated(self._root), (self._root / key).open("rb") as file, readable(key):
-            yield from read_file(lines_in(file), escaped=self._escaped)
 
 
 @contextmanager

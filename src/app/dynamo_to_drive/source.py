@@ -21,7 +21,8 @@ from app.core.pipeline import UNCOUNTED, Count, Shrink
 from app.core.runs import Stop
 from app.core.windows import EPOCH, HOUR_SECONDS, Window, floor_to, window_at
 from app.dynamo_to_drive.access_path import SEGMENTS, AccessPath, index_advice, plan_of
-from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourFile, HourWriter, lines_in, read_file
+from app.dynamo_to_drive.accounts import Accounts
+from app.dynamo_to_drive.hour_file import FileShape, HourFile, HourWriter, lines_in, read_file
 from app.dynamo_to_drive.rows import Item, PageReader, Taken, cell, items_of, take_items, timestamp_text
 from app.dynamo_to_drive.timestamps import (
     EVERY_TRAIT,
@@ -465,7 +466,7 @@ class DynamoSource:
 
             _together(follow, list(requests))
             hour = replace(writer.finish(), window=window, elsewhere=frozenset(wanted.elsewhere))
-        self._accounts.note(window, counted=pages.rows - hour.repeated, read=pages.rows, only_held=0)
+        self._note(hour, counted=pages.rows - hour.repeated, read=pages.rows)
         return hour, wanted, pages.items
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[HourFile]:
@@ -473,24 +474,31 @@ class DynamoSource:
         return (self.read(partition, window, count, None) for window, count in counted)
 
     def union(self, batch: HourFile, held: Sequence[Iterable[Mapping[str, str]]], shrink: Shrink | None) -> HourFile:
-        """The rows of both; the table's row wins if both have a key. Not called with `shrink`: no file is read then."""
-        del shrink
+        """The rows of both; the table's row wins if both have a key."""
         with closing(HourWriter(self._shape())) as writer:
             writer.add_rows(self._kept(batch, held), held=True)
             writer.add_rows(read_file(lines_in(batch.file), escaped=self._table.escape))
-            united = replace(writer.finish(), window=batch.window)
+            is_edited = batch.window is not None and self._accounts.of(batch.window).is_edited
+            united = replace(writer.finish(is_edited=is_edited, shrink=shrink), window=batch.window)
         if writer.rewritten:
             self._left_out(batch, writer.rewritten, "are in the table with their timestamp in another form")
-        if batch.window is not None:
-            self._accounts.note(batch.window, only_held=united.rows - batch.rows)
+        self._note(united)
         return united
+
+    def _note(self, hour: HourFile, **told: int) -> None:
+        if hour.window is not None:
+            self._accounts.note(hour.window, compared=hour.compared, digest=hour.digest, **told)
 
     def _kept(self, batch: HourFile, held: Sequence[Iterable[Mapping[str, str]]]) -> Iterator[Mapping[str, str]]:
         """The file's rows to keep. A row with an unreadable timestamp was truncated or typed by a person, since the
-        table's unreadable items are set aside; it is left out, and the run's notes report it.
+        table's unreadable items are set aside; it is left out, and the run's notes report it. The attribute that gets
+        no column had one while the table was read in another way.
         """
         unread: list[str] = []
-        for row in chain.from_iterable(held):
+        plan = self._planned()
+        for found in chain.from_iterable(held):
+            is_constant = plan.left_out in found and found[plan.left_out] == plan.hash_values[0]
+            row = {name: text for name, text in found.items() if name != plan.left_out} if is_constant else found
             text = row.get(self._accounts.attribute, "")
             if self._table.times.read(text).at is None:
                 unread.append(text)
@@ -517,8 +525,8 @@ class DynamoSource:
 
     def _shape(self) -> FileShape:
         plan, table, timestamp = self._planned(), self._table, self._accounts.attribute
-        key = tuple(name for name in plan.key if name not in (timestamp, plan.left_out))
-        return FileShape(timestamp, key, table.times, table.escape)
+        key = tuple(name for name in plan.key if name != timestamp)
+        return FileShape(timestamp, key, table.times, table.escape, plan.left_out)
 
 
 def _together(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
