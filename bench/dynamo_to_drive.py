@@ -81,7 +81,8 @@ def ours(url: str) -> Reading:
     from app.core.runs import Stop
     from app.core.windows import Window
     from app.dynamo_to_drive.accounts import Accounts
-    from app.dynamo_to_drive.source import DynamoSource, DynamoTable
+    from app.dynamo_to_drive.source import DynamoSource
+    from app.dynamo_to_drive.table import DynamoTable
 
     given = {"DYNAMODB_TABLE_NAME": "bench", "DYNAMODB_TIMESTAMP_UNIT": "s", "DYNAMODB_ENDPOINT_URL": url}
     keys = {"AWS_ACCESS_KEY_ID": "b", "AWS_SECRET_ACCESS_KEY": "b"}

@@ -21,7 +21,7 @@ from app.dynamo_to_drive.accounts import Accounts
 from app.dynamo_to_drive.hour_file import COPY_BYTES, FileShape, HourWriter, lines_in, read_file
 from app.dynamo_to_drive.rows import MISSES, AttributeValue, PageReader, cell
 from app.dynamo_to_drive.source import WantedItems
-from app.dynamo_to_drive.timestamps import HourTexts, TimestampReader, ascend
+from app.dynamo_to_drive.timestamps import TimestampReader, ascend
 from shipping import START
 
 AT, HASH = "datetime_utc", "static_partition"
@@ -188,7 +188,7 @@ def test_a_row_of_the_next_hour_is_dropped_with_the_columns_that_only_it_has() -
     window = Window(START, START + timedelta(hours=1))
     low, high = (str(int(at.timestamp()) * 1000) for at in (window.start, window.end))
     accounts = Accounts("at")
-    read = PageReader("at", "", WantedItems(HourTexts(TIMES, window), accounts))
+    read = PageReader("at", "", WantedItems(TIMES, window, accounts))
     rows = [{"at": {"N": low}, "temp": {"N": "1"}}, {"at": {"N": f"{int(high) - 1}.999"}, "temp": {"N": "2"}}]
     last = [{"at": {"N": high}, "temp": {"N": "3"}}, {"at": {"N": f"{high}.0"}, "new": {"N": "4"}}]
     assert [list(row) for row in read.read(json.dumps(rows + last).encode())] == [

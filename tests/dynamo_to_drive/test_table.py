@@ -18,10 +18,10 @@ from app.core.errors import Permanent, Transient
 from app.core.pipeline import UNCOUNTED
 from app.core.runs import Stop
 from app.core.windows import Window
-from app.dynamo_to_drive.access_path import AccessPath, plan_of
 from app.dynamo_to_drive.accounts import Accounts
 from app.dynamo_to_drive.rows import items_of
-from app.dynamo_to_drive.source import DynamoSource, DynamoTable
+from app.dynamo_to_drive.source import DynamoSource
+from app.dynamo_to_drive.table import AccessPath, DynamoTable, plan_of
 from fault_proxy import FaultProxy, answer, lose_answer
 from shipping import START, shipping
 

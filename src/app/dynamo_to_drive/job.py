@@ -6,7 +6,7 @@ file is always rebuilt whole from the table, so the only state is the cursor and
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -55,7 +55,8 @@ from app.dynamo_to_drive.accounts import Accounts
 from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveCredentials, DriveService
 from app.dynamo_to_drive.hour_file import HourFile, lines_in, read_file
 from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FolderSink, HourRecords, HourSink
-from app.dynamo_to_drive.source import DynamoSource, DynamoTable, ping
+from app.dynamo_to_drive.source import DynamoSource, ping
+from app.dynamo_to_drive.table import DynamoTable
 from app.object_store.set_aside import SetAsideStore
 from app.ops.connection_checks import ConnectionCheck
 
@@ -135,7 +136,7 @@ class HourFileExport:
     @property
     def chart(self) -> GapMapSource:
         """The gap map of the files."""
-        return HourFileGapMap(self)
+        return HourEnds(self, *self.opened(_looking(Stop())))
 
     def verification(self, stop: Stop) -> Ends:
         """Source and destination for verification: the table and the files."""
@@ -317,13 +318,13 @@ def build(
 
 @dataclass(frozen=True, slots=True)
 class HourEnds:
-    """`app.core.verify.Ends` over table and files; `pipeline` and `sink` are read-only."""
+    """`Ends` and `GapMapSource` of `app.core.verify` over table and files; `pipeline` and `sink` are read-only."""
 
     export: HourFileExport
     pipeline: HourPipeline
     sink: HourSink
 
-    def partitions(self, _: Window) -> Sequence[str]:
+    def partitions(self, _: Window | None = None) -> Sequence[str]:
         """The single partition."""
         return [self.export.partition]
 
@@ -336,18 +337,14 @@ class HourEnds:
 
     def source(self, slot: PartitionWindow) -> WindowContent:
         """See `Ends.source`."""
-        from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
-
         with closing(self.pipeline.source.read(slot.partition, slot.window, UNCOUNTED, None)) as hour:
-            return content_of(read_file(lines_in(hour.file), escaped=hour.shape.escape))
+            return _content_of(read_file(lines_in(hour.file), escaped=hour.shape.escape))
 
     def destination(self, slot: PartitionWindow) -> WindowContent:
         """See `Ends.destination`."""
-        from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
-
         key = self.sink.key(slot.partition, slot.window, 0)
         there = self.sink.head(key)
-        return content_of(self.sink.rows(key, there.version)) if there else NOTHING
+        return _content_of(self.sink.rows(key, there.version)) if there else NOTHING
 
     def heal(self, context: Context, slot: PartitionWindow) -> Report:
         """See `Ends.heal`. Raises Permanent if the file was changed and the table has no rows of its hour."""
@@ -361,32 +358,26 @@ class HourEnds:
                 task = replace(task, replaces=True)
             return sync_window(pipeline, context, task)
 
-
-@dataclass(frozen=True, slots=True)
-class HourFileGapMap:
-    """`app.core.verify.GapMapSource` over the files; one listing per day."""
-
-    export: HourFileExport
-
-    def partitions(self) -> Sequence[str]:
-        """The single partition."""
-        return [self.export.partition]
-
     def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
-        """See `GapMapSource.cells`. A file's version is its MD5 here."""
-        export, sink = self.export, self.export.opened(_looking(Stop()))[1]
+        """See `GapMapSource.cells`; one listing per day. A file's version is its MD5 here."""
+        export = self.export
         cursor_at = export.checkpoints.cursors(NAME).get(partition)
         moment = MapContext(export.clock(), export.settings.drive.grace_seconds, cursor_at)
         hours = list(windows_between(span.start, min(span.end, moment.now), HOUR_SECONDS))
         if not hours:
             return ()
         records = export.checkpoints.records(NAME, partition, hours[0].start, hours[-1].end)
-        starts = {sink.key(partition, hour, 0): hour.start for hour in hours}
-        days = {window_at(hour.start, DAY_SECONDS).start: hour for hour in hours}.values()
+        starts = {self.sink.key(partition, hour, 0): hour.start for hour in hours}
         found = [
             FoundObject(starts[name], name, digest)
-            for day in days
-            for name, digest in sink.listed(day)
+            for day in {window_at(hour.start, DAY_SECONDS) for hour in hours}
+            for name, digest in self.sink.listed(day)
             if name in starts
         ]
         return cells_of(hours, [replace(record, version=record.digest) for record in records], found, moment)
+
+
+def _content_of(rows: Iterator[Mapping[str, str]]) -> WindowContent:
+    from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
+
+    return content_of(rows)

@@ -169,8 +169,8 @@ class HourSink(ABC):
         """The rows of the file. Raises UnreadableFile, perhaps after some of them."""
 
     @abstractmethod
-    def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
-        """The name and MD5 of every file on the day of `hour`."""
+    def listed(self, day: Window) -> Iterator[tuple[str, str]]:
+        """The name and MD5 of every file of a day."""
 
     @abstractmethod
     def _head(self, key: str) -> ObjectState | None: ...
@@ -184,9 +184,9 @@ class HourSink(ABC):
     def _mergeable(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
         return self.rows(key, version)
 
-    def _day(self, hour: Window) -> str:
-        """The name prefix of the files of a day."""
-        return self.key("", hour, 0).removesuffix(f"{hour.start:%H}.csv")
+    def _day(self, day: Window) -> str:
+        """The beginning of the names of a day's files."""
+        return self.key("", day, 0).removesuffix("00.csv")
 
 
 @dataclass(slots=True)
@@ -197,10 +197,10 @@ class DriveSink(HourSink):
     folder: DriveFolder
     noted: dict[str, int] = field(default_factory=dict)
 
-    def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
+    def listed(self, day: Window) -> Iterator[tuple[str, str]]:
         """See `HourSink.listed`; of several files with one name, the oldest."""
         seen = set[str]()
-        for found in self.drive.beginning(self._day(hour), self.folder.folder_id, self.folder.drive_id(self.drive)):
+        for found in self.drive.beginning(self._day(day), self.folder.folder_id, self.folder.drive_id(self.drive)):
             if found.is_csv and found.name not in seen:
                 seen.add(found.name)
                 yield found.name, found.md5
@@ -330,12 +330,12 @@ class FolderSink(HourSink):
         with _translated(self.root), (self.root / key).open("rb") as file, readable(key):
             yield from read_file(lines_in(file), escaped=self.escaped)
 
-    def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
+    def listed(self, day: Window) -> Iterator[tuple[str, str]]:
         """See `HourSink.listed`."""
         with _translated(self.root):
             names = sorted(path.name for path in self.root.glob("*.csv") if path.is_file())
         for name in names:
-            if name.startswith(self._day(hour)) and (version := self._version(name)):
+            if name.startswith(self._day(day)) and (version := self._version(name)):
                 yield name, version
 
     def _put(self, key: str, encoded: HourFile, expected: str | None) -> str:
