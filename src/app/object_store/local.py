@@ -43,7 +43,6 @@ from app.object_store.port import (
     ObjectInfo,
     PutRequest,
     ReadableBody,
-    SplicedBody,
     StoredObject,
     check_characters,
     check_key,
@@ -188,8 +187,10 @@ class LocalDirectory:
 
     def write(self, key: str, body: ReadableBody, put: PutRequest) -> StoredObject:
         """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
+        return self._write(key, _chunks(body), put)
+
+    def _write(self, key: str, chunks: Iterable[bytes], put: PutRequest) -> StoredObject:
         path = self._path(check_key(key))
-        chunks = iter(partial(body.read, CHUNK_BYTES), b"")
         with _translated(key), self._spooled(chunks, put) as sealed, self._locked():
             spooled, etag, noted = sealed
             self._check_name(key)
@@ -223,8 +224,8 @@ class LocalDirectory:
                 raise Conflict(
                     f"{held.key}: was deleted while it was patched", "look at the object, then send it again"
                 )
-            spliced = SplicedBody(old, held.size_bytes, offset, body)
-            return self.write(held.key, spliced, PutRequest(held.content_type, held.metadata, held.etag, held.headers))
+            put = PutRequest(held.content_type, held.metadata, held.etag, held.headers)
+            return self._write(held.key, _spliced(old, held.size_bytes, offset, body), put)
 
     @contextmanager
     def open_span(self, held: ObjectInfo, first: int, count: int) -> Iterator[ReadableBody]:
@@ -349,6 +350,21 @@ class LocalDirectory:
             except OSError:
                 return
             folder = folder.parent
+
+
+def _chunks(body: ReadableBody) -> Iterator[bytes]:
+    return iter(partial(body.read, CHUNK_BYTES), b"")
+
+
+def _spliced(old: BinaryIO, size_bytes: int, offset: int, body: ReadableBody) -> Iterator[bytes]:
+    """The bytes of `old` up to `offset`, then a body, then the bytes of `old` after the body's end."""
+    yield from _chunks(LimitedBody(old, offset))
+    end = offset
+    for chunk in _chunks(body):
+        end += len(chunk)
+        yield chunk
+    old.seek(min(end, size_bytes))
+    yield from _chunks(LimitedBody(old, max(size_bytes - end, 0)))
 
 
 def _etag(found: os.stat_result) -> str:
