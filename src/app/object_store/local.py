@@ -465,8 +465,9 @@ class LocalMetadata:
 
     A note is an extended attribute of the object's file, so that both appear with one rename. Where the file system has
     none, or the note is too long, it is a file below `folder` named by the key's SHA-256: a name built from the key
-    itself could be too long, or be where another key needs a directory. Invariant: a note names its ETag and is valid
-    for no other, so a crash or a change by another program may lose metadata, but no object gets another's.
+    itself could be too long, or be where another key needs a directory. Invariant: a note is valid only for a file with
+    the time and size of the ETag that it names, so a crash or a change by another program may lose metadata, but no
+    object gets another's. The inode does not count: it is another one where the directory was moved or restored.
     """
 
     def __init__(self, folder: Path, temporaries: Path) -> None:
@@ -517,7 +518,7 @@ class LocalMetadata:
             return info, True  # truncated by a power cut
         if not isinstance(found, dict):
             return info, True
-        if found.get("etag") != info.etag:
+        if _time_and_size(found.get("etag", "")) != _time_and_size(info.etag):
             return info, attached is not None
         headers = found.get("headers", {})  # version 1.0 stored none
         return replace(info, content_type=found["content_type"], metadata=found["metadata"], headers=headers), True
@@ -528,6 +529,10 @@ class LocalMetadata:
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _time_and_size(etag: str) -> str:
+    return etag.partition("-")[2]
 
 
 def _note(etag: str, put: PutRequest) -> bytes:
