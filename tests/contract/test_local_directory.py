@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,20 @@ class TestLocalDirectory:
         info = local.head("a/k")
         assert info is not None
         assert info.metadata == {}
+
+    @pytest.mark.parametrize("long", [0, TOO_LONG])
+    def test_a_copy_of_the_directory_has_the_same_metadata(self, local: LocalDirectory, root: Path, long: int) -> None:
+        headers = {"content-encoding": "gzip", "x-amz-tagging": "a=b"}
+        put(local, "a/k", b"1", PutRequest("text/x", {"rows": "1", "long": "x" * long}, headers=headers))
+        copied = root.with_name("copied")
+        shutil.copytree(root, copied)  # with times and extended attributes, as `cp -a`
+        before, after = local.head("a/k"), LocalDirectory(copied).head("a/k")
+        assert before is not None
+        assert after == replace(before, etag=after.etag if after else "")
+        (copied / "a" / "k").write_bytes(b"2")
+        changed = LocalDirectory(copied).head("a/k")
+        assert changed is not None
+        assert changed.metadata == {}
 
     def test_a_kill_before_the_rename_changes_nothing(self, local: LocalDirectory, root: Path) -> None:
         put(local, "a/k", b"old bytes", PutRequest("text/old", {"rows": "1"}))

@@ -9,6 +9,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from string import ascii_uppercase
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
 from uuid import UUID
@@ -54,6 +56,7 @@ OPERATORS = (*COMPARISONS, "in", "is", "like", "ilike")
 FILTER = re.compile(rf"(?P<negated>not\.)?(?P<operator>{'|'.join(OPERATORS)})\.(?P<text>.*)", re.DOTALL)
 IS = {"null": "NULL", "not_null": "NOT NULL", "true": "TRUE", "false": "FALSE", "unknown": "NULL"}
 LIST_ITEM = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,"()]*)', re.DOTALL)
+END_OF_LETTERS = 0x1F000  # no letter with two cases lies beyond
 MAX_LIST, MAX_PATTERN_CHARACTERS = 1000, 1000
 PATTERN = re.compile(r"\\(.)|([%*])|(_)|(.)", re.DOTALL)
 FAR = re.compile(r"-?infinity|[0-9]{4,6}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?\+00( BC)?", re.ASCII)
@@ -90,10 +93,14 @@ class ColumnFilter:
         return f"{_ordered(self.column, dialect) if ordered else column} {COMPARISONS[self.operator]} {places}", params
 
     def _matching(self, dialect: Dialect, name: str) -> tuple[str, Params]:
-        """The condition for `like` and `ilike`. SQLite uses GLOB: its LIKE always ignores case, for ASCII only."""
+        """The condition for `like` and `ilike`. SQLite uses GLOB: its LIKE always ignores case, for ASCII only.
+        PostgreSQL's ILIKE goes by the locale of the database, which may be for ASCII only as well.
+        """
         column, pattern, folds = self.column.name, self.values[0], self.operator == "ilike"
+        if dialect == "postgres" and folds:
+            return f'{column} COLLATE "C" ~ :{name}', {name: _caseless_regex(pattern)}
         if dialect == "postgres":
-            return f"{column} {'ILIKE' if folds else 'LIKE'} :{name}", {name: _pattern(pattern, "%", "_", r"\%_", "\\")}
+            return f"{column} LIKE :{name}", {name: _pattern(pattern, "%", "_", r"\%_", "\\")}
         left = f"lower_text({column})" if folds else column
         return f"{left} GLOB :{name}", {name: _pattern(pattern.lower() if folds else pattern, "*", "?", "[*?")}
 
@@ -110,6 +117,29 @@ def _pattern(text: str, any_text: str, any_character: str, special: str, escape:
             literal = f"{escape}{literal}" if escape else f"[{literal}]"
         parts.append(any_text if many else any_character if one else literal)
     return "".join(parts)
+
+
+def _caseless_regex(text: str) -> str:
+    """A PostgREST pattern as a regular expression that lists both cases of each letter, as SQLite's `lower_text` has
+    them.
+    """
+    parts = []
+    for escaped, many, one, plain in PATTERN.findall(text):
+        literal = (escaped or plain).lower()
+        cases = f"[{literal}{_upper_cases()[literal]}]" if literal in _upper_cases() else re.escape(literal)
+        parts.append(".*" if many else "." if one else cases)
+    return f"^{''.join(parts)}$"
+
+
+@cache
+def _upper_cases() -> Mapping[str, str]:
+    """Lower-case letter -> all others that become it."""
+    found: dict[str, str] = {}
+    for letter in (*ascii_uppercase, *map(chr, range(0x80, END_OF_LETTERS))):
+        lower = letter.lower()
+        if lower != letter and len(lower) == 1 and not (lower.isascii() and not letter.isascii()):
+            found[lower] = found.get(lower, "") + letter
+    return found
 
 
 def filter_of(column: TableColumn, given: str) -> ColumnFilter:

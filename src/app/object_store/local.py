@@ -43,7 +43,6 @@ from app.object_store.port import (
     ObjectInfo,
     PutRequest,
     ReadableBody,
-    SplicedBody,
     StoredObject,
     check_characters,
     check_key,
@@ -188,8 +187,10 @@ class LocalDirectory:
 
     def write(self, key: str, body: ReadableBody, put: PutRequest) -> StoredObject:
         """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
+        return self._write(key, _chunks(body), put)
+
+    def _write(self, key: str, chunks: Iterable[bytes], put: PutRequest) -> StoredObject:
         path = self._path(check_key(key))
-        chunks = iter(partial(body.read, CHUNK_BYTES), b"")
         with _translated(key), self._spooled(chunks, put) as sealed, self._locked():
             spooled, etag, noted = sealed
             self._check_name(key)
@@ -223,8 +224,8 @@ class LocalDirectory:
                 raise Conflict(
                     f"{held.key}: was deleted while it was patched", "look at the object, then send it again"
                 )
-            spliced = SplicedBody(old, held.size_bytes, offset, body)
-            return self.write(held.key, spliced, PutRequest(held.content_type, held.metadata, held.etag, held.headers))
+            put = PutRequest(held.content_type, held.metadata, held.etag, held.headers)
+            return self._write(held.key, _spliced(old, held.size_bytes, offset, body), put)
 
     @contextmanager
     def open_span(self, held: ObjectInfo, first: int, count: int) -> Iterator[ReadableBody]:
@@ -351,6 +352,21 @@ class LocalDirectory:
             folder = folder.parent
 
 
+def _chunks(body: ReadableBody) -> Iterator[bytes]:
+    return iter(partial(body.read, CHUNK_BYTES), b"")
+
+
+def _spliced(old: BinaryIO, size_bytes: int, offset: int, body: ReadableBody) -> Iterator[bytes]:
+    """The bytes of `old` up to `offset`, then a body, then the bytes of `old` after the body's end."""
+    yield from _chunks(LimitedBody(old, offset))
+    end = offset
+    for chunk in _chunks(body):
+        end += len(chunk)
+        yield chunk
+    old.seek(min(end, size_bytes))
+    yield from _chunks(LimitedBody(old, max(size_bytes - end, 0)))
+
+
 def _etag(found: os.stat_result) -> str:
     return f'"{found.st_ino:x}-{found.st_mtime_ns}-{found.st_size}"'
 
@@ -449,8 +465,9 @@ class LocalMetadata:
 
     A note is an extended attribute of the object's file, so that both appear with one rename. Where the file system has
     none, or the note is too long, it is a file below `folder` named by the key's SHA-256: a name built from the key
-    itself could be too long, or be where another key needs a directory. Invariant: a note names its ETag and is valid
-    for no other, so a crash or a change by another program may lose metadata, but no object gets another's.
+    itself could be too long, or be where another key needs a directory. Invariant: a note is valid only for a file with
+    the time and size of the ETag that it names, so a crash or a change by another program may lose metadata, but no
+    object gets another's. The inode does not count: it is another one where the directory was moved or restored.
     """
 
     def __init__(self, folder: Path, temporaries: Path) -> None:
@@ -501,7 +518,7 @@ class LocalMetadata:
             return info, True  # truncated by a power cut
         if not isinstance(found, dict):
             return info, True
-        if found.get("etag") != info.etag:
+        if _time_and_size(found.get("etag", "")) != _time_and_size(info.etag):
             return info, attached is not None
         headers = found.get("headers", {})  # version 1.0 stored none
         return replace(info, content_type=found["content_type"], metadata=found["metadata"], headers=headers), True
@@ -512,6 +529,10 @@ class LocalMetadata:
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _time_and_size(etag: str) -> str:
+    return etag.partition("-")[2]
 
 
 def _note(etag: str, put: PutRequest) -> bytes:

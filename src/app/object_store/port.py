@@ -265,7 +265,7 @@ class Transfers(Protocol):
         """One page. Raises Rejected for an invalid continuation."""
 
 
-# Shared by back ends: bodies composed of others, and pages of a store that lists its keys in order.
+# Shared by back ends: a part of a file, and pages of a store that lists its keys in order.
 
 
 class LimitedBody:
@@ -284,32 +284,6 @@ class LimitedBody:
             raise Conflict("the file became shorter while it was read", "no action needed; it is retried")
         self._left -= len(data)
         return data
-
-
-class SplicedBody:
-    """Bytes of `old` up to `offset`, then a body, then the bytes of `old` after the body's end."""
-
-    def __init__(self, old: BinaryIO, size_bytes: int, offset: int, body: ReadableBody) -> None:
-        self._old, self._size_bytes, self._body = old, size_bytes, body
-        self._pieces = iter((LimitedBody(old, offset), body))
-        self._now: ReadableBody | None = next(self._pieces)
-        self._end = 0
-
-    def read(self, count: int, /) -> bytes:
-        """See `ReadableBody`."""
-        while self._now is not None:
-            data = self._now.read(count)
-            if data:
-                self._end += len(data)
-                return data
-            self._now = self._after(self._now)
-        return b""
-
-    def _after(self, ended: ReadableBody) -> ReadableBody | None:
-        if ended is not self._body:
-            return next(self._pieces, None)
-        self._old.seek(min(self._end, self._size_bytes))
-        return LimitedBody(self._old, max(self._size_bytes - self._end, 0))
 
 
 def page_of(found: Iterable[ObjectInfo], question: ListingRequest) -> ListingPage:

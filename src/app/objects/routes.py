@@ -6,7 +6,7 @@ do not block others.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -14,10 +14,11 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.routing import APIRoute
 
-from app.core.errors import Conflict, Permanent, Rejected
+from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.object_store.port import (
     CONTENT_HEADERS,
     MARK,
@@ -51,15 +52,12 @@ from app.objects.requests import (
     stored_fields,
 )
 from app.objects.streams import (
-    LEAN_BYTES,
     PAYLOAD_HASH,
-    PIECE_BYTES,
     ChecksummedBody,
     FormReader,
     SizedBody,
     boundary_of,
     media_type,
-    open_span,
     peek_body,
 )
 from app.web.api import StreamedResponse, refuse_unknown_parameters
@@ -71,6 +69,7 @@ if TYPE_CHECKING:
     from app.object_store.s3_multipart import S3Transfers
 
 READERS, WRITERS, ROOMY = 16, 64, 100
+PIECE_BYTES, LEAN_BYTES = 1 << 19, 1 << 16
 LOOKS = 3
 LINK_SECONDS, MAX_LINK_SECONDS = 3600, 7 * 24 * 3600
 MAX_INTEGER = (1 << 63) - 1
@@ -98,14 +97,16 @@ class ObjectRoutes:
     links: "SignedLinks | S3Transfers"
     clock: Callable[[], datetime]
     max_upload_bytes: int = 5 << 30
-    readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "s3-read"))
+    readers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(READERS))
     writers: Executor = field(default_factory=lambda: ThreadPoolExecutor(WRITERS, "s3-write"))
     uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITERS))
     roomy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(ROOMY))
 
     async def ask(self, call: Callable[..., T], *given: Any) -> T:
-        """Call the store in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self.readers, call, *given)
+        """Call the store in a thread. When the client disconnects meanwhile, this ends with the call and not before, so
+        that what the caller releases is no longer in use.
+        """
+        return await to_thread.run_sync(call, *given, limiter=self.readers)
 
     @property
     def own_links(self) -> SignedLinks:
@@ -243,7 +244,11 @@ async def _download(request: Request, serving: ObjectRoutes, key: str) -> Respon
 
 
 async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> Response:
-    """The response. If other downloads use all slots for large pieces, this one does not wait and uses small pieces."""
+    """The response. Every byte is from the version that was looked up; if it can no longer be read, the response ends
+    before its declared length, which every client notices.
+
+    If other downloads use all slots for large pieces, this one does not wait and uses small pieces.
+    """
     with ExitStack() as taken:
         piece_bytes = PIECE_BYTES
         if serving.roomy.locked():
@@ -251,10 +256,20 @@ async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> 
         else:
             await serving.roomy.acquire()
             taken.callback(serving.roomy.release)
-        outgoing = await open_span(serving.readers, serving.transfers, held, span, piece_bytes)
-        taken.callback(outgoing.close)
+        opened = serving.transfers.open_span(held, span.first, span.count)
+        stream = await serving.ask(taken.enter_context, opened)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            left = span.count
+            while left:
+                data = await serving.ask(stream.read, min(piece_bytes, left))
+                if not data:
+                    raise Transient("the object ended before its end", "ask for it again")
+                left -= len(data)
+                yield data
+
         status, headers = 206 if span.part else 200, download_headers(held, span)
-        return StreamedResponse(outgoing.pieces(), taken.pop_all(), status=status, headers=headers)
+        return StreamedResponse(pieces(), taken.pop_all(), status=status, headers=headers)
 
 
 def _linking(router: APIRouter, serving: ObjectRoutes) -> None:

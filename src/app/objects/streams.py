@@ -1,21 +1,17 @@
 """Request and response bodies of /s3."""
 
-import asyncio
 import base64
 import hashlib
 import io
 import mimetypes
 import re
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import Executor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from app.core.errors import Transient
-from app.object_store.port import ObjectInfo, ReadableBody, Transfers
-from app.objects.requests import LINK_HINT, ByteSpan
+from app.object_store.port import ReadableBody
+from app.objects.requests import LINK_HINT
 from app.web.errors import Refused
 
 # Streams the file of a multipart form as a body, without storing it.
@@ -275,60 +271,3 @@ class SizedBody:
         if not data and self._size_bytes < self._sizes[0]:
             raise Refused(400, f"the file is smaller than {self._sizes[0]} bytes", LINK_HINT, fault="file")
         return data
-
-
-# Downloads an object, read in threads piece by piece.
-#
-# Invariant: every byte is from the version that was looked up; if it can no longer be read, the response ends before
-# its declared length, which every client notices.
-
-PIECE_BYTES, LEAN_BYTES = 1 << 19, 1 << 16
-
-
-class OpenSpan:
-    """An open span; the caller must `close` it."""
-
-    def __init__(
-        self, threads: Executor, opened: ExitStack, stream: ReadableBody, count: int, piece_bytes: int
-    ) -> None:
-        self._threads, self._opened, self._stream = threads, opened, stream
-        self._left, self._piece_bytes = count, piece_bytes
-        self._reading: asyncio.Future[bytes] | None = None
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The bytes of the span, in pieces. Raises what reading raises."""
-        loop = asyncio.get_running_loop()
-        while self._left:
-            count = min(self._piece_bytes, self._left)
-            self._reading = loop.run_in_executor(self._threads, self._stream.read, count)
-            data = await asyncio.shield(self._reading)
-            if not data:
-                raise Transient("the object ended before its end", "ask for it again")
-            self._left -= len(data)
-            yield data
-
-    def close(self) -> None:
-        """Close the stream as soon as no thread is reading it. Does not block."""
-        if self._reading is None or self._reading.done():
-            self._threads.submit(self._opened.close)
-        else:
-            self._reading.add_done_callback(self._closed_after)
-
-    def _closed_after(self, reading: "asyncio.Future[bytes]") -> None:
-        if not reading.cancelled():
-            reading.exception()  # marks it as retrieved, since nothing awaits it any more
-        self._threads.submit(self._opened.close)
-
-
-async def open_span(
-    threads: Executor, transfers: Transfers, held: ObjectInfo, span: ByteSpan, piece_bytes: int
-) -> OpenSpan:
-    """Open a span in a thread. Raises Conflict when the version no longer exists."""
-
-    def work() -> tuple[ExitStack, ReadableBody]:
-        with ExitStack() as stack:
-            stream = stack.enter_context(transfers.open_span(held, span.first, span.count))
-            return stack.pop_all(), stream
-
-    stack, stream = await asyncio.get_running_loop().run_in_executor(threads, work)
-    return OpenSpan(threads, stack, stream, span.count, piece_bytes)
