@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from copy import copy
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -138,10 +138,12 @@ class Process:
         self.listener = listener
         jobs = [Job(name, 60, lambda _: Report()) for name in ("export", "inbox")]
         clock, elapsed = time
+        mine = copy(state)
+        mine.alerts, mine.clocks = told or state.alerts, FollowedClock(clock, ahead)
         self.alerts = Alerts(
             AlertRules("water", f"{listener.url}/hook?token=s", **rules),
             jobs,
-            replace(state, alerts=told or state.alerts, clocks=FollowedClock(clock, ahead)),
+            mine,
             lambda: clock[0],
             lambda: elapsed[0],
         )

@@ -17,8 +17,8 @@ from typing import Any
 from app.core.pipeline import Commit, Record, Sums
 from app.core.runs import Lease
 from app.core.windows import DAY_SECONDS, Window, floor_to
-from app.db.database import NamedQueries, Row, Session, storable
-from app.db.leases import AHEAD, identity, lease_lost_error, now_of
+from app.db.database import NamedQueries, Repository, Row, Session, storable
+from app.db.leases import AHEAD, identity, lease_lost_error
 from app.db.object_summaries import SqlSummaries
 
 
@@ -56,11 +56,11 @@ class Checkpoint:
     updated_at: datetime
 
 
-class SqlCheckpoints:
+class SqlCheckpoints(Repository):
     """See `app.core.pipeline.Checkpoints`; `of` is for the dashboard and the metrics."""
 
     def __init__(self, queries: NamedQueries) -> None:
-        self._queries = queries
+        super().__init__(queries)
         self._summaries = SqlSummaries(queries)
 
     def cursors(self, pipeline: str) -> Mapping[str, datetime]:
@@ -74,8 +74,7 @@ class SqlCheckpoints:
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         """See `Checkpoints.records`."""
         of = {"pipeline": pipeline, "partition": partition}
-        with self._queries.database.transaction(read_only=True) as session:
-            now = now_of(session, self._queries)
+        with self._reading() as (session, now):
             rows = session.rows(self._queries["records"], **of, since_at=since, until_at=until)
         return [_record(row, now) for row in rows]
 
@@ -84,8 +83,7 @@ class SqlCheckpoints:
     ) -> Mapping[str, Sequence[Record]]:
         """See `Checkpoints.live_records`. Streamed, since the rows of many devices would dominate a plan's memory."""
         found: dict[str, list[Record]] = {}
-        with self._queries.database.transaction(read_only=True) as session:
-            now = now_of(session, self._queries)
+        with self._reading() as (session, now):
             chosen = None if partitions is None else json.dumps(partitions)
             of = {"pipeline": pipeline, "since_at": since, "partitions": chosen}
             for device, *values in session.stream(self._queries["live_records"], **of):
@@ -213,9 +211,8 @@ class SqlCheckpoints:
 
     def _known(self, query: str, pipeline: str) -> list[Row]:
         """Rows of the query, which leaves out those ahead of the database's clock."""
-        with self._queries.database.transaction(read_only=True) as session:
-            until_at = now_of(session, self._queries) + AHEAD
-            return session.rows(self._queries[query], pipeline=pipeline, until_at=until_at)
+        with self._reading() as (session, now):
+            return session.rows(self._queries[query], pipeline=pipeline, until_at=now + AHEAD)
 
 
 def _day(retired: Mapping[datetime, int], day: datetime) -> str:

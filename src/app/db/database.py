@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -69,6 +70,10 @@ class DamagedDatabase(Permanent):
         self.file = file
 
 
+class DuplicateKey(Permanent):
+    """A row with this key exists already."""
+
+
 class Session(Protocol):
     """One open transaction. Used by the thread that opened it, until its block ends.
 
@@ -103,9 +108,19 @@ class Session(Protocol):
         """As `append`, for blocks of rows by column. If a key already exists, returns None and stores nothing; the
         transaction continues as if this had not been called.
         """
+        rows = chain.from_iterable(zip(*block, strict=True) for block in blocks)
+        self.run("SAVEPOINT appending")
+        try:
+            count = self.append(table, columns, rows)
+        except DuplicateKey:
+            self.run("ROLLBACK TO SAVEPOINT appending")
+            count = None
+        self.run("RELEASE SAVEPOINT appending")
+        return count
 
     def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
         """Rows as tuples of raw database values, timestamps unconverted, in bounded memory."""
+        return chain.from_iterable(self.blocks(sql, **params))
 
     def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
         """As `stream`, but several rows at a time, since each generator step costs as much as a value."""
@@ -200,6 +215,25 @@ class NamedQueries(dict[str, str]):
         """The number of rows that the statement changed."""
         with self.database.transaction() as session:
             return session.run(self[query], **params)
+
+
+class Repository:
+    """The base of what is kept in one database: its methods use the named queries. They raise what `Session` raises."""
+
+    def __init__(self, queries: NamedQueries) -> None:
+        self._queries = queries
+
+    @contextmanager
+    def _reading(self) -> Iterator[tuple[Session, datetime]]:
+        """A read-only transaction, and the database's clock in it."""
+        with self._queries.database.transaction(read_only=True) as session:
+            yield session, now_of(session, self._queries)
+
+
+def now_of(session: Session, queries: NamedQueries) -> datetime:
+    """The current time by the session's database."""
+    now: datetime = session.rows(queries["now"])[0]["now_at"]
+    return now
 
 
 # A bounded pool of connections that threads borrow one at a time.

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 
 from app.core.errors import LeaseLost
 from app.core.runs import Lease
-from app.db.database import NamedQueries, Row, Session
+from app.db.database import NamedQueries, Repository, Row
 
 AHEAD = timedelta(seconds=60)  # clocks of healthy machines differ by less
 
@@ -40,21 +40,17 @@ class StateClock:
         self._known = (at, time.monotonic())
 
 
-class SqlClocks:
+class SqlClocks(Repository):
     """Raises what `Session` raises."""
-
-    def __init__(self, queries: NamedQueries) -> None:
-        self._queries = queries
 
     def now(self) -> datetime:
         """The database's clock; for SQLite, this machine's."""
-        with self._queries.database.transaction(read_only=True) as session:
-            return now_of(session, self._queries)
+        with self._reading() as (_, now):
+            return now
 
     def ahead_seconds(self) -> Mapping[str, float]:
         """Job -> how far its last run or one of its cursors is in the future, if more than a minute."""
-        with self._queries.database.transaction(read_only=True) as session:
-            now = now_of(session, self._queries)
+        with self._reading() as (session, now):
             rows = session.rows(self._queries["ahead"], until_at=now + AHEAD)
         ahead: dict[str, float] = {}
         for row in rows:
@@ -79,12 +75,6 @@ def duration_text(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def now_of(session: Session, queries: NamedQueries) -> datetime:
-    """The current time by the session's database."""
-    now: datetime = session.rows(queries["now"])[0]["now_at"]
-    return now
-
-
 FORMAT = "v4|"
 FREE = FORMAT  # the owner of a released lease
 LOST_HINT = "no action needed: the process that holds it goes on; several takeovers in a row mean a stalled machine"
@@ -105,11 +95,11 @@ class _Sighting:
     since_seconds: float
 
 
-class SqlLeases:
+class SqlLeases(Repository):
     """See `app.core.runs.Leases`."""
 
     def __init__(self, queries: NamedQueries, clock: StateClock) -> None:
-        self._queries = queries
+        super().__init__(queries)
         self._clock = clock
         self._seen: dict[str, _Sighting] = {}
 

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from itertools import compress, groupby, starmap
 from typing import Any
 
-from app.db.database import NamedQueries, Row, Session, storable
+from app.db.database import Repository, Row, Session, storable
 
 NO_DAY = -(1 << 30)  # for rows without a timestamp
 SOME = 500
@@ -154,11 +154,8 @@ def version_of(key: str, etag: str) -> Version:
     return blake2b(f"{key}\n{etag}".encode(), digest_size=16).digest()
 
 
-class SqlSummaries:
+class SqlSummaries(Repository):
     """The facts of all versions. Raises what `Session` raises."""
-
-    def __init__(self, queries: NamedQueries) -> None:
-        self._queries = queries
 
     def known(self, versions: Collection[Version]) -> Mapping[Version, KnownObject]:
         """The facts of those of `versions` that are known and not packed."""

@@ -14,8 +14,8 @@ from typing import Any
 from app.core.ledger import from_json
 from app.core.runs import Failure, Outcome, Report, Run
 from app.core.windows import DAY_SECONDS, EPOCH, floor_to
-from app.db.database import NamedQueries, Row, Session
-from app.db.leases import AHEAD, now_of
+from app.db.database import NamedQueries, Repository, Row, Session, now_of
+from app.db.leases import AHEAD
 
 FAULTS = 200
 FAULTY_WINDOWS = 20_000
@@ -38,11 +38,8 @@ class RunFilter:
     news: bool = False
 
 
-class SqlPages:
+class SqlPages(Repository):
     """The queries of the pages. Raises what `Session` raises. Thread-safe."""
-
-    def __init__(self, queries: NamedQueries) -> None:
-        self._queries = queries
 
     @contextmanager
     def look(self) -> "Iterator[PageQuerySession]":

@@ -9,7 +9,6 @@ import select
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
-from itertools import chain
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -20,7 +19,7 @@ from psycopg.rows import DictRow, dict_row, tuple_row
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.core.network import CA_HINT, is_untrusted
-from app.db.database import NAME_TAKEN, Connections, DamagedDatabase, Dialect, Row, bound
+from app.db.database import NAME_TAKEN, Connections, DamagedDatabase, Dialect, DuplicateKey, Row, Session, bound
 
 T = TypeVar("T")
 
@@ -67,8 +66,9 @@ REFUSED = re.compile(
 )
 SQLSTATE_PASSING = ("08", "25006", "25P", "40", "53", "55P03", "57", "58")
 SQLSTATE_ACCESS = ("28", "3D", "42501")
-SQLSTATE_VALUE = ("22",)
+SQLSTATE_VALUE = "22"
 SQLSTATE_GONE = ("42P01", "42703")  # a table or a column
+SQLSTATE_KEY = "23505"
 SQLSTATE_TAKEN = ("42P07", "42710")  # a relation or a type of this name exists; only migrations create any
 SQLSTATE_NO_EQUIVALENT = "22P05"
 # This encoding stores bytes without a character set, so each client reads them as different text.
@@ -86,7 +86,7 @@ class BoundedConnection(psycopg.Connection[DictRow]):
         return super().wait(gen, interval, timeout or self.answer_seconds)
 
 
-class PostgresSession:
+class PostgresSession(Session):
     """See `Session`."""
 
     def __init__(self, connection: BoundedConnection, errors: "PsycopgErrors") -> None:
@@ -118,32 +118,11 @@ class PostgresSession:
 
     def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
         """See `Session.append`: uses COPY."""
-        with self._errors.translated():
-            return self._copied(table, columns, rows)
-
-    def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
-        """See `Session.append_new`: uses COPY inside a savepoint."""
-        with self._errors.translated():
-            self._connection.execute(b"SAVEPOINT appending")
-            try:
-                rows = chain.from_iterable(zip(*block, strict=True) for block in blocks)
-                count = self._copied(table, columns, rows)
-            except psycopg.errors.UniqueViolation:
-                self._connection.execute(b"ROLLBACK TO SAVEPOINT appending")
-                count = None
-            self._connection.execute(b"RELEASE SAVEPOINT appending")
-            return count
-
-    def _copied(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
-        with self._connection.cursor() as cursor:
+        with self._errors.translated(), self._connection.cursor() as cursor:
             with cursor.copy(f"COPY {table} ({', '.join(columns)}) FROM STDIN".encode()) as copy:
                 for row in rows:
                     copy.write_row(row)
             return cursor.rowcount
-
-    def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
-        """See `Session.stream`."""
-        return chain.from_iterable(self.blocks(sql, **params))
 
     def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
         """See `Session.blocks`: uses a server-side cursor, so the server holds the rows not yet fetched."""
@@ -253,10 +232,9 @@ class PsycopgErrors:
         # The primary message, without the values that PostgreSQL adds in its detail lines.
         text = error.diag.message_primary or str(error).strip() or type(error).__name__
         message = f"{self.place}: {text.splitlines()[0]}"
-        if state == SQLSTATE_NO_EQUIVALENT:
-            return Rejected(message, ENCODING_HINT)
         if state.startswith(SQLSTATE_VALUE) or (not state and isinstance(error, psycopg.DataError)):
-            return Rejected(message, "correct the value: it is outside the range of the column")
+            hint = "correct the value: it is outside the range of the column"
+            return Rejected(message, ENCODING_HINT if state == SQLSTATE_NO_EQUIVALENT else hint)
         # A refused connection has no SQLSTATE, only the server's text.
         is_refused = not state and isinstance(error, psycopg.OperationalError) and REFUSED.search(str(error))
         if state.startswith(SQLSTATE_ACCESS) or is_refused:
@@ -266,8 +244,10 @@ class PsycopgErrors:
             return Transient(message, "no action needed if it passes; otherwise look at the server's log and load")
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return Transient(message, f"check that the server runs and that {self._variables} points to it")
-        hint = NAME_TAKEN if state in SQLSTATE_TAKEN else "bug in Headwater; please report it"
-        return DamagedDatabase(message) if state in SQLSTATE_GONE else Permanent(message, hint)
+        if state in SQLSTATE_GONE:
+            return DamagedDatabase(message)
+        kind = DuplicateKey if state == SQLSTATE_KEY else Permanent
+        return kind(message, NAME_TAKEN if state in SQLSTATE_TAKEN else "bug in Headwater; please report it")
 
 
 def _place(given: Mapping[str, Any]) -> str:

@@ -12,12 +12,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
-from app.db.database import INSTANT_SUFFIX, NAME_TAKEN, Connections, DamagedDatabase, Dialect, Row, bound
+from app.db.database import (
+    INSTANT_SUFFIX,
+    NAME_TAKEN,
+    Connections,
+    DamagedDatabase,
+    Dialect,
+    DuplicateKey,
+    Row,
+    Session,
+    bound,
+)
 
 BUSY_SECONDS = 10.0
 STREAMED_ROWS = 1000
@@ -52,7 +61,7 @@ class FileConnection(sqlite3.Connection):
     log: tuple[int, int] | None = None
 
 
-class SqliteSession:
+class SqliteSession(Session):
     """See `Session`."""
 
     def __init__(self, connection: FileConnection, path: Path) -> None:
@@ -90,24 +99,6 @@ class SqliteSession:
         places = ", ".join("?" * len(columns))
         sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})"  # noqa: S608 - names of the program's own
         return self.run_rows(sql, rows)
-
-    def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
-        """See `Session.append_new`."""
-        rows = chain.from_iterable(zip(*block, strict=True) for block in blocks)
-        self.run("SAVEPOINT appending")
-        count = None
-        try:
-            count = self.append(table, columns, rows)
-        except AppError as error:
-            if getattr(error.__cause__, "sqlite_errorcode", None) not in TAKEN:
-                raise
-            self.run("ROLLBACK TO appending")
-        self.run("RELEASE appending")
-        return count
-
-    def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
-        """See `Session.stream`."""
-        return chain.from_iterable(self.blocks(sql, **params))
 
     def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
         """See `Session.blocks`."""
@@ -317,5 +308,6 @@ def _error(path: Path, error: sqlite3.Error | OverflowError) -> AppError:
         return DamagedDatabase(message)
     if code in PASSING:
         return Transient(message, PASSING[code])
+    kind = DuplicateKey if detailed in TAKEN else Permanent
     unknown = NAME_TAKEN if " already " in str(error) else "bug in Headwater; please report it"
-    return Permanent(message, LASTING.get(code, unknown))
+    return kind(message, LASTING.get(code, unknown))

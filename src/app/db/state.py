@@ -12,8 +12,8 @@ from app.core.ledger import to_json
 from app.core.runs import VALUES, LedgerTotal, Outcome, Report, Run, RunTotal
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, floor_to, next_midnight
 from app.db.checkpoints import SqlCheckpoints
-from app.db.database import NamedQueries, Row, sql_directory, storable
-from app.db.leases import AHEAD, SqlClocks, SqlLeases, StateClock, now_of
+from app.db.database import Database, NamedQueries, Repository, Row, sql_directory, storable
+from app.db.leases import AHEAD, SqlClocks, SqlLeases, StateClock
 from app.db.migrations import MigratedDatabase, StateFile, StateTables, open_database
 from app.db.object_summaries import SqlSummaries
 from app.db.page_queries import NUMBERS, SqlPages, numbers_of, run_of
@@ -21,11 +21,8 @@ from app.db.sqlite import SqliteDatabase
 from app.db.workers import SqlWorkers
 
 
-class SqlPauses:
+class SqlPauses(Repository):
     """Which jobs are paused: shared by all processes, survives restarts. Raises what `Session` raises."""
-
-    def __init__(self, queries: NamedQueries) -> None:
-        self._queries = queries
 
     def paused(self) -> Mapping[str, datetime]:
         """Job -> when it was paused."""
@@ -49,11 +46,8 @@ class DashboardSession:
     ends_at: datetime
 
 
-class SqlSessions:
+class SqlSessions(Repository):
     """Sign-in sessions, by the SHA-256 of a token. Raises what `Session` raises."""
-
-    def __init__(self, queries: NamedQueries) -> None:
-        self._queries = queries
 
     def find(self, token_hash: str) -> DashboardSession | None:
         """The session, even if it has expired; None when there is none."""
@@ -75,15 +69,12 @@ class SqlSessions:
         self._queries.run("end_session", token_hash=token_hash)
 
 
-class SqlAlerts:
+class SqlAlerts(Repository):
     """Active alerts of jobs, shared by all processes. Raises what `Session` raises.
 
     Beginning and ending an alert is each one statement that returns True to only one caller, so only one of several
     processes sends it.
     """
-
-    def __init__(self, queries: NamedQueries) -> None:
-        self._queries = queries
 
     def told(self) -> Mapping[tuple[str, str], datetime]:
         """Job and event -> when the alert began."""
@@ -124,11 +115,8 @@ class PendingExport:
     done: bool = False
 
 
-class SqlPulls:
+class SqlPulls(Repository):
     """Exports by service and owner, calls by service and UTC day. Raises what `Session` raises."""
-
-    def __init__(self, queries: NamedQueries) -> None:
-        self._queries = queries
 
     def add(self, service: str, owner: str, request: str, now: datetime) -> PendingExport:
         """The export of this request, new or existing. Idempotent."""
@@ -205,11 +193,11 @@ KEPT_SLOTS = timedelta(days=35)
 SLOT_SECONDS = 900  # in every time zone the day begins on a quarter of an hour
 
 
-class SqlRuns:
+class SqlRuns(Repository):
     """See `app.core.runs.Runs`."""
 
     def __init__(self, queries: NamedQueries, *, kept: int = KEPT_RUNS) -> None:
-        self._queries = queries
+        super().__init__(queries)
         self._kept = kept
 
     def save(self, run: Run) -> None:
@@ -253,8 +241,7 @@ class SqlRuns:
 
     def since_done_seconds(self, job: str) -> float | None:
         """See `Runs.since_done_seconds`."""
-        with self._queries.database.transaction(read_only=True) as session:
-            now = now_of(session, self._queries)
+        with self._reading() as (session, now):
             rows = session.rows(self._queries["last_done"], job=job, until_at=now + AHEAD)
         return max((now - rows[0]["started_at"]).total_seconds(), 0.0) if rows else None
 
@@ -270,9 +257,8 @@ class SqlRuns:
         return [LedgerTotal(**row) for row in self._queries.rows("ledger_totals")]
 
     def _runs(self, query: str, **params: Any) -> Sequence[Run]:
-        with self._queries.database.transaction(read_only=True) as session:
-            until_at = now_of(session, self._queries) + AHEAD
-            return [run_of(row) for row in session.rows(self._queries[query], **params, until_at=until_at)]
+        with self._reading() as (session, now):
+            return [run_of(row) for row in session.rows(self._queries[query], **params, until_at=now + AHEAD)]
 
 
 def _ledger_sums(run: Run) -> Iterator[dict[str, Any]]:
@@ -326,11 +312,8 @@ class RequestCounts:
     span_seconds: float
 
 
-class SqlRequestCounts:
+class SqlRequestCounts(Repository):
     """Raises what `Session` raises."""
-
-    def __init__(self, queries: NamedQueries) -> None:
-        self._queries = queries
 
     def add(self, by_kind: Mapping[str, float], first_at: datetime, last_at: datetime) -> None:
         """Add what was sent between two moments, and delete hours that are no longer needed."""
@@ -368,25 +351,29 @@ VARIABLES = "CHECKPOINT_DATABASE_URL or CHECKPOINT_DB_HOST, _PORT, _NAME, _USER,
 CONNECTIONS = 4  # per process: commits are batched, and a server has about a hundred for all
 
 
-@dataclass(frozen=True, slots=True)
 class State:
-    """All persistent state of the product, on one database."""
+    """All persistent state of the product, on one database. `run_records`: the runs to keep for each job. `file` is
+    None on PostgreSQL.
+    """
 
-    database: MigratedDatabase
-    file: StateFile | None
-    checkpoints: SqlCheckpoints
-    leases: SqlLeases
-    runs: SqlRuns
-    summaries: SqlSummaries
-    pauses: SqlPauses
-    sessions: SqlSessions
-    pulls: SqlPulls
-    alerts: SqlAlerts
-    requests: SqlRequestCounts
-    clocks: SqlClocks
-    clock: StateClock
-    pages: SqlPages
-    workers: SqlWorkers
+    def __init__(self, plain: Database, *, run_records: int) -> None:
+        folder = sql_directory() / "state"
+        self.file = StateFile(plain) if isinstance(plain, SqliteDatabase) else None
+        self.database = MigratedDatabase(plain, folder, self.file or StateTables(plain, folder))
+        self.clock = StateClock()
+        queries = NamedQueries(self.database, folder)
+        self.checkpoints = SqlCheckpoints(queries)
+        self.leases = SqlLeases(queries, self.clock)
+        self.runs = SqlRuns(queries, kept=run_records)
+        self.summaries = SqlSummaries(queries)
+        self.pauses = SqlPauses(queries)
+        self.sessions = SqlSessions(queries)
+        self.pulls = SqlPulls(queries)
+        self.alerts = SqlAlerts(queries)
+        self.requests = SqlRequestCounts(queries)
+        self.clocks = SqlClocks(queries)
+        self.pages = SqlPages(queries)
+        self.workers = SqlWorkers(queries)
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -408,30 +395,6 @@ class State:
 
 
 def open_state(url: str, data_dir: Path, *, run_records: int = KEPT_RUNS) -> State:
-    """The state at a database URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for an invalid URL.
-
-    `run_records`: the number of runs to keep for each job.
-    """
-    folder = sql_directory() / "state"
-    plain = open_database(url, variables=VARIABLES, default=data_dir / FILE, connections=CONNECTIONS)
-    file = StateFile(plain) if isinstance(plain, SqliteDatabase) else None
-    database = MigratedDatabase(plain, folder, file or StateTables(plain, folder))
-    queries = NamedQueries(database, folder)
-    clock = StateClock()
-    return State(
-        database=database,
-        file=file,
-        checkpoints=SqlCheckpoints(queries),
-        leases=SqlLeases(queries, clock),
-        runs=SqlRuns(queries, kept=run_records),
-        summaries=SqlSummaries(queries),
-        pauses=SqlPauses(queries),
-        sessions=SqlSessions(queries),
-        pulls=SqlPulls(queries),
-        alerts=SqlAlerts(queries),
-        requests=SqlRequestCounts(queries),
-        clocks=SqlClocks(queries),
-        clock=clock,
-        pages=SqlPages(queries),
-        workers=SqlWorkers(queries),
-    )
+    """The state at a database URL, or in SQLite under `data_dir` when it is "". Raises Permanent for an invalid URL."""
+    database = open_database(url, variables=VARIABLES, default=data_dir / FILE, connections=CONNECTIONS)
+    return State(database, run_records=run_records)

@@ -10,8 +10,8 @@ from datetime import timedelta
 
 from app.core.ledger import from_json, to_json
 from app.core.runs import Failure, Report
-from app.db.database import NamedQueries
-from app.db.leases import FREE, now_of
+from app.db.database import Repository, now_of
+from app.db.leases import FREE
 
 KEPT = timedelta(days=1)
 NUMBERS = (
@@ -29,11 +29,8 @@ class StepReport:
     requests: Mapping[str, float] = field(default_factory=dict)
 
 
-class SqlWorkers:
+class SqlWorkers(Repository):
     """Raises what `Session` raises."""
-
-    def __init__(self, queries: NamedQueries) -> None:
-        self._queries = queries
 
     def see(self, owner: str) -> None:
         """Record that a worker is alive."""
@@ -49,15 +46,14 @@ class SqlWorkers:
 
     def alive(self, seconds: float) -> int:
         """The number of workers seen in the last `seconds`."""
-        with self._queries.database.transaction(read_only=True) as session:
-            since_at = now_of(session, self._queries) - timedelta(seconds=seconds)
+        with self._reading() as (session, now):
+            since_at = now - timedelta(seconds=seconds)
             return int(session.rows(self._queries["workers_alive"], since_at=since_at)[0]["workers"])
 
     def parts_held(self, pipeline: str) -> int:
         """How many parts of a pipeline's work are in progress."""
-        with self._queries.database.transaction(read_only=True) as session:
-            now_at = now_of(session, self._queries)
-            of = {"prefix": f"{pipeline}/", "free": FREE, "now_at": now_at}
+        with self._reading() as (session, now):
+            of = {"prefix": f"{pipeline}/", "free": FREE, "now_at": now}
             return int(session.rows(self._queries["parts_held"], **of)[0]["parts"])
 
     def save_report(self, pipeline: str, done: StepReport) -> None:
