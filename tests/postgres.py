@@ -37,15 +37,25 @@ class PostgresServer:
     environ: Mapping[str, str] = field(default_factory=dict)
     _process: subprocess.Popen[Any] | None = None
     _numbers: Iterator[int] = field(default_factory=count)
+    _state_template: str = ""
 
     def url(self, database: str) -> str:
         return f"postgresql://{self.user}@{self.host}:{self.port}/{database}"
 
-    def new_database(self) -> str:
+    def new_database(self, template: str = "template0") -> str:
         """The URL of an empty database, copied from the template in some hundredths of a second."""
         name = f"test_{next(self._numbers)}"
-        self.run_sql(f"CREATE DATABASE {name} TEMPLATE template0 STRATEGY file_copy")
+        self.run_sql(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
         return self.url(name)
+
+    def new_state_database(self) -> str:
+        """The URL of a database with the tables of the state: copying them takes half as long as making them."""
+        if not self._state_template:
+            url = self.new_database()
+            with closing(open_state(url, self.data)) as state:
+                state.ping()
+            self._state_template = url.rpartition("/")[2]
+        return self.new_database(self._state_template)
 
     def run_sql(self, sql: str, database: str = "postgres") -> None:
         with psycopg.connect(self.url(database), autocommit=True) as connection:
@@ -144,7 +154,7 @@ def new_state(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callab
     with ExitStack() as opened:
 
         def open_new(dialect: str) -> State:
-            url = request.getfixturevalue("postgres_server").new_database() if dialect == "postgres" else ""
+            url = request.getfixturevalue("postgres_server").new_state_database() if dialect == "postgres" else ""
             return opened.enter_context(closing(open_state(url, tmp_path / str(uuid4()))))
 
         yield open_new

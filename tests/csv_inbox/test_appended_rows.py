@@ -56,12 +56,12 @@ def test_a_row_that_was_cut_is_taken_again_as_a_whole(tmp_path: Path, first: str
     assert here.waiting == []
 
 
-def test_every_byte_may_be_the_one_before_the_pause(memory_path: Path) -> None:
+def test_every_byte_may_be_the_one_before_the_pause(tmp_path: Path) -> None:
     content = b'k,a\n10,"one\n1"\n20,"two, ""2"""\n30,three\n'
     whole = [b'10,"one\n1"\n', b'20,"two, ""2"""\n', b"30,three\n"]
     for first in range(content.index(b"20"), len(content)):
         for second in {first + 1, first + 3, len(content) - 2}:
-            here = world(memory_path / f"{first}-{second}")
+            here = world(tmp_path / f"{first}-{second}")
             with here.drop("slow.csv", content[:first]).open("ab", 0) as writer:
                 here.run()
                 if here.rejected:  # cut in mid-row: the file is set aside, and is whole there

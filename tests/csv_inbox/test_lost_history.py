@@ -45,9 +45,9 @@ def check(here: World, master: bytes = MERGED) -> None:
 
 
 @pytest.mark.slow
-def test_history_metadata_and_index_may_be_gone_when_a_merge_is_completed(memory_path: Path) -> None:
+def test_history_metadata_and_index_may_be_gone_when_a_merge_is_completed(tmp_path: Path) -> None:
     number = 0
-    for here in begun(memory_path):
+    for here in begun(tmp_path):
         number += 1
         shutil.rmtree(InboxPaths(here.config).loads)
         here.config.metadata_file.unlink(missing_ok=True)
@@ -58,8 +58,8 @@ def test_history_metadata_and_index_may_be_gone_when_a_merge_is_completed(memory
 
 
 @pytest.mark.slow
-def test_without_its_journal_a_merge_is_completed_or_done_again(memory_path: Path) -> None:
-    for here in begun(memory_path):
+def test_without_its_journal_a_merge_is_completed_or_done_again(tmp_path: Path) -> None:
+    for here in begun(tmp_path):
         InboxPaths(here.config).journal.unlink()
         here.run()
         check(here)
@@ -67,9 +67,9 @@ def test_without_its_journal_a_merge_is_completed_or_done_again(memory_path: Pat
 
 @pytest.mark.slow
 def test_a_journal_that_is_set_back_changes_nothing_and_each_end_is_told(
-    memory_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for here in begun(memory_path):
+    for here in begun(tmp_path):
         journal = InboxPaths(here.config).journal
         old = journal.read_bytes()
         here.run()
@@ -86,9 +86,9 @@ def test_a_journal_that_is_set_back_changes_nothing_and_each_end_is_told(
 
 
 @pytest.mark.slow
-def test_a_merge_whose_new_master_is_gone_is_done_again_while_the_file_is_in_the_inbox(memory_path: Path) -> None:
+def test_a_merge_whose_new_master_is_gone_is_done_again_while_the_file_is_in_the_inbox(tmp_path: Path) -> None:
     outcomes = []
-    for here in begun(memory_path):
+    for here in begun(tmp_path):
         before = here.folder / "before.csv"
         before.write_text(OLD)
         for path in here.folder.glob(".*.master.merge.tmp"):
@@ -101,10 +101,10 @@ def test_a_merge_whose_new_master_is_gone_is_done_again_while_the_file_is_in_the
     assert True in outcomes
 
 
-def test_a_merge_whose_new_master_is_gone_stops_when_its_file_was_replaced_in_the_inbox(memory_path: Path) -> None:
-    here = next(begun(memory_path))
-    (memory_path / "another.csv").write_text("k,a\nw,9\n")
-    (memory_path / "another.csv").replace(here.config.watch_dir / "new.csv")
+def test_a_merge_whose_new_master_is_gone_stops_when_its_file_was_replaced_in_the_inbox(tmp_path: Path) -> None:
+    here = next(begun(tmp_path))
+    (tmp_path / "another.csv").write_text("k,a\nw,9\n")
+    (tmp_path / "another.csv").replace(here.config.watch_dir / "new.csv")
     next(here.folder.glob(".*.master.merge.tmp")).unlink()
     with pytest.raises(Permanent, match="a committed step cannot be completed"):
         here.run()

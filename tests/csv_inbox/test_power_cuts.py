@@ -95,11 +95,11 @@ def fault_of(here: World) -> str:
     return ""
 
 
-def test_an_fsync_that_fails_at_any_step_is_said_is_not_repeated_and_loses_nothing(memory_path: Path) -> None:
+def test_an_fsync_that_fails_at_any_step_is_said_is_not_repeated_and_loses_nothing(tmp_path: Path) -> None:
     for number in count():
-        here = merged_once(memory_path / str(number))
+        here = merged_once(tmp_path / str(number))
         left = count(-number)
-        disk = Disk(memory_path, broken=lambda _, left=left: next(left) == 0)  # type: ignore[misc]
+        disk = Disk(tmp_path, broken=lambda _, left=left: next(left) == 0)  # type: ignore[misc]
         with disk.recorded():
             said = fault_of(here)
         assert ("Input/output error" in said) == bool(disk.paths("fail"))
@@ -114,16 +114,16 @@ class Interrupted(BaseException):
     """Ends a run as a signal does, wherever it is."""
 
 
-def test_a_run_that_is_interrupted_before_any_of_its_names_is_completed_by_the_next(memory_path: Path) -> None:
+def test_a_run_that_is_interrupted_before_any_of_its_names_is_completed_by_the_next(tmp_path: Path) -> None:
     for number in count():
-        here = merged_once(memory_path / str(number))
+        here = merged_once(tmp_path / str(number))
         left = count(-number)
 
         def interrupt(_: Effect, left: Iterator[int] = left) -> None:
             if next(left) == 0:
                 raise Interrupted
 
-        with Disk(memory_path, before=interrupt).recorded(), suppress(Interrupted):
+        with Disk(tmp_path, before=interrupt).recorded(), suppress(Interrupted):
             here.run()
         if next(left) <= 0:
             assert number > 10
