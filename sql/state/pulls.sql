@@ -19,19 +19,19 @@ WHERE service = :service AND owner = :owner AND request = :request AND created_a
 
 -- name: export_of
 -- A request by its text.
-SELECT export_id, request, parts_count, status, asked_at, created_at
+SELECT export_id, request, parts_count, status = 'done' AS done, asked_at, created_at
 FROM pull_exports
 WHERE service = :service AND owner = :owner AND request = :request;
 
 -- name: export_by_id
 -- A request by its number.
-SELECT export_id, request, parts_count, status, asked_at, created_at
+SELECT export_id, request, parts_count, status = 'done' AS done, asked_at, created_at
 FROM pull_exports
 WHERE service = :service AND export_id = :export_id;
 
 -- name: open_exports
 -- An owner's requests whose file was not loaded yet, oldest first.
-SELECT export_id, request, parts_count, status, asked_at, created_at
+SELECT export_id, request, parts_count, status = 'done' AS done, asked_at, created_at
 FROM pull_exports
 WHERE service = :service AND owner = :owner AND status = 'open'
 ORDER BY export_id;

@@ -12,7 +12,7 @@ from app.core.ledger import to_json
 from app.core.runs import VALUES, LedgerTotal, Outcome, Report, Run, RunTotal
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, floor_to, next_midnight
 from app.db.checkpoints import SqlCheckpoints
-from app.db.database import Database, NamedQueries, Repository, Row, sql_directory, storable
+from app.db.database import Database, NamedQueries, Repository, sql_directory, storable
 from app.db.leases import AHEAD, SqlClocks, SqlLeases, StateClock
 from app.db.migrations import MigratedDatabase, StateFile, StateTables, open_database
 from app.db.object_summaries import SqlSummaries
@@ -56,13 +56,7 @@ class SqlSessions(Repository):
     def begin(self, token_hash: str, begun: DashboardSession, now: datetime) -> None:
         """Store a session; delete those that expired before `now`."""
         self._queries.run("forget_sessions", now=now)
-        self._queries.run(
-            "begin_session",
-            token_hash=token_hash,
-            key_name=begun.key_name,
-            key_hash=begun.key_hash,
-            ends_at=begun.ends_at,
-        )
+        self._queries.run("begin_session", token_hash=token_hash, **asdict(begun))
 
     def end(self, token_hash: str) -> None:
         """Delete a session. Idempotent."""
@@ -126,17 +120,17 @@ class SqlPulls(Repository):
                 session.run(self._queries["add_export"], **named, parts_count=1, created_at=now)
                 session.run(self._queries["date_export"], **named, created_at=now)
                 if rows := session.rows(self._queries["export_of"], **named):
-                    return _export(rows[0])
+                    return PendingExport(**rows[0])
         raise Transient("other processes number their exports at the same time", "send the same request again")
 
     def find(self, service: str, export_id: int) -> PendingExport | None:
         """The export with that number; None when it was never assigned."""
         found = self._queries.rows("export_by_id", service=service, export_id=export_id)
-        return _export(found[0]) if found else None
+        return PendingExport(**found[0]) if found else None
 
     def open(self, service: str, owner: str) -> Sequence[PendingExport]:
         """Unfinished exports of an owner, oldest first."""
-        return [_export(row) for row in self._queries.rows("open_exports", service=service, owner=owner)]
+        return [PendingExport(**row) for row in self._queries.rows("open_exports", service=service, owner=owner)]
 
     def save(self, export: PendingExport) -> None:
         """Store the progress of an export. Idempotent."""
@@ -170,17 +164,6 @@ class SqlPulls(Repository):
         """The number of calls on this day, and over all days, which never falls."""
         (found,) = self._queries.rows("calls_of", service=service, day_at=floor_to(now, DAY_SECONDS))
         return int(found["calls"]), int(found["calls_ever"])
-
-
-def _export(row: Row) -> PendingExport:
-    return PendingExport(
-        export_id=row["export_id"],
-        request=row["request"],
-        parts_count=row["parts_count"],
-        asked_at=row["asked_at"],
-        created_at=row["created_at"],
-        done=row["status"] == "done",
-    )
 
 
 # The record of runs.
@@ -318,16 +301,10 @@ class SqlRequestCounts(Repository):
     def add(self, by_kind: Mapping[str, float], first_at: datetime, last_at: datetime) -> None:
         """Add what was sent between two moments, and delete hours that are no longer needed."""
         hour_at = floor_to(last_at, HOUR_SECONDS)
+        of = {"hour_at": hour_at, "first_at": first_at, "last_at": last_at}
         with self._queries.database.transaction() as session:
-            for kind, number in sorted(by_kind.items()):
-                session.run(
-                    self._queries["add_requests"],
-                    hour_at=hour_at,
-                    kind=kind,
-                    requests=number,
-                    first_at=first_at,
-                    last_at=last_at,
-                )
+            counted = [{**of, "kind": kind, "requests": number} for kind, number in sorted(by_kind.items())]
+            session.run_many(self._queries["add_requests"], counted)
             session.run(self._queries["forget_requests_counted"], before_at=hour_at - KEPT)
 
     def recent(self, now: datetime) -> RequestCounts:
