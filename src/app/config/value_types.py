@@ -42,19 +42,13 @@ RECEIVED = (
     "ecommerce_events",
 )
 """AppMetrica resources whose rows have a time of receipt."""
-COLUMN_TYPES = {
-    "double": "double",
-    "float": "double",
-    "float64": "double",
-    "integer": "integer",
-    "int": "integer",
-    "int64": "integer",
-    "long": "integer",
-    "text": "text",
-    "string": "text",
-    "boolean": "boolean",
-    "bool": "boolean",
+SPELLINGS = {
+    "double": ("double", "float", "float64"),
+    "integer": ("integer", "int", "int64", "long"),
+    "text": ("text", "string"),
+    "boolean": ("boolean", "bool"),
 }
+COLUMN_TYPES = {spelling: kind for kind, spellings in SPELLINGS.items() for spelling in spellings}
 STORAGE_CLASSES = ("STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR")
 AWS_ENDPOINT = "https://s3.amazonaws.com"
 

@@ -138,12 +138,7 @@ class MigratedDatabase:
     def _migrate(self, wanted: Sequence[Migration], *, thorough: bool) -> None:
         if self._rebuilt is not None:
             self._rebuilt.check(wanted)
-        if self._before_first is not None:
-            with self._database.transaction() as session:
-                lock(session, self.dialect)
-                if not any(name.startswith(f"{self._folder.name}/") for name in recorded(session, self.dialect)):
-                    self._before_first(session)
-        apply(self._database, wanted)
+        apply(self._database, wanted, self._before_first)
         if thorough:
             with self._database.transaction(read_only=True) as session:
                 session.check()
@@ -174,8 +169,11 @@ def migrations(folder: Path, dialect: Dialect) -> Sequence[Migration]:
     return [found[stem] for stem in sorted(found)]
 
 
-def apply(database: Database, wanted: Sequence[Migration]) -> None:
-    """Apply and record a folder's missing migrations, all or none: a single commit makes the first start fast.
+def apply(
+    database: Database, wanted: Sequence[Migration], before_first: Callable[[Session], None] | None = None
+) -> None:
+    """Apply and record a folder's missing migrations, all or none: a single commit makes the first start fast. If none
+    is applied yet, `before_first` is called.
 
     Raises Permanent when an applied migration has a different text, or is not among `wanted`.
     """
@@ -193,6 +191,8 @@ def apply(database: Database, wanted: Sequence[Migration]) -> None:
                 f"{database.place}: a newer version of Headwater has migrated this database ({', '.join(newer)})",
                 "start that version, or restore a backup from before the upgrade",
             )
+        if before_first is not None and checksums.keys() == others:
+            before_first(session)
         for migration in wanted:
             if migration.name not in checksums:
                 session.script(migration.sql)
@@ -380,7 +380,7 @@ class StateTables:
         Raises `DamagedDatabase` when a table or a column is missing though its migration was applied.
         """
         with self._database.transaction() as session:
-            session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCK)
+            lock(session, "postgres")
             names = recorded(session, "postgres")
             there = {(row["name"], row["col"]) for row in session.rows(POSTGRES_COLUMNS)}
             done = {each.name for each in wanted if each.name in names}
