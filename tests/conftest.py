@@ -16,7 +16,11 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 MEMORY, ENOUGH_BYTES = Path("/dev/shm"), 8 << 30  # noqa: S108 - pytest makes a folder of its own there
-if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ENOUGH_BYTES:
+if (
+    os.access(MEMORY, os.W_OK)
+    and shutil.disk_usage(MEMORY).free > ENOUGH_BYTES
+    and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC  # some tests install programs
+):
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 pytest_plugins = (
