@@ -13,9 +13,11 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -257,7 +259,7 @@ FROM sqlite_master AS thing LEFT JOIN pragma_table_info(thing.name) AS col
 """
 log = logging.getLogger(__name__)
 
-Schema = set[tuple[str, str, str | None]]
+Schema = AbstractSet[tuple[str, str, str | None]]
 
 
 class StateFile:
@@ -276,7 +278,7 @@ class StateFile:
         done = [each for each in wanted if each.name in names]
         if len(done) < sum(name.partition("/")[0] == wanted[0].name.partition("/")[0] for name in names):
             return  # from a newer version: refused later and left alone
-        before, after = schema_after(done), schema_after(wanted)
+        before, after = schema_after(tuple(done)), schema_after(tuple(wanted))
         if missing := before - actual:
             raise self._damaged(f"{_named(missing)} missing, though its migration was applied")
         made = {each[:2] for each in after} - {each[:2] for each in before}
@@ -339,12 +341,13 @@ class StateFile:
         return name
 
 
-def schema_after(wanted: Sequence[Migration]) -> Schema:
+@cache
+def schema_after(wanted: tuple[Migration, ...]) -> Schema:
     """The schema of an SQLite database after these migrations."""
     with closing(sqlite3.connect(":memory:")) as model:
         for migration in wanted:
             model.executescript(migration.sql)
-        return {(kind, name, col) for kind, name, col in model.execute(SQLITE_COLUMNS)}
+        return frozenset(model.execute(SQLITE_COLUMNS))
 
 
 def _named(schema: Schema) -> str:
@@ -385,7 +388,7 @@ class StateTables:
             there = {(row["name"], row["col"]) for row in session.rows(POSTGRES_COLUMNS)}
             done = {each.name for each in wanted if each.name in names}
             # Tables and columns are the same in both dialects.
-            model = [each for each in migrations(self._folder, "sqlite") if not done or each.name in done]
+            model = tuple(each for each in migrations(self._folder, "sqlite") if not done or each.name in done)
             missing = {(name, col) for kind, name, col in schema_after(model) if kind == "table"} - there
             if done and missing:
                 table, col = min(missing, key=str)
