@@ -72,8 +72,9 @@ def test_who_started_a_run_and_what_it_requested_is_kept_with_and_without_a_ledg
         state.runs.save(one)
     assert list(state.runs.recent(None, 10)) == saved[::-1]
     with state.database.transaction() as session:
-        (first, second, _) = [row[0] for row in session.stream("SELECT ledger FROM runs ORDER BY started_at")]
+        (first, second, third) = [row[0] for row in session.stream("SELECT ledger FROM runs ORDER BY started_at")]
     assert (first, second) == ("{}", '{"started_by":"ops","requests":{"put":2.0},"is_kept":false}')
+    assert '"partitions":{"D1":{"counted":3,"set_aside":3}}' in third
 
 
 def test_recent_runs_come_newest_first_and_no_more_than_asked_for(runs: Runs) -> None:

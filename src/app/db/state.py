@@ -273,9 +273,13 @@ def _columns(run: Run) -> dict[str, Any]:
 
 def _ledger_document(run: Run) -> dict[str, Any]:
     """The ledger and, in the same column, what else is known of the run. Most runs have nothing to say: then nothing is
-    stored, since it would be half of the table. An earlier version reads the ledger's own keys, all of them or none.
+    stored, since it would be half of the table; nor are zeros, except in the totals. An earlier version reads the
+    ledger's own keys, all of them or none.
     """
     document = dict(to_json(run.report.ledger)) if run.report.ledger else {}
+    for part in ("fields", "partitions") if document else ():
+        tallies = document[part].items()
+        document[part] = {name: {entry: n for entry, n in tally.items() if n} for name, tally in tallies}
     more = {"started_by": storable(run.started_by), "requests": run.requests}
     document |= {name: value for name, value in more.items() if value}
     return document | {"is_kept": bool(run.report.ledger)} if document else {}
