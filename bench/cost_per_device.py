@@ -188,6 +188,47 @@ def store_of(name: str, folder: Path) -> Iterator[dict[str, str]]:
         }
 
 
+def seed(checkpoints: Any, lease: Any, devices: int) -> None:
+    """Records of the devices outside the tenth, as if an earlier run had written their open windows."""
+    from app.core.pipeline import Commit, Record
+    from app.core.windows import Window
+    from app.influx_to_s3.job import NAME
+
+    window = Window(START + timedelta(hours=1), START + timedelta(hours=2))
+    points = HISTORY_MINUTES - 60
+    fields, cells = dict.fromkeys(FIELDS, points), points * len(FIELDS)
+    digest = "d" * 64
+    commits = [
+        (
+            f"D{at:06d}",
+            Commit(
+                [
+                    Record(
+                        window,
+                        0,
+                        f"telemetry/device_id=D{at:06d}/date=2026/02/07/export_110000.parquet",
+                        f'"{at:x}-1"',
+                        digest,
+                        points,
+                        5000,
+                        cells,
+                        window.start,
+                        window.end,
+                        closed=False,
+                        fields=fields,
+                        source_digest=digest,
+                    )
+                ],
+                window.start,
+            ),
+        )
+        for at in range(devices)
+        if at % 1000 >= PHASES["tenth"] * 1000
+    ]
+    for start in range(0, len(commits), 1000):
+        checkpoints.commit_all(NAME, commits[start : start + 1000], lease)
+
+
 def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> None:
     """One line of JSON per phase."""
     from app.ops.process import share_the_machine, tune
@@ -206,6 +247,7 @@ def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> No
     environ = {"DATA_DIR": str(folder), "INFLUXDB_URL": url, "INFLUXDB_TOKEN": "t", "INFLUXDB_ORG": "o"}
     environ |= {"INFLUXDB_BUCKET": "b", "INFLUXDB_TIMEOUT_SECONDS": "600"}
     environ["EXPORT_CONCURRENCY"] = str(given.concurrency)
+    environ["EXPORT_START"] = (START + timedelta(minutes=given.start_minute)).isoformat()
     now = [START + timedelta(minutes=HISTORY_MINUTES)]
     with ExitStack() as stack:
         state = stack.enter_context(closing(open_state(stack.enter_context(state_of(given.state)), folder)))
@@ -231,6 +273,8 @@ def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> No
         services = RunServices(
             lambda: datetime.now(UTC), state.leases, state.runs, LeaseTerms("bench"), lambda *_: None
         )
+        if given.seed:
+            seed(state.checkpoints, state.leases.acquire("seed", "bench", 600), given.devices)
         for phase in given.phases.split(","):
             child.stdin.write(f"{PHASES[phase]}\n")
             child.stdin.flush()
@@ -272,6 +316,8 @@ def main() -> None:
     parser.add_argument("--query-ms", type=float, default=0.0)
     parser.add_argument("--put-ms", type=float, default=0.0)
     parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--start-minute", type=int, default=0, help="60: without the first hour")
+    parser.add_argument("--seed", action="store_true", help="with --start-minute 60: only a tenth is really new")
     parser.add_argument("--state", choices=("sqlite", "postgres"), default="sqlite")
     parser.add_argument("--store", choices=("local", "s3"), default="local")
     parser.add_argument("--phases", default="first,idle,all,tenth", help=f"of {', '.join(PHASES)}, in any order")
