@@ -1,9 +1,12 @@
-"""Cost of one run of `influx_to_s3` per device: CPU, queries, transactions, objects.
+"""Cost of one run of `influx_to_s3` per device: CPU of the program alone, transactions, objects, memory.
 
-`uv run python bench/cost_per_device.py [--devices 1000] [--query-ms 15] [--put-ms 30] [--concurrency 16]`
+`uv run python bench/cost_per_device.py [--devices 1000] [--state postgres] [--store s3] [--phases first,idle,all]`
+`uv run python bench/cost_per_device.py --devices 400 --query-ms 15 --put-ms 30 [--concurrency 2]`: devices a minute.
 
-Each device has one point of four fields per minute. Phases: the first run of an hour; a run without new data; one with
-a new point from every device; one with a new point from a tenth of them. Source and store are fakes with a latency.
+Each device has one point of four fields per minute, and a history of 65 minutes. Phases: `first`, both windows of each
+device; `idle`, nothing new; `all`, a new point from every device; `tenth`, one from a tenth of them. A number of phases
+of one name gives as many lines. The source, PostgreSQL and the S3 server (SeaweedFS) are separate processes, so the CPU
+time is that of the program; a latency is a pause, which costs none.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +35,8 @@ COUNTED += "#default,_result,,,,,\r\n,result,table,device_id,_field,_time,_value
 ROWS = "#datatype,string,long,dateTime:RFC3339,string,string,string,double,double,double,double\r\n"
 ROWS += "#group,false,false,false,true,true,true,false,false,false,false\r\n#default,_result,,,,,,,,,\r\n"
 ROWS += ",result,table,_time,device_id,device_type,location,voltage,current,power,temperature\r\n"
+PHASES = {"first": 0.0, "idle": 0.0, "all": 1.0, "tenth": 0.1}
+"""The share of devices that has a new point before the run."""
 NAMES = "#datatype,string,long,string\r\n#group,false,false,false\r\n#default,_result,,\r\n,result,table,_value\r\n"
 
 
@@ -90,6 +95,8 @@ def serve(source: Devices, query_ms: float) -> None:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # as Go's servers: otherwise each answer waits 40 ms for an acknowledgement
+        wbufsize = 1 << 16
 
         def do_POST(self) -> None:
             query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["query"]
@@ -104,6 +111,7 @@ def serve(source: Devices, query_ms: float) -> None:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+            self.wfile.flush()
 
         def log_message(self, *_: Any) -> None:
             """Nothing."""
@@ -148,29 +156,116 @@ class Silent:
         """Nobody looks."""
 
 
+@contextmanager
+def state_of(name: str) -> Iterator[str]:
+    """The URL of an empty state: "" for SQLite, otherwise a PostgreSQL server of its own."""
+    if name == "sqlite":
+        yield ""
+        return
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    from postgres import running_postgres
+
+    with running_postgres() as server:
+        yield server.new_database()
+
+
+@contextmanager
+def store_of(name: str, folder: Path) -> Iterator[dict[str, str]]:
+    """The settings of an empty store: a directory, or a bucket of an S3 server of its own."""
+    if name == "local":
+        yield {}
+        return
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    from seaweed import SERVICES, free_ports, running
+
+    with running(folder, free_ports(2 * len(SERVICES))) as server:
+        yield {
+            "S3_BUCKET": server.new_bucket(),
+            "S3_ENDPOINT_URL": server.endpoint_url,
+            "S3_ADDRESSING_STYLE": "path",
+            "S3_ACCESS_KEY_ID": server.access_key,
+            "S3_SECRET_ACCESS_KEY": server.secret_key,
+        }
+
+
+def seed(checkpoints: Any, lease: Any, devices: int) -> None:
+    """Records of the devices outside the tenth, as if an earlier run had written their open windows."""
+    from app.core.pipeline import Commit, Record
+    from app.core.windows import Window
+    from app.influx_to_s3.job import NAME
+
+    window = Window(START + timedelta(hours=1), START + timedelta(hours=2))
+    points = HISTORY_MINUTES - 60
+    fields, cells = dict.fromkeys(FIELDS, points), points * len(FIELDS)
+    digest = "d" * 64
+    commits = [
+        (
+            f"D{at:06d}",
+            Commit(
+                [
+                    Record(
+                        window,
+                        0,
+                        f"telemetry/device_id=D{at:06d}/date=2026/02/07/export_110000.parquet",
+                        f'"{at:x}-1"',
+                        digest,
+                        points,
+                        5000,
+                        cells,
+                        window.start,
+                        window.end,
+                        closed=False,
+                        fields=fields,
+                        source_digest=digest,
+                    )
+                ],
+                window.start,
+            ),
+        )
+        for at in range(devices)
+        if at % 1000 >= PHASES["tenth"] * 1000
+    ]
+    for start in range(0, len(commits), 1000):
+        checkpoints.commit_all(NAME, commits[start : start + 1000], lease)
+
+
 def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> None:
     """One line of JSON per phase."""
+    from app.ops.process import share_the_machine, tune
+
+    tune()
+    share_the_machine()
     from app.analytics.table_sums import TableSums
     from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, RunServices, Stop, execute
     from app.db.state import open_state
     from app.influx_to_s3.job import NAME, ObjectSums, build
-    from app.object_store.local import LocalDirectory
+    from app.main import open_store
+    from app.object_store.request_counts import RequestCounter
     from app.object_store.set_aside import SetAsideStore, folder_of
 
     environ = {"DATA_DIR": str(folder), "INFLUXDB_URL": url, "INFLUXDB_TOKEN": "t", "INFLUXDB_ORG": "o"}
     environ |= {"INFLUXDB_BUCKET": "b", "INFLUXDB_TIMEOUT_SECONDS": "600"}
-    settings = load_settings({**environ, "EXPORT_CONCURRENCY": str(given.concurrency)}, None)
+    environ["EXPORT_CONCURRENCY"] = str(given.concurrency)
+    environ["EXPORT_START"] = (START + timedelta(minutes=given.start_minute)).isoformat()
     now = [START + timedelta(minutes=HISTORY_MINUTES)]
-    with closing(open_state("", folder)) as state:
-        store = Counted(LocalDirectory(folder / "objects"), given.put_ms)
-        checkpoints: Any = Counted(state.checkpoints)
-        aside = SetAsideStore(store, folder_of("telemetry"), 1 << 20)
+    with ExitStack() as stack:
+        state = stack.enter_context(closing(open_state(stack.enter_context(state_of(given.state)), folder)))
+        settings = load_settings({**environ, **stack.enter_context(store_of(given.store, folder))}, None)
+        store: Any = Counted(open_store(settings, RequestCounter()), given.put_ms)
+        shared: Any = state.database
+        transaction, transactions = shared.transaction, Counter[str]()
+
+        def counted(**how: bool) -> Any:
+            transactions["all"] += 1
+            return transaction(**how)
+
+        shared.transaction = counted  # each is counted, whoever makes it
         export = build(
             settings,
-            checkpoints,
+            state.checkpoints,
             store,
-            set_aside=aside,
+            set_aside=SetAsideStore(store, folder_of("telemetry"), 1 << 20),
             clock=lambda: now[0],
             sums=ObjectSums(TableSums, state.summaries),
         )
@@ -178,33 +273,40 @@ def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> No
         services = RunServices(
             lambda: datetime.now(UTC), state.leases, state.runs, LeaseTerms("bench"), lambda *_: None
         )
-        for phase, share in (("first", 0.0), ("nothing new", 0.0), ("all new", 1.0), ("a tenth new", 0.1)):
-            child.stdin.write(f"{share}\n")
+        if given.seed:
+            seed(state.checkpoints, state.leases.acquire("seed", "bench", 600), given.devices)
+        for phase in given.phases.split(","):
+            child.stdin.write(f"{PHASES[phase]}\n")
             child.stdin.flush()
             child.stdout.readline()
             now[0] += timedelta(minutes=1)
             store.calls.clear()
-            checkpoints.calls.clear()
+            transactions.clear()
             used, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
-            rows = objects = 0
+            rows = objects = runs = 0
             while (run := execute(job, services, Stop(), Silent())) is not None:
-                rows, objects = rows + run.report.rows, objects + run.report.windows
+                rows, objects, runs = rows + run.report.rows, objects + run.report.windows, runs + 1
                 if not run.report.more:
                     break
             wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF)
+            cpu = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
             told = {
                 "phase": phase,
                 "outcome": run.outcome.value if run else "",
+                "error": run.error if run else "",
+                "runs": runs,
                 "rows": rows,
                 "objects": objects,
-                "cpu_seconds": round(after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime, 2),
+                "cpu_seconds": round(cpu, 2),
+                "cpu_ms_an_object": round(1000 * cpu / objects, 2) if objects else None,
                 "wall_seconds": round(wall, 2),
                 "devices_a_minute": round(60 * objects / wall),
-                "transactions": sum(checkpoints.calls.values()),
+                "transactions": transactions["all"],
                 "puts": store.calls["put"],
                 "peak_mib": after.ru_maxrss // 1024,
             }
             sys.stdout.write(json.dumps(told) + "\n")
+            sys.stdout.flush()
 
 
 def main() -> None:
@@ -214,6 +316,11 @@ def main() -> None:
     parser.add_argument("--query-ms", type=float, default=0.0)
     parser.add_argument("--put-ms", type=float, default=0.0)
     parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--start-minute", type=int, default=0, help="60: without the first hour")
+    parser.add_argument("--seed", action="store_true", help="with --start-minute 60: only a tenth is really new")
+    parser.add_argument("--state", choices=("sqlite", "postgres"), default="sqlite")
+    parser.add_argument("--store", choices=("local", "s3"), default="local")
+    parser.add_argument("--phases", default="first,idle,all,tenth", help=f"of {', '.join(PHASES)}, in any order")
     parser.add_argument("--serve", action="store_true")
     given = parser.parse_args()
     if given.serve:

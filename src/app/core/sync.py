@@ -289,8 +289,8 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: WindowTask) -> _Set
     for _ in range(CONFLICTS):
         context.stop.check()
         try:
-            with _reading(pipeline, task, held) as one:
-                _put(pipeline, context, task, held, one)
+            with _reading(pipeline, task, key, held) as one:
+                _put(pipeline, context, task, held, one, key=key)
                 log.debug(
                     "%s: %d values counted, %d rows read, %s",
                     key,
@@ -320,10 +320,16 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: WindowTask) -> _Set
 
 
 def _put(
-    pipeline: Pipeline[B, E], context: Context, task: WindowTask, held: ObjectState | None, one: _Settled[B]
+    pipeline: Pipeline[B, E],
+    context: Context,
+    task: WindowTask,
+    held: ObjectState | None,
+    one: _Settled[B],
+    *,
+    key: str,
 ) -> None:
     """Encode and swap, unless the object already holds these rows and need not be closed."""
-    batch, key = one.batch, pipeline.sink.key(task.partition, task.window, 0)
+    batch = one.batch
     same = batch.rows == 0 if held is None else batch.digest == held.digest
     closes = task.final and held is not None and not pipeline.by_digest and not (task.record and task.record.closed)
     already_folded = held.folded if held is not None else 0
@@ -342,7 +348,7 @@ def _put(
         encoded = pipeline.deltas.noted(plain, folded) if pipeline.deltas and folded else plain
         version, is_ours = "", False
         if not context.dry_run:
-            version, is_ours = _swap(pipeline, task, held, batch, encoded, folded=folded)
+            version, is_ours = _swap(pipeline, task, held, batch, encoded, key=key, folded=folded)
             pipeline.keep(task, version, batch)
         one.record = _record(task, key, ObjectState(version, size_bytes=encoded.size_bytes, folded=folded), one)
         one.stored_bytes, one.corrected_rows = encoded.size_bytes, batch.corrected_rows
@@ -352,7 +358,14 @@ def _put(
 
 
 def _swap(
-    pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState | None, batch: B, encoded: E, *, folded: int
+    pipeline: Pipeline[B, E],
+    task: WindowTask,
+    held: ObjectState | None,
+    batch: B,
+    encoded: E,
+    *,
+    key: str,
+    folded: int,
 ) -> tuple[str, bool]:
     """Returns the new version, and whether it has exactly these bytes. A write whose response was lost is adopted; any
     other conflict is raised.
@@ -360,7 +373,6 @@ def _swap(
     While a window is open, another write of the same rows is as good as ours. To close it, it is not: a writer that
     read the version before ours could still replace it.
     """
-    key = pipeline.sink.key(task.partition, task.window, 0)
     try:
         return pipeline.sink.put(key, encoded, held.version if held else None, closing=task.final), True
     except Conflict:
@@ -396,7 +408,7 @@ def _record(task: WindowTask, key: str, held: ObjectState, one: _Settled[B]) -> 
 
 
 @contextmanager
-def _reading(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState | None) -> Iterator[_Settled[B]]:
+def _reading(pipeline: Pipeline[B, E], task: WindowTask, key: str, held: ObjectState | None) -> Iterator[_Settled[B]]:
     """Yield the window's rows, merged with rows that only the sink still has. The batch is closed at the end unless the
     pipeline keeps it.
     """
@@ -415,10 +427,10 @@ def _reading(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState | Non
     digest, sums = batch.digest, batch.sums
     try:
         deltas, unfolded, folded = _deltas(pipeline, task, held)
-        rows = [pipeline.sink.read(key, _version(pipeline, key)) for key in unfolded]
+        rows = [pipeline.sink.read(each, _version(pipeline, each)) for each in unfolded]
         is_confirmed = held is not None and not rows and _is_confirmed(pipeline, task, held, digest)
         if held is not None and not is_confirmed and not task.replaces and _needs_union(pipeline, task, held, batch):
-            rows.insert(0, pipeline.sink.read(pipeline.sink.key(task.partition, task.window, 0), held.version))
+            rows.insert(0, pipeline.sink.read(key, held.version))
         shrink = pipeline.shrink() if rows and pipeline.shrink else None
         if rows:
             batch = _united(pipeline, task, batch, rows, shrink)

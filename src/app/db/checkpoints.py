@@ -10,14 +10,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from math import gcd
 from sys import intern
+from types import MappingProxyType
 from typing import Any
 
 from app.core.pipeline import Commit, Record, Sums
 from app.core.runs import Lease
 from app.core.windows import DAY_SECONDS, Window, floor_to
-from app.db.database import NamedQueries, Repository, Row, Session, storable
+from app.db.database import INSTANT_SUFFIX, NamedQueries, Repository, Row, Session, storable
 from app.db.leases import AHEAD, identity, lease_lost_error
 from app.db.object_summaries import SqlSummaries
 
@@ -41,6 +43,8 @@ OF_RECORD = (
     *("starts_at", "ends_at", "part", "s3_key", "version", "digest", "record_count", "size_bytes", "source_cells"),
     *("min_at", "max_at", "status", "source_fields", "source_digest", "source_sums", "trouble", "folded", "updated_at"),
 )
+INSTANTS = tuple(name for name in OF_RECORD if name.endswith(INSTANT_SUFFIX))
+SHARED_TEXTS = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +91,10 @@ class SqlCheckpoints(Repository):
             chosen = None if partitions is None else json.dumps(partitions)
             of = {"pipeline": pipeline, "since_at": since, "partitions": chosen}
             for device, *values in session.stream(self._queries["live_records"], **of):
-                row = {
-                    name: datetime.fromisoformat(value) if name.endswith("_at") and isinstance(value, str) else value
-                    for name, value in zip(OF_RECORD, values, strict=True)
-                }
+                row = dict(zip(OF_RECORD, values, strict=True))
+                for name in INSTANTS:
+                    if isinstance(text := row[name], str):  # SQLite has no type for instants
+                        row[name] = datetime.fromisoformat(text)
                 found.setdefault(device, []).append(_record(row, now))
         return found
 
@@ -284,9 +288,16 @@ def _columns(record: Record) -> dict[str, Any]:
     }
 
 
+@lru_cache(SHARED_TEXTS)
+def _counts(text: str) -> Mapping[str, int]:
+    """Devices that write alike have equal counts; the same object for all of them saves memory as well."""
+    return MappingProxyType({intern(name): number for name, number in json.loads(text or "{}").items()})
+
+
 def _record(row: Row, now: datetime) -> Record:
-    sums = {intern(name): _sums(listed) for name, listed in json.loads(row["source_sums"] or "{}").items()}
-    fields, source_digest = row["source_fields"] or "{}", row["source_digest"]
+    given = row["source_sums"]
+    sums = {intern(name): _sums(listed) for name, listed in json.loads(given).items()} if given else {}
+    fields, source_digest = row["source_fields"], row["source_digest"]
     return Record(
         window=Window(row["starts_at"], row["ends_at"]),
         part=row["part"],
@@ -299,7 +310,7 @@ def _record(row: Row, now: datetime) -> Record:
         min_at=row["min_at"],
         max_at=row["max_at"],
         closed=row["status"] == "closed" and max(row["ends_at"], row["updated_at"]) <= now + AHEAD,
-        fields=_values(sums) if fields == SAME else {intern(name): n for name, n in json.loads(fields).items()},
+        fields=_values(sums) if fields == SAME else _counts(fields),
         source_digest=row["digest"] if source_digest == SAME else source_digest,
         sums=sums,
         trouble=row["trouble"],

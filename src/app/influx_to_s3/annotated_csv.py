@@ -137,14 +137,16 @@ class _Schema:
     def block(self, rows: bytes) -> CsvBlock:
         """Parse whole rows."""
         try:
-            table = pacsv.read_csv(
+            # `read_csv` hands even the smallest block to another thread; this reader stays in the calling one.
+            with pacsv.open_csv(
                 pa.BufferReader(rows),
                 # A single block holds all rows, so that no newline inside quotes falls on a block boundary.
                 read_options=pacsv.ReadOptions(
                     column_names=self._places, block_size=max(len(rows) + 1, 1 << 16), use_threads=False
                 ),
                 convert_options=self._convert,
-            )
+            ) as reader:
+                table = reader.read_all()
             # An empty cell of a column with a #default means that default.
             columns = [
                 column.fill_null(pa.array([default]).cast(column.type)[0]) if default else column

@@ -13,6 +13,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,7 @@ from app.core.files import temporary_file
 from app.core.ledger import Tally
 from app.core.pipeline import Sums
 from app.influx_to_s3.layout import COMPUTED, DEVICE, MEASURED, TAGS, TIMESTAMP, TreeColumns
-from app.influx_to_s3.rows import ConflictingValue, identities_of, instant_of, instants_of
+from app.influx_to_s3.rows import ConflictingValue, identities_of, instant_of, instants_of, times_of
 
 HOUR_NS = 3_600_000_000_000
 THURSDAY, FRIDAY = 3, 4
@@ -34,15 +35,16 @@ NO_SUMS: Mapping[str, Sums] = {}
 NONE: Mapping[str, int] = {}
 
 
-def computed_from(rows: pa.Table) -> dict[str, Any]:
-    """The computed columns of rows that have the documented ones, as numbers or as text.
+def computed_from(rows: Mapping[str, Any] | pa.Table) -> dict[str, Any]:
+    """The computed columns of rows, given as columns by name that have the documented ones, as numbers or as text.
 
     hour 0-23 and day_of_week (Monday = 0) are in UTC. power_factor is power / (voltage * current) clipped to [0, 1];
     null where an input is null or the quotient is not a number.
     """
-    hours = instants_of(rows) // HOUR_NS
+    hours = times_of(rows[TIMESTAMP]) // HOUR_NS
     day = ((hours // 24 + THURSDAY) % 7).astype(np.int32)  # 1970-01-01 was a Thursday
-    volts, amperes, watts = (rows.column(name).cast(pa.float64()).to_numpy() for name in MEASURED[:3])
+    floats = (rows[name].cast(pa.float64()) for name in MEASURED[:3])
+    volts, amperes, watts = (values.to_numpy(zero_copy_only=False) for values in floats)
     with np.errstate(all="ignore"):
         apparent = volts * amperes
         factor = np.clip(watts / apparent, 0.0, 1.0)
@@ -152,7 +154,7 @@ class RowBatch:
         }
         return self
 
-    @property
+    @cached_property
     def identities(self) -> Any:
         """64 bits per row, a numpy array; see `rows.identities_of`."""
         parts = [identities_of(table, self.columns.tags) for table in self.tables()]
@@ -171,7 +173,7 @@ class RowBatch:
         merged = self.disagreements or any(each.already_there for each in self.accounts.values())
         return self._file is not None and not merged
 
-    @property
+    @cached_property
     def output_schema(self) -> pa.Schema:
         """The documented columns, then this batch's further tags and fields. Timestamps are in nanoseconds.
 
@@ -202,22 +204,18 @@ class RowBatch:
             columns[DEVICE] = pa.DictionaryArray.from_arrays(places, [self.device])
             for name in MEASURED:
                 columns.setdefault(name, pa.nulls(table.num_rows, pa.float64()))
-            columns |= computed_from(pa.table(columns))
+            columns |= computed_from(columns)
             yield pa.table([columns[name] for name in schema.names], schema=schema)
 
     def tables(self) -> Iterator[pa.Table]:
         """The rows in order, block by block, all with `schema`."""
         for block in _blocks_in(self._file) if self._file else self.blocks:
-            if len(block.schema) == len(self.schema) and block.select(self.schema.names).schema == self.schema:
-                yield block.select(self.schema.names)
-                continue
-            aligned = {
-                column.name: block.column(column.name)
-                if column.name in block.column_names
-                else pa.nulls(block.num_rows, column.type)
+            there = set(block.column_names)
+            columns = [
+                block.column(column.name) if column.name in there else pa.nulls(block.num_rows, column.type)
                 for column in self.schema
-            }
-            yield pa.table(aligned, schema=self.schema)
+            ]
+            yield pa.table(columns, schema=self.schema)
 
     def close(self) -> None:
         """Delete the spooled rows. Idempotent."""
@@ -228,7 +226,8 @@ class RowBatch:
     def _cut(self, *, whole_blocks_only: bool) -> None:
         if not self._waiting:
             return
-        table = pa.concat_tables(self._waiting, promote_options="default")
+        several = len(self._waiting) > 1
+        table = pa.concat_tables(self._waiting, promote_options="default") if several else self._waiting[0]
         end = table.num_rows - table.num_rows % BLOCK_ROWS if whole_blocks_only else table.num_rows
         for start in range(0, end, BLOCK_ROWS):
             self._add(table.slice(start, min(BLOCK_ROWS, end - start)).combine_chunks())

@@ -39,7 +39,7 @@ from app.influx_to_s3.layout import (
     type_of,
 )
 from app.influx_to_s3.reader import PointColumns
-from app.object_store.row_digest import row_lanes
+from app.object_store.row_digest import LANES, one_array, row_lanes
 from app.object_store.table_sink import CSV_ROWS, lost_tags_in
 
 IGNORED = "\0"  # prefix of an ignored tag's name while rows are sorted; no name at a source begins with it
@@ -104,8 +104,7 @@ def _sums(values: Any) -> Sums:
     number = len(values) - values.null_count
     if not number or not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
         return Sums(number)
-    if isinstance(values, pa.ChunkedArray):
-        values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
+    values = one_array(values)
     there = (values.drop_null() if values.null_count else values).to_numpy()
     least, floats = there.min().item(), there.astype(np.float64, copy=False)
     with np.errstate(over="ignore"):
@@ -169,8 +168,7 @@ def _held(values: Any, kind: str) -> Any:
 
 def _whole_numbers(values: Any, target: Any) -> Any:
     """Floats that are integers exactly representable in float64, except negative zero."""
-    array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-    floats = array.to_numpy(zero_copy_only=False)
+    floats = one_array(values).to_numpy(zero_copy_only=False)
     low = 0 if target == pa.uint64() else -EXACT
     with np.errstate(invalid="ignore"):
         fits = (
@@ -186,7 +184,7 @@ def merge_ordered(
 
     Also returns the conflicting values, and the number of repeated values per field.
     """
-    table = pa.concat_tables(tables, promote_options="default").combine_chunks()
+    table = (tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="default")).combine_chunks()
     instants = instants_of(table)
     if np.all(instants[1:] > instants[:-1]):
         return _without_ignored(table), (), {}
@@ -282,9 +280,7 @@ def instants_of(table: pa.Table) -> Any:
 
 def times_of(times: Any) -> Any:
     """A timestamp[ns] column as int64, a numpy array; a view where it has a single chunk."""
-    if isinstance(times, pa.ChunkedArray):
-        times = times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()
-    return times.view(pa.int64()).to_numpy()
+    return one_array(times).view(pa.int64()).to_numpy()
 
 
 def day_of(times: Any) -> date:
@@ -516,7 +512,7 @@ def identities_of(table: pa.Table, tags: Iterable[str]) -> Any:
     comparable.
     """
     names = set(tags) & set(table.column_names)
-    return row_lanes((name, table.column(name)) for name in (TIMESTAMP, *names))[0]
+    return row_lanes(((name, table.column(name)) for name in (TIMESTAMP, *names)), LANES[:1])[0]
 
 
 class _Ahead:

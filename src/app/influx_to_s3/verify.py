@@ -36,7 +36,7 @@ from app.influx_to_s3.row_batch import computed_from
 from app.influx_to_s3.rows import constant
 from app.influx_to_s3.source import OpenedExport
 from app.object_store.port import ObjectInfo
-from app.object_store.row_digest import cell_lanes, mixed, row_lanes, seed_of, summed, value_bits
+from app.object_store.row_digest import cell_lanes, mixed, one_array, row_lanes, seed_of, summed, value_bits
 from app.object_store.table_sink import by_window, lost_tags_in
 
 Listing = Sequence[tuple[datetime, ObjectInfo]]
@@ -193,7 +193,7 @@ def _cells(block: RawCells, rows: Sequence[Any], series: Any, *, as_text: bool) 
 
     Each is: hash of the row, hash of row and field, two hashes of the cell, and number of the series.
     """
-    fields = block.fields.combine_chunks() if isinstance(block.fields, pa.ChunkedArray) else block.fields
+    fields = one_array(block.fields)
     encoded = fields.dictionary_encode()
     places = encoded.indices.to_numpy()
     for at, name in enumerate(encoded.dictionary.to_pylist()):

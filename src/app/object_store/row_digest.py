@@ -6,6 +6,7 @@ number is the same whatever numeric type holds it. It detects accidents; the buc
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -21,6 +22,7 @@ LANES = (b"headwater-0", b"headwater-1")
 TRUTH = 0x9E3779B97F4A7C15
 TEXT = 0xC2B2AE3D27D4EB4F
 ROWS = 1000
+NANOSECONDS = pa.timestamp("ns", "UTC")
 WHOLE = re.compile(r"-?(0|[1-9]\d{0,19})")
 DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 
@@ -61,17 +63,17 @@ def cell_lanes(rows: Sequence[Any], field: str, values: Any, *, as_text: bool = 
     return [np.where(valid, mixed(row ^ mixed(bits ^ seed_of(lane, field))), np.uint64(0)) for lane, row in lanes]
 
 
-def row_lanes(columns: Iterable[tuple[str, Any]]) -> Sequence[Any]:
-    """The hashes of rows that these columns identify; uint64 arrays."""
-    sums: list[Any] = [np.uint64(0) for _ in LANES]
+def row_lanes(columns: Iterable[tuple[str, Any]], lanes: Sequence[bytes] = LANES) -> Sequence[Any]:
+    """The hashes of rows that these columns identify; a uint64 array for each of `lanes`."""
+    sums: list[Any] = [np.uint64(0) for _ in lanes]
     for name, column in columns:
         try:
             bits, valid = value_bits(column)
         except pa.ArrowException as error:
             raise _unknown_type(name, column, error) from error
-        for at, lane in enumerate(LANES):
+        for at, lane in enumerate(lanes):
             sums[at] = sums[at] + np.where(valid, mixed(bits ^ seed_of(lane, name)), np.uint64(0))
-    return [mixed(each ^ seed_of(lane, "")) for each, lane in zip(sums, LANES, strict=True)]
+    return [mixed(each ^ seed_of(lane, "")) for each, lane in zip(sums, lanes, strict=True)]
 
 
 def summed(lanes: Sequence[Any], rows: int) -> WindowContent:
@@ -86,21 +88,29 @@ def _unknown_type(name: str, column: Any, error: Exception) -> Permanent:
     )
 
 
+def one_array(column: Any) -> Any:
+    """A column as a single array; not copied when it is one already."""
+    if not isinstance(column, pa.ChunkedArray):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def value_bits(column: Any, *, hashed: Callable[[str | bytes], int] | None = None) -> tuple[Any, Any]:
     """64 bits per value, and which values are not null; both numpy arrays. `hashed`: hash of one text, default
     `text_hash`.
     """
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp("ns", "UTC")).cast(pa.int64())
-    elif pa.types.is_dictionary(column.type):
+    if pa.types.is_dictionary(column.type):
         column = column.cast(pa.string())
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = one_array(column)
+    if pa.types.is_timestamp(array.type):
+        array = array.cast(NANOSECONDS).view(pa.int64())
     valid = array.is_valid().to_numpy(zero_copy_only=False)
     if pa.types.is_boolean(array.type):
         truth = array.fill_null(False).to_numpy(zero_copy_only=False)  # noqa: FBT003 - Arrow's own signature
         return truth.astype(np.uint64) ^ np.uint64(TRUTH), valid
     if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
-        return _number_bits(array.fill_null(pa.scalar(0).cast(array.type)).to_numpy()), valid
+        filled = array.fill_null(pa.scalar(0).cast(array.type)) if array.null_count else array
+        return _number_bits(filled.to_numpy()), valid
     # Dates, decimals and the like are compared as text.
     if not pa.types.is_binary(array.type):
         array = array.cast(pa.string())
@@ -150,6 +160,7 @@ def _number_bits(values: Any) -> Any:
     return np.where(exact, bits, values.astype(np.uint64))
 
 
+@lru_cache(maxsize=1024)
 def seed_of(lane: bytes, name: str) -> Any:
     """A 64-bit seed for a column's name."""
     return np.uint64(int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8, key=lane).digest()))

@@ -36,6 +36,7 @@ from app.object_store.deltas import (
     window_from_metadata,
 )
 from app.object_store.port import STORAGE_CLASS, ObjectInfo, ObjectStore, PutRequest, check_key
+from app.object_store.row_digest import one_array
 
 ROW_GROUP_ROWS = 128 * 1024
 MEMORY_BYTES = 4 << 20
@@ -281,9 +282,7 @@ def stored_schema(schema: pa.Schema, *, in_microseconds: bool, with_nanos: bool)
 def split_nanoseconds(table: pa.Table, *, with_nanos: bool) -> pa.Table:
     """Rows with their timestamp in microseconds, and the remaining nanoseconds in a last column."""
     index = table.schema.get_field_index(TIMESTAMP)
-    times = table.column(index)
-    times = times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()
-    instants = times.view(pa.int64()).to_numpy()
+    instants = one_array(table.column(index)).view(pa.int64()).to_numpy()
     micros = instants // 1000  # rounds down, also before 1970, so the rest is never negative
     table = table.set_column(index, TIMESTAMP, pa.array(micros).view(pa.timestamp("us", "UTC")))
     return table.append_column(NANOS, pa.array((instants - micros * 1000).astype(np.int16))) if with_nanos else table
