@@ -239,6 +239,17 @@ def test_a_clock_that_was_ahead_at_the_first_start_delays_nothing(exporter: Expo
     assert exporter.layout["first_start"] == first_start
 
 
+def test_a_run_takes_over_the_part_of_a_process_that_was_killed_while_its_clock_was_ahead(exporter: Exporter) -> None:
+    exporter.write(NOON)
+    exporter.at(minutes=1)
+    held = exporter.state.leases.acquire(f"{NAME}/0", "killed", 0.3)
+    assert held
+    with exporter.state.database.transaction() as session:
+        session.run("UPDATE leases SET expires_at = :at", at=held.expires_at + timedelta(days=40))
+    exporter.well()
+    exporter.check()
+
+
 def test_a_lost_state_goes_on_where_the_objects_say_and_reads_nothing_again(exporter: Exporter, tmp_path: Path) -> None:
     exporter.environ = WEEKS
     for days in range(19, 0, -1):

@@ -284,11 +284,17 @@ class Context:
     def part(self, name: str) -> Iterator["Context | None"]:
         """This run under the lease `name` instead of its own, for a part of its work; None while another process holds
         it. Without services, the run's own lease covers its parts.
+
+        A lease that no live holder can have is watched here, since a command has no later run to take it over.
         """
         if self.services is None:
             yield self
             return
-        lease = self.services.leases.acquire(name, self.services.terms.owner, self.services.terms.ttl_seconds)
+        leases, terms = self.services.leases, self.services.terms
+        lease = leases.acquire(name, terms.owner, terms.ttl_seconds)
+        if lease is None and (seconds := leases.watch_seconds(name, terms.ttl_seconds)):
+            self.stop.pause(seconds)
+            lease = leases.acquire(name, terms.owner, terms.ttl_seconds)
         if lease is None:
             yield None
             return
