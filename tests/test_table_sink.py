@@ -318,7 +318,7 @@ def test_devices_that_cannot_be_part_of_a_key_are_refused(make: Callable[..., Ta
 
 
 def test_keys_of_different_devices_differ(make: Callable[..., TableSink]) -> None:
-    devices = ["D1", "d1", "D1 ", " D1", "D%31", "D1.", "é", "e\u0301", "a=b", "x" * 255]
+    devices = ["D1", "d1", "D1 ", " D1", "D%31", "D1.", "é", "e\u0301", "a=b", "x" * 245]
     assert len({make().key(device, WINDOW, 0) for device in devices}) == len(devices)
 
 
