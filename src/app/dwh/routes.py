@@ -21,7 +21,7 @@ from app.config.settings import DwhSettings, LimitSettings
 from app.dwh import openapi
 from app.dwh.query import Selection, erasure, selection
 from app.dwh.request_parsing import BatchLimits, ReceivedBody, options, receive
-from app.dwh.responses import MEDIA, AnswerPage, gzipped
+from app.dwh.responses import MEDIA, MEMORY_BYTES, AnswerPage, gzipped
 from app.dwh.rows import RowFault
 from app.dwh.tables import TABLES, Table
 from app.dwh.warehouse import InsertResult, Warehouse
@@ -37,7 +37,7 @@ BUSY = Refusal(
     429, "too many requests to /dwh at once", "send the same request again later", headers={"Retry-After": "5"}
 )
 PIECE_IDS = 10_000
-GZIPPED_IDS = 1000  # an answer to POST with fewer ids is small
+SMALL_IDS = 1000  # an answer to POST with fewer ids is small
 
 
 def build(warehouse: Warehouse, dwh: DwhSettings, limits: LimitSettings, clock: Callable[[], datetime]) -> APIRouter:
@@ -116,10 +116,12 @@ class TableRoutes:
             # In HTTP/1.0 the end of the connection ends the answer, so a truncated one would go unnoticed.
             whole = request.scope["http_version"] == "1.0"
             size_bytes = await run_in_threadpool(page.wait, whole=whole)
-            headers = _headers(chosen, request.url.path, page)
+            headers, media_type = _headers(chosen, request.url.path, page), MEDIA[chosen.format]
             if size_bytes is not None:
+                if size_bytes <= MEMORY_BYTES:  # streaming costs more than such an answer
+                    return Response(page.read(size_bytes), headers=headers, media_type=media_type)
                 headers["Content-Length"] = str(size_bytes)
-            return StreamedResponse(page.pieces(), stack.pop_all(), headers=headers, media_type=MEDIA[chosen.format])
+            return StreamedResponse(page.pieces(), stack.pop_all(), headers=headers, media_type=media_type)
 
     async def _write(self, request: Request) -> Response:
         chosen = options(request.query_params.multi_items(), request.headers, _preferred(request))
@@ -143,11 +145,13 @@ class TableRoutes:
         done, received = await read_in_thread(request, self.writers, BUSY, self.threads, store)
         content = _answer_to_post(done, received.faults if chosen.skip else None, received.fault_count)
         headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
-        if len(done.ids) > GZIPPED_IDS and accepts_gzip(request.headers.get("accept-encoding", "")):
-            content, headers["Content-Encoding"] = gzipped(content), "gzip"
         if chosen.resolution:
             headers["Preference-Applied"] = f"resolution={chosen.resolution}"
-        return StreamingResponse(content, headers=headers, media_type="application/json")
+        if len(done.ids) <= SMALL_IDS:
+            return Response(b"".join(content), headers=headers, media_type=MEDIA["json"])
+        if accepts_gzip(request.headers.get("accept-encoding", "")):
+            content, headers["Content-Encoding"] = gzipped(content), "gzip"
+        return StreamingResponse(content, headers=headers, media_type=MEDIA["json"])
 
     async def _erase(self, request: Request) -> Response:
         chosen = erasure(self.table, request.query_params.multi_items())

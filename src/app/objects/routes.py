@@ -11,6 +11,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -249,6 +250,9 @@ async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> 
 
     If other downloads use all slots for large pieces, this one does not wait and uses small pieces.
     """
+    status, headers = 206 if span.part else 200, download_headers(held, span)
+    if span.count <= LEAN_BYTES:  # streaming costs more than so few bytes
+        return Response(await serving.ask(_read_span, serving.transfers, held, span), status, headers)
     with ExitStack() as taken:
         piece_bytes = PIECE_BYTES
         if serving.roomy.locked():
@@ -268,8 +272,12 @@ async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> 
                 left -= len(data)
                 yield data
 
-        status, headers = 206 if span.part else 200, download_headers(held, span)
         return StreamedResponse(pieces(), taken.pop_all(), status=status, headers=headers)
+
+
+def _read_span(transfers: Transfers, held: ObjectInfo, span: ByteSpan) -> bytes:
+    with transfers.open_span(held, span.first, span.count) as stream:
+        return b"".join(iter(partial(stream.read, LEAN_BYTES), b""))
 
 
 def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
