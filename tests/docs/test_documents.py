@@ -29,7 +29,7 @@ ASSIGNED = re.compile(r"^#? *([A-Z][A-Z0-9_]*)=|(?<!\w)([A-Z][A-Z0-9]*(?:_[A-Z0-
 # Names that are not Headwater's own: the platform's, the tools', and parts of others.
 FOREIGN = re.compile(
     r"RAILWAY_\w+|UV_\w+|PYTHON\w+|ARROW_\w+|PIP_\w+|DATABASE_URL|ACCESS_KEY_ID|SECRET_ACCESS_KEY|AF_\w+|SQL_ASCII"
-    r"|REQUESTS_CA_BUNDLE|SSL_CERT_FILE"
+    r"|REQUESTS_CA_BUNDLE|SSL_CERT_FILE|PYTEST_\w+"
 )
 PLACEHOLDERS = {"BUCKET_ID", "DEEP_ARCHIVE", "S3_PATH"}
 PLANNED_COMMANDS = {"demo", "run", "backfill", "check", "keys", "serve"}
