@@ -38,7 +38,6 @@ from app.ops.scheduler import (
     logging_progress,
     progress_bar,
     require_ability,
-    with_run_in_logs,
 )
 from app.ops.service import BuiltService
 from app.ops.verification import NO_VERIFICATION, format_signs, heal_job, window_json
@@ -232,7 +231,7 @@ def backfill(
             "cannot replace what it wrote",
             "jobs that can: {}; leave out --replace",
         )
-        ours = with_run_in_logs(replace(ours, work=lambda context: work(context, span, allow_shrink)))
+        ours = replace(ours, work=lambda context: work(context, span, allow_shrink))
     else:
         ours = backfill_job(ours, service.pipelines.backfills, span)
     return _finish(service, ours, dry_run=dry_run, as_json=as_json)
@@ -244,7 +243,7 @@ def rewrite(service: BuiltService, *, job: str, start: datetime, end: datetime, 
     work = require_ability(
         service.pipelines.rewrites, job, "has no rewrite", "jobs whose objects can be re-encoded: {}"
     )
-    ours = with_run_in_logs(replace(ours, work=lambda context: work(context, span)))
+    ours = replace(ours, work=lambda context: work(context, span))
     return _finish(service, ours, dry_run=dry_run, as_json=as_json)
 
 
@@ -252,7 +251,7 @@ def undo(service: BuiltService, *, job: str, run: str, yes: bool, as_json: bool)
     """Take back what run `run` of a job did, or without `yes` only say what that would be; the exit code."""
     ours = _job(service, job)
     take_back = require_ability(service.pipelines.undos, job, "has no undo", "jobs that keep what it takes: {}")
-    ours = with_run_in_logs(replace(ours, work=lambda context: take_back(context, run)))
+    ours = replace(ours, work=lambda context: take_back(context, run))
     code = _finish(service, ours, dry_run=not yes, as_json=as_json)
     if not yes and code == OK and not as_json:
         line("nothing was changed yet: add --yes to do this")
@@ -324,7 +323,7 @@ def once(service: BuiltService, *, as_json: bool) -> int:
     documents = []
     services = replace(service.services, ended=_unexpected)
     with _stoppable(service.stop):
-        for job in (with_run_in_logs(job) for job in service.pipelines.jobs if not job.off):
+        for job in (each for each in service.pipelines.jobs if not each.off):
             with _shown(job) as tally:
                 last, total = _to_the_end(job, services, service.stop, tally, dry_run=False)
             documents.append(_document(last, total, dry_run=False) if last else {"job": job.name, "outcome": "busy"})
@@ -352,7 +351,7 @@ def _job(service: BuiltService, name: str, *, on: bool = True) -> Job:
         raise Rejected(f"no job is named {name!r}", f"{did_you_mean(name, jobs)}jobs: {', '.join(jobs) or 'none'}")
     if on and jobs[name].off:
         raise Rejected(f"job {name} is off", jobs[name].off)
-    return with_run_in_logs(jobs[name])
+    return jobs[name]
 
 
 def _finish(service: BuiltService, job: Job, *, dry_run: bool, as_json: bool) -> int:

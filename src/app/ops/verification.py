@@ -16,7 +16,7 @@ from app.core.errors import AppError, Transient
 from app.core.runs import Context, Job, Report, Stop
 from app.core.verify import ComparedWindow, PartitionWindow, Verdict, Verification, heal, refuse_unknown, verify
 from app.core.windows import Window
-from app.ops.scheduler import require_ability, with_run_in_logs
+from app.ops.scheduler import require_ability
 
 SHOWN = 500
 NO_VERIFICATION = ("has no verification", "jobs whose two ends can be compared: {}")
@@ -199,7 +199,7 @@ def heal_job(
         log.info("%s %s: %s before it was mended", job.name, span, format_signs(counts))
         return report
 
-    return with_run_in_logs(replace(job, work=work))
+    return replace(job, work=work)
 
 
 def format_signs(counts: Mapping[str, int]) -> str:
