@@ -19,10 +19,11 @@ from starlette.concurrency import run_in_threadpool
 
 from app.analytics.formats import MEDIA, AnswerShape, ReportAnswer, of_table
 from app.analytics.reports import TABLES, BadParameter, QueryParameter, ReportDefinition, parts_within
-from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, response_head, text_of, warnings_of
+from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, response_head, warnings_of
 from app.analytics.sql_sandbox import MAX_ROWS, SqlBusy, SqlRequest
 from app.analytics.summaries import ListingView
 from app.core.errors import AppError, Transient
+from app.core.windows import instant_text
 from app.ops.pages import SCRIPT, framed, serve
 from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
@@ -394,7 +395,7 @@ def _statement(analytics: Analytics) -> Callable[..., Any]:
             raise Refused(422, error.message, error.hint, "body.sql") from error
         except SqlBusy as error:
             raise Refused(429, error.message, error.hint, headers={"Retry-After": "5"}) from error
-        headers = {"X-Data-As-Of": text_of(view.as_of), "Content-Length": str(answer.size_bytes)}
+        headers = {"X-Data-As-Of": str(instant_text(view.as_of)), "Content-Length": str(answer.size_bytes)}
         if form != "json":
             headers["Content-Disposition"] = f'attachment; filename="sql.{form}"'
         return StreamingResponse(answer.pieces(), headers=headers, media_type=MEDIA[form])
@@ -417,7 +418,7 @@ def _schema(analytics: Analytics, view: ListingView) -> Mapping[str, Any]:
         for name, types in sorted(view.columns.items())
     ]
     return {
-        "as_of": text_of(view.as_of),
+        "as_of": instant_text(view.as_of),
         "objects": view.objects,
         "rows": view.rows,
         "bytes": view.size_bytes,

@@ -29,9 +29,9 @@ from app.core.ledger import summary_of, to_json
 from app.core.runs import Job, Outcome, Report, Run, RunServices, Stop, execute
 from app.core.verify import ComparedWindow, Verdict, refuse_unknown
 from app.core.verify import verify as compared
-from app.core.windows import Window, refuse_future
+from app.core.windows import Window, instant_text, refuse_future, whole_second
 from app.ops.health import check_once
-from app.ops.json_views import RUN_NUMBERS, failures_shown, instant_text, run_shown, whole_second
+from app.ops.json_views import RUN_NUMBERS, failures_shown, run_shown
 from app.ops.scheduler import (
     ProgressTally,
     backfill_job,

@@ -22,6 +22,7 @@ from app.core.errors import AppError, BadSettings
 from app.core.files import LogFile
 from app.core.ledger import TALLY_NAMES
 from app.core.runs import Outcome, Run, named_in_logs, run_in_logs
+from app.core.windows import instant_text
 
 # Rate limits per kind of line, so that nobody who can reach the service can fill a disk or push out other lines.
 #
@@ -211,7 +212,7 @@ class JsonLines(_Redacted):
         """The line, in ASCII, so that no reader finds a line break or an invalid character in it."""
         run_id, job = run_in_logs.get()
         line: dict[str, object] = {
-            "time": _time(record),
+            "time": instant_text(datetime.fromtimestamp(record.created, UTC)),
             "level": LEVEL_WORDS.get(record.levelno, record.levelname.lower()),
             "message": self._redact(_message(record)),
             "logger": record.name,
@@ -233,7 +234,8 @@ class TextLines(_Redacted):
     def format(self, record: logging.LogRecord) -> str:
         """The line, and the lines of the traceback."""
         _, job = run_in_logs.get()
-        head = f"{_time(record)} {record.levelname:<7} {f'[{job}] ' if job else ''}"
+        at = instant_text(datetime.fromtimestamp(record.created, UTC))
+        head = f"{at} {record.levelname:<7} {f'[{job}] ' if job else ''}"
         extra = "".join(f" {name}={value}" for name, value in _extra(record))
         lines = [head + _printable(self._redact(_message(record) + extra))]
         trace = self._redact(_trace(self, record)).split("\n")
@@ -321,10 +323,6 @@ def _rotating(path: Path, kept: int) -> logging.Handler:
     except OSError as error:
         fault = f"LOG_FILE={str(path)!r}: {error.strerror}; allowed: a file that can be written, or off"
         raise BadSettings([fault]) from error
-
-
-def _time(record: logging.LogRecord) -> str:
-    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _message(record: logging.LogRecord) -> str:

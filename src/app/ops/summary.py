@@ -16,13 +16,14 @@ from urllib.parse import quote
 from app.core.pipeline import MISSING, NEVER_AFTER, QUIET_AFTER, USUAL_HOURS
 from app.core.runs import Outcome, Run
 from app.core.verify import Verdict
+from app.core.windows import instant_text
 from app.db.page_queries import PageQuerySession
 from app.ops.delivery_map import MapCells
-from app.ops.json_views import instant_text, run_shown, view_shown
+from app.ops.json_views import run_shown, view_shown
 from app.ops.scheduler import JobView
 
 if TYPE_CHECKING:
-    from app.ops.service import Operations
+    from app.ops.service import BuiltService
 
 NAMED = 3  # problems that the sentence names
 LISTED = 50
@@ -111,7 +112,7 @@ class Snapshot:
     views: Sequence[JobView]
     look: PageQuerySession
     cells: MapCells
-    ops: "Operations"
+    ops: "BuiltService"
     strips: Mapping[str, str | None] = field(default_factory=dict)
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 

@@ -181,7 +181,7 @@ class WorkerApp:
         self._worker = worker
         self._service = service
         about = service.settings.service
-        self._probes = Probes(about.version, worker, service.readiness, service.state.clock)
+        self._probes = Probes(about.version, worker, service.probes.readiness, service.state.clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
@@ -201,13 +201,13 @@ class WorkerApp:
             await send_refusal(send, Refusal(404, "a worker answers probes only", "ask the process that serves HTTP"))
 
     def _open(self) -> None:
-        self._service.readiness.start()
+        self._service.probes.readiness.start()
         self._service.alerts.start()
         self._worker.start()
 
     def _close(self) -> None:
         self._worker.close(shutdown_budget(self._service.settings.service.shutdown_grace_seconds).stuck)
-        self._service.readiness.close()
+        self._service.probes.readiness.close()
         self._service.alerts.close()
         self._service.scheduler.close(0.0)
         with _told("this worker is shown for a while longer"):
