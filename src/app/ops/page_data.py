@@ -154,15 +154,7 @@ def _map(router: APIRouter, ops: BuiltService) -> None:
             window = bounded(start, end, "query", MOST_DAYS)
             chosen = cells_between(window.start, window.end, zone)
         names = NameFilter(first, last, find)
-        found = ops.maps.whole(job, chosen, names)
-        if found.listed:
-            rows = [row for row in found.rows if row.problems or not problems]
-            rows = [row for row in rows if not last or first <= row.name <= last]
-            found = DeliveryMap(
-                found.total, rows[offset : offset + limit], listed=True, problems=found.problems, pages_of=len(rows)
-            )
-        else:
-            found = ops.maps.recorded(job, chosen, names, offset=offset, limit=limit, only_problems=problems)
+        found = ops.maps.whole(job, chosen, names, offset=offset, limit=limit, only_problems=problems)
         return {"job": job, "span": span, "now": instant_text(now), **_shown(found, chosen, now)}
 
 
