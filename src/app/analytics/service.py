@@ -157,14 +157,15 @@ def response_head(
     asked: ReportRequest, view: ListingView, answer: ReportAnswer, *, if_none_match: str, began: float
 ) -> tuple[int, dict[str, str]]:
     """Status and headers; 304 when the caller already has this answer. `began`: a `time.perf_counter` reading."""
-    as_of = answer.state.committed_at if asked.as_of and answer.state else view.as_of
     headers = {
         "ETag": answer.etag,
-        "X-Data-As-Of": str(instant_text(as_of)),
+        "X-Data-As-Of": view.as_of,
         "Server-Timing": f"{answer.engine};dur={(time.perf_counter() - began) * 1000:.2f}",
         "Cache-Control": "private, no-cache",
         "Content-Length": str(answer.size_bytes),
     }
+    if asked.as_of and answer.state:
+        headers["X-Data-As-Of"] = str(instant_text(answer.state.committed_at))
     if warnings := len(view.faults) + answer.left_out:
         headers["X-Warnings"] = str(warnings)
     if asked.format != "json":
