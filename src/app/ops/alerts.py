@@ -273,22 +273,16 @@ class Alerts:
         """A good run closes all alerts; a partial one closes "stale" silently, since it opens a failure."""
         good, done, latest = (last_ends(totals, outcomes) for outcomes in ((Outcome.OK,), DONE, tuple(Outcome)))
         for (name, event), told_at in self._state.alerts.told().items():
-
-            def is_since(end_at: datetime | None, told_at: datetime = told_at, name: str = name) -> bool:
-                """Whether it ended after the alert; for an alert time in the future, whether it is the job's latest
-                run.
-                """
-                if end_at is None or end_at > now + AHEAD:
-                    return False
-                return end_at > told_at if told_at <= now + AHEAD else end_at == latest[name]
-
             before = told_at + TICK
+            # an alert from a clock that was ahead is over with the job's latest run
+            since = before if told_at <= now + AHEAD else latest.get(name, before)
+            ended = {end_at for ends in (good, done) if (end_at := ends.get(name)) and since <= end_at <= now + AHEAD}
             if event in (CLOCK_AHEAD, OBJECTS):
                 self._tell_put_right(event, name, before)
-            elif is_since(good.get(name)):
+            elif good.get(name) in ended:
                 if self._state.alerts.end(name, before):
                     self._tell(RECOVERED, name, "runs come to their end again", {})
-            elif event == STALE and is_since(done.get(name)):
+            elif event == STALE and ended:
                 self._state.alerts.end(name, before, STALE)
 
     def _tell_put_right(self, event: str, name: str, before: datetime) -> None:

@@ -222,27 +222,22 @@ def backfill(
     as_json: bool,
 ) -> int:
     """Fill the windows of a span, or write them again from the source; the exit code."""
-    span, ours = Window(start, end), _job(service, job)
+    span, ours, pipelines = Window(start, end), _job(service, job), service.pipelines
     refuse_future(span, service.services.clock())
     if replacing:
-        work = require_ability(
-            service.pipelines.replacements,
-            job,
-            "cannot replace what it wrote",
-            "jobs that can: {}; leave out --replace",
-        )
+        refusal = "cannot replace what it wrote", "jobs that can: {}; leave out --replace"
+        work = require_ability(pipelines.replacements, job, *refusal)
         ours = replace(ours, work=lambda context: work(context, span, allow_shrink))
     else:
-        ours = backfill_job(ours, service.pipelines.backfills, span)
+        ours = backfill_job(ours, pipelines.backfills, span)
     return _finish(service, ours, dry_run=dry_run, as_json=as_json)
 
 
 def rewrite(service: BuiltService, *, job: str, start: datetime, end: datetime, dry_run: bool, as_json: bool) -> int:
     """Re-encode the objects of a span from themselves; the exit code."""
     span, ours = Window(start, end), _job(service, job)
-    work = require_ability(
-        service.pipelines.rewrites, job, "has no rewrite", "jobs whose objects can be re-encoded: {}"
-    )
+    refusal = "has no rewrite", "jobs whose objects can be re-encoded: {}"
+    work = require_ability(service.pipelines.rewrites, job, *refusal)
     ours = replace(ours, work=lambda context: work(context, span))
     return _finish(service, ours, dry_run=dry_run, as_json=as_json)
 
