@@ -50,7 +50,9 @@ WRONG = re.compile(
     r"|Invalid type|Invalid Input|Expression|Sequence|Parameter Not \w+) Error: "
 )
 # Errors about objects' bytes: they name an object, which ends in .parquet, or contain one of these words.
-OF_OBJECTS = re.compile(r"parquet|csv error|corrupt|unicode|string encoding|bitpacked|stats size", re.IGNORECASE)
+OF_OBJECTS = re.compile(
+    r"parquet|csv (?:error|parser)|corrupt|unicode|string encoding|bitpacked|stats size", re.IGNORECASE
+)
 
 
 class UnreadableObject(Transient):
