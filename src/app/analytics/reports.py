@@ -29,6 +29,12 @@ from app.db.object_summaries import NO_DAY, DaySummary, Pair
 from app.web.text_values import instant
 
 PLACEHOLDER = re.compile(r"\bread_parquet\s*\(\s*(['\"]?)\{\{S3_PATH\}\}\1\s*\)", re.IGNORECASE)
+# What may follow a table in FROM and is no alias of it.
+CLAUSES = (
+    "where|group|having|order|limit|offset|window|qualify|union|except|intersect|join|inner|left|right|full|cross|natural"
+    "|asof|positional|semi|anti|on|using|sample|tablesample|pivot|unpivot|select"
+)
+ALIAS = re.compile(rf"\s+(?!(?:{CLAUSES})\b)[A-Za-z_\"]", re.IGNORECASE)
 NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
 PATH = re.compile(r"[a-z0-9_-]{1,60}(/[a-z0-9_-]{1,60}){0,3}")
 PARAM = re.compile(
@@ -135,8 +141,9 @@ class ReportDefinition:
     format: str = "json"
 
     def sql(self, relation: str = RELATION) -> str:
-        """The statement, reading from `relation`."""
-        return PLACEHOLDER.sub(lambda _: relation, self.text)
+        """The statement, reading from `relation`, whose own alias gives way to one in the statement."""
+        bare = relation.removesuffix(f" AS {RELATION}")
+        return PLACEHOLDER.sub(lambda found: bare if ALIAS.match(self.text, found.end()) else relation, self.text)
 
     def values(self, query: Iterable[tuple[str, str]]) -> Mapping[str, Any]:
         """Parameter -> value from a query string. Raises BadParameter for unknown, repeated, missing or bad ones."""
