@@ -219,7 +219,7 @@ class Queries:
         self.check(report)
         values = {each.name: None if each.required else each.read(None) for each in report.parameters}
         with _named(report):
-            return self._local.columns(report.sql(self._rows(report, self._local, [])), values)
+            return self._local.columns(report.sql(self.rows(report.text, self._local, [])), values)
 
     def check(self, report: ReportDefinition) -> None:
         """Raises Permanent for a report that is not allowed or cannot run."""
@@ -335,7 +335,7 @@ class Queries:
     ) -> ReportAnswer:
         wanted = replace(found, sources=[source for source in found.sources if source.version not in left_out])
         with self._objects.opened(wanted) as (engine, files), _by_key(files):
-            rows = self._rows(report, engine, files)
+            rows = self.rows(report.text, engine, files)
             with _fitting(engine, rows), engine.batches(report.sql(rows), values, BATCH_ROWS) as reader:
                 answer = of_batches(reader, _with_warnings(shape, left_out), engine.folder)
         self.confirm(self._objects, wanted)
@@ -343,12 +343,12 @@ class Queries:
         answer.state = found.table.state
         return answer
 
-    def _rows(self, report: ReportDefinition, engine: Engine, files: Sequence[ReportFile]) -> str:
-        """The rows of these files. A column that the report may name and only other objects have is null here, as a
-        documented one would be, so that a report which is right for one device is not wrong for another.
+    def rows(self, text: str, engine: Engine, files: Sequence[ReportFile]) -> str:
+        """The rows of these files, for a statement. A column that it may name and only other objects have is null here,
+        as a documented one would be, so that a statement which is right for one device is not wrong for another.
         """
         rows, view = relation(engine.folder, files), self._summaries.view
-        words = {word.lower() for word in re.findall(r"\w+", report.text)}
+        words = {word.lower() for word in re.findall(r"\w+", text)}
         readings = {id(file.reading): file.reading for file in files}.values()  # many files have the same
         there = {*DOCUMENTED, *(name for reading in readings for name in reading.lower_names)}
         elsewhere = {name.lower(): name for name in (view.columns if view else ())}
