@@ -47,7 +47,7 @@ ATTEMPTS = 4
 WHOLE_BYTES = 16 << 20
 BROKEN = 20  # with more, single objects are not to blame
 BROKEN_SECONDS = 600.0
-OF_STORE = re.compile(r"(HTTP|IO|Connection) Error")
+OF_STORE = re.compile(r"HTTP|[Cc]onnect|[Tt]imeout")
 OTHER = "send other values; if none works, correct the report's SQL file"
 WARNINGS = 20
 STAR = re.compile(r"(select|distinct|,|\.)\s*\*", re.IGNORECASE)  # not the star of count(*) or of a multiplication
@@ -380,7 +380,7 @@ class Queries:
                 return False
         # Where it works with none of them, the store or the report may be to blame.
         is_other_cause = len(broken) == len(sources) and (
-            any(map(OF_STORE.match, broken.values())) or bool(self._trouble(report, values, shape, ()))
+            any(map(OF_STORE.search, broken.values())) or bool(self._trouble(report, values, shape, ()))
         )
         if not broken or is_other_cause:
             return False
