@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 
 from app.core.errors import BadSettings
-from app.ops.logs import JsonLines, LogLimits, Redaction, configure, in_log_context, log_context, release
+from app.core.runs import named_in_logs
+from app.ops.logs import JsonLines, LogLimits, Redaction, configure, release
 
 log = logging.getLogger("app.test")
 
@@ -106,7 +108,7 @@ def test_arguments_that_do_not_fit_are_not_shown() -> None:
 
 
 def test_the_run_is_in_each_record_of_its_context(out: io.StringIO) -> None:
-    with log_context("r1", "influx_to_s3"):
+    with named_in_logs("r1", "influx_to_s3"):
         log.info("inside")
     log.info("outside")
     inside, outside = lines(out)
@@ -115,7 +117,7 @@ def test_the_run_is_in_each_record_of_its_context(out: io.StringIO) -> None:
 
 
 def test_a_thread_says_the_run_only_when_it_was_carried(out: io.StringIO) -> None:
-    with log_context("r1", "job"), ThreadPoolExecutor(4) as pool:
+    with named_in_logs("r1", "job"), ThreadPoolExecutor(4) as pool:
         meeting = threading.Barrier(4)
 
         def work(number: int) -> int:
@@ -123,7 +125,8 @@ def test_a_thread_says_the_run_only_when_it_was_carried(out: io.StringIO) -> Non
             log.info("carried %d", number)
             return number
 
-        assert sorted(pool.map(in_log_context(work), range(4))) == [0, 1, 2, 3]
+        carried = [pool.submit(copy_context().run, work, number) for number in range(4)]
+        assert [each.result() for each in carried] == [0, 1, 2, 3]
         pool.submit(log.info, "bare").result()
     assert [line.get("run_id") for line in lines(out)] == ["r1"] * 4 + [None]
 
@@ -210,7 +213,7 @@ def test_a_terminal_gets_text_with_marked_tracebacks(out: io.StringIO) -> None:
     del out
     terminal = Terminal()
     configure("INFO", "auto", None, stream=terminal)
-    with log_context("r1", "job"):
+    with named_in_logs("r1", "job"):
         log.info("a\nb\u202e", extra={"rows": 7})
     fail("x\n2026-01-01T00:00:00Z ERROR forged")
     first, second, *rest = terminal.getvalue().splitlines()

@@ -23,15 +23,17 @@ from app.core.runs import Context, Job, LeaseTerms, Report, Run, RunServices, St
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
-from app.ops.alerts import Alerts, rules_of
+from app.ops.alerts import Alerts
 from app.ops.connection_checks import ConnectionCheck, destinations, state_check, store_check, store_checks, webhook
+from app.ops.delivery_map import DeliveryMaps
 from app.ops.health import ProbeAnswer, Probes, Readiness
 from app.ops.json_views import ServiceCalls
 from app.ops.logs import log_run
 from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported
 from app.ops.request_costs import RequestCosts, prices_for
 from app.ops.scheduler import Scheduler
-from app.ops.service import BuiltService, Operations, Pipelines, WindowedPipeline, announce, shutdown_budget
+from app.ops.service import BuiltService, Pipelines, WindowedPipeline, announce, shutdown_budget
+from app.ops.verification import Verifications
 from app.web.app import GuardedApi, HeadwaterApp
 from app.web.auth import AccessGuard, KeyRates, Keyring
 from app.web.limits import BodyLimits
@@ -62,10 +64,9 @@ def create_asgi_app(
     service: BuiltService, parts: "ServiceParts", analytics: "Analytics", *, own_server: bool
 ) -> HeadwaterApp:
     """The ASGI application; its lifespan starts and ends the work of `service`."""
-    settings, readiness = service.settings, service.readiness
+    settings, probes = service.settings, service.probes
     access, limits = settings.access, settings.limits
     steps = shutdown_budget(settings.service.shutdown_grace_seconds)
-    probes = Probes(settings.service.version, service.scheduler, readiness, now)
     guard = AccessGuard(
         Keyring(access.api_keys, now),
         now,
@@ -77,13 +78,13 @@ def create_asgi_app(
     )
 
     def opened() -> None:
-        readiness.start()
+        probes.readiness.start()
         analytics.start()
         service.alerts.start()
         service.scheduler.start()
 
     def closed() -> None:
-        readiness.close()
+        probes.readiness.close()
         analytics.close(steps.refresh)
         service.alerts.close()
         # Our own server has already waited for the jobs at this point.
@@ -103,55 +104,29 @@ def create_asgi_app(
         guard,
         BodyLimits(limits.max_body_bytes, limits.max_upload_bytes, UPLOAD_PREFIXES, STREAM_PREFIXES),
         opened=opened,
-        api=lambda: create_api(service, parts, analytics, probes, guard),
+        api=lambda: create_api(service, parts, analytics, guard),
         close=closed,
     )
 
 
-def create_api(
-    service: BuiltService, parts: "ServiceParts", analytics: "Analytics", probes: Probes, guard: AccessGuard
-) -> GuardedApi:
+def create_api(service: BuiltService, parts: "ServiceParts", analytics: "Analytics", guard: AccessGuard) -> GuardedApi:
     """The FastAPI application. Its import is the slowest part of startup."""
     from app.analytics import routes as report_routes
     from app.dwh import routes as warehouse_routes
     from app.ops import page_data, pages, routes
-    from app.ops.delivery_map import DeliveryMaps
-    from app.ops.verification import Verifications
     from app.web.api import build_api, route_scopes
 
-    pipelines, scheduler, settings = service.pipelines, service.scheduler, service.settings
-    maps = DeliveryMaps(pipelines.charts, service.state.pages, now)
-    proofs = Verifications(
-        pipelines.verifications,
-        scheduler.stop,
-        now,
-        # After a verification nobody should see a map that was built before it.
-        looked=maps.forget,
-        healed=lambda job, slot: maps.healed(job, slot.partition, slot.window),
-    )
-    ops = Operations(
-        settings=settings,
-        state=service.state,
-        pipelines=pipelines,
-        scheduler=scheduler,
-        alerts=service.alerts,
-        costs=service.costs,
-        probes=probes,
-        guard=guard,
-        maps=maps,
-        proofs=proofs,
-        clock=now,
-    )
+    settings = service.settings
     about = settings.service
     routers = [
         # FastAPI tries routes one after the other, so those with the most requests come first.
         object_routes(parts),
         warehouse_routes.build(parts.warehouse, settings.dwh, settings.limits, now),
         report_routes.build(analytics),
-        pages.build(guard, lambda: routes.overview(ops)),
-        page_data.build(ops),
-        routes.build(ops),
-        *pipelines.routers(),
+        pages.build(guard, lambda: routes.overview(service)),
+        page_data.build(service),
+        routes.build(service, guard),
+        *service.pipelines.routers(),
     ]
     built = build_api(about.title, about.version, about.description, routers)
     quick = report_routes.FastPath(built, analytics)
@@ -298,7 +273,7 @@ def build(
     steps = workers.steps if workers and is_worker else run_in_process
     parts = ServiceParts(settings, state, store, state.clock, warehouse, counter, costs, steps)
     pipelines = wiring(parts)
-    alerts = Alerts(rules_of(settings), pipelines.jobs, state, now)
+    alerts = Alerts(settings, pipelines.jobs, state, now)
 
     def ended(run: Run, cause: BaseException | None) -> None:
         log_run(run, cause)
@@ -321,8 +296,22 @@ def build(
             "request_costs", "requests a month", "MAX_MONTHLY_REQUEST_COST", lambda: costs.estimate().text()
         ),
     ]
-    readiness = Readiness(stores)
-    service = BuiltService(settings, state, pipelines, systems, services, stop, scheduler, alerts, readiness, costs)
+    maps = DeliveryMaps(pipelines.charts, state.pages, now)
+    service = BuiltService(
+        settings,
+        state,
+        pipelines,
+        systems,
+        services,
+        stop,
+        scheduler,
+        alerts,
+        Probes(settings.service.version, scheduler, Readiness(stores), now),
+        costs,
+        maps,
+        Verifications(pipelines.verifications, stop, now, maps),
+        now,
+    )
     service.app = create_asgi_app(service, parts, open_analytics(settings, state, store), own_server=own_server)
     return service
 

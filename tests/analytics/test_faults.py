@@ -10,8 +10,8 @@ from typing import Any
 import duckdb
 import pytest
 
-from app.analytics.columns import ReportFile, file_of
-from app.analytics.engine import Engine, InvalidReport, literal, translate_duckdb_errors, written
+from app.analytics.columns import CSV, ReportFile, file_of
+from app.analytics.engine import Engine, InvalidReport, UnreadableObject, literal, translate_duckdb_errors, written
 from app.analytics.formats import AnswerShape
 from app.analytics.queries import Queries, ReadSet
 from app.analytics.reports import parse
@@ -111,6 +111,13 @@ def test_no_torn_object_is_taken_for_a_wrong_report(lake: Lake) -> None:
             errors.append(error)
     assert len(errors) > 20
     assert [error for error in errors if isinstance(error, InvalidReport)] == []
+
+
+def test_lines_that_end_in_two_ways_are_a_fault_of_the_object_and_of_no_report(lake: Lake) -> None:
+    file = lake.engine.folder / "mixed.csv"
+    file.write_bytes(b"a,b\r\n1,2\n3,4\r\n")
+    with pytest.raises(UnreadableObject, match="not RFC 4180 compliant"):
+        lake.engine.rows(f"SELECT * FROM read_csv({literal(str(file))}, {CSV}, columns = {{'a': 'INT', 'b': 'INT'}})")  # noqa: S608
 
 
 class FullDisk:

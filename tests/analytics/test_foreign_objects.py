@@ -23,6 +23,7 @@ from app.analytics.engine import literal
 from app.analytics.formats import AnswerShape
 from app.analytics.queries import mixed_type_columns
 from app.analytics.reports import parse
+from app.core.errors import Permanent
 from app.db.state import State
 from lake import BUILT_IN, PREFIX, Lake, bucket_lake, exported, local_lake, parquet, same, scanned
 from seaweed import Seaweed
@@ -522,6 +523,29 @@ def test_a_device_whose_only_object_is_damaged_is_answered_with_a_warning(lake: 
     # DuckDB 1.5 fails inside when it is to name this one column, and refuses every query from then on
     assert notes("note", "D2") == (["fine"], 1)
     assert lake.from_objects("overview")[0][0] == 9003
+
+
+def test_a_column_that_only_other_objects_have_is_null(lake: Lake) -> None:
+    lake.put("d1.csv", b"timestamp,device_id,note\n2026-02-07,D1,fine\n")
+    lake.put("d2.csv", b"timestamp,device_id\n2026-02-07,D2\n")
+    text = "-- param device_id: text required\n-- reads: device_id = $device_id\n"
+    report = parse("mine", f"{text}SELECT t.NOTE AS note {OWN} AS t WHERE device_id = $device_id")
+    lake.summaries.refresh()
+    assert dict(lake.queries.columns(report)) == {"note": "VARCHAR"}
+    for device, rows in (("D1", ["fine"]), ("D2", [None]), ("nobody", [])):
+        answer = lake.queries.run(report, {"device_id": device}, AnswerShape("json", "data"))
+        assert [row["note"] for row in json.loads(b"".join(answer.pieces()))["data"]] == rows, device
+    for alias, name in (
+        (" AS t", "t"),
+        (" t", "t"),
+        ("", "telemetry"),
+        (' "Own"', '"Own"'),
+        (" where true", "telemetry"),
+    ):
+        text = f"SELECT {name}.note {OWN}{alias} ORDER BY 1"
+        assert asked(lake, text)[0] == [{"note": "fine"}, {"note": None}], text
+    with pytest.raises(Permanent, match="notes"):
+        lake.queries.run(parse("other", f"SELECT notes {OWN}"), {}, AnswerShape("json", "data"))
 
 
 def test_a_warning_survives_a_start_and_goes_with_its_object(lake: Lake) -> None:

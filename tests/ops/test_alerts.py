@@ -21,7 +21,8 @@ from app.core.runs import Job, Outcome, Report, Run
 from app.core.windows import Window
 from app.db.leases import SqlClocks
 from app.db.state import SqlAlerts, State, open_state
-from app.ops.alerts import AlertRules, Alerts, Heartbeats, is_stale, post
+from app.ops.alerts import Alerts, Heartbeats, is_stale, post
+from given_settings import loaded
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
 
@@ -141,7 +142,7 @@ class Process:
         mine = copy(state)
         mine.alerts, mine.clocks = told or state.alerts, FollowedClock(clock, ahead)
         self.alerts = Alerts(
-            AlertRules("water", f"{listener.url}/hook?token=s", **rules),
+            loaded(SERVICE_NAME="water", ALERT_WEBHOOK_URL=f"{listener.url}/hook?token=s", **rules),
             jobs,
             mine,
             lambda: clock[0],
@@ -222,7 +223,7 @@ def test_a_turn_for_the_worse_or_the_better_is_told_and_its_repetition_is_not(pr
 
 def test_what_is_told_says_what_to_do_and_heartbeats_are_called(processes: Processes) -> None:
     beat = f"{processes.listener.url}/beat"
-    process = processes.start(heartbeat_urls={"export": beat})
+    process = processes.start(HEARTBEAT_URLS=f"export={beat}")
     process.end(run(1, Outcome.FAILED), run(2, Outcome.OK))
     process.settle()
     until(lambda: ("GET", "/beat", None) in processes.listener.seen)
@@ -240,7 +241,7 @@ def deaf() -> Iterator[str]:
 
 
 def test_a_dead_heartbeat_delays_no_alert(processes: Processes, deaf: str) -> None:
-    process = processes.start(heartbeat_urls={"inbox": deaf})
+    process = processes.start(HEARTBEAT_URLS=f"inbox={deaf}")
     process.end(*(run(number, Outcome.OK, "inbox") for number in range(3)), run(3, Outcome.FAILED))
     process.settle()
     assert processes.told == [("failed", "export")]
@@ -249,7 +250,7 @@ def test_a_dead_heartbeat_delays_no_alert(processes: Processes, deaf: str) -> No
 def test_who_ends_a_run_calls_no_address_itself(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
     callers: list[str] = []
     monkeypatch.setattr("app.ops.alerts.post", lambda *_: callers.append(threading.current_thread().name))
-    process = processes.start(heartbeat_urls={"export": "http://127.0.0.1:1/"})
+    process = processes.start(HEARTBEAT_URLS="export=http://127.0.0.1:1/")
     process.end(run(0, Outcome.OK))
     until(lambda: callers)
     assert callers == ["heartbeats"]
@@ -277,7 +278,7 @@ def test_a_redirect_is_not_followed_and_an_error_names_no_more_than_the_host(lis
 
 
 def test_neither_a_pause_nor_a_restart_ends_a_silence_or_tells_it_again(processes: Processes, state: State) -> None:
-    processes.start(grace_seconds=30.0)
+    processes.start(ALERT_GRACE_SECONDS="30.0")
     state.runs.save(run(0, Outcome.OK, "inbox"))
     state.runs.save(run(0, Outcome.OK))
     state.pauses.pause("inbox", NOW, "me")
@@ -287,14 +288,14 @@ def test_neither_a_pause_nor_a_restart_ends_a_silence_or_tells_it_again(processe
     processes.pass_by(100)
     state.pauses.resume("export")
     processes.pass_by(100)
-    processes.start(grace_seconds=30.0)
+    processes.start(ALERT_GRACE_SECONDS="30.0")
     processes.pass_by(100)
     assert all("export" in each.alerts.stale for each in processes.started)
     assert processes.told == [("stale", "export")]
 
 
 def test_a_recovery_is_told_once_whether_a_run_or_a_look_ends_it(processes: Processes, state: State) -> None:
-    first, second = (processes.start(grace_seconds=30.0) for _ in range(2))
+    first, second = (processes.start(ALERT_GRACE_SECONDS="30.0") for _ in range(2))
     for job in ("export", "inbox"):
         state.runs.save(run(1, Outcome.FAILED, job))
         first.end(run(1, Outcome.FAILED, job))
@@ -341,7 +342,7 @@ def test_who_did_not_end_an_alert_tells_no_recovery(processes: Processes, state:
 
 
 def test_a_partial_run_ends_a_silence_without_a_word_of_recovery(processes: Processes, state: State) -> None:
-    process = processes.start(grace_seconds=30.0)
+    process = processes.start(ALERT_GRACE_SECONDS="30.0")
     processes.pass_by(100)
     for number, outcome in ((2, Outcome.PARTIAL), (4, Outcome.OK)):
         state.runs.save(run(number, outcome))
@@ -422,7 +423,7 @@ def test_a_good_run_that_was_recorded_ahead_of_now_ends_nothing(processes: Proce
 def test_a_clock_that_is_set_right_makes_no_job_stale_before_it_had_time_to_run(
     processes: Processes, state: State
 ) -> None:
-    process = processes.start(grace_seconds=300.0)
+    process = processes.start(ALERT_GRACE_SECONDS="300.0")
     processes.pass_by(1000)
     state.runs.save(run(16, Outcome.OK))
     processes.clock[0] += timedelta(days=20_000)

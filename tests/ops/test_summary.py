@@ -1,13 +1,16 @@
 """What the summary makes of faults, without a server."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
+from app.core.runs import Job, Report
 from app.core.windows import Window
 from app.ops.delivery_map import MapCells, MapFault
-from app.ops.summary import Snapshot, problems_of
+from app.ops.scheduler import JobView
+from app.ops.summary import Snapshot, problems_of, summary_of
 
 NOW = datetime(2026, 2, 9, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -56,3 +59,20 @@ def test_partitions_beyond_the_limit_of_the_page_count_in_what_is_missing() -> N
     (found,) = problems_of(seen([], [{**one, "device_id": f"D{number:04}"} for number in range(1000)]))
     assert found.title == "p, D0000, D0001, D0002 and 1,197 more: 2,500 windows missing"
     assert (found.count, found.span) == (2500, (NOW - 30 * HOUR, NOW))
+
+
+def test_the_row_of_a_source_without_rows_says_so() -> None:
+    row = {"pipeline": "pull", "device_id": "web", "last_at": None, "first_at": NOW - 50 * HOUR}
+    found = seen([])
+    look: Any = SimpleNamespace(
+        rows=lambda query, **_: [row] if query == "quiet_partitions" else [],
+        partial_runs=lambda _: [],
+        last_runs=lambda _: (None, None),
+        failures_in_a_row=lambda _: (0, None),
+    )
+    found.ops.costs = SimpleNamespace(estimate=lambda: SimpleNamespace(by_kind={}))  # type: ignore[assignment]
+    view = JobView(Job("pull", 3600, lambda _: Report()), "waiting", None, 0, None, can_backfill=True)
+    cells = MapCells([NOW - HOUR * number for number in range(24, -1, -1)], 3600)
+    summary = summary_of(replace(found, look=look, views=[view], cells=cells))
+    assert [(job["mark"], job["words"]) for job in summary["jobs"]] == [("warn", "No rows")]
+    assert summary["verdict"]["parts"] == [{"text": "pull, web: no rows", "href": "#p-pull"}]

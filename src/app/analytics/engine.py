@@ -12,7 +12,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -50,7 +50,9 @@ WRONG = re.compile(
     r"|Invalid type|Invalid Input|Expression|Sequence|Parameter Not \w+) Error: "
 )
 # Errors about objects' bytes: they name an object, which ends in .parquet, or contain one of these words.
-OF_OBJECTS = re.compile(r"parquet|csv error|corrupt|unicode|string encoding|bitpacked|stats size", re.IGNORECASE)
+OF_OBJECTS = re.compile(
+    r"parquet|csv (?:error|parser)|corrupt|unicode|string encoding|bitpacked|stats size", re.IGNORECASE
+)
 
 
 class UnreadableObject(Transient):
@@ -156,7 +158,8 @@ class Engine:
 
     def check(self, sql: str) -> set[str]:
         """Parameter names of `sql`. Raises Rejected for anything but one SELECT over RELATION."""
-        return checked(self.parsed(sql))
+        nodes = checked(self.parsed(sql), _refused_in, "for reports", "write one SELECT FROM read_parquet({{S3_PATH}})")
+        return {str(node["identifier"]) for node in nodes if node.get("type") == "VALUE_PARAMETER"}
 
     @contextmanager
     def _cursor(self, seconds: float | None) -> Iterator[Any]:
@@ -284,23 +287,25 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def checked(parsed: Mapping[str, Any]) -> set[str]:
-    """Parameter names of a parsed statement. Raises Rejected for anything a report may not do."""
+def checked(
+    parsed: Mapping[str, Any], refused_in: Callable[[Mapping[str, Any], set[str]], str], allowed: str, hint: str
+) -> Sequence[Mapping[str, Any]]:
+    """The nodes of a parsed statement. Raises Rejected unless it is one SELECT of which `refused_in`, given a node and
+    the tables that there are in lower case (RELATION and those of WITH), refuses nothing.
+    """
     if parsed["error"]:
-        raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], "write one SELECT")
+        raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], hint)
     if len(parsed["statements"]) != 1:
-        raise Rejected(f"there are {len(parsed['statements'])} statements", "write one SELECT")
-    nodes = list(nodes_of(parsed["statements"]))
-    own = {str(entry["key"]).lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
+        raise Rejected(f"there are {len(parsed['statements'])} statements", hint)
+    nodes = list(_nodes_of(parsed["statements"]))
+    tables = {str(entry["key"]).lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
     for node in nodes:
-        if refused := _refused_in(node, own):
-            raise Rejected(
-                f"{refused} is not for reports"[:MESSAGE_CHARACTERS], "read FROM read_parquet({{S3_PATH}}) only"
-            )
-    return {str(node["identifier"]) for node in nodes if node.get("type") == "VALUE_PARAMETER"}
+        if refused := refused_in(node, {*tables, RELATION}):
+            raise Rejected(f"{refused[:MESSAGE_CHARACTERS]} is not {allowed}", hint)
+    return nodes
 
 
-def nodes_of(tree: Any) -> Iterator[Mapping[str, Any]]:
+def _nodes_of(tree: Any) -> Iterator[Mapping[str, Any]]:
     """Every JSON object in a parsed statement."""
     waiting = [tree]
     while waiting:
@@ -312,12 +317,12 @@ def nodes_of(tree: Any) -> Iterator[Mapping[str, Any]]:
             waiting.extend(one)
 
 
-def _refused_in(node: Mapping[str, Any], own: set[str]) -> str:
-    """What this node contains that a report may not do, "" if nothing. `own`: names defined by WITH."""
+def _refused_in(node: Mapping[str, Any], tables: set[str]) -> str:
+    """What this node contains that a report may not do, "" if nothing."""
     match node.get("type"):
         case "BASE_TABLE":
             name = str(node["table_name"])
-            if node["schema_name"] or node["catalog_name"] or name.lower() not in own | {RELATION}:
+            if node["schema_name"] or node["catalog_name"] or name.lower() not in tables:
                 return f"table {name!r}"
         case "TABLE_FUNCTION":
             name = str(node["function"].get("function_name"))

@@ -59,7 +59,9 @@ PIECE_BYTES = 1 << 18
 
 
 class ReportAnswer:
-    """The bytes of an answer, in memory or in an unnamed file. Any number of readers may read concurrently."""
+    """The bytes of an answer, in memory or in an unnamed file. Any number of readers may read concurrently. `body` is a
+    small answer, in one piece.
+    """
 
     def __init__(self, spool: Any) -> None:
         self.size_bytes = spool.seek(0, io.SEEK_END)
@@ -70,8 +72,10 @@ class ReportAnswer:
         self._lock = Lock()
         weakref.finalize(self, spool.close)
         digest = blake2b(digest_size=16)
+        self.body: bytes | None = b""
         for piece in self.pieces():
             digest.update(piece)
+            self.body = piece if self.size_bytes <= PIECE_BYTES else None
         self.etag = f'"{digest.hexdigest()}"'
 
     def pieces(self) -> Iterator[bytes]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -23,6 +24,8 @@ from typing import Any, Protocol
 
 from app.analytics.columns import ReportFile, family, file_of, format_of, relation, schemas, suffix_of, table_file_of
 from app.analytics.engine import (
+    DOCUMENTED,
+    RELATION,
     RETRY_HINT,
     Engine,
     InvalidReport,
@@ -30,6 +33,7 @@ from app.analytics.engine import (
     ReportTooLarge,
     UnboundName,
     UnreadableObject,
+    quoted,
 )
 from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
 from app.analytics.reports import BadParameter, ReportDefinition
@@ -43,7 +47,7 @@ ATTEMPTS = 4
 WHOLE_BYTES = 16 << 20
 BROKEN = 20  # with more, single objects are not to blame
 BROKEN_SECONDS = 600.0
-OF_STORE = re.compile(r"(HTTP|IO|Connection) Error")
+OF_STORE = re.compile(r"HTTP|[Cc]onnect|[Tt]imeout")
 OTHER = "send other values; if none works, correct the report's SQL file"
 WARNINGS = 20
 STAR = re.compile(r"(select|distinct|,|\.)\s*\*", re.IGNORECASE)  # not the star of count(*) or of a multiplication
@@ -215,7 +219,7 @@ class Queries:
         self.check(report)
         values = {each.name: None if each.required else each.read(None) for each in report.parameters}
         with _named(report):
-            return self._local.columns(report.sql(relation(self._local.folder, [])), values)
+            return self._local.columns(report.sql(self.rows(report.text, self._local, [])), values)
 
     def check(self, report: ReportDefinition) -> None:
         """Raises Permanent for a report that is not allowed or cannot run."""
@@ -331,13 +335,29 @@ class Queries:
     ) -> ReportAnswer:
         wanted = replace(found, sources=[source for source in found.sources if source.version not in left_out])
         with self._objects.opened(wanted) as (engine, files), _by_key(files):
-            rows = relation(engine.folder, files)
+            rows = self.rows(report.text, engine, files)
             with _fitting(engine, rows), engine.batches(report.sql(rows), values, BATCH_ROWS) as reader:
                 answer = of_batches(reader, _with_warnings(shape, left_out), engine.folder)
         self.confirm(self._objects, wanted)
         answer.left_out = len(left_out)
         answer.state = found.table.state
         return answer
+
+    def rows(self, text: str, engine: Engine, files: Sequence[ReportFile]) -> str:
+        """The rows of these files, for a statement. A column that it may name and only other objects have is null here,
+        as a documented one would be, so that a statement which is right for one device is not wrong for another.
+        """
+        rows, view = relation(engine.folder, files), self._summaries.view
+        words = {word.lower() for word in re.findall(r"\w+", text)}
+        readings = {id(file.reading): file.reading for file in files}.values()  # many files have the same
+        there = {*DOCUMENTED, *(name for reading in readings for name in reading.lower_names)}
+        elsewhere = {name.lower(): name for name in (view.columns if view else ())}
+        missing = [
+            f"CAST(NULL AS {max(view.columns[own].items(), key=itemgetter(1))[0]}) AS {quoted(own)}"
+            for name, own in elsewhere.items()
+            if view and name in words and name not in there
+        ]
+        return f"(SELECT *, {', '.join(missing)} FROM {rows}) AS {RELATION}" if missing else rows  # noqa: S608 - our own
 
     def _find_broken(self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape) -> bool:
         """Bisect for objects that break the report twice on their own while it works with others, and remember them.
@@ -360,7 +380,7 @@ class Queries:
                 return False
         # Where it works with none of them, the store or the report may be to blame.
         is_other_cause = len(broken) == len(sources) and (
-            any(map(OF_STORE.match, broken.values())) or bool(self._trouble(report, values, shape, ()))
+            any(map(OF_STORE.search, broken.values())) or bool(self._trouble(report, values, shape, ()))
         )
         if not broken or is_other_cause:
             return False

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,12 @@ from app.db.object_summaries import NO_DAY, DaySummary, Pair
 from app.web.text_values import instant
 
 PLACEHOLDER = re.compile(r"\bread_parquet\s*\(\s*(['\"]?)\{\{S3_PATH\}\}\1\s*\)", re.IGNORECASE)
+# What may follow a table in FROM and is no alias of it.
+CLAUSES = (
+    "where|group|having|order|limit|offset|window|qualify|union|except|intersect|join|inner|left|right|full|cross|natural"
+    "|asof|positional|semi|anti|on|using|sample|tablesample|pivot|unpivot|select"
+)
+ALIAS = re.compile(rf"\s+(?!(?:{CLAUSES})\b)[A-Za-z_\"]", re.IGNORECASE)
 NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
 PATH = re.compile(r"[a-z0-9_-]{1,60}(/[a-z0-9_-]{1,60}){0,3}")
 PARAM = re.compile(
@@ -118,17 +124,10 @@ class QueryParameter:
 
 
 @dataclass(frozen=True, slots=True)
-class ReadLimits:
-    """Names of the parameters that limit which objects are read; "" = no limit."""
-
-    device: str = ""
-    since: str = ""
-    until: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class ReportDefinition:
-    """One SQL file. `text`: its content, with the placeholder; `answer` and `summary`: as in its head comments."""
+    """One SQL file. `text`: its content, with the placeholder; `answer` and `summary`: as in its head comments.
+    `reads`: the parameters that limit device, start and end of what is read; "" = no limit.
+    """
 
     name: str
     path: str
@@ -136,14 +135,15 @@ class ReportDefinition:
     description: str
     text: str
     parameters: Sequence[QueryParameter] = ()
-    reads: ReadLimits = field(default_factory=ReadLimits)
+    reads: tuple[str, str, str] = ("", "", "")
     answer: str = "data"
     summary: str = ""
     format: str = "json"
 
     def sql(self, relation: str = RELATION) -> str:
-        """The statement, reading from `relation`."""
-        return PLACEHOLDER.sub(lambda _: relation, self.text)
+        """The statement, reading from `relation`, whose own alias gives way to one in the statement."""
+        bare = relation.removesuffix(f" AS {RELATION}")
+        return PLACEHOLDER.sub(lambda found: bare if ALIAS.match(self.text, found.end()) else relation, self.text)
 
     def values(self, query: Iterable[tuple[str, str]]) -> Mapping[str, Any]:
         """Parameter -> value from a query string. Raises BadParameter for unknown, repeated, missing or bad ones."""
@@ -161,15 +161,16 @@ class ReportDefinition:
         values = {each.name: each.read(given.get(each.name)) for each in self.parameters}
         _, since, until = self.span(values)
         if since is not None and until is not None and since >= until:
+            _, first, last = self.reads
             raise BadParameter(
-                f"{self.reads.since}={since.isoformat()}Z is not earlier than {self.reads.until}={until.isoformat()}Z",
-                f"send the earlier instant as {self.reads.since}",
+                f"{first}={since.isoformat()}Z is not earlier than {last}={until.isoformat()}Z",
+                f"send the earlier instant as {first}",
             )
         return values
 
     def span(self, values: Mapping[str, Any]) -> tuple[str | None, datetime | None, datetime | None]:
         """Device, start and end to which `reads` limits the rows; None = no limit."""
-        device, since, until = (values.get(name) for name in (self.reads.device, self.reads.since, self.reads.until))
+        device, since, until = map(values.get, self.reads)
         return device, since, until
 
 
@@ -255,9 +256,9 @@ def _parameter(report: str, line: str) -> QueryParameter:
     return parameter
 
 
-def _reads(report: str, line: str, kinds: Mapping[str, str]) -> ReadLimits:
+def _reads(report: str, line: str, kinds: Mapping[str, str]) -> tuple[str, str, str]:
     """Parse a `reads` line. `kinds`: parameter -> kind; a limit needs the kind of the column it is compared with."""
-    limits = {}
+    limits = dict.fromkeys(LIMITS, "")
     for part in filter(None, (each.strip() for each in line.split(","))):
         found = LIMIT.fullmatch(part)
         what = found[1].replace(" ", "") if found else ""
@@ -271,7 +272,7 @@ def _reads(report: str, line: str, kinds: Mapping[str, str]) -> ReadLimits:
             wanted = f"declare `param {found[2]}: {LIMITS[what]}`, or leave this out of `reads`"
             raise _fault(report, f"`reads: {part[:80]}` with {found[2]}, which is {kinds[found[2]]}", wanted)
         limits[what] = found[2]
-    return ReadLimits(limits.get("device_id=", ""), limits.get("timestamp>=", ""), limits.get("timestamp<", ""))
+    return limits["device_id="], limits["timestamp>="], limits["timestamp<"]
 
 
 def _fault(report: str, message: str, hint: str) -> Permanent:

@@ -19,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.analytics.formats import MEDIA, AnswerShape, ReportAnswer, of_table
 from app.analytics.reports import TABLES, BadParameter, QueryParameter, ReportDefinition, parts_within
-from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, response_head, text_of, warnings_of
+from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, response_head, warnings_of
 from app.analytics.sql_sandbox import MAX_ROWS, SqlBusy, SqlRequest
 from app.analytics.summaries import ListingView
 from app.core.errors import AppError, Transient
@@ -33,7 +33,6 @@ READ = needs("analytics:read")
 FIRST_SECONDS = 20.0
 POLL_SECONDS = 0.05
 LONG_SECONDS = 86_400.0
-SMALL_BYTES = 1 << 18
 ALIASES = frozenset({"overview", "daily-summary", "devices", "devices/latest"})
 TYPES: Mapping[str, Mapping[str, Any]] = {
     "text": {"type": "string"},
@@ -117,10 +116,11 @@ def build(analytics: Analytics) -> APIRouter:
         responses={200: {"model": ReportListing, "description": "the reports"}},
     )
     async def listing() -> Response:
-        if not analytics.described:
+        described = analytics.described
+        if not described or any("fault" in each for each in described):  # a column may have come with an object
             reports = analytics.reports.values()
-            analytics.described[:] = await run_in_threadpool(lambda: [_described(analytics, each) for each in reports])
-        return JSONResponse({"count": len(analytics.described), "reports": analytics.described})
+            described[:] = await run_in_threadpool(lambda: [_described(analytics, each) for each in reports])
+        return JSONResponse({"count": len(described), "reports": described})
 
     @strict.get(
         "/analytics/schema",
@@ -248,8 +248,8 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
         status, headers = response_head(asked, view, found, if_none_match=tags, began=began)
         if status == UNCHANGED:
             return Response(status_code=status, headers=headers)
-        if found.size_bytes <= SMALL_BYTES:  # a stream costs a task group and threads, and many may share one answer
-            return Response(b"".join(found.pieces()), headers=headers)
+        if found.body is not None:  # a stream costs a task group and threads, and many may share one answer
+            return Response(found.body, headers=headers)
         return StreamingResponse(found.pieces(), headers=headers)
 
     return answer
@@ -270,26 +270,19 @@ class FastPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI call."""
         began = time.perf_counter()
-        found = self._held(scope)
-        if found is None:
+        asked = self._analytics.parsed.get((scope["path"], scope["query_string"]))
+        view, answer = self._analytics.summaries.view, None
+        if asked is not None and view is not None and scope["method"] == "GET":
+            warnings = warnings_of(view, self._analytics.refresher.trouble)
+            answer = self._analytics.cache.held(key_of(asked, view, warnings))
+        if asked is None or view is None or answer is None or answer.body is None:
             await self._api(scope, receive, send)
             return
-        asked, view, answer = found
         sent = b",".join(value for name, value in scope["headers"] if name == b"if-none-match").decode("latin-1")
         status, headers = response_head(asked, view, answer, if_none_match=sent, began=began)
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
-        await send({"type": "http.response.body", "body": b"" if status == UNCHANGED else b"".join(answer.pieces())})
-
-    def _held(self, scope: Scope) -> tuple[ReportRequest, ListingView, ReportAnswer] | None:
-        """The cached answer to this request, if it is small enough to send in one piece."""
-        asked = self._analytics.parsed.get((scope["path"], scope["query_string"]))
-        view = self._analytics.summaries.view
-        if scope["method"] != "GET" or asked is None or view is None:
-            return None
-        warnings = warnings_of(view, self._analytics.refresher.trouble)
-        answer = self._analytics.cache.held(key_of(asked, view, warnings))
-        return (asked, view, answer) if answer is not None and answer.size_bytes <= SMALL_BYTES else None
+        await send({"type": "http.response.body", "body": b"" if status == UNCHANGED else answer.body})
 
 
 def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
@@ -394,7 +387,7 @@ def _statement(analytics: Analytics) -> Callable[..., Any]:
             raise Refused(422, error.message, error.hint, "body.sql") from error
         except SqlBusy as error:
             raise Refused(429, error.message, error.hint, headers={"Retry-After": "5"}) from error
-        headers = {"X-Data-As-Of": text_of(view.as_of), "Content-Length": str(answer.size_bytes)}
+        headers = {"X-Data-As-Of": view.as_of, "Content-Length": str(answer.size_bytes)}
         if form != "json":
             headers["Content-Disposition"] = f'attachment; filename="sql.{form}"'
         return StreamingResponse(answer.pieces(), headers=headers, media_type=MEDIA[form])
@@ -417,7 +410,7 @@ def _schema(analytics: Analytics, view: ListingView) -> Mapping[str, Any]:
         for name, types in sorted(view.columns.items())
     ]
     return {
-        "as_of": text_of(view.as_of),
+        "as_of": view.as_of,
         "objects": view.objects,
         "rows": view.rows,
         "bytes": view.size_bytes,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from app.analytics.summaries import ListingView, Summaries
 from app.config.settings import Settings
 from app.core.closed_days import ClosedDays
 from app.core.errors import AppError, BadSettings, Transient
+from app.core.windows import instant_text
 from app.db.database import sql_directory
 from app.db.object_summaries import SqlSummaries
 from app.object_store.local import LocalDirectory
@@ -156,14 +157,15 @@ def response_head(
     asked: ReportRequest, view: ListingView, answer: ReportAnswer, *, if_none_match: str, began: float
 ) -> tuple[int, dict[str, str]]:
     """Status and headers; 304 when the caller already has this answer. `began`: a `time.perf_counter` reading."""
-    as_of = answer.state.committed_at if asked.as_of and answer.state else view.as_of
     headers = {
         "ETag": answer.etag,
-        "X-Data-As-Of": text_of(as_of),
+        "X-Data-As-Of": view.as_of,
         "Server-Timing": f"{answer.engine};dur={(time.perf_counter() - began) * 1000:.2f}",
         "Cache-Control": "private, no-cache",
         "Content-Length": str(answer.size_bytes),
     }
+    if asked.as_of and answer.state:
+        headers["X-Data-As-Of"] = str(instant_text(answer.state.committed_at))
     if warnings := len(view.faults) + answer.left_out:
         headers["X-Warnings"] = str(warnings)
     if asked.format != "json":
@@ -183,11 +185,6 @@ def warnings_of(view: ListingView, trouble: AppError | None) -> Warnings:
     if trouble is not None:
         found.append(("", f"not up to date: {trouble}"))
     return tuple((("object", key), ("message", fault)) for key, fault in found)
-
-
-def text_of(at: datetime) -> str:
-    """ISO 8601 with milliseconds and Z."""
-    return at.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
 # Invariants: construction has no side effects; before the first request ever, nothing is listed and DuckDB is not

@@ -78,8 +78,7 @@ class SparkReports:
         """
         import pyarrow as pa
 
-        limits = {report.reads.device, report.reads.since, report.reads.until}
-        others = {name: value for name, value in values.items() if name not in limits}
+        others = {name: value for name, value in values.items() if name not in report.reads}
         with self._session() as session:
             rows = _rows(self._read(session, state), span)
             frame = session.sql(self._texts[report.name], args=others, telemetry=rows)

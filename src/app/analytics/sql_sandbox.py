@@ -21,9 +21,7 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
-from app.analytics.columns import relation
 from app.analytics.engine import (
-    MESSAGE_CHARACTERS,
     RELATION,
     Engine,
     EngineLimits,
@@ -33,8 +31,8 @@ from app.analytics.engine import (
     ReportTooSlow,
     UnboundName,
     UnreadableObject,
+    checked,
     literal,
-    nodes_of,
 )
 from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
 from app.analytics.queries import Queries, ReportObjects
@@ -163,7 +161,7 @@ class SqlSandbox:
             objects = self._objects(engine)
             try:
                 with objects.opened(wanted) as (reader, files):
-                    rows = f"SELECT * FROM {relation(engine.folder, files)}{_where(request)}"  # noqa: S608 - own text
+                    rows = f"SELECT * FROM {self._queries.rows(request.sql, engine, files)}{_where(request)}"  # noqa: S608 - own text
                     job = {
                         "sql": request.sql,
                         "rows": rows,
@@ -278,23 +276,15 @@ def _bounded(batches: Iterable[Any]) -> Iterator[Any]:
 
 def check(engine: Engine, sql: str) -> None:
     """Raises Rejected for anything but one SELECT over `telemetry` with the functions above."""
-    parsed = engine.parsed(sql)
-    if parsed["error"]:
-        raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], ONE_SELECT)
-    if len(parsed["statements"]) != 1:
-        raise Rejected(f"there are {len(parsed['statements'])} statements", ONE_SELECT)
-    nodes = list(nodes_of(parsed["statements"]))
-    own = {str(entry["key"]) for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
-    refused = [f"the name {name!r} in WITH" for name in own if not OWN_NAME.fullmatch(name)]
-    tables = {name.lower() for name in own} | {RELATION}
-    refused += filter(None, (_refused_in(node, tables) for node in nodes))
-    if refused:
-        raise Rejected(f"{refused[0][:MESSAGE_CHARACTERS]} is not allowed", ONE_SELECT)
+    checked(engine.parsed(sql), _refused_in, "allowed", ONE_SELECT)
 
 
 def _refused_in(node: Mapping[str, Any], tables: Collection[str]) -> str:
     """What this node contains that is not allowed, "" if nothing. Every table node has the field `sample`."""
     kind = node.get("type")
+    for entry in (node.get("cte_map") or {}).get("map", ()):
+        if not OWN_NAME.fullmatch(str(entry["key"])):
+            return f"the name {entry['key']!r} in WITH"
     if "sample" in node and kind not in TABLES and not str(kind).endswith("_NODE"):
         return f"{kind} as a table"
     if kind == "BASE_TABLE":

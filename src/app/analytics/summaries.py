@@ -16,6 +16,7 @@ from app.analytics.object_facts import OTHER, aggregated
 from app.analytics.reports import merged
 from app.analytics.version_set import VersionSet, beyond, in_order, is_among
 from app.core.errors import Permanent, Rejected, Transient
+from app.core.windows import instant_text
 from app.db.object_summaries import (
     DayPack,
     DaySummary,
@@ -47,11 +48,12 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class ListingView:
     """The result of one whole listing; `versions`: those that queries read. `number` increases with each change,
-    `as_of` with each listing, and a day's number in `changes` when an object with rows of that day is added or removed.
+    `as_of` (ISO 8601) with each listing, and a day's number in `changes` when an object with rows of that day is added
+    or removed.
     """
 
     number: int
-    as_of: datetime
+    as_of: str
     versions: VersionSet
     days: Mapping[Pair, DaySummary]
     objects: int
@@ -103,15 +105,11 @@ class Summaries:
         self._clock = clock
         self._lock = Lock()
         self._state = _State()
-        self._view: ListingView | None = None
+        self.view: ListingView | None = None
+        """The last whole listing; None before the first."""
         self._asked: dict[tuple[str, str, datetime], ObjectInfo] = {}
         self._schemas: Mapping[str, str] = {}
         self._packed_day = 0  # the last day on which everything was packed
-
-    @property
-    def view(self) -> ListingView | None:
-        """The last whole listing; None before the first."""
-        return self._view
 
     def sources(self, device: str | None, since: datetime | None, until: datetime | None) -> Sequence[VersionToRead]:
         """What a query over this device and span must read, from a single view; None = no limit."""
@@ -121,20 +119,20 @@ class Summaries:
 
     def sources_of_days(self, device: str | None, first: int | None, last: int | None) -> Sequence[VersionToRead]:
         """As `sources`, for whole days, counted from 1970-01-01."""
-        if (view := self._view) is None:
+        if (view := self.view) is None:
             return []
         found = self._facts.keys(None if device is None else json.dumps(device), first, last)
         return list(compress(found, view.versions.among([source.version for source in found])))
 
     def holds(self, sources: Sequence[VersionToRead]) -> bool:
         """Whether the last view contains all of these versions."""
-        view = self._view
+        view = self.view
         return view is not None and all(view.versions.among([source.version for source in sources]))
 
     def refresh(self) -> ListingView:
         """List the objects, read new versions, drop deleted ones, and update the sums. Raises what the stores raise."""
         with self._lock:
-            if self._view is None:
+            if self.view is None:
                 self._facts.note_asked()
             for _ in range(ROUNDS):
                 as_of = self._clock()
@@ -362,19 +360,20 @@ class Summaries:
         """Publish the new view atomically. If no object has changed, it reuses the data of the last view."""
         state = self._state
         self._forget(as_of)
-        held = self._view
+        held = self.view
         faults = sorted([*state.faults.values(), *unread], key=lambda each: (each[1] == OTHER, each))
         if held and not state.moved:
             state.number += faults != held.faults
-            view = replace(held, number=state.number, as_of=as_of, faults=faults)
+            view = replace(held, number=state.number, as_of=str(instant_text(as_of)), faults=faults)
         else:
             state.number += 1
             days = MappingProxyType(dict(state.days))
             versions, columns = state.current.copy(), _columns(state.schemas)
             others = sum(fault == OTHER for _, fault in state.faults.values())
             sums = (len(versions) - others, state.rows, state.size_bytes)
-            view = ListingView(state.number, as_of, versions, days, *sums, columns, faults, dict(state.changes))
-        self._view = view
+            at = str(instant_text(as_of))
+            view = ListingView(state.number, at, versions, days, *sums, columns, faults, dict(state.changes))
+        self.view = view
         state.moved = False
         return view
 

@@ -22,6 +22,8 @@ from app.core.ledger import Ledger, fault_of
 VALUES = "values"  # the unit of a ledger that counts single values of rows
 current_run: ContextVar[str] = ContextVar("current_run", default="")
 """The id of this thread's run; "" outside of runs."""
+run_in_logs: ContextVar[tuple[str, str]] = ContextVar("run_in_logs", default=("", ""))
+"""The run and the job that log records of this thread name."""
 log = logging.getLogger(__name__)
 
 
@@ -359,6 +361,18 @@ class RunServices:
     requests: Callable[[str], Mapping[str, float]] = lambda _: {}
 
 
+@contextmanager
+def named_in_logs(run_id: str, job: str) -> Iterator[None]:
+    """Within the block log records name this run and job. An outer block wins: what a worker does for a step belongs to
+    the run that made the plan.
+    """
+    token = run_in_logs.set(run_in_logs.get() if run_in_logs.get()[0] else (run_id, job))
+    try:
+        yield
+    finally:
+        run_in_logs.reset(token)
+
+
 def execute(
     job: Job,
     services: RunServices,
@@ -388,7 +402,8 @@ def execute(
                 services.runs.save(run)
             token = current_run.set(run.run_id)
             try:
-                report = job.work(context)
+                with named_in_logs(run.run_id, job.name):
+                    report = job.work(context)
             finally:
                 current_run.reset(token)
                 run = replace(run, ended_at=context.clock(), requests=services.requests(run.run_id))

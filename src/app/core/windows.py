@@ -71,6 +71,16 @@ def named_day(text: str, date_format: str) -> date | None:
     return day if day.strftime(date_format) == text else None
 
 
+def whole_second(at: datetime) -> str:
+    """`YYYY-MM-DDTHH:MM:SSZ`."""
+    return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def instant_text(at: datetime | None) -> str | None:
+    """`YYYY-MM-DDTHH:MM:SS.mmmZ`; None for None."""
+    return None if at is None else at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def floor_to(instant: datetime, seconds: int) -> datetime:
     """The start of the grid cell of `seconds` that contains `instant`."""
     elapsed = (instant - EPOCH) // timedelta(seconds=seconds)

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +17,7 @@ from app.core.network import CA_HINT, connection_fault, is_untrusted, proxy_for
 from app.core.repair import HEAL_HINT, describe_trouble
 from app.core.retry import RetryPolicy, retry
 from app.core.runs import Job, Outcome, Run, RunTotal, Stop
+from app.core.windows import whole_second
 from app.db.state import State
 
 # Outgoing calls: one HTTP request with strict rules, and the thread that sends heartbeats.
@@ -60,7 +60,7 @@ class Heartbeats:
     """
 
     def __init__(self, urls: Mapping[str, str], seconds: float = BEAT_SECONDS) -> None:
-        self._urls = urls
+        self.urls = urls
         self._seconds = seconds
         self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._waiting: set[str] = set()
@@ -69,7 +69,7 @@ class Heartbeats:
 
     def start(self) -> None:
         """Start the thread, if any URL is set."""
-        if self._urls:
+        if self.urls:
             threading.Thread(target=self._loop, name="heartbeats", daemon=True).start()
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class Heartbeats:
 
     def beat(self, job: str) -> None:
         """Report a successful run of `job`."""
-        if job in self._urls and job not in self._waiting:
+        if job in self.urls and job not in self._waiting:
             self._waiting.add(job)
             self._queue.put(job)
 
@@ -93,7 +93,7 @@ class Heartbeats:
         again.
         """
         try:
-            post(self._urls[job], None, self._seconds)
+            post(self.urls[job], None, self._seconds)
         except AppError as error:
             if job not in self._silent:
                 log.warning("the heartbeat of %s does not arrive: %s", job, error)
@@ -120,33 +120,6 @@ AHEAD = timedelta(seconds=60)
 TICK = timedelta(microseconds=1)
 STALE_HINT = "look at the dashboard and at /ready; `python -m app check` tries every system"
 CLOCK_HINT = "check the clocks of the machines; nothing waits for them, and the next good run sets its own time right"
-
-
-@dataclass(frozen=True, slots=True)
-class AlertRules:
-    """Where alerts go, and when a job is stale: no run finished within its interval plus a grace period.
-
-    `webhook_url` "" = nowhere. `heartbeat_urls` and `grace_by_job` are by job.
-    """
-
-    service: str
-    webhook_url: str = ""
-    heartbeat_urls: Mapping[str, str] = field(default_factory=dict)
-    grace_seconds: float = 900.0
-    grace_by_job: Mapping[str, float] = field(default_factory=dict)
-
-
-def rules_of(settings: Settings) -> AlertRules:
-    """The rules from the settings."""
-    alert = settings.alert
-    pairs = filter(None, alert.heartbeat_urls.get_secret_value().split(","))
-    return AlertRules(
-        service=settings.service.name,
-        webhook_url=alert.webhook_url.get_secret_value(),
-        heartbeat_urls={job: url for job, _, url in (pair.partition("=") for pair in pairs)},
-        grace_seconds=alert.grace_seconds,
-        grace_by_job=dict(alert.grace_by_job),
-    )
 
 
 def is_stale(last_seconds: float | None, up_seconds: float, limits: tuple[float, float]) -> bool:
@@ -185,13 +158,17 @@ class Alerts:
 
     def __init__(
         self,
-        rules: AlertRules,
+        settings: Settings,
         jobs: Sequence[Job],
         state: State,
         clock: Callable[[], datetime],
         elapsed_seconds: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._rules, self._jobs, self._state = rules, jobs, state
+        self._service, self._jobs, self._state = settings.service.name, jobs, state
+        self._url = settings.alert.webhook_url.get_secret_value()
+        self._grace_seconds, self._grace_by_job = settings.alert.grace_seconds, dict(settings.alert.grace_by_job)
+        pairs = filter(None, settings.alert.heartbeat_urls.get_secret_value().split(","))
+        self._heartbeats = Heartbeats({job: url for job, _, url in (pair.partition("=") for pair in pairs)})
         self._clock, self._elapsed_seconds = clock, elapsed_seconds
         self._ended: queue.Queue[Run] = queue.Queue(WAITING)
         self._stop = Stop()
@@ -199,7 +176,6 @@ class Alerts:
         self._stale: frozenset[str] = frozenset()
         self._ahead: Mapping[str, float] = {}
         self._thread = threading.Thread(target=self._loop, name="alerts", daemon=True)
-        self._heartbeats = Heartbeats(rules.heartbeat_urls)
 
     @property
     def stale(self) -> Collection[str]:
@@ -213,7 +189,7 @@ class Alerts:
 
     def start(self) -> None:
         """Start the thread."""
-        for name in {*self._rules.heartbeat_urls, *self._rules.grace_by_job} - {job.name for job in self._jobs}:
+        for name in {*self._heartbeats.urls, *self._grace_by_job} - {job.name for job in self._jobs}:
             log.warning("HEARTBEAT_URLS or ALERT_GRACE_BY_JOB names %r, which is not a job", name)
         self._thread.start()
         self._heartbeats.start()
@@ -227,7 +203,7 @@ class Alerts:
         """Record the end of a run."""
         if run.outcome is Outcome.OK:
             self._heartbeats.beat(run.job)
-        if not self._rules.webhook_url:
+        if not self._url:
             return
         try:
             self._ended.put_nowait(run)
@@ -265,7 +241,7 @@ class Alerts:
             now, totals = self._state.clocks.now(), self._state.runs.totals()
             self._stale = self._stale_now(last_ends(totals, DONE), now)
             self._look_ahead()
-            if self._rules.webhook_url:
+            if self._url:
                 self._tell_over(totals, now)
                 self._tell_open(now)
         except AppError as error:
@@ -297,22 +273,16 @@ class Alerts:
         """A good run closes all alerts; a partial one closes "stale" silently, since it opens a failure."""
         good, done, latest = (last_ends(totals, outcomes) for outcomes in ((Outcome.OK,), DONE, tuple(Outcome)))
         for (name, event), told_at in self._state.alerts.told().items():
-
-            def is_since(end_at: datetime | None, told_at: datetime = told_at, name: str = name) -> bool:
-                """Whether it ended after the alert; for an alert time in the future, whether it is the job's latest
-                run.
-                """
-                if end_at is None or end_at > now + AHEAD:
-                    return False
-                return end_at > told_at if told_at <= now + AHEAD else end_at == latest[name]
-
             before = told_at + TICK
+            # an alert from a clock that was ahead is over with the job's latest run
+            since = before if told_at <= now + AHEAD else latest.get(name, before)
+            ended = {end_at for ends in (good, done) if (end_at := ends.get(name)) and since <= end_at <= now + AHEAD}
             if event in (CLOCK_AHEAD, OBJECTS):
                 self._tell_put_right(event, name, before)
-            elif is_since(good.get(name)):
+            elif good.get(name) in ended:
                 if self._state.alerts.end(name, before):
                     self._tell(RECOVERED, name, "runs come to their end again", {})
-            elif event == STALE and is_since(done.get(name)):
+            elif event == STALE and ended:
                 self._state.alerts.end(name, before, STALE)
 
     def _tell_put_right(self, event: str, name: str, before: datetime) -> None:
@@ -333,7 +303,7 @@ class Alerts:
             and is_stale(
                 (now - last[job.name]).total_seconds() if job.name in last else None,
                 self._elapsed_seconds() - self._since_seconds,
-                (job.interval_seconds, self._rules.grace_by_job.get(job.name, self._rules.grace_seconds)),
+                (job.interval_seconds, self._grace_by_job.get(job.name, self._grace_seconds)),
             )
         )
 
@@ -343,19 +313,16 @@ class Alerts:
         hint = f" Next: {more['hint']}" if more.get("hint") else ""
         body = {
             "event": event,
-            "service": self._rules.service,
+            "service": self._service,
             "job": job,
-            "at": self._clock().isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "at": whole_second(self._clock()),
             "message": message,
             **more,
-            "text": f"{sign} {self._rules.service}: {job} {event}: {message}{hint}",
+            "text": f"{sign} {self._service}: {job} {event}: {message}{hint}",
         }
-        self._send(self._rules.webhook_url, body)
-
-    def _send(self, url: str, body: Mapping[str, Any]) -> None:
         try:
-            retry(lambda: post(url, body), POLICY, self._stop, random.random)
+            retry(lambda: post(self._url, body), POLICY, self._stop, random.random)
         except Stopped:
             return
         except AppError as error:
-            log.warning("webhook delivery to %s failed: %s", urlsplit(url).hostname, error)
+            log.warning("webhook delivery to %s failed: %s", urlsplit(self._url).hostname, error)

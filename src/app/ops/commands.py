@@ -29,16 +29,15 @@ from app.core.ledger import summary_of, to_json
 from app.core.runs import Job, Outcome, Report, Run, RunServices, Stop, execute
 from app.core.verify import ComparedWindow, Verdict, refuse_unknown
 from app.core.verify import verify as compared
-from app.core.windows import Window, refuse_future
+from app.core.windows import Window, instant_text, refuse_future, whole_second
 from app.ops.health import check_once
-from app.ops.json_views import RUN_NUMBERS, failures_shown, instant_text, run_shown, whole_second
+from app.ops.json_views import RUN_NUMBERS, failures_shown, run_shown
 from app.ops.scheduler import (
     ProgressTally,
     backfill_job,
     logging_progress,
     progress_bar,
     require_ability,
-    with_run_in_logs,
 )
 from app.ops.service import BuiltService
 from app.ops.verification import NO_VERIFICATION, format_signs, heal_job, window_json
@@ -223,28 +222,23 @@ def backfill(
     as_json: bool,
 ) -> int:
     """Fill the windows of a span, or write them again from the source; the exit code."""
-    span, ours = Window(start, end), _job(service, job)
+    span, ours, pipelines = Window(start, end), _job(service, job), service.pipelines
     refuse_future(span, service.services.clock())
     if replacing:
-        work = require_ability(
-            service.pipelines.replacements,
-            job,
-            "cannot replace what it wrote",
-            "jobs that can: {}; leave out --replace",
-        )
-        ours = with_run_in_logs(replace(ours, work=lambda context: work(context, span, allow_shrink)))
+        refusal = "cannot replace what it wrote", "jobs that can: {}; leave out --replace"
+        work = require_ability(pipelines.replacements, job, *refusal)
+        ours = replace(ours, work=lambda context: work(context, span, allow_shrink))
     else:
-        ours = backfill_job(ours, service.pipelines.backfills, span)
+        ours = backfill_job(ours, pipelines.backfills, span)
     return _finish(service, ours, dry_run=dry_run, as_json=as_json)
 
 
 def rewrite(service: BuiltService, *, job: str, start: datetime, end: datetime, dry_run: bool, as_json: bool) -> int:
     """Re-encode the objects of a span from themselves; the exit code."""
     span, ours = Window(start, end), _job(service, job)
-    work = require_ability(
-        service.pipelines.rewrites, job, "has no rewrite", "jobs whose objects can be re-encoded: {}"
-    )
-    ours = with_run_in_logs(replace(ours, work=lambda context: work(context, span)))
+    refusal = "has no rewrite", "jobs whose objects can be re-encoded: {}"
+    work = require_ability(service.pipelines.rewrites, job, *refusal)
+    ours = replace(ours, work=lambda context: work(context, span))
     return _finish(service, ours, dry_run=dry_run, as_json=as_json)
 
 
@@ -252,7 +246,7 @@ def undo(service: BuiltService, *, job: str, run: str, yes: bool, as_json: bool)
     """Take back what run `run` of a job did, or without `yes` only say what that would be; the exit code."""
     ours = _job(service, job)
     take_back = require_ability(service.pipelines.undos, job, "has no undo", "jobs that keep what it takes: {}")
-    ours = with_run_in_logs(replace(ours, work=lambda context: take_back(context, run)))
+    ours = replace(ours, work=lambda context: take_back(context, run))
     code = _finish(service, ours, dry_run=not yes, as_json=as_json)
     if not yes and code == OK and not as_json:
         line("nothing was changed yet: add --yes to do this")
@@ -324,7 +318,7 @@ def once(service: BuiltService, *, as_json: bool) -> int:
     documents = []
     services = replace(service.services, ended=_unexpected)
     with _stoppable(service.stop):
-        for job in (with_run_in_logs(job) for job in service.pipelines.jobs if not job.off):
+        for job in (each for each in service.pipelines.jobs if not each.off):
             with _shown(job) as tally:
                 last, total = _to_the_end(job, services, service.stop, tally, dry_run=False)
             documents.append(_document(last, total, dry_run=False) if last else {"job": job.name, "outcome": "busy"})
@@ -352,7 +346,7 @@ def _job(service: BuiltService, name: str, *, on: bool = True) -> Job:
         raise Rejected(f"no job is named {name!r}", f"{did_you_mean(name, jobs)}jobs: {', '.join(jobs) or 'none'}")
     if on and jobs[name].off:
         raise Rejected(f"job {name} is off", jobs[name].off)
-    return with_run_in_logs(jobs[name])
+    return jobs[name]
 
 
 def _finish(service: BuiltService, job: Job, *, dry_run: bool, as_json: bool) -> int:

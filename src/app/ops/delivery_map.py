@@ -107,6 +107,10 @@ class MapCells:
                 place += 1
         return "".join(found)
 
+    def paint_cells(self, windows: Iterable[MapCell], now: datetime) -> str:
+        """As `paint`, for the windows of a listing."""
+        return self.paint(((each.window.start, each.window.end, letter_of(each)) for each in windows), now)
+
 
 def cells_of_span(span: str, cells: int | None, zone: tzinfo, now: datetime) -> MapCells:
     """The cells of a selected span up to now. Raises Rejected for an unknown span or number of cells."""
@@ -292,25 +296,38 @@ class DeliveryMaps:
         found: MapLine = self._once((job, "partition", partition, span), line)
         return found.cells
 
-    def whole(self, job: str, cells: MapCells, names: NameFilter = NameFilter()) -> DeliveryMap:  # noqa: B008 - it is frozen
-        """The map from destination listings when there are few partitions, otherwise from the records."""
+    def whole(
+        self,
+        job: str,
+        cells: MapCells,
+        names: NameFilter = NameFilter(),  # noqa: B008 - it is frozen
+        *,
+        offset: int = 0,
+        limit: int = LISTED_PARTITIONS,
+        only_problems: bool = False,
+    ) -> DeliveryMap:
+        """A page of the map: from listings of the destination when there are few partitions, otherwise from the
+        records, grouped when there are many.
+        """
+        self._chart(job)
         if names.first and names.first == names.last and cells.window.seconds <= LISTED_DAYS * DAY:
-            windows = self.partition(job, names.first, cells.window)
-            text = cells.paint(
-                ((each.window.start, each.window.end, letter_of(each)) for each in windows), self._clock()
-            )
-            return DeliveryMap(1, [MapRow(names.first, text, problems=int(bool(PROBLEMS & set(text))))], listed=True)
-        if self._is_listable(job, cells, names):
-            found = self._once((job, "map", *cells.edges), lambda chart: self._listed(job, chart, cells))
-            rows = [row for row in found.rows if names.find.lower() in row.name.lower()]
-            return DeliveryMap(len(rows), rows, listed=True, problems=sum(row.problems for row in rows))
-        return DeliveryMap(0, (), listed=False)
+            rows = [_row(names.first, cells.paint_cells(self.partition(job, names.first, cells.window), self._clock()))]
+        elif self._is_listable(job, cells, names):
+            listed = self._once((job, "map", *cells.edges), lambda chart: self._listed(job, chart, cells))
+            rows = [row for row in listed if names.find.lower() in row.name.lower()]
+        else:
+            return self.recorded(job, cells, names, offset=offset, limit=limit, only_problems=only_problems)
+        chosen = [
+            row for row in rows if (row.problems or not only_problems) and (not names.last or row.name <= names.last)
+        ]
+        problems = sum(row.problems for row in rows)
+        page = chosen[offset : offset + limit]
+        return DeliveryMap(len(rows), page, listed=True, problems=problems, pages_of=len(chosen))
 
     def recorded(
         self, job: str, cells: MapCells, names: NameFilter, *, offset: int, limit: int, only_problems: bool
     ) -> DeliveryMap:
-        """The map from the records, grouped when there are many partitions."""
-        self._chart(job)
+        """A page of the map from the records, grouped when there are many partitions."""
         with self._pages.look() as look:
             return _Recorded(look, job, cells, self._clock()).map(names, offset, limit, only_problems=only_problems)
 
@@ -331,7 +348,7 @@ class DeliveryMaps:
             found = self._kept.get(key, float("inf"))
         if found is None:
             return None
-        return "".join(worst_state(row.cells[place] for row in found.rows) for place in range(len(cells.edges) - 1))
+        return "".join(worst_state(row.cells[place] for row in found) for place in range(len(cells.edges) - 1))
 
     def _refresh(self, job: str, cells: MapCells) -> None:
         try:
@@ -398,24 +415,25 @@ class DeliveryMaps:
                 seen[key] = MapFault(*key, letter, seen_at)
         self._faults[job] = seen
 
-    def _listed(self, job: str, chart: GapMapSource, cells: MapCells) -> DeliveryMap:
+    def _listed(self, job: str, chart: GapMapSource, cells: MapCells) -> Sequence[MapRow]:
         now = self._clock()
-        total, lines = self._list(job, chart, cells.window, 0, LISTED_PARTITIONS)
+        _, lines = self._list(job, chart, cells.window, 0, LISTED_PARTITIONS)
         painted = {
-            line.partition: "u" * (len(cells.edges) - 1)
-            if line.error
-            else cells.paint(((cell.window.start, cell.window.end, letter_of(cell)) for cell in line.cells), now)
+            line.partition: "u" * (len(cells.edges) - 1) if line.error else cells.paint_cells(line.cells, now)
             for line in lines
         }
         with self._pages.look() as look:
             known = look.groups(job, NameFilter(), size=1, limit=LISTED_PARTITIONS)
         newest = {row["first_name"]: row["oldest_at"] for row in known}
         errors = {line.partition: line.error for line in lines}
-        rows = [
-            MapRow(name, text, problems=int(bool(PROBLEMS & set(text))), newest_at=newest.get(name), error=errors[name])
+        return [
+            _row(name, text, newest_at=newest.get(name), error=errors[name])
             for name, text in _one_row_a_source(painted, newest).items()
         ]
-        return DeliveryMap(total, rows, listed=True)
+
+
+def _row(name: str, text: str, **more: Any) -> MapRow:
+    return MapRow(name, text, problems=int(bool(PROBLEMS & set(text))), **more)
 
 
 def _one_row_a_source(painted: Mapping[str, str], known: Collection[str]) -> Mapping[str, str]:

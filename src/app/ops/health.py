@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from app.core.errors import AppError
+from app.core.windows import whole_second
 
 # Whether outside systems are reachable, checked in the background, so that an answer costs nothing.
 #
@@ -132,7 +133,7 @@ class Probes:
         body = {
             "status": "healthy" if turning else "unhealthy",
             "version": self.version,
-            "timestamp": f"{self.clock():%Y-%m-%dT%H:%M:%SZ}",
+            "timestamp": whole_second(self.clock()),
         }
         return ProbeAnswer(OK if turning else UNAVAILABLE, body)
 

@@ -5,11 +5,12 @@ Invariant: timestamps are UTC with `Z`, durations are seconds, and a field is ne
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from app.core.ledger import TALLY_NAMES, summary_of, to_json
 from app.core.runs import Outcome, Report, Run, RunTotal
+from app.core.windows import instant_text
 from app.db.checkpoints import Checkpoint
 from app.ops.scheduler import JobView
 
@@ -18,16 +19,6 @@ def lag_seconds(partition: Checkpoint, now: datetime) -> float | None:
     """Age of the newest event, negative when it lies in the future; None before the first."""
     newest_at = partition.high_watermark_at
     return None if newest_at is None else (now - newest_at).total_seconds()
-
-
-def whole_second(at: datetime) -> str:
-    """`YYYY-MM-DDTHH:MM:SSZ`."""
-    return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
-
-
-def instant_text(at: datetime | None) -> str | None:
-    """`YYYY-MM-DDTHH:MM:SS.mmmZ`; None for None."""
-    return None if at is None else at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)

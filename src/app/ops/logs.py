@@ -9,21 +9,20 @@ import re
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
-from typing import ParamSpec, TextIO, TypeVar
+from typing import TextIO
 from urllib.parse import quote
 
 from app.core.errors import AppError, BadSettings
 from app.core.files import LogFile
 from app.core.ledger import TALLY_NAMES
-from app.core.runs import Outcome, Run
+from app.core.runs import Outcome, Run, named_in_logs, run_in_logs
+from app.core.windows import instant_text
 
 # Rate limits per kind of line, so that nobody who can reach the service can fill a disk or push out other lines.
 #
@@ -138,10 +137,7 @@ def _summary(bucket: _Bucket) -> logging.LogRecord:
 #
 # Invariants: a record is one line of bounded length, whatever its message contains; lines of one kind are rate-limited
 # and counted; only the owner can read the file; no known secret and nothing that looks like one is logged; every record
-# made inside `log_context`, or in a thread whose work was wrapped by `in_log_context`, names its run and job.
-
-P = ParamSpec("P")
-R = TypeVar("R")
+# made inside `app.core.runs.named_in_logs`, or in a thread with a copy of that context, names its run and job.
 
 FILE_BYTES = 1_000_000
 OURS = ("headwater-stdout", "headwater-file")
@@ -172,30 +168,6 @@ SHAPES = (
     (re.compile(r"://[^\s/\"']*@"), "://***@"),
     (re.compile(rf"({NAMED}(?:=|{QUOTED}))(?:([\"'])(?!\2).*?\2|[^\s&\"',;)}}]+)", re.IGNORECASE), r"\1***"),
 )
-_run: ContextVar[tuple[str, str]] = ContextVar("run", default=("", ""))
-
-
-@contextmanager
-def log_context(run_id: str, job: str) -> Iterator[None]:
-    """Within the block every record of this context has `run_id` and `job`."""
-    token = _run.set((run_id, job))
-    try:
-        yield
-    finally:
-        _run.reset(token)
-
-
-def in_log_context(work: Callable[P, R]) -> Callable[P, R]:
-    """`work`, to be called in another thread with the context of this one: threads start with an empty context.
-
-    Several threads may call it at once; each call has its own copy.
-    """
-    context = copy_context()
-
-    def in_context(*args: P.args, **kwargs: P.kwargs) -> R:
-        return context.copy().run(work, *args, **kwargs)
-
-    return in_context
 
 
 class Redaction:
@@ -238,9 +210,9 @@ class JsonLines(_Redacted):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, in ASCII, so that no reader finds a line break or an invalid character in it."""
-        run_id, job = _run.get()
+        run_id, job = run_in_logs.get()
         line: dict[str, object] = {
-            "time": _time(record),
+            "time": instant_text(datetime.fromtimestamp(record.created, UTC)),
             "level": LEVEL_WORDS.get(record.levelno, record.levelname.lower()),
             "message": self._redact(_message(record)),
             "logger": record.name,
@@ -261,8 +233,9 @@ class TextLines(_Redacted):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, and the lines of the traceback."""
-        _, job = _run.get()
-        head = f"{_time(record)} {record.levelname:<7} {f'[{job}] ' if job else ''}"
+        _, job = run_in_logs.get()
+        at = instant_text(datetime.fromtimestamp(record.created, UTC))
+        head = f"{at} {record.levelname:<7} {f'[{job}] ' if job else ''}"
         extra = "".join(f" {name}={value}" for name, value in _extra(record))
         lines = [head + _printable(self._redact(_message(record) + extra))]
         trace = self._redact(_trace(self, record)).split("\n")
@@ -319,7 +292,7 @@ class _Limited(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record, or count it."""
-        for each in self._limits.passed(record, _run.get()[1]):
+        for each in self._limits.passed(record, run_in_logs.get()[1]):
             self._target.handle(each)
 
     def flush(self) -> None:
@@ -350,10 +323,6 @@ def _rotating(path: Path, kept: int) -> logging.Handler:
     except OSError as error:
         fault = f"LOG_FILE={str(path)!r}: {error.strerror}; allowed: a file that can be written, or off"
         raise BadSettings([fault]) from error
-
-
-def _time(record: logging.LogRecord) -> str:
-    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -402,7 +371,7 @@ def log_run(run: Run, cause: BaseException | None) -> None:
     ledger = report.ledger
     entries = {name: getattr(ledger.total, name) for name in TALLY_NAMES} if ledger else {}
     unexpected = cause is not None and not isinstance(cause, AppError)
-    with log_context(run.run_id, run.job):
+    with named_in_logs(run.run_id, run.job):
         log.log(
             LEVELS.get(run.outcome, logging.ERROR),
             "%s %s%s",

@@ -15,7 +15,7 @@ from app.core.pipeline import FOREIGN, MISSING
 from app.core.runs import LedgerTotal, Outcome, RunTotal
 from app.ops.json_views import lag_seconds
 from app.ops.scheduler import Workload
-from app.ops.service import Operations
+from app.ops.service import BuiltService
 
 PARTITIONS = 100
 MOVED = {
@@ -66,7 +66,7 @@ def escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
-def series_of(ops: Operations) -> Iterator[MetricSeries]:
+def series_of(ops: BuiltService) -> Iterator[MetricSeries]:
     """All series; while the state is unavailable only those that do not need it, one of which says why."""
     views, ahead, stale = ops.scheduler.views(), ops.alerts.ahead_seconds, ops.alerts.stale
     states = {view.job.name: view.state for view in views if not view.job.off}
@@ -85,7 +85,7 @@ def series_of(ops: Operations) -> Iterator[MetricSeries]:
         yield from list(_recorded(ops, states))
 
 
-def _recorded(ops: Operations, states: Mapping[str, str]) -> Iterator[MetricSeries]:
+def _recorded(ops: BuiltService, states: Mapping[str, str]) -> Iterator[MetricSeries]:
     """The series from the state. `states` are by enabled job."""
     now, runs, totals = ops.state.clocks.now(), ops.state.runs, ops.state.runs.totals()
     yield from _totals(totals)

@@ -17,7 +17,7 @@ from app.core.ledger import KeptFile
 from app.core.pipeline import MISSING
 from app.core.runs import Run
 from app.core.verify import MapCell
-from app.core.windows import Window
+from app.core.windows import Window, instant_text, whole_second
 from app.db.page_queries import NameFilter
 from app.ops.delivery_map import WORDS, DeliveryMap, MapCells, cells_between, cells_of_span, letter_of
 from app.ops.json_views import (
@@ -28,11 +28,9 @@ from app.ops.json_views import (
     RUN_DETAIL,
     SUMMARY,
     answered_with,
-    instant_text,
     run_shown,
-    whole_second,
 )
-from app.ops.service import Operations
+from app.ops.service import BuiltService
 from app.ops.summary import HISTORY, Snapshot, file_address, problems_of, summary_of
 from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
@@ -63,7 +61,7 @@ Instant = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 """A timestamp in a request, in UTC."""
 
 
-def build(ops: Operations) -> APIRouter:
+def build(ops: BuiltService) -> APIRouter:
     """All routes of this module."""
     router = APIRouter(tags=["ops"], dependencies=[Depends(refuse_unknown_parameters)])
     _summary(router, ops)
@@ -83,7 +81,7 @@ def zone_of(name: str) -> tzinfo:
         raise Refused(422, f"the time zone {name[:40]!r} is not known", hint, "query.tz") from None
 
 
-def seen_now(ops: Operations, zone: tzinfo, read: Callable[[Snapshot], Any]) -> Any:
+def seen_now(ops: BuiltService, zone: tzinfo, read: Callable[[Snapshot], Any]) -> Any:
     """The result of `read` on a snapshot of the current state."""
     now, views = ops.clock(), ops.scheduler.views()
     cells = cells_of_span("24h", None, zone, now)
@@ -94,7 +92,7 @@ def seen_now(ops: Operations, zone: tzinfo, read: Callable[[Snapshot], Any]) -> 
         return read(Snapshot(now, zone, views, look, cells, ops, strips, histories))
 
 
-def _summary(router: APIRouter, ops: Operations) -> None:
+def _summary(router: APIRouter, ops: BuiltService) -> None:
     @router.get(
         "/ops/summary",
         openapi_extra=READ,
@@ -128,7 +126,7 @@ def _summary(router: APIRouter, ops: Operations) -> None:
 # ---- the map
 
 
-def _map(router: APIRouter, ops: Operations) -> None:
+def _map(router: APIRouter, ops: BuiltService) -> None:
     @router.get(
         "/ops/map",
         openapi_extra=READ,
@@ -156,19 +154,11 @@ def _map(router: APIRouter, ops: Operations) -> None:
             window = bounded(start, end, "query", MOST_DAYS)
             chosen = cells_between(window.start, window.end, zone)
         names = NameFilter(first, last, find)
-        found = ops.maps.whole(job, chosen, names)
-        if found.listed:
-            rows = [row for row in found.rows if row.problems or not problems]
-            rows = [row for row in rows if not last or first <= row.name <= last]
-            found = DeliveryMap(
-                found.total, rows[offset : offset + limit], listed=True, problems=found.problems, pages_of=len(rows)
-            )
-        else:
-            found = ops.maps.recorded(job, chosen, names, offset=offset, limit=limit, only_problems=problems)
+        found = ops.maps.whole(job, chosen, names, offset=offset, limit=limit, only_problems=problems)
         return {"job": job, "span": span, "now": instant_text(now), **_shown(found, chosen, now)}
 
 
-def _map_windows(router: APIRouter, ops: Operations) -> None:
+def _map_windows(router: APIRouter, ops: BuiltService) -> None:
     @router.get(
         "/ops/map/windows",
         openapi_extra=READ,
@@ -270,7 +260,7 @@ def _window(
 # ---- one run
 
 
-def known_run(ops: Operations, run_id: str) -> Run:
+def known_run(ops: BuiltService, run_id: str) -> Run:
     """The run with this id. Refuses one that is not in the records."""
     with ops.state.pages.look() as look:
         run = look.run(run_id)
@@ -280,7 +270,7 @@ def known_run(ops: Operations, run_id: str) -> Run:
     return run
 
 
-def _run(router: APIRouter, ops: Operations) -> None:
+def _run(router: APIRouter, ops: BuiltService) -> None:
     @router.get(
         "/ops/runs/{run_id}",
         openapi_extra=READ,
@@ -334,7 +324,7 @@ def _run(router: APIRouter, ops: Operations) -> None:
         return {"lines": lines[-LOG_LINES:], "left_out": max(len(lines) - LOG_LINES, 0), "note": note}
 
 
-def _kept(router: APIRouter, ops: Operations) -> None:
+def _kept(router: APIRouter, ops: BuiltService) -> None:
     def files_of(run_id: str) -> Sequence[KeptFile]:
         run = known_run(ops, run_id)
         return ops.pipelines.kept[run.job](run) if run.job in ops.pipelines.kept and run.report.ledger.set_aside else ()

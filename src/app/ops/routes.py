@@ -16,23 +16,21 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from app.core.errors import Rejected
 from app.core.runs import Outcome
 from app.core.verify import MapCell
-from app.core.windows import Window, refuse_future
+from app.core.windows import Window, instant_text, refuse_future, whole_second
 from app.db.page_queries import RunFilter
 from app.ops.health import ProbeAnswer
 from app.ops.json_views import (
     RUNS,
     answered_with,
-    instant_text,
     job_shown,
     lag_seconds,
     partition_shown,
     run_shown,
-    whole_second,
 )
 from app.ops.metrics import exposition, series_of
 from app.ops.page_data import Instant, bounded, recent_span
 from app.ops.scheduler import Scheduler
-from app.ops.service import Operations
+from app.ops.service import BuiltService
 from app.ops.verification import VerificationResult, window_json
 from app.web.api import refuse_unknown_parameters
 from app.web.auth import COOKIE, OPEN, SESSION, AccessGuard, needs, unauthorized
@@ -97,12 +95,12 @@ class SignIn(BaseModel):
     key: SecretStr = Field(max_length=200)
 
 
-def build(ops: Operations) -> APIRouter:
+def build(ops: BuiltService, guard: AccessGuard) -> APIRouter:
     """All routes of this module."""
     router = APIRouter(tags=["ops"])
     _monitored(router, ops)
     strict = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
-    _session(strict, ops.guard)
+    _session(strict, guard)
     _reading(strict, ops)
     _looking_at_both_ends(strict, ops)
     _acting(strict, ops)
@@ -110,7 +108,7 @@ def build(ops: Operations) -> APIRouter:
     return router
 
 
-def _monitored(router: APIRouter, ops: Operations) -> None:
+def _monitored(router: APIRouter, ops: BuiltService) -> None:
     """The routes for monitoring; some monitors add parameters of their own. `HeadwaterApp` answers the probes before
     they get here; these routes only document them.
     """
@@ -182,7 +180,7 @@ def _session(router: APIRouter, guard: AccessGuard) -> None:
         return {"name": grant.name, "scopes": sorted(grant.scopes), "keys": bool(guard.keyring.by_name)}
 
 
-def _reading(router: APIRouter, ops: Operations) -> None:
+def _reading(router: APIRouter, ops: BuiltService) -> None:
     @router.get("/ops/jobs", openapi_extra=READ, summary="Every job, also those that are off, with its last run")
     def jobs() -> dict[str, Any]:
         return overview(ops)
@@ -234,7 +232,7 @@ def _reading(router: APIRouter, ops: Operations) -> None:
         return {"histories": [{"job": name, "entries": list(lines(limit))} for name, lines in wanted.items()]}
 
 
-def overview(ops: Operations) -> dict[str, Any]:
+def overview(ops: BuiltService) -> dict[str, Any]:
     """Every job as JSON. Raises the errors of the state."""
     totals, calls, ahead = ops.state.runs.totals(), ops.pipelines.calls, ops.alerts.ahead_seconds
     shown = [
@@ -252,7 +250,7 @@ def overview(ops: Operations) -> dict[str, Any]:
     return {"now": instant_text(ops.clock()), "jobs": shown}
 
 
-def _looking_at_both_ends(router: APIRouter, ops: Operations) -> None:
+def _looking_at_both_ends(router: APIRouter, ops: BuiltService) -> None:
     @router.get(
         "/ops/gaps",
         openapi_extra=READ,
@@ -336,7 +334,7 @@ def _result(result: VerificationResult) -> Mapping[str, Any]:
     }
 
 
-def _acting(router: APIRouter, ops: Operations) -> None:
+def _acting(router: APIRouter, ops: BuiltService) -> None:
     scheduler = ops.scheduler
 
     @router.post("/ops/jobs/{job}/run", summary="Run now", **ACT)

@@ -27,7 +27,6 @@ from app.core.errors import AppError, Rejected, Transient, did_you_mean
 from app.core.runs import Context, Job, Outcome, Report, Run, RunServices, Stop, execute
 from app.core.windows import Window
 from app.db.state import SqlPauses
-from app.ops.logs import log_context
 
 # Progress of long work: a bar on a terminal, otherwise a log line now and then; always in memory.
 #
@@ -230,7 +229,7 @@ class Scheduler:
         self._backfills = backfills
         self._pauses = pauses
         self.elsewhere = elsewhere
-        self._lanes = {job.name: _JobState(with_run_in_logs(job)) for job in jobs}
+        self._lanes = {job.name: _JobState(job) for job in jobs}
         self._changed = threading.Condition()
         self._timers = BackgroundScheduler(
             timezone=UTC,
@@ -508,14 +507,4 @@ def require_ability(works: Mapping[str, Work], job: str, refusal: str, hint: str
 def backfill_job(job: Job, backfills: Mapping[str, Backfill], span: Window) -> Job:
     """`job`, with its name and lease, whose work is to fill `span`. Raises Rejected when it has no backfill."""
     fill = require_ability(backfills, job.name, "has no backfill", "jobs that can be filled again: {}")
-    return with_run_in_logs(replace(job, work=lambda context: fill(context, span)))
-
-
-def with_run_in_logs(job: Job) -> Job:
-    """`job`, with its run named in every log record."""
-
-    def work(context: Context) -> Report:
-        with log_context(context.run_id, job.name):
-            return job.work(context)
-
-    return replace(job, work=work)
+    return replace(job, work=lambda context: fill(context, span))

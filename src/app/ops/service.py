@@ -22,19 +22,17 @@ from app.db.checkpoints import Checkpoint
 from app.db.state import State
 from app.ops.alerts import Alerts
 from app.ops.connection_checks import ConnectionCheck
-from app.ops.health import Probes, Readiness
+from app.ops.delivery_map import DeliveryMaps
+from app.ops.health import Probes
 from app.ops.json_views import ServiceCalls
 from app.ops.process import share_the_machine
 from app.ops.request_costs import RequestCosts
 from app.ops.scheduler import Backfill, Scheduler
+from app.ops.verification import Verifications
 from app.web.app import HeadwaterApp
-from app.web.auth import AccessGuard
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
-
-    from app.ops.delivery_map import DeliveryMaps
-    from app.ops.verification import Verifications
 
 # How the shutdown time is divided among its steps, which run one after another.
 #
@@ -128,33 +126,12 @@ class Pipelines:
     routers: Callable[[], Sequence["APIRouter"]] = tuple
 
 
-@dataclass(frozen=True, slots=True)
-class Operations:
-    """What the routes of /ops and the pages read and control. `clock` is this machine's."""
-
-    settings: Settings
-    state: State
-    pipelines: Pipelines
-    scheduler: Scheduler
-    alerts: Alerts
-    costs: RequestCosts
-    probes: Probes
-    guard: AccessGuard
-    maps: "DeliveryMaps"
-    proofs: "Verifications"
-    clock: Callable[[], datetime]
-
-    def partitions(self) -> Iterator[tuple[str, Checkpoint]]:
-        """Each job that has partitions, with the checkpoint of each of them."""
-        for name in (job.name for job in self.pipelines.jobs if job.name in self.pipelines.backfills):
-            yield from ((name, at) for at in self.state.checkpoints.of(name))
-
-
 @dataclass(slots=True)
 class BuiltService:
     """The service, built but not started. `app` is the ASGI application; its lifespan starts and ends the work.
 
-    `systems` are what `python -m app check` tries; readiness checks only the stores, and less thoroughly.
+    `systems` are what `python -m app check` tries; readiness checks only the stores, and less thoroughly. `clock` is
+    this machine's.
     """
 
     settings: Settings
@@ -165,9 +142,17 @@ class BuiltService:
     stop: Stop
     scheduler: Scheduler
     alerts: Alerts
-    readiness: Readiness
+    probes: Probes
     costs: RequestCosts
+    maps: DeliveryMaps
+    proofs: Verifications
+    clock: Callable[[], datetime]
     app: HeadwaterApp = field(init=False)
+
+    def partitions(self) -> Iterator[tuple[str, Checkpoint]]:
+        """Each job that has partitions, with the checkpoint of each of them."""
+        for name in (job.name for job in self.pipelines.jobs if job.name in self.pipelines.backfills):
+            yield from ((name, at) for at in self.state.checkpoints.of(name))
 
 
 # The daemon: a built service, served until a signal and then shut down in order.

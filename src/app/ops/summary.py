@@ -16,13 +16,14 @@ from urllib.parse import quote
 from app.core.pipeline import MISSING, NEVER_AFTER, QUIET_AFTER, USUAL_HOURS
 from app.core.runs import Outcome, Run
 from app.core.verify import Verdict
+from app.core.windows import instant_text
 from app.db.page_queries import PageQuerySession
 from app.ops.delivery_map import MapCells
-from app.ops.json_views import instant_text, run_shown, view_shown
+from app.ops.json_views import run_shown, view_shown
 from app.ops.scheduler import JobView
 
 if TYPE_CHECKING:
-    from app.ops.service import Operations
+    from app.ops.service import BuiltService
 
 NAMED = 3  # problems that the sentence names
 LISTED = 50
@@ -32,13 +33,25 @@ RECENT = timedelta(hours=24)
 LATE_SECONDS = 60.0
 HISTORY = 300
 VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
-ORDER = ("unreachable", "unaccounted", "failed", "missing", "partial", "changed", "late", "clock", "set_aside", "quiet")
-MARKS = {"partial": "bad", "changed": "bad", "late": "late", "clock": "late", "set_aside": "warn", "quiet": "warn"}
 WINDOW_WORDS = {
     "missing": "missing",
     "partial": "partly missing",
     "changed": "changed at the destination",
 }
+KINDS: Mapping[str, tuple[str, str, str]] = {
+    "unreachable": ("bad", "{title}", "Unreachable"),
+    "unaccounted": ("bad", "{count} of {job} {are} unaccounted for", "{count} unaccounted for"),
+    "failed": ("bad", "{job} failed {times}", "Failed {times}"),
+    **{
+        kind: ("bad", f"{{count}} {{are}} {words} in {{job}}", f"{{count}} {words.removesuffix(' at the destination')}")
+        for kind, words in WINDOW_WORDS.items()
+    },
+    "late": ("late", "{title}", "Late"),
+    "clock": ("late", "{title}", "Clock ahead"),
+    "set_aside": ("warn", "{count} {were} set aside", "{count} set aside"),
+    "quiet": ("warn", "{title}", "No rows"),
+}
+"""The worst first: mark, words in the sentence, and words in the row of a pipeline."""
 HEAL = "heal: Headwater reads these windows again from the source and writes what is missing; nothing else is touched"
 RERUN = "run the job again; if the gap stays, report it with the log of this run"
 LATE_HINT = "look at the log of its last run; if nothing moves, restart Headwater. Nothing is lost at the source"
@@ -80,7 +93,7 @@ class Problem:
     @property
     def mark(self) -> str:
         """The status mark: bad, late or warn."""
-        return MARKS.get(self.kind, "bad")
+        return KINDS[self.kind][0]
 
     def to_json(self) -> Mapping[str, Any]:
         """The problem as the API returns it."""
@@ -111,7 +124,7 @@ class Snapshot:
     views: Sequence[JobView]
     look: PageQuerySession
     cells: MapCells
-    ops: "Operations"
+    ops: "BuiltService"
     strips: Mapping[str, str | None] = field(default_factory=dict)
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
@@ -154,7 +167,7 @@ def problems_of(seen: Snapshot) -> Sequence[Problem]:
         *_set_aside(seen),
         *_quiet(seen),
     ]
-    rank = {kind: place for place, kind in enumerate(ORDER)}
+    rank = {kind: place for place, kind in enumerate(KINDS)}
     return sorted(found, key=lambda each: (rank[each.kind], each.job, -each.count, each.partition))
 
 
@@ -177,13 +190,12 @@ def _failing(seen: Snapshot) -> Iterator[Problem]:
             continue  # set-aside files have their own problem
         partition = failures[0].partition if len(failures) == 1 else ""
         of = f"{name}, {partition}" if partition else name
-        times = "once" if runs == 1 else f"{runs:,} times"
         more = f" ({len(failures)} partitions)" if len(failures) > 1 else ""
         message = failures[0].message if partition else last.error
         yield Problem(
             "failed",
             name,
-            f"{of}: failed {times}{more}",
+            f"{of}: failed {_times(runs)}{more}",
             message,
             last.hint,
             runs,
@@ -397,24 +409,31 @@ def _parts(problems: Iterable[Problem]) -> Sequence[Mapping[str, str]]:
     counts: dict[tuple[str, str], list[Problem]] = defaultdict(list)
     for problem in problems:
         counts[problem.kind, problem.job or problem.title].append(problem)
-    parts = [{"text": _phrase(kind, some), "href": _place(kind, some[0])} for (kind, _), some in counts.items()]
+    parts = [{"text": _phrase(some), "href": _place(kind, some[0])} for (kind, _), some in counts.items()]
     rest = sum(len(some) for some in list(counts.values())[NAMED:])
     return parts[:NAMED] + ([{"text": f"{rest} more", "href": "#todo"}] if rest else [])
 
 
-def _phrase(kind: str, some: Sequence[Problem]) -> str:
-    job, count = some[0].job, sum(each.count for each in some)
-    verb = "is" if count == 1 else "are"
-    if kind == "failed":
-        return f"{job} failed once" if count == 1 else f"{job} failed {count:,} times"
-    if kind in WINDOW_WORDS:
-        return f"{count_text(count, 'window')} {verb} {WINDOW_WORDS[kind]} in {job}"
-    if kind == "unaccounted":
-        return f"{count_text(count, some[0].noun)} of {job} {verb} unaccounted for"
-    if kind == "set_aside":
-        whose = "" if some[0].noun == "file" else f" of {job}"
-        return f"{count_text(count, some[0].noun)}{whose} {'was' if count == 1 else 'were'} set aside"
-    return some[0].title
+def _phrase(some: Sequence[Problem], *, in_row: bool = False) -> str:
+    """Problems of one kind and job in a few words."""
+    first, count = some[0], sum(each.count for each in some)
+    _, sentence, row = KINDS[first.kind]
+    counted = count_text(count, first.noun)
+    if first.kind == "set_aside" and first.noun != "file" and not in_row:
+        counted += f" of {first.job}"
+    is_one = count == 1
+    return (row if in_row else sentence).format(
+        title=first.title,
+        job=first.job,
+        count=counted,
+        are="is" if is_one else "are",
+        were="was" if is_one else "were",
+        times=_times(count),
+    )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
 
 
 def _place(kind: str, problem: Problem) -> str:
@@ -544,25 +563,12 @@ def _state(view: JobView, own: Sequence[Problem]) -> tuple[str, str]:
     if own:
         worst = own[0]
         same = [problem for problem in own if problem.kind == worst.kind and problem.job == worst.job]
-        return worst.mark, _words(worst, sum(problem.count for problem in same))
+        return worst.mark, _phrase(same, in_row=True)
     return {
         "paused": ("paused", "Paused"),
         "running": ("run", "Running"),
         "backfill": ("run", "Backfilling"),
     }.get(view.state, ("ok", "OK"))
-
-
-def _words(problem: Problem, count: int) -> str:
-    if problem.kind in WINDOW_WORDS:
-        return f"{count_text(count, 'window')} {WINDOW_WORDS[problem.kind].removesuffix(' at the destination')}"
-    if problem.kind == "failed":
-        return "Failed once" if count == 1 else f"Failed {count:,} times"
-    words = {
-        "late": "Late",
-        "clock": "Clock ahead",
-        "unaccounted": f"{count_text(count, problem.noun)} unaccounted for",
-    }
-    return words.get(problem.kind, f"{count_text(count, problem.noun)} set aside")
 
 
 def _strip(seen: Snapshot, name: str, news: Mapping[str, Any] | None) -> str | None:

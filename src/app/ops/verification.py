@@ -14,9 +14,10 @@ from typing import Any
 
 from app.core.errors import AppError, Transient
 from app.core.runs import Context, Job, Report, Stop
-from app.core.verify import ComparedWindow, PartitionWindow, Verdict, Verification, heal, refuse_unknown, verify
-from app.core.windows import Window
-from app.ops.scheduler import require_ability, with_run_in_logs
+from app.core.verify import ComparedWindow, Verdict, Verification, heal, refuse_unknown, verify
+from app.core.windows import Window, whole_second
+from app.ops.delivery_map import DeliveryMaps
+from app.ops.scheduler import require_ability
 
 SHOWN = 500
 NO_VERIFICATION = ("has no verification", "jobs whose two ends can be compared: {}")
@@ -74,8 +75,8 @@ class VerificationResult:
 
 
 class Verifications:
-    """The latest verification and the latest healing of each job. `looked` is called when either ends (a verification's
-    result is published only then), and `healed` after a window was rewritten. Thread-safe.
+    """The latest verification and the latest healing of each job. When either ends, and after each window that was
+    rewritten, nobody sees a map of `maps` from before any more. Thread-safe.
     """
 
     def __init__(
@@ -83,14 +84,12 @@ class Verifications:
         verifications: Mapping[str, Verification],
         stop: Stop,
         clock: Callable[[], datetime],
-        looked: Callable[[str], None],
-        healed: Callable[[str, PartitionWindow], None] = lambda _, __: None,
+        maps: DeliveryMaps,
     ) -> None:
         self._verifications = verifications
         self._stop = stop
         self._clock = clock
-        self._looked = looked
-        self._healed = healed
+        self._maps = maps
         self._lock = threading.Lock()
         self._results: dict[str, VerificationResult] = {}
         self._heals: dict[str, VerificationResult] = {}
@@ -137,13 +136,13 @@ class Verifications:
                 if known is not None and known.ended_at is not None:
                     self._results[job] = known.with_mended(verdict)
             if verdict.healed or verdict.sign is Verdict.EQUAL:
-                self._healed(job, verdict.slot)
+                self._maps.healed(job, verdict.slot.partition, verdict.slot.window)
 
         def ended(error: AppError | None) -> None:
             with self._lock:
                 message, hint = (error.message, error.hint) if error else ("", "")
                 self._heals[job] = replace(self._heals[job], ended_at=self._clock(), error=message, hint=hint)
-            self._looked(job)
+            self._maps.forget(job)
 
         return lambda of: heal_job(of, verification, span, partition, seen=seen, ended=ended)
 
@@ -161,7 +160,7 @@ class Verifications:
         except AppError as error:
             broken = (error.message, error.hint)
         finally:
-            self._looked(job)
+            self._maps.forget(job)
             self._keep(replace(result, ended_at=self._clock(), error=broken[0], hint=broken[1]))
         log.info("%s verified: %s", job, format_signs(result.counts))
 
@@ -199,7 +198,7 @@ def heal_job(
         log.info("%s %s: %s before it was mended", job.name, span, format_signs(counts))
         return report
 
-    return with_run_in_logs(replace(job, work=work))
+    return replace(job, work=work)
 
 
 def format_signs(counts: Mapping[str, int]) -> str:
@@ -212,8 +211,8 @@ def window_json(verdict: ComparedWindow) -> Mapping[str, Any]:
     window, source, destination = verdict.slot.window, verdict.source, verdict.destination
     return {
         "partition": verdict.slot.partition,
-        "start": f"{window.start:%Y-%m-%dT%H:%M:%SZ}",
-        "end": f"{window.end:%Y-%m-%dT%H:%M:%SZ}",
+        "start": whole_second(window.start),
+        "end": whole_second(window.end),
         "sign": verdict.sign.value,
         "source_rows": source.rows if source else None,
         "source_digest": source.digest if source else None,

@@ -15,12 +15,12 @@ from dataclasses import replace
 from typing import Any, cast
 
 from app.core.errors import AppError
-from app.core.runs import Failure, Job, NoProgress, Outcome, Report, Run, Runs, Stop, execute
+from app.core.runs import Failure, Job, NoProgress, Outcome, Report, Run, Runs, Stop, execute, named_in_logs
 from app.db.workers import StepReport
 from app.ops.health import ProbeAnswer, Probes
-from app.ops.logs import log_context, log_run
+from app.ops.logs import log_run
 from app.ops.process import share_the_machine
-from app.ops.scheduler import logging_progress, seconds_to_next_step, with_run_in_logs
+from app.ops.scheduler import logging_progress, seconds_to_next_step
 from app.ops.service import BuiltService, refuse_taken_ports, shutdown_budget
 from app.scale.queue import Queue, Workers, consume
 from app.scale.shards import plan_from_json
@@ -48,7 +48,7 @@ class Worker:
     def __init__(self, service: BuiltService, queue: Queue) -> None:
         self._service = service
         self._queue = queue
-        self._jobs = {job.name: with_run_in_logs(job) for job in service.pipelines.jobs if not job.off}
+        self._jobs = {job.name: job for job in service.pipelines.jobs if not job.off}
         self._step_services = replace(service.services, runs=UnrecordedRuns(service.state.runs), ended=log_run)
         self._stop: Stop = service.stop
         self._running: set[str] = set()
@@ -127,7 +127,7 @@ class Worker:
         """Run one step of a shard under its own lease; its report is stored for the plan."""
         part = plan_from_json(plan)
         work = self._service.pipelines.steps[part.pipeline]
-        with self._alone(step) as alone, log_context(plan_id, part.pipeline):
+        with self._alone(step) as alone, named_in_logs(plan_id, part.pipeline):
             run = None
             if alone and not self._stop.asked:
                 job = Job(step, 0, lambda context: work(context, part))
@@ -181,7 +181,7 @@ class WorkerApp:
         self._worker = worker
         self._service = service
         about = service.settings.service
-        self._probes = Probes(about.version, worker, service.readiness, service.state.clock)
+        self._probes = Probes(about.version, worker, service.probes.readiness, service.state.clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
@@ -201,13 +201,13 @@ class WorkerApp:
             await send_refusal(send, Refusal(404, "a worker answers probes only", "ask the process that serves HTTP"))
 
     def _open(self) -> None:
-        self._service.readiness.start()
+        self._service.probes.readiness.start()
         self._service.alerts.start()
         self._worker.start()
 
     def _close(self) -> None:
         self._worker.close(shutdown_budget(self._service.settings.service.shutdown_grace_seconds).stuck)
-        self._service.readiness.close()
+        self._service.probes.readiness.close()
         self._service.alerts.close()
         self._service.scheduler.close(0.0)
         with _told("this worker is shown for a while longer"):
