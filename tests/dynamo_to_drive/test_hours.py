@@ -366,8 +366,10 @@ def test_rows_that_the_table_dropped_stay_in_the_file_unless_that_is_allowed(shi
     ship.run()
     assert ship.text(HOUR_12) == before
     ship.extra["DRIVE_ALLOW_SHRINK"] = "true"
-    ship.run()
+    report = ship.run()
     assert len(ship.text(HOUR_12).splitlines()) == 5
+    assert f"{HOUR_12}: 1 row that the source no longer has was removed: 2026-02-07T12:00:00Z" in report.notes
+    assert report.removed_rows == 1
 
 
 def test_a_stale_list_makes_no_second_file(ship: Shipping) -> None:
