@@ -139,7 +139,7 @@ class Discarding:
         self._done: list[Any] = []
 
     def send_step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> bool:
-        """See `StepSender`."""
+        """See `Shards`."""
         from app.core.runs import Report
         from app.db.workers import StepReport
 
@@ -149,7 +149,7 @@ class Discarding:
         return True
 
     def take_reports(self, _: str) -> list[Any]:
-        """See `StepReports`."""
+        """See `Shards`."""
         done, self._done = self._done, []
         return done
 
@@ -191,7 +191,9 @@ def plan_here(devices: int) -> None:
         store, queue = LocalDirectory(settings.service.data_dir / "objects"), Discarding()
         aside = SetAsideStore(store, folder_of("telemetry"), 1 << 20)
         requests = RequestCounter().add_elsewhere
-        shards = Shards(queue, queue, requests, shards=settings.export.shards, patience_seconds=30)
+        shards = Shards(
+            queue.send_step, queue.take_reports, requests, shards=settings.export.shards, patience_seconds=30
+        )
         export = build(settings, state.checkpoints, store, set_aside=aside, clock=state.clock, steps=shards)
         job = next(job for job in export.jobs if job.name == NAME)
         services = RunServices(state.clock, state.leases, state.runs, LeaseTerms("bench"), lambda *_: None)

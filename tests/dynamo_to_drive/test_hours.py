@@ -90,10 +90,11 @@ def test_rows_after_the_grace_are_found_by_the_late_job_and_counted(ship: Shippi
     ship.run()
     ship.now = START + 75 * MINUTE
     ship.run()
-    ship.put(item(START + 50 * MINUTE, temp="9"))
+    ship.put(item(START + 50 * MINUTE, temp="9"), item(START, temp="corrected"))
     assert ship.run().windows == 0
     report = ship.run(job.LATE)
-    assert (report.windows, report.late_rows > 0) == (1, True)
+    assert (report.windows, report.rows) == (1, 6)
+    assert (report.written_new_rows, report.late_rows, report.corrected_rows) == (1, 1, 1)
     assert "T12:50:00Z,9" in ship.text(HOUR_12)
     assert ship.run(job.LATE).windows == 0
 
@@ -114,7 +115,7 @@ def test_rows_after_the_grace_are_found_also_where_only_a_scan_serves(ship: Ship
         put(minutes)
         assert ship.run().windows == 0
         report = ship.run(again)
-        assert (report.windows, report.late_rows > 0) == (1, True)
+        assert (report.windows, report.late_rows) == (1, 1)
         assert f"T12:{minutes}:00Z" in ship.text(HOUR_12)
 
 
@@ -365,8 +366,10 @@ def test_rows_that_the_table_dropped_stay_in_the_file_unless_that_is_allowed(shi
     ship.run()
     assert ship.text(HOUR_12) == before
     ship.extra["DRIVE_ALLOW_SHRINK"] = "true"
-    ship.run()
+    report = ship.run()
     assert len(ship.text(HOUR_12).splitlines()) == 5
+    assert f"{HOUR_12}: 1 row that the source no longer has was removed: 2026-02-07T12:00:00Z" in report.notes
+    assert report.removed_rows == 1
 
 
 def test_a_stale_list_makes_no_second_file(ship: Shipping) -> None:

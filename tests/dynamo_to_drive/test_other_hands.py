@@ -311,3 +311,16 @@ def test_a_table_that_throttles_behind_a_first_page_lands_nothing_of_the_hour_un
     ship.dynamo.refuses_to_go_on = ""
     assert ship.run().ledger.total.new == 5
     assert rows_of(ship) == 5
+
+
+def test_a_look_for_other_writings_that_failed_is_made_again(ship: Shipping) -> None:
+    """The newest and the first item tell nothing of an offset in between."""
+    between = {**item(START, temp="2"), "datetime_utc": {"S": "2026-02-07T07:01:00-05:00"}}
+    ship.put(item(START - timedelta(days=9), temp="0"), item(START + timedelta(minutes=2), temp="3"), between)
+    ship.put(*(item(START - timedelta(hours=6, seconds=n), temp=f"{n:0400000d}") for n in range(5)))  # a second page
+    ship.dynamo.refuses_to_go_on = "ProvisionedThroughputExceededException"
+    with pytest.raises(Transient):
+        ship.run()
+    ship.dynamo.refuses_to_go_on = ""
+    ship.run()
+    assert rows_of(ship) == 2

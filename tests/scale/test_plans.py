@@ -72,7 +72,8 @@ class Workers:
 
 
 def shared(workers: Workers, *, shards: int, patience_seconds: float) -> Shards:
-    return Shards(workers, workers, workers.requests.update, shards=shards, patience_seconds=patience_seconds)
+    send, take, requested = workers.send_step, workers.take_reports, workers.requests.update
+    return Shards(send, take, requested, shards=shards, patience_seconds=patience_seconds)
 
 
 def here(_: Context, part: SyncPlan) -> Report:

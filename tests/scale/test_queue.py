@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -87,21 +87,7 @@ def test_what_waits_already_is_not_added(queue: Queue) -> None:
 def test_workers_run_what_is_sent_and_go_on_after_a_restart_of_the_database(
     queue: Queue, url: str, postgres_server: PostgresServer
 ) -> None:
-    found: list[object] = []
-    stop = Stop()
-    thread = threading.Thread(
-        target=lambda: consume(
-            url,
-            stop,
-            prepare=lambda: queue.prepare(again=True),
-            job=lambda name, more, by: found.append((name, more, by)),
-            step=lambda step, plan_id, plan: found.append((step, plan_id, plan)),
-            heartbeat_seconds=0.5,
-            ttl_seconds=2.0,
-        )
-    )
-    thread.start()
-    try:
+    with consuming(queue, url) as found:
         queue.send_job("csv", "a key")
         queue.send_step("influx_to_s3/1", "run", {"a": ["ü", 1]})
         until(lambda: len(found) == 2)
@@ -110,9 +96,60 @@ def test_workers_run_what_is_sent_and_go_on_after_a_restart_of_the_database(
         until(lambda: sent(queue))
         until(lambda: ("after", False, "schedule") in found)
         assert queue.waiting() == {JOBS: 0, STEPS: 0}
+
+
+@contextmanager
+def consuming(queue: Queue, url: str) -> Iterator[list[object]]:
+    """A worker, and what it ran."""
+    found: list[object] = []
+    stop = Stop()
+    thread = threading.Thread(
+        target=lambda: consume(
+            url,
+            stop,
+            prepare=lambda: queue.prepare(again=True),
+            run_job=lambda name, more, by: found.append((name, more, by)),
+            run_step=lambda step, plan_id, plan: found.append((step, plan_id, plan)),
+            heartbeat_seconds=0.5,
+            ttl_seconds=2.0,
+        )
+    )
+    thread.start()
+    try:
+        yield found
     finally:
         stop.ask("the test is over")
         thread.join()
+
+
+@pytest.mark.slow
+def test_workers_go_on_when_the_queue_is_that_of_a_backup(queue: Queue, url: str) -> None:
+    """A worker, a task of a worker that died, and tasks that wait, as they were when the backup was made."""
+    with consuming(queue, url) as found, psycopg.connect(url, autocommit=True) as database:
+        queue.send_job("before", "schedule")
+        until(lambda: found)
+        database.execute("DELETE FROM procrastinate_workers")
+        database.execute(
+            "INSERT INTO procrastinate_workers (id, last_heartbeat) OVERRIDING SYSTEM VALUE"
+            " VALUES (9000, now() - INTERVAL '1 day')"
+        )
+        for status, worker in (("todo", None), ("doing", 9000), ("doing", None)):
+            database.execute(
+                "INSERT INTO procrastinate_jobs (queue_name, task_name, lock, queueing_lock, args, status, worker_id)"
+                " VALUES ('steps', 'step', NULL, %s, %s, %s, %s)",
+                (
+                    f"steps/{status}{worker}" if status == "todo" else None,
+                    '{"step": "influx_to_s3/1", "plan_id": "old", "plan": {}}',
+                    status,
+                    worker,
+                ),
+            )
+        until(lambda: ("influx_to_s3/1", "old", {}) in found)
+        assert queue.send_step("influx_to_s3/1", "new", {})
+        until(lambda: ("influx_to_s3/1", "new", {}) in found)
+        queue.send_job("after", "schedule")
+        until(lambda: ("after", False, "schedule") in found)
+        until(lambda: not database.execute("SELECT 1 FROM procrastinate_jobs WHERE status = 'doing'").fetchall(), 40)
 
 
 def sent(queue: Queue) -> bool:

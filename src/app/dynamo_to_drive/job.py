@@ -247,14 +247,13 @@ class HourFileExport:
         return oldest
 
     def _again(self, context: Context, age: timedelta) -> Report:
-        """Update the hours up to `age` old, from the first one ever exported to the cursor. Changes count as late."""
+        """Update the hours up to `age` old, from the first one ever exported to the cursor."""
         since = floor_to(self.clock() - age, HOUR_SECONDS)
         first = self.checkpoints.starts(NAME).get(self.partition)
         until = self.checkpoints.cursors(NAME).get(self.partition)
         if first is None or until is None or max(first, since) >= until:
             return Report()
-        report = self._fill(context, Window(max(first, since), until))
-        return replace(report, late_rows=report.rows)
+        return self._fill(context, Window(max(first, since), until))
 
     def _fill(self, context: Context, span: Window) -> Report:
         pipeline, sink = self.opened(context, span)

@@ -206,24 +206,13 @@ class PageReader:
         self._read = _reader(self.columns, letters, self._left_out) if self._misses < MISSES else None
 
 
-class _N(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
-    N: str
+def _only(letter: str) -> tuple[Any, Any]:
+    """A type for values of one type letter, which refuses others, and its empty value."""
+    kind = msgspec.defstruct(letter, [(letter, str)], frozen=True, gc=False, forbid_unknown_fields=True)
+    return kind, kind("")
 
 
-class _S(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
-    S: str
-
-
-class _B(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
-    B: str
-
-
-_FIELDS: dict[str, tuple[Any, Any]] = {
-    "N": (_N, _N("")),
-    "S": (_S, _S("")),
-    "B": (_B, _B("")),
-    ANY: (AttributeValue | None, None),
-}
+_FIELDS = {**{letter: _only(letter) for letter in "NSB"}, ANY: (AttributeValue | None, None)}
 
 
 @lru_cache(KEPT_READERS)

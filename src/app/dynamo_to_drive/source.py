@@ -19,11 +19,11 @@ from app.core.errors import Permanent
 from app.core.ledger import sampled
 from app.core.pipeline import UNCOUNTED, Count, Shrink
 from app.core.runs import Stop
-from app.core.windows import EPOCH, Window, window_at
+from app.core.windows import EPOCH, HOUR_SECONDS, Window, floor_to, window_at
 from app.dynamo_to_drive.accounts import Accounts
 from app.dynamo_to_drive.hour_file import FileShape, HourFile, HourWriter, lines_in, read_file
 from app.dynamo_to_drive.rows import Item, PageReader, cell, timestamp_text
-from app.dynamo_to_drive.table import SEGMENTS, AccessPath, DynamoTable
+from app.dynamo_to_drive.table import AROUND, FIRSTS, SEGMENTS, AccessPath, DynamoTable
 from app.dynamo_to_drive.timestamps import (
     EVERY_TRAIT,
     UNREADABLE,
@@ -154,8 +154,11 @@ class DynamoSource:
         return self._plan
 
     def _looked(self, plan: AccessPath) -> NewestItems:
-        """What the newest items show, looked at once a run."""
-        self._newest = self._newest or self.look(plan, firsts=self._table.looks_at_first(self._now))
+        """What the newest items show, looked at once a run; and once an hour the first items."""
+        if self._newest is None:
+            firsts = FIRSTS, floor_to(self._now, HOUR_SECONDS)
+            self._newest = self.look(plan, firsts=firsts not in self._table.looked)
+            self._table.looked.add(firsts)
         return self._newest
 
     def _queried(self, plan: AccessPath, window: Window) -> tuple[HourFile, WantedItems, int]:
@@ -163,14 +166,18 @@ class DynamoSource:
         read again, or if an item shows a new trait.
         """
         newest, is_text, traits = self._looked(plan).number, plan.timestamp_type == "S", self._table.traits
-        is_doubtful = not self._asked or window in self._asked or window.end > self._now
-        self._asked.add(window)
-        if is_text and is_doubtful and self._table.looks_around(window):
+        around = AROUND, window.start
+        is_new = is_text and around not in self._table.looked
+        if is_new and (not self._asked or window in self._asked or window.end > self._now):
             traits = EVERY_TRAIT
+        self._asked.add(window)
         hour, wanted, items = self._filled(plan, window, self._table.queries(plan, window, traits, newest))
-        if is_text and (wanted.traits - traits or (not hour.rows and self._table.looks_around(window))):
+        if is_text and traits != EVERY_TRAIT and (wanted.traits - traits or (is_new and not hour.rows)):
             hour.close()
-            hour, wanted, items = self._filled(plan, window, self._table.queries(plan, window, EVERY_TRAIT))
+            traits = EVERY_TRAIT
+            hour, wanted, items = self._filled(plan, window, self._table.queries(plan, window, traits))
+        if traits == EVERY_TRAIT:
+            self._table.looked.add(around)
         self._table.note(wanted.traits)
         return hour, wanted, items
 

@@ -20,7 +20,7 @@ from app.config.settings import DynamoSettings
 from app.core.errors import AppError, Permanent, Transient
 from app.core.network import CA_HINT, SharedClient, is_untrusted
 from app.core.runs import Stop
-from app.core.windows import HOUR_SECONDS, Window, floor_to
+from app.core.windows import Window
 from app.dynamo_to_drive.rows import Item, Taken, items_of, take_items
 from app.dynamo_to_drive.timestamps import KeyRange, TextTrait, TimestampReader, number_ranges, text_ranges
 
@@ -138,11 +138,15 @@ def _ways(table: Mapping[str, Any], timestamp: str) -> Iterator[tuple[str, str, 
             yield described.get("IndexName", ""), names["HASH"][0], described not in ready
 
 
+AROUND, FIRSTS = "around", "firsts"
+
+
 class DynamoTable:
     """The table, with a client created on first use, and what is known about it. Thread-safe.
 
-    `traits` are the timestamp traits seen so far. `spend` receives the read units of each response. `escape`: cells are
-    escaped against spreadsheet formulas.
+    `traits` are the timestamp traits seen so far. `looked`: where this process has looked for others, AROUND an hour or
+    at the FIRSTS during one; only what was read to its end counts. `spend` receives the read units of each response.
+    `escape`: cells are escaped against spreadsheet formulas.
     """
 
     def __init__(
@@ -156,8 +160,7 @@ class DynamoTable:
         self._lock = threading.Lock()
         self._client = SharedClient(lambda: _make_client(given))
         self._told: AccessPath | None = None
-        self._looked = set[datetime]()
-        self._first_at: datetime | None = None
+        self.looked = set[tuple[str, datetime]]()
 
     def plan(self) -> AccessPath:
         """The current access path: an index may have been added or dropped, or the table replaced. Raises Permanent for
@@ -189,20 +192,6 @@ class DynamoTable:
             self.traits |= found
         for trait in found:
             log.info("table %s: timestamps have %s", self.given.table_name, trait.value)
-
-    def looks_around(self, hour: Window) -> bool:
-        """True the first time for an hour: then it is queried with every trait, even ones never seen."""
-        with self._lock:
-            is_new = hour.start not in self._looked
-            self._looked.add(hour.start)
-        return is_new
-
-    def looks_at_first(self, now: datetime) -> bool:
-        """True once an hour: then the first items are checked as well."""
-        hour_at = floor_to(now, HOUR_SECONDS)
-        with self._lock:
-            is_new, self._first_at = hour_at != self._first_at, hour_at
-        return is_new
 
     def end(
         self, plan: AccessPath, value: str, is_readable: Callable[[Item], bool], *, is_first: bool = False

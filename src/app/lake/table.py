@@ -67,72 +67,54 @@ PROPERTIES = {
 class StoreFileIO(FileIO):
     """pyiceberg's files as objects of the store, so that its keys, encryption, network and request counting apply."""
 
-    def new_input(self, location: str) -> "StoreInput":
+    def new_input(self, location: str) -> "StoreFile":
         """See FileIO."""
-        return StoreInput(location, self.properties)
+        return StoreFile(location, self.properties)
 
-    def new_output(self, location: str) -> "StoreOutput":
-        """See FileIO."""
-        return StoreOutput(location, self.properties)
+    new_output = new_input
 
     def delete(self, location: str | InputFile | OutputFile) -> None:
         """See FileIO."""
-        store, key = _at(location if isinstance(location, str) else location.location, self.properties)
-        store.delete(key)
+        file = self.new_input(location if isinstance(location, str) else location.location)
+        file.store.delete(file.key)
 
 
-def _at(location: str, properties: Mapping[str, Any]) -> tuple[ObjectStore, str]:
-    if not location.startswith(properties[BASE]):
-        raise FileNotFoundError(f"{location} was written before the store was moved")
-    return properties[STORE], location.removeprefix(properties[BASE])
-
-
-class StoreInput(InputFile):
-    """One object, read as a whole: the table's own files are small."""
+class StoreFile(InputFile, OutputFile):
+    """One object, read as a whole, since the table's own files are small, and stored when its stream is closed. Names
+    contain a random number, so they never collide. Raises FileNotFoundError for what was written elsewhere.
+    """
 
     def __init__(self, location: str, properties: Mapping[str, Any]) -> None:
         super().__init__(location)
-        self._store, self._key = _at(location, properties)
+        if not location.startswith(properties[BASE]):
+            raise FileNotFoundError(f"{location} was written before the store was moved")
+        self.store: ObjectStore = properties[STORE]
+        self.key = location.removeprefix(properties[BASE])
 
     def __len__(self) -> int:
-        info = self._store.head(self._key)
+        info = self.store.head(self.key)
         if info is None:
             raise FileNotFoundError(self.location)
         return info.size_bytes
 
     def exists(self) -> bool:
         """See InputFile."""
-        return self._store.head(self._key) is not None
+        return self.store.head(self.key) is not None
 
     def open(self, seekable: bool = True) -> Any:  # noqa: ARG002, FBT001, FBT002 - as pyiceberg has it
         """See InputFile."""
-        with self._store.open(self._key) as body:
+        with self.store.open(self.key) as body:
             if body is None:
                 raise FileNotFoundError(self.location)
             return io.BytesIO(body.read())
 
-
-class StoreOutput(OutputFile):
-    """One object, stored when its stream is closed. Names contain a random number, so they never collide."""
-
-    def __init__(self, location: str, properties: Mapping[str, Any]) -> None:
-        super().__init__(location)
-        self._properties = properties
-
-    def __len__(self) -> int:
-        return len(self.to_input_file())
-
-    def exists(self) -> bool:
+    def to_input_file(self) -> "StoreFile":
         """See OutputFile."""
-        return self.to_input_file().exists()
-
-    def to_input_file(self) -> StoreInput:
-        """See OutputFile."""
-        return StoreInput(self.location, self._properties)
+        return self
 
     def create(self, overwrite: bool = False) -> Any:  # noqa: ARG002, FBT001, FBT002 - as pyiceberg has it
         """See OutputFile."""
-        return _Stored(*_at(self.location, self._properties))
+        return _Stored(self.store, self.key)
 
 
 class _Stored(io.BytesIO):
@@ -285,7 +267,7 @@ class LakeTable:
         self._check_ours(metadata, location)
         table = Table(self._name, metadata, location, files, self._catalog)
         try:
-            _at(metadata.location, self._catalog.properties)  # the location it writes to
+            files.new_input(metadata.location)  # where it writes to
             self._entries = [task.file for task in table.scan().plan_files()]
         except DAMAGED:
             return False

@@ -49,6 +49,8 @@ WHERE status = 'doing' AND (
     )
 )
 """
+RunJob = Callable[[str, bool, str], None]
+RunStep = Callable[[str, str, Mapping[str, Any]], None]
 log = logging.getLogger(__name__)
 
 
@@ -148,9 +150,8 @@ class Workers:
         self._state = state
         self._ttl_seconds = settings.lease.ttl_seconds
         self._shards = settings.export.shards
-        self.steps = Shards(
-            self.queue, state.workers, requested, shards=self._shards, patience_seconds=self._ttl_seconds
-        )
+        send, take = self.queue.send_step, state.workers.take_reports
+        self.steps = Shards(send, take, requested, shards=self._shards, patience_seconds=self._ttl_seconds)
 
     def send(self, job: str, by: str) -> None:
         """See `WorkerPool.send`."""
@@ -209,12 +210,12 @@ def consume(
     stop: Stop,
     *,
     prepare: Callable[[], None],
-    job: Callable[[str, bool, str], None],
-    step: Callable[[str, str, Mapping[str, Any]], None],
+    run_job: RunJob,
+    run_step: RunStep,
     heartbeat_seconds: float,
     ttl_seconds: float,
 ) -> None:
-    """Call `job` and `step` in threads for queued tasks, until a stop is requested. Steps run one at a time.
+    """Call `run_job` and `run_step` in threads for queued tasks, until a stop is requested. Steps run one at a time.
 
     Waits for a database that restarts or is unreachable; running tasks continue under their leases meanwhile. `prepare`
     is called before each connection.
@@ -225,7 +226,9 @@ def consume(
         try:
             prepare()
             with _translated(errors.translated):
-                asyncio.run(_work(_app(url, threads, job, step), stop, heartbeat_seconds, DEAD_TTLS * ttl_seconds))
+                asyncio.run(
+                    _work(_app(url, threads, run_job, run_step), stop, heartbeat_seconds, DEAD_TTLS * ttl_seconds)
+                )
         except AppError as error:
             log.warning("the queue is away, it is tried again: %s", error)
         if not stop.asked:
@@ -233,24 +236,18 @@ def consume(
     threads.shutdown(wait=False)
 
 
-def _app(
-    url: str,
-    threads: ThreadPoolExecutor,
-    job: Callable[[str, bool, str], None],
-    step: Callable[[str, str, Mapping[str, Any]], None],
-) -> App:
+def _app(url: str, threads: ThreadPoolExecutor, run_job: RunJob, run_step: RunStep) -> App:
     """The queue with its two tasks. If the connection is lost, a task is abandoned but its thread runs to the end."""
     app = App(connector=PsycopgConnector(conninfo=conninfo_of(url, VARIABLES), min_size=1, max_size=4, timeout=10.0))
 
     @app.task(name="job")
     async def _job(name: str, more: bool, by: str) -> None:  # noqa: FBT001 - by name, from the queue
-        await asyncio.get_running_loop().run_in_executor(threads, job, name, more, by)
+        await asyncio.get_running_loop().run_in_executor(threads, run_job, name, more, by)
 
     @app.task(name="step")
     async def _step(step: str, plan_id: str, plan: dict[str, Any]) -> None:
-        await asyncio.get_running_loop().run_in_executor(threads, made, step, plan_id, plan)
+        await asyncio.get_running_loop().run_in_executor(threads, run_step, step, plan_id, plan)
 
-    made = step
     return app
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import chain
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 from zlib import crc32
 
 from app.core.errors import Transient
@@ -77,37 +77,25 @@ def _fields_of(plan: SyncPlan) -> Iterator[str]:
     return chain.from_iterable(count.fields for counts in plan.counts.values() for count in counts.values())
 
 
-class StepSender(Protocol):
-    """Where steps are sent."""
-
-    def send_step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> bool:
-        """Queue a step; False when an older one with this name is still waiting. Raises Transient."""
-
-
-class StepReports(Protocol):
-    """Where reports of steps are stored."""
-
-    def take_reports(self, pipeline: str) -> Sequence[StepReport]:
-        """All reports that no plan has taken, each returned to one caller only. Raises Transient."""
-
-
 class Shards:
     """See `PassOptions.steps`. `patience_seconds`: how long a plan waits for its steps, the lifetime of a lease.
 
-    `requested` is called with the request counts of the steps.
+    `send(step, plan_id, plan)` queues a step; False when an older one with this name is still waiting. `take_reports`
+    returns all reports of a pipeline that no plan has taken, each to one caller only. Both raise Transient. `requested`
+    is called with the request counts of the steps.
     """
 
     def __init__(
         self,
-        queue: StepSender,
-        reports: StepReports,
+        send: Callable[[str, str, Mapping[str, Any]], bool],
+        take_reports: Callable[[str], Sequence[StepReport]],
         requested: Callable[[Mapping[str, float]], None],
         *,
         shards: int,
         patience_seconds: float,
     ) -> None:
-        self._queue = queue
-        self._reports = reports
+        self._send = send
+        self._take_reports = take_reports
         self._requested = requested
         self._shards = shards
         self._patience_seconds = patience_seconds
@@ -123,9 +111,7 @@ class Shards:
         if here := by_shard.pop(-1, None):
             report += step(context, plan.of(here))
         sent = {f"{plan.pipeline}/{number}": plan.of(names) for number, names in sorted(by_shard.items())}
-        waiting = [
-            name for name, part in sent.items() if not self._queue.send_step(name, context.run_id, plan_to_json(part))
-        ]
+        waiting = [name for name, part in sent.items() if not self._send(name, context.run_id, plan_to_json(part))]
         for name in waiting:
             report += sent.pop(name).left() + Report(more=True)
         return report + self._gathered(context, plan.pipeline, sent)
@@ -139,7 +125,7 @@ class Shards:
         out = dict(sent)
         failed: list[Report] = []
         while True:
-            for done in self._reports.take_reports(pipeline):
+            for done in self._take_reports(pipeline):
                 total += done.report
                 self._requested(done.requests)
                 part = out.pop(done.step, None) if done.plan_id == context.run_id else None

@@ -93,8 +93,8 @@ class Worker:
             settings.checkpoint.url.get_secret_value(),
             self._stop,
             prepare=lambda: self._queue.prepare(again=True),
-            job=self.job,
-            step=self.step,
+            run_job=self.job,
+            run_step=self.step,
             heartbeat_seconds=settings.lease.heartbeat_seconds,
             ttl_seconds=settings.lease.ttl_seconds,
         )
