@@ -249,3 +249,10 @@ def test_a_network_file_system_is_told_by_the_nearest_mount(path: str, kind: str
         "//h/d /srv/my\\040disk cifs rw 0 0\nme@h:/ /mnt/h fuse.sshfs rw 0 0\n"
     )
     assert network_file_system(Path(path), mounts) == kind
+
+
+@pytest.mark.parametrize(("hours", "days", "number"), [("168", "7", 1), ("167", "7", 0), ("240", "0", 0)])
+def test_a_reconcile_that_has_nothing_to_compare_is_warned_of(hours: str, days: str, number: int) -> None:
+    source = {"INFLUXDB_URL": "http://influx:8086", "INFLUXDB_API": "influxql", "INFLUXDB_DATABASE": "telemetry"}
+    told = warnings(loaded(source, LOOKBACK_HOURS=hours, RECONCILE_DAYS=days), {})
+    assert len([line for line in told if line.startswith("RECONCILE_DAYS")]) == number

@@ -22,6 +22,7 @@ from app.config import NEW_KEY
 from app.config.groups import SettingsGroup
 from app.config.settings import Settings
 from app.config.value_types import Allowed, KeyEntry
+from app.core.windows import DAY_SECONDS
 
 # The variables in readable form, for the reference, faults and warnings; read from the models.
 
@@ -256,6 +257,12 @@ def warnings(
         found.append(
             f"DATA_DIR={data_dir} is on a network file system ({kind}), on which SQLite may be damaged: set DATA_DIR to"
             f" a local disk, or {' and '.join(kept_here)} to a PostgreSQL"
+        )
+    export = settings.export
+    if settings.influx.url and 0 < export.reconcile_days * DAY_SECONDS <= export.grace_seconds:
+        found.append(
+            f"RECONCILE_DAYS={export.reconcile_days}: windows stay open longer than that "
+            f"(EXPORT_GRACE_SECONDS={export.grace_seconds}), so the daily reconcile has nothing to compare: raise it"
         )
     own_disk = [] if settings.s3.bucket else ["S3_BUCKET"]
     own_disk += [] if settings.dwh.database_url.get_secret_value() else ["DWH_DATABASE_URL"]
