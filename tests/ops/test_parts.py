@@ -16,6 +16,7 @@ from app.ops.health import Probes, Readiness
 from app.ops.json_views import ServiceCalls, job_shown
 from app.ops.logs import log_run
 from app.ops.metrics import PARTITIONS, MetricSeries, exposition, lag_series
+from app.ops.page_data import log_lines
 from app.ops.pages import job_rows
 from app.ops.scheduler import STALLED_SECONDS, JobView, ProgressCounts, ProgressTally, Scheduler
 from app.ops.service import shutdown_budget
@@ -119,3 +120,10 @@ def test_health_turns_bad_when_timers_stop_firing(tmp_path: Path) -> None:
     scheduler._ticked_at -= STALLED_SECONDS + 1  # noqa: SLF001 - half a minute without a tick
     assert (probes.health().status, probes.health().body["status"]) == (503, "unhealthy")
     state.close()
+
+
+def test_a_line_of_the_log_that_a_full_disk_tore_hides_no_other(tmp_path: Path) -> None:
+    whole = '{"time": "2026-02-07T12:00:00.000Z", "level": "info", "message": "said", "run_id": "r1"}'
+    torn = [whole[:-9] + whole, whole[:-1], f"{whole} of another program"]
+    (tmp_path / "app.log").write_text("\n".join([whole, *torn, whole]))
+    assert [line["message"] for line in log_lines(tmp_path / "app.log", 0, "r1", 0)] == ["said", "said"]

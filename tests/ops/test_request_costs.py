@@ -79,6 +79,11 @@ def test_another_store_than_aws_has_counts_only() -> None:
             {"r": {"put": -1, "list": 0, "get": 0, "delete": 0, "read_unit": 0}}}""",
             "below 0",
         ),
+        (
+            """{"date": "x", "currency": "EUR", "default_region": "r", "regions":
+            {"r": {"put": NaN, "list": 0, "get": 0, "delete": 0, "read_unit": 0}}}""",
+            "without end",
+        ),
     ],
 )
 def test_a_price_file_that_is_not_one_is_refused_with_what_is_wrong(tmp_path: Path, content: str, said: str) -> None:

@@ -32,7 +32,7 @@ PLACEHOLDER = re.compile(r"\bread_parquet\s*\(\s*(['\"]?)\{\{S3_PATH\}\}\1\s*\)"
 # What may follow a table in FROM and is no alias of it.
 CLAUSES = (
     "where|group|having|order|limit|offset|window|qualify|union|except|intersect|join|inner|left|right|full|cross|natural"
-    "|asof|positional|semi|anti|on|using|sample|tablesample|pivot|unpivot|select"
+    "|asof|positional|semi|anti|on|using|sample|tablesample|pivot|unpivot|select|fetch|with"
 )
 ALIAS = re.compile(rf"\s+(?!(?:{CLAUSES})\b)[A-Za-z_\"]", re.IGNORECASE)
 NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")

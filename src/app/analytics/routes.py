@@ -117,10 +117,10 @@ def build(analytics: Analytics) -> APIRouter:
     )
     async def listing() -> Response:
         described = analytics.described
-        if not described or any("fault" in each for each in described):  # a column may have come with an object
-            reports = analytics.reports.values()
-            described[:] = await run_in_threadpool(lambda: [_described(analytics, each) for each in reports])
-        return JSONResponse({"count": len(described), "reports": described})
+        for name, report in analytics.reports.items():
+            if "fault" in described.get(name, {"fault": {}}):  # not described yet, or a column has come since
+                described[name] = await run_in_threadpool(_described, analytics, report)
+        return JSONResponse({"count": len(described), "reports": list(described.values())})
 
     @strict.get(
         "/analytics/schema",

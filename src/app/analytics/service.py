@@ -325,8 +325,8 @@ def _locked(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Analytics:
-    """Services for the routes. `parsed`: requests by path and query, newest last; `described`: the reports with their
-    columns.
+    """Services for the routes. `parsed`: requests by path and query, newest last; `described`: the reports by
+    path, with their columns.
     """
 
     reports: Mapping[str, ReportDefinition]
@@ -338,7 +338,7 @@ class Analytics:
     sandbox: SqlSandbox
     cache: SingleFlightCache = field(default_factory=SingleFlightCache)
     parsed: dict[tuple[str, bytes], ReportRequest] = field(default_factory=dict)
-    described: list[Mapping[str, Any]] = field(default_factory=list)
+    described: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def start(self) -> None:
         """Start refreshing."""

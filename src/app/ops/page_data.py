@@ -398,7 +398,10 @@ def log_lines(path: Path, rotated: int, run_id: str, level: int) -> Iterator[Map
         except OSError:
             continue  # not rotated so often, or deleted in the meantime
         for line in chosen:
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # a full disk or a kill tore it, or it is text that quotes a line
             if LEVELS.get(entry.get("level", ""), 1) >= level:
                 told = {name: str(entry.get(name, "")) for name in ("time", "level", "message")}
                 yield told | ({"exception": str(entry["exception"])} if "exception" in entry else {})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from importlib.resources import files
+from math import inf
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -89,8 +90,8 @@ def load_prices(path: str, region: str) -> RequestPrices:
         raise Permanent(f"REQUEST_PRICES_FILE: {path} is not a price table: {error}", FORM_HINT) from error
     except KeyError as error:
         raise Permanent(f"REQUEST_PRICES_FILE: {path} has no {error}", FORM_HINT) from error
-    if min(prices.values()) < 0:
-        raise Permanent(f"REQUEST_PRICES_FILE: {path} has a price below 0", "correct the price")
+    if not all(0 <= price < inf for price in prices.values()):  # json.loads takes NaN and Infinity
+        raise Permanent(f"REQUEST_PRICES_FILE: {path} has a price below 0 or without end", "correct the price")
     return found
 
 

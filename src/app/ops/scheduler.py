@@ -422,16 +422,9 @@ class Scheduler:
             self._fire_in(RETRY_SECONDS, job.name)
 
     def _is_paused(self, lane: _JobState) -> bool:
-        """Read it from the state, which all processes share. Without the state there are no leases either, so nothing
-        runs.
-        """
-        try:
-            paused = lane.job.name in self._pauses.paused()
-        except AppError as error:
-            log.debug("%s: cannot read whether it is paused: %s", lane.job.name, error)
-            return lane.paused
-        self._follow(lane, paused=paused)
-        return paused
+        """As the state says, which all processes share. Without it there are no leases either, so nothing runs."""
+        self._follow_pauses()
+        return lane.paused
 
     def _is_due(self, lane: _JobState) -> bool:
         """Check the run records, which all processes share; if the job is not due, move its timer instead."""
