@@ -138,6 +138,14 @@ def test_a_device_that_nobody_knows_is_refused_with_those_that_are_known(full: E
     assert {each.sign for each in verify(ends, SPAN, Stop(), "D1")} == {Verdict.EQUAL}
 
 
+def test_a_documented_tag_may_be_ignored(exporter: Exporter) -> None:
+    exporter.environ = {"INFLUXDB_IGNORED_TAGS": "location", "LOOKBACK_HOURS": "6", "EXPORT_GRACE_SECONDS": "0"}
+    exporter.write(NOON - HOUR, fields="voltage=1")
+    exporter.write(NOON - HOUR, fields="current=2", location="Plant-B")
+    exporter.well()
+    assert signs(exporter.export()) == {}
+
+
 @pytest.mark.parametrize("is_layout_lost", [False, True])
 def test_what_healing_writes_has_its_columns_in_the_layout_file(full: Exporter, *, is_layout_lost: bool) -> None:
     full.write(NOON - 5 * HOUR + timedelta(seconds=9), "D1", "pressure=2.5", phase="A")

@@ -172,6 +172,7 @@ def raw_content(
         if len(block.times):
             tags = {**block.tags, **{name: _or_unknown(block.tags.get(name), len(block.times)) for name in TAGS}}
             own = [(name, texts) for name, texts in tags.items() if name not in ignored]
+            own += [(name, constant(UNKNOWN, len(block.times))) for name in TAGS if name in ignored]
             rows = row_lanes([(AT, block.times), (OWNER, constant(device, len(block.times))), *own])
             found += _cells(block, rows, _numbered(tags, numbered), as_text=as_text)
     if not number:
