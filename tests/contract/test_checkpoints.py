@@ -86,6 +86,13 @@ def test_a_record_keeps_how_many_values_of_each_field_the_object_holds(store: St
     assert [found.fields for found in store.records()] == [fields, {}]
 
 
+def test_a_record_that_was_read_can_be_stored_again(store: Store) -> None:
+    store.commit(Commit((replace(record(1), fields={"voltage": 2}),)), store.lease())
+    [read] = store.records()
+    store.commit(Commit((replace(read, source_cells=3),)), store.lease())
+    assert store.records() == [replace(read, source_cells=3)]
+
+
 def test_a_record_keeps_what_the_values_of_the_source_came_to(store: Store) -> None:
     sums = {
         "voltage": Sums(3, -0.1, -5.5, 2**53 + 1, 1e300),

@@ -267,7 +267,7 @@ def _values(sums: Mapping[str, Sums]) -> Mapping[str, int]:
 
 def _columns(record: Record) -> dict[str, Any]:
     sums = {name: _listed(each) for name, each in record.sums.items()}
-    fields = SAME if record.fields == _values(record.sums) else json.dumps(record.fields, separators=(",", ":"))
+    fields = SAME if record.fields == _values(record.sums) else json.dumps(dict(record.fields), separators=(",", ":"))
     return {
         "starts_at": record.window.start,
         "ends_at": record.window.end,
