@@ -43,6 +43,20 @@ def test_sums_of_whole_numbers_and_decimals_are_numbers_in_a_sheet(tmp_path: Pat
     }  # fmt: skip
 
 
+def test_a_sheet_shows_no_value_as_another(tmp_path: Path) -> None:
+    sql = """SELECT TIMESTAMP '1800-05-05' AS past, DATE '9999-12-31' AS far, 9007199254740993 AS id,
+        999999999999999 AS n, DATE '2026-02-07' AS day, 18446744073709551615::UBIGINT AS most"""
+    with zipfile.ZipFile(io.BytesIO(answer(sql, "xlsx", tmp_path))) as sheet:
+        cells = sheet.read("xl/worksheets/sheet1.xml").decode()
+    texts = dict(re.findall(r'<c r="([A-F]2)"[^>]*><is><t>([^<]*)</t>', cells))
+    assert texts == {
+        "A2": "1800-05-05T00:00:00Z", "B2": "9999-12-31", "C2": "9007199254740993", "F2": "18446744073709551615",
+    }  # fmt: skip
+    assert dict(re.findall(r'<c r="([A-F]2)"[^>]*><v>([^<]*)</v>', cells)) == {"D2": "999999999999999", "E2": "46060"}
+    with pytest.raises(Rejected, match="40000 characters does not fit into a cell"):
+        answer("SELECT repeat('x', 40000) AS text", "xlsx", tmp_path)
+
+
 def test_a_text_that_looks_like_a_formula_stays_text_in_a_sheet_and_as_it_is_in_csv(tmp_path: Path) -> None:
     sql = "SELECT '=1+1' AS text"
     with zipfile.ZipFile(io.BytesIO(answer(sql, "xlsx", tmp_path))) as sheet:

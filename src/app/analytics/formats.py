@@ -51,7 +51,10 @@ SHEET = {
     "strings_to_urls": False,
     "default_date_format": "yyyy-mm-dd hh:mm:ss",
 }
-IN_CELLS = (str, bool, int, float, Decimal, datetime)
+IN_CELLS = (str, bool, int, float, Decimal, date)
+SHEET_YEARS = range(1901, 9999)  # in 1900 programs differ by a day
+EXACT = 10**15 - 1
+CELL_CHARACTERS = 32_767
 WHOLE = range(-(1 << 63), 1 << 63)
 BATCH_ROWS = 10_000
 MEMORY_BYTES = 1 << 20
@@ -358,17 +361,25 @@ def _write_xlsx(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
         rows = (row for batch in batches for row in _rows(batch))
         for number, row in enumerate(rows, 1):
             for column, value in enumerate(row):
-                if type(value) is date:
-                    sheet.write_datetime(number, column, value, days)
-                elif (cell := _cell(value)) is not None:
+                cell = _cell(value)
+                if type(cell) is date:
+                    sheet.write_datetime(number, column, cell, days)
+                elif cell is not None:
                     sheet.write(number, column, cell)
 
 
 def _cell(value: Any) -> Any:
-    """The value of a cell; None (an empty cell) for null, NaN and infinity."""
-    if isinstance(value, IN_CELLS):
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-    return _json_text(value)
+    """The value of a cell; None (an empty cell) for null, NaN and infinity. What a spreadsheet would show as another
+    value is text: dates before its calendar, and whole numbers with more digits than it keeps. Raises Rejected for a
+    text that is longer than a cell.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    is_beyond = value.year not in SHEET_YEARS if isinstance(value, date) else type(value) is int and abs(value) > EXACT
+    found = value if isinstance(value, IN_CELLS) and not is_beyond else _json_text(value)
+    if isinstance(found, str) and len(found) > CELL_CHARACTERS:
+        raise Rejected(f"a text of {len(found)} characters does not fit into a cell", "ask for another format")
+    return found
 
 
 JSON_WRITERS = {"json": _write_json, "ndjson": _write_ndjson}
