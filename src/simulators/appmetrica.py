@@ -1,7 +1,8 @@
 """In-process simulator of AppMetrica's Logs API as described in contracts/appmetrica.md, with faults.
 
 Invariants: a file is identified by the whole URL; it is ready after a number of requests, and kept for a day; each URL
-has its own row order; at most three files per application are being made.
+has its own row order; at most three files per application are being made. One that nobody asks for any more, since its
+client was killed, is made all the same: else it would keep its place in the queue for ever.
 """
 
 import csv
@@ -9,6 +10,7 @@ import gzip
 import io
 import json
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -51,6 +53,7 @@ class Build:
     """A file that is being made or is ready."""
 
     questions: int = 0
+    asked_at_seconds: float = field(default_factory=time.monotonic)
     made_at: datetime | None = None
 
 
@@ -58,9 +61,11 @@ class Build:
 class AppMetricaState:
     """What the simulator holds. `rows(hour)`: rows received in an hour; `questions`: requests until a file is ready.
 
-    `least_parts`: fewer parts are refused; `unknown`: columns that it refuses; `others`: files of other users in the
-    queue. `columns`: the file's columns, out of the requested ones. `lines`: additional raw lines of an hour; a lone
-    surrogate in a row stands for an invalid UTF-8 byte. `faults`: every request that includes the hour gets the fault.
+    `abandoned_seconds`: after so long without a request for it, a file is made anyway; by a real clock, since `clock`
+    may stand still. `least_parts`: fewer parts are refused; `unknown`: columns that it refuses; `others`: files of
+    other users in the queue. `columns`: the file's columns, out of the requested ones. `lines`: additional raw lines of
+    an hour; a lone surrogate in a row stands for an invalid UTF-8 byte. `faults`: every request that includes the hour
+    gets the fault.
     """
 
     clock: Callable[[], datetime]
@@ -69,6 +74,7 @@ class AppMetricaState:
     token: str = "demo-token"  # noqa: S105 - of the simulator
     zone: str = "Europe/Moscow"
     questions: int = 2
+    abandoned_seconds: float = 10.0
     least_parts: int = 1
     unknown: frozenset[str] = frozenset()
     others: int = 0
@@ -170,6 +176,9 @@ class AppMetricaSimulator(Simulator):
         """202 until the file was requested often enough; then the file."""
         now = self.state.clock()
         url = f"{request.path}?{urlencode(request.parameters)}"
+        for each in self.state.builds.values():
+            if each.made_at is None and time.monotonic() - each.asked_at_seconds > self.state.abandoned_seconds:
+                each.made_at = now
         build = self.state.builds.get(url)
         if build is not None and build.made_at is not None and now - build.made_at > KEPT_FOR:
             build = None
@@ -181,6 +190,7 @@ class AppMetricaSimulator(Simulator):
         elif fresh:
             build.questions = 0
             return Answer(202, TEXT, MOVED)
+        build.asked_at_seconds = time.monotonic()
         if build.made_at is None and build.questions < self.state.questions:
             build.questions += 1
             percent = 100 * (build.questions - 1) // self.state.questions
