@@ -23,7 +23,7 @@ from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, window_at
 from app.product_events.hours import HOUR
-from app.product_events.http_client import ServiceAnswer, Upstream, body_file
+from app.product_events.http_client import ServiceAnswer, Upstream, body_file, held_turn
 
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
 CODES_OF_SIZE = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
@@ -139,7 +139,7 @@ class Project:
     def _fetch(self, span: Window, pauses: Pauses) -> FetchedArchive:
         path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={span.end - HOUR:%Y%m%dT%H}"
         # The archive is compressed already: compressing it again in transit only costs time.
-        with self.turn, self.upstream.get(path, {"Accept-Encoding": "identity"}) as answer:
+        with held_turn(self.turn, pauses), self.upstream.get(path, {"Accept-Encoding": "identity"}) as answer:
             if answer.status == HTTPStatus.NOT_FOUND:
                 return FetchedArchive(span, None)
             if answer.status != HTTPStatus.OK:

@@ -1,13 +1,13 @@
 """Client of AppMetrica's Logs API: each request gets one of the four answers of `/logs/v1/export` (see contracts).
 
-Invariants: a call is counted before it is made, and the daily limit is never exceeded; one request is in progress at a
-time; a status message is never taken for a file, and a truncated file never for a complete one.
+Invariants: a call is counted before it is made, and the daily limit is never exceeded; a status message is never taken
+for a file, and a truncated file never for a complete one. Callers do not wait for one another: the service allows 30
+requests a second, and a file may take minutes to arrive.
 """
 
 import json
 import logging
 import re
-import threading
 import tomllib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from app.core.errors import Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.windows import Window
 from app.db.state import PendingExport, SqlPulls
-from app.product_events.http_client import ServiceAnswer, Upstream, body_file
+from app.product_events.http_client import READ_SECONDS, ServiceAnswer, Upstream, body_file
 
 SERVICE = "appmetrica"
 PROGRESS = re.compile(r"Progress is (\d+)%")
@@ -37,7 +37,7 @@ MORE_PARTS = re.compile(r"more parts", re.IGNORECASE)
 BUSY = (420, HTTPStatus.TOO_MANY_REQUESTS)  # the English quota page documents the one, the Russian page the other
 QUEUE_SECONDS, RATE_SECONDS = 60.0, 5.0
 GZIP_BITS = 31
-MAX_LIST_BYTES = 1 << 20
+MAX_LIST_BYTES, LIST_SECONDS = 1 << 20, 20.0  # the list is not built on request, and a person waits for it
 APPLICATIONS = "/management/v1/applications"
 ACCESS_HINT = "check APPMETRICA_API_KEY: an OAuth token with appmetrica:read, and APPMETRICA_APPLICATION_ID"
 
@@ -262,7 +262,6 @@ class Exports:
         self.upstream = Upstream("AppMetrica", given.base_url, "APPMETRICA_BASE_URL", headers)
         self.left_out = set[str]()
         self._spool = spool
-        self._turn = threading.Lock()
 
     @property
     def calls_today(self) -> int:
@@ -279,12 +278,13 @@ class Exports:
             raise Permanent(f"unknown time zone {name[:60]!r}", "set APPMETRICA_TIMEZONE") from error
 
     @contextmanager
-    def _answer(self, path: str, headers: Mapping[str, str]) -> Iterator[ServiceAnswer]:
-        """Make and count one call, while no other is in progress. Raises Transient when the daily limit is used up."""
-        with self._turn:
-            self.pulls.count_call(SERVICE, self.given.daily_calls, self.clock())
-            with self.upstream.get(path, headers) as answer:
-                yield answer
+    def _answer(
+        self, path: str, headers: Mapping[str, str], read_seconds: float = READ_SECONDS
+    ) -> Iterator[ServiceAnswer]:
+        """Make and count one call. Raises Transient when the daily limit is used up."""
+        self.pulls.count_call(SERVICE, self.given.daily_calls, self.clock())
+        with self.upstream.get(path, headers, read_seconds) as answer:
+            yield answer
 
     def ask(self, path: str, *, fresh: bool) -> NotReady | BinaryIO:
         """The file of a request, as gzip, or NotReady. The receiver closes the file.
@@ -306,7 +306,7 @@ class Exports:
 
     def applications(self) -> Mapping[int, Mapping[str, Any]]:
         """The applications that the token can access, by id. Raises Transient and Permanent."""
-        with self._answer(APPLICATIONS, {"Accept-Encoding": "identity"}) as answer:
+        with self._answer(APPLICATIONS, {"Accept-Encoding": "identity"}, LIST_SECONDS) as answer:
             if answer.status != HTTPStatus.OK:
                 raise _error(answer, answer.text())
             return _listed(answer)

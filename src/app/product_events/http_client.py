@@ -1,10 +1,13 @@
 """GET requests to the one configured address of an external service. No other module uses httpx.
 
 Invariants: no httpx exception leaves this module; redirects are never followed, so only the configured address is
-called; no message contains a credential; a truncated body is an error, not the end of the data.
+called; no message contains a credential; a truncated body is an error, not the end of the data. Every wait has an end:
+READ_SECONDS for the next byte, WHOLE_SECONDS for the whole answer, however slowly its bytes trickle in.
 """
 
 import logging
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,21 +16,26 @@ from typing import TYPE_CHECKING, BinaryIO
 from app.core.errors import Permanent, Transient
 from app.core.files import temporary_file
 from app.core.network import CA_HINT, SharedClient, connection_fault, is_untrusted
-from app.core.retry import asked_seconds
+from app.core.retry import Pauses, asked_seconds
 
 if TYPE_CHECKING:
     import httpx
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 300.0  # services build archives before the first byte
+WHOLE_SECONDS = 3 * 3600.0  # 4 GB at 370 kB/s
+TURN_SECONDS = 0.5
 TEXT_BYTES = 2000
-PIECE_BYTES = 1 << 18
 
 
 class ServiceAnswer:
-    """Status and headers of a response, and its body as a stream. Valid inside the `Upstream.get` block."""
+    """Status and headers of a response, and its body as a stream. Valid inside the `Upstream.get` block.
 
-    def __init__(self, response: "httpx.Response") -> None:
+    Reading raises Transient when the body takes more than `whole_seconds` from now.
+    """
+
+    def __init__(self, response: "httpx.Response", whole_seconds: float) -> None:
         self._response = response
+        self._whole_seconds, self._until = whole_seconds, time.monotonic() + whole_seconds
         self.status: int = response.status_code
 
     def header(self, name: str) -> str:
@@ -35,13 +43,13 @@ class ServiceAnswer:
         return str(self._response.headers.get(name, ""))
 
     def raw(self) -> Iterator[bytes]:
-        """The body in chunks as sent: still compressed if `content-encoding` says so."""
-        return self._response.iter_raw(PIECE_BYTES)
+        """The body in chunks as they arrive: still compressed if `content-encoding` says so."""
+        return self._in_time(self._response.iter_raw())  # a chunk size would hold bytes back until it is reached
 
     def text(self) -> str:
         """The start of the body as one printable line, for messages."""
         found = bytearray()
-        for piece in self._response.iter_bytes():
+        for piece in self._in_time(self._response.iter_bytes()):
             found += piece
             if len(found) >= TEXT_BYTES:
                 break
@@ -52,6 +60,26 @@ class ServiceAnswer:
     def retry_after_seconds(self) -> float | None:
         """How long the service asks us to wait; None when it does not say."""
         return asked_seconds(self.header("retry-after"))
+
+    def _in_time(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            if time.monotonic() > self._until:
+                said = f"the answer did not arrive within {self._whole_seconds:g} seconds"
+                raise Transient(said, "no action needed if it passes; otherwise check the network")
+            yield piece
+
+
+@contextmanager
+def held_turn(turn: threading.Lock, pauses: Pauses) -> Iterator[None]:
+    """Hold `turn` for the block. A requested stop also ends the wait for it, which may last as long as the answer that
+    another thread is reading.
+    """
+    while not turn.acquire(timeout=TURN_SECONDS):
+        pauses.pause(0)
+    try:
+        yield
+    finally:
+        turn.release()
 
 
 @contextmanager
@@ -76,8 +104,16 @@ class Upstream:
     Connects on first use. Thread-safe.
     """
 
-    def __init__(self, service: str, base_url: str, variable: str, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        service: str,
+        base_url: str,
+        variable: str,
+        headers: Mapping[str, str],
+        whole_seconds: float = WHOLE_SECONDS,
+    ) -> None:
         self._service, self._base_url, self._variable, self._headers = service, base_url, variable, headers
+        self._whole_seconds = whole_seconds
         self._client = SharedClient(self._make)
 
     def close(self) -> None:
@@ -85,14 +121,15 @@ class Upstream:
         self._client.close()
 
     @contextmanager
-    def get(self, path: str, headers: Mapping[str, str]) -> Iterator[ServiceAnswer]:
+    def get(self, path: str, headers: Mapping[str, str], read_seconds: float = READ_SECONDS) -> Iterator[ServiceAnswer]:
         """Request `path`, query included. Returns any status; raises Transient for a missing or truncated response."""
         import httpx
 
         client: httpx.Client = self._client()
+        timeout = httpx.Timeout(read_seconds, connect=CONNECT_SECONDS)
         try:
-            with client.stream("GET", self._base_url + path, headers=dict(headers)) as response:
-                yield ServiceAnswer(response)
+            with client.stream("GET", self._base_url + path, headers=dict(headers), timeout=timeout) as response:
+                yield ServiceAnswer(response, self._whole_seconds)
         except httpx.HTTPError as error:
             said = str(error) or type(error).__name__
             if is_untrusted(error):
@@ -106,5 +143,4 @@ class Upstream:
 
         # One line per request would flood the log; one per run is enough.
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
-        return httpx.Client(headers=dict(self._headers), timeout=timeout, follow_redirects=False)
+        return httpx.Client(headers=dict(self._headers), follow_redirects=False)
