@@ -55,6 +55,7 @@ class Build:
     questions: int = 0
     asked_at_seconds: float = field(default_factory=time.monotonic)
     made_at: datetime | None = None
+    body: bytes = b""
 
 
 @dataclass(slots=True)
@@ -103,6 +104,10 @@ class AppMetricaSimulator(Simulator):
     def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         super().__init__()
         self.state = AppMetricaState(clock)
+
+    def now_seconds(self) -> float:
+        """See `Simulator`."""
+        return self.state.clock().timestamp()
 
     def environment(self) -> dict[str, str]:
         """The settings that point Headwater at it."""
@@ -196,12 +201,14 @@ class AppMetricaSimulator(Simulator):
             percent = 100 * (build.questions - 1) // self.state.questions
             return Answer(202, TEXT, b"Wait for result" if build.questions == 1 else f"Progress is {percent}%".encode())
         build.made_at = build.made_at or now
-        return self._file(request, url, half=half)
+        build.body = build.body or self._file(request, url)
+        headers = {"Content-Type": "text/csv", "Content-Encoding": "gzip"}
+        return Answer(200, headers, build.body[: len(build.body) // 2] if half else build.body)
 
     def _busy(self) -> int:
         return self.state.others + sum(build.made_at is None for build in self.state.builds.values())
 
-    def _file(self, request: Request, url: str, *, half: bool) -> Answer:
+    def _file(self, request: Request, url: str) -> bytes:
         given = request.parameters
         first, last = self._span(given)
         rows: list[Mapping[str, str] | bytes] = list(self._selected(given))
@@ -209,9 +216,7 @@ class AppMetricaSimulator(Simulator):
         random.Random(url.partition("&parts_count")[0]).shuffle(rows)  # noqa: S311 - no secret
         parts, number = int(given.get("parts_count", "1")), int(given.get("part_number", "0"))
         body = _csv(rows[number::parts], self.state.columns(given["fields"].split(",")))
-        packed = gzip.compress(body, 1, mtime=0)
-        headers = {"Content-Type": "text/csv", "Content-Encoding": "gzip"}
-        return Answer(200, headers, packed[: len(packed) // 2] if half else packed)
+        return gzip.compress(body, 1, mtime=0)
 
     def _selected(self, given: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
         zone = ZoneInfo(self.state.zone)

@@ -16,7 +16,18 @@ from functools import partial
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, BinaryIO
 
-from app.amplitude.archives import WEEK, joined, joined_lines, monday, name_of, opened, weeks
+from app.amplitude.archives import (
+    WEEK,
+    Archive,
+    Member,
+    joined,
+    joined_lines,
+    monday,
+    name_of,
+    opened,
+    read_errors,
+    weeks,
+)
 from app.amplitude.client import FetchedArchive, HourTooLarge, Project
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import temporary_file
@@ -25,7 +36,7 @@ from app.core.pipeline import Record
 from app.core.runs import Report, Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
 from app.object_store.set_aside import ZIP
-from app.product_events.hours import HOUR, BrokenHour, PartitionRun, PullContext, PullMode, has_landed, store_rows
+from app.product_events.hours import GZIP, HOUR, BrokenHour, PartitionRun, PullContext, PullMode, has_landed, store_rows
 from app.product_events.mapping import LoadResult
 
 if TYPE_CHECKING:
@@ -33,6 +44,7 @@ if TYPE_CHECKING:
 
 NAME = "amplitude"
 UNIT = "lines"
+ODD_MEMBER = "member of no hour"
 GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
 DUE_AFTER = timedelta(hours=2, minutes=30)
 AGAIN_AFTER = timedelta(hours=24)
@@ -146,12 +158,15 @@ class SourceRun:
         """
         run, stop, span, report = self.run, self.run.context.stop, fetched.span, Report()
         record, file = known.get(span.start), fetched.file
+        if early := run.clock_fault(span, self.project.upstream.answered_at):
+            raise early
         if fetched.fault is not None:
             return self._not_had(span, record, fetched.fault, mode)
         with ExitStack() as held:
             try:
                 archive = held.enter_context(opened(file)) if file else None
-                members = archive.hours(span) if archive else {}
+                odd = list[tuple[str, Member]]()
+                members = archive.hours(span, lambda *each: odd.append(each)) if archive else {}
             except (Transient, Permanent) as error:
                 if span.end - span.start <= HOUR:
                     return self._not_had(span, record, error, mode, evidence=file)
@@ -170,6 +185,23 @@ class SourceRun:
                 except BrokenHour as error:
                     evidence = file if span == window else None
                     report += self._not_had(window, record, error.fault, mode, came=True, evidence=evidence)
+            if archive is not None:
+                for what, member in odd:
+                    report += run.alone(f" {what}", partial(self._set_aside_odd, archive, what, member))
+        return report
+
+    def _set_aside_odd(self, archive: Archive, what: str, member: Member) -> Report:
+        """Set aside a member that belongs to no hour: nobody knows where its events go. The others are not affected."""
+        log.warning("%s: %s", self.run.name, what)
+        if self.run.context.dry_run:
+            return Report()
+        name, report = (self.run.name, "of_no_hour", member.filename), Report()
+        with read_errors():
+            for stream in archive.streams([member]):
+                kept = self.run.pull.set_aside.keep(
+                    name, stream, content_type=GZIP, reason=ODD_MEMBER, number=1, sample=what
+                )
+                report = self.run.ledger(Tally(1), kept.entry)
         return report
 
     def _accounted(self, hour: "HourLines", loaded: LoadResult) -> Report:

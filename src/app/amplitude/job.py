@@ -166,7 +166,7 @@ class AmplitudeEnds(PullEnds):
         fetched = next(self.projects[partition].fetch(span, self.stop))
         self.held.callback(fetched.close)
         archive = self.held.enter_context(opened(fetched.file)) if fetched.file else None
-        members = archive.hours(fetched.span) if archive else {}
+        members = archive.hours(fetched.span, lambda *_: None) if archive else {}
 
         def hour(window: Window) -> PulledHour:
             names = members.get(window.start)

@@ -153,6 +153,9 @@ class ResourceRun:
                     return self._not_given(export, cursor, error)
                 if answer is not None:
                     return self._no_file(export, cursor, answer)
+                if early := self.run.clock_fault(_span(export), self.exports.upstream.answered_at):
+                    self._done(export)  # the service would give this file again for a day
+                    raise early
                 report = self._land_all(under_way, cursor, again=cursor is None and not late)
                 if not context.dry_run:
                     under_way.finish()

@@ -46,6 +46,7 @@ NOT_HAD = "not had"
 GZIP = "application/gzip"
 SET_ASIDE_AFTER = timedelta(days=1)
 GIVEN_UP_AFTER = timedelta(days=4)
+CLOCKS_APART = timedelta(minutes=30)
 REFUSED_IN_A_ROW = 25  # the hours of one day, which share a folder, plus one
 FAILED_IN_A_ROW = 2
 REFUSED_ROWS = 20
@@ -355,6 +356,16 @@ class PartitionRun:
             return (self.settle() if self._works else Report()), LoadResult()
         self._failed_in_a_row = 0
         return report, loaded
+
+    def clock_fault(self, span: Window, answered_at: datetime | None) -> Transient | None:
+        """The error when these hours are not over by the service's own clock, `answered_at`: then this machine's clock
+        is ahead. Such hours look empty, and would be recorded as such and never be requested again.
+        """
+        early = span.end + max(self.pull.due_after - CLOCKS_APART, timedelta())
+        if answered_at is None or answered_at >= early:
+            return None
+        said = f"{self.name}: it is {answered_at:%Y-%m-%dT%H:%MZ} by the service's clock, too early for {span}"
+        return Transient(said, "set the clock of this machine; nothing was recorded: the hours are requested again")
 
     @contextmanager
     def until_settled(self, hour: PulledHour) -> Iterator[None]:

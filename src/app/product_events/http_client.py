@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -101,7 +103,7 @@ def body_file(spool: Path, size: str) -> Iterator[BinaryIO]:
 class Upstream:
     """One service. `variable` is the setting that holds its `base_url`, used in hints; `headers` hold the credential.
 
-    Connects on first use. Thread-safe.
+    Connects on first use. Thread-safe. `answered_at` is the service's own clock at its last answer that told it.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Upstream:
     ) -> None:
         self._service, self._base_url, self._variable, self._headers = service, base_url, variable, headers
         self._whole_seconds = whole_seconds
+        self.answered_at: datetime | None = None
         self._client = SharedClient(self._make)
 
     def close(self) -> None:
@@ -129,6 +132,7 @@ class Upstream:
         timeout = httpx.Timeout(read_seconds, connect=CONNECT_SECONDS)
         try:
             with client.stream("GET", self._base_url + path, headers=dict(headers), timeout=timeout) as response:
+                self.answered_at = _instant(response.headers.get("date", "")) or self.answered_at
                 yield ServiceAnswer(response, self._whole_seconds)
         except httpx.HTTPError as error:
             said = str(error) or type(error).__name__
@@ -144,3 +148,11 @@ class Upstream:
         # One line per request would flood the log; one per run is enough.
         logging.getLogger("httpx").setLevel(logging.WARNING)
         return httpx.Client(headers=dict(self._headers), follow_redirects=False)
+
+
+def _instant(date: str) -> datetime | None:
+    """The instant of a Date header; None when it is missing or invalid."""
+    try:
+        return parsedate_to_datetime(date)
+    except ValueError:
+        return None

@@ -27,7 +27,8 @@ WHOLE = re.compile(r"[+-]?\d{1,19}(?:\.0*)?")
 KEY_CHARACTERS = 512
 NESTED_FROM_CHARACTERS, MAX_DEPTH = 200, 100
 NONE = type(None)
-YES, NO = frozenset({"true", "1"}), frozenset({"false", "0"})
+YES, NO = frozenset({"true", "1", "1.0"}), frozenset({"false", "0", "0.0"})
+INT_DIGITS = 4300  # Python parses no longer integer
 NO_RECORD = frozenset({"", "n/a", "no ehr", "no_ehr"})
 MAPPED_V4 = "::ffff:"
 
@@ -122,6 +123,8 @@ def whole(bits: int) -> Callable[[Any], int | None]:
     """A signed integer of `bits`, also parsed from text."""
 
     def turn(value: Any) -> int | None:
+        if isinstance(value, bool):
+            return None
         if isinstance(value, str):
             value = int(value.partition(".")[0]) if WHOLE.fullmatch(value.strip()) else None
         if isinstance(value, float):
@@ -153,7 +156,7 @@ def via_app(value: Any) -> bool | None:
 
 def record(value: Any) -> int | None:
     """The number of a health record; None for the value that means no record."""
-    return None if isinstance(value, bool) or str(value).strip().lower() in NO_RECORD else whole(63)(value)
+    return None if str(value).strip().lower() in NO_RECORD else whole(63)(value)
 
 
 def instant(value: Any) -> str | None:
@@ -194,13 +197,18 @@ def json_text(value: Any) -> str | None:
     if not value:
         return None
     try:
-        parsed = json.loads(value, parse_constant=_refuse)
+        parsed = parsed_json(value, parse_constant=_refuse)
         is_readable = not nests_too_deep(value)
     except (ValueError, RecursionError):
         is_readable = False
     if not is_readable:
         return json.dumps({"_raw": plain(str(value))}, ensure_ascii=False)
     return storable_json(parsed)
+
+
+def parsed_json(found: str | bytes, **options: Any) -> Any:
+    """The value of JSON text. An integer that Python does not parse becomes a text of its digits."""
+    return json.loads(found, parse_int=lambda digits: int(digits) if len(digits) <= INT_DIGITS else digits, **options)
 
 
 def storable_json(value: Any) -> str | None:
@@ -322,7 +330,9 @@ def _taken(place: ValuePlace, events: Mapping[str, Column], count: int) -> Colum
         return [place.constant] * count
     column = events[place.paths[0]]
     for path in place.paths[1:]:
-        column = [first if first is not None else second for first, second in zip(column, events[path], strict=True)]
+        column = [
+            first if first not in (None, "") else second for first, second in zip(column, events[path], strict=True)
+        ]
     return column
 
 
