@@ -15,6 +15,7 @@ import csv
 import gzip
 import logging
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,9 +24,9 @@ from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from shutil import copyfileobj
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, ClassVar, Protocol
 
-from app.config.settings import Settings
+from app.config.settings import AmplitudeSettings, AppMetricaSettings, Settings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
 from app.core.files import temporary_file
 from app.core.ledger import SetAside, Tally, ledger_of
@@ -125,28 +126,40 @@ def spool_of(settings: Settings) -> Path:
 
 
 @dataclass(frozen=True)
-class PullContext:
-    """One pull: how its hours are named and read, and where they are stored. `unit`: what its ledger counts.
+class PullContext(ABC):
+    """One pull: how its hours are named and read, which its service defines, and where they are stored.
 
-    An hour is due `due_after` its end. `key` gives the object key of a partition's hour, `place` the name under which
-    it is set aside, `opened` the hour read from an object's file. A line of up to `largest_bytes` is set aside whole,
-    regardless of the limit for many small lines.
+    An hour is due `due_after` its end. `unit`: what its ledger counts. A line of up to `largest_bytes` is set aside
+    whole, regardless of the limit for many small lines.
     """
 
-    name: str
-    unit: str
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    due_after: ClassVar[timedelta]
+    largest_bytes: ClassVar[int]
+
     settings: Settings
-    interval_seconds: int
-    lookback_days: int
-    due_after: timedelta
-    largest_bytes: int
-    key: Callable[[str, Window], str]
-    place: Callable[[str, Window], tuple[str, ...]]
-    opened: Callable[["PullContext", str, Window, BinaryIO, Stop], PulledHour]
     checkpoints: Checkpoints
     store: ObjectStore
     warehouse: EventWarehouse
     clock: Callable[[], datetime]
+
+    @property
+    @abstractmethod
+    def given(self) -> AmplitudeSettings | AppMetricaSettings:
+        """The service's own settings."""
+
+    @abstractmethod
+    def key(self, partition: str, window: Window) -> str:
+        """The object key of an hour."""
+
+    @abstractmethod
+    def place(self, partition: str, window: Window) -> tuple[str, ...]:
+        """The name under which the data of an hour is set aside."""
+
+    @abstractmethod
+    def opened(self, partition: str, window: Window, file: BinaryIO, stop: Stop) -> PulledHour:
+        """The hour in the file of its object."""
 
     @property
     def due_at(self) -> datetime:
@@ -157,7 +170,7 @@ class PullContext:
     def overdue_seconds(self) -> float:
         """How long an hour is overdue before the job is reported as stale."""
         alert = self.settings.alert
-        return self.interval_seconds + dict(alert.grace_by_job).get(self.name, alert.grace_seconds)
+        return self.given.interval_seconds + dict(alert.grace_by_job).get(self.name, alert.grace_seconds)
 
     @property
     def spool(self) -> Path:
@@ -184,7 +197,7 @@ class PullContext:
                     copyfileobj(stream, file, 1 << 18)
             file.seek(0)
             try:
-                hour = self.opened(self, partition, window, file, stop) if stream is not None else None
+                hour = self.opened(partition, window, file, stop) if stream is not None else None
                 yield hour
             except BROKEN as error:
                 what = error.message if isinstance(error, BrokenHour) else error
@@ -281,8 +294,11 @@ def load_hour(warehouse: EventWarehouse, hour: PulledHour, *, past: bool) -> Loa
 
 
 @dataclass(slots=True)
-class PartitionRun:
-    """One partition in one run: its records, and loading and storing its hours. Close it at the end of the run."""
+class PartitionRun(ABC):
+    """One partition in one run: its records, and loading and storing its hours. Close it at the end of the run.
+
+    Methods raise the errors of the ports and the service; what was committed stays.
+    """
 
     pull: PullContext
     context: Context
@@ -290,6 +306,18 @@ class PartitionRun:
     _works: bool = False
     _failed_in_a_row: int = 0
     _held: list[tuple[PulledHour, Record | None, PullMode, AppError]] = field(default_factory=list)
+
+    @abstractmethod
+    def pull_due(self) -> Report:
+        """Pull what is due. `more`: more is due."""
+
+    @abstractmethod
+    def pull_again(self, hours: Window) -> Report:
+        """Pull hours again, regardless of what is recorded. The cursor does not move."""
+
+    def mend(self, hour: PulledHour, record: Record | None, over: str | None) -> Report:
+        """Load and store an hour again, replacing a version; see `store_rows`. The cursor does not move."""
+        return replace(self.land(hour, record, PullMode.AGAIN, over=over)[0], windows=1)
 
     @property
     def waiting(self) -> str:
