@@ -149,6 +149,7 @@ def test_callers_who_go_away_before_the_first_byte_give_their_places_back(produc
     free = {"export_id": number, "poll_timeout": 0}
     product.daemon.until(lambda: product.get("/appmetrica/fetch-export", **free).status_code == 202)
     product.mobile.state.questions = 2
+    product.mobile.state.asked.clear()
 
 
 def test_ping_says_whether_the_service_answers(product: Product) -> None:
