@@ -57,6 +57,24 @@ def test_hours_that_the_service_calls_too_early_are_not_recorded_but_requested_a
     assert pull.landed.signs(pull.verification, Window(max(first, START - 24 * HOUR), due_at)) == {}
 
 
+def test_a_day_that_was_pulled_by_a_clock_that_was_ahead_is_still_rechecked(tmp_path: Path) -> None:
+    true, ours = Clock(START), Clock(START)
+    with landed(tmp_path, ours) as made, AmplitudeSimulator(clock=true) as web:
+        at = START + 4 * HOUR
+        pull = made.amplitude(web)
+        pull.run()
+        web.state.events["web", at] = list(amplitude_events("web", at, ROWS))
+        true.now += 22 * HOUR
+        ours.now = true.now + AHEAD
+        assert pull.run().failures
+        assert len(made.rows("events_part")) == ROWS
+        web.state.events["web", at] = list(amplitude_events("web", at, ROWS + 1))
+        true.now += timedelta(days=2)
+        ours.now = true.now
+        pull.to_the_end()
+        assert len(made.rows("events_part")) == ROWS + 1
+
+
 def test_a_clock_that_is_minutes_ahead_stops_nothing(world: World) -> None:
     pull, true, ours = world
     ours.now = true.now + timedelta(minutes=10)

@@ -107,11 +107,6 @@ class AmplitudePull(PullContext):
         return self.opened(source, window, file, stop)
 
 
-def settled_at(now: datetime) -> datetime:
-    """Days that end by this time are checked for the last time, even if it is the first check."""
-    return floor_to(now - DUE_AFTER - AGAIN_AFTER, DAY_SECONDS)
-
-
 class SourceRun(PartitionRun):
     """One source in one run."""
 
@@ -133,7 +128,7 @@ class SourceRun(PartitionRun):
         report += self._pull(Window(start, end), PullMode.LIVE) if start < end else Report()
         for hour in waiting:
             report += self._pull(hour, PullMode.ONCE_MORE)
-        report += self._look_again(now)
+        report += self._look_again()
         report += refresh_weeks(self, Window(min(start, now - timedelta(days=AGAIN_DAYS)), now))
         return report + Report(more=start < end < due and not self.context.dry_run)
 
@@ -148,9 +143,9 @@ class SourceRun(PartitionRun):
         report += self._accounted(cast("HourLines", hour), loaded)
         return replace(report, windows=1) + refresh_weeks(self, hour.window)
 
-    def _look_again(self, now: datetime) -> Report:
+    def _look_again(self) -> Report:
         """Recheck each day once, a day after its last hour was due: loads what the service added since."""
-        until = settled_at(now)
+        until = self._settled_at
         records = self.records(Window(until - timedelta(days=AGAIN_DAYS), until)).values()
         report = Report()
         for hours in _by_day(record for record in records if not record.closed and has_landed(record)):
@@ -277,7 +272,15 @@ class SourceRun(PartitionRun):
         return any(self.project.answers(other, self.context.stop) for other in others if other != window)
 
     def _is_final(self, window: Window) -> bool:
-        return window.start < settled_at(self.pull.clock())
+        return window.start < self._settled_at
+
+    @property
+    def _settled_at(self) -> datetime:
+        """Days that end by this time are checked for the last time, even if it is the first check. By the service's
+        clock if that is behind: a day that is settled too early by ours would never be rechecked.
+        """
+        now, answered_at = self.pull.clock(), self.project.upstream.answered_at
+        return floor_to(min(now, answered_at or now) - DUE_AFTER - AGAIN_AFTER, DAY_SECONDS)
 
 
 # The object of a week: a zip with one NDJSON entry, joined from the objects of its hours.

@@ -37,7 +37,7 @@ from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.object_store.deltas import state_from_metadata
 from app.object_store.port import ObjectStore, PutRequest
 from app.object_store.set_aside import LINES, SetAsideStore, folder_of
-from app.product_events.mapping import EventWarehouse, LoadResult, Tables, load_in_turns, missing_events, uuids_in
+from app.product_events.mapping import EventWarehouse, LoadResult, Tables, load_hour, missing_events, uuids_in
 
 HOUR = timedelta(hours=1)
 ABOVE_LIMIT, KEEPS_FAILING = "hour above the service's limit", "hour that keeps failing"
@@ -50,7 +50,6 @@ GIVEN_UP_AFTER = timedelta(days=4)
 CLOCKS_APART = timedelta(minutes=30)
 REFUSED_IN_A_ROW = 25  # the hours of one day, which share a folder, plus one
 FAILED_IN_A_ROW = 2
-REFUSED_ROWS = 20
 EVER = Window(datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
 log = logging.getLogger(__name__)
 
@@ -262,35 +261,6 @@ def store_rows(
         size_bytes=held.size_bytes,
         source_cells=there_rows + refused,
     )
-
-
-def load_hour(warehouse: EventWarehouse, hour: PulledHour, *, past: bool) -> LoadResult:
-    """Load an hour; if the warehouse refuses it, retry with sanitised values, then event by event.
-
-    Raises the warehouse's error when it accepts none of the events.
-    """
-    for careful in (False, True):
-        try:
-            return load_in_turns(warehouse, hour.tables(careful=careful), past=past)
-        except (Permanent, Rejected) as error:
-            log.warning("%s: retrying row by row with sanitised values: %s", hour.window, error)
-    loaded, faults = LoadResult(), list[Permanent]()
-
-    def load_one(tables: Tables) -> None:
-        nonlocal loaded
-        try:
-            loaded += LoadResult(len(uuids_in(tables)), warehouse.load([tables], past=past))
-        except Permanent as error:
-            faults.append(error)
-            if not loaded.given and len(faults) >= REFUSED_ROWS:
-                raise
-            raise Rejected(error.message, error.hint) from error
-
-    # If the warehouse accepts some events it is working, so the refused events are at fault.
-    hour.load_each(load_one)
-    if faults and not loaded.given:
-        raise faults[0]
-    return loaded
 
 
 @dataclass(slots=True)

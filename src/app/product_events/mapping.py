@@ -1,6 +1,7 @@
 """Maps product events to warehouse rows as defined in `product_mapping.toml`, and loads them."""
 
 import json
+import logging
 import math
 import re
 import tomllib
@@ -9,9 +10,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from app.core.errors import Permanent, Rejected
 from app.db.database import UNSTORABLE, instant_text
+
+if TYPE_CHECKING:
+    from app.product_events.hours import PulledHour
 
 # Conversion of product event values: one rule per word of `product_mapping.toml`, each applied to a whole column.
 #
@@ -369,6 +374,8 @@ def _place(text: str) -> ValuePlace:
 # Invariant: an event's rows go to all tables in one transaction.
 
 LOAD_EVENTS = 50_000
+REFUSED_ROWS = 20
+log = logging.getLogger(__name__)
 
 
 class EventWarehouse(Protocol):
@@ -426,3 +433,32 @@ def _one_turn(first: Tables, others: Iterator[Tables], given: list[int]) -> Iter
         given.append(len(uuids_in(chunk)))
         yield chunk
         chunk = next(others, None) if sum(given) < LOAD_EVENTS else None
+
+
+def load_hour(warehouse: EventWarehouse, hour: "PulledHour", *, past: bool) -> LoadResult:
+    """Load an hour; if the warehouse refuses it, retry with sanitised values, then event by event.
+
+    Raises the warehouse's error when it accepts none of the events.
+    """
+    for careful in (False, True):
+        try:
+            return load_in_turns(warehouse, hour.tables(careful=careful), past=past)
+        except (Permanent, Rejected) as error:
+            log.warning("%s: retrying row by row with sanitised values: %s", hour.window, error)
+    loaded, faults = LoadResult(), list[Permanent]()
+
+    def load_one(tables: Tables) -> None:
+        nonlocal loaded
+        try:
+            loaded += LoadResult(len(uuids_in(tables)), warehouse.load([tables], past=past))
+        except Permanent as error:
+            faults.append(error)
+            if not loaded.given and len(faults) >= REFUSED_ROWS:
+                raise
+            raise Rejected(error.message, error.hint) from error
+
+    # If the warehouse accepts some events it is working, so the refused events are at fault.
+    hour.load_each(load_one)
+    if faults and not loaded.given:
+        raise faults[0]
+    return loaded
