@@ -93,23 +93,19 @@ class Project:
             yield from self._halved(day, pauses, policy, past_faults=past_faults)
             at = day.end
 
-    def answers(self, hour: Window, pauses: Pauses) -> bool:
-        """Whether the service responds for this hour. If so, other failures do not mean that it is down."""
-        try:
-            (fetched,) = self.fetch(hour, pauses, SHORT_POLICY, past_faults=True)
-        except (Transient, Permanent):
-            return False
+    def try_hour(self, hour: Window, pauses: Pauses) -> None:
+        """Fetch an hour and discard it. Raises Transient or Permanent when the service does not respond for it; an hour
+        above its limit is a response.
+        """
+        (fetched,) = self.fetch(hour, pauses, SHORT_POLICY, past_faults=True)
         fetched.close()
-        return fetched.fault is None or isinstance(fetched.fault, HourTooLarge)
+        if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
+            raise fetched.fault
 
     def ping(self, clock: Callable[[], datetime]) -> str:
-        """Fetch one hour of yesterday and discard it, for `check`. Raises Transient or Permanent."""
-        hour = window_at(clock() - timedelta(days=1), HOUR_SECONDS)
+        """Try one hour of yesterday, for `check`. Raises Transient or Permanent."""
         with closing(self.upstream):
-            for fetched in self.fetch(hour, Stop(), SHORT_POLICY, past_faults=True):
-                fetched.close()
-                if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
-                    raise fetched.fault
+            self.try_hour(window_at(clock() - timedelta(days=1), HOUR_SECONDS), Stop())
         return "may export events"
 
     def _halved(

@@ -9,7 +9,7 @@ bounded, whatever the size of an hour; its object holds every line as it came, i
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, time, timedelta
 from functools import partial
@@ -268,8 +268,13 @@ class SourceRun(PartitionRun):
         before = next(
             (each.window for each in reversed(list(records)) if has_landed(each)), Window(start - HOUR, start)
         )
-        others = (before, Window(due - HOUR, due))
-        return any(self.project.answers(other, self.context.stop) for other in others if other != window)
+        for other in (before, Window(due - HOUR, due)):
+            if other == window:
+                continue
+            with suppress(Transient, Permanent):
+                self.project.try_hour(other, self.context.stop)
+                return True
+        return False
 
     def _is_final(self, window: Window) -> bool:
         return window.start < self._settled_at

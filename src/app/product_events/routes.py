@@ -14,7 +14,6 @@ from starlette.responses import Response
 
 from app.core.runs import Stop
 from app.web.api import StreamedResponse
-from app.web.body_bridge import GONE
 from app.web.errors import Receive, Refusal, Refused
 
 LEFT = "the caller went away"
@@ -58,7 +57,7 @@ class CallerPlaces:
             except asyncio.CancelledError:
                 if not stop.asked:
                     raise
-                return GONE
+                raise Refused(400, LEFT, "send the request again") from None  # nobody reads it
             finally:
                 watching.cancel()
 
