@@ -5,6 +5,7 @@ for a file, and a truncated file never for a complete one. Callers do not wait f
 requests a second, and a file may take minutes to arrive.
 """
 
+import gzip
 import json
 import logging
 import re
@@ -16,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode
@@ -36,7 +36,6 @@ QUEUED = re.compile(r"enqueued", re.IGNORECASE)
 MORE_PARTS = re.compile(r"more parts", re.IGNORECASE)
 BUSY = (420, HTTPStatus.TOO_MANY_REQUESTS)  # the English quota page documents the one, the Russian page the other
 QUEUE_SECONDS, RATE_SECONDS = 60.0, 5.0
-GZIP_BITS = 31
 MAX_LIST_BYTES, LIST_SECONDS = 1 << 20, 20.0  # the list is not built on request, and a person waits for it
 APPLICATIONS = "/management/v1/applications"
 ACCESS_HINT = "check APPMETRICA_API_KEY: an OAuth token with appmetrica:read, and APPMETRICA_APPLICATION_ID"
@@ -110,34 +109,19 @@ def _listed(answer: ServiceAnswer) -> Mapping[int, Mapping[str, Any]]:
         raise Permanent("the list of applications cannot be read", "check APPMETRICA_BASE_URL") from error
 
 
-def _checked(pieces: Iterator[bytes], *, empty: bool) -> Iterator[bytes]:
-    """Pass through gzip chunks. Raises Transient unless they are complete. `empty`: no chunk at all is allowed."""
-    first = next(pieces, b"")
-    if not first and empty:
-        yield from _packed(iter(()))
-        return
-    # Inflate while passing through: a truncated gzip stream is only detected at its end.
-    inflater = zlib.decompressobj(GZIP_BITS)
+def _check_whole(file: BinaryIO, *, may_be_empty: bool) -> None:
+    """Raise Transient unless the file is whole gzip: that is how a cut transfer without a length shows."""
+    is_empty = not file.tell()
+    file.seek(0)
     try:
-        for piece in chain([first], pieces):
-            rest = piece
-            while rest and not inflater.eof:
-                inflater.decompress(rest, 1 << 20)
-                rest = inflater.unconsumed_tail
-            yield piece
-    except zlib.error as error:
-        raise Transient(
-            f"the file of AppMetrica is broken: {error}", "no action needed: it is fetched again"
-        ) from error
-    if not inflater.eof:
+        with gzip.open(file) as whole:
+            while whole.read(1 << 20):
+                pass
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        said = f"the file of AppMetrica is not whole: {error}"
+        raise Transient(said, "no action needed: it is fetched again") from error
+    if is_empty and not may_be_empty:
         raise Transient("the file of AppMetrica was cut", "no action needed: it is fetched again")
-
-
-def _packed(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    packer = zlib.compressobj(1, wbits=GZIP_BITS)
-    for piece in pieces:
-        yield packer.compress(piece)
-    yield packer.flush()
 
 
 # Requests to AppMetrica, and exports in progress.
@@ -297,10 +281,13 @@ class Exports:
             if answer.status != HTTPStatus.OK:
                 return _said(answer)
             with body_file(self._spool, "a file of many rows") as file:
-                packed = answer.header("content-encoding").lower() == "gzip"
-                measured = bool(answer.header("content-length") or answer.header("transfer-encoding"))
-                pieces = answer.raw()
-                file.writelines(_checked(pieces, empty=measured) if packed else _packed(pieces))
+                if answer.header("content-encoding").lower() == "gzip":
+                    file.writelines(answer.raw())
+                    is_measured = answer.header("content-length") or answer.header("transfer-encoding")
+                    _check_whole(file, may_be_empty=bool(is_measured))
+                else:
+                    with gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
+                        packed.writelines(answer.raw())
                 file.seek(0)
             return file
 
