@@ -18,7 +18,7 @@ from app.core.windows import Window
 from app.product_events.http_client import Upstream
 from pulling import landed, pulling
 from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, generated
-from simulators.appmetrica import appmetrica_rows
+from simulators.appmetrica import AppMetricaFault, appmetrica_rows
 from simulators.http_server import Answer, Piece, Request, Simulator, Streamed
 
 MONDAY = date(2026, 2, 2)
@@ -127,3 +127,13 @@ def test_files_that_a_killed_client_asked_for_do_not_fill_the_queue_for_ever(tmp
         assert sum(build.made_at is None for build in simulator.state.builds.values()) == 3
         simulator.state.questions, simulator.state.abandoned_seconds = 0, 0.0
         assert world.appmetrica(simulator, lookback_days=9).to_the_end().rows > 0
+
+
+@pytest.mark.parametrize("seconds", [3600, 10**400], ids=["an hour", "400 digits"])
+def test_a_run_does_not_wait_as_long_as_a_service_asks(tmp_path: Path, seconds: int) -> None:
+    with pulling(tmp_path) as (world, _, simulator):
+        pull = world.appmetrica(simulator, poll_timeout_seconds=100, timezone="UTC")
+        simulator.add_fault(AppMetricaFault(429, retry_after_seconds=seconds), 10)
+        began_at = world.clock.now
+        assert pull.run().more
+        assert world.clock.now - began_at <= timedelta(seconds=200)

@@ -398,7 +398,8 @@ class ExportInProgress:
         given, waited_seconds = self.exports.given, 0.0
         interval_seconds = given.poll_interval_seconds
         while (answer := self.step(pauses)) is not None and waited_seconds < given.poll_timeout_seconds:
-            pause_seconds = max(interval_seconds, answer.at_least_seconds)
+            # Capped: a service that asks for an hour must not block a run for that long.
+            pause_seconds = min(max(interval_seconds, answer.at_least_seconds), given.poll_timeout_seconds)
             pauses.pause(pause_seconds)
             waited_seconds += pause_seconds
             interval_seconds = next_pause(interval_seconds)

@@ -19,6 +19,7 @@ from app.core.errors import Permanent, Transient
 from app.core.files import temporary_file
 from app.core.network import CA_HINT, SharedClient, connection_fault, is_untrusted
 from app.core.retry import Pauses, asked_seconds
+from app.core.windows import DAY_SECONDS
 
 if TYPE_CHECKING:
     import httpx
@@ -60,8 +61,9 @@ class ServiceAnswer:
 
     @property
     def retry_after_seconds(self) -> float | None:
-        """How long the service asks us to wait; None when it does not say."""
-        return asked_seconds(self.header("retry-after"))
+        """How long the service asks us to wait, at most a day; None when it does not say."""
+        seconds = asked_seconds(self.header("retry-after"))
+        return None if seconds is None else min(seconds, DAY_SECONDS)
 
     def _in_time(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         for piece in pieces:
