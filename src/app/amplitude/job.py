@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
-from shutil import copyfileobj
 
 from app.amplitude.archives import opened, read_errors
 from app.amplitude.client import Project, project
@@ -13,19 +11,17 @@ from app.amplitude.hours import WEEKS as WEEKS_PIPELINE
 from app.amplitude.hours import AmplitudePull, SourceRun, hours_of_week, recreate_week, week_key, weeks_between
 from app.config.settings import Settings
 from app.core.errors import Permanent, Transient
-from app.core.files import temporary_file
 from app.core.pipeline import Checkpoints
 from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, MapCell, PartitionWindow, WindowContent
 from app.core.windows import Window
 from app.object_store.port import ObjectInfo, ObjectStore
 from app.ops.connection_checks import ConnectionCheck
-from app.product_events.hours import PullContext, PulledHour, has_landed, spool_of
+from app.product_events.hours import PulledHour, has_landed, spool_of
 from app.product_events.mapping import EventWarehouse
 from app.product_events.pull import PullPipeline, heard
 from app.product_events.verify import Given, PullEnds, PullGapMap, pull_cells
 
-PIECE_BYTES = 1 << 18
 OFF = "set AMPLITUDE_WEB_CLIENT_ID or AMPLITUDE_MOBILE_CLIENT_ID, with its secret key"
 
 
@@ -147,11 +143,9 @@ class AmplitudeEnds(PullEnds):
         from app.amplitude.events import blocks, content_of_block  # the decoder, which an idle daemon does not load
 
         total = NOTHING
-        with temporary_file(self.pull.spool) as file:
-            with self.pull.store.open(info.key, info.etag) as stream:
-                if stream is None:
-                    raise Transient(f"{info.key} went away while it was read", "verify again")
-                copyfileobj(stream, file, PIECE_BYTES)
+        with self.pull.downloaded(info.key, info.etag) as file:
+            if file is None:
+                raise Transient(f"{info.key} went away while it was read", "verify again")
             try:
                 with opened(file) as archive, read_errors():
                     for entry in archive.streams():
@@ -164,24 +158,17 @@ class AmplitudeEnds(PullEnds):
         return total
 
 
-@dataclass(frozen=True, slots=True)
-class AmplitudeGapMap:
-    """`app.core.verify.GapMapSource` over the pull: a row of hours and a row of weeks for each source."""
-
-    pull: PullContext
+class AmplitudeGapMap(PullGapMap):
+    """See `PullGapMap`: a row of hours and a row of weeks for each source."""
 
     def partitions(self) -> Sequence[str]:
         """See `GapMapSource.partitions`."""
-        return sorted(each for source in self._hours.partitions() for each in (source, source + WEEKS))
+        return sorted(each for source in super().partitions() for each in (source, source + WEEKS))
 
     def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
         """See `GapMapSource.cells`: one listing per day, and one per week."""
         source = partition.removesuffix(WEEKS)
         if source == partition:
-            return self._hours.cells(partition, span)
+            return super().cells(partition, span)
         weeks = weeks_between(span.start, min(span.end, self.pull.clock()))
         return pull_cells(self.pull, source, weeks, key=lambda week: week_key(source, week), pipeline=WEEKS_PIPELINE)
-
-    @property
-    def _hours(self) -> PullGapMap:
-        return PullGapMap(self.pull)

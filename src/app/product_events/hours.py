@@ -17,7 +17,7 @@ import logging
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -183,28 +183,30 @@ class PullContext(ABC):
         return SetAsideStore(self.store, folder_of(self.name), limit_bytes)
 
     @contextmanager
+    def downloaded(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
+        """A copy of an object; None when it is gone. Raises Conflict when it has another version."""
+        with temporary_file(self.spool) as file:
+            with self.store.open(key, etag) as stream:
+                if stream is not None:
+                    copyfileobj(stream, file, 1 << 18)
+            file.seek(0)
+            yield file if stream is not None else None
+
+    @contextmanager
     def object_hour(
         self, partition: str, window: Window, stop: Stop, etag: str | None = None
     ) -> Iterator[PulledHour | None]:
         """The hour stored in an object, downloaded whole; None when the object is gone. Raises DamagedObject when it
         turns out to be broken while in use, and Conflict when it has another version.
         """
-        key, hour = self.key(partition, window), None
-        with temporary_file(self.spool) as file:
-            with self.store.open(key, etag) as stream:
-                if stream is not None:
-                    copyfileobj(stream, file, 1 << 18)
-            file.seek(0)
+        key = self.key(partition, window)
+        with self.downloaded(key, etag) as file, ExitStack() as held:
             try:
-                hour = self.opened(partition, window, file, stop) if stream is not None else None
-                yield hour
+                yield held.enter_context(closing(self.opened(partition, window, file, stop))) if file else None
             except BROKEN as error:
                 what = error.message if isinstance(error, BrokenHour) else error
                 hint = "heal the window: the object is written again from what the service gives"
                 raise DamagedObject(f"{key} is damaged: {what}", hint) from error
-            finally:
-                if hour is not None:
-                    hour.close()
 
 
 def has_landed(record: Record | None) -> bool:

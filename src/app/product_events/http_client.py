@@ -88,12 +88,10 @@ def held_turn(turn: threading.Lock, pauses: Pauses) -> Iterator[None]:
 
 @contextmanager
 def body_file(spool: Path, size: str) -> Iterator[BinaryIO]:
-    """A temporary file for a body of `size` (in words); closed after the block.
-
-    Raises Transient when the disk refuses it.
+    """A temporary file for a body of `size` (in words), closed when the block raises. Raises Transient when the disk
+    refuses it.
     """
     try:
-        spool.mkdir(parents=True, exist_ok=True)
         with ExitStack() as undo:
             file = undo.enter_context(temporary_file(spool))
             yield file
