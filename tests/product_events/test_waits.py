@@ -87,9 +87,8 @@ def test_a_stop_ends_the_wait_behind_an_answer_that_does_not_come(simulator: Amp
             next(web.fetch(HOUR, stop))
         assert not first.done()
         assert len(simulator.state.asked) == 1, "one request at a time"
-        stalled.ask("the test ends")
-        simulator.close()
-        assert isinstance(first.exception(SOON_SECONDS), Stopped)
+        stalled.ask("the process ends")
+        assert isinstance(first.exception(SOON_SECONDS), Stopped), "though the service has not answered yet"
 
 
 class Trickling(Simulator):
@@ -111,7 +110,7 @@ def test_an_answer_that_only_trickles_in_is_given_up(reads: str) -> None:
     with (
         Trickling() as service,
         closing(Upstream("Service", service.url, "SERVICE_URL", {}, whole_seconds=0.5)) as upstream,
-        upstream.get("/", {"Accept-Encoding": "identity"}) as answer,
+        upstream.get("/", {"Accept-Encoding": "identity"}, Stop()) as answer,
         pytest.raises(Transient, match=r"did not arrive within 0\.5 seconds"),
     ):
         list(answer.raw()) if reads == "raw" else answer.text()

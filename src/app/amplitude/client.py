@@ -28,6 +28,7 @@ from app.product_events.http_client import ServiceAnswer, Upstream, body_file, h
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
 CODES_OF_SIZE = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 BUSY_SECONDS = 60.0
+IDENTITY = {"Accept-Encoding": "identity"}  # the archive is compressed already: once more only costs time
 POLICY = RetryPolicy(attempts=5, first_seconds=2.0, cap_seconds=120.0)
 # Used after a fault: halving a day down to the hour must not take a day of waiting.
 SHORT_POLICY = replace(POLICY, attempts=2)
@@ -134,8 +135,7 @@ class Project:
 
     def _fetch(self, span: Window, pauses: Pauses) -> FetchedArchive:
         path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={span.end - HOUR:%Y%m%dT%H}"
-        # The archive is compressed already: compressing it again in transit only costs time.
-        with held_turn(self.turn, pauses), self.upstream.get(path, {"Accept-Encoding": "identity"}) as answer:
+        with held_turn(self.turn, pauses), self.upstream.get(path, IDENTITY, pauses) as answer:
             if answer.status == HTTPStatus.NOT_FOUND:
                 return FetchedArchive(span, None)
             if answer.status != HTTPStatus.OK:

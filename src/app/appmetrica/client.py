@@ -26,6 +26,7 @@ from app.appmetrica.rows import NEEDED
 from app.config.settings import AppMetricaSettings
 from app.core.errors import Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
+from app.core.runs import Stop
 from app.core.windows import Window
 from app.db.state import PendingExport, SqlPulls
 from app.product_events.http_client import READ_SECONDS, ServiceAnswer, Upstream, body_file
@@ -263,21 +264,21 @@ class Exports:
 
     @contextmanager
     def _answer(
-        self, path: str, headers: Mapping[str, str], read_seconds: float = READ_SECONDS
+        self, path: str, headers: Mapping[str, str], pauses: Pauses, read_seconds: float = READ_SECONDS
     ) -> Iterator[ServiceAnswer]:
         """Make and count one call. Raises Transient when the daily limit is used up."""
         self.pulls.count_call(SERVICE, self.given.daily_calls, self.clock())
-        with self.upstream.get(path, headers, read_seconds) as answer:
+        with self.upstream.get(path, headers, pauses, read_seconds) as answer:
             yield answer
 
-    def ask(self, path: str, *, fresh: bool) -> NotReady | BinaryIO:
+    def ask(self, path: str, pauses: Pauses, *, fresh: bool) -> NotReady | BinaryIO:
         """The file of a request, as gzip, or NotReady. The receiver closes the file.
 
         `fresh`: do not reuse a file made before. This moves the request to the end of the queue, so send it only once.
         Raises MoreParts, RequestRefused, Transient and Permanent.
         """
         headers = {"Accept-Encoding": "gzip", **({"Cache-Control": "no-cache"} if fresh else {})}
-        with self._answer(path, headers) as answer:
+        with self._answer(path, headers, pauses) as answer:
             if answer.status != HTTPStatus.OK:
                 return _said(answer)
             with body_file(self._spool, "a file of many rows") as file:
@@ -293,7 +294,7 @@ class Exports:
 
     def applications(self) -> Mapping[int, Mapping[str, Any]]:
         """The applications that the token can access, by id. Raises Transient and Permanent."""
-        with self._answer(APPLICATIONS, {"Accept-Encoding": "identity"}, LIST_SECONDS) as answer:
+        with self._answer(APPLICATIONS, {"Accept-Encoding": "identity"}, Stop(), LIST_SECONDS) as answer:
             if answer.status != HTTPStatus.OK:
                 raise _error(answer, answer.text())
             return _listed(answer)
@@ -382,7 +383,7 @@ class ExportInProgress:
             path = self.request.part(len(self.files), self.export.parts_count)
             fresh = self.fresh and self.export.asked_at is None
             try:
-                answer = retry(partial(self.exports.ask, path, fresh=fresh), POLICY, pauses)
+                answer = retry(partial(self.exports.ask, path, pauses, fresh=fresh), POLICY, pauses)
             except MoreParts:
                 self._double()
                 continue

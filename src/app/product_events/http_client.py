@@ -2,20 +2,22 @@
 
 Invariants: no httpx exception leaves this module; redirects are never followed, so only the configured address is
 called; no message contains a credential; a truncated body is an error, not the end of the data. Every wait has an end:
-READ_SECONDS for the next byte, WHOLE_SECONDS for the whole answer, however slowly its bytes trickle in.
+READ_SECONDS for the next byte, WHOLE_SECONDS for the whole answer, however slowly its bytes trickle in, and a requested
+stop for both.
 """
 
 import logging
+import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from app.core.errors import Permanent, Transient
+from app.core.errors import Permanent, Stopped, Transient
 from app.core.files import temporary_file
 from app.core.network import CA_HINT, SharedClient, connection_fault, is_untrusted
 from app.core.retry import Pauses, asked_seconds
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 300.0  # services build archives before the first byte
 WHOLE_SECONDS = 3 * 3600.0  # 4 GB at 370 kB/s
-TURN_SECONDS = 0.5
+LOOK_SECONDS = 0.5
 TEXT_BYTES = 2000
 
 
@@ -78,7 +80,7 @@ def held_turn(turn: threading.Lock, pauses: Pauses) -> Iterator[None]:
     """Hold `turn` for the block. A requested stop also ends the wait for it, which may last as long as the answer that
     another thread is reading.
     """
-    while not turn.acquire(timeout=TURN_SECONDS):
+    while not turn.acquire(timeout=LOOK_SECONDS):
         pauses.pause(0)
     try:
         yield
@@ -124,17 +126,27 @@ class Upstream:
         self._client.close()
 
     @contextmanager
-    def get(self, path: str, headers: Mapping[str, str], read_seconds: float = READ_SECONDS) -> Iterator[ServiceAnswer]:
-        """Request `path`, query included. Returns any status; raises Transient for a missing or truncated response."""
+    def get(
+        self, path: str, headers: Mapping[str, str], pauses: Pauses, read_seconds: float = READ_SECONDS
+    ) -> Iterator[ServiceAnswer]:
+        """Request `path`, query included. Returns any status; raises Transient for a missing or truncated response, and
+        Stopped when a stop is requested.
+        """
         import httpx
 
         client: httpx.Client = self._client()
         timeout = httpx.Timeout(read_seconds, connect=CONNECT_SECONDS)
         try:
-            with client.stream("GET", self._base_url + path, headers=dict(headers), timeout=timeout) as response:
+            with (
+                _cut_by(pauses) as trace,
+                client.stream(
+                    "GET", self._base_url + path, headers=dict(headers), timeout=timeout, extensions={"trace": trace}
+                ) as response,
+            ):
                 self.answered_at = _instant(response.headers.get("date", "")) or self.answered_at
                 yield ServiceAnswer(response, self._whole_seconds)
         except httpx.HTTPError as error:
+            pauses.pause(0)  # raises Stopped if that is why
             said = str(error) or type(error).__name__
             if is_untrusted(error):
                 raise Permanent(f"{self._service} at {self._base_url}: {said}", CA_HINT) from error
@@ -147,7 +159,38 @@ class Upstream:
 
         # One line per request would flood the log; one per run is enough.
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        return httpx.Client(headers=dict(self._headers), follow_redirects=False)
+        # A connection for each request: `_cut_by` is told of new ones only.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        return httpx.Client(headers=dict(self._headers), limits=limits, follow_redirects=False)
+
+
+@contextmanager
+def _cut_by(pauses: Pauses) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
+    """Cut the connection of a request as soon as a stop is requested, since the thread that reads it may be blocked for
+    minutes. Yields what httpcore calls for each of its steps; see its `trace` extension.
+    """
+    streams, done = list[Any](), threading.Event()
+
+    def trace(step: str, found: Mapping[str, Any]) -> None:
+        if step.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            streams.append(found["return_value"])
+
+    def watch() -> None:
+        while not done.wait(LOOK_SECONDS):
+            try:
+                pauses.pause(0)
+            except Stopped:
+                for stream in streams[-1:]:
+                    with suppress(OSError):
+                        stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+    watching = threading.Thread(target=watch, name="request-stop", daemon=True)
+    watching.start()
+    try:
+        yield trace
+    finally:
+        done.set()
+        watching.join()
 
 
 def _instant(date: str) -> datetime | None:
