@@ -116,6 +116,27 @@ def test_an_answer_that_only_trickles_in_is_given_up(reads: str) -> None:
         list(answer.raw()) if reads == "raw" else answer.text()
 
 
+@pytest.mark.parametrize(
+    ("date", "at"),
+    [
+        ("Mon, 02 Feb 2026 03:00:00 GMT", HOUR.start),
+        ("Mon, 02 Feb 2026 03:00:00 -0000", HOUR.start),
+        ("yesterday", None),
+        ("Mon, 02 Feb 99999 03:00:00 GMT", None),
+    ],
+)
+def test_the_clock_of_a_service_is_read_from_its_answer(date: str, at: datetime | None) -> None:
+    class Dated(Simulator):
+        def respond(self, request: Request) -> Answer:
+            del request
+            return Answer(200, {"Date": date})
+
+    with Dated() as service, closing(Upstream("Service", service.url, "SERVICE_URL", {})) as upstream:
+        with upstream.get("/", {}, Stop()) as answer:
+            assert answer.status == 200
+        assert upstream.answered_at == at
+
+
 def test_files_that_a_killed_client_asked_for_do_not_fill_the_queue_for_ever(tmp_path: Path) -> None:
     with pulling(tmp_path) as (world, _, simulator):
         simulator.state.rows = lambda at: appmetrica_rows(simulator.state.application_id, at, 3)

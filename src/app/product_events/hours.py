@@ -365,7 +365,7 @@ class PartitionRun(ABC):
         if answered_at is None or answered_at >= early:
             return None
         said = f"{self.name}: it is {answered_at:%Y-%m-%dT%H:%MZ} by the service's clock, too early for {span}"
-        return Transient(said, "set the clock of this machine; nothing was recorded: the hours are requested again")
+        return Transient(said, "set the clock of this machine; nothing was recorded, the hours are requested again")
 
     @contextmanager
     def until_settled(self, hour: PulledHour) -> Iterator[None]:

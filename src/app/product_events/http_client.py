@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -196,6 +196,7 @@ def _cut_by(pauses: Pauses) -> Iterator[Callable[[str, Mapping[str, Any]], None]
 def _instant(date: str) -> datetime | None:
     """The instant of a Date header; None when it is missing or invalid."""
     try:
-        return parsedate_to_datetime(date)
+        at = parsedate_to_datetime(date)
     except ValueError:
         return None
+    return at.replace(tzinfo=UTC) if at.tzinfo is None else at
