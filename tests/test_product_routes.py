@@ -2,6 +2,7 @@
 
 import csv
 import io
+import signal
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.appmetrica.routes import AT_ONCE
 from daemon import Daemons
 from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, generated
 from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator
@@ -29,11 +31,16 @@ class Product:
 
     def restart(self) -> None:
         environ = {**self.web.environment("web"), **self.mobile.environment()}
-        self.daemon = self.daemons.start("idle_jobs", wait=True, key="", **environ)
+        self.daemon = self.daemons.start("idle_jobs", wait=True, key="", PYTHONFAULTHANDLER="1", **environ)
         self.client = httpx.Client(base_url=self.daemon.url, timeout=30)
 
     def get(self, path: str, **params: Any) -> httpx.Response:
-        return self.client.get(path, params=params or None)
+        try:
+            return self.client.get(path, params=params or None)
+        except httpx.ReadTimeout:  # has happened once under load: the stacks of all threads would tell why
+            self.daemon.process.send_signal(signal.SIGABRT)
+            self.daemon.process.wait(10)
+            pytest.fail(f"{path} got no answer:\n{self.daemon.log}")
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +137,19 @@ def test_callers_who_go_away_give_their_places_back(product: Product) -> None:
         with httpx.stream("GET", product.daemon.url + WEEK) as answer:
             next(answer.iter_raw(10))
     product.daemon.until(lambda: product.get(WEEK).status_code == 200)
+
+
+def test_callers_who_go_away_before_the_first_byte_give_their_places_back(product: Product) -> None:
+    product.mobile.state.questions = 1000
+    number = ask(product, {**WANTED, "fields": ["event_name"]})
+    path = f"/appmetrica/fetch-export?export_id={number}&poll_interval=3600&poll_timeout=86400"
+    for _ in range(AT_ONCE):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.get(product.daemon.url + path, timeout=0.3)
+    free = {"export_id": number, "poll_timeout": 0}
+    product.daemon.until(lambda: product.get("/appmetrica/fetch-export", **free).status_code == 202)
+    product.mobile.state.questions = 2
+    product.mobile.state.asked.clear()
 
 
 def test_ping_says_whether_the_service_answers(product: Product) -> None:

@@ -65,7 +65,7 @@ class AmplitudeState:
     """What the simulator holds. `limit_hours`: longer ranges are refused with `limit_status`, 400 or 504.
 
     `made` generates the members of an hour that has no events in `events`. `lines` are additional raw lines of an hour.
-    `faults`: every request for that hour gets the fault until it is removed.
+    `faults`: every request for that hour gets the fault until it is removed. `odd`: further members of every archive.
     """
 
     keys: Mapping[str, tuple[str, str]]
@@ -74,6 +74,7 @@ class AmplitudeState:
     events: dict[tuple[str, datetime], list[dict[str, Any]]] = field(default_factory=dict)
     lines: dict[tuple[str, datetime], list[bytes]] = field(default_factory=dict)
     faults: dict[tuple[str, datetime], AmplitudeFault] = field(default_factory=dict)
+    odd: dict[str, bytes] = field(default_factory=dict)
     limit_hours: int = MAX_DAYS * 24
     limit_status: int = 400
     waiting: list[AmplitudeFault] = field(default_factory=list)
@@ -122,6 +123,10 @@ class AmplitudeSimulator(Simulator):
     def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         super().__init__()
         self.state = AmplitudeState({"web": ("web-key", "web-secret"), "mobile": ("app-key", "app-secret")}, clock)
+
+    def now_seconds(self) -> float:
+        """See `Simulator`."""
+        return self.state.clock().timestamp()
 
     def environment(self, *sources: str) -> dict[str, str]:
         """The settings that point Headwater at it."""
@@ -177,7 +182,7 @@ class AmplitudeSimulator(Simulator):
         found = {at: parts for at in starts if (parts := self.state.parts(source, at))}
         if not found:
             return Answer(404, TEXT, b"Raw data files were not found.")
-        pieces = _cut(_zipped(found, fault.named), fault.cut_bytes)
+        pieces = _cut(_zipped(found, fault.named, self.state.odd), fault.cut_bytes)
         body = Streamed(pieces, lambda _rows, _bytes, _whole: None)
         return Answer(200, {"Content-Type": "application/zip"}, body)
 
@@ -193,13 +198,14 @@ def _span(request: Request) -> tuple[datetime, datetime] | None:
     return first, last
 
 
-def _zipped(hours: Mapping[datetime, Parts], named: str = "") -> Iterator[Piece]:
+def _zipped(hours: Mapping[datetime, Parts], named: str, odd: Mapping[str, bytes]) -> Iterator[Piece]:
     """A zip, generated while it is sent; members sorted by name, as the service does."""
     members = {
         f"{named}{number}" if named else f"{PROJECT}/{PROJECT}_{at:%Y-%m-%d}_{at.hour}#{number}.json.gz": part
         for at, parts in hours.items()
         for number, part in enumerate(parts)
     }
+    members.update(odd)
     sink = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as made:
         for name in sorted(members):

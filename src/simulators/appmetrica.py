@@ -1,7 +1,8 @@
 """In-process simulator of AppMetrica's Logs API as described in contracts/appmetrica.md, with faults.
 
 Invariants: a file is identified by the whole URL; it is ready after a number of requests, and kept for a day; each URL
-has its own row order; at most three files per application are being made.
+has its own row order; at most three files per application are being made. One that nobody asks for any more, since its
+client was killed, is made all the same: else it would keep its place in the queue for ever.
 """
 
 import csv
@@ -9,6 +10,7 @@ import gzip
 import io
 import json
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -51,16 +53,20 @@ class Build:
     """A file that is being made or is ready."""
 
     questions: int = 0
+    asked_at_seconds: float = field(default_factory=time.monotonic)
     made_at: datetime | None = None
+    body: bytes = b""
 
 
 @dataclass(slots=True)
 class AppMetricaState:
     """What the simulator holds. `rows(hour)`: rows received in an hour; `questions`: requests until a file is ready.
 
-    `least_parts`: fewer parts are refused; `unknown`: columns that it refuses; `others`: files of other users in the
-    queue. `columns`: the file's columns, out of the requested ones. `lines`: additional raw lines of an hour; a lone
-    surrogate in a row stands for an invalid UTF-8 byte. `faults`: every request that includes the hour gets the fault.
+    `abandoned_seconds`: after so long without a request for it, a file is made anyway; by a real clock, since `clock`
+    may stand still. `least_parts`: fewer parts are refused; `unknown`: columns that it refuses; `others`: files of
+    other users in the queue. `columns`: the file's columns, out of the requested ones. `lines`: additional raw lines of
+    an hour; a lone surrogate in a row stands for an invalid UTF-8 byte. `faults`: every request that includes the hour
+    gets the fault.
     """
 
     clock: Callable[[], datetime]
@@ -69,6 +75,7 @@ class AppMetricaState:
     token: str = "demo-token"  # noqa: S105 - of the simulator
     zone: str = "Europe/Moscow"
     questions: int = 2
+    abandoned_seconds: float = 10.0
     least_parts: int = 1
     unknown: frozenset[str] = frozenset()
     others: int = 0
@@ -97,6 +104,10 @@ class AppMetricaSimulator(Simulator):
     def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         super().__init__()
         self.state = AppMetricaState(clock)
+
+    def now_seconds(self) -> float:
+        """See `Simulator`."""
+        return self.state.clock().timestamp()
 
     def environment(self) -> dict[str, str]:
         """The settings that point Headwater at it."""
@@ -170,6 +181,9 @@ class AppMetricaSimulator(Simulator):
         """202 until the file was requested often enough; then the file."""
         now = self.state.clock()
         url = f"{request.path}?{urlencode(request.parameters)}"
+        for each in self.state.builds.values():
+            if each.made_at is None and time.monotonic() - each.asked_at_seconds > self.state.abandoned_seconds:
+                each.made_at = now
         build = self.state.builds.get(url)
         if build is not None and build.made_at is not None and now - build.made_at > KEPT_FOR:
             build = None
@@ -181,17 +195,20 @@ class AppMetricaSimulator(Simulator):
         elif fresh:
             build.questions = 0
             return Answer(202, TEXT, MOVED)
+        build.asked_at_seconds = time.monotonic()
         if build.made_at is None and build.questions < self.state.questions:
             build.questions += 1
             percent = 100 * (build.questions - 1) // self.state.questions
             return Answer(202, TEXT, b"Wait for result" if build.questions == 1 else f"Progress is {percent}%".encode())
         build.made_at = build.made_at or now
-        return self._file(request, url, half=half)
+        build.body = build.body or self._file(request, url)
+        headers = {"Content-Type": "text/csv", "Content-Encoding": "gzip"}
+        return Answer(200, headers, build.body[: len(build.body) // 2] if half else build.body)
 
     def _busy(self) -> int:
         return self.state.others + sum(build.made_at is None for build in self.state.builds.values())
 
-    def _file(self, request: Request, url: str, *, half: bool) -> Answer:
+    def _file(self, request: Request, url: str) -> bytes:
         given = request.parameters
         first, last = self._span(given)
         rows: list[Mapping[str, str] | bytes] = list(self._selected(given))
@@ -199,9 +216,7 @@ class AppMetricaSimulator(Simulator):
         random.Random(url.partition("&parts_count")[0]).shuffle(rows)  # noqa: S311 - no secret
         parts, number = int(given.get("parts_count", "1")), int(given.get("part_number", "0"))
         body = _csv(rows[number::parts], self.state.columns(given["fields"].split(",")))
-        packed = gzip.compress(body, 1, mtime=0)
-        headers = {"Content-Type": "text/csv", "Content-Encoding": "gzip"}
-        return Answer(200, headers, packed[: len(packed) // 2] if half else packed)
+        return gzip.compress(body, 1, mtime=0)
 
     def _selected(self, given: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
         zone = ZoneInfo(self.state.zone)

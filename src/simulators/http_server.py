@@ -9,6 +9,7 @@ import gzip
 import logging
 import socket
 import sys
+import time
 import traceback
 import zlib
 from abc import ABC, abstractmethod
@@ -91,10 +92,14 @@ class Simulator(ABC):
     def respond(self, request: Request) -> Answer:
         """The answer to any request; called from one thread per connection. Raises CutHere to give none."""
 
+    def now_seconds(self) -> float:
+        """The simulated system's clock, for the Date header; seconds since 1970."""
+        return time.time()
+
     def start(self) -> Self:
         """Listen on the loopback address and serve from threads."""
         self._closing.clear()
-        self._server = Server(("127.0.0.1", self._port), self.respond, self.too_large)
+        self._server = Server(("127.0.0.1", self._port), self.respond, self.too_large, self.now_seconds)
         self._port = self._server.server_address[1]
         name = type(self).__name__
         self._thread = Thread(target=self._server.serve_forever, args=(POLL_SECONDS,), name=name, daemon=True)
@@ -136,8 +141,15 @@ class Server(ThreadingHTTPServer):
     allow_reuse_address = True
     request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], respond: Respond, too_large: Answer = TOO_LARGE) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        respond: Respond,
+        too_large: Answer = TOO_LARGE,
+        now_seconds: Callable[[], float] = time.time,
+    ) -> None:
         self.respond = respond
+        self.now_seconds = now_seconds
         self.too_large = too_large
         self._open: set[socket.socket] = set()
         self._lock = Lock()
@@ -227,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response_only(answer.status)
         self.send_header("Server", self.version_string())
         if "Date" not in answer.headers:
-            self.send_header("Date", self.date_time_string())
+            self.send_header("Date", self.date_time_string(self.server.now_seconds()))
         for name, value in {**answer.headers, **(more or {})}.items():
             self.send_header(name, value)
         if self.close_connection:

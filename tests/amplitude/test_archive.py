@@ -74,10 +74,33 @@ def test_an_error_of_whoever_reads_is_not_taken_for_one_of_the_zip() -> None:
         reading()
 
 
+def test_two_members_of_one_name_are_both_read() -> None:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        archive.writestr(NAME, b"first")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr(NAME, b"second")
+    with opened(held) as found:
+        assert [stream.read() for stream in found.streams(found.hours(SPAN)[HOUR_AT])] == [b"first", b"second"]
+
+
+def test_members_of_no_hour_go_to_whoever_asks_for_them_unless_there_are_no_others() -> None:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        for name in (NAME, "README.txt", NAME.replace("-07_9", "-08_9")):
+            archive.writestr(name, TEXT)
+    odd = dict[str, str]()
+    with opened(held) as found:
+        (hour,) = found.hours(SPAN, lambda what, member: odd.update({member.filename: what})).values()
+    assert [member.filename for member in hour] == [NAME]
+    assert odd.keys() == {"README.txt", NAME.replace("-07_9", "-08_9")}
+    assert odd["README.txt"].endswith("which names no hour")
+
+
 def test_a_checksum_of_the_zip_is_compared_also_where_members_are_joined() -> None:
     held = io.BytesIO()
     with zipfile.ZipFile(held, "w") as archive:
         archive.writestr(NAME, gzip.compress(b"{}"))
     damaged = with_field(held.getvalue(), 14, 0)
     with opened(io.BytesIO(damaged)) as found, pytest.raises(Transient, match="Bad CRC-32"):
-        list(joined_lines(joined(), found.streams([NAME])))
+        list(joined_lines(joined(), found.streams()))

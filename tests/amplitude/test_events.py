@@ -25,7 +25,6 @@ from app.amplitude.events import (
     lines_in,
     reader,
 )
-from app.amplitude.hours import hour_key, set_aside_name
 from app.core.runs import Stop
 from app.core.windows import EPOCH, HOUR_SECONDS, window_at
 from app.dwh.tables import TABLES
@@ -167,7 +166,16 @@ def test_a_health_record_is_a_number_or_none(given: Any, record: int | None) -> 
     ("given", "said"),
     [
         *(("via app", True), ("1", True), (1, True), (True, True)),
-        *(("0", False), (0, False), (False, False), ("unknown", None), ("N/A", None), (None, None)),
+        *(
+            ("0", False),
+            (0, False),
+            (False, False),
+            (1.0, True),
+            ("0.0", False),
+            ("unknown", None),
+            ("N/A", None),
+            (None, None),
+        ),
     ],
 )
 def test_how_somebody_registered_is_said_in_many_ways(given: Any, said: bool | None) -> None:  # noqa: FBT001 - expected
@@ -175,8 +183,9 @@ def test_how_somebody_registered_is_said_in_many_ways(given: Any, said: bool | N
     assert made["permanent_user_properties"][0]["registered_via_app"] is said
 
 
-def test_the_older_name_of_the_gender_serves_when_the_newer_one_is_absent() -> None:
-    made = tables({**SAMPLE, "user_properties": {"EHR_ID": 1, "gender": "MALE"}})
+@pytest.mark.parametrize("newer", [{}, {"Gender": None}, {"Gender": ""}])
+def test_the_older_name_of_the_gender_serves_when_the_newer_one_is_absent(newer: dict[str, Any]) -> None:
+    made = tables({**SAMPLE, "user_properties": {"EHR_ID": 1, "gender": "MALE", **newer}})
     assert made["permanent_user_properties"][0]["gender"] == "male"
 
 
@@ -198,6 +207,9 @@ NASTY = [
     b'{"uuid":"%s","device_id":{"a":1},"user_properties":[1],"groups":"text","event_type":["x"],"user_id":7}',
     b'{"uuid":"%s","event_properties":' + b'{"a":' * 300 + b"1" + b"}" * 300 + b"}",
     b'{"uuid":"%s","uuid":"%s","event_type":"first","event_type":"last"}',
+    b'{"uuid":"%s","session_id":' + b"9" * 5000 + b',"more":' + b"9" * 5000 + b',"city":{"n":' + b"9" * 5000 + b"}}",
+    b'{"uuid":"%s","city":"\\ud800","event_properties":{"n":' + b"9" * 5000 + b"}}",
+    b'{"uuid":"%s","user_properties":{"EHR_ID":' + b"9" * 5000 + b"}}",
 ]
 
 
@@ -225,7 +237,7 @@ def test_a_line_that_is_no_event_is_counted_and_no_other_is_lost(line: bytes) ->
 
 def test_the_digest_does_not_depend_on_the_order_and_tells_events_apart(tmp_path: Path) -> None:
     events = [{**SAMPLE, "uuid": f"{number:08x}{ID[8:]}"} for number in range(50)]
-    pull = cast("PullContext", SimpleNamespace(key=hour_key, place=set_aside_name, spool=tmp_path))
+    pull = cast("PullContext", SimpleNamespace(key=lambda *_: "key", place=lambda *_: ("place",), spool=tmp_path))
 
     def digest(found: list[dict[str, Any]]) -> str:
         body = io.BytesIO(gzip.compress(text_of(*found)))

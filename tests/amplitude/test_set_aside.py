@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from app.amplitude.hours import ODD_MEMBER
 from app.core.ledger import fault_of
 from app.core.verify import CellState
 from app.core.windows import Window
@@ -181,6 +182,18 @@ def test_an_hour_that_landed_is_not_lost_when_its_second_look_fails(world: World
     assert not pull.run().failures
     assert 200 not in gaps(pull)
     assert uuids(made) == given(simulator)
+
+
+def test_members_of_an_archive_that_belong_to_no_hour_are_set_aside_and_keep_no_hour_out(world: World) -> None:
+    made, simulator, pull = world
+    simulator.state.odd = {"README.txt": b"read me", "187520/187520_2020-01-01_3#0.json.gz": b"of another year"}
+    report = pull.to_the_end()
+    assert (report.failures, uuids(made), gaps(pull)) == ((), given(simulator), {})
+    assert report.ledger.closes
+    assert {entry.reason for entry in report.ledger.newly_set_aside} == {ODD_MEMBER}
+    kept = made.objects("amplitude/_set_aside/web/of_no_hour/")
+    assert sorted(kept.values()) == sorted(simulator.state.odd.values())
+    assert made.signs(pull.verification, SPAN) == {}
 
 
 def test_a_file_full_of_bad_lines_is_set_aside_whole_and_counted(world: World) -> None:

@@ -4,11 +4,12 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import pytest
 
 from app.config.environment import load_settings
+from app.config.settings import AmplitudeSettings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected
 from app.core.ledger import Tally
 from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS, Commit
@@ -16,19 +17,22 @@ from app.core.runs import Context, NoProgress, Report, Stop
 from app.core.windows import Window
 from app.object_store.local import LocalDirectory
 from app.object_store.set_aside import SetAsideStore, folder_of
-from app.product_events.hours import HOUR, PartitionRun, PullContext, record_of_nothing
+from app.product_events.hours import HOUR, PartitionRun, PullContext, PulledHour, record_of_nothing
 from app.product_events.pull import LARGE_BYTES, PullPipeline, RefusedLines, heard, silence
 from memory import MemoryCheckpoints, MemoryLeases
+
+if TYPE_CHECKING:
+    from app.object_store.port import ObjectStore
+    from app.product_events.mapping import EventWarehouse
 
 NOW = datetime(2026, 2, 11, 6, 30, tzinfo=UTC)
 DUE = datetime(2026, 2, 11, 4, 0, tzinfo=UTC)
 
 
 @dataclass
-class Partition:
+class Partition(PartitionRun):
     """A partition that does what it is told, and notes which hours were asked for again."""
 
-    run: PartitionRun
     due: Report = field(default_factory=Report)
     fault: AppError | None = None
     again: list[Window] = field(default_factory=list)
@@ -42,6 +46,25 @@ class Partition:
     def pull_again(self, hours: Window) -> Report:
         self.again.append(hours)
         return self.filled
+
+
+class Pull(PullContext):
+    """A pull that is only told when it runs."""
+
+    name, unit, due_after, largest_bytes = "amplitude", "lines", timedelta(hours=2, minutes=30), 1
+
+    @property
+    def given(self) -> AmplitudeSettings:
+        return self.settings.amplitude
+
+    def key(self, partition: str, window: Window) -> str:
+        return f"{partition}/{window}"
+
+    def place(self, partition: str, window: Window) -> tuple[str, ...]:
+        return partition, str(window)
+
+    def opened(self, partition: str, window: Window, file: BinaryIO, stop: Stop) -> PulledHour:
+        raise NotImplementedError
 
 
 class Probed:
@@ -65,22 +88,9 @@ class Made:
 
     def __post_init__(self) -> None:
         self.checkpoints, self.store = MemoryCheckpoints(self.leases), Probed()
-        self.pull = PullContext(
-            name="amplitude",
-            unit="lines",
-            settings=load_settings({"DATA_DIR": str(self.folder)}, None),
-            interval_seconds=3600,
-            lookback_days=1,
-            due_after=timedelta(hours=2, minutes=30),
-            largest_bytes=1,
-            key=lambda partition, window: f"{partition}/{window}",
-            place=lambda partition, window: (partition, str(window)),
-            opened=cast("Any", None),
-            checkpoints=self.checkpoints,
-            store=cast("Any", self.store),
-            warehouse=cast("Any", None),
-            clock=lambda: NOW,
-        )
+        settings = load_settings({"DATA_DIR": str(self.folder)}, None)
+        warehouse = cast("EventWarehouse", None)
+        self.pull = Pull(settings, self.checkpoints, cast("ObjectStore", self.store), warehouse, lambda: NOW)
         self.pipeline: PullPipeline[None] = PullPipeline(
             pull=self.pull,
             off="",
@@ -96,7 +106,7 @@ class Made:
         return Context("run", lease, Stop(), NoProgress(), dry_run)
 
     def add(self, name: str = "web", *, dry_run: bool = False) -> Partition:
-        self.partitions.append(Partition(PartitionRun(self.pull, self.context(dry_run=dry_run), name)))
+        self.partitions.append(Partition(self.pull, self.context(dry_run=dry_run), name))
         return self.partitions[-1]
 
     def record(self, start: datetime, hours: int, *, rows: int = 0, cursor_at: datetime | None = None) -> None:
@@ -151,7 +161,7 @@ def test_whole_hours_up_to_the_cursor_are_pulled_again(
 ) -> None:
     one, midnight = made.add(), DUE - 4 * HOUR
     made.record(midnight, 4, cursor_at=DUE)
-    one.filled = one.run.ledger(Tally(counted=7, new=2, already_there=5))
+    one.filled = one.ledger(Tally(counted=7, new=2, already_there=5))
     report = made.pipeline.backfill(made.context(), Window(midnight + start, midnight + end))
     assert one.again == [Window(midnight + first * HOUR, midnight + last * HOUR)]
     left = "; the job itself pulls those from 2026-02-11T04:00Z on" if end > timedelta(hours=4) else ""

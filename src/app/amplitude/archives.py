@@ -7,7 +7,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
@@ -24,6 +24,17 @@ from app.core.windows import HOUR_SECONDS, Window, windows_between
 NAME = re.compile(r"_(\d{4})-(\d\d)-(\d\d)_(\d{1,2})#(\d+)\.json\.gz$")
 AGAIN = "no action needed: the export is fetched again"
 
+NO_HOUR = datetime.min.replace(tzinfo=UTC)
+
+Member: TypeAlias = zipfile.ZipInfo  # not its name: two members may have the same one
+Odd = Callable[[str, Member], None]
+"""Receives a member that belongs to no hour that was asked for, after what is wrong with it."""
+
+
+def refuse_odd(what: str, _: Member) -> None:
+    """Raise Permanent."""
+    raise Permanent(what, "check AMPLITUDE_BASE_URL, and ask for days from 2014-11-12 on; otherwise please report it")
+
 
 class Archive:
     """A zip in a file. Use it inside `opened`."""
@@ -31,28 +42,31 @@ class Archive:
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
 
-    def hours(self, span: Window) -> Mapping[datetime, Sequence[str]]:
-        """Every hour of the span, oldest first, with its member names in order. Raises Permanent for any other name."""
-        found: dict[datetime, list[str]] = {
+    def hours(self, span: Window, odd: Odd = refuse_odd) -> Mapping[datetime, Sequence[Member]]:
+        """Every hour of the span, oldest first, with its members in order. Members of no hour of it go to `odd`;
+        Permanent is raised when all are such.
+        """
+        found: dict[datetime, list[Member]] = {
             hour.start: [] for hour in windows_between(span.start, span.end, HOUR_SECONDS)
         }
-        for hour_at, _, name in sorted(
-            _placed(info.filename) for info in self._archive.infolist() if not info.is_dir()
-        ):
-            if hour_at not in found:
-                raise Permanent(
-                    f"the export of {span} holds {name!r}, which is from another time",
-                    "check AMPLITUDE_BASE_URL: the answer does not match the request",
-                )
-            found[hour_at].append(name)
+        members = [info for info in self._archive.infolist() if not info.is_dir()]
+        placed = sorted(((*_placed(info.filename), at) for at, info in enumerate(members)))
+        take_odd = odd if any(hour_at in found for hour_at, _, _ in placed) else refuse_odd
+        for hour_at, _, at in placed:
+            if hour_at in found:
+                found[hour_at].append(members[at])
+            else:
+                what = "names no hour" if hour_at == NO_HOUR else "is from another time"
+                name = members[at].filename[:120]
+                take_odd(f"a member of the export of {span} is named {name!r}, which {what}", members[at])
         return found
 
-    def streams(self, names: Iterable[str] | None = None) -> Iterator[BinaryIO]:
+    def streams(self, members: Iterable[Member] | None = None) -> Iterator[BinaryIO]:
         """The bytes of each of these members in turn, or of all. A stream is valid until the next one is requested.
         Read it inside `read_errors`: its checksum is compared at its end.
         """
-        for name in self._archive.namelist() if names is None else names:
-            with read_errors(), self._archive.open(name) as stream:
+        for member in self._archive.infolist() if members is None else members:
+            with read_errors(), self._archive.open(member) as stream:
                 yield cast("BinaryIO", stream)
 
 
@@ -76,17 +90,14 @@ def read_errors() -> Iterator[None]:
         raise Permanent(f"the export is a zip in a format that cannot be read: {error}", "please report it") from error
 
 
-def _placed(name: str) -> tuple[datetime, int, str]:
-    """The hour and the part number in a member's name, and the name."""
+def _placed(name: str) -> tuple[datetime, int]:
+    """The hour and the part number in a member's name."""
     found = NAME.search(name)
     try:
         year, month, day, hour, part = map(int, found.groups() if found else ())
-        return datetime(year, month, day, hour, tzinfo=UTC), part, name
-    except ValueError as error:
-        raise Permanent(
-            f"a member of the export is named {name[:120]!r}, which names no hour",
-            "ask for days from 2014-11-12 on; otherwise please report it",
-        ) from error
+        return datetime(year, month, day, hour, tzinfo=UTC), part
+    except ValueError:
+        return NO_HOUR, 0
 
 
 # Joins gzip members into one deflate stream without recompressing.

@@ -23,11 +23,12 @@ from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, window_at
 from app.product_events.hours import HOUR
-from app.product_events.http_client import ServiceAnswer, Upstream, body_file
+from app.product_events.http_client import ServiceAnswer, Upstream, body_file, held_turn
 
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
 CODES_OF_SIZE = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 BUSY_SECONDS = 60.0
+IDENTITY = {"Accept-Encoding": "identity"}  # the archive is compressed already: once more only costs time
 POLICY = RetryPolicy(attempts=5, first_seconds=2.0, cap_seconds=120.0)
 # Used after a fault: halving a day down to the hour must not take a day of waiting.
 SHORT_POLICY = replace(POLICY, attempts=2)
@@ -93,23 +94,19 @@ class Project:
             yield from self._halved(day, pauses, policy, past_faults=past_faults)
             at = day.end
 
-    def answers(self, hour: Window, pauses: Pauses) -> bool:
-        """Whether the service responds for this hour. If so, other failures do not mean that it is down."""
-        try:
-            (fetched,) = self.fetch(hour, pauses, SHORT_POLICY, past_faults=True)
-        except (Transient, Permanent):
-            return False
+    def try_hour(self, hour: Window, pauses: Pauses) -> None:
+        """Fetch an hour and discard it. Raises Transient or Permanent when the service does not respond for it; an hour
+        above its limit is a response.
+        """
+        (fetched,) = self.fetch(hour, pauses, SHORT_POLICY, past_faults=True)
         fetched.close()
-        return fetched.fault is None or isinstance(fetched.fault, HourTooLarge)
+        if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
+            raise fetched.fault
 
     def ping(self, clock: Callable[[], datetime]) -> str:
-        """Fetch one hour of yesterday and discard it, for `check`. Raises Transient or Permanent."""
-        hour = window_at(clock() - timedelta(days=1), HOUR_SECONDS)
+        """Try one hour of yesterday, for `check`. Raises Transient or Permanent."""
         with closing(self.upstream):
-            for fetched in self.fetch(hour, Stop(), SHORT_POLICY, past_faults=True):
-                fetched.close()
-                if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
-                    raise fetched.fault
+            self.try_hour(window_at(clock() - timedelta(days=1), HOUR_SECONDS), Stop())
         return "may export events"
 
     def _halved(
@@ -138,8 +135,7 @@ class Project:
 
     def _fetch(self, span: Window, pauses: Pauses) -> FetchedArchive:
         path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={span.end - HOUR:%Y%m%dT%H}"
-        # The archive is compressed already: compressing it again in transit only costs time.
-        with self.turn, self.upstream.get(path, {"Accept-Encoding": "identity"}) as answer:
+        with held_turn(self.turn, pauses), self.upstream.get(path, IDENTITY, pauses) as answer:
             if answer.status == HTTPStatus.NOT_FOUND:
                 return FetchedArchive(span, None)
             if answer.status != HTTPStatus.OK:

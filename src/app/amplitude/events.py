@@ -6,7 +6,6 @@ bounded by a block and MAX_LINE_BYTES. An event is identified by its uuid; `dige
 
 import gzip
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,16 @@ from app.core.runs import Stop
 from app.core.verify import NOTHING, WindowContent
 from app.core.windows import Window
 from app.product_events.hours import REFUSED, PullContext
-from app.product_events.mapping import RULES, ProductMapping, Tables, cleaned, mapping, storable_json, uuids_in
+from app.product_events.mapping import (
+    RULES,
+    ProductMapping,
+    Tables,
+    cleaned,
+    mapping,
+    parsed_json,
+    storable_json,
+    uuids_in,
+)
 from app.product_events.pull import RefusedLines
 
 SERVICE = "amplitude"
@@ -127,7 +135,7 @@ class EventReader:
 
     def _mended(self, line: bytes) -> bytes:
         """The event of a line in a form that can be decoded and stored."""
-        found = json.loads(line)
+        found = parsed_json(line)
         if not isinstance(found, dict):
             raise ValueError("not an object")  # noqa: TRY004 - one of UNREADABLE
         event = cleaned(found)
@@ -170,7 +178,7 @@ class _ObjectMembers:
         try:
             return self._decode(raw)
         except UNREADABLE:
-            found = cleaned(json.loads(bytes(raw)))  # accepts numbers of any size
+            found = cleaned(parsed_json(bytes(raw)))  # accepts numbers of any size
             if not isinstance(found, dict):
                 return self._nothing
             kept = {name: found[name] for name in self._names & found.keys()}

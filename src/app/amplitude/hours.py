@@ -9,118 +9,144 @@ bounded, whatever the size of an hour; its object holds every line as it came, i
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, time, timedelta
 from functools import partial
 from itertools import chain, groupby
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
-from app.amplitude.archives import WEEK, joined, joined_lines, monday, name_of, opened, weeks
+from app.amplitude.archives import (
+    WEEK,
+    Archive,
+    Member,
+    joined,
+    joined_lines,
+    monday,
+    name_of,
+    opened,
+    read_errors,
+    weeks,
+)
 from app.amplitude.client import FetchedArchive, HourTooLarge, Project
+from app.config.settings import AmplitudeSettings
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import temporary_file
 from app.core.ledger import Tally
 from app.core.pipeline import Record
-from app.core.runs import Report, Stop
+from app.core.runs import Context, Report, Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
 from app.object_store.set_aside import ZIP
-from app.product_events.hours import HOUR, BrokenHour, PartitionRun, PullContext, PullMode, has_landed, store_rows
+from app.product_events.hours import (
+    GZIP,
+    HOUR,
+    BrokenHour,
+    PartitionRun,
+    PullContext,
+    PulledHour,
+    PullMode,
+    has_landed,
+    store_rows,
+)
 from app.product_events.mapping import LoadResult
 
 if TYPE_CHECKING:
     from app.amplitude.events import HourLines
 
 NAME = "amplitude"
-UNIT = "lines"
+ODD_MEMBER = "member of no hour"
 GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
 DUE_AFTER = timedelta(hours=2, minutes=30)
 AGAIN_AFTER = timedelta(hours=24)
 AGAIN_DAYS = 14
 STEP_HOURS = 31 * 24
 KNOWN_FOR = timedelta(days=7)
+KEPT_LINE_BYTES = 1 << 25  # kept of a line that is too large
 log = logging.getLogger(__name__)
 
 
-def hour_key(source: str, window: Window) -> str:
-    """`amplitude/{source}/hours/{date}/{HH}.ndjson.gz`."""
-    return f"{NAME}/{source}/hours/{window.start:%Y-%m-%d}/{window.start:%H}.ndjson.gz"
+class AmplitudePull(PullContext):
+    """See `PullContext`. Partitions are sources."""
+
+    name, unit, due_after, largest_bytes = NAME, "lines", DUE_AFTER, KEPT_LINE_BYTES
+
+    @property
+    def given(self) -> AmplitudeSettings:
+        """See `PullContext.given`."""
+        return self.settings.amplitude
+
+    def key(self, partition: str, window: Window) -> str:
+        """`amplitude/{source}/hours/{date}/{HH}.ndjson.gz`."""
+        return f"{NAME}/{partition}/hours/{window.start:%Y-%m-%d}/{window.start:%H}.ndjson.gz"
+
+    def place(self, partition: str, window: Window) -> tuple[str, ...]:
+        """Below `amplitude/_set_aside/`: `{source}/{date}/{HH}`."""
+        return partition, f"{window.start:%Y-%m-%d}", f"{window.start:%H}"
+
+    def opened(self, partition: str, window: Window, file: BinaryIO | None, stop: Stop) -> "HourLines":
+        """See `PullContext.opened`; None = the hour has no lines."""
+        from app.amplitude.events import HourLines  # the decoder, which an idle daemon does not load
+
+        return HourLines(self, partition, window, file, stop)
+
+    def joined(self, source: str, window: Window, members: Iterable[BinaryIO] | None, stop: Stop) -> "HourLines":
+        """An hour of an archive: its members joined into one gzip file, byte-identical for the same members. Raises
+        BrokenHour.
+        """
+        with ExitStack() as undo:
+            file = undo.enter_context(temporary_file(self.spool)) if members else None
+            if file and members:
+                joining = joined()
+                file.write(GZIP_HEAD)
+                try:
+                    file.writelines(joined_lines(joining, members))
+                except (Transient, Permanent) as error:
+                    raise BrokenHour(error) from error
+                file.write(joining.crc.to_bytes(4, "little") + (joining.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
+            undo.pop_all()
+        return self.opened(source, window, file, stop)
 
 
-def set_aside_name(source: str, window: Window) -> tuple[str, ...]:
-    """The set-aside data of an hour is stored under `amplitude/_set_aside/{source}/{date}/{HH}`."""
-    return source, f"{window.start:%Y-%m-%d}", f"{window.start:%H}"
+class SourceRun(PartitionRun):
+    """One source in one run."""
 
+    pull: AmplitudePull
 
-def hour_lines(pull: PullContext, source: str, window: Window, file: BinaryIO | None, stop: Stop) -> "HourLines":
-    """The hour in the gzip file of its lines; None = the hour has no lines."""
-    from app.amplitude.events import HourLines  # the decoder, which an idle daemon does not load
-
-    return HourLines(pull, source, window, file, stop)
-
-
-def merge_members(
-    pull: PullContext, source: str, window: Window, members: Iterable[BinaryIO] | None, stop: Stop
-) -> "HourLines":
-    """An hour of an archive: its members joined into one gzip file, byte-identical for the same members. Raises
-    BrokenHour.
-    """
-    with ExitStack() as undo:
-        file = undo.enter_context(temporary_file(pull.spool)) if members else None
-        if file and members:
-            joining = joined()
-            file.write(GZIP_HEAD)
-            try:
-                file.writelines(joined_lines(joining, members))
-            except (Transient, Permanent) as error:
-                raise BrokenHour(error) from error
-            file.write(joining.crc.to_bytes(4, "little") + (joining.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
-        undo.pop_all()
-    return hour_lines(pull, source, window, file, stop)
-
-
-def settled_at(now: datetime) -> datetime:
-    """Days that end by this time are checked for the last time, even if it is the first check."""
-    return floor_to(now - DUE_AFTER - AGAIN_AFTER, DAY_SECONDS)
-
-
-class SourceRun:
-    """One source in one run. Methods raise the errors of the ports and the service; what was committed stays."""
-
-    def __init__(self, run: PartitionRun, project: Project) -> None:
-        self.run, self.project = run, project
+    def __init__(self, pull: AmplitudePull, context: Context, source: str, project: Project) -> None:
+        super().__init__(pull, context, source)
+        self.project = project
 
     def pull_due(self) -> Report:
-        """Pull what is due, recheck what is old enough, re-create weeks. `more`: more is due."""
-        run, pull = self.run, self.run.pull
+        """See `PartitionRun.pull_due`; also recheck what is old enough, and re-create weeks."""
+        pull = self.pull
         now, due = pull.clock(), pull.due_at
         # Start on the Monday of the week in which the lookback begins, so that every week object covers a whole week.
-        start = run.begun_at(next(weeks_between(now - timedelta(days=pull.lookback_days), now + WEEK)).start)
+        start = self.begun_at(next(weeks_between(now - timedelta(days=pull.given.lookback_days), now + WEEK)).start)
         end = min(due, start + STEP_HOURS * HOUR)
-        report = run.bring_back()
-        waiting = run.waiting_hours()
+        report = self.bring_back()
+        waiting = self.waiting_hours()
         report += self._pull(Window(start, end), PullMode.LIVE) if start < end else Report()
         for hour in waiting:
             report += self._pull(hour, PullMode.ONCE_MORE)
-        report += self._look_again(now)
-        report += refresh_weeks(run, Window(min(start, now - timedelta(days=AGAIN_DAYS)), now))
-        return report + Report(more=start < end < due and not run.context.dry_run)
+        report += self._look_again()
+        report += refresh_weeks(self, Window(min(start, now - timedelta(days=AGAIN_DAYS)), now))
+        return report + Report(more=start < end < due and not self.context.dry_run)
 
     def pull_again(self, hours: Window) -> Report:
-        """Pull hours again, regardless of what is recorded."""
-        return self._pull(hours, PullMode.AGAIN) + refresh_weeks(self.run, hours)
+        """See `PartitionRun.pull_again`."""
+        return self._pull(hours, PullMode.AGAIN) + refresh_weeks(self, hours)
 
-    def mend(self, hour: "HourLines", record: Record | None, over: str | None) -> Report:
-        """Load and store an hour again, see `PartitionRun.land`. The cursor does not move."""
+    def mend(self, hour: PulledHour, record: Record | None, over: str | None) -> Report:
+        """See `PartitionRun.mend`."""
         final = self._is_final(hour.window)
-        report, loaded = self.run.land(hour, record, PullMode.AGAIN, final=final, over=over)
-        report += self._accounted(hour, loaded)
-        return replace(report, windows=1) + refresh_weeks(self.run, hour.window)
+        report, loaded = self.land(hour, record, PullMode.AGAIN, final=final, over=over)
+        report += self._accounted(cast("HourLines", hour), loaded)
+        return replace(report, windows=1) + refresh_weeks(self, hour.window)
 
-    def _look_again(self, now: datetime) -> Report:
+    def _look_again(self) -> Report:
         """Recheck each day once, a day after its last hour was due: loads what the service added since."""
-        until = settled_at(now)
-        records = self.run.records(Window(until - timedelta(days=AGAIN_DAYS), until)).values()
+        until = self._settled_at
+        records = self.records(Window(until - timedelta(days=AGAIN_DAYS), until)).values()
         report = Report()
         for hours in _by_day(record for record in records if not record.closed and has_landed(record)):
             report += self._pull(Window(hours[0].window.start, hours[-1].window.end), PullMode.ONCE_MORE)
@@ -128,10 +154,10 @@ class SourceRun:
 
     def _pull(self, span: Window, mode: PullMode) -> Report:
         """Fetch the hours of `span`, then load and store each."""
-        known = self.run.records(span)
-        self.run.context.progress.advance(total=(span.end - span.start) // HOUR)
-        report = self._land_each(self.project.fetch(span, self.run.context.stop, past_faults=True), known, mode)
-        return report + self.run.settle()
+        known = self.records(span)
+        self.context.progress.advance(total=(span.end - span.start) // HOUR)
+        report = self._land_each(self.project.fetch(span, self.context.stop, past_faults=True), known, mode)
+        return report + self.settle()
 
     def _land_each(self, pieces: Iterable[FetchedArchive], known: Mapping[datetime, Record], mode: PullMode) -> Report:
         report = Report()
@@ -144,14 +170,17 @@ class SourceRun:
         """Load and store the hours of an archive. If it cannot be opened, its hours are fetched one by one, so that
         only unreadable hours are missing.
         """
-        run, stop, span, report = self.run, self.run.context.stop, fetched.span, Report()
+        stop, span, report = self.context.stop, fetched.span, Report()
         record, file = known.get(span.start), fetched.file
+        if early := self.clock_fault(span, self.project.upstream.answered_at):
+            raise early
         if fetched.fault is not None:
             return self._not_had(span, record, fetched.fault, mode)
         with ExitStack() as held:
             try:
                 archive = held.enter_context(opened(file)) if file else None
-                members = archive.hours(span) if archive else {}
+                odd = list[tuple[str, Member]]()
+                members = archive.hours(span, lambda *each: odd.append(each)) if archive else {}
             except (Transient, Permanent) as error:
                 if span.end - span.start <= HOUR:
                     return self._not_had(span, record, error, mode, evidence=file)
@@ -163,26 +192,43 @@ class SourceRun:
                 record, names = known.get(window.start), members.get(window.start)
                 try:
                     streams = archive.streams(names) if archive and names else None
-                    hour = merge_members(run.pull, run.name, window, streams, stop)
-                    with run.until_settled(hour):
-                        landed, loaded = run.take(hour, record, mode, final=self._is_final(window))
+                    hour = self.pull.joined(self.name, window, streams, stop)
+                    with self.until_settled(hour):
+                        landed, loaded = self.take(hour, record, mode, final=self._is_final(window))
                         report += landed + self._accounted(hour, loaded)
                 except BrokenHour as error:
                     evidence = file if span == window else None
                     report += self._not_had(window, record, error.fault, mode, came=True, evidence=evidence)
+            if archive is not None:
+                for what, member in odd:
+                    report += self.alone(f" {what}", partial(self._set_aside_odd, archive, what, member))
+        return report
+
+    def _set_aside_odd(self, archive: Archive, what: str, member: Member) -> Report:
+        """Set aside a member that belongs to no hour: nobody knows where its events go. The others are not affected."""
+        log.warning("%s: %s", self.name, what)
+        if self.context.dry_run:
+            return Report()
+        name, report = (self.name, "of_no_hour", member.filename), Report()
+        with read_errors():
+            for stream in archive.streams([member]):
+                kept = self.pull.set_aside.keep(
+                    name, stream, content_type=GZIP, reason=ODD_MEMBER, number=1, sample=what
+                )
+                report = self.ledger(Tally(1), kept.entry)
         return report
 
     def _accounted(self, hour: "HourLines", loaded: LoadResult) -> Report:
         """Account for lines as they are read, events as the warehouse accepts them, and set-aside lines as they are
         kept.
         """
-        if self.run.context.dry_run:
+        if self.context.dry_run:
             return Report()
         if hour.refused:
             where = "lines are not events; they are in the object and in _set_aside, not in the warehouse"
-            log.warning("%s %s: %d %s: %s", self.run.name, hour.window, hour.refused, where, hour.faults)
+            log.warning("%s %s: %d %s: %s", self.name, hour.window, hour.refused, where, hour.faults)
         tally = Tally(hour.counted, hour.counted, loaded.new, loaded.given - loaded.new)
-        return self.run.ledger(tally, *hour.refused_lines.keep(self.run.pull.set_aside))
+        return self.ledger(tally, *hour.refused_lines.keep(self.pull.set_aside))
 
     def _not_had(
         self,
@@ -203,7 +249,7 @@ class SourceRun:
         if not came and not is_too_large and not self._service_answers(window):
             raise fault
         number = 0 if has_landed(record) else 1
-        return self.run.not_had(
+        return self.not_had(
             window,
             record,
             fault,
@@ -217,16 +263,29 @@ class SourceRun:
 
     def _service_answers(self, window: Window) -> bool:
         """Whether the service responds for another hour than this: the one it returned last, or the newest."""
-        start, due = window.start, self.run.pull.due_at
-        records = self.run.records(Window(start - KNOWN_FOR, start)).values()
+        start, due = window.start, self.pull.due_at
+        records = self.records(Window(start - KNOWN_FOR, start)).values()
         before = next(
             (each.window for each in reversed(list(records)) if has_landed(each)), Window(start - HOUR, start)
         )
-        others = (before, Window(due - HOUR, due))
-        return any(self.project.answers(other, self.run.context.stop) for other in others if other != window)
+        for other in (before, Window(due - HOUR, due)):
+            if other == window:
+                continue
+            with suppress(Transient, Permanent):
+                self.project.try_hour(other, self.context.stop)
+                return True
+        return False
 
     def _is_final(self, window: Window) -> bool:
-        return window.start < settled_at(self.run.pull.clock())
+        return window.start < self._settled_at
+
+    @property
+    def _settled_at(self) -> datetime:
+        """Days that end by this time are checked for the last time, even if it is the first check. By the service's
+        clock if that is behind: a day that is settled too early by ours would never be rechecked.
+        """
+        now, answered_at = self.pull.clock(), self.project.upstream.answered_at
+        return floor_to(min(now, answered_at or now) - DUE_AFTER - AGAIN_AFTER, DAY_SECONDS)
 
 
 # The object of a week: a zip with one NDJSON entry, joined from the objects of its hours.

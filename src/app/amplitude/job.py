@@ -2,48 +2,26 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
-from shutil import copyfileobj
-from typing import TYPE_CHECKING, cast
 
 from app.amplitude.archives import opened, read_errors
 from app.amplitude.client import Project, project
-from app.amplitude.hours import (
-    DUE_AFTER,
-    NAME,
-    UNIT,
-    SourceRun,
-    hour_key,
-    hour_lines,
-    hours_of_week,
-    merge_members,
-    recreate_week,
-    set_aside_name,
-    week_key,
-    weeks_between,
-)
 from app.amplitude.hours import WEEKS as WEEKS_PIPELINE
+from app.amplitude.hours import AmplitudePull, SourceRun, hours_of_week, recreate_week, week_key, weeks_between
 from app.config.settings import Settings
 from app.core.errors import Permanent, Transient
-from app.core.files import temporary_file
-from app.core.pipeline import Checkpoints, Record
+from app.core.pipeline import Checkpoints
 from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, MapCell, PartitionWindow, WindowContent
 from app.core.windows import Window
 from app.object_store.port import ObjectInfo, ObjectStore
 from app.ops.connection_checks import ConnectionCheck
-from app.product_events.hours import PartitionRun, PullContext, PulledHour, has_landed, spool_of
+from app.product_events.hours import PulledHour, has_landed, spool_of
 from app.product_events.mapping import EventWarehouse
 from app.product_events.pull import PullPipeline, heard
 from app.product_events.verify import Given, PullEnds, PullGapMap, pull_cells
 
-if TYPE_CHECKING:
-    from app.amplitude.events import HourLines
-
-PIECE_BYTES = 1 << 18
-KEPT_LINE_BYTES = 1 << 25  # kept of a line that is too large
 OFF = "set AMPLITUDE_WEB_CLIENT_ID or AMPLITUDE_MOBILE_CLIENT_ID, with its secret key"
 
 
@@ -65,26 +43,11 @@ def build(
         for source, (client_id, secret_key) in pairs.items()
         if client_id is not None and secret_key is not None
     }
-    pull = PullContext(
-        name=NAME,
-        unit=UNIT,
-        settings=settings,
-        interval_seconds=given.interval_seconds,
-        lookback_days=given.lookback_days,
-        due_after=DUE_AFTER,
-        largest_bytes=KEPT_LINE_BYTES,
-        key=hour_key,
-        place=set_aside_name,
-        opened=hour_lines,
-        checkpoints=checkpoints,
-        store=store,
-        warehouse=warehouse,
-        clock=clock,
-    )
+    pull = AmplitudePull(settings, checkpoints, store, warehouse, clock)
     return PullPipeline(
         pull=pull,
         off="" if known else OFF,
-        runs=lambda context: [SourceRun(PartitionRun(pull, context, source), of) for source, of in known.items()],
+        runs=lambda context: [SourceRun(pull, context, source, of) for source, of in known.items()],
         verification=lambda stop: AmplitudeEnds(pull, known, stop),
         chart=AmplitudeGapMap(pull),
         service=known,
@@ -111,10 +74,11 @@ WEEKS = ":weeks"
 class AmplitudeEnds(PullEnds):
     """`app.core.verify.Ends` over the pull. Partitions are sources, with hours as windows, and `{source}:weeks`."""
 
-    def __init__(self, pull: PullContext, projects: Mapping[str, Project], stop: Stop) -> None:
+    pull: AmplitudePull
+
+    def __init__(self, pull: AmplitudePull, projects: Mapping[str, Project], stop: Stop) -> None:
         self.projects = projects
-        names = (each for source in projects for each in (source, source + WEEKS))
-        super().__init__(pull, names, stop)
+        super().__init__(pull, (each for source in projects for each in (source, source + WEEKS)), stop)
 
     def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
         """See `Ends.slots`: hours that can be requested, and weeks that lie entirely in the span."""
@@ -153,25 +117,25 @@ class AmplitudeEnds(PullEnds):
         """See `Ends.heal`."""
         if not slot.partition.endswith(WEEKS):
             return super().heal(context, slot)
-        run = PartitionRun(self.pull, context, slot.partition.removesuffix(WEEKS))
+        run = self.run(context, slot.partition.removesuffix(WEEKS))
         week = self.pull.store.head(week_key(run.name, slot.window))
         return recreate_week(run, slot.window, week.etag if week else "") + Report(windows=1)
 
-    def mend(self, run: PartitionRun, hour: PulledHour, record: Record | None, over: str | None) -> Report:
-        """See `PullEnds.mend`."""
-        return SourceRun(run, self.projects[run.name]).mend(cast("HourLines", hour), record, over)
+    def run(self, context: Context, partition: str) -> SourceRun:
+        """See `PullEnds.run`."""
+        return SourceRun(self.pull, context, partition, self.projects[partition])
 
     def ask(self, partition: str, span: Window) -> tuple[Window, Given]:
         """See `PullEnds.ask`."""
         fetched = next(self.projects[partition].fetch(span, self.stop))
         self.held.callback(fetched.close)
         archive = self.held.enter_context(opened(fetched.file)) if fetched.file else None
-        members = archive.hours(fetched.span) if archive else {}
+        members = archive.hours(fetched.span, lambda *_: None) if archive else {}
 
         def hour(window: Window) -> PulledHour:
             names = members.get(window.start)
             streams = archive.streams(names) if archive and names else None
-            return self.held.enter_context(closing(merge_members(self.pull, partition, window, streams, self.stop)))
+            return self.held.enter_context(closing(self.pull.joined(partition, window, streams, self.stop)))
 
         return fetched.span, lru_cache(hour)
 
@@ -179,11 +143,9 @@ class AmplitudeEnds(PullEnds):
         from app.amplitude.events import blocks, content_of_block  # the decoder, which an idle daemon does not load
 
         total = NOTHING
-        with temporary_file(self.pull.spool) as file:
-            with self.pull.store.open(info.key, info.etag) as stream:
-                if stream is None:
-                    raise Transient(f"{info.key} went away while it was read", "verify again")
-                copyfileobj(stream, file, PIECE_BYTES)
+        with self.pull.downloaded(info.key, info.etag) as file:
+            if file is None:
+                raise Transient(f"{info.key} went away while it was read", "verify again")
             try:
                 with opened(file) as archive, read_errors():
                     for entry in archive.streams():
@@ -196,24 +158,17 @@ class AmplitudeEnds(PullEnds):
         return total
 
 
-@dataclass(frozen=True, slots=True)
-class AmplitudeGapMap:
-    """`app.core.verify.GapMapSource` over the pull: a row of hours and a row of weeks for each source."""
-
-    pull: PullContext
+class AmplitudeGapMap(PullGapMap):
+    """See `PullGapMap`: a row of hours and a row of weeks for each source."""
 
     def partitions(self) -> Sequence[str]:
         """See `GapMapSource.partitions`."""
-        return sorted(each for source in self._hours.partitions() for each in (source, source + WEEKS))
+        return sorted(each for source in super().partitions() for each in (source, source + WEEKS))
 
     def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
         """See `GapMapSource.cells`: one listing per day, and one per week."""
         source = partition.removesuffix(WEEKS)
         if source == partition:
-            return self._hours.cells(partition, span)
+            return super().cells(partition, span)
         weeks = weeks_between(span.start, min(span.end, self.pull.clock()))
         return pull_cells(self.pull, source, weeks, key=lambda week: week_key(source, week), pipeline=WEEKS_PIPELINE)
-
-    @property
-    def _hours(self) -> PullGapMap:
-        return PullGapMap(self.pull)

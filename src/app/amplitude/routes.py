@@ -5,27 +5,28 @@ before its first byte is an error response, a later one closes the connection, s
 for a complete one.
 """
 
-import asyncio
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from datetime import UTC, date, datetime, time, timedelta
 from itertools import chain
 from typing import Annotated, BinaryIO, Literal
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app.amplitude.archives import name_of, opened, weeks
 from app.amplitude.client import FetchedArchive, Project
 from app.core.runs import Stop
 from app.core.windows import Window
-from app.web.api import StreamedResponse, refuse_unknown_parameters
+from app.product_events.routes import CallerPlaces, ServiceFile
+from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Answers, Refusal, Refused, faults
 
 MAX_DAYS = 365
 AT_ONCE = 2
+LOOK_SECONDS = 0.5
 FIRST_DAY, LAST_DAY = date(1980, 1, 7), date(2107, 12, 31)  # a zip cannot store dates of other weeks
 DAY = r"^\d{8}$"
 Day = Annotated[str, Query(pattern=DAY, description="YYYYMMDD, UTC", examples=["20240201"])]
@@ -48,7 +49,7 @@ def build(projects: Mapping[str, Project]) -> APIRouter:
     """The routes for the configured projects."""
     strict = [Depends(refuse_unknown_parameters)]
     router = APIRouter(prefix="/amplitude", tags=["amplitude"], dependencies=strict)
-    places = asyncio.Semaphore(AT_ONCE)
+    places = CallerPlaces(AT_ONCE, BUSY)
 
     @router.get(
         "/export",
@@ -57,25 +58,20 @@ def build(projects: Mapping[str, Project]) -> APIRouter:
         response_class=Response,
         responses=ANSWERS,
     )
-    async def export(start: Day, end: Day, source: Literal["web", "mobile"]) -> Response:
+    async def export(request: Request, start: Day, end: Day, source: Literal["web", "mobile"]) -> Response:
         first, last = _days(start, end)
         project = projects.get(source)
         if project is None:
             name = f"AMPLITUDE_{source.upper()}_CLIENT_ID"
             raise Refused(409, f"the source {source} is not configured", f"set {name} and its secret key")
-        if places.locked():
-            raise Refused(*BUSY)
-        await places.acquire()
-        with ExitStack() as held:
-            held.callback(places.release)
-            stop = Stop()
-            held.callback(stop.ask, "the caller went away")
-            pieces = week_zip(project, first, last, stop)
+
+        async def make(stop: Stop, held: ExitStack) -> Response:
+            pieces = held.enter_context(closing(week_zip(project, first, last, stop)))
             head = await run_in_threadpool(next, pieces, b"")
-            headers = {"Content-Disposition": f'attachment; filename="{name_of(first)}.zip"'}
-            return StreamedResponse(
-                chain((head,), pieces), held.pop_all(), headers=headers, media_type="application/zip"
-            )
+            name, whole = f"{name_of(first)}.zip", chain((head,), pieces)
+            return ServiceFile(whole, held.pop_all(), stop, name=name, media_type="application/zip")
+
+        return await places.answer(request, make)
 
     return router
 
@@ -101,33 +97,39 @@ def _day(text: str, name: str) -> date:
         raise Refused(422, f"{name}={text} is not a valid day", hint, f"query.{name}") from None
 
 
-def week_zip(project: Project, first: date, last: date, stop: Stop) -> Iterator[bytes]:
+def week_zip(project: Project, first: date, last: date, stop: Stop) -> Generator[bytes]:
     """The zip of the events of all days from `first` to `last`. Raises the errors of fetching."""
     start = datetime.combine(first, time(), UTC)
     days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
     span = Window(start, start + timedelta(days=len(days)))
-    fetched = project.fetch(span, stop)
-    return _joined(weeks(_streams(_ahead(fetched) if len(days) > 1 else fetched), days))
+    return _joined(weeks(_streams(_ahead(project.fetch(span, stop), stop)), days))
 
 
-def _ahead(pieces: Iterator[FetchedArchive]) -> Iterator[FetchedArchive]:
-    """Prefetch one archive in a separate thread."""
+def _ahead(pieces: Iterator[FetchedArchive], stop: Stop) -> Iterator[FetchedArchive]:
+    """Prefetch one archive in a separate thread. Neither a stop nor closing this waits for that thread: the service may
+    take minutes to answer, and the thread may be waiting for its turn behind the one that closes this.
+    """
 
     def close_unused(done: Future[FetchedArchive | None]) -> None:
         if not done.exception() and (fetched := done.result()) is not None:
             fetched.close()
 
-    with ThreadPoolExecutor(1, thread_name_prefix="amplitude-ahead") as pool:
-        upcoming = pool.submit(next, pieces, None)
-        try:
-            while (fetched := upcoming.result()) is not None:
-                upcoming = pool.submit(next, pieces, None)
-                yield fetched
-        finally:
-            upcoming.add_done_callback(close_unused)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="amplitude-ahead")
+    upcoming = pool.submit(next, pieces, None)
+    try:
+        while True:
+            while not wait([upcoming], LOOK_SECONDS).done:
+                stop.check()
+            if (fetched := upcoming.result()) is None:
+                return
+            upcoming = pool.submit(next, pieces, None)
+            yield fetched
+    finally:
+        upcoming.add_done_callback(close_unused)
+        pool.shutdown(wait=False)
 
 
-def _joined(pieces: Iterator[bytes], size_bytes: int = 1 << 16) -> Iterator[bytes]:
+def _joined(pieces: Iterator[bytes], size_bytes: int = 1 << 16) -> Generator[bytes]:
     """The same bytes in chunks large enough to be worth a thread switch. The first one waits for the first day."""
     held = bytearray()
     for piece in pieces:

@@ -1,13 +1,14 @@
 """Client of AppMetrica's Logs API: each request gets one of the four answers of `/logs/v1/export` (see contracts).
 
-Invariants: a call is counted before it is made, and the daily limit is never exceeded; one request is in progress at a
-time; a status message is never taken for a file, and a truncated file never for a complete one.
+Invariants: a call is counted before it is made, and the daily limit is never exceeded; a status message is never taken
+for a file, and a truncated file never for a complete one. Callers do not wait for one another: the service allows 30
+requests a second, and a file may take minutes to arrive.
 """
 
+import gzip
 import json
 import logging
 import re
-import threading
 import tomllib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode
@@ -26,9 +26,10 @@ from app.appmetrica.rows import NEEDED
 from app.config.settings import AppMetricaSettings
 from app.core.errors import Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
+from app.core.runs import Stop
 from app.core.windows import Window
 from app.db.state import PendingExport, SqlPulls
-from app.product_events.http_client import ServiceAnswer, Upstream, body_file
+from app.product_events.http_client import READ_SECONDS, ServiceAnswer, Upstream, body_file
 
 SERVICE = "appmetrica"
 PROGRESS = re.compile(r"Progress is (\d+)%")
@@ -36,8 +37,7 @@ QUEUED = re.compile(r"enqueued", re.IGNORECASE)
 MORE_PARTS = re.compile(r"more parts", re.IGNORECASE)
 BUSY = (420, HTTPStatus.TOO_MANY_REQUESTS)  # the English quota page documents the one, the Russian page the other
 QUEUE_SECONDS, RATE_SECONDS = 60.0, 5.0
-GZIP_BITS = 31
-MAX_LIST_BYTES = 1 << 20
+MAX_LIST_BYTES, LIST_SECONDS = 1 << 20, 20.0  # the list is not built on request, and a person waits for it
 APPLICATIONS = "/management/v1/applications"
 ACCESS_HINT = "check APPMETRICA_API_KEY: an OAuth token with appmetrica:read, and APPMETRICA_APPLICATION_ID"
 
@@ -110,34 +110,19 @@ def _listed(answer: ServiceAnswer) -> Mapping[int, Mapping[str, Any]]:
         raise Permanent("the list of applications cannot be read", "check APPMETRICA_BASE_URL") from error
 
 
-def _checked(pieces: Iterator[bytes], *, empty: bool) -> Iterator[bytes]:
-    """Pass through gzip chunks. Raises Transient unless they are complete. `empty`: no chunk at all is allowed."""
-    first = next(pieces, b"")
-    if not first and empty:
-        yield from _packed(iter(()))
-        return
-    # Inflate while passing through: a truncated gzip stream is only detected at its end.
-    inflater = zlib.decompressobj(GZIP_BITS)
+def _check_whole(file: BinaryIO, *, may_be_empty: bool) -> None:
+    """Raise Transient unless the file is whole gzip: that is how a cut transfer without a length shows."""
+    is_empty = not file.tell()
+    file.seek(0)
     try:
-        for piece in chain([first], pieces):
-            rest = piece
-            while rest and not inflater.eof:
-                inflater.decompress(rest, 1 << 20)
-                rest = inflater.unconsumed_tail
-            yield piece
-    except zlib.error as error:
-        raise Transient(
-            f"the file of AppMetrica is broken: {error}", "no action needed: it is fetched again"
-        ) from error
-    if not inflater.eof:
+        with gzip.open(file) as whole:
+            while whole.read(1 << 20):
+                pass
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        said = f"the file of AppMetrica is not whole: {error}"
+        raise Transient(said, "no action needed: it is fetched again") from error
+    if is_empty and not may_be_empty:
         raise Transient("the file of AppMetrica was cut", "no action needed: it is fetched again")
-
-
-def _packed(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    packer = zlib.compressobj(1, wbits=GZIP_BITS)
-    for piece in pieces:
-        yield packer.compress(piece)
-    yield packer.flush()
 
 
 # Requests to AppMetrica, and exports in progress.
@@ -262,7 +247,6 @@ class Exports:
         self.upstream = Upstream("AppMetrica", given.base_url, "APPMETRICA_BASE_URL", headers)
         self.left_out = set[str]()
         self._spool = spool
-        self._turn = threading.Lock()
 
     @property
     def calls_today(self) -> int:
@@ -279,34 +263,38 @@ class Exports:
             raise Permanent(f"unknown time zone {name[:60]!r}", "set APPMETRICA_TIMEZONE") from error
 
     @contextmanager
-    def _answer(self, path: str, headers: Mapping[str, str]) -> Iterator[ServiceAnswer]:
-        """Make and count one call, while no other is in progress. Raises Transient when the daily limit is used up."""
-        with self._turn:
-            self.pulls.count_call(SERVICE, self.given.daily_calls, self.clock())
-            with self.upstream.get(path, headers) as answer:
-                yield answer
+    def _answer(
+        self, path: str, headers: Mapping[str, str], pauses: Pauses, read_seconds: float = READ_SECONDS
+    ) -> Iterator[ServiceAnswer]:
+        """Make and count one call. Raises Transient when the daily limit is used up."""
+        self.pulls.count_call(SERVICE, self.given.daily_calls, self.clock())
+        with self.upstream.get(path, headers, pauses, read_seconds) as answer:
+            yield answer
 
-    def ask(self, path: str, *, fresh: bool) -> NotReady | BinaryIO:
+    def ask(self, path: str, pauses: Pauses, *, fresh: bool) -> NotReady | BinaryIO:
         """The file of a request, as gzip, or NotReady. The receiver closes the file.
 
         `fresh`: do not reuse a file made before. This moves the request to the end of the queue, so send it only once.
         Raises MoreParts, RequestRefused, Transient and Permanent.
         """
         headers = {"Accept-Encoding": "gzip", **({"Cache-Control": "no-cache"} if fresh else {})}
-        with self._answer(path, headers) as answer:
+        with self._answer(path, headers, pauses) as answer:
             if answer.status != HTTPStatus.OK:
                 return _said(answer)
             with body_file(self._spool, "a file of many rows") as file:
-                packed = answer.header("content-encoding").lower() == "gzip"
-                measured = bool(answer.header("content-length") or answer.header("transfer-encoding"))
-                pieces = answer.raw()
-                file.writelines(_checked(pieces, empty=measured) if packed else _packed(pieces))
+                if answer.header("content-encoding").lower() == "gzip":
+                    file.writelines(answer.raw())
+                    is_measured = answer.header("content-length") or answer.header("transfer-encoding")
+                    _check_whole(file, may_be_empty=bool(is_measured))
+                else:
+                    with gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
+                        packed.writelines(answer.raw())
                 file.seek(0)
             return file
 
     def applications(self) -> Mapping[int, Mapping[str, Any]]:
         """The applications that the token can access, by id. Raises Transient and Permanent."""
-        with self._answer(APPLICATIONS, {"Accept-Encoding": "identity"}) as answer:
+        with self._answer(APPLICATIONS, {"Accept-Encoding": "identity"}, Stop(), LIST_SECONDS) as answer:
             if answer.status != HTTPStatus.OK:
                 raise _error(answer, answer.text())
             return _listed(answer)
@@ -395,7 +383,7 @@ class ExportInProgress:
             path = self.request.part(len(self.files), self.export.parts_count)
             fresh = self.fresh and self.export.asked_at is None
             try:
-                answer = retry(partial(self.exports.ask, path, fresh=fresh), POLICY, pauses)
+                answer = retry(partial(self.exports.ask, path, pauses, fresh=fresh), POLICY, pauses)
             except MoreParts:
                 self._double()
                 continue
@@ -411,7 +399,8 @@ class ExportInProgress:
         given, waited_seconds = self.exports.given, 0.0
         interval_seconds = given.poll_interval_seconds
         while (answer := self.step(pauses)) is not None and waited_seconds < given.poll_timeout_seconds:
-            pause_seconds = max(interval_seconds, answer.at_least_seconds)
+            # Capped: a service that asks for an hour must not block a run for that long.
+            pause_seconds = min(max(interval_seconds, answer.at_least_seconds), given.poll_timeout_seconds)
             pauses.pause(pause_seconds)
             waited_seconds += pause_seconds
             interval_seconds = next_pause(interval_seconds)

@@ -21,6 +21,7 @@ from app.appmetrica.client import (
     request_of,
 )
 from app.appmetrica.rows import (
+    KEPT_ROW_BYTES,
     BadRow,
     CsvRows,
     ReceiptHourFile,
@@ -29,10 +30,11 @@ from app.appmetrica.rows import (
     hour_of,
     read_hour,
 )
+from app.config.settings import AppMetricaSettings
 from app.core.errors import Permanent, Transient
 from app.core.ledger import Tally
 from app.core.pipeline import Record
-from app.core.runs import Report, Stop
+from app.core.runs import Context, Report, Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to
 from app.db.state import PendingExport
 from app.product_events.hours import (
@@ -62,43 +64,66 @@ NAME = "appmetrica"
 EVENTS = "events"
 DUE_AFTER = timedelta(minutes=15)
 STEP = timedelta(hours=24)
-UNIT = "records"
 NARROWED = "appmetrica_narrowed"
 """The pipeline whose cursor is the time up to which requests are made hour by hour."""
 log = logging.getLogger(__name__)
 
 
-class ResourceRun:
-    """One resource in one run. Methods raise the errors of the ports and the service; what was committed stays."""
+class AppMetricaPull(PullContext):
+    """See `PullContext`. Partitions are resources of an application."""
 
-    def __init__(self, run: PartitionRun, exports: Exports, resource: LogResource) -> None:
-        self.run, self.exports, self.resource = run, exports, resource
-        self.application_id = loaded_for(run.name)
+    name, unit, due_after, largest_bytes = NAME, "records", DUE_AFTER, KEPT_ROW_BYTES + 1
+
+    @property
+    def given(self) -> AppMetricaSettings:
+        """See `PullContext.given`."""
+        return self.settings.appmetrica
+
+    def key(self, partition: str, window: Window) -> str:
+        """`appmetrica/{resource}/date={YYYY-MM-DD}/{application}_{HHMMSS}.csv.gz`."""
+        return f"{NAME}/{'/'.join(place_of(partition, window.start))}.csv.gz"
+
+    def place(self, partition: str, window: Window) -> tuple[str, ...]:
+        """Below `appmetrica/_set_aside/`: `{resource}/date={date}/{application}_{HHMMSS}`."""
+        return place_of(partition, window.start)
+
+    def opened(self, partition: str, window: Window, file: BinaryIO, stop: Stop) -> ReceiptHourFile:  # noqa: ARG002
+        """See `PullContext.opened`. Raises ValueError when the header is missing."""
+        return read_hour(loaded_for(partition), window, file)
+
+
+class ResourceRun(PartitionRun):
+    """One resource in one run."""
+
+    def __init__(self, pull: PullContext, context: Context, exports: Exports, resource: LogResource) -> None:
+        super().__init__(pull, context, partition_of(exports, resource))
+        self.exports, self.resource = exports, resource
+        self.application_id = loaded_for(self.name)
 
     def pull_due(self) -> Report:
-        """Continue the request in progress or make the next one, and load and store its hours."""
-        run, pull = self.run, self.run.pull
+        """See `PartitionRun.pull_due`: continue the request in progress or make the next one."""
+        pull = self.pull
         due = pull.due_at
-        cursor = run.begun_at(floor_to(pull.clock() - timedelta(days=pull.lookback_days), HOUR_SECONDS))
-        report = run.bring_back() if self.application_id is not None else Report()
-        waiting = run.waiting_hours()
+        cursor = self.begun_at(floor_to(pull.clock() - timedelta(days=pull.given.lookback_days), HOUR_SECONDS))
+        report = self.bring_back() if self.application_id is not None else Report()
+        waiting = self.waiting_hours()
         if cursor < due:
             export = self._under_way(cursor) or self._next(cursor, due)
             report += self._land(export, cursor)
             if report.more or _span(export).end < due:
-                return report + Report(more=not run.context.dry_run)
+                return report + Report(more=not self.context.dry_run)
         for hour in waiting:
             # A retry; an hour that fails again blocks nothing.
-            pulled = run.alone(f" {hour}", partial(self.pull_late, hour))
+            pulled = self.alone(f" {hour}", partial(self.pull_late, hour))
             report += replace(pulled, more=False)
             if pulled.more:
                 break  # the service is still making the file
         return report + recount(self)
 
     def _next(self, cursor: datetime, due: datetime) -> PendingExport:
-        pull = self.run.pull
-        is_narrowed = cursor < pull.checkpoints.cursors(NARROWED).get(self.run.name, cursor)
-        before = self.run.records(Window(cursor - HOUR, cursor)).values()
+        pull = self.pull
+        is_narrowed = cursor < pull.checkpoints.cursors(NARROWED).get(self.name, cursor)
+        before = self.records(Window(cursor - HOUR, cursor)).values()
         # An hour that was set aside would make this request fail as well.
         start = cursor - HOUR if all(map(has_landed, before)) else cursor
         return self._kept("", Window(start, min(due, cursor + (HOUR if is_narrowed else STEP))))
@@ -108,7 +133,7 @@ class ResourceRun:
         return self._land(self._kept(":late", span), None, late=True)
 
     def pull_again(self, hours: Window) -> Report:
-        """Pull hours again, regardless of what is recorded. `more`: a file is not ready yet."""
+        """See `PartitionRun.pull_again`. `more`: a file is not ready yet."""
         report, at = Report(), hours.start
         while at < hours.end and not report.more:
             day = Window(at, min(at + STEP, hours.end))
@@ -121,8 +146,8 @@ class ResourceRun:
 
         So is one created in the future by a fast clock, since its age is unknown until that time has come.
         """
-        found, soon = None, self.run.pull.clock() + HOUR
-        for export in self.exports.pulls.open(NAME, self.run.name):
+        found, soon = None, self.pull.clock() + HOUR
+        for export in self.exports.pulls.open(NAME, self.name):
             span = _span(export)
             if found is None and span.start <= cursor < span.end and export.created_at <= soon:
                 found = export
@@ -134,7 +159,7 @@ class ResourceRun:
         self.exports.pulls.save(replace(export, done=True))
 
     def _kept(self, purpose: str, span: Window) -> PendingExport:
-        return self.exports.keep(self.run.name + purpose, self.exports.request_received(self.resource, span))
+        return self.exports.keep(self.name + purpose, self.exports.request_received(self.resource, span))
 
     def _land(self, export: PendingExport, cursor: datetime | None, *, late: bool = False) -> Report:
         """Wait for the file, then load and store its hours; hours from the cursor on move it. `more`: it is not ready
@@ -142,7 +167,7 @@ class ResourceRun:
 
         Without a cursor, rows are loaded regardless of what is recorded; with `late`, only changed hours are.
         """
-        context = self.run.context
+        context = self.context
         try:
             with self.exports.resumed(export) as under_way:
                 try:
@@ -153,6 +178,9 @@ class ResourceRun:
                     return self._not_given(export, cursor, error)
                 if answer is not None:
                     return self._no_file(export, cursor, answer)
+                if early := self.clock_fault(_span(export), self.exports.upstream.answered_at):
+                    self._done(export)  # the service would give this file again for a day
+                    raise early
                 report = self._land_all(under_way, cursor, again=cursor is None and not late)
                 if not context.dry_run:
                     under_way.finish()
@@ -170,15 +198,15 @@ class ResourceRun:
         """The service is still making the file. After a day, when it has been requested again, that is reported as a
         failure; after another day it counts as refused, unless the service's queue was full all the time.
         """
-        name, context, said = self.run.name, self.run.context, answer.text
+        name, context, said = self.name, self.context, answer.text
         log.info("%s: no file yet, it is requested again: %s", name, said)
-        waited_for = self.run.pull.clock() - export.created_at
+        waited_for = self.pull.clock() - export.created_at
         late = Transient(f"no file of {_span(export)} in {waited_for // HOUR} hours: {said}", "no action needed")
         if cursor is not None and answer.heard and waited_for >= KEPT_FOR + SET_ASIDE_AFTER:
             return self._not_given(export, cursor, late)
         if not answer.heard and waited_for >= KEPT_FOR:
             self._done(export)  # its time begins when it is in the queue
-        failed = self.run.failed("", late) if waited_for >= KEPT_FOR else Report()
+        failed = self.failed("", late) if waited_for >= KEPT_FOR else Report()
         return Report(more=not context.dry_run, notes=(f"{name}: {said}",)) + failed
 
     def _not_given(self, export: PendingExport, cursor: datetime, error: Transient | Permanent) -> Report:
@@ -187,32 +215,32 @@ class ResourceRun:
         A refused request may cover too many hours, so it is split into hours at once.
         """
         is_large, is_refused, span = isinstance(error, TooManyParts), isinstance(error, RequestRefused), _span(export)
-        run, is_long = self.run, span.end - cursor > HOUR
-        is_lasting = run.pull.clock() - export.created_at >= SET_ASIDE_AFTER
-        if run.context.dry_run or not (is_large or is_lasting or (is_refused and is_long)):
+        is_long = span.end - cursor > HOUR
+        is_lasting = self.pull.clock() - export.created_at >= SET_ASIDE_AFTER
+        if self.context.dry_run or not (is_large or is_lasting or (is_refused and is_long)):
             raise error
         self.exports.applications()  # raises when the service does not answer at all
         if is_long:
-            run.commit(cursor_at=span.end, pipeline=NARROWED)
+            self.commit(cursor_at=span.end, pipeline=NARROWED)
             hint = "no action needed: it is asked for hour by hour from now on"
-            report = run.failed("", Transient(error.message, hint))
+            report = self.failed("", Transient(error.message, hint))
         else:
             hour = Window(cursor, span.end)
-            report = run.not_had(
+            report = self.not_had(
                 hour, None, error, PullMode.LIVE, number=1, counted=1, is_too_large=is_large, at_once=True
             )
         self._done(export)
         return report
 
     def _land_all(self, under_way: ExportInProgress, cursor: datetime | None, *, again: bool) -> Report:
-        request, span, run = under_way.request, _span(under_way.export), self.run
-        known, spool = run.records(span), run.pull.spool
-        run.context.progress.advance(total=(span.end - span.start) // HOUR)
+        request, span = under_way.request, _span(under_way.export)
+        known, spool = self.records(span), self.pull.spool
+        self.context.progress.advance(total=(span.end - span.start) // HOUR)
         report, loaded = Report(), LoadResult()
         with closing(RefusedLines(spool)) as refused, closing(RefusedLines(spool)) as unloaded:
 
             def refuse(into: RefusedLines, hour_at: datetime | None, row: BadRow) -> None:
-                into.add(place_of(run.name, hour_at), row.reason, row.raw, f"{run.name} {span} {row.detail}")
+                into.add(place_of(self.name, hour_at), row.reason, row.raw, f"{self.name} {span} {row.detail}")
 
             sorted_rows = SortedRows(
                 under_way.files,
@@ -225,15 +253,15 @@ class ResourceRun:
             )
             with closing(sorted_rows) as reading:
                 self._warn(reading, span)
-                entries = [] if run.context.dry_run else refused.keep(run.pull.set_aside)
+                entries = [] if self.context.dry_run else refused.keep(self.pull.set_aside)
                 if refused.not_kept:
                     raise Transient(
-                        f"{run.name} {span}: {refused.not_kept} rows that cannot be read could not be set aside",
+                        f"{self.name} {span}: {refused.not_kept} rows that cannot be read could not be set aside",
                         "no action needed if it passes: the hours are pulled again; otherwise check whether the "
                         "object store takes writes below appmetrica/_set_aside/",
                     )
                 for hour in reading.hours:
-                    run.context.stop.check()
+                    self.context.stop.check()
                     record = known.get(hour.window.start)
                     hour.refuse = partial(refuse, unloaded)
                     # A file that lacks a column must not replace one that has it.
@@ -241,17 +269,17 @@ class ResourceRun:
                         hour.stands_for = record.digest
                     is_live = cursor is not None and hour.window.start >= cursor
                     mode = PullMode.LIVE if is_live else PullMode.AGAIN if again else PullMode.ONCE_MORE
-                    done, given = run.take(hour, record, mode, final=has_landed(record))
+                    done, given = self.take(hour, record, mode, final=has_landed(record))
                     report, loaded = report + done, loaded + given
-                report += run.settle()
-                entries += [] if run.context.dry_run else unloaded.keep(run.pull.set_aside)
-        if run.context.dry_run:
+                report += self.settle()
+                entries += [] if self.context.dry_run else unloaded.keep(self.pull.set_aside)
+        if self.context.dry_run:
             return report
         counted, there = reading.records - reading.left_out, loaded.given - loaded.new
-        return report + run.ledger(Tally(counted, reading.records, loaded.new, there), *entries)
+        return report + self.ledger(Tally(counted, reading.records, loaded.new, there), *entries)
 
     def _warn(self, reading: SortedRows, span: Window) -> None:
-        name = self.run.name
+        name = self.name
         if number := sum(hour.refused for hour in reading.hours):
             log.warning("%s %s: %d of %d rows cannot be read and are set aside", name, span, number, reading.records)
         if reading.lacking:
@@ -269,28 +297,12 @@ def partition_of(exports: Exports, resource: LogResource) -> str:
     return f"{exports.application_id}:{resource.name}"
 
 
-def hour_key(partition: str, window: Window) -> str:
-    """`appmetrica/{resource}/date={YYYY-MM-DD}/{application}_{HHMMSS}.csv.gz`."""
-    application_id, _, resource = partition.partition(":")
-    return f"{NAME}/{resource}/date={window.start:%Y-%m-%d}/{application_id}_{window.start:%H%M%S}.csv.gz"
-
-
-def set_aside_name(partition: str, window: Window) -> tuple[str, ...]:
-    """The set-aside data of an hour is stored under `{resource}/date={date}/{application}_{HHMMSS}`."""
-    return place_of(partition, window.start)
-
-
 def place_of(partition: str, hour_at: datetime | None) -> tuple[str, ...]:
-    """The same for a row, which may have no hour."""
+    """Where an hour is kept, in parts; None = the rows that have no hour."""
     application_id, _, resource = partition.partition(":")
     if hour_at is None:
         return resource, f"{application_id}_of_no_hour"
     return resource, f"date={hour_at:%Y-%m-%d}", f"{application_id}_{hour_at:%H%M%S}"
-
-
-def opened_hour(_pull: PullContext, partition: str, window: Window, file: BinaryIO, _stop: Stop) -> ReceiptHourFile:
-    """The hour in the file of its object. Raises ValueError when the header is missing."""
-    return read_hour(loaded_for(partition), window, file)
 
 
 def _span(export: PendingExport) -> Window:
@@ -315,31 +327,31 @@ DAY = timedelta(days=1)
 
 def recount(resource: ResourceRun) -> Report:
     """Count the days that were not counted today, oldest first, as long as one run may wait for a file."""
-    run, exports, report = resource.run, resource.exports, Report()
-    began_at, given = run.pull.clock(), exports.given
-    for day in () if run.context.dry_run else _days(resource, began_at):
-        if (run.pull.clock() - began_at).total_seconds() > given.poll_timeout_seconds:
+    exports, report = resource.exports, Report()
+    began_at, given = resource.pull.clock(), exports.given
+    for day in () if resource.context.dry_run else _days(resource, began_at):
+        if (resource.pull.clock() - began_at).total_seconds() > given.poll_timeout_seconds:
             break
         if exports.calls_today >= BUDGET * given.daily_calls:
-            log.info("%s: half of the day's calls are used, so days are not counted again", run.name)
+            log.info("%s: half of the day's calls are used, so days are not counted again", resource.name)
             break
         # Failures are retried tomorrow: a failing day must not block the others.
-        counted = run.alone(f" {day}", partial(_count_day, resource, day))
+        counted = resource.alone(f" {day}", partial(_count_day, resource, day))
         report += replace(counted, more=False)
         if counted.more:
             break
-        run.commit(record_of_nothing(day, "", closed=True, digest=f"{began_at:%Y-%m-%d}"), pipeline=RECOUNTED)
+        resource.commit(record_of_nothing(day, "", closed=True, digest=f"{began_at:%Y-%m-%d}"), pipeline=RECOUNTED)
     return report
 
 
 def _days(resource: ResourceRun, now: datetime) -> Iterator[Window]:
     """Receipt days that were pulled and not counted today; the first and the last one cover only the pulled part."""
-    run, count, today = resource.run, resource.exports.given.recount_days, floor_to(now, DAY_SECONDS)
-    first, last = run.pull.checkpoints.starts(NAME).get(run.name), run.cursor_at
+    count, today = resource.exports.given.recount_days, floor_to(now, DAY_SECONDS)
+    first, last = resource.pull.checkpoints.starts(NAME).get(resource.name), resource.cursor_at
     if not (count and first and last):
         return
     since = today - count * DAY
-    counted = run.records(Window(since, today), RECOUNTED).items()
+    counted = resource.records(Window(since, today), RECOUNTED).items()
     done = {floor_to(at, DAY_SECONDS) for at, record in counted if record.digest == f"{now:%Y-%m-%d}"}
     for at in (since + number * DAY for number in range(count)):
         start, end = max(at, first), min(at + DAY, last)
@@ -349,19 +361,19 @@ def _days(resource: ResourceRun, now: datetime) -> Iterator[Window]:
 
 def _count_day(resource: ResourceRun, day: Window) -> Report:
     """Count a day and pull what is missing. `more`: the service is still making a file."""
-    run, exports, received = resource.run, resource.exports, resource.resource.received
+    exports, received = resource.exports, resource.resource.received
     keys: LogsRequest = exports.request_received(replace(resource.resource, columns=(received,)), day)
-    with exports.resumed(exports.keep(f"{run.name}:recount", keys)) as under_way:
-        if under_way.wait(run.context.stop) is not None:
+    with exports.resumed(exports.keep(f"{resource.name}:recount", keys)) as under_way:
+        if under_way.wait(resource.context.stop) is not None:
             return Report(more=True)
-        missing = _missing(_counts(under_way.files, received), run.records(day), day)
+        missing = _missing(_counts(under_way.files, received), resource.records(day), day)
         report = Report()
         for span in _spans(sorted(missing)):
             rows = sum(number for at, number in missing.items() if span.start <= at < span.end)
-            log.info("%s %s: the service has %d rows that were not there before", run.name, span, rows)
+            log.info("%s %s: the service has %d rows that were not there before", resource.name, span, rows)
             pulled = resource.pull_late(span)
             if pulled.more:  # these rows wait until the file is ready
-                waiting = run.ledger(Tally(counted=rows, waiting=rows)).ledger
+                waiting = resource.ledger(Tally(counted=rows, waiting=rows)).ledger
                 return report + replace(pulled, ledger=waiting)
             report += pulled
         under_way.finish()

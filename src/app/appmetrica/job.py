@@ -5,31 +5,20 @@ Invariant: daily calls are counted across all processes.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import replace
 from datetime import datetime
 
 from app.appmetrica.client import Exports, LogResource, RequestRefused, resources
-from app.appmetrica.hours import (
-    DUE_AFTER,
-    NAME,
-    UNIT,
-    ResourceRun,
-    hour_key,
-    loaded_for,
-    opened_hour,
-    partition_of,
-    set_aside_name,
-)
-from app.appmetrica.rows import KEPT_ROW_BYTES, ReceiptHourFile, SortedRows
+from app.appmetrica.hours import AppMetricaPull, ResourceRun, loaded_for, partition_of
+from app.appmetrica.rows import ReceiptHourFile, SortedRows
 from app.config.settings import Settings
 from app.core.errors import Permanent, Transient
-from app.core.pipeline import Checkpoints, Record
-from app.core.runs import Context, Report, Stop
+from app.core.pipeline import Checkpoints
+from app.core.runs import Context, Stop
 from app.core.windows import Window
 from app.db.state import SqlPulls
 from app.object_store.port import ObjectStore
 from app.ops.connection_checks import ConnectionCheck
-from app.product_events.hours import PartitionRun, PullContext, PulledHour, PullMode, spool_of
+from app.product_events.hours import PullContext, PulledHour, spool_of
 from app.product_events.mapping import EventWarehouse
 from app.product_events.pull import PullPipeline, heard
 from app.product_events.verify import Given, PullEnds, PullGapMap
@@ -52,37 +41,16 @@ def build(
     if given.api_key is not None and given.application_id is not None:
         token = given.api_key.get_secret_value()
         exports = Exports(given, token, given.application_id, spool=spool_of(settings), pulls=pulls, clock=clock)
-    pull = PullContext(
-        name=NAME,
-        unit=UNIT,
-        settings=settings,
-        interval_seconds=given.interval_seconds,
-        lookback_days=given.lookback_days,
-        due_after=DUE_AFTER,
-        largest_bytes=KEPT_ROW_BYTES + 1,
-        key=hour_key,
-        place=set_aside_name,
-        opened=opened_hour,
-        checkpoints=checkpoints,
-        store=store,
-        warehouse=warehouse,
-        clock=clock,
-    )
-
-    def configured() -> Exports:
-        if exports is None:
-            raise Permanent("AppMetrica is not configured", OFF)
-        return exports
+    pull = AppMetricaPull(settings, checkpoints, store, warehouse, clock)
+    known = [resources()[name] for name in given.resources]
 
     def runs(context: Context) -> Sequence[ResourceRun]:
-        asked = configured()
-        return [
-            ResourceRun(PartitionRun(pull, context, partition_of(asked, resource)), asked, resource)
-            for resource in (resources()[name] for name in given.resources)
-        ]
+        return [ResourceRun(pull, context, exports, each) for each in known] if exports else ()
 
     def verification(stop: Stop) -> AppMetricaEnds:
-        return AppMetricaEnds(pull, configured(), [resources()[name] for name in given.resources], stop)
+        if exports is None:
+            raise Permanent("AppMetrica is not configured", OFF)
+        return AppMetricaEnds(pull, exports, known, stop)
 
     check = exports and ConnectionCheck(
         "appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", heard(pull, exports.ping, f"{given.application_id}:")
@@ -111,9 +79,9 @@ class AppMetricaEnds(PullEnds):
         self.exports, self.resources = exports, {partition_of(exports, each): each for each in resources}
         super().__init__(pull, self.resources, stop)
 
-    def mend(self, run: PartitionRun, hour: PulledHour, record: Record | None, over: str | None) -> Report:
-        """See `PullEnds.mend`."""
-        return replace(run.land(hour, record, PullMode.AGAIN, over=over)[0], windows=1)
+    def run(self, context: Context, partition: str) -> ResourceRun:
+        """See `PullEnds.run`."""
+        return ResourceRun(self.pull, context, self.exports, self.resources[partition])
 
     def ask(self, partition: str, span: Window) -> tuple[Window, Given]:
         """See `PullEnds.ask`. A fault applies to all hours of the span: the first one waits for all."""

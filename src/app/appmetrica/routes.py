@@ -5,12 +5,13 @@ either side; a waiting caller does not block a thread.
 """
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
@@ -31,7 +32,8 @@ from app.appmetrica.rows import merged
 from app.core.errors import AppError
 from app.core.runs import Stop
 from app.db.state import PendingExport
-from app.web.api import StreamedResponse, refuse_unknown_parameters
+from app.product_events.routes import CallerPlaces, ServiceFile
+from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Answers, Refusal, Refused, faults
 
@@ -86,7 +88,7 @@ def build(exports: Exports | None) -> APIRouter:
     """All routes of this module; None = not configured."""
     strict = [Depends(refuse_unknown_parameters)]
     router = APIRouter(prefix="/appmetrica", tags=["appmetrica"], dependencies=strict)
-    places = asyncio.Semaphore(AT_ONCE)
+    places = CallerPlaces(AT_ONCE, BUSY)
 
     @router.get("/ping", openapi_extra=READ, summary="Whether the service answers to the token")
     def ping() -> dict[str, Any]:
@@ -113,6 +115,7 @@ def build(exports: Exports | None) -> APIRouter:
         responses=FETCHED,
     )
     async def fetch(
+        request: Request,
         export_id: Annotated[int, Query(ge=1, le=2**53)],
         poll_interval: Annotated[float | None, Query(ge=1, le=3600)] = None,
         poll_timeout: Annotated[float | None, Query(ge=0, le=86_400)] = None,
@@ -123,12 +126,14 @@ def build(exports: Exports | None) -> APIRouter:
             raise Refused(
                 404, f"no export has the number {export_id}", "take the id that POST /appmetrica/exports answered"
             )
-        if places.locked():
-            raise Refused(*BUSY)
-        async with places:
-            interval = known.given.poll_interval_seconds if poll_interval is None else poll_interval
-            timeout = known.given.poll_timeout_seconds if poll_timeout is None else poll_timeout
-            return await _fetched(known, export, interval_seconds=interval, timeout_seconds=timeout)
+        made = partial(
+            _fetched,
+            known,
+            export,
+            interval_seconds=known.given.poll_interval_seconds if poll_interval is None else poll_interval,
+            timeout_seconds=known.given.poll_timeout_seconds if poll_timeout is None else poll_timeout,
+        )
+        return await places.answer(request, made)
 
     return router
 
@@ -186,30 +191,31 @@ def _instant(text: str, rest: str, name: str) -> str:
 
 
 async def _fetched(
-    exports: Exports, export: PendingExport, *, interval_seconds: float, timeout_seconds: float
+    exports: Exports,
+    export: PendingExport,
+    stop: Stop,
+    held: ExitStack,
+    *,
+    interval_seconds: float,
+    timeout_seconds: float,
 ) -> Response:
     """Poll until the file is ready or the time is up."""
-    stop, held, left_seconds = Stop(), ExitStack(), timeout_seconds
-    try:
-        under_way = await run_in_threadpool(held.enter_context, exports.resumed(export, fresh=False))
-        while (answer := await run_in_threadpool(under_way.step, stop)) is not None:
-            pause_seconds = max(interval_seconds, answer.at_least_seconds)
-            if pause_seconds > left_seconds:
-                waits = ExportWaiting(
-                    export_id=export.export_id, status="waiting", progress=answer.percent, message=answer.text
-                )
-                return JSONResponse(waits.model_dump(), 202, headers={"Retry-After": str(round(pause_seconds + 0.5))})
-            await asyncio.sleep(pause_seconds)
-            left_seconds -= pause_seconds
-            interval_seconds = next_pause(interval_seconds)
-        name = f"appmetrica_{under_way.request.resource}_{export.export_id}.csv"
-        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-        return StreamedResponse(_body(under_way), held.pop_all(), headers=headers, media_type="text/csv; charset=utf-8")
-    finally:
-        stop.ask("the caller went away")
-        held.close()
+    under_way = await run_in_threadpool(held.enter_context, exports.resumed(export, fresh=False))
+    while (answer := await run_in_threadpool(under_way.step, stop)) is not None:
+        pause_seconds = max(interval_seconds, answer.at_least_seconds)
+        if pause_seconds > timeout_seconds:
+            waits = ExportWaiting(
+                export_id=export.export_id, status="waiting", progress=answer.percent, message=answer.text
+            )
+            return JSONResponse(waits.model_dump(), 202, headers={"Retry-After": str(round(pause_seconds + 0.5))})
+        await asyncio.sleep(pause_seconds)
+        timeout_seconds -= pause_seconds
+        interval_seconds = next_pause(interval_seconds)
+    name = f"appmetrica_{under_way.request.resource}_{export.export_id}.csv"
+    pieces = held.enter_context(closing(_body(under_way)))
+    return ServiceFile(pieces, held.pop_all(), stop, name=name, media_type="text/csv; charset=utf-8")
 
 
-def _body(under_way: ExportInProgress) -> Iterator[bytes]:
+def _body(under_way: ExportInProgress) -> Generator[bytes]:
     yield from merged(under_way.files)
     under_way.finish()

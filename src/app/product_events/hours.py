@@ -15,17 +15,18 @@ import csv
 import gzip
 import logging
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from shutil import copyfileobj
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, ClassVar, Protocol
 
-from app.config.settings import Settings
+from app.config.settings import AmplitudeSettings, AppMetricaSettings, Settings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
 from app.core.files import temporary_file
 from app.core.ledger import SetAside, Tally, ledger_of
@@ -36,7 +37,7 @@ from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.object_store.deltas import state_from_metadata
 from app.object_store.port import ObjectStore, PutRequest
 from app.object_store.set_aside import LINES, SetAsideStore, folder_of
-from app.product_events.mapping import EventWarehouse, LoadResult, Tables, load_in_turns, missing_events, uuids_in
+from app.product_events.mapping import EventWarehouse, LoadResult, Tables, load_hour, missing_events, uuids_in
 
 HOUR = timedelta(hours=1)
 ABOVE_LIMIT, KEEPS_FAILING = "hour above the service's limit", "hour that keeps failing"
@@ -46,9 +47,9 @@ NOT_HAD = "not had"
 GZIP = "application/gzip"
 SET_ASIDE_AFTER = timedelta(days=1)
 GIVEN_UP_AFTER = timedelta(days=4)
+CLOCKS_APART = timedelta(minutes=30)
 REFUSED_IN_A_ROW = 25  # the hours of one day, which share a folder, plus one
 FAILED_IN_A_ROW = 2
-REFUSED_ROWS = 20
 EVER = Window(datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
 log = logging.getLogger(__name__)
 
@@ -124,28 +125,40 @@ def spool_of(settings: Settings) -> Path:
 
 
 @dataclass(frozen=True)
-class PullContext:
-    """One pull: how its hours are named and read, and where they are stored. `unit`: what its ledger counts.
+class PullContext(ABC):
+    """One pull: how its hours are named and read, which its service defines, and where they are stored.
 
-    An hour is due `due_after` its end. `key` gives the object key of a partition's hour, `place` the name under which
-    it is set aside, `opened` the hour read from an object's file. A line of up to `largest_bytes` is set aside whole,
-    regardless of the limit for many small lines.
+    An hour is due `due_after` its end. `unit`: what its ledger counts. A line of up to `largest_bytes` is set aside
+    whole, regardless of the limit for many small lines.
     """
 
-    name: str
-    unit: str
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    due_after: ClassVar[timedelta]
+    largest_bytes: ClassVar[int]
+
     settings: Settings
-    interval_seconds: int
-    lookback_days: int
-    due_after: timedelta
-    largest_bytes: int
-    key: Callable[[str, Window], str]
-    place: Callable[[str, Window], tuple[str, ...]]
-    opened: Callable[["PullContext", str, Window, BinaryIO, Stop], PulledHour]
     checkpoints: Checkpoints
     store: ObjectStore
     warehouse: EventWarehouse
     clock: Callable[[], datetime]
+
+    @property
+    @abstractmethod
+    def given(self) -> AmplitudeSettings | AppMetricaSettings:
+        """The service's own settings."""
+
+    @abstractmethod
+    def key(self, partition: str, window: Window) -> str:
+        """The object key of an hour."""
+
+    @abstractmethod
+    def place(self, partition: str, window: Window) -> tuple[str, ...]:
+        """The name under which the data of an hour is set aside."""
+
+    @abstractmethod
+    def opened(self, partition: str, window: Window, file: BinaryIO, stop: Stop) -> PulledHour:
+        """The hour in the file of its object."""
 
     @property
     def due_at(self) -> datetime:
@@ -156,7 +169,7 @@ class PullContext:
     def overdue_seconds(self) -> float:
         """How long an hour is overdue before the job is reported as stale."""
         alert = self.settings.alert
-        return self.interval_seconds + dict(alert.grace_by_job).get(self.name, alert.grace_seconds)
+        return self.given.interval_seconds + dict(alert.grace_by_job).get(self.name, alert.grace_seconds)
 
     @property
     def spool(self) -> Path:
@@ -170,28 +183,30 @@ class PullContext:
         return SetAsideStore(self.store, folder_of(self.name), limit_bytes)
 
     @contextmanager
+    def downloaded(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
+        """A copy of an object; None when it is gone. Raises Conflict when it has another version."""
+        with temporary_file(self.spool) as file:
+            with self.store.open(key, etag) as stream:
+                if stream is not None:
+                    copyfileobj(stream, file, 1 << 18)
+            file.seek(0)
+            yield file if stream is not None else None
+
+    @contextmanager
     def object_hour(
         self, partition: str, window: Window, stop: Stop, etag: str | None = None
     ) -> Iterator[PulledHour | None]:
         """The hour stored in an object, downloaded whole; None when the object is gone. Raises DamagedObject when it
         turns out to be broken while in use, and Conflict when it has another version.
         """
-        key, hour = self.key(partition, window), None
-        with temporary_file(self.spool) as file:
-            with self.store.open(key, etag) as stream:
-                if stream is not None:
-                    copyfileobj(stream, file, 1 << 18)
-            file.seek(0)
+        key = self.key(partition, window)
+        with self.downloaded(key, etag) as file, ExitStack() as held:
             try:
-                hour = self.opened(self, partition, window, file, stop) if stream is not None else None
-                yield hour
+                yield held.enter_context(closing(self.opened(partition, window, file, stop))) if file else None
             except BROKEN as error:
                 what = error.message if isinstance(error, BrokenHour) else error
                 hint = "heal the window: the object is written again from what the service gives"
                 raise DamagedObject(f"{key} is damaged: {what}", hint) from error
-            finally:
-                if hour is not None:
-                    hour.close()
 
 
 def has_landed(record: Record | None) -> bool:
@@ -250,38 +265,12 @@ def store_rows(
     )
 
 
-def load_hour(warehouse: EventWarehouse, hour: PulledHour, *, past: bool) -> LoadResult:
-    """Load an hour; if the warehouse refuses it, retry with sanitised values, then event by event.
-
-    Raises the warehouse's error when it accepts none of the events.
-    """
-    for careful in (False, True):
-        try:
-            return load_in_turns(warehouse, hour.tables(careful=careful), past=past)
-        except (Permanent, Rejected) as error:
-            log.warning("%s: retrying row by row with sanitised values: %s", hour.window, error)
-    loaded, faults = LoadResult(), list[Permanent]()
-
-    def load_one(tables: Tables) -> None:
-        nonlocal loaded
-        try:
-            loaded += LoadResult(len(uuids_in(tables)), warehouse.load([tables], past=past))
-        except Permanent as error:
-            faults.append(error)
-            if not loaded.given and len(faults) >= REFUSED_ROWS:
-                raise
-            raise Rejected(error.message, error.hint) from error
-
-    # If the warehouse accepts some events it is working, so the refused events are at fault.
-    hour.load_each(load_one)
-    if faults and not loaded.given:
-        raise faults[0]
-    return loaded
-
-
 @dataclass(slots=True)
-class PartitionRun:
-    """One partition in one run: its records, and loading and storing its hours. Close it at the end of the run."""
+class PartitionRun(ABC):
+    """One partition in one run: its records, and loading and storing its hours. Close it at the end of the run.
+
+    Methods raise the errors of the ports and the service; what was committed stays.
+    """
 
     pull: PullContext
     context: Context
@@ -289,6 +278,18 @@ class PartitionRun:
     _works: bool = False
     _failed_in_a_row: int = 0
     _held: list[tuple[PulledHour, Record | None, PullMode, AppError]] = field(default_factory=list)
+
+    @abstractmethod
+    def pull_due(self) -> Report:
+        """Pull what is due. `more`: more is due."""
+
+    @abstractmethod
+    def pull_again(self, hours: Window) -> Report:
+        """Pull hours again, regardless of what is recorded. The cursor does not move."""
+
+    def mend(self, hour: PulledHour, record: Record | None, over: str | None) -> Report:
+        """Load and store an hour again, replacing a version; see `store_rows`. The cursor does not move."""
+        return replace(self.land(hour, record, PullMode.AGAIN, over=over)[0], windows=1)
 
     @property
     def waiting(self) -> str:
@@ -355,6 +356,16 @@ class PartitionRun:
             return (self.settle() if self._works else Report()), LoadResult()
         self._failed_in_a_row = 0
         return report, loaded
+
+    def clock_fault(self, span: Window, answered_at: datetime | None) -> Transient | None:
+        """The error when these hours are not over by the service's own clock, `answered_at`: then this machine's clock
+        is ahead. Such hours look empty, and would be recorded as such and never be requested again.
+        """
+        early = span.end + max(self.pull.due_after - CLOCKS_APART, timedelta())
+        if answered_at is None or answered_at >= early:
+            return None
+        said = f"{self.name}: it is {answered_at:%Y-%m-%dT%H:%MZ} by the service's clock, too early for {span}"
+        return Transient(said, "set the clock of this machine; nothing was recorded, the hours are requested again")
 
     @contextmanager
     def until_settled(self, hour: PulledHour) -> Iterator[None]:

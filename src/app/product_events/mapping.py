@@ -1,6 +1,7 @@
 """Maps product events to warehouse rows as defined in `product_mapping.toml`, and loads them."""
 
 import json
+import logging
 import math
 import re
 import tomllib
@@ -9,9 +10,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from app.core.errors import Permanent, Rejected
 from app.db.database import UNSTORABLE, instant_text
+
+if TYPE_CHECKING:
+    from app.product_events.hours import PulledHour
 
 # Conversion of product event values: one rule per word of `product_mapping.toml`, each applied to a whole column.
 #
@@ -27,7 +32,8 @@ WHOLE = re.compile(r"[+-]?\d{1,19}(?:\.0*)?")
 KEY_CHARACTERS = 512
 NESTED_FROM_CHARACTERS, MAX_DEPTH = 200, 100
 NONE = type(None)
-YES, NO = frozenset({"true", "1"}), frozenset({"false", "0"})
+YES, NO = frozenset({"true", "1", "1.0"}), frozenset({"false", "0", "0.0"})
+INT_DIGITS = 4300  # Python parses no longer integer
 NO_RECORD = frozenset({"", "n/a", "no ehr", "no_ehr"})
 MAPPED_V4 = "::ffff:"
 
@@ -122,6 +128,8 @@ def whole(bits: int) -> Callable[[Any], int | None]:
     """A signed integer of `bits`, also parsed from text."""
 
     def turn(value: Any) -> int | None:
+        if isinstance(value, bool):
+            return None
         if isinstance(value, str):
             value = int(value.partition(".")[0]) if WHOLE.fullmatch(value.strip()) else None
         if isinstance(value, float):
@@ -153,7 +161,7 @@ def via_app(value: Any) -> bool | None:
 
 def record(value: Any) -> int | None:
     """The number of a health record; None for the value that means no record."""
-    return None if isinstance(value, bool) or str(value).strip().lower() in NO_RECORD else whole(63)(value)
+    return None if str(value).strip().lower() in NO_RECORD else whole(63)(value)
 
 
 def instant(value: Any) -> str | None:
@@ -194,13 +202,18 @@ def json_text(value: Any) -> str | None:
     if not value:
         return None
     try:
-        parsed = json.loads(value, parse_constant=_refuse)
+        parsed = parsed_json(value, parse_constant=_refuse)
         is_readable = not nests_too_deep(value)
     except (ValueError, RecursionError):
         is_readable = False
     if not is_readable:
         return json.dumps({"_raw": plain(str(value))}, ensure_ascii=False)
     return storable_json(parsed)
+
+
+def parsed_json(found: str | bytes, **options: Any) -> Any:
+    """The value of JSON text. An integer that Python does not parse becomes a text of its digits."""
+    return json.loads(found, parse_int=lambda digits: int(digits) if len(digits) <= INT_DIGITS else digits, **options)
 
 
 def storable_json(value: Any) -> str | None:
@@ -322,7 +335,9 @@ def _taken(place: ValuePlace, events: Mapping[str, Column], count: int) -> Colum
         return [place.constant] * count
     column = events[place.paths[0]]
     for path in place.paths[1:]:
-        column = [first if first is not None else second for first, second in zip(column, events[path], strict=True)]
+        column = [
+            first if first not in (None, "") else second for first, second in zip(column, events[path], strict=True)
+        ]
     return column
 
 
@@ -359,6 +374,8 @@ def _place(text: str) -> ValuePlace:
 # Invariant: an event's rows go to all tables in one transaction.
 
 LOAD_EVENTS = 50_000
+REFUSED_ROWS = 20
+log = logging.getLogger(__name__)
 
 
 class EventWarehouse(Protocol):
@@ -416,3 +433,32 @@ def _one_turn(first: Tables, others: Iterator[Tables], given: list[int]) -> Iter
         given.append(len(uuids_in(chunk)))
         yield chunk
         chunk = next(others, None) if sum(given) < LOAD_EVENTS else None
+
+
+def load_hour(warehouse: EventWarehouse, hour: "PulledHour", *, past: bool) -> LoadResult:
+    """Load an hour; if the warehouse refuses it, retry with sanitised values, then event by event.
+
+    Raises the warehouse's error when it accepts none of the events.
+    """
+    for careful in (False, True):
+        try:
+            return load_in_turns(warehouse, hour.tables(careful=careful), past=past)
+        except (Permanent, Rejected) as error:
+            log.warning("%s: retrying row by row with sanitised values: %s", hour.window, error)
+    loaded, faults = LoadResult(), list[Permanent]()
+
+    def load_one(tables: Tables) -> None:
+        nonlocal loaded
+        try:
+            loaded += LoadResult(len(uuids_in(tables)), warehouse.load([tables], past=past))
+        except Permanent as error:
+            faults.append(error)
+            if not loaded.given and len(faults) >= REFUSED_ROWS:
+                raise
+            raise Rejected(error.message, error.hint) from error
+
+    # If the warehouse accepts some events it is working, so the refused events are at fault.
+    hour.load_each(load_one)
+    if faults and not loaded.given:
+        raise faults[0]
+    return loaded

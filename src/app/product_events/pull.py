@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Generic, Protocol, TypeVar
+from typing import BinaryIO, Generic, TypeVar
 
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.files import temporary_file
@@ -30,18 +30,6 @@ log = logging.getLogger(__name__)
 S = TypeVar("S")
 
 
-class PartitionPull(Protocol):
-    """One partition in one run. Methods raise the errors of the ports and the service; what was committed stays."""
-
-    run: PartitionRun
-
-    def pull_due(self) -> Report:
-        """Pull what is due. `more`: more is due."""
-
-    def pull_again(self, hours: Window) -> Report:
-        """Pull hours again, regardless of what is recorded. The cursor does not move."""
-
-
 @dataclass(frozen=True, slots=True)
 class PullPipeline(Generic[S]):
     """What `main` wires, see `WindowedPipeline`, plus the `service` that routes also query. `runs` gives the partitions
@@ -50,7 +38,7 @@ class PullPipeline(Generic[S]):
 
     pull: PullContext
     off: str
-    runs: Callable[[Context], Sequence[PartitionPull]]
+    runs: Callable[[Context], Sequence[PartitionRun]]
     verification: Verification
     chart: GapMapSource
     service: S
@@ -65,20 +53,20 @@ class PullPipeline(Generic[S]):
     def job(self) -> Job:
         """Pulls what is due in every partition, and notes a source that returns no rows, which may be normal."""
 
-        def due(one: PartitionPull) -> Report:
+        def due(one: PartitionRun) -> Report:
             report = one.pull_due()
-            said = "" if report.more else silence(self.pull, one.run.name)
+            said = "" if report.more else silence(self.pull, one.name)
             if said:
                 log.warning("%s: %s", self.name, said)
             return report + Report(notes=(f"warning: {said}",) if said else ())
 
-        return Job(self.name, self.pull.interval_seconds, lambda context: self._each(context, due), self.off)
+        return Job(self.name, self.pull.given.interval_seconds, lambda context: self._each(context, due), self.off)
 
     def backfill(self, context: Context, span: Window) -> Report:
         """Pull the hours of `span` again, in every partition."""
         return self._each(context, lambda one: _filled(one, span))
 
-    def _each(self, context: Context, work: Callable[[PartitionPull], Report]) -> Report:
+    def _each(self, context: Context, work: Callable[[PartitionRun], Report]) -> Report:
         """Run `work` for each partition. Raises LeaseLost, Stopped, and the error of an unusable store."""
         pull, total = self.pull, ReportSum(context.done)
         pull.spool.mkdir(parents=True, exist_ok=True)
@@ -86,38 +74,37 @@ class PullPipeline(Generic[S]):
         if not pull.store.conditional:
             pull.store.probe()
         for one in self.runs(context):
-            partition = one.run.name
             try:
-                with closing(one.run):
+                with closing(one):
                     total(work(one))
             # After a lost lease another process runs all partitions; any other error affects this partition only.
             except LeaseLost:
                 raise
             except (Transient, Permanent, Rejected) as error:
                 if not context.dry_run:
-                    pull.checkpoints.fail(pull.name, partition, str(error), context.lease)
-                total(Report(failures=(Failure(partition, error.message, error.hint),)))
+                    pull.checkpoints.fail(pull.name, one.name, str(error), context.lease)
+                total(Report(failures=(Failure(one.name, error.message, error.hint),)))
         return total.total
 
 
-def _filled(one: PartitionPull, span: Window) -> Report:
+def _filled(one: PartitionRun, span: Window) -> Report:
     """Pull the hours of `span` up to the cursor again; the cursor stays. Raises Rejected when no hour is left."""
-    run, due_at = one.run, one.run.pull.due_at
+    due_at = one.pull.due_at
     # If a fast clock moved the cursor ahead, do not request hours that are not complete yet.
-    cursor = min(run.cursor_at or due_at, due_at)
+    cursor = min(one.cursor_at or due_at, due_at)
     start, whole = floor_to(span.start, HOUR_SECONDS), floor_to(span.end, HOUR_SECONDS)
     end = min(whole if whole == span.end else whole + HOUR, cursor)
     if start >= end:
         raise Rejected(
-            f"nothing was filled: the job has pulled {run.name} up to {cursor:%Y-%m-%dT%H:%MZ}, not {span} yet",
+            f"nothing was filled: the job has pulled {one.name} up to {cursor:%Y-%m-%dT%H:%MZ}, not {span} yet",
             f"give an earlier span, or run the job, which pulls later hours by itself: "
-            f"python -m app run {run.pull.name}",
+            f"python -m app run {one.pull.name}",
         )
     report = one.pull_again(Window(start, end))
     if report.more:
         return report
-    total, hours, unit = report.ledger.total, (end - start) // HOUR, run.pull.unit
-    note = f"{run.name}: {hours} hours asked for again: {total.new} {unit} are new, {total.already_there} were there"
+    total, hours, unit = report.ledger.total, (end - start) // HOUR, one.pull.unit
+    note = f"{one.name}: {hours} hours asked for again: {total.new} {unit} are new, {total.already_there} were there"
     left = f"; the job itself pulls those from {cursor:%Y-%m-%dT%H:%MZ} on" if end < span.end else ""
     return report + Report(notes=(note + left,))
 

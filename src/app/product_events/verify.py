@@ -15,7 +15,6 @@ from datetime import timedelta
 from functools import partial
 
 from app.core.errors import Conflict, Permanent, Transient
-from app.core.pipeline import Record
 from app.core.repair import GONE_HINT
 from app.core.runs import Context, Report, Stop
 from app.core.verify import (
@@ -53,8 +52,8 @@ class PullEnds(ABC):
         """What the service returns for a span, or for the beginning of it. Its files are closed with `held`."""
 
     @abstractmethod
-    def mend(self, run: PartitionRun, hour: PulledHour, record: Record | None, over: str | None) -> Report:
-        """Load and store an hour again, replacing a version; see `store_rows`."""
+    def run(self, context: Context, partition: str) -> PartitionRun:
+        """A run of the partition, which mends its hours."""
 
     def partitions(self, _: Window) -> Sequence[str]:
         """See `Ends.partitions`: the configured ones."""
@@ -97,7 +96,7 @@ class PullEnds(ABC):
         version = info.etag if info else ""
         if version != self._versions.get(key, ""):
             raise Conflict(f"{key} was changed by another writer meanwhile", "verify the window again")
-        run = PartitionRun(self.pull, context, slot.partition)
+        run = self.run(context, slot.partition)
         record = run.records(slot.window).get(slot.window.start)
         try:
             there = self._content(slot, info, load=False) if info else NOTHING
@@ -109,7 +108,7 @@ class PullEnds(ABC):
             return Report()
         if there != given and not given.rows:
             raise Permanent(f"{key}: was changed, and the service has no rows of it", GONE_HINT)
-        return self.mend(run, hour, record, None if there == given else version)
+        return run.mend(hour, record, None if there == given else version)
 
     def _hour(self, slot: PartitionWindow) -> PulledHour:
         """An hour as the service returns it; requested together with the rest of its day within the span."""
