@@ -24,6 +24,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -198,35 +199,28 @@ def seed(checkpoints: Any, lease: Any, devices: int) -> None:
     points = HISTORY_MINUTES - 60
     fields, cells = dict.fromkeys(FIELDS, points), points * len(FIELDS)
     digest = "d" * 64
-    commits = [
-        (
-            f"D{at:06d}",
-            Commit(
-                [
-                    Record(
-                        window,
-                        0,
-                        f"telemetry/device_id=D{at:06d}/date=2026/02/07/export_110000.parquet",
-                        f'"{at:x}-1"',
-                        digest,
-                        points,
-                        5000,
-                        cells,
-                        window.start,
-                        window.end,
-                        closed=False,
-                        fields=fields,
-                        source_digest=digest,
-                    )
-                ],
-                window.start,
-            ),
+
+    def commit_of(at: int) -> tuple[str, Commit]:
+        record = Record(
+            window,
+            0,
+            f"telemetry/device_id=D{at:06d}/date=2026/02/07/export_110000.parquet",
+            f'"{at:x}-1"',
+            digest,
+            points,
+            5000,
+            cells,
+            window.start,
+            window.end,
+            closed=False,
+            fields=fields,
+            source_digest=digest,
         )
-        for at in range(devices)
-        if at % 1000 >= PHASES["tenth"] * 1000
-    ]
-    for start in range(0, len(commits), 1000):
-        checkpoints.commit_all(NAME, commits[start : start + 1000], lease)
+        return f"D{at:06d}", Commit([record], window.start)
+
+    others = (at for at in range(devices) if at % 1000 >= PHASES["tenth"] * 1000)
+    while some := list(islice(others, 1000)):
+        checkpoints.commit_all(NAME, list(map(commit_of, some)), lease)
 
 
 def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> None:
