@@ -1,5 +1,6 @@
 """What becomes of the items of an hour: told row by row against the file that was there, and added up to a ledger."""
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -134,6 +135,52 @@ def test_a_row_of_a_file_that_the_table_has_in_another_form_is_left_out_and_name
             rows = list(read_file(lines_in(hour.file), escaped=False))
     assert [each["temp"] for each in rows] == ["1.5", "high", "1.5", "2", "1.5"]
     assert writer.rewritten == ["2026-02-07 12:00:01"]
+
+
+def drawn(draw: random.Random, key: Sequence[str], *, is_item: bool) -> dict[str, str]:
+    """A row: an item of the table, or what a file may have, also from when the table had another key."""
+    second = draw.randrange(3)
+    text = draw.choice([f"2026-02-07T12:00:{second:02d}Z"] * 3 + [f"2026-02-07 12:00:{second:02d}"])
+    made = {AT: text, "v": draw.choice(["1", "1.0", "2", "=x", ""]), "w": draw.choice(["", "", "x"])}
+    return made | {name: draw.choice("ab") for name in key if is_item or draw.random() < 0.7}
+
+
+def filled(row: Cells) -> Cells:
+    return {name: text for name, text in row.items() if text}
+
+
+def says_more(row: Cells, other: Cells) -> bool:
+    """Whether a row says anything that another one does not, but for how it writes numbers."""
+
+    def plain(text: str) -> str:
+        return "1" if text == "1.0" else text
+
+    return any(text and plain(text) != plain(other.get(name, "")) for name, text in row.items() if name != AT)
+
+
+@pytest.mark.parametrize("key", [(), ("id",), ("id", "part")], ids=repr)
+def test_a_merge_doubles_no_row_of_the_table_and_loses_none_that_only_the_file_has(key: tuple[str, ...]) -> None:
+    draw = random.Random(repr(key))  # noqa: S311 - data of a test
+    for _ in range(200):
+        items = [drawn(draw, key, is_item=True) for _ in range(draw.randrange(5))]
+        table = list({tuple(each[name] for name in (AT, *key)): each for each in items}.values())
+        held = [drawn(draw, key, is_item=False) for _ in range(draw.randrange(6))]
+        is_edited, shape = draw.random() < 0.5, FileShape(AT, key, TimestampReader())
+        with closing(HourWriter(shape)) as writer, closing(HourWriter(shape)) as again:
+            writer.add_rows(held, held=True)
+            writer.add_rows(table)
+            with closing(writer.finish(is_edited=is_edited)) as hour:
+                rows = [filled(each) for each in read_file(lines_in(hour.file), escaped=False)]
+                again.add_rows(read_file(lines_in(hour.file), escaped=False), held=True)
+                again.add_rows(table)
+                with closing(again.finish()) as second:
+                    assert second.digest == hour.digest
+                assert hour.compared.new + hour.compared.already_there + hour.compared.corrected == len(table)
+        assert all(rows.count(filled(each)) == 1 for each in table)
+        for each in held:
+            replaced = [one for one in table if all(one.get(name) == each.get(name) for name in (AT, *key))]
+            alike = [one for one in table if (is_edited or one[AT] == each[AT]) and not says_more(each, one)]
+            assert filled(each) in rows or replaced or alike, (each, table)
 
 
 def test_a_row_larger_than_a_block_ends_where_its_page_ends() -> None:
