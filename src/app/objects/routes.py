@@ -185,7 +185,7 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         listed = [
             {
                 "Key": info.key,
-                "LastModified": _whole_seconds(info.modified_at),
+                "LastModified": info.modified_at.replace(microsecond=0),
                 "Size": info.size_bytes,
                 "ETag": info.etag,
             }
@@ -208,7 +208,20 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
             found = await serving.ask(serving.transfers.properties, known)
         except Permanent:  # credentials without permission to read tags still see the rest
             found = await serving.ask(serving.store.head, known)
-        return _properties(known, found) if found else {"key": known, "exists": False, "size": None}
+        if found is None:
+            return {"key": known, "exists": False, "size": None}
+        headers = found.headers
+        return {
+            "key": known,
+            "exists": True,
+            "size": found.size_bytes,
+            "etag": found.etag,
+            "last_modified": found.modified_at.replace(microsecond=0),
+            "content_type": found.content_type,
+            "metadata": {name: value for name, value in found.metadata.items() if name != MARK},
+            **{name.replace("-", "_"): headers[name] for name in CONTENT_HEADERS if name in headers},
+            **({"tags": dict(parse_qsl(headers[TAGS], keep_blank_values=True))} if TAGS in headers else {}),
+        }
 
 
 def _get_and_head(router: APIRouter, path: str, route: Callable[..., Any], scope: str, summary: str) -> None:
@@ -295,7 +308,7 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
     async def link(request: Request, key: Key, expires: LinkSeconds = LINK_SECONDS) -> Any:
         held = await serving.held(_reach(request, serving).reads(key))
         name = disposition(held.key, held.headers.get("content-disposition", ""))
-        ends_at = _whole_seconds(serving.clock() + timedelta(seconds=expires))
+        ends_at = serving.clock().replace(microsecond=0) + timedelta(seconds=expires)
         url = await serving.ask(serving.links.link, held.key, expires, name)
         return {"key": held.key, "url": _absolute(request, url), "expires_at": ends_at}
 
@@ -342,7 +355,7 @@ def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
         media = media_type(content_type, known)
         if content_type.strip() not in ("", media):
             raise Refused(422, "no object can have this type", "leave it out, or correct it", fault="content_type")
-        ends_at = _whole_seconds(serving.clock() + timedelta(seconds=expires))
+        ends_at = serving.clock().replace(microsecond=0) + timedelta(seconds=expires)
         url, fields = await serving.ask(serving.links.form, known, media, range(min_bytes, largest + 1), expires)
         return {
             "key": known,
@@ -481,28 +494,7 @@ def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
         return {"key": held.key, "deleted": True}
 
 
-def _whole_seconds(at: datetime) -> datetime:
-    """As in S3's own listings."""
-    return at.replace(microsecond=0)
-
-
 def _stored(key: str, done: StoredObject, **more: Any) -> Mapping[str, Any]:
     """What every write answers, an ObjectStored."""
     answer = {"key": key, "etag": done.etag, "version_id": done.version_id, "size": done.size_bytes, **more}
     return answer if done.guarded else {**answer, "guarded": False}
-
-
-def _properties(key: str, held: ObjectInfo) -> Mapping[str, Any]:
-    """An ObjectProperties."""
-    headers = held.headers
-    return {
-        "key": key,
-        "exists": True,
-        "size": held.size_bytes,
-        "etag": held.etag,
-        "last_modified": _whole_seconds(held.modified_at),
-        "content_type": held.content_type,
-        "metadata": {name: value for name, value in held.metadata.items() if name != MARK},
-        **{name.replace("-", "_"): headers[name] for name in CONTENT_HEADERS if name in headers},
-        **({"tags": dict(parse_qsl(headers[TAGS], keep_blank_values=True))} if TAGS in headers else {}),
-    }
