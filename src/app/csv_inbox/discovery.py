@@ -132,21 +132,11 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def name_folder_in_errors(folder: Path) -> Iterator[None]:
-    """Add this folder to the block's OSErrors that have no path, for example when a disk fills up during a write."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(folder)
-        raise
-
-
-@contextmanager
 def translate_os_errors(doing: str) -> Iterator[None]:
     """Translate OSErrors of the block: Transient for a full disk, Permanent for what needs a person.
 
-    The message names the path in the OSError (the target of a move), or `doing` if it has none.
+    The message names the path in the OSError (the target of a move), or `doing` if it has none: a disk that fills up
+    during a write names none, so an inner block gives its folder.
     """
     try:
         yield

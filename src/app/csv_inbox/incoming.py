@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from array import array
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ from app.csv_inbox.csv_tokenizer import (
     LONGEST_RECORD_BYTES,
     MASTER_RECORD_BYTES,
     CsvDialect,
-    Offsets,
     Read,
     RecordBlock,
     blocks,
@@ -226,7 +225,7 @@ def united(
     if key not in held.names:
         raise Permanent(
             f"the master has no column {key!r}: {', '.join(held.names)[:200]}",
-            "correct key_column, or restore the master; it was not changed",
+            "correct key_column or csv_delimiter, or restore the master; it was not changed",
         )
     there = frozenset(held.names)
     added = () if master is None else tuple(name for name in incoming.names if name not in there)
@@ -285,13 +284,6 @@ class IncomingFile:
     def duplicates(self) -> int:
         """The number of rows that a later row of the same file replaces."""
         return self.rows - self.keys.count
-
-    def runs(self, rows: Offsets) -> Iterator[tuple[int, int]]:
-        """The byte ranges of these records (ascending) in the spool; adjacent records are joined into one range."""
-        breaks = np.flatnonzero(np.diff(rows) > 1)
-        first, last = rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)]
-        for start, end in pairs(first, last):
-            yield self.offsets[start], self.offsets[end + 1]
 
     def read(self, file: IO[bytes], beat: Callable[[int], None]) -> None:
         """Check and spool every row.

@@ -262,16 +262,11 @@ def open_matching_index(files: ExitStack, path: Path, master: FileIdentity, conf
     try:
         file = files.enter_context(path.open("rb"))
         head = json.loads(file.read(HEAD_BYTES))
-    except (FileNotFoundError, ValueError):
+        numbers: list[Any] = [int(head.pop(name)) for name in ("records", "rows", "crc32")]
+        is_whole = os.fstat(file.fileno()).st_size == HEAD_BYTES + numbers[0] * ENTRY.itemsize
+    except (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError):  # none, or its head is damaged
         return None
-    wanted = _made_for(master, config)
-    if not isinstance(head, dict) or {name: head.get(name) for name in wanted} != wanted:
-        return None
-    numbers: list[Any] = [head.get(name) for name in ("records", "rows", "crc32")]
-    if not all(isinstance(each, int) for each in numbers):
-        return None
-    is_whole = os.fstat(file.fileno()).st_size == HEAD_BYTES + numbers[0] * ENTRY.itemsize
-    return KeyIndex(file, *numbers) if is_whole else None
+    return KeyIndex(file, *numbers) if head == _made_for(master, config) and is_whole else None
 
 
 class IndexWriter:

@@ -31,6 +31,7 @@ from app.csv_inbox.csv_tokenizer import (
     blocks,
     cut,
     find_field_bounds,
+    pairs,
 )
 from app.csv_inbox.discovery import MEBIBYTE, FileIdentity, InboxPaths, identity_of
 from app.csv_inbox.incoming import CsvHeader, IncomingFile, read_header
@@ -305,10 +306,11 @@ def _no_column_is_obsolete(master: Master, counts: MatchCounts) -> bool:
 
 def _append(counts: MatchCounts, out: MasterWriter) -> int:
     """Write the file's rows, only the last row of each key; returns the number written."""
-    incoming, keys = counts.incoming, counts.incoming.keys
+    keys = counts.incoming.keys
     # If the file has a key more than once, the last row is kept, at its own position.
     rows = keys.kept_rows()
-    for start, end in incoming.runs(rows):
+    first, last = _ranges(counts.offsets[rows], counts.offsets[rows + 1])
+    for start, end in pairs(first, last):
         for at in range(start, end, MEBIBYTE):
             piece = os.pread(counts.spool.fileno(), min(end - at, MEBIBYTE), at)
             out.beat(len(piece))
@@ -384,7 +386,7 @@ def _write(block: RecordBlock, at: int, gone: Offsets, counts: MatchCounts, out:
 
 
 def _ranges(starts: Offsets, ends: Offsets) -> tuple[Offsets, Offsets]:
-    """The bounds of the removed ranges; adjacent records are joined into one range."""
+    """The bounds of these records, ascending; adjacent ones are joined into one range."""
     apart = starts[1:] != ends[:-1]
     return np.concatenate((starts[:1], starts[1:][apart])), np.concatenate((ends[:-1][apart], ends[-1:]))
 
