@@ -74,9 +74,9 @@ class InboxPaths:
         # Reasons, bad rows and records whose `write_durably` was killed.
         found += [
             path
-            for each in (self.loads, config.rejected_dir)
+            for each, kinds in ((self.loads, (RECORD,)), (config.rejected_dir, (REASON, BAD_ROWS)))
             for path in _listed(each)
-            if path.name.startswith(".") and any(kind in path.name for kind in (REASON, BAD_ROWS, RECORD))
+            if path.name.startswith(".") and any(kind in path.name for kind in kinds)
         ]
         pending = [path for path in _listed(config.archive_dir) if path.name.startswith(PENDING)]
         return [path for path in found if path.name.endswith(TEMPORARY_SUFFIX)] + pending

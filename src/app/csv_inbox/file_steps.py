@@ -136,7 +136,7 @@ def _report(incoming: IncomingFile, load: LoadRecord) -> Report:
         read=incoming.rows,
         new=load.inserted,
         already_there=load.unchanged,
-        corrected=load.replaced + incoming.duplicates,
+        corrected=load.replaced + load.duplicates,
     )
     ledger = ledger_of(tally, unit=UNIT).of_partition(load.file)
     return Report(rows=incoming.rows, bytes=incoming.identity.size, ledger=ledger)
@@ -166,7 +166,7 @@ def _read_and_merge(
         load = replace(
             load,
             rows=incoming.rows,
-            duplicates=incoming.duplicates,
+            duplicates=incoming.rows - incoming.keys.count,
             source=incoming.identity,
             source_md5=incoming.md5,
             rows_at=incoming.header.size_bytes,

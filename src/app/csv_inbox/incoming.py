@@ -280,11 +280,6 @@ class IncomingFile:
         """The number of spooled rows: all rows of a file without faults."""
         return len(self.offsets) - 1
 
-    @property
-    def duplicates(self) -> int:
-        """The number of rows that a later row of the same file replaces."""
-        return self.rows - self.keys.count
-
     def read(self, file: IO[bytes], beat: Callable[[int], None]) -> None:
         """Check and spool every row.
 

@@ -89,19 +89,13 @@ class MasterWriter:
             self._removed.write(cut(data, first, last))
             self.ranges.frombytes(np.stack((first + at, last - first), axis=1).astype(np.int64).tobytes())
 
-    def finish(self) -> None:
-        """Append the ranges to the removed bytes, and make the undo file durable."""
-        if self._removed is not None:
-            self._removed.write(self.ranges.tobytes())
-            self._removed.flush()
-            sync_file(self._removed.fileno())
-
 
 class MatchCounts:
     """Matches each master row with the file's keys, and counts matched and unchanged keys.
 
     Each key of the file counts once, however often the master has it: as unchanged if its first row there equals the
-    new row byte for byte, else as replaced. `doubtful` are columns in which no kept row has had a value so far.
+    new row byte for byte, else as replaced. `matched` says of each row of the file whether it replaces one of the
+    master. `doubtful` are columns in which no kept row has had a value so far.
     """
 
     def __init__(self, incoming: IncomingFile, spool: IO[bytes]) -> None:
@@ -113,12 +107,7 @@ class MatchCounts:
         self.offsets: Offsets = np.frombuffer(incoming.offsets, np.int64)
         self.doubtful: list[int] = list(self.union.doubtful)
         self.kept = self.taken = self.unchanged = 0
-        self._matched: Truths = np.zeros(incoming.rows, np.bool_)
-
-    @property
-    def matched(self) -> int:
-        """The number of the file's keys that the master has."""
-        return int(np.count_nonzero(self._matched))
+        self.matched: Truths = np.zeros(incoming.rows, np.bool_)
 
     def find(self, block: RecordBlock, width: int) -> tuple[Hashes, Offsets, Offsets]:
         """The key hash of each row, the positions of the rows whose key is in the file, and the file's row for each.
@@ -128,7 +117,7 @@ class MatchCounts:
         block.check_text(self.dialect.encoding)
         block.check_width(width)
         cells = block.cells(self.union.key, self.dialect)
-        hashes = key_index.hashed(cells)
+        hashes = key_index.hashed(cells, self.incoming.keys.seed)
         places = self.incoming.keys.candidates(hashes)
         if not len(places):
             return hashes, places, places
@@ -139,8 +128,8 @@ class MatchCounts:
         """Count the master's records that are removed; `rows` are the file's rows that replace them."""
         self.taken += len(rows)
         first = key_index.first_positions(rows)
-        fresh = first[~self._matched[rows[first]]]
-        self._matched[rows] = True
+        fresh = first[~self.matched[rows[first]]]
+        self.matched[rows] = True
         starts, stops = block.starts[positions[fresh]], block.stops[positions[fresh]]
         there = self.offsets[rows[fresh]]
         lengths = self.offsets[rows[fresh] + 1] - there - len(self.union.eol)
@@ -232,7 +221,8 @@ def merge(
             return file
 
         size_bytes = incoming.offsets[-1] + (master.identity.size if master else 0)
-        indexing = IndexWriter(created("index")) if size_bytes >= config.index_from_mb * MEBIBYTE else None
+        is_indexed = size_bytes >= config.index_from_mb * MEBIBYTE and not incoming.keys.seed
+        indexing = IndexWriter(created("index")) if is_indexed else None
         # If columns are added, undo keeps the whole old master instead of the removed rows.
         removed = created("removed") if config.undo_keep and not union.added else None
         out = MasterWriter(created("master", buffering=0), removed, indexing, beat)
@@ -250,7 +240,10 @@ def merge(
                 told = f"the master {config.merged_file.name} was written to while it was read"
                 raise Transient(told, "no action needed; the next run merges into what it is then")
         appended = _append(counts, out)
-        out.finish()
+        if removed is not None:
+            removed.write(out.ranges.tobytes())
+            removed.flush()
+            sync_file(removed.fileno())
         dropped = frozenset(counts.doubtful)
         if dropped:
             after = _drop_columns(paths.temporary(load.load_id, "master"), counts, dropped, beat)
@@ -261,12 +254,13 @@ def merge(
             after = identity_of(os.fstat(out.file.fileno()))
             if indexing is not None:
                 indexing.seal(after, config)
+    matched = int(np.count_nonzero(counts.matched))
     # If columns are added or dropped, every row changes: undo then keeps the whole old master instead of rows.
     revert = "first" if master is None else "whole" if union.added or dropped else "rows"
     load = replace(
         load,
-        inserted=appended - counts.matched,
-        replaced=counts.matched - counts.unchanged,
+        inserted=appended - matched,
+        replaced=matched - counts.unchanged,
         unchanged=counts.unchanged,
         columns_added=union.added,
         columns_removed=tuple(union.names[place] for place in counts.doubtful),
@@ -284,7 +278,7 @@ def merge(
 
 def _keep_rows(master: Master, counts: MatchCounts, out: MasterWriter, index: KeyIndex | None) -> None:
     """Write the master's header and kept rows, along its index if possible."""
-    fits = index is not None and not counts.padding and bool(master.header.eol)
+    fits = not counts.padding and bool(master.header.eol) and not counts.incoming.keys.seed
     if index is not None and fits and _no_column_is_obsolete(master, counts):
         _indexed_merge(master, index, counts, out)
     else:
