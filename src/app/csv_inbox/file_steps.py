@@ -338,12 +338,9 @@ def undo_merge(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable
             link_or_copy(removed, restored)
         else:
             _splice(config, load, removed, restored, beat)
-        dialect = CsvDialect(config.csv_delimiter, config.csv_encoding)
         with restored.open("rb", buffering=0) as file:
-            header = read_header(file.read, dialect)
-            file.seek(header.size_bytes)
-            rows = sum(len(block.rows) for block in blocks(file.read, dialect, 1))
-        write_metadata(metadata, header.names, rows, at)
+            header = read_header(file.read, CsvDialect(config.csv_delimiter, config.csv_encoding))
+        write_metadata(metadata, header.names, load.rows_before, at)
         renamings = [renaming(restored, config.merged_file), renaming(metadata, config.metadata_file)]
     transaction = Transaction(renamings, removals, None, replace(load, outcome=UNDONE, revert=""))
     check_master(config, load)  # again: a program that does not take the lock may have written to it meanwhile

@@ -185,22 +185,33 @@ def _stripped(name: str) -> str:
     return bare
 
 
-@dataclass(frozen=True, slots=True)
 class ColumnUnion:
-    """The columns of the result, before obsolete ones are dropped.
+    """The columns of the result, before obsolete ones are dropped: those of `master` (None: no master yet), in their
+    order, then new ones of `incoming`, which has the key. Raises Permanent if the master lacks the key column.
 
     `order` is each column's position in the file (ABSENT: not in the file); None if rows fit unchanged. `doubtful` are
     positions of columns that the file lacks: obsolete if no row of the result has a value there.
     """
 
-    names: tuple[str, ...]
-    fields: tuple[bytes, ...]
-    bom: bytes
-    eol: bytes
-    order: tuple[int, ...] | None
-    doubtful: tuple[int, ...]
-    added: tuple[str, ...]
-    key: int
+    def __init__(self, master: CsvHeader | None, incoming: CsvHeader, config: InboxConfig, dialect: CsvDialect) -> None:
+        held, key = master or incoming, config.key_column
+        if key not in held.names:
+            raise Permanent(
+                f"the master has no column {key!r}: {', '.join(held.names)[:200]}",
+                "correct key_column or csv_delimiter, or restore the master; it was not changed",
+            )
+        there, places = frozenset(held.names), {name: place for place, name in enumerate(incoming.names)}
+        new = tuple(name for name in incoming.names if name not in there)
+        self.names = (*held.names, *new)
+        self.fields = (*held.fields, *(incoming.fields[places[name]] for name in new))
+        self.added = new if master else incoming.names
+        self.key = self.names.index(key)
+        self.bom = master.bom if master else dialect.bom
+        self.eol = held.eol or incoming.eol or b"\n"
+        order = tuple(places.get(name, ABSENT) for name in self.names)
+        self.order = None if order == tuple(range(len(incoming.names))) else order
+        kept = {key, *config.required_columns, *incoming.names}
+        self.doubtful = tuple(place for place, name in enumerate(held.names) if name not in kept)
 
     def header(self, dialect: CsvDialect, dropped: Container[int] = ()) -> bytes:
         """The header line without the columns `dropped`."""
@@ -212,38 +223,6 @@ class ColumnUnion:
         if self.order is None:
             return list(fields)
         return [b"" if place == ABSENT else fields[place] for place in self.order]
-
-
-def united(
-    master: CsvHeader | None, incoming: CsvHeader, key: str, required: Sequence[str], dialect: CsvDialect
-) -> ColumnUnion:
-    """The columns of `incoming`, which has the key, merged into those of `master` (None: no master yet).
-
-    Raises Permanent if the master lacks the key column.
-    """
-    held = incoming if master is None else master
-    if key not in held.names:
-        raise Permanent(
-            f"the master has no column {key!r}: {', '.join(held.names)[:200]}",
-            "correct key_column or csv_delimiter, or restore the master; it was not changed",
-        )
-    there = frozenset(held.names)
-    added = () if master is None else tuple(name for name in incoming.names if name not in there)
-    fields = dict(zip(incoming.names, incoming.fields, strict=True))
-    names = (*held.names, *added)
-    places = {name: place for place, name in enumerate(incoming.names)}
-    order = tuple(places.get(name, ABSENT) for name in names)
-    kept = {key, *required, *incoming.names}
-    return ColumnUnion(
-        names=names,
-        fields=(*held.fields, *(fields[name] for name in added)),
-        bom=dialect.bom if master is None else master.bom,
-        eol=held.eol or incoming.eol or b"\n",
-        order=None if order == tuple(range(len(incoming.names))) else order,
-        doubtful=tuple(place for place, name in enumerate(held.names) if name not in kept),
-        added=incoming.names if master is None else added,
-        key=names.index(key),
-    )
 
 
 # The rows of an incoming file.
@@ -266,7 +245,7 @@ class IncomingFile:
         self.offsets = array("q", [0])
         self.counted = self.unended_bytes = 0
         self.keys = FileKeys()
-        self._key_column, self._required, self._master = config.key_column, config.required_columns, master
+        self._config, self._master = config, master
         # Column names to match as they are.
         self._known = (config.key_column, *config.required_columns, *(master.names if master else ()))
         self._faults: list[FileFault] = []
@@ -316,7 +295,8 @@ class IncomingFile:
             *(len(header.names), header.line, printable(", ".join(header.names)[:500]), header.width),
             *(dialect.delimiter, dialect.encoding, header.eol.decode("ascii")),
         )
-        missing = [name for name in dict.fromkeys((self._key_column, *self._required)) if name not in header.names]
+        wanted = dict.fromkeys((self._config.key_column, *self._config.required_columns))
+        missing = [name for name in wanted if name not in header.names]
         if missing:
             hint = f"the file has: {', '.join(header.names)[:300]}"
             if len(header.names) == 1:
@@ -326,7 +306,7 @@ class IncomingFile:
                 [FileFault(f"the column {name!r} is missing", header.line, name) for name in missing],
                 f"add the column, or change key_column or required_columns; {hint}",
             )
-        self.union = united(self._master, header, self._key_column, self._required, self.out)
+        self.union = ColumnUnion(self._master, header, self._config, self.out)
         if self.union.added and len(self.union.header(self.out)) > LONGEST_RECORD_BYTES:
             told = f"with its columns the header of the master is longer than {LONGEST_RECORD_BYTES >> 20} MiB"
             raise malformed(FaultKind.LONG_RECORD, told, header.line)
@@ -344,7 +324,7 @@ class IncomingFile:
             return
         self.counted += len(block.rows)
         self._cut_empty_fields(block)
-        wanted, column = len(self.header.names), self._key_column
+        wanted, column = len(self.header.names), self._config.key_column
         uneven = np.flatnonzero(block.widths != wanted)
         for place in uneven.tolist():
             self._blame(block, place, FaultKind.RAGGED, f"{block.widths[place]} fields where the header has {wanted}")

@@ -67,8 +67,11 @@ class MasterWriter:
         while rest:
             rest = rest[self.file.write(rest) :]
 
-    def keep(self, data: bytes | memoryview, first: Offsets, last: Offsets) -> None:
-        """Append `data` of the old master, without the ranges from each `first` to its `last`."""
+    def keep(self, data: bytes | memoryview, first: Offsets, last: Offsets, at: int) -> None:
+        """Append `data`, which is at this offset of the old master, without the ranges from each `first` to its `last`.
+
+        The ranges are saved, if an undo file is kept.
+        """
         self.kept_bytes += len(data) - int((last - first).sum())
         held, done = memoryview(data), 0
         if len(first):
@@ -82,9 +85,6 @@ class MasterWriter:
                     self.write(b"".join([held[start:end] for start, end in stays]))
                     done = ends[-1]
         self.write(held[done:])
-
-    def note(self, data: bytes | memoryview, first: Offsets, last: Offsets, at: int) -> None:
-        """Save these ranges of `data`, which is at this offset of the old master, if an undo file is kept."""
         if self._removed is not None and len(first):
             self._removed.write(cut(data, first, last))
             self.ranges.frombytes(np.stack((first + at, last - first), axis=1).astype(np.int64).tobytes())
@@ -367,13 +367,12 @@ def _full_scan(master: Master, counts: MatchCounts, out: MasterWriter) -> None:
 def _write(block: RecordBlock, at: int, gone: Offsets, counts: MatchCounts, out: MasterWriter) -> None:
     """Write the block without the removed records; kept records change only by the padding for added columns."""
     first, last = _ranges(block.starts[gone], block.ends[gone])
-    out.note(block.data, first, last, at)
     data = block.data
     if counts.padding:
         size, stops = len(counts.padding), block.stops[block.rows]
         data = np.insert(block.array, np.repeat(stops, size), counts.padding[0]).tobytes()
         first, last = (place + size * np.searchsorted(stops, place, "right") for place in (first, last))
-    out.keep(data, first, last)
+    out.keep(data, first, last, at)
     last_goes = len(gone) and int(gone[-1]) == len(block.ends) - 1
     if not block.data.endswith(b"\n") and not last_goes:
         out.write(counts.union.eol)  # the master's last record may lack its line end, and rows follow now
@@ -426,8 +425,7 @@ def _indexed_merge(master: Master, index: KeyIndex, counts: MatchCounts, out: Ma
             gone.append(asked[hits])
             first, last = _ranges(starts[hits], (starts + lengths)[hits])
             out.beat(len(data))
-            out.keep(data, first, last)
-            out.note(data, first, last, at)
+            out.keep(data, first, last, at)
             done, at = stop, at + len(data)
         if out.indexing is not None:
             out.indexing.add(np.delete(entries, np.concatenate(gone)))
