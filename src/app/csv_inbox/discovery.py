@@ -144,7 +144,7 @@ def translate_os_errors(doing: str) -> Iterator[None]:
         raise
     except OSError as error:
         named = error.filename2 or error.filename
-        what = f"{printable(os.fsdecode(named)) if named else doing}: {error.strerror or error}"
+        what = f"{printable(os.fsdecode(named) if named else doing)}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Transient(what, "free space there; nothing was lost, and the next run goes on") from error
         if error.errno in REFUSED:

@@ -80,6 +80,9 @@ def read_header(read: Read, master: CsvDialect, known: Sequence[str] | None = No
         # The skipped part and the header itself may each be longer than one piece.
         piece = read(max(PIECE_BYTES, len(data)))
         data += piece
+        # Before anything is taken for a line end: the carriage returns of UTF-16 are followed by NUL bytes.
+        if known is not None and (at := data.find(b"\0")) >= 0:
+            raise invalid_byte(master.encoding, 0, 1 + data.count(b"\n", 0, at))
         begin, dialect = _before_records(data, master, skip=known is not None)
         # A file may end without a line end; with one added, a header that is still not complete is cut in its quotes.
         start, end = _first_row(data if piece else data + b"\n", begin, dialect)
@@ -97,8 +100,6 @@ def read_header(read: Read, master: CsvDialect, known: Sequence[str] | None = No
     written = _values(dialect, record, line)
     names, fields = tuple(written), dialect.fields(record)
     if known is not None:
-        if b"\0" in record:
-            raise invalid_byte(dialect.encoding, 0, line, " in the header")
         names = columns(written, known)
         as_is = dialect.delimiter == master.delimiter
         fields = [
