@@ -135,6 +135,7 @@ BAD: Mapping[str, bytes] = {
     "latin-1": "k,a\nx,é\n".encode("latin-1"),
     "latin-1 in the header": "k,é\nx,1\n".encode("latin-1"),
     "UTF-16": "k,a\nx,1\n".encode("utf-16"),
+    "UTF-16 with CRLF": "k,a\r\nx,1\r\n".encode("utf-16"),
     "a cut character": "k,a\nx,é".encode()[:-1],
     "a lone surrogate": b"k,a\nx,\xed\xa0\x80\n",
     "NUL in a value": b"k,a\nx,\0\n",
@@ -170,6 +171,7 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], bytes | None, bytes]] = {
     "blanks as delimiters": ({"csv_delimiter": " "}, None, b"k a\nx 1\n"),
     "latin-1 text": ({"csv_encoding": "latin-1"}, "k,ä\nm,ö\n".encode("latin-1"), "k,ä\nx,ü\n".encode("latin-1")),
     "cp1252 text with a hole": ({"csv_encoding": "cp1252"}, None, b"k,a\nx,\x81\n"),
+    "latin-1, and UTF-16 with CRLF": ({"csv_encoding": "latin-1"}, None, "k,a\r\nx,1\r\n".encode("utf-16")),
     "latin-1 and a byte order mark": ({"csv_encoding": "latin-1"}, b"a,k\n1,m\n", BOM + b"a,k\n2,x\n"),
     "latin-1, a byte order mark and sep=": ({"csv_encoding": "latin-1"}, b"a,k\n1,m\n", BOM + b"sep=;\na;k\n2;x\n"),
     "cp1252, and UTF-8 behind a mark": ({"csv_encoding": "cp1252"}, b"a,k\n1,m\n", BOM + "a,k\né,x\n".encode()),
@@ -192,7 +194,7 @@ CASES = [
 
 
 def test_there_are_as_many_awkward_inputs_as_were_promised() -> None:
-    assert len(CASES) >= 102
+    assert len(CASES) >= 104
 
 
 @pytest.mark.parametrize(("keys", "master", "content"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])

@@ -58,6 +58,21 @@ def test_a_merge_can_be_taken_back_with_all_later_ones_to_the_byte(tmp_path: Pat
     assert here.metadata["row_count"] == 3
 
 
+@pytest.mark.parametrize("cut", [1, 16, 20, 1000])
+def test_undo_refuses_what_was_kept_of_the_master_when_it_is_damaged(tmp_path: Path, cut: int) -> None:
+    here = world(tmp_path)
+    here.take("0.csv", "k,a\nx,1\ny,2\nz,3\n")
+    here.take("1.csv", "k,a\nx,9\nz,9\n")
+    after = here.master
+    kept = max(InboxPaths(here.config).loads.glob("*.undo"))
+    kept.write_bytes(kept.read_bytes()[cut:])
+    with pytest.raises(Rejected, match="damaged"):
+        here.undo(here.loads[0].run_id)
+    here.run()
+    assert here.master == after
+    assert not [name for name in here.names(tmp_path) if ".tmp" in name]
+
+
 def test_undo_refuses_a_master_that_something_else_changed(tmp_path: Path) -> None:
     here = world(tmp_path)
     here.take("0.csv", "k,a\nx,1\n")

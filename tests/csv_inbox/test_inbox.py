@@ -224,6 +224,7 @@ def test_what_lies_in_the_rejected_folder_is_the_users_and_is_never_overwritten_
     (rejected / "b.csv").rename(rejected / "taken.csv")
     (rejected / "b.csv.bad_rows.csv").write_text("k,a\nfirst,corrected\n")
     (rejected / ".mine.reason.json").write_text("mine")
+    (rejected / ".mine.json.tmp").write_text("mine")
     (rejected / ".pending-mine.csv").write_text("mine")
     before = {path: path.read_bytes() for path in rejected.iterdir()}
     here.take("b.csv", "k,a\nsecond\n")

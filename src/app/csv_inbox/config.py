@@ -113,12 +113,6 @@ def _encoding(name: str) -> str:
     raise ValueError
 
 
-def _delimiter(value: str) -> str:
-    if len(value) != 1 or not value.isascii() or value in '"\r\n\0':
-        raise ValueError
-    return value
-
-
 def _level(value: str) -> str:
     if value.upper() not in LEVELS:
         raise ValueError
@@ -150,8 +144,8 @@ class InboxConfig(BaseModel):
     required_columns: Names = Field((), description='a list of column names, such as ["id", "name"]')
     checksum_wait_seconds: Seconds = 5
     max_file_size_mb: Megabytes = Field(500, ge=0.001, description="a number of megabytes, 0.001 or more")
-    csv_delimiter: Annotated[str, AfterValidator(_delimiter)] = Field(
-        ",", description='one ASCII character, such as "," or ";" or "\\t"'
+    csv_delimiter: str = Field(
+        ",", pattern=r'^[\x01-\x7F&&[^"\r\n]]$', description='one ASCII character, such as "," or ";" or "\\t"'
     )
     csv_encoding: Annotated[str, AfterValidator(_encoding)] = Field(
         "utf-8",

@@ -74,9 +74,9 @@ class InboxPaths:
         # Reasons, bad rows and records whose `write_durably` was killed.
         found += [
             path
-            for each in (self.loads, config.rejected_dir)
+            for each, kinds in ((self.loads, (RECORD,)), (config.rejected_dir, (REASON, BAD_ROWS)))
             for path in _listed(each)
-            if path.name.startswith(".") and any(kind in path.name for kind in (REASON, BAD_ROWS, RECORD))
+            if path.name.startswith(".") and any(kind in path.name for kind in kinds)
         ]
         pending = [path for path in _listed(config.archive_dir) if path.name.startswith(PENDING)]
         return [path for path in found if path.name.endswith(TEMPORARY_SUFFIX)] + pending
@@ -132,21 +132,11 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def name_folder_in_errors(folder: Path) -> Iterator[None]:
-    """Add this folder to the block's OSErrors that have no path, for example when a disk fills up during a write."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(folder)
-        raise
-
-
-@contextmanager
 def translate_os_errors(doing: str) -> Iterator[None]:
     """Translate OSErrors of the block: Transient for a full disk, Permanent for what needs a person.
 
-    The message names the path in the OSError (the target of a move), or `doing` if it has none.
+    The message names the path in the OSError (the target of a move), or `doing` if it has none: a disk that fills up
+    during a write names none, so an inner block gives its folder.
     """
     try:
         yield
@@ -154,7 +144,7 @@ def translate_os_errors(doing: str) -> Iterator[None]:
         raise
     except OSError as error:
         named = error.filename2 or error.filename
-        what = f"{printable(os.fsdecode(named)) if named else doing}: {error.strerror or error}"
+        what = f"{printable(os.fsdecode(named) if named else doing)}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Transient(what, "free space there; nothing was lost, and the next run goes on") from error
         if error.errno in REFUSED:

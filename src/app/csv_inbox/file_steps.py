@@ -41,10 +41,10 @@ from app.csv_inbox.discovery import (
     identity_of,
     link_or_copy,
     md5_of,
-    name_folder_in_errors,
     open_regular,
     read_some,
     time_stamp,
+    translate_os_errors,
 )
 from app.csv_inbox.incoming import IncomingFile, read_header, read_incoming
 from app.csv_inbox.key_index import IndexMismatch
@@ -115,7 +115,7 @@ def rehearsal(inbox: InboxRun) -> Iterator[Callable[[Candidate], Report]]:
         def rehearse(each: Candidate) -> Report:
             nonlocal master, index
             load = LoadRecord(uuid4().hex, inbox.context.run_id, each.name, "", "valid")
-            with name_folder_in_errors(folder):
+            with translate_os_errors(str(folder)):
                 merged = _read_and_merge(inbox, paths, each, load, master=master, index=index)
             merged.incoming.spool.unlink()
             master, index = paths.config.merged_file, paths.index
@@ -136,7 +136,7 @@ def _report(incoming: IncomingFile, load: LoadRecord) -> Report:
         read=incoming.rows,
         new=load.inserted,
         already_there=load.unchanged,
-        corrected=load.replaced + incoming.duplicates,
+        corrected=load.replaced + load.duplicates,
     )
     ledger = ledger_of(tally, unit=UNIT).of_partition(load.file)
     return Report(rows=incoming.rows, bytes=incoming.identity.size, ledger=ledger)
@@ -166,7 +166,7 @@ def _read_and_merge(
         load = replace(
             load,
             rows=incoming.rows,
-            duplicates=incoming.duplicates,
+            duplicates=incoming.rows - incoming.keys.count,
             source=incoming.identity,
             source_md5=incoming.md5,
             rows_at=incoming.header.size_bytes,
@@ -202,7 +202,7 @@ def _prepare(inbox: InboxRun, each: Candidate, merged: _Merged, load: LoadRecord
         elif load.revert == "first":
             removed.touch()
         renamings.append(renaming(removed, revert_file(paths.loads, load.load_id)))
-    with name_folder_in_errors(config.archive_dir):
+    with translate_os_errors(str(config.archive_dir)):
         archiving = _archiving(inbox, each, merged.incoming, load.load_id, at)
     found = identity_of(config.merged_file.stat()) if config.merged_file.exists() else None
     if found != merged.master:
@@ -238,7 +238,7 @@ def write_metadata(temporary: Path, columns: Sequence[str], rows: int, at: datet
         "column_count": len(columns),
         "columns": list(columns),
     }
-    with name_folder_in_errors(temporary.parent), temporary.open("x", encoding="utf-8") as file:
+    with translate_os_errors(str(temporary.parent)), temporary.open("x", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
         file.flush()
@@ -254,7 +254,7 @@ def ingest_appended_rows(inbox: InboxRun, load: LoadRecord, grown: Candidate) ->
     """Put rows appended to a merged file into the inbox as a new file; None if there are none. Raises OSError."""
     merged, found = FileIdentity(*load.source), grown.identity
     try:
-        with open_regular(grown.path) as file, name_folder_in_errors(inbox.config.watch_dir):
+        with open_regular(grown.path) as file, translate_os_errors(str(inbox.config.watch_dir)):
             if found.size < merged.size or md5_of(file, merged.size) != load.source_md5:
                 told = "was changed after it was merged, and not by rows at its end; copy it into the inbox to merge it"
                 inbox.tell(f"{grown.name} {told}", logging.WARNING)
@@ -282,12 +282,10 @@ def _moved_back(inbox: InboxRun, load: LoadRecord, grown: Candidate, file: IO[by
             start -= load.unended_bytes
     temporary = paths.temporary(load.load_id, "tail", inbox.config.watch_dir)
     with temporary.open("xb") as out:
-        for begin, end in ((0, load.rows_at), (start, found.size)):
-            file.seek(begin)
-            left = end - begin
-            while left > 0 and (piece := read_some(file, min(left, MEBIBYTE))):
-                out.write(piece)
-                left -= len(piece)
+        file.seek(0)
+        _copy(file, out, load.rows_at, lambda _: None)
+        file.seek(start)
+        _copy(file, out, found.size - start, lambda _: None)
         out.flush()
         os.utime(out.fileno(), ns=(found.mtime_ns, found.mtime_ns))
         sync_file(out.fileno())
@@ -340,12 +338,9 @@ def undo_merge(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable
             link_or_copy(removed, restored)
         else:
             _splice(config, load, removed, restored, beat)
-        dialect = CsvDialect(config.csv_delimiter, config.csv_encoding)
         with restored.open("rb", buffering=0) as file:
-            header = read_header(file.read, dialect)
-            file.seek(header.size_bytes)
-            rows = sum(len(block.rows) for block in blocks(file.read, dialect, 1))
-        write_metadata(metadata, header.names, rows, at)
+            header = read_header(file.read, CsvDialect(config.csv_delimiter, config.csv_encoding))
+        write_metadata(metadata, header.names, load.rows_before, at)
         renamings = [renaming(restored, config.merged_file), renaming(metadata, config.metadata_file)]
     transaction = Transaction(renamings, removals, None, replace(load, outcome=UNDONE, revert=""))
     check_master(config, load)  # again: a program that does not take the lock may have written to it meanwhile
@@ -362,16 +357,17 @@ def _splice(config: InboxConfig, load: LoadRecord, kept: Path, restored: Path, b
     ):
         keep_mode(config.merged_file, out.fileno())
         ranges = array("q")
-        size = 2 * load.ranges * ranges.itemsize
-        removed.seek(-size, os.SEEK_END)
-        ranges.frombytes(removed.read(size))
-        removed.seek(0)
-        at = 0
-        for offset, length in zip(ranges[0::2], ranges[1::2], strict=True):
-            _copy(master, out, offset - at, beat)
-            _copy(removed, out, length, beat)
-            at = offset + length
-        _copy(master, out, load.kept_bytes - master.tell(), beat)
+        rows_bytes = os.fstat(removed.fileno()).st_size - 2 * load.ranges * ranges.itemsize
+        if rows_bytes >= 0:
+            removed.seek(rows_bytes)
+            ranges.frombytes(removed.read())
+            removed.seek(0)
+            for offset, length in zip(ranges[0::2], ranges[1::2], strict=True):
+                _copy(master, out, offset - out.tell(), beat)
+                _copy(removed, out, length, beat)
+            _copy(master, out, load.kept_bytes - master.tell(), beat)
+        if (master.tell(), removed.tell()) != (load.kept_bytes, rows_bytes):
+            raise Rejected("what was kept of the master is damaged", "restore the master from a backup instead")
         out.flush()
         # Restore the modification time too: the previous merge recognises its master by size and time.
         os.utime(out.fileno(), ns=(load.mtime_before_ns, load.mtime_before_ns))
@@ -379,10 +375,8 @@ def _splice(config: InboxConfig, load: LoadRecord, kept: Path, restored: Path, b
 
 
 def _copy(source: IO[bytes], out: IO[bytes], size: int, beat: Callable[[int], None]) -> None:
-    while size > 0:
-        piece = source.read(min(size, MEBIBYTE))
-        if not piece:
-            raise Rejected("what was kept of the master is incomplete", "restore the master from a backup instead")
+    """Copy the next bytes, fewer where the file ends before. Raises StuckFile on a read error."""
+    while size > 0 and (piece := read_some(source, min(size, MEBIBYTE))):
         out.write(piece)
         beat(len(piece))
         size -= len(piece)

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from array import array
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ from app.csv_inbox.csv_tokenizer import (
     LONGEST_RECORD_BYTES,
     MASTER_RECORD_BYTES,
     CsvDialect,
-    Offsets,
     Read,
     RecordBlock,
     blocks,
@@ -81,6 +80,9 @@ def read_header(read: Read, master: CsvDialect, known: Sequence[str] | None = No
         # The skipped part and the header itself may each be longer than one piece.
         piece = read(max(PIECE_BYTES, len(data)))
         data += piece
+        # Before anything is taken for a line end: the carriage returns of UTF-16 are followed by NUL bytes.
+        if known is not None and (at := data.find(b"\0")) >= 0:
+            raise invalid_byte(master.encoding, 0, 1 + data.count(b"\n", 0, at))
         begin, dialect = _before_records(data, master, skip=known is not None)
         # A file may end without a line end; with one added, a header that is still not complete is cut in its quotes.
         start, end = _first_row(data if piece else data + b"\n", begin, dialect)
@@ -98,8 +100,6 @@ def read_header(read: Read, master: CsvDialect, known: Sequence[str] | None = No
     written = _values(dialect, record, line)
     names, fields = tuple(written), dialect.fields(record)
     if known is not None:
-        if b"\0" in record:
-            raise invalid_byte(dialect.encoding, 0, line, " in the header")
         names = columns(written, known)
         as_is = dialect.delimiter == master.delimiter
         fields = [
@@ -186,22 +186,33 @@ def _stripped(name: str) -> str:
     return bare
 
 
-@dataclass(frozen=True, slots=True)
 class ColumnUnion:
-    """The columns of the result, before obsolete ones are dropped.
+    """The columns of the result, before obsolete ones are dropped: those of `master` (None: no master yet), in their
+    order, then new ones of `incoming`, which has the key. Raises Permanent if the master lacks the key column.
 
     `order` is each column's position in the file (ABSENT: not in the file); None if rows fit unchanged. `doubtful` are
     positions of columns that the file lacks: obsolete if no row of the result has a value there.
     """
 
-    names: tuple[str, ...]
-    fields: tuple[bytes, ...]
-    bom: bytes
-    eol: bytes
-    order: tuple[int, ...] | None
-    doubtful: tuple[int, ...]
-    added: tuple[str, ...]
-    key: int
+    def __init__(self, master: CsvHeader | None, incoming: CsvHeader, config: InboxConfig, dialect: CsvDialect) -> None:
+        held, key = master or incoming, config.key_column
+        if key not in held.names:
+            raise Permanent(
+                f"the master has no column {key!r}: {', '.join(held.names)[:200]}",
+                "correct key_column or csv_delimiter, or restore the master; it was not changed",
+            )
+        there, places = frozenset(held.names), {name: place for place, name in enumerate(incoming.names)}
+        new = tuple(name for name in incoming.names if name not in there)
+        self.names = (*held.names, *new)
+        self.fields = (*held.fields, *(incoming.fields[places[name]] for name in new))
+        self.added = new if master else incoming.names
+        self.key = self.names.index(key)
+        self.bom = master.bom if master else dialect.bom
+        self.eol = held.eol or incoming.eol or b"\n"
+        order = tuple(places.get(name, ABSENT) for name in self.names)
+        self.order = None if order == tuple(range(len(incoming.names))) else order
+        kept = {key, *config.required_columns, *incoming.names}
+        self.doubtful = tuple(place for place, name in enumerate(held.names) if name not in kept)
 
     def header(self, dialect: CsvDialect, dropped: Container[int] = ()) -> bytes:
         """The header line without the columns `dropped`."""
@@ -213,38 +224,6 @@ class ColumnUnion:
         if self.order is None:
             return list(fields)
         return [b"" if place == ABSENT else fields[place] for place in self.order]
-
-
-def united(
-    master: CsvHeader | None, incoming: CsvHeader, key: str, required: Sequence[str], dialect: CsvDialect
-) -> ColumnUnion:
-    """The columns of `incoming`, which has the key, merged into those of `master` (None: no master yet).
-
-    Raises Permanent if the master lacks the key column.
-    """
-    held = incoming if master is None else master
-    if key not in held.names:
-        raise Permanent(
-            f"the master has no column {key!r}: {', '.join(held.names)[:200]}",
-            "correct key_column, or restore the master; it was not changed",
-        )
-    there = frozenset(held.names)
-    added = () if master is None else tuple(name for name in incoming.names if name not in there)
-    fields = dict(zip(incoming.names, incoming.fields, strict=True))
-    names = (*held.names, *added)
-    places = {name: place for place, name in enumerate(incoming.names)}
-    order = tuple(places.get(name, ABSENT) for name in names)
-    kept = {key, *required, *incoming.names}
-    return ColumnUnion(
-        names=names,
-        fields=(*held.fields, *(fields[name] for name in added)),
-        bom=dialect.bom if master is None else master.bom,
-        eol=held.eol or incoming.eol or b"\n",
-        order=None if order == tuple(range(len(incoming.names))) else order,
-        doubtful=tuple(place for place, name in enumerate(held.names) if name not in kept),
-        added=incoming.names if master is None else added,
-        key=names.index(key),
-    )
 
 
 # The rows of an incoming file.
@@ -267,7 +246,7 @@ class IncomingFile:
         self.offsets = array("q", [0])
         self.counted = self.unended_bytes = 0
         self.keys = FileKeys()
-        self._key_column, self._required, self._master = config.key_column, config.required_columns, master
+        self._config, self._master = config, master
         # Column names to match as they are.
         self._known = (config.key_column, *config.required_columns, *(master.names if master else ()))
         self._faults: list[FileFault] = []
@@ -280,18 +259,6 @@ class IncomingFile:
     def rows(self) -> int:
         """The number of spooled rows: all rows of a file without faults."""
         return len(self.offsets) - 1
-
-    @property
-    def duplicates(self) -> int:
-        """The number of rows that a later row of the same file replaces."""
-        return self.rows - self.keys.count
-
-    def runs(self, rows: Offsets) -> Iterator[tuple[int, int]]:
-        """The byte ranges of these records (ascending) in the spool; adjacent records are joined into one range."""
-        breaks = np.flatnonzero(np.diff(rows) > 1)
-        first, last = rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)]
-        for start, end in pairs(first, last):
-            yield self.offsets[start], self.offsets[end + 1]
 
     def read(self, file: IO[bytes], beat: Callable[[int], None]) -> None:
         """Check and spool every row.
@@ -329,7 +296,8 @@ class IncomingFile:
             *(len(header.names), header.line, printable(", ".join(header.names)[:500]), header.width),
             *(dialect.delimiter, dialect.encoding, header.eol.decode("ascii")),
         )
-        missing = [name for name in dict.fromkeys((self._key_column, *self._required)) if name not in header.names]
+        wanted = dict.fromkeys((self._config.key_column, *self._config.required_columns))
+        missing = [name for name in wanted if name not in header.names]
         if missing:
             hint = f"the file has: {', '.join(header.names)[:300]}"
             if len(header.names) == 1:
@@ -339,7 +307,7 @@ class IncomingFile:
                 [FileFault(f"the column {name!r} is missing", header.line, name) for name in missing],
                 f"add the column, or change key_column or required_columns; {hint}",
             )
-        self.union = united(self._master, header, self._key_column, self._required, self.out)
+        self.union = ColumnUnion(self._master, header, self._config, self.out)
         if self.union.added and len(self.union.header(self.out)) > LONGEST_RECORD_BYTES:
             told = f"with its columns the header of the master is longer than {LONGEST_RECORD_BYTES >> 20} MiB"
             raise malformed(FaultKind.LONG_RECORD, told, header.line)
@@ -357,7 +325,7 @@ class IncomingFile:
             return
         self.counted += len(block.rows)
         self._cut_empty_fields(block)
-        wanted, column = len(self.header.names), self._key_column
+        wanted, column = len(self.header.names), self._config.key_column
         uneven = np.flatnonzero(block.widths != wanted)
         for place in uneven.tolist():
             self._blame(block, place, FaultKind.RAGGED, f"{block.widths[place]} fields where the header has {wanted}")

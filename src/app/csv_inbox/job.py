@@ -279,13 +279,15 @@ def _set_aside(inbox: InboxRun, each: Candidate, error: UnmergeableFile) -> Repo
     """
     where = "would be rejected"
     if not inbox.context.dry_run:
-        try:
-            target = reject(inbox.paths, each, error, inbox.context.run_id, inbox.clock())
-        except OSError as refused:
-            if refused.errno not in REFUSED:
-                raise
-            told = f"{error.message}; and it cannot be moved to {inbox.config.rejected_dir}: {refused.strerror}"
-            raise StuckFile(told, "let this user write there, or remove the file") from refused
+        folder = inbox.config.rejected_dir
+        with translate_os_errors(str(folder)):
+            try:
+                target = reject(inbox.paths, each, error, inbox.context.run_id, inbox.clock())
+            except OSError as refused:
+                if refused.errno not in REFUSED:
+                    raise
+                told = f"{error.message}; and it cannot be moved to {folder}: {refused.strerror}"
+                raise StuckFile(told, "let this user write there, or remove the file") from refused
         where = f"rejected, moved to {target.parent}"
         log.error("%r: %s: %s", each.name, where, error)
     inbox.told.append(f"{each.name}: {where}: {error}")

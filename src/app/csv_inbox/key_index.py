@@ -60,10 +60,10 @@ def _word(words: Hashes, cells: CellSlices, at: int, shortest: int) -> Hashes:
     return found
 
 
-def hashed(cells: CellSlices) -> Hashes:
-    """One 64-bit hash per value."""
+def hashed(cells: CellSlices, seed: int = 0) -> Hashes:
+    """One 64-bit hash per value; those of the index have no seed."""
     words = _words(cells)
-    found = cells.lengths.astype(np.uint64) * _OTHER
+    found = (cells.lengths.astype(np.uint64) + np.uint64(seed << 32)) * _OTHER
     longest = int(cells.lengths.max(initial=0))
     shortest = int(cells.lengths.min(initial=longest))
     for at in range(0, min(longest, LONG_KEY_BYTES), WORD_BYTES):
@@ -72,7 +72,7 @@ def hashed(cells: CellSlices) -> Hashes:
         # Skip values that have already ended: a hash must not depend on the neighbouring values.
         found = mixed if at < shortest else np.where(cells.lengths > at, mixed, found)
     for place in np.flatnonzero(cells.lengths > LONG_KEY_BYTES) if longest > LONG_KEY_BYTES else ():
-        digest = hashlib.blake2b(cells.value(int(place)), digest_size=WORD_BYTES).digest()
+        digest = hashlib.blake2b(cells.value(int(place)), digest_size=WORD_BYTES, salt=bytes([seed])).digest()
         found[place] = int.from_bytes(digest, "little")
     found *= _OTHER
     found[found < _LEAST] |= _LEAST
@@ -108,13 +108,15 @@ def first_positions(values: npt.NDArray[Any]) -> Offsets:
 class FileKeys:
     """The keys of a file: added row by row, sorted once, then looked up in bulk.
 
-    `by_row` has the hash of each row; `count` is the number of distinct keys.
+    `by_row` has the hash of each row; `count` is the number of distinct keys. `seed` is 0, unless two keys of the file
+    would have the same hash then; with another seed an index cannot be used.
     """
 
     by_row: Hashes
     count: int
 
     def __init__(self) -> None:
+        self.seed = 0
         self._data = bytearray()
         self._lengths: list[Offsets] = [NONE]
         self._added: list[Hashes] = []
@@ -127,29 +129,35 @@ class FileKeys:
 
     def sort(self) -> None:
         """Prepare for lookups. Requires at least one key; no keys may be added afterwards."""
-        lengths, by_row = np.concatenate(self._lengths), np.concatenate(self._added)
+        lengths, self.by_row = np.concatenate(self._lengths), np.concatenate(self._added)
         self._lengths, self._added = [], []
         # So that the last key can be read in whole words too.
         self._data += bytes(WORD_BYTES)
         cells = CellSlices(np.frombuffer(self._data, np.uint8), np.cumsum(lengths) - lengths, lengths)
-        order = np.argsort(by_row)
-        ordered = by_row[order]
-        if not (ordered[1:] != ordered[:-1]).all():  # the faster sort is not stable
-            order = np.argsort(by_row, kind="stable")
-            ordered = by_row[order]
-        is_last = np.append(ordered[1:] != ordered[:-1], True)
-        self.by_row = by_row
-        # Sorted distinct hashes, the last row with each, and that row's key.
-        self._hashes, self._rows = ordered[is_last], order[is_last]
-        self._cells = cells.taken(self._rows)
-        self._shared = _shared(cells, order, is_last)
-        groups = len(first_positions(by_row[np.fromiter(self._shared.values(), np.int64, len(self._shared))]))
-        self.count = len(self._rows) - groups + len(self._shared)
+        while not self._sorted(cells):
+            self.seed += 1
+            self.by_row = hashed(cells, self.seed)
+        self.count = len(self._rows)
         # A table of the leading bits that occur; it filters out most lookups.
-        bits = int(np.clip((8 * len(self._hashes)).bit_length(), FIRST_BITS_LEAST, FIRST_BITS_MOST))
+        bits = int(np.clip((8 * self.count).bit_length(), FIRST_BITS_LEAST, FIRST_BITS_MOST))
         self._shift = np.uint64(64 - bits)
         self._begins = np.zeros(1 << bits, np.bool_)
         self._begins[self._first_bits(self._hashes)] = True
+
+    def _sorted(self, cells: CellSlices) -> bool:
+        """Sort by the hashes; False if two different keys have the same one."""
+        order = np.argsort(self.by_row)
+        ordered = self.by_row[order]
+        if not (ordered[1:] != ordered[:-1]).all():  # the faster sort is not stable
+            order = np.argsort(self.by_row, kind="stable")
+            ordered = self.by_row[order]
+        is_last = np.append(ordered[1:] != ordered[:-1], True)
+        # Sorted distinct hashes, the last row with each, and that row's key.
+        self._hashes, self._rows = ordered[is_last], order[is_last]
+        self._cells = cells.taken(self._rows)
+        earlier = np.flatnonzero(~is_last)
+        groups = np.cumsum(is_last)[earlier]  # an earlier row's group is that of the next last row
+        return bool(equal_pairs(cells.taken(order[earlier]), self._cells.taken(groups)).all())
 
     def _first_bits(self, hashes: Hashes) -> Offsets:
         """Signed, because numpy converts unsigned indices one by one, which takes twice as long."""
@@ -169,32 +177,11 @@ class FileKeys:
     def last_rows(self, cells: CellSlices, hashes: Hashes) -> Offsets:
         """The last row of the file with each candidate's key; -1 where only the hash matches."""
         places = self._places(hashes)
-        found = np.where(equal_pairs(cells, self._cells.taken(places)), self._rows[places], -1)
-        # Of keys that share a hash, the sorted list has only one; the others are looked up by their bytes.
-        for place in np.flatnonzero(found < 0) if self._shared else ():
-            found[place] = self._shared.get(cells.value(int(place)), -1)
-        return found
+        return np.where(equal_pairs(cells, self._cells.taken(places)), self._rows[places], -1)
 
     def kept_rows(self) -> Offsets:
         """The last row of each key, in file order."""
-        rows = np.concatenate((self._rows, np.fromiter(self._shared.values(), np.int64, len(self._shared))))
-        return rows[first_positions(rows)]
-
-
-def _shared(cells: CellSlices, order: Offsets, is_last: Truths) -> dict[bytes, int]:
-    """The last row of each key whose hash collides with a different key's. Repeated keys are not collisions."""
-    others = np.flatnonzero(~is_last)
-    if not len(others):
-        return {}
-    group = np.concatenate(([0], np.cumsum(is_last)[:-1]))
-    lasts = order[is_last]
-    differs = others[~equal_pairs(cells.taken(order[others]), cells.taken(lasts[group[others]]))]
-    if not len(differs):
-        return {}
-    apart = np.zeros(len(lasts), np.bool_)
-    apart[group[differs]] = True
-    members = order[apart[group]]
-    return {cells.value(int(row)): int(row) for row in np.sort(members)}
+        return np.sort(self._rows)
 
 
 # The key index of a large master has 8 bytes per record: half of the key's hash, and the record's length. It is a
@@ -262,16 +249,11 @@ def open_matching_index(files: ExitStack, path: Path, master: FileIdentity, conf
     try:
         file = files.enter_context(path.open("rb"))
         head = json.loads(file.read(HEAD_BYTES))
-    except (FileNotFoundError, ValueError):
+        numbers: list[Any] = [int(head.pop(name)) for name in ("records", "rows", "crc32")]
+        is_whole = os.fstat(file.fileno()).st_size == HEAD_BYTES + numbers[0] * ENTRY.itemsize
+    except (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError):  # none, or its head is damaged
         return None
-    wanted = _made_for(master, config)
-    if not isinstance(head, dict) or {name: head.get(name) for name in wanted} != wanted:
-        return None
-    numbers: list[Any] = [head.get(name) for name in ("records", "rows", "crc32")]
-    if not all(isinstance(each, int) for each in numbers):
-        return None
-    is_whole = os.fstat(file.fileno()).st_size == HEAD_BYTES + numbers[0] * ENTRY.itemsize
-    return KeyIndex(file, *numbers) if is_whole else None
+    return KeyIndex(file, *numbers) if head == _made_for(master, config) and is_whole else None
 
 
 class IndexWriter:

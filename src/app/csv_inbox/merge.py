@@ -31,6 +31,7 @@ from app.csv_inbox.csv_tokenizer import (
     blocks,
     cut,
     find_field_bounds,
+    pairs,
 )
 from app.csv_inbox.discovery import MEBIBYTE, FileIdentity, InboxPaths, identity_of
 from app.csv_inbox.incoming import CsvHeader, IncomingFile, read_header
@@ -66,8 +67,11 @@ class MasterWriter:
         while rest:
             rest = rest[self.file.write(rest) :]
 
-    def keep(self, data: bytes | memoryview, first: Offsets, last: Offsets) -> None:
-        """Append `data` of the old master, without the ranges from each `first` to its `last`."""
+    def keep(self, data: bytes | memoryview, first: Offsets, last: Offsets, at: int) -> None:
+        """Append `data`, which is at this offset of the old master, without the ranges from each `first` to its `last`.
+
+        The ranges are saved, if an undo file is kept.
+        """
         self.kept_bytes += len(data) - int((last - first).sum())
         held, done = memoryview(data), 0
         if len(first):
@@ -81,26 +85,17 @@ class MasterWriter:
                     self.write(b"".join([held[start:end] for start, end in stays]))
                     done = ends[-1]
         self.write(held[done:])
-
-    def note(self, data: bytes | memoryview, first: Offsets, last: Offsets, at: int) -> None:
-        """Save these ranges of `data`, which is at this offset of the old master, if an undo file is kept."""
         if self._removed is not None and len(first):
             self._removed.write(cut(data, first, last))
             self.ranges.frombytes(np.stack((first + at, last - first), axis=1).astype(np.int64).tobytes())
-
-    def finish(self) -> None:
-        """Append the ranges to the removed bytes, and make the undo file durable."""
-        if self._removed is not None:
-            self._removed.write(self.ranges.tobytes())
-            self._removed.flush()
-            sync_file(self._removed.fileno())
 
 
 class MatchCounts:
     """Matches each master row with the file's keys, and counts matched and unchanged keys.
 
     Each key of the file counts once, however often the master has it: as unchanged if its first row there equals the
-    new row byte for byte, else as replaced. `doubtful` are columns in which no kept row has had a value so far.
+    new row byte for byte, else as replaced. `matched` says of each row of the file whether it replaces one of the
+    master. `doubtful` are columns in which no kept row has had a value so far.
     """
 
     def __init__(self, incoming: IncomingFile, spool: IO[bytes]) -> None:
@@ -112,12 +107,7 @@ class MatchCounts:
         self.offsets: Offsets = np.frombuffer(incoming.offsets, np.int64)
         self.doubtful: list[int] = list(self.union.doubtful)
         self.kept = self.taken = self.unchanged = 0
-        self._matched: Truths = np.zeros(incoming.rows, np.bool_)
-
-    @property
-    def matched(self) -> int:
-        """The number of the file's keys that the master has."""
-        return int(np.count_nonzero(self._matched))
+        self.matched: Truths = np.zeros(incoming.rows, np.bool_)
 
     def find(self, block: RecordBlock, width: int) -> tuple[Hashes, Offsets, Offsets]:
         """The key hash of each row, the positions of the rows whose key is in the file, and the file's row for each.
@@ -127,7 +117,7 @@ class MatchCounts:
         block.check_text(self.dialect.encoding)
         block.check_width(width)
         cells = block.cells(self.union.key, self.dialect)
-        hashes = key_index.hashed(cells)
+        hashes = key_index.hashed(cells, self.incoming.keys.seed)
         places = self.incoming.keys.candidates(hashes)
         if not len(places):
             return hashes, places, places
@@ -138,8 +128,8 @@ class MatchCounts:
         """Count the master's records that are removed; `rows` are the file's rows that replace them."""
         self.taken += len(rows)
         first = key_index.first_positions(rows)
-        fresh = first[~self._matched[rows[first]]]
-        self._matched[rows] = True
+        fresh = first[~self.matched[rows[first]]]
+        self.matched[rows] = True
         starts, stops = block.starts[positions[fresh]], block.stops[positions[fresh]]
         there = self.offsets[rows[fresh]]
         lengths = self.offsets[rows[fresh] + 1] - there - len(self.union.eol)
@@ -231,7 +221,8 @@ def merge(
             return file
 
         size_bytes = incoming.offsets[-1] + (master.identity.size if master else 0)
-        indexing = IndexWriter(created("index")) if size_bytes >= config.index_from_mb * MEBIBYTE else None
+        is_indexed = size_bytes >= config.index_from_mb * MEBIBYTE and not incoming.keys.seed
+        indexing = IndexWriter(created("index")) if is_indexed else None
         # If columns are added, undo keeps the whole old master instead of the removed rows.
         removed = created("removed") if config.undo_keep and not union.added else None
         out = MasterWriter(created("master", buffering=0), removed, indexing, beat)
@@ -249,7 +240,10 @@ def merge(
                 told = f"the master {config.merged_file.name} was written to while it was read"
                 raise Transient(told, "no action needed; the next run merges into what it is then")
         appended = _append(counts, out)
-        out.finish()
+        if removed is not None:
+            removed.write(out.ranges.tobytes())
+            removed.flush()
+            sync_file(removed.fileno())
         dropped = frozenset(counts.doubtful)
         if dropped:
             after = _drop_columns(paths.temporary(load.load_id, "master"), counts, dropped, beat)
@@ -260,12 +254,13 @@ def merge(
             after = identity_of(os.fstat(out.file.fileno()))
             if indexing is not None:
                 indexing.seal(after, config)
+    matched = int(np.count_nonzero(counts.matched))
     # If columns are added or dropped, every row changes: undo then keeps the whole old master instead of rows.
     revert = "first" if master is None else "whole" if union.added or dropped else "rows"
     load = replace(
         load,
-        inserted=appended - counts.matched,
-        replaced=counts.matched - counts.unchanged,
+        inserted=appended - matched,
+        replaced=matched - counts.unchanged,
         unchanged=counts.unchanged,
         columns_added=union.added,
         columns_removed=tuple(union.names[place] for place in counts.doubtful),
@@ -283,7 +278,7 @@ def merge(
 
 def _keep_rows(master: Master, counts: MatchCounts, out: MasterWriter, index: KeyIndex | None) -> None:
     """Write the master's header and kept rows, along its index if possible."""
-    fits = index is not None and not counts.padding and bool(master.header.eol)
+    fits = not counts.padding and bool(master.header.eol) and not counts.incoming.keys.seed
     if index is not None and fits and _no_column_is_obsolete(master, counts):
         _indexed_merge(master, index, counts, out)
     else:
@@ -305,10 +300,11 @@ def _no_column_is_obsolete(master: Master, counts: MatchCounts) -> bool:
 
 def _append(counts: MatchCounts, out: MasterWriter) -> int:
     """Write the file's rows, only the last row of each key; returns the number written."""
-    incoming, keys = counts.incoming, counts.incoming.keys
+    keys = counts.incoming.keys
     # If the file has a key more than once, the last row is kept, at its own position.
     rows = keys.kept_rows()
-    for start, end in incoming.runs(rows):
+    first, last = _ranges(counts.offsets[rows], counts.offsets[rows + 1])
+    for start, end in pairs(first, last):
         for at in range(start, end, MEBIBYTE):
             piece = os.pread(counts.spool.fileno(), min(end - at, MEBIBYTE), at)
             out.beat(len(piece))
@@ -371,20 +367,19 @@ def _full_scan(master: Master, counts: MatchCounts, out: MasterWriter) -> None:
 def _write(block: RecordBlock, at: int, gone: Offsets, counts: MatchCounts, out: MasterWriter) -> None:
     """Write the block without the removed records; kept records change only by the padding for added columns."""
     first, last = _ranges(block.starts[gone], block.ends[gone])
-    out.note(block.data, first, last, at)
     data = block.data
     if counts.padding:
         size, stops = len(counts.padding), block.stops[block.rows]
         data = np.insert(block.array, np.repeat(stops, size), counts.padding[0]).tobytes()
         first, last = (place + size * np.searchsorted(stops, place, "right") for place in (first, last))
-    out.keep(data, first, last)
+    out.keep(data, first, last, at)
     last_goes = len(gone) and int(gone[-1]) == len(block.ends) - 1
     if not block.data.endswith(b"\n") and not last_goes:
         out.write(counts.union.eol)  # the master's last record may lack its line end, and rows follow now
 
 
 def _ranges(starts: Offsets, ends: Offsets) -> tuple[Offsets, Offsets]:
-    """The bounds of the removed ranges; adjacent records are joined into one range."""
+    """The bounds of these records, ascending; adjacent ones are joined into one range."""
     apart = starts[1:] != ends[:-1]
     return np.concatenate((starts[:1], starts[1:][apart])), np.concatenate((ends[:-1][apart], ends[-1:]))
 
@@ -430,8 +425,7 @@ def _indexed_merge(master: Master, index: KeyIndex, counts: MatchCounts, out: Ma
             gone.append(asked[hits])
             first, last = _ranges(starts[hits], (starts + lengths)[hits])
             out.beat(len(data))
-            out.keep(data, first, last)
-            out.note(data, first, last, at)
+            out.keep(data, first, last, at)
             done, at = stop, at + len(data)
         if out.indexing is not None:
             out.indexing.add(np.delete(entries, np.concatenate(gone)))

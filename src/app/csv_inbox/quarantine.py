@@ -28,8 +28,8 @@ from app.csv_inbox.discovery import (
     Candidate,
     InboxPaths,
     free_paths,
-    name_folder_in_errors,
     time_stamp,
+    translate_os_errors,
 )
 from app.csv_inbox.transaction import REJECTED, LoadRecord, load_id_of, loads, save_load, text_of
 
@@ -47,31 +47,29 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: UnmergeableFile, run_
     if not candidate.is_unchanged():  # the current content was not checked
         raise FileStillChanging("it is gone or was changed while it was read")
     folder, raw_name = paths.config.rejected_dir, candidate.path.name
-    with name_folder_in_errors(folder):
-        plain = folder / bounded_name(raw_name, limit_bytes=REJECTED_BYTES)
-        stamped = free_paths(folder, raw_name, f".{time_stamp(at)}", limit_bytes=REJECTED_BYTES)
-        target = next(each for each in itertools.chain((plain,), stamped) if _is_free(each, candidate, cause.bad_rows))
-        reason = _beside(target, REASON)
-        # A reason without its file is from a run that was killed here: reuse its record instead of adding a second one.
-        load_id = _told_before(reason).get("load_id") or load_id_of(paths.loads, at)
-        content = {
-            "file": candidate.name,
-            **{name: getattr(cause.faults[0], name) for name in ("line", "column", "value", "reason")},
-            "hint": cause.hint,
-            "rejected_at": text_of(at),
-            "faults": [asdict(fault) for fault in cause.faults],
-            "more_faults": cause.more,
-            "source": _source(candidate),
-            "load_id": load_id,
-        }
-        text = json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        write_durably(reason, [text, b"\n"])
-        if cause.bad_rows:
-            write_durably(_beside(target, BAD_ROWS), [cause.bad_rows])
-    with name_folder_in_errors(paths.loads):
+    plain = folder / bounded_name(raw_name, limit_bytes=REJECTED_BYTES)
+    stamped = free_paths(folder, raw_name, f".{time_stamp(at)}", limit_bytes=REJECTED_BYTES)
+    target = next(each for each in itertools.chain((plain,), stamped) if _is_free(each, candidate, cause.bad_rows))
+    reason = _beside(target, REASON)
+    # A reason without its file is from a run that was killed here: reuse its record instead of adding a second one.
+    load_id = _told_before(reason).get("load_id") or load_id_of(paths.loads, at)
+    content = {
+        "file": candidate.name,
+        **{name: getattr(cause.faults[0], name) for name in ("line", "column", "value", "reason")},
+        "hint": cause.hint,
+        "rejected_at": text_of(at),
+        "faults": [asdict(fault) for fault in cause.faults],
+        "more_faults": cause.more,
+        "source": _source(candidate),
+        "load_id": load_id,
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    write_durably(reason, [text, b"\n"])
+    if cause.bad_rows:
+        write_durably(_beside(target, BAD_ROWS), [cause.bad_rows])
+    with translate_os_errors(str(paths.loads)):
         save_load(paths.loads, LoadRecord(load_id, run_id, candidate.name, text_of(at), REJECTED, error=cause.message))
-    with name_folder_in_errors(folder):
-        _move(candidate.path, target)
+    _move(candidate.path, target)
     log.debug("moved %s to %s", candidate.name, printable(str(target)))
     return target
 

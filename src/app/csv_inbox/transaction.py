@@ -136,7 +136,7 @@ def loads(folder: Path, limit: int = KEPT_LOADS) -> Sequence[LoadRecord]:
     names = _record_names(folder)
     found = []
     for name in sorted(names, reverse=True)[:limit]:
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError, AttributeError):
             found.append(load_of(json.loads((folder / name).read_bytes())))
     return found
 
@@ -168,7 +168,7 @@ def history_row(load: LoadRecord) -> Mapping[str, Any]:
     columns += [f"-{name}" for name in load.columns_removed]
     as_it_is = ("at", "file", "outcome", "rows", "inserted", "replaced", "unchanged")
     return {name: getattr(load, name) for name in as_it_is} | {
-        "columns": " ".join(columns)[:200],
+        "columns": printable(" ".join(columns)[:200]),
         "total": load.rows_after,
         "seconds": round(load.seconds, 2),
         "run": load.run_id[:12],
