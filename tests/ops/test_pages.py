@@ -367,3 +367,14 @@ def explore(pages: Pages) -> None:
     pages.open("/analytics/explore?range=custom&from=2020-01-02T00:00:00Z&to=2020-01-01T00:00:00Z", REFUSED)
     assert "'From' must be earlier than 'To'. Swap them" in pages.text("#state")
     pages.clean_in_all_looks("a report that was refused")
+
+
+@pytest.mark.slow
+def test_a_lake_without_a_readable_row_is_not_called_empty(browser: Browser, daemons: Daemons, tmp_path: Path) -> None:
+    damaged = tmp_path / "data" / "objects" / "telemetry" / "damaged.parquet"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"PAR1 not a file PAR1")
+    daemon = daemons.start("shelf")
+    browser.open(f"{daemon.url}/analytics/explore")
+    browser.until("document.getElementById('state').innerText.startsWith('No row can be read. There is 1 object')")
+    assert "damaged.parquet" in browser.run("document.getElementById('warnings').innerText")

@@ -56,7 +56,7 @@ function showControls() {
 async function showLake() {
   const [seen, schema, latest, days] = await Promise.all(["overview", "schema", "devices/latest", "rows-by-day"].map((path) => get(`analytics/${path}`)));
   const date = (text) => (text ? new Date(text) : null), newest = latest.data.reduce((best, row) => (!best || row.timestamp > best.timestamp ? row : best), null);
-  lake = { rows: seen.total_rows, objects: schema.objects, devices: latest.data.map((row) => row.device_id), first: date(seen.min_timestamp), last: date(seen.max_timestamp), days: days.data };
+  lake = { rows: seen.total_rows, objects: schema.objects, warnings: schema.warnings, devices: latest.data.map((row) => row.device_id), first: date(seen.min_timestamp), last: date(seen.max_timestamp), days: days.data };
   const fresh = latest.data.filter((row) => Date.now() + skew - new Date(row.timestamp) < 6e5).length;
   const tile = (name, value, note) => make("div", { data: { key: name } }, make("dt", name), make("dd", value, make("span.note", note)));
   at("glance").hidden = at("ask").hidden = !lake.rows;
@@ -283,7 +283,9 @@ at("ask").addEventListener("change", ({ target }) => {
 });
 function emptyLake() {
   at("view").hidden = at("rows-part").hidden = at("copy-link").hidden = true;
-  show(at("state"), box("", "off", make("strong", "The lake is empty."), " Nothing has been delivered yet; the first rows appear after the first run of a pipeline. ", make("a", { href: `${ROOT}.` }, "Open the overview")));
+  const [head, rest] = lake.objects ? ["No row can be read.", ` There ${lake.objects === 1 ? "is" : "are"} ${plural(lake.objects, "object")}, and none of them holds a row that can be read. `] : ["The lake is empty.", " Nothing has been delivered yet; the first rows appear after the first run of a pipeline. "];
+  show(at("state"), box("", "off", make("strong", head), rest, make("a", { href: `${ROOT}.` }, "Open the overview")));
+  showWarnings(lake.warnings);
 }
 begin({
   scope: "analytics:read", other: ["", "Open the overview"], every: Number(view.get("refresh")) || 0,
