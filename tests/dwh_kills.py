@@ -131,7 +131,7 @@ def proven(world: World, url: str, folder: Path) -> Counter[str]:
     held: dict[object, dict[str, int]] = {}
     for row in rows:
         held.setdefault(row["event_type"], {})[str(row["uuid"])] = int(str(row["id"]))
-    assert len(rows) == sum(map(len, held.values())), "a row is there twice"
+    assert len(rows) == sum(map(len, held.values())), "a row is given twice"
     for request in world.posted:
         stored = held.pop(request.name, {})
         assert set(stored) == set(request.uuids), f"{request.name}: {len(stored)} of {len(request.uuids)} rows"

@@ -71,7 +71,7 @@ def _value(cell: str) -> Any:
 
 
 def exported(store: ObjectStore, prefix: str = "telemetry/") -> dict[Row, Fields]:
-    """Every row of every object by (device, nanoseconds, device_type, location). Fails when one is there twice or in a
+    """Every row of every object by (device, nanoseconds, device_type, location). Fails when one is given twice or in a
     wrong object.
     """
     found: dict[Row, Fields] = {}

@@ -119,7 +119,7 @@ class Shipping:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Name -> content; a name that is there twice is an error."""
+        """Name -> content; a name that is given twice is an error."""
         return self.drive.contents()
 
     def text(self, name: str) -> str:

@@ -27,7 +27,7 @@ from app.ops.process import BAD_SETTINGS, configured, tune, unsupported
 
 OK, FAILED, USAGE = 0, 1, 2
 EXIT_CODES = """0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage,
-75 another process runs the job: try later, 78 settings that cannot work"""
+75 another process runs the job: try later, 78 invalid settings"""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -183,11 +183,11 @@ def setup(*, pipeline: str, printing: bool) -> int:
     text, fine = asked(pipeline, os.environ, DOTENV, build)
     if printing:
         sys.stdout.write(text)
-    elif fine or (sys.stdin.isatty() and input("write .env all the same? [y/N] ").strip().lower() == "y"):
+    elif fine or (sys.stdin.isatty() and input("write .env anyway? [y/N] ").strip().lower() == "y"):
         write_dotenv(DOTENV, text)
         print_error(f"wrote {DOTENV.absolute()}; next: python -m app run {pipeline} --dry-run")
     else:
-        print_error("nothing was written: correct what failed and call this again, or add --print")
+        print_error("nothing was written: correct what failed and run this again, or add --print")
     return OK if fine else FAILED
 
 
@@ -317,7 +317,7 @@ DRY_RUN = argument("--dry-run", action="store_true", help="change nothing, say w
 PORT = argument("--port", type=NUMBER, default=None, help="port to listen on, instead of PORT")
 SPAN = (
     argument("--from", dest="start", type=INSTANT, required=True, help="ISO 8601; without an offset, UTC"),
-    argument("--to", dest="end", type=INSTANT, required=True, help="ISO 8601; not included"),
+    argument("--to", dest="end", type=INSTANT, required=True, help="ISO 8601; exclusive"),
 )
 DAY = "--from 2026-02-01 --to 2026-02-02"
 COMMANDS = (
@@ -363,8 +363,8 @@ COMMANDS = (
             JOB,
             *SPAN,
             argument("--partition", default=None, help="only this one, such as a device"),
-            argument("--heal", action="store_true", help="write again what is missing or differs"),
-            argument("--all", action="store_true", dest="every", help="name also the windows that are equal"),
+            argument("--heal", action="store_true", help="rewrite what is missing or differs"),
+            argument("--all", action="store_true", dest="every", help="also list the windows that are equal"),
             JSON,
         ),
         examples=(f"verify influx_to_s3 {DAY} --heal",),
@@ -391,7 +391,7 @@ COMMANDS = (
         "recent runs, newest first, and the files that csv_inbox ingested",
         (
             argument("job", nargs="?", default=None, metavar="JOB", help="only runs of this job"),
-            argument("--limit", type=LIMIT, default=20, help="at most so many"),
+            argument("--limit", type=LIMIT, default=20, help="maximum number of lines"),
             JSON,
         ),
         examples=("runs csv_inbox --limit 5",),
@@ -410,7 +410,7 @@ COMMANDS = (
     Command(
         "demo",
         "everything at once, against simulated systems",
-        (argument("--once", action="store_true", help="one round, then end"), PORT, JSON),
+        (argument("--once", action="store_true", help="run every job once, then exit"), PORT, JSON),
         demo,
         ("demo", "demo --once"),
     ),
@@ -425,7 +425,7 @@ COMMANDS = (
                 "--expires",
                 type=expects("a date, such as 2027-01-31", date.fromisoformat),
                 default=None,
-                help="last day it is good, YYYY-MM-DD",
+                help="last day the key is valid, YYYY-MM-DD",
             ),
             JSON,
         ),
@@ -434,14 +434,14 @@ COMMANDS = (
     ),
     Command(
         "import-dwh",
-        "bring over the rows of the DWH Helper's tables, which are only read",
+        "import the rows of the DWH Helper's tables, which are only read",
         (argument("source", help="the URL of their database: sqlite:///path or postgresql://..."), DRY_RUN, JSON),
         import_dwh,
         ("import-dwh sqlite:////srv/dwh/dwh.db --dry-run",),
     ),
     Command(
         "undo",
-        "take back what a run did; first shows what that would be",
+        "undo a run; without --yes, only show what would change",
         (
             JOB,
             argument("run", metavar="RUN", help="the run's id, or its beginning, as the command runs shows it"),

@@ -199,7 +199,7 @@ class DriveSimulator(Simulator):
         found = list(self.state.files.matching(lambda file: file.is_binary and not file.trashed))
         by_name = {file.name: file.content for file in found}
         if len(by_name) != len(found):
-            raise ValueError(f"a name is there twice: {sorted(file.name for file in found)}")
+            raise ValueError(f"a name is given twice: {sorted(file.name for file in found)}")
         return by_name
 
     def _add_folder(self, file_id: str, drive_id: str, parent: str) -> None:

@@ -123,7 +123,7 @@ def test_a_service_that_gives_nothing_sets_no_hour_aside_and_holds_up_no_other_s
         report = pull.run()
         made.clock.now += timedelta(hours=12)
         assert [failure.partition for failure in report.failures] == ["web"]
-        assert report.failures[0].message.startswith("Amplitude answers 500")
+        assert report.failures[0].message.startswith("Amplitude answered 500")
     assert made.state.checkpoints.cursors("amplitude")["web"] == MONDAY
     assert {str(row["device_id"]).split("-")[0] for row in made.rows("events_part")} == {"mobile"}
     assert not made.objects("amplitude/_set_aside/")

@@ -148,11 +148,11 @@ def test_a_full_disk_is_told_at_once_and_what_to_do_about_it(lake: Lake) -> None
         Queries(lake.summaries, full, lake.engine).run(
             parse("mine", f"SELECT 1 AS x {OWN}"), {}, AnswerShape("json", "data")
         )
-    assert raised.value.hint == "make room in DATA_DIR"
+    assert raised.value.hint == "free space in DATA_DIR"
     assert (full.opens, lake.store.listings) == (1, before)  # type: ignore[attr-defined]
 
 
 def test_a_full_disk_below_duckdb_is_told_as_such_and_is_no_fault_of_an_object() -> None:
     with pytest.raises(Transient, match="No space left on device") as raised, translate_duckdb_errors(None):
         duckdb.execute(f"COPY (SELECT * FROM range(300000)) TO '{FULL}' (FORMAT csv, USE_TMP_FILE false)")  # noqa: S608
-    assert raised.value.hint == "make room in DATA_DIR"
+    assert raised.value.hint == "free space in DATA_DIR"

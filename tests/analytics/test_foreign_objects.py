@@ -247,7 +247,7 @@ def test_instants_that_are_not_understood_are_counted_and_named_with_an_example(
     lake.put("good.parquet", plain(frame()))
     found = faults(lake)
     assert found.keys() == {f"{kind}.parquet" for kind in LOST}
-    said = "2 values of timestamp are not understood and count as null, such as "
+    said = "2 values of timestamp cannot be parsed and count as null, such as "
     assert [fault for fault in found.values() if not fault.startswith(said)] == []
     first, last = (time.replace(tzinfo=None) for time in (TIMES[0], TIMES[-1]))
     rows = 4 * len(LOST) + 6
@@ -258,7 +258,7 @@ def test_numbers_that_are_text_are_numbers_and_others_are_named(lake: Lake, tmp_
     rows = frame(voltage=["230.5", " 231 ", "", "NaN", "1e2", "230,5"])
     lake.put("a.parquet", plain(rows))
     assert_same(lake, tmp_path, [plain(frame(voltage=[230.5, 231, None, None, 100, None]))])
-    assert faults(lake) == {"a.parquet": "1 values of voltage are not understood and count as null, such as '230,5'"}
+    assert faults(lake) == {"a.parquet": "1 values of voltage cannot be parsed and count as null, such as '230,5'"}
 
 
 def test_columns_in_other_case_are_understood_and_twins_are_named(lake: Lake, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_a_column_without_a_name_hides_no_other(lake: Lake, tmp_path: Path) -> N
             parquet({**unnamed, **columns} if place == "first" else {**columns, **unnamed}),
         )
     assert_same(lake, tmp_path, [plain(frame())] * 3)
-    note = "has a column without a name, which no report can read"
+    note = "has an unnamed column, which reports cannot read"
     assert faults(lake) == {f"device_id=D9/{place}.parquet": note for place in ("first", "last")}
     found, _ = asked(lake, f'SELECT "C2", c3, "C15", c14 {OWN} WHERE c3 IS NOT NULL ORDER BY "C2" LIMIT 1')
     assert found == [{"C2": "a", "c3": 1.5, "C15": "g", "c14": [1.0]}]

@@ -212,7 +212,7 @@ WRONG = {
     "over-time?minutes=": "a whole number",
     "over-time?minutes=1.5": "a whole number",
     "overview?from=yesterday": "2026-02-07T12:00:00Z",
-    "devices?from=2026-02-02&to=2026-02-01": "earlier instant as from",
+    "devices?from=2026-02-02&to=2026-02-01": "earlier timestamp as from",
     "daily-summary?device=D1": "use as_of, device_id, format, formula_safe, from, scan, to",
     "overview?as_of=yesterday": "2026-02-07T12:00:00Z",
     "over-time?as_of=2026-02-07": "CATALOG=iceberg",

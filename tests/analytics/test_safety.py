@@ -76,7 +76,7 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lake]:
 @pytest.mark.parametrize("sql", FORBIDDEN.values(), ids=FORBIDDEN.keys())
 def test_a_report_that_does_more_than_select_from_the_objects_is_refused(lake: Lake, sql: str) -> None:
     text = f"-- param path: text: x\n{sql}" if "$path" in sql else sql
-    with pytest.raises(Permanent, match=r"is not for reports|write one SELECT"):
+    with pytest.raises(Permanent, match=r"is not allowed in reports|write one SELECT"):
         lake.queries.run(parse("report", text), {"path": "/etc/passwd"}, AnswerShape("json", "data"))
 
 
@@ -187,14 +187,14 @@ def test_an_own_report_replaces_a_shipped_one_that_has_no_summary(tmp_path: Path
     shipped = sql_directory() / "analytics"
     assert load_reports([shipped, tmp_path])["rows"].title == "mine"
     (tmp_path / "devices.sql").write_text("SELECT 1 AS x")
-    with pytest.raises(Permanent, match="another report's"):
+    with pytest.raises(Permanent, match="used by another report"):
         load_reports([shipped, tmp_path])
 
 
 def test_two_reports_of_one_path_stop_the_start(tmp_path: Path) -> None:
     (tmp_path / "a_b.sql").write_text("SELECT 1")
     (tmp_path / "c.sql").write_text("-- path: a-b\nSELECT 1")
-    with pytest.raises(Permanent, match="another report's"):
+    with pytest.raises(Permanent, match="used by another report"):
         load_reports([tmp_path])
 
 

@@ -192,7 +192,7 @@ def test_the_calls_of_a_day_are_counted_and_never_exceeded(world: World) -> None
     simulator.state.questions = 1000
     pull = made.appmetrica(simulator, daily_calls=10)
     report = pull.run()
-    assert "all 10 calls of this day" in report.failures[0].message
+    assert "all 10 calls of today" in report.failures[0].message
     assert len(simulator.state.asked) == 10
     assert made.state.pulls.calls_ever("appmetrica", made.clock()) == (10, 10)
     assert made.state.pulls.calls_ever("appmetrica", made.clock() + timedelta(days=1)) == (0, 10)

@@ -240,7 +240,7 @@ def test_a_request_of_a_clock_that_was_ahead_is_made_again_and_narrowed_after_a_
     assert pull.run().failures
     made.clock.now += DAY + HOUR
     (failure,) = pull.run().failures
-    assert failure.hint == "no action needed: it is asked for hour by hour from now on"
+    assert failure.hint == "no action needed: it is requested hour by hour from now on"
 
 
 @pytest.mark.slow

@@ -320,7 +320,7 @@ def test_an_applied_migration_whose_text_changed_stops_the_start(url: str, tmp_p
     with closing(open_database(url, variables="X")) as database:
         MigratedDatabase(database, folder_of(tmp_path, **{"0001_a": TABLE})).prepare()
         changed = MigratedDatabase(database, folder_of(tmp_path, **{"0001_a": f"{TABLE} -- changed"}))
-        with pytest.raises(Permanent, match="things/0001_a was applied with another text"):
+        with pytest.raises(Permanent, match="things/0001_a was applied with different contents"):
             changed.prepare()
 
 

@@ -168,7 +168,7 @@ class Installation:
                 cells = {name: value for name, value in row.items() if value is not None and name not in NOT_COMPARED}
                 tags = [f"{name}={cells.pop(name)}" for name in ("firmware", "phase") if name in cells]
                 slot = (str(row["device_id"]), row["timestamp"], ",".join(tags))
-                assert slot not in found, f"{slot} of {key} is there twice"
+                assert slot not in found, f"{slot} of {key} is given twice"
                 found[slot] = cells
         return found
 

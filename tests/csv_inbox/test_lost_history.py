@@ -225,5 +225,5 @@ def test_files_of_other_names_in_the_inbox_are_told(tmp_path: Path) -> None:
         here.drop(name, "k,a\n1,x\n")
     (note,) = here.run().notes
     assert note.endswith(
-        "3 files in the inbox are left alone, since their names do not end in .csv: a.xlsx, b.csv.gz, c\\n.txt"
+        "3 files in the inbox are ignored, since their names do not end in .csv: a.xlsx, b.csv.gz, c\\n.txt"
     )

@@ -52,7 +52,7 @@ def test_a_writer_that_breaks_never_leaves_its_reader_waiting() -> None:
     with closing(ByteSpool()) as spool:
         with pytest.raises(KeyError), spool.written():
             raise KeyError
-        with pytest.raises(AppError, match="could not be made"):
+        with pytest.raises(AppError, match="could not be completed"):
             spool.wait(whole=False)
 
 

@@ -59,7 +59,7 @@ class Runner:
     def run(self, ship: Shipping) -> None:
         """To the end, as soon as the lease of one that was killed has run out.
 
-        A lease of a second may also be lost by a machine that stands still for that long: then the next run goes on.
+        A lease of a second may also be lost by a machine that stands still for that long: then the next run continues.
         """
         said, code = ship.folder / "said.log", os.EX_TEMPFAIL
         until_lost = 3

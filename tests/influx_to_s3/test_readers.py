@@ -69,7 +69,7 @@ def test_sums_that_no_number_can_hold_are_an_error_that_is_not_repeated(influxdb
     database = influxdb1.new_database()
     influxdb1.write(database, "\n".join(f"{M},device_id=D1 voltage=1.5e308 {BASE + n}" for n in range(2)))
     reader = influxql_without_credentials(influxdb1.url, database)
-    with pytest.raises(Permanent, match=r"cannot write its answer: json: .* \+Inf"):
+    with pytest.raises(Permanent, match=r"cannot write its response: json: .* \+Inf"):
         list(reader.sums("D1", HOUR, 3600, ["voltage"]))
 
 

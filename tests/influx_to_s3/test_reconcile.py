@@ -124,7 +124,8 @@ def test_an_object_that_vanished_is_told_and_left_alone_until_it_is_healed(expor
     run = exporter.reconcile()
     assert (run.report.windows, exporter.keys, troubles(exporter)) == (0, [], {"missing": 1})
     said = (
-        "1 objects missing at the destination: if nobody wanted that, run verify with --heal, or set EXPORT_HEAL=auto"
+        "1 objects missing at the destination: if this was not intended, run verify with --heal, "
+        "or set EXPORT_HEAL=auto"
     )
     assert list(run.report.notes) == [said]
     assert run.report.ledger.total.waiting == run.report.ledger.total.counted == 180

@@ -161,7 +161,7 @@ def test_rows_stay_whose_objects_are_gone_and_the_rest_follows_its_objects(tree:
         tree.store.delete(tree.key("ü #?%", hour))
     report = tree.run()
     assert tree.in_table() == before
-    assert report.notes == ("16 rows stay whose objects are gone",)
+    assert report.notes == ("16 rows are kept whose objects are gone",)
     assert tree.run().notes == ()
     tree.put("a", 2, rows("a", 2, count=8))
     tree.run()
@@ -237,13 +237,13 @@ def lose_manifests(tree: Tree) -> None:
     [
         (lose_catalog, "the catalog was behind the table"),
         (restore_old_catalog, "the catalog was behind the table"),
-        (empty_the_lake, "1 states of the table cannot be read, since files of theirs are gone"),
+        (empty_the_lake, "1 snapshots of the table cannot be read, since their files are gone"),
         (lose_a_file, "1 files of the table are gone"),
         (cut_a_file, "1 files of the table are gone or damaged"),
-        (lose_metadata, "the table is made anew from the objects"),
+        (lose_metadata, "the table is re-created from the objects"),
         (lose_the_newest_metadata, "1 states of the table cannot be read"),
         (restore_a_catalog_without_the_table, "the catalog was behind the table"),
-        (move_the_directory, "the table is made anew from the objects"),
+        (move_the_directory, "the table is re-created from the objects"),
         (lose_manifests, "2 states of the table cannot be read"),
     ],
 )
@@ -268,7 +268,7 @@ def test_a_damaged_file_of_the_table_costs_no_row_of_an_object_and_is_said(tree:
     path = Path(tree.files()[0].removeprefix("file://"))
     path.write_bytes(bytes(path.stat().st_size))
     tree.put("b", 9)
-    assert tree.run().notes == ("1 files of the table cannot be read: their days are made anew from the objects",)
+    assert tree.run().notes == ("1 files of the table cannot be read: their days are re-created from the objects",)
     assert tree.in_table() == tree.in_objects()
 
 
@@ -304,7 +304,7 @@ def test_a_damaged_description_of_the_table_is_passed_over(tree: Tree, pattern: 
     else:
         newest.write_bytes(newest.read_bytes()[:size])
     (note,) = tree.run().notes
-    assert note == "1 states of the table cannot be read, since files of theirs are gone or damaged"
+    assert note == "1 snapshots of the table cannot be read, since their files are gone or damaged"
     assert tree.in_table() == tree.in_objects()
     assert tree.run().notes == ()
 
@@ -334,7 +334,7 @@ def test_an_earlier_state_that_cannot_be_read_hinders_nothing(
     tree.now = datetime.now(UTC)
     with pytest.raises(Rejected, match="cannot be read") as raised:
         tree.reader().rows_at(first_at, ReportSpan())
-    assert raised.value.hint == "send a later instant"
+    assert raised.value.hint == "send a later timestamp"
     for path in lake.rglob("*.*"):
         os.utime(path, (0, 0))  # old enough to be removed, if nothing named them
     tree.put("b", 10)

@@ -99,7 +99,7 @@ def test_as_of_answers_from_the_state_that_was_valid_then(tree: Tree) -> None:
         assert asked.rows("overview", datetime.now(UTC))[0]["total_rows"] == 43
         assert len(asked.rows("rows", first_at, device_id="a")) == 20
         for at, said in (
-            (began_at, "no state of the table of closed days is that old"),
+            (began_at, "no snapshot of the table of closed days is that old"),
             (first_at + timedelta(days=1), "is in the future"),
         ):
             with pytest.raises(BadParameter, match=said):
@@ -123,7 +123,7 @@ def test_a_state_that_expires_while_it_is_read_is_told_as_any_that_is_gone(tree:
             return found
 
     with reports(tree, reader=Expiring) as asked:
-        with pytest.raises(BadParameter, match="no state of the table of closed days is that old"):
+        with pytest.raises(BadParameter, match="no snapshot of the table of closed days is that old"):
             asked.rows("overview", first_at)
         assert asked.rows("overview", datetime.now(UTC))[0]["total_rows"] >= 43
 

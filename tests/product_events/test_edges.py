@@ -279,7 +279,7 @@ def test_a_source_that_never_gave_a_row_or_gives_none_any_more_is_noted_and_no_f
     world.made.clock.now += 2 * DAY
     report = world.run()
     assert (report.failures, fault_of(report.ledger)) == ((), None)
-    assert any(f"{world.partition} has given no row since" in note for note in report.notes)
+    assert any(f"{world.partition} has returned no row since" in note for note in report.notes)
     (system,) = world.pull().pipeline.checks
     assert "right project" in system.check()
     if isinstance(simulator, AmplitudeSimulator):

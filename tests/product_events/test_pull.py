@@ -203,7 +203,7 @@ def test_a_source_that_never_gave_a_row_is_told_after_a_day(made: Made) -> None:
     made.record(first, 1, cursor_at=DUE - HOUR)
     assert silence(made.pull, "web") == ""
     made.record(first, 1, cursor_at=DUE)
-    assert silence(made.pull, "web").startswith("web has given no row since 2026-02-10: check that")
+    assert silence(made.pull, "web").startswith("web has returned no row since 2026-02-10: check that")
     assert silence(made.pull, "other") == ""
     made.add().due = Report(rows=0)
     assert [note[:17] for note in made.pipeline.job.work(made.context()).notes] == ["warning: web has "]
@@ -217,7 +217,7 @@ def test_a_source_that_gave_rows_in_most_hours_is_told_after_three_days(made: Ma
     made.record(first, USUAL_HOURS, rows=1, cursor_at=DUE - HOUR)
     assert silence(made.pull, "web") == ""
     made.record(first, USUAL_HOURS, rows=1, cursor_at=DUE)
-    assert silence(made.pull, "web").startswith("web has given no row since 2026-02-08 04:00Z: check that")
+    assert silence(made.pull, "web").startswith("web has returned no row since 2026-02-08 04:00Z: check that")
     assert heard(made.pull, lambda: "may export", "web")() == f"may export; {silence(made.pull, 'web')}"
     assert heard(made.pull, lambda: "may export", "mobile")() == "may export"
     made.record(DUE - HOUR, 1, rows=1, cursor_at=DUE)

@@ -70,7 +70,7 @@ def test_a_stop_ends_a_zip_that_waits_for_its_next_day(simulator: AmplitudeSimul
     simulator.add_fault(STALL)
     stop = Stop()
     pieces = week_zip(web, MONDAY, MONDAY, stop)
-    threading.Timer(0.5, stop.ask, ("the caller went away",)).start()
+    threading.Timer(0.5, stop.ask, ("the client disconnected",)).start()
     with pytest.raises(Stopped):
         next(pieces)
     simulator.close()

@@ -188,7 +188,7 @@ class _Input:
         """
         piece = self._stream.read(PIECE_BYTES)
         if not piece:
-            raise Transient("a member of the archive is cut short", CUT)
+            raise Transient("a member of the archive is truncated", CUT)
         kept = min(self.position, 1)
         gone = self.position - kept
         out = bytes(self._buffer[self.start : max(self.start, gone)])
@@ -255,7 +255,7 @@ class _CopiedStream:
         source, state = _Input(stream), _Stream()
         size = ctypes.sizeof(state)
         if self._zlib.inflateInit2_(ctypes.byref(state), GZIP_BITS, self._zlib.zlibVersion(), size) != OK:
-            raise Permanent("the zlib of this system cannot be used", "install it again")
+            raise Permanent("this system's zlib cannot be used", "install it again")
         try:
             while source.more():
                 yield from self._member(source, state)
@@ -315,7 +315,7 @@ class _CopiedStream:
         if state.avail_out < PIECE_BYTES:
             self.last = self._scrap[PIECE_BYTES - state.avail_out - 1]
         if told not in (OK, STREAM_END, BUF_ERROR):
-            raise Transient(f"a member of the archive is broken (zlib says {told})", CUT)
+            raise Transient(f"a member of the archive is corrupt (zlib: {told})", CUT)
         check_ratio(state.total_in, state.total_out)
         return told
 
@@ -333,7 +333,7 @@ def check_ratio(packed_bytes: int, size_bytes: int) -> None:
     if size_bytes > RATIO_FREE_BYTES and size_bytes > MAX_RATIO * packed_bytes:
         raise Permanent(
             f"a member of the archive grows to more than {MAX_RATIO} times its size",
-            "look at it in the service before it is fetched again: this is not an export of events",
+            "check the data in the service first: this is not an export of events",
         )
 
 

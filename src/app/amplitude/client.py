@@ -32,8 +32,8 @@ IDENTITY = {"Accept-Encoding": "identity"}  # the archive is compressed already:
 POLICY = RetryPolicy(attempts=5, first_seconds=2.0, cap_seconds=120.0)
 # Used after a fault: halving a day down to the hour must not take a day of waiting.
 SHORT_POLICY = replace(POLICY, attempts=2)
-KEYS_HINT = "check the pair of keys, and that AMPLITUDE_BASE_URL is of the region in which the project lives"
-LARGE_HINT = "export this hour by Amplitude's S3 destination: the Export API cannot give it"
+KEYS_HINT = "check the pair of keys, and that AMPLITUDE_BASE_URL is for the project's region"
+LARGE_HINT = "export this hour through Amplitude's S3 destination: it is too large for the Export API"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class Project:
                 return FetchedArchive(span, None)
             if answer.status != HTTPStatus.OK:
                 raise _refusal(span, answer)
-            with body_file(self.spool, "an archive, which has up to 4 GB") as file:
+            with body_file(self.spool, "an archive of up to 4 GB") as file:
                 for piece in answer.raw():
                     file.write(piece)
                     pauses.pause(0)
@@ -148,7 +148,8 @@ class Project:
                 if not zipfile.is_zipfile(file):
                     kind = answer.header("content-type") or "nothing"
                     raise Transient(
-                        f"the export of {span} is not a complete zip but {kind}", "no action needed if it passes"
+                        f"the export of {span} is not a complete zip but {kind}",
+                        "no action needed if this is temporary",
                     )
                 file.seek(0)
             return FetchedArchive(span, file)
@@ -164,7 +165,7 @@ def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Proj
 def _refusal(span: Window, answer: ServiceAnswer) -> Exception:
     """The error that an answer without an archive stands for."""
     text = answer.text()
-    said = f"Amplitude answers {answer.status} for {span}: {text[:300]}"
+    said = f"Amplitude answered {answer.status} for {span}: {text[:300]}"
     match answer.status:
         case status if status in CODES_OF_SIZE and (status != HTTPStatus.BAD_REQUEST or TOO_LARGE.search(text)):
             return _TooLarge(HourTooLarge(said, LARGE_HINT))
@@ -176,5 +177,5 @@ def _refusal(span: Window, answer: ServiceAnswer) -> Exception:
         case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
             return _KeysRefused(said, KEYS_HINT)
         case status if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            return Transient(said, "no action needed if it passes; otherwise see Amplitude's status page")
-    return Permanent(said, "please report it: the service answers in a way that is not known")
+            return Transient(said, "no action needed if this is temporary; otherwise see Amplitude's status page")
+    return Permanent(said, "please report it: the service gave an unknown response")

@@ -342,8 +342,8 @@ def _store_week(run: PartitionRun, window: Window, hours: Sequence[Record], over
         file.writelines(weeks(_streams(run, hours), [window.start.date()]))
         if file.tell() > MAX_BYTES:
             raise Permanent(
-                f"{key}: {file.tell()} bytes are more than the 5 GiB that one upload may have",
-                "take the objects of its hours, which hold all of it; nothing is missing there",
+                f"{key}: {file.tell()} bytes exceed the 5 GiB limit of one upload",
+                "use the objects of its hours, which are complete",
             )
         stored = store_rows(run.pull.store, file, wanted, pipeline=WEEKS, content_type="application/zip", over=over)
     run.commit(replace(wanted, version=stored.version, size_bytes=stored.size_bytes), pipeline=WEEKS)

@@ -145,7 +145,7 @@ class AmplitudeEnds(PullEnds):
         total = NOTHING
         with self.pull.downloaded(info.key, info.etag) as file:
             if file is None:
-                raise Transient(f"{info.key} went away while it was read", "verify again")
+                raise Transient(f"{info.key} was deleted while it was being read", "verify again")
             try:
                 with opened(file) as archive, read_errors():
                     for entry in archive.streams():

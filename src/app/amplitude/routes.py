@@ -30,15 +30,17 @@ LOOK_SECONDS = 0.5
 FIRST_DAY, LAST_DAY = date(1980, 1, 7), date(2107, 12, 31)  # a zip cannot store dates of other weeks
 DAY = r"^\d{8}$"
 Day = Annotated[str, Query(pattern=DAY, description="YYYYMMDD, UTC", examples=["20240201"])]
-BUSY = Refusal(429, "two exports of Amplitude run already", "try again when one is done", headers={"Retry-After": "30"})
+BUSY = Refusal(
+    429, "two Amplitude exports are already running", "try again when one has finished", headers={"Retry-After": "30"}
+)
 
 ANSWERS: Answers = {
     200: {"content": {"application/zip": {}}, "description": "`{year}_week_{week}.zip`"},
     **faults(
         {
             409: "this source is not configured",
-            429: "two exports run already",
-            502: "Amplitude refuses, with what it says",
+            429: "two exports are already running",
+            502: "Amplitude refused; its message is included",
             503: "Amplitude cannot be reached: send the same request again",
         }
     ),
@@ -80,12 +82,12 @@ def _days(start: str, end: str) -> tuple[date, date]:
     """Parse both days. Raises Refused with 422."""
     first, last = _day(start, "start"), _day(end, "end")
     if first < FIRST_DAY or last > LAST_DAY:
-        said, hint = f"no export from {start} to {end}", f"days go from {FIRST_DAY:%Y%m%d} to {LAST_DAY:%Y%m%d}"
+        said, hint = f"no export from {start} to {end}", f"days range from {FIRST_DAY:%Y%m%d} to {LAST_DAY:%Y%m%d}"
         raise Refused(422, said, hint, "query.start" if first < FIRST_DAY else "query.end")
     if first > last:
-        raise Refused(422, f"start {start} is after end {end}", "give the older day as start", "query.start")
+        raise Refused(422, f"start {start} is after end {end}", "give the earlier day as start", "query.start")
     if (last - first).days >= MAX_DAYS:
-        raise Refused(422, f"more than {MAX_DAYS} days", "ask for fewer at once", "query.end")
+        raise Refused(422, f"more than {MAX_DAYS} days", "ask for fewer days at once", "query.end")
     return first, last
 
 

@@ -192,7 +192,7 @@ def reading(schema: str, in_path: tuple[str, ...], *, is_csv: bool = False, of_t
         if len(twins) > 1:
             notes.append(f"has {' and '.join(own for own, _ in twins)}: {twins[0][0]} is read as {name}")
     if "" in columns:
-        notes.append("has a column without a name, which no report can read")
+        notes.append("has an unnamed column, which reports cannot read")
     from_path = tuple(name for name in in_path if name not in source)
     missing = [name for name in ("device_id", INSTANT) if name not in source and name not in from_path]
     notes += [f"has no column {name}: its rows count as those without one" for name in missing]

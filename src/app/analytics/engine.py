@@ -41,7 +41,7 @@ SOURCES = frozenset({"range", "generate_series", "unnest", "repeat"})
 FORBIDDEN = frozenset({"write_log", "parse_duckdb_log_message", "nextval", "currval"})
 SPILL = "1GB"
 MESSAGE_CHARACTERS = 300
-RETRY_HINT = "no action needed, it is retried; if this goes on, look at the object that is named"
+RETRY_HINT = "no action needed, it is retried; if this continues, check the named object"
 FATAL = ("INTERNAL Error", "FATAL Error")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Matched by text, since pyarrow passes on DuckDB's errors without their class.
@@ -158,7 +158,9 @@ class Engine:
 
     def check(self, sql: str) -> set[str]:
         """Parameter names of `sql`. Raises Rejected for anything but one SELECT over RELATION."""
-        nodes = checked(self.parsed(sql), _refused_in, "for reports", "write one SELECT FROM read_parquet({{S3_PATH}})")
+        nodes = checked(
+            self.parsed(sql), _refused_in, "allowed in reports", "write one SELECT FROM read_parquet({{S3_PATH}})"
+        )
         return {str(node["identifier"]) for node in nodes if node.get("type") == "VALUE_PARAMETER"}
 
     @contextmanager
@@ -359,7 +361,7 @@ def written() -> Iterator[None]:
 
 
 def _disk_full(text: str) -> Transient:
-    return Transient(f"the disk is full: {text}"[:MESSAGE_CHARACTERS], "make room in DATA_DIR")
+    return Transient(f"the disk is full: {text}"[:MESSAGE_CHARACTERS], "free space in DATA_DIR")
 
 
 def _error(error: Exception, seconds: float | None) -> AppError:

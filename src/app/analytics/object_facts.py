@@ -173,7 +173,7 @@ def _together(engine: Engine, copies: Sequence[FetchedObject]) -> Sequence[Objec
         if lost := lost_values(engine.folder, usable):
             for name, column, count, example in engine.rows(lost):
                 notes[name].append(
-                    f"{count} values of {column} are not understood and count as null, such as {example!r}"
+                    f"{count} values of {column} cannot be parsed and count as null, such as {example!r}"
                 )
     return [
         ObjectFacts(

@@ -86,7 +86,7 @@ KINDS: Mapping[str, tuple[Any, str]] = {
     "date": (date.fromisoformat, "a date such as 2026-02-07"),
     "timestamp": (
         lambda text: instant(text).replace(tzinfo=None),
-        "an instant such as 2026-02-07T12:00:00Z; UTC when it has no offset",
+        "a timestamp such as 2026-02-07T12:00:00Z; UTC when it has no offset",
     ),
 }
 
@@ -156,7 +156,7 @@ class ReportDefinition:
                     f"parameters: {', '.join(sorted(names | OPTIONS))}",
                 )
             if name in given:
-                raise BadParameter(f"{name} is there twice", "send it once")
+                raise BadParameter(f"{name} is given twice", "send it once")
             given[name] = text
         values = {each.name: each.read(given.get(each.name)) for each in self.parameters}
         _, since, until = self.span(values)
@@ -164,7 +164,7 @@ class ReportDefinition:
             _, first, last = self.reads
             raise BadParameter(
                 f"{first}={since.isoformat()}Z is not earlier than {last}={until.isoformat()}Z",
-                f"send the earlier instant as {first}",
+                f"send the earlier timestamp as {first}",
             )
         return values
 
@@ -189,7 +189,7 @@ def load_reports(folders: Sequence[Path]) -> Mapping[str, ReportDefinition]:
         if file.parent != folders[0] or report.summary not in TABLES:
             report = replace(report, summary="")  # elsewhere it is a word of the description
         if report.path in reports and (reports[report.path].summary or own[report.path] == file.parent):
-            raise _fault(report.name, f"the path {report.path} is another report's", "rename the file")
+            raise _fault(report.name, f"the path {report.path} is already used by another report", "rename the file")
         reports[report.path], own[report.path] = report, file.parent
     return reports
 

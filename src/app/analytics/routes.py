@@ -139,7 +139,9 @@ def build(analytics: Analytics) -> APIRouter:
         openapi_extra=needs("analytics:sql"),
         name="run_sql",
         summary="One SELECT over all rows, as the view telemetry",
-        responses=_answers({422: "the statement is refused, or needs too much", 429: "another statement is running"}),
+        responses=_answers(
+            {422: "the statement was refused, or needs too much memory or time", 429: "another statement is running"}
+        ),
         response_class=Response,
     )
     for report in analytics.reports.values():
@@ -167,7 +169,7 @@ def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -
             description=report.description,
             openapi_extra=extra,
             responses={
-                **_answers({400: "more rows than the format may have"}, report.answer),
+                **_answers({400: "more rows than the format allows"}, report.answer),
                 304: {"description": "unchanged"},
             },
             response_class=Response,
@@ -186,7 +188,9 @@ def _parameters(report: ReportDefinition) -> Sequence[Mapping[str, Any]]:
         {"name": "formula_safe", "in": "query", "schema": flag, "description": meaning},
     ]
     if "as_of" not in {each.name for each in report.parameters}:
-        meaning = "over closed days alone, from the state of their table that was valid then; needs CATALOG=iceberg"
+        meaning = (
+            "over closed days alone, from the snapshot of their table that was current then; needs CATALOG=iceberg"
+        )
         own.append({"name": "as_of", "in": "query", "schema": dict(TYPES["timestamp"]), "description": meaning})
     if report.summary:
         meaning = "read all objects instead of the summaries: slow, with the same answer"
@@ -313,8 +317,8 @@ def _instant(text: str | None) -> datetime | None:
     try:
         return instant(text) if text else None
     except (ValueError, OverflowError):
-        allowed = "send an instant such as 2026-02-07T12:00:00Z; UTC when it has no offset"
-        raise Refused(422, f"as_of={str(text)[:80]!r} is not an instant", allowed, "query.as_of") from None
+        allowed = "send a timestamp such as 2026-02-07T12:00:00Z; UTC when it has no offset"
+        raise Refused(422, f"as_of={str(text)[:80]!r} is not a timestamp", allowed, "query.as_of") from None
 
 
 async def _view(analytics: Analytics) -> ListingView:
@@ -327,7 +331,7 @@ async def _view(analytics: Analytics) -> ListingView:
         if trouble is not None:
             raise trouble
         if time.monotonic() > until:
-            raise Transient("the objects are still being looked at for the first time", "send the same request again")
+            raise Transient("the objects are still being read for the first time", "send the same request again")
         await asyncio.sleep(POLL_SECONDS)
     return view
 
@@ -400,8 +404,8 @@ def _naive(at: datetime | None) -> datetime | None:
     try:
         return at.astimezone(UTC).replace(tzinfo=None) if at and at.tzinfo else at
     except OverflowError:
-        message = f"{at} is outside of the years 1 to 9999 in UTC"
-        raise Refused(422, message, "send an instant within them", "body") from None
+        message = f"{at} is outside the years 1 to 9999 in UTC"
+        raise Refused(422, message, "send a timestamp within them", "body") from None
 
 
 def _schema(analytics: Analytics, view: ListingView) -> Mapping[str, Any]:

@@ -140,7 +140,7 @@ class SqlSandbox:
         if UNSTORABLE.search(request.sql + (request.device_id or "")):
             raise BadParameter("the statement or device_id holds a NUL or half of a surrogate pair", "leave it out")
         if request.since is not None and request.until is not None and request.since >= request.until:
-            raise BadParameter("from is not earlier than to", "send the earlier instant as from")
+            raise BadParameter("from is not earlier than to", "send the earlier timestamp as from")
         if not self._turn.acquire(blocking=False):
             hint = "send the same request again later"
             raise SqlBusy("another statement is running, and they run one at a time", hint, retry_after_seconds=5)

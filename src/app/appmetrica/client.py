@@ -60,7 +60,7 @@ class RequestRefused(Permanent):
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(
-            f"AppMetrica answers {status}: {text}", "correct the request: a column or a date that it does not know"
+            f"AppMetrica answered {status}: {text}", "correct the request: it names an unknown column or date"
         )
         self.text = text
 
@@ -90,11 +90,11 @@ def _said(answer: ServiceAnswer) -> NotReady:
 
 
 def _error(answer: ServiceAnswer, text: str) -> Exception:
-    said = f"AppMetrica answers {answer.status}: {text or 'nothing'}"
+    said = f"AppMetrica answered {answer.status}: {text or 'nothing'}"
     if answer.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         return Permanent(said, ACCESS_HINT)
     if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR or answer.status in BUSY:
-        return Transient(said, "no action needed if it passes; the file that is being made is kept")
+        return Transient(said, "no action needed if this is temporary; the file that is being prepared is kept")
     return Permanent(said, "check APPMETRICA_BASE_URL")
 
 
@@ -122,7 +122,7 @@ def _check_whole(file: BinaryIO, *, may_be_empty: bool) -> None:
         said = f"the file of AppMetrica is not whole: {error}"
         raise Transient(said, "no action needed: it is fetched again") from error
     if is_empty and not may_be_empty:
-        raise Transient("the file of AppMetrica was cut", "no action needed: it is fetched again")
+        raise Transient("AppMetrica's file is truncated", "no action needed: it is fetched again")
 
 
 # Requests to AppMetrica, and exports in progress.
@@ -311,7 +311,7 @@ class Exports:
         """Whether the token can access the application, for `check`. Raises Transient or Permanent."""
         with closing(self.upstream):
             self.application()
-        calls = f"{self.calls_today} of {self.given.daily_calls} calls of today are used"
+        calls = f"{self.calls_today} of {self.given.daily_calls} calls used today"
         return f"may read application {self.application_id}; {calls}"
 
     def request_received(self, resource: LogResource, span: Window) -> LogsRequest:
@@ -342,7 +342,7 @@ class Exports:
         if len(named) != 1 or self.is_needed(resource, error):
             return False
         self.left_out.update(named)
-        log.warning("AppMetrica does not know the column %s: it is left out from now on", ", ".join(named))
+        log.warning("AppMetrica has no column %s: it is no longer requested", ", ".join(named))
         return True
 
     def is_needed(self, resource: LogResource, error: RequestRefused) -> bool:
@@ -420,7 +420,7 @@ class ExportInProgress:
         self.close()
         if self.export.parts_count >= MAX_PARTS:
             raise TooManyParts(
-                f"AppMetrica wants more than {MAX_PARTS} parts of {self.request.path[:200]}", "ask for fewer days"
+                f"AppMetrica asks for more than {MAX_PARTS} parts of {self.request.path[:200]}", "ask for fewer days"
             )
         self._save(replace(self.export, parts_count=self.export.parts_count * 2))
 

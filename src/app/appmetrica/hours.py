@@ -222,7 +222,7 @@ class ResourceRun(PartitionRun):
         self.exports.applications()  # raises when the service does not answer at all
         if is_long:
             self.commit(cursor_at=span.end, pipeline=NARROWED)
-            hint = "no action needed: it is asked for hour by hour from now on"
+            hint = "no action needed: it is requested hour by hour from now on"
             report = self.failed("", Transient(error.message, hint))
         else:
             hour = Window(cursor, span.end)
@@ -257,8 +257,8 @@ class ResourceRun(PartitionRun):
                 if refused.not_kept:
                     raise Transient(
                         f"{self.name} {span}: {refused.not_kept} rows that cannot be read could not be set aside",
-                        "no action needed if it passes: the hours are pulled again; otherwise check whether the "
-                        "object store takes writes below appmetrica/_set_aside/",
+                        "no action needed if this is temporary: the hours are pulled again; otherwise check whether "
+                        "the object store takes writes below appmetrica/_set_aside/",
                     )
                 for hour in reading.hours:
                     self.context.stop.check()

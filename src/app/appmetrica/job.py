@@ -69,7 +69,9 @@ def build(
 # Both ends of the pull: a file that the service makes now, and the rows of the objects. The file is requested once
 # per day and resource, since the service takes minutes to make one.
 
-LATER = "verify again in some minutes: the same file is asked for; APPMETRICA_POLL_TIMEOUT_SECONDS is how long to wait"
+LATER = (
+    "verify again in a few minutes: the same file is requested; APPMETRICA_POLL_TIMEOUT_SECONDS sets how long to wait"
+)
 
 
 class AppMetricaEnds(PullEnds):
@@ -104,7 +106,7 @@ class AppMetricaEnds(PullEnds):
                 with exports.resumed(exports.keep(f"{name}:verify", request)) as under_way:
                     answer = under_way.wait(self.stop)
                     if answer is not None:
-                        raise Transient(f"AppMetrica is still making the file of {span}: {answer.text}", LATER)
+                        raise Transient(f"AppMetrica is still preparing the file of {span}: {answer.text}", LATER)
                     made = SortedRows(
                         under_way.files,
                         request.columns,

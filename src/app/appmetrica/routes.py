@@ -44,7 +44,7 @@ YEARS = range(2000, 2100)
 UNCONFIGURED = Refusal(
     409, "AppMetrica is not configured", "set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID, then start again"
 )
-BUSY = Refusal(429, "many callers wait for exports already", "try again later", headers={"Retry-After": "30"})
+BUSY = Refusal(429, "too many clients are waiting for exports", "try again later", headers={"Retry-After": "30"})
 READ = needs("pull:read")
 NOT_SET = faults({409: "AppMetrica is not configured"})
 
@@ -76,8 +76,8 @@ FETCHED: Answers = {
     **faults(
         {
             404: "no export has this number",
-            429: "many callers wait already",
-            502: "AppMetrica refuses, with what it says",
+            429: "too many clients are waiting",
+            502: "AppMetrica refused; its message is included",
             503: "AppMetrica cannot be reached: send the same request again",
         }
     ),
@@ -90,14 +90,14 @@ def build(exports: Exports | None) -> APIRouter:
     router = APIRouter(prefix="/appmetrica", tags=["appmetrica"], dependencies=strict)
     places = CallerPlaces(AT_ONCE, BUSY)
 
-    @router.get("/ping", openapi_extra=READ, summary="Whether the service answers to the token")
+    @router.get("/ping", openapi_extra=READ, summary="Whether the service accepts the token")
     def ping() -> dict[str, Any]:
         return {"module": SERVICE, **_ping(exports)}
 
     @router.post(
         "/exports",
         openapi_extra=READ,
-        summary="Ask for an export; the number to fetch it by",
+        summary="Request an export; the id to fetch it with",
         status_code=201,
         responses=NOT_SET,
     )
@@ -110,7 +110,7 @@ def build(exports: Exports | None) -> APIRouter:
     @router.get(
         "/fetch-export",
         openapi_extra=READ,
-        summary="The file of an export: 200 with it, 202 while it is made",
+        summary="The file of an export: 200 when it is ready, 202 while it is being prepared",
         response_class=Response,
         responses=FETCHED,
     )
@@ -124,7 +124,7 @@ def build(exports: Exports | None) -> APIRouter:
         export = await run_in_threadpool(known.pulls.find, SERVICE, export_id)
         if export is None or request_of(export).span is not None:  # a job's export
             raise Refused(
-                404, f"no export has the number {export_id}", "take the id that POST /appmetrica/exports answered"
+                404, f"no export has the number {export_id}", "use the id that POST /appmetrica/exports returned"
             )
         made = partial(
             _fetched,
@@ -171,7 +171,7 @@ def _request(application_id: int, wanted: ExportRequest) -> LogsRequest:
     since = _instant(wanted.date_since, " 00:00:00", "date_since")
     until = _instant(wanted.date_until, " 23:59:59", "date_until")
     if since > until:
-        raise Refused(422, "date_since is after date_until", "give the older one first", "body.date_since")
+        raise Refused(422, "date_since is after date_until", "give the earlier one first", "body.date_since")
     return logs_request(
         application_id, resource.name, since=since, until=until, columns=columns, by_receipt=wanted.by_receipt
     )

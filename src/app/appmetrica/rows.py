@@ -71,7 +71,7 @@ class CsvRows:
         except (UnicodeDecodeError, csv.Error) as error:
             raise Permanent(
                 f"the header of AppMetrica's file cannot be read: {error}",
-                "check APPMETRICA_BASE_URL: the answer does not match the request",
+                "check APPMETRICA_BASE_URL: the response does not match the request",
             ) from error
 
     def __iter__(self) -> Iterator[Row | BadRow]:

@@ -21,7 +21,7 @@ BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
 LINE_CHARACTERS = 118
 HEADING = """\
 # Every setting of Headwater with its default. Nothing here is required: with no setting at all, everything runs on
-# this machine. Copy this file to .env and take the # away from the lines you change. The environment beats .env.
+# this machine. Copy this file to .env and take the # away from the lines you change. The environment overrides .env.
 # Written by `python -m app.config.reference`; change src/app/config/settings.py instead.
 """
 

@@ -99,7 +99,7 @@ class ServiceSettings(SettingsGroup, title="Service"):
     log_files: int = variable("LOG_FILES", default=5, ge=1, le=1000)
     """Older log files that are kept."""
     shutdown_grace_seconds: int = variable("SHUTDOWN_GRACE_SECONDS", default=25, ge=1, le=3600)
-    """Time a stop may take; stay below what the platform waits before it kills (Kubernetes: 30)."""
+    """Maximum time of a shutdown; keep it below the platform's kill timeout (Kubernetes: 30)."""
 
     @field_validator("log_level")
     @classmethod
@@ -115,7 +115,7 @@ class AccessSettings(SettingsGroup, title="Access"):
     api_keys: ApiKeys = variable("API_KEYS", default=(), unset="this machine only; locked where others can reach it")
     """Who may call: lines that `python -m app keys new admin --scopes admin` prints; they hold only hashes."""
     allow_anonymous: Flag = variable("ALLOW_ANONYMOUS", default=False)
-    """Serve a public HOST without keys: everybody may write."""
+    """Serve a public HOST without keys: anyone may write."""
     forwarded_allow_ips: Texts = variable("FORWARDED_ALLOW_IPS", default=("127.0.0.1",))
     """Proxies whose X-Forwarded-For is trusted; set it to the proxy's address, or rate limits apply to the proxy."""
     cors_origins: Origins = variable("CORS_ORIGINS", default=(), unset="none")
@@ -224,11 +224,11 @@ class ExportSettings(SettingsGroup, title="Export, how influx_to_s3 cuts and nam
     record_days: int = variable("WINDOW_RECORD_DAYS", default=14, ge=0, le=3660)
     """Days that closed windows are recorded one by one, never fewer than RECONCILE_DAYS; 0 = for ever."""
     heal: Annotated[Literal["off", "auto"], LOWER_CASE] = variable("EXPORT_HEAL", default="off")
-    """auto: the reconcile writes closed objects again that vanished or that another program replaced; off: it tells."""
+    """auto: the reconcile rewrites closed objects that vanished or were replaced by others; off: it reports them."""
     concurrency: int = variable("EXPORT_CONCURRENCY", default=16, ge=1, le=64)
-    """Most devices exported at once; it starts at 2 and rises while InfluxDB answers as fast."""
+    """Maximum number of devices exported at once; it starts at 2 and rises while InfluxDB answers as fast."""
     shards: int = variable("EXPORT_SHARDS", default=32, ge=1, le=1024)
-    """Parts that workers share the changed devices in, each one worker's at a time; a few for each worker."""
+    """Number of shards that the changed devices are split into for workers; a few for each worker."""
 
     @field_validator("window_seconds")
     @classmethod
@@ -314,7 +314,7 @@ class CheckpointSettings(SettingsGroup, title="Checkpoints"):
     """Where the state is kept. `url` "" = SQLite at `data_dir / "state.db"`, else postgresql://..."""
 
     host: DatabaseHost = variable("CHECKPOINT_DB_HOST", default="", unset="SQLite in DATA_DIR", **OF_URL)
-    """PostgreSQL that keeps checkpoints, runs and leases; beats CHECKPOINT_DATABASE_URL."""
+    """PostgreSQL that keeps checkpoints, runs and leases; overrides CHECKPOINT_DATABASE_URL."""
     port: int = variable("CHECKPOINT_DB_PORT", default=5432, ge=1, le=65_535, **OF_URL)
     """Its port."""
     database: Text = variable("CHECKPOINT_DB_NAME", default="", **OF_URL)
@@ -391,7 +391,7 @@ class DriveSettings(SettingsGroup, title="Google Drive, the sink of dynamo_to_dr
     )
     """Key file of a service account or of an installed app."""
     credentials_json: KeyFileText = variable("GOOGLE_CREDENTIALS_JSON", default=None)
-    """The same file's text, raw or base64, where no file can be mounted; GOOGLE_CREDENTIALS_FILE beats it."""
+    """The same file's text, raw or base64, where no file can be mounted; GOOGLE_CREDENTIALS_FILE overrides it."""
     folder_id: Text = variable("GOOGLE_DRIVE_FOLDER_ID", default="", unset="the root folder")
     """Folder that takes the files."""
     shared_drive_id: Text = variable("GOOGLE_SHARED_DRIVE_ID", default="", unset="My Drive")
@@ -451,11 +451,11 @@ class LakeSettings(SettingsGroup, title="Lake: closed days as an Iceberg table")
     prefix: Prefix = variable("S3_LAKE_PREFIX", default="lake")
     """Prefix of the table's files, outside S3_PREFIX."""
     wait_hours: int = variable("LAKE_WAIT_HOURS", default=6, ge=0, le=8784)
-    """How long after its end and EXPORT_GRACE_SECONDS a day is taken."""
+    """How long after its end and EXPORT_GRACE_SECONDS a day is added."""
     interval_seconds: Interval = variable("LAKE_INTERVAL_SECONDS", default=3600)
     """Time between runs; each lists the whole tree."""
     snapshot_days: int = variable("LAKE_SNAPSHOT_DAYS", default=7, ge=1, le=3660)
-    """How long an earlier state of the table can be read."""
+    """How long an earlier snapshot of the table can be read."""
 
 
 class AnalyticsSettings(SettingsGroup, title="Reports: /analytics"):
@@ -464,7 +464,7 @@ class AnalyticsSettings(SettingsGroup, title="Reports: /analytics"):
     refresh_seconds: float = variable("ANALYTICS_REFRESH_SECONDS", default=10.0, ge=0.1, le=DAY_SECONDS)
     """Time within which a change of the objects is seen; above some 200,000 objects it takes longer."""
     timeout_seconds: float = variable("ANALYTICS_TIMEOUT_SECONDS", default=30.0, ge=0.1, le=3600)
-    """Longest that one report may run."""
+    """Maximum duration of one report."""
     memory_mb: int = variable("ANALYTICS_MEMORY_MB", default=128, ge=32, le=65_536)
     """Memory of DuckDB, once for a directory and up to three times for a bucket; what needs more goes to DATA_DIR."""
     reports_dir: OptionalPath = variable("ANALYTICS_REPORTS_DIR", default=None, unset="none")
@@ -493,13 +493,13 @@ class AppMetricaSettings(SettingsGroup, title="AppMetrica"):
     daily_calls: int = variable("APPMETRICA_DAILY_CALLS", default=5000, ge=1, le=1_000_000)
     """Requests allowed a UTC day; the service allows an account 5,000."""
     resources: Resources = variable("APPMETRICA_RESOURCES", default=("events",))
-    """What to pull; all of it lands as objects, events also in the warehouse."""
-    timezone: TimeZone = variable("APPMETRICA_TIMEZONE", default="", unset="asked of the service")
+    """What to pull; everything is stored as objects, events also in the warehouse."""
+    timezone: TimeZone = variable("APPMETRICA_TIMEZONE", default="", unset="requested from the service")
     """Time zone of the application, such as Europe/Moscow."""
     interval_seconds: Interval = variable("APPMETRICA_INTERVAL_SECONDS", default=3600)
     """Time between runs."""
     lookback_days: int = variable("APPMETRICA_LOOKBACK_DAYS", default=7, ge=0, le=360)
-    """How far back a resource starts that was never pulled."""
+    """How far back a resource starts when it was never pulled."""
     recount_days: int = variable("APPMETRICA_RECOUNT_DAYS", default=15, ge=0, le=366)
     """Days of receipt that are counted again once a day, for rows that arrive late; 0 = off."""
 
@@ -520,7 +520,7 @@ class AmplitudeSettings(SettingsGroup, title="Amplitude"):
     interval_seconds: Interval = variable("AMPLITUDE_INTERVAL_SECONDS", default=3600)
     """Time between runs."""
     lookback_days: int = variable("AMPLITUDE_LOOKBACK_DAYS", default=7, ge=0, le=360)
-    """How far back a source starts that was never pulled, from the Monday of that week on."""
+    """How far back a source starts when it was never pulled, from the Monday of that week on."""
 
 
 class AlertSettings(SettingsGroup, title="Alerts and heartbeats"):
@@ -529,13 +529,13 @@ class AlertSettings(SettingsGroup, title="Alerts and heartbeats"):
     """
 
     webhook_url: SecretUrl = variable("ALERT_WEBHOOK_URL", default=NO_SECRET, unset="nobody is told")
-    """Where a JSON body is posted when a job begins to fail, recovers or falls silent; Slack and Mattermost read it."""
+    """URL that gets a JSON message when a job starts to fail, recovers or goes silent; Slack and Mattermost read it."""
     grace_seconds: int = variable("ALERT_GRACE_SECONDS", default=900, ge=1, le=YEAR_SECONDS)
-    """A job is stale when no run came to its end for its interval and this long."""
+    """A job is stale when no run finished for its interval and this long."""
     grace_by_job: JobSeconds = variable("ALERT_GRACE_BY_JOB", default=(), unset="ALERT_GRACE_SECONDS")
     """The same for single jobs, such as influx_to_s3=300."""
     heartbeat_urls: JobUrls = variable("HEARTBEAT_URLS", default=NO_SECRET, unset="none")
-    """Addresses that are called after each good run, so that a monitor elsewhere notices silence."""
+    """URLs that are called after each successful run, so that a monitor elsewhere notices silence."""
 
 
 class Settings(BaseSettings):

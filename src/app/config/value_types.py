@@ -82,9 +82,9 @@ def _url(text: str) -> str:
     if not known or re.search(r"\s", text):
         raise ValueError
     if parts.username is not None or parts.password is not None:
-        raise ValueError("user and password do not belong into a URL: take them out and use the variables for them")
+        raise ValueError("a URL must not contain a user or password: use the variables for them")
     if parts.query or parts.fragment:
-        raise ValueError("a query or a fragment does not belong here: end the URL before ? or #")
+        raise ValueError("a query or fragment is not allowed here: end the URL before ? or #")
     return text
 
 
@@ -409,7 +409,7 @@ Folder = Annotated[Path, BeforeValidator(_plain), Allowed("a path", obvious=True
 OptionalPath = Annotated[Path | None, BeforeValidator(_plain), Allowed("a path", obvious=True)]
 LogFile = Annotated[Path | None, PlainValidator(_log_file), Allowed("a path, or off", obvious=True)]
 CaFile = Annotated[
-    Path | None, PlainValidator(_ca_file), Allowed("the path of a file with certificates in PEM, that can be read")
+    Path | None, PlainValidator(_ca_file), Allowed("the path of a readable file with certificates in PEM")
 ]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_level)]
 Interval = Annotated[int, Field(ge=1, le=86_400)]

@@ -160,7 +160,7 @@ def fault_of(ledger: Ledger) -> tuple[str, str] | None:
         name, gap = max(gaps.items(), key=lambda item: abs(item[1]))
         of = f" of {name}" if name != ALL else ""
         total = ledger.fields[name]
-        wrong = "not accounted for" if gap > 0 else "there although never counted"
+        wrong = "not accounted for" if gap > 0 else "present although never counted"
         sums = (
             f"{total.counted} counted, {total.new} new, {total.already_there} already there, "
             f"{total.corrected} corrected, {total.set_aside} set aside, {total.waiting} waiting"

@@ -111,7 +111,7 @@ def connection_fault(error: BaseException, url: str) -> str:
     while found is not None:
         if isinstance(found, OSError) and found.strerror:
             was_open = isinstance(found, ConnectionResetError | ConnectionAbortedError | BrokenPipeError)
-            what = f"the connection to {place} broke off" if was_open else f"cannot connect to {place}"
+            what = f"the connection to {place} was lost" if was_open else f"cannot connect to {place}"
             return f"{what}: {found.strerror[0].lower()}{found.strerror[1:]}"
         found = found.__cause__ or found.__context__
     return ""

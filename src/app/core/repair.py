@@ -32,7 +32,7 @@ from app.core.windows import Age, FailedWindows, Window, age_of
 B = TypeVar("B", bound=Batch)
 E = TypeVar("E", bound=Encoded)
 
-GONE_HINT = "restore an earlier version of the object, or a backup: the source cannot give these rows again"
+GONE_HINT = "restore an earlier version of the object, or a backup: the source no longer has these rows"
 log = logging.getLogger(__name__)
 
 
@@ -136,7 +136,7 @@ def _replace(pipeline: Pipeline[B, E], context: Context, task: WindowTask) -> Re
 
 
 ROUNDING = 2.0**-53  # maximum relative rounding error of one addition
-HEAL_HINT = "if nobody wanted that, run verify with --heal, or set EXPORT_HEAL=auto"
+HEAL_HINT = "if this was not intended, run verify with --heal, or set EXPORT_HEAL=auto"
 
 Asked = Callable[[str, Sequence[Window], Collection[str]], Mapping[datetime, Mapping[str, Sums]]]
 """Partition, adjacent windows, numeric fields -> the source's sums by window start and field."""

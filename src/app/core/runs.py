@@ -473,4 +473,4 @@ def _renewed(lease: Lease, services: RunServices, stop: Stop) -> Iterator[Stop]:
             try:
                 services.leases.release(lease)
             except AppError as error:  # unavailable: the lease expires by itself, so others wait its TTL at most
-                log.warning("the lease of %s could not be given back and runs out by itself: %s", lease.name, error)
+                log.warning("the lease of %s could not be released and expires by itself: %s", lease.name, error)

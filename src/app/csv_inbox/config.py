@@ -74,7 +74,7 @@ class FileStillChanging(Transient):
     """The file changed or vanished while it was processed; it is left for the next run."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, "no action needed; the next run looks again")
+        super().__init__(message, "no action needed; the next run checks again")
 
 
 class StuckFile(Transient):
@@ -119,8 +119,8 @@ def _level(value: str) -> str:
     return value.upper()
 
 
-Place = Annotated[Path, BeforeValidator(_placed), Field(description="a text that is not empty")]
-Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$", description="a text that is not empty")]
+Place = Annotated[Path, BeforeValidator(_placed), Field(description="text that is not empty")]
+Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$", description="text that is not empty")]
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a number of seconds, 0 or more")]
 Megabytes = Annotated[float, Field(allow_inf_nan=False)]

@@ -146,9 +146,9 @@ def translate_os_errors(doing: str) -> Iterator[None]:
         named = error.filename2 or error.filename
         what = f"{printable(os.fsdecode(named) if named else doing)}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Transient(what, "free space there; nothing was lost, and the next run goes on") from error
+            raise Transient(what, "free space there; nothing was lost, and the next run continues") from error
         if error.errno in REFUSED:
-            raise Permanent(what, "let this user write there; nothing was lost, and the next run goes on") from error
+            raise Permanent(what, "let this user write there; nothing was lost, and the next run continues") from error
         hint = "look at the disk and the system's log; nothing was changed that is not complete"
         raise Permanent(what, hint) from error
 
@@ -295,7 +295,7 @@ def ignored_files_note(paths: InboxPaths) -> str:
     if not others:
         return ""
     named = ", ".join(map(printable, others[:NAMED_FILES])) + (", ..." if others[NAMED_FILES:] else "")
-    return f"{len(others)} files in the inbox are left alone, since their names do not end in {SUFFIX}: {named}"
+    return f"{len(others)} files in the inbox are ignored, since their names do not end in {SUFFIX}: {named}"
 
 
 def check_can_be_taken(each: Candidate) -> None:
@@ -313,7 +313,7 @@ def check_can_be_taken(each: Candidate) -> None:
             may = each.path.lstat().st_uid == user
     if not may:
         hint = f"let this user write to {parent}, or remove the file"
-        raise StuckFile("this user may not take it out of the inbox", hint)
+        raise StuckFile("this user may not remove it from the inbox", hint)
 
 
 def is_too_large(size_bytes: int, config: InboxConfig) -> bool:

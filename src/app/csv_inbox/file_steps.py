@@ -299,7 +299,7 @@ def _moved_back(inbox: InboxRun, load: LoadRecord, grown: Candidate, file: IO[by
     complete(paths, transaction)
     again = "; its last row was incomplete then" if start < merged_bytes else ""
     told = f"{found.size - merged_bytes} bytes were written to it after it was merged{again}"
-    inbox.tell(f"{grown.name}: {told}; taken in as {printable(target.name)}")
+    inbox.tell(f"{grown.name}: {told}; ingested as {printable(target.name)}")
     return candidate(target)
 
 

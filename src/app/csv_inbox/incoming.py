@@ -301,7 +301,7 @@ class IncomingFile:
         if missing:
             hint = f"the file has: {', '.join(header.names)[:300]}"
             if len(header.names) == 1:
-                hint += f"; its delimiter was taken to be {dialect.delimiter!r}"
+                hint += f"; its delimiter was detected as {dialect.delimiter!r}"
             raise UnmergeableFile(
                 FaultKind.MISSING_COLUMN,
                 [FileFault(f"the column {name!r} is missing", header.line, name) for name in missing],

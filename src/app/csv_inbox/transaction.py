@@ -231,7 +231,7 @@ def changed_master(paths: InboxPaths) -> str:
     what = "was changed by something else" if paths.config.merged_file.exists() else "is gone"
     return (
         f"{paths.config.merged_file.name} {what} since {last.file} was merged at {last.at}, when it had "
-        f"{last.rows_after} rows; if rows lack, restore it, or copy their files from the archive into the inbox"
+        f"{last.rows_after} rows; if rows are missing, restore it, or copy their files from the archive into the inbox"
     )
 
 

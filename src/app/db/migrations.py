@@ -111,7 +111,7 @@ class MigratedDatabase:
                 raise
             self.prepare(error)
             raise Transient(
-                error.message, "no action needed: the state was looked at and mended, and the next attempt goes on"
+                error.message, "no action needed: the state was checked and repaired, and the next attempt continues"
             ) from error
 
     def prepare(self, suspicion: DamagedDatabase | None = None) -> None:
@@ -201,7 +201,7 @@ def apply(
                 session.run(RECORD, name=migration.name, checksum=migration.checksum)
             elif checksums[migration.name] != migration.checksum:
                 raise Permanent(
-                    f"{database.place}: migration {migration.name} was applied with another text",
+                    f"{database.place}: migration {migration.name} was applied with different contents",
                     "use the version of Headwater that this database belongs to, or another database",
                 )
 

@@ -241,7 +241,9 @@ class PsycopgErrors:
             hint = f"check {self._variables}: user, password, database and its privileges"
             return Permanent(message, CA_HINT if is_untrusted(error) else hint)
         if state.startswith(SQLSTATE_PASSING):
-            return Transient(message, "no action needed if it passes; otherwise look at the server's log and load")
+            return Transient(
+                message, "no action needed if this is temporary; otherwise look at the server's log and load"
+            )
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return Transient(message, f"check that the server runs and that {self._variables} points to it")
         if state in SQLSTATE_GONE:

@@ -121,7 +121,7 @@ class SqlPulls(Repository):
                 session.run(self._queries["date_export"], **named, created_at=now)
                 if rows := session.rows(self._queries["export_of"], **named):
                     return PendingExport(**rows[0])
-        raise Transient("other processes number their exports at the same time", "send the same request again")
+        raise Transient("other processes are creating exports at the same time", "send the same request again")
 
     def find(self, service: str, export_id: int) -> PendingExport | None:
         """The export with that number; None when it was never assigned."""
@@ -151,8 +151,8 @@ class SqlPulls(Repository):
         day = floor_to(now, DAY_SECONDS)
         if not self._queries.run("count_call", service=service, day_at=day, limit_calls=limit):
             raise Transient(
-                f"{service}: all {limit} calls of this day are used",
-                "no action needed; it goes on at 00:00 UTC; fewer other programs on the same account leave more",
+                f"{service}: all {limit} calls of today are used",
+                "no action needed; it continues at 00:00 UTC; other programs on the same account share this limit",
                 retry_after_seconds=(next_midnight(now) - now).total_seconds(),
             )
 

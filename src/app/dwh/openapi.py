@@ -27,7 +27,7 @@ WRITE_FAULTS = faults(
         408: "the body did not arrive in time",
         409: "the Idempotency-Key was used for another request",
         413: "the body or a row is too large",
-        415: "a media type or encoding that is not read",
+        415: "an unsupported media type or encoding",
         422: "a row or a parameter is wrong: it is named",
         **BUSY,
     }

@@ -157,7 +157,7 @@ def filter_of(column: TableColumn, given: str) -> ColumnFilter:
     if operator in ("like", "ilike"):
         if column.kind != "text" or len(text) > MAX_PATTERN_CHARACTERS or UNSTORABLE.search(text):
             limits = f"columns of text and patterns of at most {MAX_PATTERN_CHARACTERS} characters, without NUL"
-            raise _wrong(column.name, f"cannot be filtered so: {operator} is for {limits}")
+            raise _wrong(column.name, f"cannot be filtered like this: {operator} is for {limits}")
         return ColumnFilter(column, operator, [text], negated)
     texts = _items(column, text) if operator == "in" else [text]
     try:
@@ -515,7 +515,7 @@ def _after(options: Mapping[str, str], sort_by: TableColumn) -> KeysetPosition |
     try:
         return _place(options["after"], sort_by)
     except (ValueError, TypeError, OverflowError, RecursionError):
-        what = "after is not the place of a row in this order"
+        what = "after is not a position in this order"
         raise Refused(422, what, 'take it from the link with rel="next"', "after") from None
 
 

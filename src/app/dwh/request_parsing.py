@@ -48,7 +48,7 @@ OPENING = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"data"[ \t\r\n]*:[ \t\r\n]*(?=\[)'
 ENVELOPE = 'the body is {"data": [...]}, an array of rows and nothing else'
 EMPTY = Refusal(400, "there are no rows in the body", "send at least one row", "data")
 NOT_GZIP = Refusal(400, "the body is not gzip, or damaged", "send it again, or without gzip")
-CUT_OFF = Refusal(400, "the gzip body is cut off", "send it again, whole")
+CUT_OFF = Refusal(400, "the gzip body is truncated", "send it again, whole")
 TOO_DENSE = Refusal(413, f"the body unpacks to more than {MAX_RATIO} times its size", "send it without gzip")
 Groups = Iterator[Sequence[Slice]]
 
@@ -374,16 +374,14 @@ def _form(headers: Mapping[str, str]) -> Form:
     given["content-type"] = headers.get("content-type") or "application/json"
     form = FORMS.get(given.get_content_type())
     if form is None or given.get_content_charset("utf-8") not in ("utf-8", "utf8"):
-        raise Refused(
-            415, "this media type is not read", "send application/json, application/x-ndjson or text/csv in UTF-8"
-        )
+        raise Refused(415, "unsupported media type", "send application/json, application/x-ndjson or text/csv in UTF-8")
     return form
 
 
 def _packed(headers: Mapping[str, str]) -> bool:
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", ""):
-        raise Refused(415, "this content encoding is not read", "send gzip, or nothing")
+        raise Refused(415, "unsupported content encoding", "send gzip, or nothing")
     return "gzip" in encoding
 
 

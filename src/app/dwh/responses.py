@@ -238,7 +238,7 @@ class GzipWriter:
 # once, in order; a reader never waits for a writer that has ended, whether or not it failed.
 
 MEMORY_BYTES = 1 << 16  # small, since every connection may have a slow client
-BROKEN = Permanent("the answer could not be made to its end", "report it with the log, which says why")
+BROKEN = Permanent("the response could not be completed", "report it with the log, which says why")
 
 
 class ClientDisconnected(Exception):

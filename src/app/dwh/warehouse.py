@@ -543,7 +543,7 @@ def _looked_up(session: Session, selection: Selection, after: KeysetPosition) ->
     looking, params = selection.place_sql()
     for row in session.rows(looking, **params):
         return KeysetPosition(after.id, row["value"])
-    what = "the row of this place, whose value is too long for a link, was deleted"
+    what = "the row at this position, whose value is too long for a link, was deleted"
     raise Rejected(what, "begin again, or sort by another column")
 
 

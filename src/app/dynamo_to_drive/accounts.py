@@ -168,7 +168,7 @@ class Accounts:
     def notes(self) -> Iterator[str]:
         """Notes on timestamps far ahead of now, on rows removed from files, and on partition values without items."""
         if self.ahead:
-            found = f"{self.attribute} {self.ahead} lies ahead of now: such an item is exported when its hour has come"
+            found = f"{self.attribute} {self.ahead} is in the future: such an item is exported when its hour comes"
             yield f"{found}; if that date is wrong, set DYNAMODB_TIMESTAMP_UNIT or DYNAMODB_TIMESTAMP_ATTRIBUTE"
         yield from self.removed
         if self.empty:

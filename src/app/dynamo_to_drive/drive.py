@@ -114,7 +114,7 @@ def _kept(given: DriveCredentials, client: Mapping[str, Any]) -> dict[str, Any]:
     try:
         kept: dict[str, Any] = json.loads(given.token_file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise Permanent("the installed app has no consent yet: client secrets alone open nothing", CONSENT) from error
+        raise Permanent("the installed app has no consent yet: client secrets alone give no access", CONSENT) from error
     except (OSError, ValueError) as error:
         raise Permanent(f"{given.token_file} cannot be read", CONSENT) from error
     if kept.get("client_id") != client["client_id"]:
@@ -150,11 +150,11 @@ def consent(given: DriveCredentials, *, open_browser: bool) -> Path:
         found = flow.run_local_server(port=0, open_browser=open_browser, access_type="offline", prompt="consent")
     except (OAuth2Error, Warning) as error:  # a scope that the user deselected is raised as a Warning
         why = getattr(error, "error", "") or type(error).__name__
-        raise Permanent(f"Google gave no consent: {why}", CONSENT_AGAIN) from error
+        raise Permanent(f"Google's consent was not given: {why}", CONSENT_AGAIN) from error
     except (ValueError, KeyError) as error:
         raise Permanent(f"Google credentials cannot be read: {type(error).__name__}", FORMS) from error
     except OSError as error:
-        raise Transient(f"Google's sign-in was not reached: {type(error).__name__}", "try again") from error
+        raise Transient(f"Google's sign-in could not be reached: {type(error).__name__}", "try again") from error
     save_token(given.token_file, found)
     return given.token_file
 
@@ -164,7 +164,7 @@ def consent(given: DriveCredentials, *, open_browser: bool) -> Path:
 # Invariants: the reason comes from the machine-readable part of the response, in either of Google's two formats, never
 # from a proxy's text; no message contains a token. The table is section 6 of contracts/google-drive.md.
 
-AGAIN_HINT = "no action needed: it is retried, and the next run goes on"
+AGAIN_HINT = "no action needed: it is retried, and the next run continues"
 SHARE_HINT = (
     "check GOOGLE_DRIVE_FOLDER_ID and GOOGLE_SHARED_DRIVE_ID, and add the account of the credentials to the shared "
     "drive as Content manager"
@@ -181,7 +181,7 @@ HINTS: Mapping[str, str] = {
     "numChildrenInNonRootLimitExceeded": "the folder holds too many files: set GOOGLE_DRIVE_FOLDER_ID to a new one",
     "accessNotConfigured": ENABLE_HINT,
     "SERVICE_DISABLED": ENABLE_HINT,
-    "dailyLimitExceeded": "the project's quota of the day is used up: it comes back at midnight Pacific time",
+    "dailyLimitExceeded": "the project's daily quota is used up: it resets at midnight Pacific time",
     "insufficientFilePermissions": RIGHTS_HINT,
     "insufficientParentPermissions": RIGHTS_HINT,
     "insufficientPermissions": SCOPE_HINT,
@@ -427,7 +427,7 @@ class Drive:
         while True:
             page = self._answer("list", **asked)
             if page.get("incompleteSearch"):
-                raise Transient(f"Drive searched only a part for {name}", "no action needed: it is asked again")
+                raise Transient(f"Drive searched only partially for {name}", "no action needed: it is repeated")
             found += [_file(each) for each in page.get("files", ())]
             if not page.get("nextPageToken"):
                 return sorted(found, key=lambda each: (each.created, each.file_id))
@@ -535,7 +535,7 @@ class Drive:
                 result = call(self._service.made())
                 self._service.note_token()
             if isinstance(result, str):  # the library returns a response that is not JSON as text
-                raise Transient("Drive's answer cannot be read: not JSON", AGAIN_HINT)
+                raise Transient("Drive's response cannot be read: not JSON", AGAIN_HINT)
             return result
 
         return retry(once, self._policy, self._pauses)

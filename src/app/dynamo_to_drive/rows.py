@@ -72,7 +72,7 @@ def items_of(taken: Taken) -> list[Item]:
         return _ITEMS.decode(taken)
     except (msgspec.DecodeError, TypeError) as error:  # TypeError: `take_items` left the items to the SDK
         raise Transient(
-            f"DynamoDB's answer cannot be read: {str(error)[:TEXT_LIMIT]}",
+            f"DynamoDB's response cannot be read: {str(error)[:TEXT_LIMIT]}",
             "check that DYNAMODB_ENDPOINT_URL is DynamoDB; it is retried",
         ) from error
 

@@ -254,7 +254,7 @@ class DriveSink(HourSink):
         for _ in range(NEW_IDS):
             held = self.drive.get(file_id) if file_id else None
             if held is not None and held.is_hour:
-                raise Conflict(f"{key}: is there already", READ_HINT)
+                raise Conflict(f"{key}: already exists", READ_HINT)
             if not file_id or held is not None:  # the id of a trashed file cannot be reused
                 file_id = self.drive.new_id()
                 self.records.keep(key, file_id)
@@ -290,7 +290,7 @@ class DriveSink(HourSink):
     def _put_aside(self, key: str, others: Sequence[DriveFile]) -> None:
         """Trash duplicates of the oldest file with this name; people can still find them in the trash."""
         for other in others:
-            log.warning("%s: is there more than once; the oldest is kept, %s goes to the trash", key, other.file_id)
+            log.warning("%s: exists more than once; the oldest is kept, %s goes to the trash", key, other.file_id)
             if self.dry_run:
                 continue
             try:
@@ -340,7 +340,7 @@ class FolderSink(HourSink):
 
     def _put(self, key: str, encoded: HourFile, expected: str | None) -> str:
         if expected is None and self._version(key) is not None:
-            raise Conflict(f"{key}: is there already", READ_HINT)
+            raise Conflict(f"{key}: already exists", READ_HINT)
         encoded.file.seek(0)
         with _translated(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -358,7 +358,7 @@ class FolderSink(HourSink):
             try:
                 if not path.is_file() and os.path.lexists(path):  # opening a pipe would block forever
                     what = "a directory" if path.is_dir() else "not a regular file"
-                    raise Permanent(f"{path}: is {what}", "move it away: the file has its name")
+                    raise Permanent(f"{path}: is {what}", "move it away: it has the name of the file")
                 with path.open("rb") as file:
                     while block := file.read(BLOCK_BYTES):
                         digest.update(block)

@@ -37,14 +37,14 @@ HINTS: Mapping[str, str] = {
     "MissingAuthenticationTokenException": KEYS_HINT,
     "IncompleteSignatureException": KEYS_HINT,
     "InvalidSignatureException": CLOCK_HINT,
-    "ExpiredTokenException": "the temporary credentials ended: renew AWS_SESSION_TOKEN",
+    "ExpiredTokenException": "the temporary credentials expired: renew AWS_SESSION_TOKEN",
     "ValidationException": "check DYNAMODB_TIMESTAMP_ATTRIBUTE, DYNAMODB_TIMESTAMP_UNIT and DYNAMODB_PARTITION_VALUES",
 }
 THROTTLED = frozenset(
     {"ProvisionedThroughputExceededException", "ThrottlingException", "RequestLimitExceeded", "LimitExceededException"}
 )
 SLOW_HINT = "raise the table's read capacity, which is used up, or DRIVE_INTERVAL_SECONDS; the next run catches up"
-AGAIN_HINT = "no action needed: the next run goes on"
+AGAIN_HINT = "no action needed: the next run continues"
 FOREIGN_HINT = "check that DYNAMODB_ENDPOINT_URL is DynamoDB, and that no proxy answers; it is retried"
 TEXT_LIMIT = 300
 LOOKED_ITEMS = 1000

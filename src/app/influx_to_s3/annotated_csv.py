@@ -87,7 +87,7 @@ def read_blocks(
             waiting_bytes = 0
     yield from _waiting_in(schemas.values())
     if head or (schema and schema.is_error):
-        raise Transient("InfluxDB's answer ends inside a header", "no action needed: the window is read again")
+        raise Transient("InfluxDB's response ends inside a header", "no action needed: the window is read again")
 
 
 def error_of(message: str) -> AppError:
@@ -95,10 +95,10 @@ def error_of(message: str) -> AppError:
     shown = message[:300]
     if any(word in message.lower() for word in TOO_MUCH):
         return QueryTooLarge(
-            f"InfluxDB gave up inside its answer: {shown}", "no action needed: a shorter range is tried"
+            f"InfluxDB stopped inside its response: {shown}", "no action needed: a shorter range is tried"
         )
     return Transient(
-        f"InfluxDB reports an error inside its answer: {shown}", "no action needed: the window is read again"
+        f"InfluxDB reports an error inside its response: {shown}", "no action needed: the window is read again"
     )
 
 
@@ -113,7 +113,7 @@ class _Schema:
         types = annotations.get("#datatype", [])
         if len(types) != len(header):
             raise Permanent(
-                f"the answer's header is not annotated CSV: {head[:200]!r}",
+                f"the response's header is not annotated CSV: {head[:200]!r}",
                 "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
             )
         groups = [word == "true" for word in annotations.get("#group", ())] or [False] * len(header)
@@ -154,7 +154,7 @@ class _Schema:
             ]
         except pa.ArrowInvalid as error:
             raise Transient(
-                f"InfluxDB's answer holds a row that does not fit its header: {error}",
+                f"InfluxDB's response holds a row that does not fit its header: {error}",
                 "no action needed: the window is read again; if it stays, set INFLUXDB_API=influxql",
             ) from error
         # The server writes a newline inside a value as CRLF; convert it back.
@@ -175,7 +175,7 @@ def _put_off(schema: _Schema | None, rows: bytes) -> int:
         return 0
     if schema is None:
         raise Permanent(
-            f"the answer is not annotated CSV: {rows[:200]!r}",
+            f"the response is not annotated CSV: {rows[:200]!r}",
             "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
         )
     if schema.is_error:
@@ -208,10 +208,10 @@ def _whole_rows(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
         block = b"".join(parts)
         if not _closed(block, 0, len(block)):
             raise Transient(
-                "InfluxDB's answer ends inside a quoted value", "no action needed: the window is read again"
+                "InfluxDB's response ends inside a quoted value", "no action needed: the window is read again"
             )
         if not block.endswith(b"\n"):
-            raise Transient("InfluxDB's answer ends inside a row", "no action needed: the window is read again")
+            raise Transient("InfluxDB's response ends inside a row", "no action needed: the window is read again")
         yield block
 
 

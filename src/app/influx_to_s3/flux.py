@@ -360,7 +360,7 @@ def _column(block: CsvBlock, name: str) -> pa.ChunkedArray:
 def _place(block: CsvBlock, name: str) -> int:
     if name not in block.names:
         raise Permanent(
-            f"InfluxDB's answer lacks the column {name}: it has {', '.join(block.names)}",
+            f"InfluxDB's response lacks the column {name}: it has {', '.join(block.names)}",
             "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
         )
     return block.names.index(name)
@@ -378,7 +378,7 @@ def _body(answer: ServerAnswer) -> Iterator[bytes]:
     ended = tail in (b"\r\n", b"\n") or tail.endswith((b"\n\r\n", b"\n\n"))
     if not tail or not (answer.framed or ended):
         raise Transient(
-            "InfluxDB's answer ends without its closing blank line: it was cut on the way",
+            "InfluxDB's response ends without its closing blank line: it was cut on the way",
             "check the proxy in between, which closes connections early; the window is read again"
             if tail and not answer.framed
             else "no action needed: the window is read again",

@@ -329,7 +329,9 @@ class InfluxQlReader:
                     ended += 1
                     yield None
         if ended < number:
-            raise Transient("InfluxDB's answer ends although more was announced", "no action needed: it is read again")
+            raise Transient(
+                "InfluxDB's response ends although more was announced", "no action needed: it is read again"
+            )
 
     def _question(self, statements: str) -> AbstractContextManager[ServerAnswer]:
         form = {
@@ -354,8 +356,8 @@ class InfluxQlReader:
 
     def _document(self, line: bytes) -> Mapping[str, Any]:
         if line.startswith(b"json: "):
-            raise Permanent(f"InfluxDB cannot write its answer: {line[:200].decode(errors='replace')}", CANNOT_HINT)
-        other = f"{self._connection.url} answers with something else than InfluxQL's results: {line[:100]!r}"
+            raise Permanent(f"InfluxDB cannot write its response: {line[:200].decode(errors='replace')}", CANNOT_HINT)
+        other = f"{self._connection.url} does not respond with InfluxQL results: {line[:100]!r}"
         hint = "check that INFLUXDB_URL is an InfluxDB server and not, for example, a proxy's login page"
         try:
             # Python parses JSON's -0 as an integer, but only a float can be negative zero.
@@ -363,7 +365,9 @@ class InfluxQlReader:
         except ValueError as error:
             if not line.startswith(b"{"):
                 raise Transient(other, f"{hint}; it is retried") from error
-            raise Transient("InfluxDB's answer ends inside a document", "no action needed: it is read again") from error
+            raise Transient(
+                "InfluxDB's response ends inside a document", "no action needed: it is read again"
+            ) from error
         results = document.get("results") if isinstance(document, dict) else None
         is_answer = isinstance(results, list) and all(isinstance(each, dict) for each in results)
         if not isinstance(document, dict) or not (is_answer or "error" in document):

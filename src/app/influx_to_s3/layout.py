@@ -371,7 +371,7 @@ def _layout(each: Mapping[str, Any]) -> Layout:
 def _instant(text: str) -> datetime:
     at = datetime.fromisoformat(text)
     if at.utcoffset() != timedelta(0):
-        raise ValueError(f"{text!r} is not a UTC instant: it must end with Z")
+        raise ValueError(f"{text!r} is not a UTC timestamp: it must end with Z")
     return at
 
 

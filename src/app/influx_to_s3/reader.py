@@ -326,9 +326,9 @@ class InfluxConnection:
         """The next step that the response itself suggests, "" if none."""
         version = response.headers.get("X-Influxdb-Version", "").lstrip("v")
         if path.startswith("/api/v2") and (version.startswith("1.") or body.strip() == "404 page not found"):
-            return f"set INFLUXDB_API=influxql: InfluxDB {version or '1'} answers no Flux here"
+            return f"set INFLUXDB_API=influxql: InfluxDB {version or '1'} does not support Flux here"
         if HTML.match(body):
-            return "set INFLUXDB_URL to an InfluxDB: a web page answers there, perhaps a proxy's or a login"
+            return "set INFLUXDB_URL to an InfluxDB: a web page is served there, perhaps by a proxy or a login"
         if response.status == UNAUTHORIZED and self._variables:
             return f"set {self._variables} to credentials that this server knows"
         return ""
@@ -350,7 +350,7 @@ class InfluxConnection:
             ) from error
         except urllib3.exceptions.HTTPError as error:
             raise Transient(
-                f"InfluxDB: {connection_fault(error, url) or f'no whole answer from {url}: {str(error)[:200]}'}",
+                f"InfluxDB: {connection_fault(error, url) or f'no complete response from {url}: {str(error)[:200]}'}",
                 "check INFLUXDB_URL and that the server runs; it is retried",
             ) from error
 

@@ -99,7 +99,7 @@ class Compaction:
             except PartlyTaken as error:  # rare: it is a large object, or has a value that its type allows
                 unfit[error.key] = error.reason[:200]
             except OSError as error:  # the store raises our own errors only
-                raise Transient(f"{self.spool} cannot be used: {error}"[:300], "make room in DATA_DIR") from error
+                raise Transient(f"{self.spool} cannot be used: {error}"[:300], "free space in DATA_DIR") from error
 
     def _run(self, rewrite: Rewrite, columns: LakeColumns, stop: Stop, unfit: Mapping[str, str]) -> Compacted:
         """One attempt; `unfit` has the objects that earlier ones could not take, with the reason."""

@@ -186,8 +186,8 @@ class LakeDay:
             table.commit(columns, new, replaced)
         told = (
             (moved, "slices changed while they were read: the next run takes them"),
-            (damaged, "files of the table cannot be read: their days are made anew from the objects"),
-            (kept_rows, "rows stay whose objects are gone"),
+            (damaged, "files of the table cannot be read: their days are re-created from the objects"),
+            (kept_rows, "rows are kept whose objects are gone"),
         )
         report = Report(
             rows=rows,

@@ -78,15 +78,15 @@ class TableReader:
         """See ClosedDays."""
         now = self._clock()
         if instant > now:
-            raise Rejected(f"as_of={_text(instant)} is in the future", f"send an instant up to {_text(now)}")
+            raise Rejected(f"as_of={_text(instant)} is in the future", f"send a timestamp up to {_text(now)}")
         with catalog_of(self._settings, self._store).opened() as table:
             table.load(now, repair=False)
             found = table.valid_at(instant)
             if found is None:
                 oldest = table.oldest_at()
                 raise Rejected(
-                    f"as_of={_text(instant)}: no state of the table of closed days is that old",
-                    f"send {_text(oldest)} or later; LAKE_SNAPSHOT_DAYS says how long states are kept"
+                    f"as_of={_text(instant)}: no snapshot of the table of closed days is that old",
+                    f"send {_text(oldest)} or later; LAKE_SNAPSHOT_DAYS says how long snapshots are kept"
                     if oldest
                     else "let the job lake_day run first",
                 )
@@ -95,8 +95,8 @@ class TableReader:
             file.key for slices in held.days.values() for one in slices for file in one.files if file.missing
         ]:
             raise Rejected(
-                f"as_of={_text(instant)}: {len(missing)} files of that state are gone, such as {missing[0]}",
-                "send a later instant",
+                f"as_of={_text(instant)}: {len(missing)} files of that snapshot are gone, such as {missing[0]}",
+                "send a later timestamp",
             )
         files = [file for _, one in _within(held.days, span) for file in one.files]
         plain = [TableFile(file.key, file.entry.file_size_in_bytes) for file in files]

@@ -283,7 +283,7 @@ class LakeTable:
         if tree != self._where.tree:
             raise Permanent(
                 f"{location} is the table of the objects below {tree}, not of those below {self._where.tree}",
-                "set S3_LAKE_PREFIX to a prefix of its own, or delete what lies below this one",
+                "set S3_LAKE_PREFIX to a prefix of its own, or delete what is below this one",
             )
 
     def _settle(self, held: str, key: str, unreadable: Sequence[str]) -> None:
@@ -291,10 +291,10 @@ class LakeTable:
         location = f"{self._where.base}{key}" if key else ""
         if unreadable:
             self.notes.append(
-                f"{len(unreadable)} states of the table cannot be read, since files of theirs are gone or damaged"
+                f"{len(unreadable)} snapshots of the table cannot be read, since their files are gone or damaged"
             )
             if not key:
-                self.notes.append("the table is made anew from the objects")
+                self.notes.append("the table is re-created from the objects")
         if held != location:
             if key and not unreadable:
                 self.notes.append(f"the catalog was behind the table: it is set to {key}")
@@ -344,7 +344,7 @@ class LakeTable:
             files = [self._file(task.file) for task in table.scan(snapshot_id=found.snapshot_id).plan_files()]
         except DAMAGED as error:
             told = f"the state of {_taken_at(found).isoformat()} cannot be read: {error or type(error).__name__}"
-            raise Rejected(told[:300], "send a later instant") from error
+            raise Rejected(told[:300], "send a later timestamp") from error
         return self._state(found), files
 
     def _state(self, snapshot: Any) -> TableState:

@@ -292,7 +292,7 @@ def page_of(found: Iterable[ObjectInfo], question: ListingRequest) -> ListingPag
         after = urlsafe_b64decode(question.continuation.encode())
         after.decode()
     except (binascii.Error, ValueError) as error:
-        raise Rejected("invalid continuation", "begin the listing again without it") from error
+        raise Rejected("invalid continuation", "start the listing again without it") from error
     objects: list[ObjectInfo] = []
     prefixes: list[str] = []
     last = ""

@@ -139,7 +139,7 @@ class S3Store:
                 headers=headers_of(found),
             )
         if entry is not None and (entry.etag, entry.size_bytes) != (info.etag, info.size_bytes):
-            raise BadKey(f"object key {key!r}: the store takes it for another object's", TOOLS_HINT)
+            raise BadKey(f"object key {key!r}: the store treats it as another object's", TOOLS_HINT)
         return info
 
     def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
@@ -157,7 +157,7 @@ class S3Store:
         rest = RemainingStream(body)
         if rest.size_bytes > MAX_PUT_BYTES:
             raise Rejected(
-                f"{key}: {rest.size_bytes} bytes are more than the 5 GiB that one upload may have",
+                f"{key}: {rest.size_bytes} bytes exceed the 5 GiB limit of one upload",
                 "set EXPORT_WINDOW_SECONDS to a shorter window",
             )
         if put.expected is not None and not self.conditional:
@@ -455,7 +455,7 @@ class ResumingDownload(io.RawIOBase):
             if not self._resumes_left:
                 where = f"at byte {self._position} of {self._size_bytes}"
                 raise Transient(
-                    f"{self._key}: the download broke off {RESUMES + 1} times, now {where}", REACH_HINT
+                    f"{self._key}: the download was interrupted {RESUMES + 1} times, now {where}", REACH_HINT
                 ) from cause
             self._resumes_left -= 1
             self._body = self._resume(self._position)
@@ -468,7 +468,7 @@ class ResumingDownload(io.RawIOBase):
         try:
             self._body.read(1)
         except FlexibleChecksumError as error:
-            raise Transient(f"{self._key}: what arrived is not what was stored: {error}", AGAIN_HINT) from error
+            raise Transient(f"{self._key}: the bytes received are not those stored: {error}", AGAIN_HINT) from error
 
     def close(self) -> None:
         """Close the connection."""

@@ -194,7 +194,7 @@ def translate_s3_errors(what: str, target: S3Target, *, replaces: bool = False) 
             raise Conflict(f"{what}: {code_of(error)}", AGAIN_HINT) from error
         raise _answered(what, error, target) from error
     except (ResponseParserError, KeyError) as error:
-        raise Transient(f"{what}: not an answer of S3: {error}"[:TEXT_LIMIT], STYLE_HINT) from error
+        raise Transient(f"{what}: not an S3 response: {error}"[:TEXT_LIMIT], STYLE_HINT) from error
     except BotoCoreError as error:
         raise _failed(f"{what}: {error}"[:TEXT_LIMIT], error) from error
 
@@ -369,7 +369,7 @@ def following(page: Mapping[str, Any], query: ListQuery) -> ListQuery | None:
     token = page.get("NextContinuationToken")
     if not token or token == query.get("ContinuationToken"):
         what = f"listing of {query['Prefix']!r}"
-        raise Transient(f"{what}: the store says that there is more, and not how to get it", STYLE_HINT)
+        raise Transient(f"{what}: the store announces more entries without a continuation token", STYLE_HINT)
     return {**query, "ContinuationToken": token}
 
 
@@ -383,7 +383,7 @@ def _readable() -> Iterator[None]:
     try:
         yield
     except (ET.ParseError, KeyError, ValueError, OverflowError) as error:
-        raise Transient(f"a page of a listing is not S3's: {error!r}"[:TEXT_LIMIT], STYLE_HINT) from error
+        raise Transient(f"a page of a listing is not valid S3: {error!r}"[:TEXT_LIMIT], STYLE_HINT) from error
 
 
 def _side_by_side(ask: Ask, queries: Sequence[ListQuery]) -> Iterator[tuple[ListQuery, Mapping[str, Any]]]:

@@ -111,7 +111,7 @@ class S3Transfers:
             is_answer = question.continuation and isinstance(refused, client_error())
             if not is_answer or status_of(refused) != HTTPStatus.BAD_REQUEST:
                 raise
-            hint = "begin the listing again without it"
+            hint = "start the listing again without it"
             raise Rejected(f"invalid continuation: {code_of(refused)}", hint) from error
         prefixes = [entry["Prefix"] for entry in found.get("CommonPrefixes", ())]
         # SeaweedFS treats `a//` as `a/`

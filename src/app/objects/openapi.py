@@ -23,7 +23,7 @@ FAULTS = {
     416: "no byte of the object is in that range, or the offset is after its end",
     422: "a parameter, a key or a form is wrong: it is named",
     429: "too many transfers at once",
-    502: "the store refuses, which a person has to correct",
+    502: "the store refused the request; somebody must correct its cause",
     503: "the store cannot be reached: send the same request again",
 }
 KEPT = {

@@ -78,7 +78,7 @@ def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
         raise Refused(
             416,
             f"the object has {size_bytes} bytes, and none of them are in that range",
-            "ask for a range that begins before the end",
+            "request a range that starts before the end",
             fault="Range",
             headers={"Content-Range": f"bytes */{size_bytes}"},
         )
@@ -195,7 +195,7 @@ class KeyPolicy:
     def lists(self, prefix: str) -> str:
         """Return `prefix` if it may be listed. Raises Refused."""
         if not CONTROL.isdisjoint(prefix) or len(prefix.encode("utf-8", "surrogatepass")) > MAX_KEY_BYTES:
-            raise Refused(422, "no key begins like this prefix", "leave out control characters", fault="prefix")
+            raise Refused(422, "no key can start with this prefix", "leave out control characters", fault="prefix")
         self._within(prefix, "prefix")
         return prefix
 

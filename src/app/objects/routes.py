@@ -281,7 +281,7 @@ async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> 
             while left:
                 data = await serving.ask(stream.read, min(piece_bytes, left))
                 if not data:
-                    raise Transient("the object ended before its end", "ask for it again")
+                    raise Transient("the object ended early", "ask for it again")
                 left -= len(data)
                 yield data
 
@@ -321,7 +321,7 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
         await serving.ask(serving.own_links.check, key, expires, signature)
         return await _download(request, serving, serving.reach.reads(key))
 
-    _get_and_head(router, "/shared", shared, OPEN, "What a link leads to")
+    _get_and_head(router, "/shared", shared, OPEN, "The target of a link")
 
 
 def _absolute(request: Request, url: str) -> str:

@@ -239,7 +239,7 @@ class ChecksummedBody:
                 digest.update(data)
             elif digest.digest() != promised:
                 came = base64.b64encode(digest.digest()).decode()
-                raise Refused(400, f"{name}: the bytes that came have {came}", "send them again", fault=name)
+                raise Refused(400, f"{name}: the bytes received have {came}", "send them again", fault=name)
         return data
 
 

@@ -45,7 +45,7 @@ def post(url: str, body: Mapping[str, Any] | None, seconds: float = SEND_SECONDS
     except urllib3.exceptions.HTTPError as error:
         if is_untrusted(error):
             raise Permanent(f"{host}: its certificate is not trusted", CA_HINT) from error
-        why = connection_fault(error, url) or f"no answer from {host}"
+        why = connection_fault(error, url) or f"no response from {host}"
         raise Transient(why, "check the address and the network") from error
     if status in (408, 429) or status >= 500:  # noqa: PLR2004 - HTTP status codes
         raise Transient(f"{host} answers {status}", "no action needed; it is retried")
@@ -96,11 +96,11 @@ class Heartbeats:
             post(self.urls[job], None, self._seconds)
         except AppError as error:
             if job not in self._silent:
-                log.warning("the heartbeat of %s does not arrive: %s", job, error)
+                log.warning("the heartbeat of %s cannot be delivered: %s", job, error)
             self._silent.add(job)
         else:
             if job in self._silent:
-                log.info("the heartbeat of %s arrives again", job)
+                log.info("the heartbeat of %s is delivered again", job)
             self._silent.discard(job)
 
 
@@ -256,7 +256,7 @@ class Alerts:
 
     def _tell_open(self, now: datetime) -> None:
         known = self._state.alerts.told()
-        silent = dict.fromkeys(self._stale, "no run came to its end in time")
+        silent = dict.fromkeys(self._stale, "no run finished in time")
         ahead = {name: ahead_message(seconds) for name, seconds in self._ahead.items()}
         troubles = self._state.checkpoints.troubles()
         objects = {name: ", ".join(describe_trouble(some)) for name, some in troubles.items() if some}
@@ -281,7 +281,7 @@ class Alerts:
                 self._tell_put_right(event, name, before)
             elif good.get(name) in ended:
                 if self._state.alerts.end(name, before):
-                    self._tell(RECOVERED, name, "runs come to their end again", {})
+                    self._tell(RECOVERED, name, "runs finish again", {})
             elif event == STALE and ended:
                 self._state.alerts.end(name, before, STALE)
 

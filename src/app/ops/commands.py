@@ -141,7 +141,7 @@ def runs(service: BuiltService, *, job: str | None, limit: int, as_json: bool) -
             rows.append((began, run.run_id[:8], run.job, run.outcome.value, str(run.report.rows), said))
         table(("started", "run", "job", "outcome", "rows", "ledger; error"), rows)
         for name, lines in histories.items():
-            line(f"what {name} took in, newest first")
+            line(f"what {name} ingested, newest first")
             head = tuple(lines[0]) if lines else ("nothing yet",)
             table(head, [[cell(value) for value in each.values()] for each in lines])
 
@@ -308,7 +308,7 @@ def _judged(job: str, span: Window, verdicts: Sequence[ComparedWindow], *, every
     }
     text = f"{job}: {len(verdicts)} windows: {format_signs(counts)}{f'; {healed} healed' if healed else ''}"
     if not verdicts:
-        text = f"{job}: nothing was compared: no window of {span} has ended yet, or nothing is known to look at"
+        text = f"{job}: nothing was compared: no window of {span} has ended yet, or no partition is known"
     show(document, lambda: line(text), as_json=as_json)
     return OK if fine else FAILED
 

@@ -119,7 +119,7 @@ def webhook(settings: Settings) -> Iterator[ConnectionCheck]:
 
     def check() -> str:
         post(url, {"event": "check", "service": settings.service.name, "text": text})
-        return "took a message of the event check"
+        return "accepted a message of the event check"
 
     yield ConnectionCheck("webhook", "webhook", "ALERT_WEBHOOK_URL", check)
 

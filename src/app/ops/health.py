@@ -17,7 +17,7 @@ from app.core.windows import whole_second
 
 EVERY_SECONDS = 10.0
 LIMIT_SECONDS = 10.0
-NOT_YET = "not looked at yet"
+NOT_YET = "not checked yet"
 log = logging.getLogger(__name__)
 
 Check = Callable[[], str]
@@ -67,7 +67,9 @@ class Readiness:
     def _latest(self, name: str, now: float) -> CheckResult:
         finding, at = self._found.get(name, (CheckResult(ok=False, error=NOT_YET, hint="ask again soon"), now))
         if now - at > EVERY_SECONDS + LIMIT_SECONDS:
-            return CheckResult(ok=False, error=f"no answer for {now - at:.0f} s", hint="look whether that system hangs")
+            return CheckResult(
+                ok=False, error=f"no answer for {now - at:.0f} s", hint="check whether that system hangs"
+            )
         return finding
 
     def _watch(self, name: str) -> None:

@@ -76,8 +76,8 @@ def series_of(ops: BuiltService) -> Iterator[MetricSeries]:
     running = {job: state in ("running", "backfill") for job, state in states.items()}
     yield _by_job("job_running", "1 while a run of a job goes on in this process.", running)
     silent = {job: job in stale for job in states}
-    yield _by_job("job_stale", "1 when no run of a job came to its end in time.", silent)
-    about = "How far the last run or a cursor of a job lies ahead of now; 0 is well."
+    yield _by_job("job_stale", "1 when no run of a job finished in time.", silent)
+    about = "How far the last run or a cursor of a job lies ahead of now; 0 is normal."
     yield _by_job("clock_ahead_seconds", about, {job: ahead.get(job, 0.0) for job in states})
     checks = [({"check": name}, float(ok)) for name, ok in ops.probes.ready().body["checks"].items()]
     yield MetricSeries("headwater_check", "gauge", "1 while a system can be reached.", checks)
@@ -141,7 +141,7 @@ def _ledgers(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> Itera
     yield MetricSeries("headwater_set_aside_total", "counter", about, reasons)
     for entry, about in ENTRIES.items():
         yield _by_job(entry, about, {job: getattr(ledger.total, entry) for job, ledger in last.items()})
-    about = "What the last run counted and cannot account for; 0 is well."
+    about = "What the last run counted and cannot account for; 0 is normal."
     yield _by_job("ledger_gap", about, {job: ledger.gap for job, ledger in last.items()})
 
 

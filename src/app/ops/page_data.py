@@ -54,7 +54,7 @@ def _in_utc(at: datetime) -> datetime:
     try:
         return at.astimezone(UTC)
     except OverflowError:  # an offset at the limits of the datetime range
-        raise ValueError("the instant is out of range") from None
+        raise ValueError("the timestamp is out of range") from None
 
 
 Instant = Annotated[AwareDatetime, AfterValidator(_in_utc)]
@@ -108,7 +108,7 @@ def _summary(router: APIRouter, ops: BuiltService) -> None:
     @router.post(
         "/ops/problems/{problem_id}/dismiss",
         openapi_extra=RUN,
-        summary="Put a problem away",
+        summary="Dismiss a problem",
         responses=faults({404: "there is no such problem", 409: "only what was set aside can be dismissed"}),
     )
     def dismiss(problem_id: str, request: Request) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _summary(router: APIRouter, ops: BuiltService) -> None:
         if found is None:
             raise Refused(404, f"no problem has the id {problem_id[:40]!r}", "look at /ops/summary")
         if found.kind != "set_aside":
-            hint = found.next or "put it right, and it ends by itself"
+            hint = found.next or "correct its cause, and it disappears"
             raise Refused(409, "only what was set aside can be dismissed", hint)
         ops.state.pages.dismiss(problem_id, ops.clock(), request.scope["state"]["grant"].name)
         return {"id": problem_id, "dismissed": True}
@@ -131,7 +131,7 @@ def _map(router: APIRouter, ops: BuiltService) -> None:
         "/ops/map",
         openapi_extra=READ,
         summary="The whole of a span in one letter a cell, by partition or in groups",
-        responses={**answered_with(MAP, "one letter a cell"), **faults({400: "the span is none of those"})},
+        responses={**answered_with(MAP, "one letter a cell"), **faults({400: "the span is not one of these"})},
     )
     def delivery_map(
         job: JobName,
@@ -201,10 +201,10 @@ def bounded(start: datetime, end: datetime, where: str, days: int | None = None,
     try:
         window = Window(start, end)
     except ValueError:
-        earlier = "give the earlier instant as 'from'"
+        earlier = "give the earlier timestamp as 'from'"
         raise Refused(422, "'from' must be earlier than 'to'", earlier, f"{where}.from") from None
     if start.year == MINYEAR or end.year == MAXYEAR:  # a local day may begin before or end after these
-        raise Refused(422, "the span is out of range", "give instants of this century", f"{where}.from")
+        raise Refused(422, "the span is out of range", "give timestamps of this century", f"{where}.from")
     if days is not None and window.seconds > days * 86_400:
         raise Refused(422, f"more than {days} days", hint or f"ask for {days} days or less", f"{where}.to")
     return window
@@ -345,7 +345,7 @@ def _kept(router: APIRouter, ops: BuiltService) -> None:
         summary="A file of this machine that a run set aside",
         responses={
             200: {"description": "the file", "content": {"application/octet-stream": {}}},
-            **faults({404: "the run set no such file aside, or it lies there no more"}),
+            **faults({404: "the run set no such file aside, or it is no longer there"}),
         },
         response_class=FileResponse,
     )
@@ -353,7 +353,7 @@ def _kept(router: APIRouter, ops: BuiltService) -> None:
         found = next((each.path for each in files_of(run_id) if each.name == name and each.path), None)
         if found is None:
             hint = f"look at /ops/runs/{run_id}/set-aside"
-            raise Refused(404, f"this run set no file {name[:80]!r} aside that still lies there", hint)
+            raise Refused(404, f"this run set no file {name[:80]!r} aside that is still there", hint)
         return FileResponse(found, media_type="application/octet-stream", filename=name)
 
 

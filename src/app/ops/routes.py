@@ -39,7 +39,7 @@ from app.web.errors import Answers, Refused, faults
 READ = needs("ops:read")
 RUN = needs("ops:run")
 EVERYBODY = needs(OPEN)
-AWAY = "the state database is away, where sessions are kept"
+AWAY = "the state database, which keeps sessions, is unavailable"
 MAX_RUNS = 500
 MAX_PARTITIONS = 1000
 KNOWN_JOB = faults({404: "no job has this name", 409: "the job is off: the hint names the variable"})
@@ -226,7 +226,7 @@ def _reading(router: APIRouter, ops: BuiltService) -> None:
         found.sort(key=lambda one: (not one[1].error, -(lag_seconds(one[1], now) or 0.0), one[1].partition))
         return {"total": len(found), "partitions": [partition_shown(*each, now) for each in found[:limit]]}
 
-    @router.get("/ops/history", openapi_extra=READ, summary="What jobs took in lately, file by file, newest first")
+    @router.get("/ops/history", openapi_extra=READ, summary="What jobs ingested lately, file by file, newest first")
     def history(job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50) -> dict[str, Any]:
         wanted = {name: lines for name, lines in ops.pipelines.histories.items() if job in (None, name)}
         return {"histories": [{"job": name, "entries": list(lines(limit))} for name, lines in wanted.items()]}
@@ -255,7 +255,7 @@ def _looking_at_both_ends(router: APIRouter, ops: BuiltService) -> None:
         "/ops/gaps",
         openapi_extra=READ,
         summary="Which windows the destination holds, from its own listing",
-        responses={**ABLE_JOB, **faults({502: "the destination refuses, which a person has to correct"})},
+        responses={**ABLE_JOB, **faults({502: "the destination refused the request; somebody must correct its cause"})},
     )
     def gaps(
         job: Annotated[str, Query(max_length=100, examples=JOB_NAMES)],
@@ -301,7 +301,7 @@ def _back(end: datetime, hours: int) -> Window:
     try:
         return Window(end - timedelta(hours=hours), end)
     except OverflowError:
-        raise Refused(422, "to is out of range", "give an instant of this century", "query.to") from None
+        raise Refused(422, "to is out of range", "give a timestamp of this century", "query.to") from None
 
 
 def _cell(cell: MapCell) -> Mapping[str, Any]:
@@ -368,7 +368,7 @@ def _acting(router: APIRouter, ops: BuiltService) -> None:
         ops.proofs.start(known(scheduler, job), _a_year(job, part), part.partition, _caller(request))
         return {"job": job, "state": "verifying"}
 
-    @router.post("/ops/jobs/{job}/heal", summary="Compare, and mend what differs", **ACT_ABLE)
+    @router.post("/ops/jobs/{job}/heal", summary="Compare, and repair what differs", **ACT_ABLE)
     def heal(job: JobInPath, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
         work = ops.proofs.heal(known(scheduler, job), _a_year(job, part, " --heal"), part.partition, _caller(request))
         scheduler.queue(job, work, _caller(request))

@@ -329,7 +329,7 @@ class Scheduler:
         work = other(lane.job)
         self._refuse(lane)
         if lane.backfills >= BACKFILLS:
-            raise Transient(f"{name}: {BACKFILLS} backfills are waiting already", "try again when one of them is done")
+            raise Transient(f"{name}: {BACKFILLS} backfills are waiting already", "try again when one has finished")
         self._turn_in(0, lane, work, by=by)
 
     def _able(self) -> Sequence[_JobState]:
@@ -469,7 +469,7 @@ class Scheduler:
             step, ahead = now_ahead - ahead, now_ahead
             if abs(step) > TICK_SECONDS:
                 way = "forward" if step > 0 else "back"
-                log.warning("the clock was set %s by %.0f s: every job looks now whether it is due", way, abs(step))
+                log.warning("the clock was set %s by %.0f s: every job checks now whether it is due", way, abs(step))
             # A clock that jumped ahead and back between two checks shows no step, but leaves timers far in the future.
             until = datetime.now(UTC) + timedelta(seconds=TICK_SECONDS)
             for timer in self._timers.get_jobs():

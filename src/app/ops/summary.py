@@ -60,7 +60,7 @@ ASIDE_HINT = (
     "correct these rows at the source, then backfill their windows; until then they stay where they were set aside"
 )
 DISMISS = {"kind": "dismiss", "label": "Dismiss"}
-QUIET = "The service answers, and gives no row."
+QUIET = "The service responds, but returns no rows."
 QUIET_HINT = "check that it is the right project or application, in the right region, and that events reach it"
 CLOCK_HINT = "check the clocks of the machines; the next good run sets its own time right"
 
@@ -302,7 +302,7 @@ def _late(seen: Snapshot) -> Iterator[Problem]:
         slack = timedelta(seconds=max(view.job.interval_seconds, LATE_SECONDS))
         overdue = view.state == "waiting" and due is not None and due + slack < seen.now
         if name in seen.ops.alerts.stale or overdue:
-            message = "No run came to its end in time."
+            message = "No run finished in time."
             actions = [{"kind": "run", "label": "Run now", "job": name}]
             yield Problem("late", name, f"{name} is late", message, LATE_HINT, noun="run", since=due, actions=actions)
 

@@ -148,7 +148,10 @@ class Verifications:
 
     def _compare(self, job: str, verification: Verification) -> None:
         result = self._results[job]
-        broken = ("the verification broke off", "the log of the service around this moment says why; please report it")
+        broken = (
+            "the verification was interrupted",
+            "the log of the service around this moment says why; please report it",
+        )
         try:
             ends = verification(self._stop)
             result = replace(result, total=sum(1 for _ in ends.slots(result.span, result.partition)))
@@ -195,7 +198,7 @@ def heal_job(
             ended(error)
             raise
         ended(None)
-        log.info("%s %s: %s before it was mended", job.name, span, format_signs(counts))
+        log.info("%s %s: %s before it was repaired", job.name, span, format_signs(counts))
         return report
 
     return replace(job, work=work)

@@ -467,7 +467,7 @@ class PartitionRun(ABC):
         if record is not None and has_landed(record):
             if record.closed or now - window.end < GIVEN_UP_AFTER:
                 return failed + waits
-            log.warning("%s: the service does not give this hour again; it stays as it is", record.key)
+            log.warning("%s: the service no longer has this hour; it stays as it is", record.key)
             self.commit(replace(record, closed=True))
             return waits
         noted = self.records(window, self.waiting).get(window.start)

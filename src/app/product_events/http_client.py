@@ -71,7 +71,7 @@ class ServiceAnswer:
         for piece in pieces:
             if time.monotonic() > self._until:
                 said = f"the answer did not arrive within {self._whole_seconds:g} seconds"
-                raise Transient(said, "no action needed if it passes; otherwise check the network")
+                raise Transient(said, "no action needed if this is temporary; otherwise check the network")
             yield piece
 
 
@@ -99,7 +99,7 @@ def body_file(spool: Path, size: str) -> Iterator[BinaryIO]:
             yield file
             undo.pop_all()
     except OSError as error:
-        raise Transient(f"{spool}: {error}", f"make room on this disk for {size}") from error
+        raise Transient(f"{spool}: {error}", f"free space on this disk for {size}") from error
 
 
 class Upstream:
@@ -150,7 +150,7 @@ class Upstream:
             said = str(error) or type(error).__name__
             if is_untrusted(error):
                 raise Permanent(f"{self._service} at {self._base_url}: {said}", CA_HINT) from error
-            hint = f"no action needed if it passes; otherwise check {self._variable} and the network"
+            hint = f"no action needed if this is temporary; otherwise check {self._variable} and the network"
             fault = connection_fault(error, self._base_url) or said
             raise Transient(f"{self._service}: {fault}", hint) from error
 

@@ -125,9 +125,9 @@ def silence(pull: PullContext, partition: str) -> str:
     records = pull.checkpoints.records(pull.name, partition, first_at, cursor_at)
     filled = [record.window.end for record in records if record.rows]
     if not filled and cursor_at - first_at >= NEVER_AFTER:
-        return f"{partition} has given no row since {first_at:%Y-%m-%d}: {ANOTHER_PROJECT}"
+        return f"{partition} has returned no row since {first_at:%Y-%m-%d}: {ANOTHER_PROJECT}"
     if len(filled) >= USUAL_HOURS and cursor_at - filled[-1] >= QUIET_AFTER:
-        return f"{partition} has given no row since {filled[-1]:%Y-%m-%d %H:%M}Z: {ANOTHER_PROJECT}"
+        return f"{partition} has returned no row since {filled[-1]:%Y-%m-%d %H:%M}Z: {ANOTHER_PROJECT}"
     return ""
 
 

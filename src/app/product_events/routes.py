@@ -16,7 +16,7 @@ from app.core.runs import Stop
 from app.web.api import StreamedResponse
 from app.web.errors import Receive, Refusal, Refused
 
-LEFT = "the caller went away"
+LEFT = "the client disconnected"
 
 Make = Callable[[Stop, ExitStack], Awaitable[Response]]
 """Makes a response. What it enters into the stack is closed with the response, or when there is none."""

@@ -130,7 +130,7 @@ class PullEnds(ABC):
         lacking = 0
         with self.pull.object_hour(slot.partition, slot.window, self.stop, info.etag) as hour:
             if hour is None:
-                raise Transient(f"{info.key} went away while it was read", "verify again")
+                raise Transient(f"{info.key} was deleted while it was being read", "verify again")
             content = hour.content()
             if load and hour.is_loaded:
                 lacking = sum(missing_events(self.pull.warehouse.known, tables) for tables in hour.tables())

@@ -38,7 +38,7 @@ LOOK_AGAIN_SECONDS = 1.0
 STOP_LOOK_SECONDS = 0.25
 DEAD_TTLS = 10  # a dead worker's tasks block nothing, so clearing them can wait; a slow worker should keep its own
 NEVER_SECONDS = 86_400.0
-AWAY_HINT = "no action needed if it passes; otherwise look at the server's log and load"
+AWAY_HINT = "no action needed if this is temporary; otherwise look at the server's log and load"
 # Tasks of dead workers. Their leases decide when others may continue, and a plan sends again what is due.
 CLEAR = """
 DELETE FROM procrastinate_jobs
@@ -230,7 +230,7 @@ def consume(
                     _work(_app(url, threads, run_job, run_step), stop, heartbeat_seconds, DEAD_TTLS * ttl_seconds)
                 )
         except AppError as error:
-            log.warning("the queue is away, it is tried again: %s", error)
+            log.warning("the queue is unavailable and tried again: %s", error)
         if not stop.asked:
             time.sleep(LOOK_AGAIN_SECONDS)
     threads.shutdown(wait=False)

@@ -105,7 +105,7 @@ class Worker:
             try:
                 workers.see(owner)
             except AppError as error:
-                log.debug("this worker cannot be noted: %s", error)
+                log.debug("this worker cannot be recorded: %s", error)
             self._seen_at = time.monotonic()
             threading.Event().wait(self._service.services.terms.heartbeat_seconds)
 
@@ -133,7 +133,7 @@ class Worker:
                 job = Job(step, 0, lambda context: work(context, part))
                 run = execute(job, self._step_services, self._stop, NoProgress())
         self._service.costs.save()
-        with _told(f"what came of {step} cannot be kept: its plan counts it as waiting"):
+        with _told(f"what came of {step} cannot be stored: its plan counts it as waiting"):
             done = StepReport(plan_id, step, _of_step(step, run, part.left), run.requests if run else {})
             self._service.state.workers.save_report(part.pipeline, done)
 

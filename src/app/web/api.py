@@ -32,15 +32,15 @@ UNREAD = 400  # FastAPI's status for a body that it cannot decode at all
 SEE_DOCS = "correct the request; /docs shows its shape"
 ANYWHERE = faults({422: "a parameter or the body is wrong: it is named"})
 WITH_KEY = {
-    401: "no key, or one that is not known",
+    401: "no key, or an unknown one",
     403: "the key lacks the scope",
-    429: "too many requests with this key, or too many at once: come back after Retry-After",
-    503: "a system that is needed cannot be reached: send the same request again after Retry-After",
+    429: "too many requests with this key, or too many at once: try again after Retry-After",
+    503: "a required system cannot be reached: send the same request again after Retry-After",
 }
 WITH_BODY = {
     408: "the body did not arrive in time",
     413: "the body is larger than allowed",
-    415: "a body of this media type is not read",
+    415: "an unsupported media type",
 }
 KEYS = {
     "ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "A key of API_KEYS."},
@@ -173,7 +173,7 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
         others = f" (and {len(errors) - 1} more faults)" if len(errors) > 1 else ""
         refusal = Refusal(422, f"{where}: {first['msg']}{others}", SEE_DOCS, where)
         if refusal.fault == "body" and isinstance(error.body, bytes) and error.body:
-            refusal = Refusal(415, "this media type is not read", "send application/json")
+            refusal = Refusal(415, "unsupported media type", "send application/json")
     elif isinstance(error, HTTPException):
         refusal = Refusal(error.status_code, str(error.detail), SEE_DOCS, headers=error.headers or {})
         if refusal.status == UNREAD:
@@ -258,7 +258,7 @@ class StreamedResponse(StreamingResponse):
         try:
             await super().stream_response(send)
         except AppError as error:
-            log.error("an answer was cut off: %s", error)  # noqa: TRY400 - the message is enough
+            log.error("a response was cut off: %s", error)  # noqa: TRY400 - the message is enough
 
 
 def accepts_gzip(header: str) -> bool:

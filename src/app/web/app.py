@@ -120,7 +120,7 @@ class HeadwaterApp:
             await send_refusal(answered, refusal_of(error))
         finally:
             if not started:
-                log.error("%s %s: no answer was given", scope["method"], scope["path"])
+                log.error("%s %s: no response was sent", scope["method"], scope["path"])
                 await send_refusal(answered, Refusal(500, BROKEN, BROKEN_HINT))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:

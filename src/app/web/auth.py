@@ -268,7 +268,7 @@ class AccessGuard:
         if seconds is not None:
             wait = {"Retry-After": str(math.ceil(seconds))}
             raise Refused(429, "too many failed sign-ins", "wait, then use a valid key", headers=wait)
-        raise Refused(*unauthorized("the key is not known or has expired"))
+        raise Refused(*unauthorized("the key is unknown or has expired"))
 
     async def begin_session(self, grant: KeyEntry) -> str:
         """The token of a new session for this key, for a cookie. Raises Transient when it cannot be stored."""

@@ -115,11 +115,11 @@ const signs = (counts) => Object.entries(counts).sort().map(([sign, count]) => `
 function checked(job) {
   const now = running(job), last = proofs.verifications.find((each) => each.job === job), healed = proofs.heals.find((each) => each.job === job);
   if (now) return [`${proofs.heals.includes(now) ? "Healing" : "Verifying"}: ${number(now.done)}${now.total ? ` of ${number(now.total)}` : ""} windows compared`];
-  const parts = !last ? ["Not checked yet."] : last.error ? [make("span.text-bad", `The check broke off: ${sentence(last.error, last.hint)}`)] : [ago(last.ended_at, "Checked "), last.equal ? `: all ${number(last.done)} equal.` : last.done ? `: ${signs(last.counts)}.` : ": no window has ended yet."];
+  const parts = !last ? ["Not checked yet."] : last.error ? [make("span.text-bad", `The check was interrupted: ${sentence(last.error, last.hint)}`)] : [ago(last.ended_at, "Checked "), last.equal ? `: all ${number(last.done)} equal.` : last.done ? `: ${signs(last.counts)}.` : ": no window has ended yet."];
   return healed && healed.ended_at ? [...parts, " ", ...healText(healed)] : parts;
 }
 function healText(heal) {
-  if (heal.error) return [make("span.text-bad", `Healing broke off: ${sentence(heal.error, heal.hint)}`)];
+  if (heal.error) return [make("span.text-bad", `Healing was interrupted: ${sentence(heal.error, heal.hint)}`)];
   const left = heal.windows.length;
   return ["Healed at ", when(heal.ended_at, false), `: ${plural(heal.healed, "window")} written again; `, left ? `${plural(left, "window")} still differ${left === 1 ? "s" : ""}: ${heal.windows[0].error || SIGNS[heal.windows[0].sign]}.` : "both ends are equal now."];
 }
