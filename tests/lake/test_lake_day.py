@@ -241,10 +241,10 @@ def lose_manifests(tree: Tree) -> None:
         (lose_a_file, "1 files of the table are gone"),
         (cut_a_file, "1 files of the table are gone or damaged"),
         (lose_metadata, "the table is re-created from the objects"),
-        (lose_the_newest_metadata, "1 states of the table cannot be read"),
+        (lose_the_newest_metadata, "1 snapshots of the table cannot be read"),
         (restore_a_catalog_without_the_table, "the catalog was behind the table"),
         (move_the_directory, "the table is re-created from the objects"),
-        (lose_manifests, "2 states of the table cannot be read"),
+        (lose_manifests, "2 snapshots of the table cannot be read"),
     ],
 )
 def test_what_was_lost_is_made_again_from_what_is_there_and_said(
