@@ -64,7 +64,7 @@ class Pull(PullContext):
         return partition, str(window)
 
     def opened(self, partition: str, window: Window, file: BinaryIO, stop: Stop) -> PulledHour:
-        raise NotImplementedError
+        raise AssertionError(f"nothing here reads the object of {partition} {window}")
 
 
 class Probed:

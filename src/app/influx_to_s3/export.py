@@ -31,7 +31,7 @@ from app.db.checkpoints import Layout, SqlCheckpoints
 from app.db.object_summaries import ObjectFacts
 from app.influx_to_s3.flux import FluxReader
 from app.influx_to_s3.influxql import InfluxQlReader
-from app.influx_to_s3.job import NAME, ObjectSums, exported_devices
+from app.influx_to_s3.job import NAME, ObjectSums, exported_devices, listed_devices
 from app.influx_to_s3.layout import DEVICE, TAGS, LayoutDocument, LayoutFile, TreeColumns, with_types_of
 from app.influx_to_s3.reader import InfluxConnection, Reader
 from app.influx_to_s3.rewrite import devices_in, layout_from_data, lost_cursor, rewrite
@@ -285,7 +285,7 @@ class Export:
             deltas=sink,
             kept=self._kept,
             identities=self._identities,
-            is_wanted=lambda device: not export.device_ids or device in export.device_ids,
+            is_wanted=listed_devices(self._settings),
             large_points=export.batch_size,
             lost_cursor=self._lost_cursors(tree, now),
             set_aside=self._aside.keep_values,

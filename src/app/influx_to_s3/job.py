@@ -72,10 +72,16 @@ class ExportGapMap:
         return self.export().ends(Stop()).cells(self.checkpoints, partition, span)
 
 
-def exported_devices(settings: "Settings", store: "ObjectStore") -> Callable[[str], bool]:
-    """Whether a device has objects: DEVICE_IDS lists it or is empty, and its id can be part of a key."""
+def listed_devices(settings: "Settings") -> Callable[[str], bool]:
+    """Whether a device is exported: DEVICE_IDS lists it, or is empty."""
     listed = frozenset(settings.export.device_ids)
-    return lambda device: (not listed or device in listed) and is_nameable(device, store)
+    return lambda device: not listed or device in listed
+
+
+def exported_devices(settings: "Settings", store: "ObjectStore") -> Callable[[str], bool]:
+    """Whether a device has objects: it is exported, and its id can be part of a key."""
+    is_listed = listed_devices(settings)
+    return lambda device: is_listed(device) and is_nameable(device, store)
 
 
 def build(
