@@ -62,8 +62,8 @@ class Devices:
         if bounds is None:
             return NAMES
         start, end = (datetime.fromisoformat(each).timestamp() for each in bounds.groups())
-        named, every = re.search(r'device_id == "D(\d+)"', query), re.search(r"every: (\d+)s", query)
-        numbers = [int(named[1])] if named else range(len(self.minutes))
+        named, every = re.findall(r'device_id == "D(\d+)"', query), re.search(r"every: (\d+)s", query)
+        numbers = list(map(int, named)) or range(len(self.minutes))
         if every:
             return COUNTED + "".join(self._counts(numbers, start, end, int(every[1])))
         return ROWS + "".join(row for at in numbers for row in self._rows(at, start, end)) if named else NAMES

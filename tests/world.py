@@ -217,9 +217,9 @@ class Process:
         counted = max(count.fields.get(VALUE, 0), len(found))
         return self._batch(landed, Tally(counted=counted, read=len(found), new=len(landed)))
 
-    def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[Rows]:
+    def read_each(self, counted: Sequence[tuple[str, Window, Count]]) -> Iterator[Rows]:
         """All of them as early as the port allows: when the first is taken."""
-        yield from [self.read(partition, window, count, None) for window, count in counted]
+        yield from [self.read(*each, None) for each in counted]
 
     def asked(
         self, partition: str, spans: Sequence[Window], numbers: Collection[str]

@@ -295,8 +295,8 @@ def test_windows_that_ended_long_ago_are_counted_every_ten_minutes_and_after_a_c
 
 
 def test_more_partitions_are_worked_on_while_the_source_answers_as_fast_and_fewer_when_it_does_not() -> None:
-    seconds = 0.015
-    rising = AdaptiveConcurrency(16, lambda: seconds)
+    seconds, cores = 0.015, 0.5
+    rising = AdaptiveConcurrency(16, lambda: seconds, lambda: cores)
 
     def work(times: int) -> int:
         for _ in range(times):
@@ -311,4 +311,10 @@ def test_more_partitions_are_worked_on_while_the_source_answers_as_fast_and_fewe
     seconds = 0.2
     assert work(32) == 8
     assert work(320) == 2
-    assert AdaptiveConcurrency(1, lambda: seconds).limit == 1
+    seconds, cores = 0.01, 0.9
+    assert work(320) == 2
+    cores = 0.5
+    assert work(320) == 16
+    cores = 1.1
+    assert work(32) == 8
+    assert AdaptiveConcurrency(1, lambda: seconds, lambda: cores).limit == 1

@@ -158,7 +158,7 @@ def test_a_window_whose_answer_fails_is_not_exported_and_made_up_for(
         exporter.write_each(NOON, NOON + 10 * MINUTE, device=device)
     exporter.at(minutes=10)
     exporter.influx.faults.add(
-        fault, times=4, when=lambda text: "D1" in text and ("pivot" in text or "::tag = " in text)
+        fault, times=8, when=lambda text: "D1" in text and ("pivot" in text or "::tag = " in text)
     )
     run = exporter.run()
     assert run.outcome is Outcome.PARTIAL

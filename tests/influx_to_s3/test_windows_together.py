@@ -1,4 +1,4 @@
-"""Small windows of a backlog are read in one question: the batches are those that each alone would give."""
+"""Small windows are read in one query, of one device or of several: the batches are those that each alone gives."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -63,8 +63,8 @@ def together(
     source: InfluxSource, counted: Sequence[tuple[Window, Count]]
 ) -> list[tuple[str, list[dict[str, object]]]]:
     found = []
-    for batch in source.read_each("D1", counted):
-        with closing(batch):
+    for each, common in zip(counted, source.read_each([("D1", *each) for each in counted]), strict=True):
+        with closing(common or source.read("D1", *each, None)) as batch:
             found.append((batch.digest, [row for table in batch.output() for row in table.to_pylist()]))
     return found
 
@@ -90,12 +90,51 @@ def test_a_question_that_is_refused_for_several_windows_is_asked_for_each(export
     assert questions(exporter) == 1 + len(counted)
 
 
-def test_fewer_rows_than_were_counted_are_an_error_in_the_window_that_lacks_them(exporter: Exporter) -> None:
-    counted = fill(exporter)[:2]
-    batches = source_for(exporter).read_each("D1", [counted[0], (HOURS[1], Count(99, 99, {"voltage": 99}))])
-    next(batches).close()
+def test_a_window_with_fewer_rows_than_were_counted_is_read_alone_where_that_is_an_error(exporter: Exporter) -> None:
+    counted, source = fill(exporter)[:2], source_for(exporter)
+    lacking = (HOURS[1], Count(99, 99, {"voltage": 99}))
+    first, second = source.read_each([("D1", *counted[0]), ("D1", *lacking)])
+    assert first is not None
+    assert first.rows == 4
+    assert second is None
     with pytest.raises(Transient, match=r"2 values of voltage of D1 .* had counted 99"):
-        next(batches)
+        source.read("D1", *lacking, None)
+
+
+def test_open_windows_of_devices_read_together_are_those_read_alone_in_one_query(exporter: Exporter) -> None:
+    window = HOURS[0]
+    exporter.write(window.start, device="D1", fields="voltage=230.5,current=2,power=450")
+    exporter.write(window.start + timedelta(minutes=1), device="D1", fields="voltage=231", location="roof")
+    exporter.write(window.start, device="D2", fields='note="a, b",soc=5i')
+    exporter.write(window.start, device='D"3', fields="voltage=1")
+    exporter.write(window.start, device='D"3', fields="voltage=2", location="roof")
+    exporter.write(window.start, device="other", fields="voltage=9")
+    source, devices = source_for(exporter), ["D1", "D2", 'D"3', "D4"]
+    counts = source.counts(None, [window])
+    counted = [(device, window, counts.get((device, window.start), Count(0, 0))) for device in devices]
+    alone = [source.read(*each, None) for each in counted]
+    exporter.influx.forget_queries()
+    together = list(source.read_each(counted))
+    assert questions(exporter) == 1
+    for one, other in zip(together, alone, strict=True):
+        assert one is not None
+        assert (one.digest, one.rows, one.accounts, one.sums) == (other.digest, other.rows, other.accounts, other.sums)
+        assert list(one.identities) == list(other.identities)
+        assert [table.to_pylist() for table in one.output()] == [table.to_pylist() for table in other.output()]
+    assert [batch.rows for batch in alone] == [2, 1, 2, 0]
+
+
+def test_a_device_whose_rows_are_cut_in_a_common_response_is_read_alone(exporter: Exporter) -> None:
+    window = HOURS[0]
+    exporter.write(window.start, device="D1")
+    exporter.write(window.start, device="D2")
+    lacking = Count(9, 9, {"voltage": 9})
+    source = source_for(exporter)
+    counts = source.counts(None, [window])
+    first, second = source.read_each([("D1", window, lacking), ("D2", window, counts["D2", window.start])])
+    assert first is None
+    assert second is not None
+    assert second.rows == 1
 
 
 def points(numbers: Sequence[int]) -> list[tuple[Window, Count]]:
@@ -104,7 +143,8 @@ def points(numbers: Sequence[int]) -> list[tuple[Window, Count]]:
 
 def test_windows_go_together_while_their_rows_are_few_and_within_a_day() -> None:
     def runs(counted: list[tuple[Window, Count]]) -> list[list[int]]:
-        return [[count.points for _, count in run] for run in runs_of_few_rows(counted, 10)]
+        found = runs_of_few_rows([("D1", *each) for each in counted], 10)
+        return [[count.points for _, _, count in run] for run in found]
 
     assert runs(points([3, 3, 3, 3, 3, 3])) == [[3, 3, 3], [3, 3, 3]]
     assert runs(points([6, 4, 1])) == [[6, 4], [1]]

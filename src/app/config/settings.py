@@ -226,7 +226,7 @@ class ExportSettings(SettingsGroup, title="Export, how influx_to_s3 cuts and nam
     heal: Annotated[Literal["off", "auto"], LOWER_CASE] = variable("EXPORT_HEAL", default="off")
     """auto: the reconcile rewrites closed objects that vanished or were replaced by others; off: it reports them."""
     concurrency: int = variable("EXPORT_CONCURRENCY", default=16, ge=1, le=64)
-    """Maximum number of devices exported at once; it starts at 2 and rises while InfluxDB answers as fast."""
+    """Maximum number of devices exported at once; it starts at 2 and rises while InfluxDB and the CPU allow it."""
     shards: int = variable("EXPORT_SHARDS", default=32, ge=1, le=1024)
     """Number of shards that the changed devices are split into for workers; a few for each worker."""
 

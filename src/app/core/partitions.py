@@ -29,7 +29,7 @@ from app.core.pipeline import (
     Record,
 )
 from app.core.runs import Context, Done, Failure, Lease, Report, ReportSum
-from app.core.sync import is_as_confirmed, ledger_of_counts, sync_partition
+from app.core.sync import ReadTogether, is_as_confirmed, is_just_written, ledger_of_counts, sync_partition
 from app.core.windows import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -43,6 +43,9 @@ FIRST_PAUSE = timedelta(minutes=1)
 LONGEST_PAUSE = timedelta(hours=1)
 SETTLING_PAUSE = timedelta(minutes=10)
 FIRST_AT_ONCE, JITTER_SECONDS = 2, 0.005
+# Python runs on one core: once it is busy, more threads only take it from each other.
+FREE_CORES, BUSY_CORES = 0.8, 0.95
+TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +129,19 @@ class SettlingSchedule:
 
 
 class AdaptiveConcurrency:
-    """How many partitions are processed at once: two at first, more while the source answers as fast as before.
+    """How many partitions are processed at once: two at first, more while the source answers as fast as before and this
+    process has CPU time left; the number drops again when either is over. Thread-safe.
 
-    A busy source, or a busy Python core in this process, answers later; the number then drops again. Thread-safe.
+    `latency_seconds` and `used_cores`: see `PassOptions` and `UsedCores`.
     """
 
-    def __init__(self, ceiling: int, latency_seconds: Callable[[], float | None]) -> None:
+    def __init__(
+        self, ceiling: int, latency_seconds: Callable[[], float | None], used_cores: Callable[[], float]
+    ) -> None:
         self.limit = min(FIRST_AT_ONCE, ceiling)
         self._ceiling = ceiling
         self._latency_seconds = latency_seconds
+        self._used_cores = used_cores
         self._best_seconds = float("inf")
         self._active = self._done = 0
         self._changed = threading.Condition()
@@ -150,17 +157,30 @@ class AdaptiveConcurrency:
             self._done += 1
             if self._done >= 2 * self.limit:
                 self._done = 0
-                self._adapt(self._latency_seconds())
+                self._adapt(self._latency_seconds() or 0.0, self._used_cores())
             self._changed.notify_all()
 
-    def _adapt(self, seconds: float | None) -> None:
-        if seconds is None:
-            return
-        self._best_seconds = min(self._best_seconds, seconds)
-        if seconds <= 1.5 * self._best_seconds + JITTER_SECONDS:
-            self.limit = min(2 * self.limit, self._ceiling)
-        elif seconds > 2 * self._best_seconds + JITTER_SECONDS:
+    def _adapt(self, seconds: float, cores: float) -> None:
+        if seconds:
+            self._best_seconds = min(self._best_seconds, seconds)
+        if seconds > 2 * self._best_seconds + JITTER_SECONDS or cores > BUSY_CORES:
             self.limit = max(self.limit // 2, min(FIRST_AT_ONCE, self._ceiling))
+        elif seconds <= 1.5 * self._best_seconds + JITTER_SECONDS and cores < FREE_CORES:
+            self.limit = min(2 * self.limit, self._ceiling)
+
+
+class UsedCores:
+    """How many cores this process used since the last call."""
+
+    def __init__(self) -> None:
+        self._cpu, self._at = time.process_time(), time.monotonic()
+
+    def __call__(self) -> float:
+        """CPU seconds per second; 0 if no time has passed."""
+        cpu, at = time.process_time(), time.monotonic()
+        cores = (cpu - self._cpu) / (at - self._at) if at > self._at else 0.0
+        self._cpu, self._at = cpu, at
+        return cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,17 +364,14 @@ def sync_step(
         checkpoints = BatchedCheckpoints(pipeline.checkpoints, pipeline.name, plan.live_since, list(plan.cursors))
     grid = replace(pipeline.grid, rewrite_seconds=plan.rewrite_seconds)
     pipeline = replace(pipeline, checkpoints=checkpoints, grid=grid)
+    together = _read_together(pipeline, plan, how.backoff)
 
     def one(partition: str, done: Done) -> None:
         at = Position(partition, plan.cursors[partition], plan.now, plan.live_since)
-        try:
-            pipeline.sink.key(partition, next(pipeline.grid.windows(plan.now, plan.now + datetime.resolution)), 0)
-        except Rejected:  # its name cannot be part of an object's name
-            if not pipeline.refused:
-                raise
-            done(pipeline.refused(context, at, plan.counts[partition]))
+        if _is_nameable(pipeline, partition, plan.now) or not pipeline.refused:
+            sync_partition(pipeline, context, at, plan.counts[partition], done, together=together)
         else:
-            sync_partition(pipeline, context, at, plan.counts[partition], done)
+            done(pipeline.refused(context, at, plan.counts[partition]))
         context.progress.advance(done=1)
 
     def left(partition: str) -> Report:
@@ -369,6 +386,48 @@ def sync_step(
         raise
     checkpoints.flush(pipeline.name, context.lease)
     return report
+
+
+def _is_nameable(pipeline: Pipeline[B, E], partition: str, now: datetime) -> bool:
+    """False for a partition whose name cannot be part of an object's name."""
+    try:
+        pipeline.sink.key(partition, next(pipeline.grid.windows(now, now + datetime.resolution)), 0)
+    except Rejected:
+        return False
+    return True
+
+
+def _read_together(
+    pipeline: Pipeline[B, E], plan: SyncPlan, backoff: Backoff
+) -> Mapping[tuple[str, datetime], ReadTogether[B]]:
+    """The live windows that will be written, in groups of TOGETHER partitions, by partition and start.
+
+    A partition that failed, or has due windows, is read alone.
+    """
+    found: dict[tuple[str, datetime], ReadTogether[B]] = {}
+    windows = live_windows(pipeline, plan.now)
+    if pipeline.by_digest or not windows:  # with `by_digest`, versions are known only just before each read
+        return found
+    partitions = [
+        name
+        for name in sorted(plan.cursors)
+        if plan.cursors[name] >= windows[0].start and not backoff.is_failing(name)
+        if _is_nameable(pipeline, name, plan.now)
+    ]
+    for window in windows:
+        due: list[tuple[str, Window, Count]] = []
+        for name in partitions if window.start >= plan.live_since else ():
+            count = plan.counts[name].get(window.start, NOTHING)
+            records = pipeline.checkpoints.records(pipeline.name, name, window.start, window.end)
+            record = next((each for each in records if each.part == 0), None)
+            is_done = window.end <= plan.cursors[name] or is_as_confirmed(record, count)
+            if not is_done and not is_just_written(record, plan.now, pipeline.grid):
+                due.append((name, window, count))
+        for start in range(0, len(due), TOGETHER):
+            group = due[start : start + TOGETHER]
+            if len(group) > 1:
+                found |= dict.fromkeys(((name, window.start) for name, _, _ in group), ReadTogether(pipeline, group))
+    return found
 
 
 def _cursors(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Mapping[str, datetime]:
@@ -451,7 +510,7 @@ def run_each_partition(
     """
     outage = _CircuitBreaker(how.transient_limit, how.probe)
     how.latency_seconds()  # discard latencies measured before this pass
-    rising = AdaptiveConcurrency(how.concurrency, how.latency_seconds)
+    rising = AdaptiveConcurrency(how.concurrency, how.latency_seconds, UsedCores())
 
     def attempt(partition: str) -> Report:
         context.stop.check()

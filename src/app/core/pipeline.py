@@ -282,8 +282,9 @@ class Source(Protocol[B]):
         `kept` is what this process last wrote as exactly the version to be replaced, otherwise None.
         """
 
-    def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[B]:
-        """One batch per window, in this order, equal to what `read` returns but with fewer queries.
+    def read_each(self, counted: Sequence[tuple[str, Window, Count]]) -> Iterator[B | None]:
+        """One batch per partition and window, in this order, equal to what `read` returns but with fewer queries; None
+        for one that has to be read alone.
 
         Rows may be read before their batch is taken, so versions must be known before the first batch is taken.
         """

@@ -12,12 +12,14 @@ A failing window does not block the others of its partition; the cursor stays be
 """
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice, takewhile
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
@@ -29,6 +31,7 @@ from app.core.pipeline import (
     Commit,
     Count,
     Encoded,
+    Grid,
     Objects,
     ObjectState,
     Pipeline,
@@ -77,12 +80,41 @@ class _Settled(Generic[B]):
     ledger: Ledger = field(default_factory=Ledger)
 
 
+class ReadTogether(Generic[B]):
+    """Live windows of several partitions that are read with few queries when the first of them is needed. Thread-safe.
+
+    The versions of their objects are those of the records, which were read before.
+    """
+
+    def __init__(self, pipeline: Pipeline[B, E], counted: Sequence[tuple[str, Window, Count]]) -> None:
+        self._source = pipeline.source
+        self._counted = counted
+        self._batches: dict[tuple[str, datetime], B | None] | None = None
+        self._lock = threading.Lock()
+
+    def batches(self, partition: str, window: Window) -> Iterator[B | None]:
+        """The window's batch, if it was read."""
+        with self._lock:
+            if self._batches is None:
+                self._batches = {}
+                for (name, one, _), batch in zip(self._counted, self._source.read_each(self._counted), strict=True):
+                    self._batches[name, one.start] = batch
+        yield self._batches.pop((partition, window.start), None)
+
+
 def sync_partition(
-    pipeline: Pipeline[B, E], context: Context, at: Position, live: Mapping[datetime, Count], told: Done | None = None
+    pipeline: Pipeline[B, E],
+    context: Context,
+    at: Position,
+    live: Mapping[datetime, Count],
+    told: Done | None = None,
+    *,
+    together: Mapping[tuple[str, datetime], ReadTogether[B]] = MappingProxyType({}),
 ) -> Report:
     """Run one step of one partition: its oldest due windows, then, when none is left, the live ones.
 
-    `live` holds the counts of open and settling windows by start, taken before this call. Raises what the ports raise;
+    `live` holds the counts of open and settling windows by start, taken before this call; `together`, by partition and
+    start, what may read them with those of other partitions. Raises what the ports raise;
     an error of one window is raised after the others have been tried. What was committed stays, and was already
     reported to `told`.
     """
@@ -101,7 +133,8 @@ def sync_partition(
             done(Report(more=True))
         else:
             failed.go_on()
-            _refresh(pipeline, context, replace(at, cursor_at=passed), left=left, done=done, failed=failed)
+            at = replace(at, cursor_at=passed)
+            _refresh(pipeline, context, at, together=together, left=left, done=done, failed=failed)
         failed.check()
     finally:
         done(Report(ledger=ledger_of_counts(pipeline.unit, left.values(), "waiting")))
@@ -138,7 +171,7 @@ def _close_due(
         record, count = records.get(window.start), counts.get(window.start, NOTHING)
         if count != NOTHING if record is None else not record.closed:
             work[window.start] = window, count
-    ahead = pipeline.source.read_each(partition, list(work.values()))
+    ahead = pipeline.source.read_each([(partition, *each) for each in work.values()])
     passed = committed = due[0].start
     written = 0
     context.progress.advance(total=len(due))
@@ -170,6 +203,7 @@ def _refresh(
     context: Context,
     at: Position,
     *,
+    together: Mapping[tuple[str, datetime], ReadTogether[B]],
     left: dict[datetime, Count],
     done: Done,
     failed: FailedWindows,
@@ -189,15 +223,18 @@ def _refresh(
         if is_as_confirmed(record, count):
             log.debug("%s %s: %d values counted, as confirmed: nothing to write", at.partition, window, count.cells)
             done(Report(ledger=ledger_of_counts(pipeline.unit, [count], "already_there")))
-        elif record and record.written_at and 0 <= (at.now - record.written_at).total_seconds() < grid.rewrite_seconds:
-            # Each write is charged. A time in the future counts as long ago.
-            there = {name: min(number, record.fields.get(name, 0)) for name, number in count.fields.items()}
+        elif is_just_written(record, at.now, grid):
+            known = record.fields if record else {}
+            there = {name: min(number, known.get(name, 0)) for name, number in count.fields.items()}
             rest = {name: number - there[name] for name, number in count.fields.items()}
             later[window.start] = replace(count, fields=rest)
             done(Report(ledger=ledger_of_counts(pipeline.unit, [replace(count, fields=there)], "already_there")))
         else:
             with failed.one():
-                done(sync_window(pipeline, context, WindowTask(at.partition, window, count, record, final=False)))
+                group = together.get((at.partition, window.start))
+                ahead = group.batches(at.partition, window) if group else None
+                task = WindowTask(at.partition, window, count, record, final=False, ahead=ahead)
+                done(sync_window(pipeline, context, task))
                 left.pop(window.start, None)
             continue
         left.pop(window.start, None)
@@ -215,6 +252,13 @@ def is_as_confirmed(record: Record | None, count: Count) -> bool:
         return count == NOTHING
     is_of_older_version = count != NOTHING and not (record.closed or record.source_digest)
     return not is_of_older_version and (record.closed or (count != UNCOUNTED and record.source_cells == count.cells))
+
+
+def is_just_written(record: Record | None, now: datetime, grid: Grid) -> bool:
+    """True while an open window waits to be rewritten: each write is charged. A time ahead counts as long ago."""
+    if record is None or record.written_at is None:
+        return False
+    return 0 <= (now - record.written_at).total_seconds() < grid.rewrite_seconds
 
 
 def _records(pipeline: Pipeline[B, E], partition: str, windows: Sequence[Window]) -> Mapping[datetime, Record]:

@@ -253,9 +253,9 @@ class DynamoSource:
         self._note(hour, counted=pages.rows - hour.repeated, read=pages.rows)
         return hour, wanted, pages.items
 
-    def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[HourFile]:
+    def read_each(self, counted: Sequence[tuple[str, Window, Count]]) -> Iterator[HourFile]:
         """Hour by hour: nothing is cheaper than a Query of one hour."""
-        return (self.read(partition, window, count, None) for window, count in counted)
+        return (self.read(partition, window, count, None) for partition, window, count in counted)
 
     def union(self, batch: HourFile, held: Sequence[Iterable[Mapping[str, str]]], shrink: Shrink | None) -> HourFile:
         """The rows of both; the table's row wins if both have a key."""

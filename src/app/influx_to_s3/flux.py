@@ -144,11 +144,15 @@ class FluxReader:
         return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
     def rows(self, device: str, span: Window) -> Iterator[PointColumns]:
+        """See `Reader`."""
+        return self.rows_of((device,), span)
+
+    def rows_of(self, devices: Sequence[str], span: Window) -> Iterator[PointColumns]:
         """See `Reader`. The group key keeps the tags through the pivot, so each series is a separate table."""
         token = self._token
         keep_key = f'if column == "_field" or column == "_value" then column else {literal(token)} + column'
         return self._series(
-            device,
+            devices,
             span,
             DROPPED,
             f"rename(fn: (column) => {keep_key})",
@@ -161,7 +165,7 @@ class FluxReader:
         token = literal(self._token)
         named = f'if column == "_value" then {token} + column else {literal(self._token * 2)} + column'
         steps = ('drop(columns: ["_start", "_stop", "_measurement", "_field"])', f"rename(fn: (column) => {named})")
-        for points in self._series(device, span, *steps, also=f" and r._field == {literal(field)}"):
+        for points in self._series((device,), span, *steps, also=f" and r._field == {literal(field)}"):
             values = dict(points.fields)["_value"]
             empty = pc.is_null(values)
             if values.type == pa.string() and pc.any(empty).as_py():
@@ -176,7 +180,7 @@ class FluxReader:
             f'if column == "_value" or column == "_field" then {token} + column'
             f" else {literal(self._token * 2)} + column"
         )
-        for points in self._series(device, span, DROPPED, f"rename(fn: (column) => {named})"):
+        for points in self._series((device,), span, DROPPED, f"rename(fn: (column) => {named})"):
             # `_field` is part of the group key: a server that does not rename columns returns it among the tags
             columns = {"_field": points.tags.get("_field"), **dict(points.fields)}
             values = columns["_value"]
@@ -250,19 +254,21 @@ class FluxReader:
         blocks = (block for block in self._ask(query) if "_value" in block.names)
         return sorted({text for block in blocks for text in _column(block, "_value").to_pylist() if text})
 
-    def _from(self, span: Window, device: str | None, also: str = "") -> str:
+    def _from(self, span: Window, device: str | Sequence[str] | None, also: str = "") -> str:
         return (
             f"from(bucket: {literal(self._bucket)})"
             f" |> range(start: {time_literal(span.start)}, stop: {time_literal(span.end)})"
             f" |> filter(fn: (r) => {self._where(device)}{also})"
         )
 
-    def _where(self, device: str | None) -> str:
+    def _where(self, device: str | Sequence[str] | None) -> str:
         measurement = f"r._measurement == {literal(self._measurement)}"
         if device is None:
             return measurement
         tag = column_of_row(self._device_tag)
-        return f"{measurement} and {f'{tag} == {literal(device)}' if device else f'not exists {tag}'}"
+        devices = (device,) if isinstance(device, str) else device
+        own = " or ".join(f"{tag} == {literal(one)}" if one else f"not exists {tag}" for one in devices)
+        return f"{measurement} and {own if len(devices) == 1 else f'({own})'}"
 
     @cached_property
     def _shard(self) -> timedelta:
@@ -296,15 +302,16 @@ class FluxReader:
         with self._connection.ask(self._path, question, HEADERS, self._variables) as answer:
             yield from read_blocks(_body(answer), known=known)
 
-    def _series(self, device: str, span: Window, *steps: str, also: str = "") -> Iterator[PointColumns]:
-        """Apply `steps` to the points of a device and sort the resulting columns into time, tags and fields.
+    def _series(self, devices: Sequence[str], span: Window, *steps: str, also: str = "") -> Iterator[PointColumns]:
+        """Apply `steps` to the points of devices and sort the resulting columns into time, tags and fields.
 
         Where the server does not rename columns, the group key identifies the tags.
         """
         token = self._token
+        known = self._device_columns if len(devices) == 1 else frozenset()
         for one in one_type_spans(span, self._shard):
-            query = " |> ".join((self._from(one, device, also), *steps))
-            for block in self._ask(query, known=self._device_columns):
+            query = " |> ".join((self._from(one, devices, also), *steps))
+            for block in self._ask(query, known=known):
                 if any(name.startswith(token) for name in block.names):
                     names = [name.removeprefix(token).removeprefix(token) for name in block.names]
                     keyed = [name.startswith(token * 2) for name in block.names]
@@ -316,10 +323,12 @@ class FluxReader:
                     for at, (name, is_tag, column) in enumerate(zip(names, keyed, block.columns, strict=True))
                     if at != time_at
                 ]
+                tags = {name: column for name, is_tag, column in columns if is_tag}
                 yield PointColumns(
                     block.columns[time_at],
-                    {name: column for name, is_tag, column in columns if is_tag},
+                    tags,
                     [(name, column) for name, is_tag, column in columns if not is_tag],
+                    None if known else tags.pop(self._device_tag, None),
                 )
 
     def _summed(self, block: CsvBlock, every_seconds: int) -> Iterator[FieldSums]:

@@ -148,6 +148,10 @@ class InfluxQlReader:
         return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask, STATEMENTS)
 
     def rows(self, device: str, span: Window) -> Iterator[PointColumns]:
+        """See `Reader`."""
+        return self.rows_of((device,), span)
+
+    def rows_of(self, devices: Sequence[str], span: Window) -> Iterator[PointColumns]:
         """See `Reader`. A field with different types in different shards is selected once per type."""
         selected = self._fields()
         named = [one for one in selected if not UNWRITABLE.search(one.name)]
@@ -158,8 +162,8 @@ class InfluxQlReader:
             return
         # Columns selected by a pattern cannot be cast: they are read as one type, so a query must not span several.
         for one in one_type_spans(span, self._shard) if patterned else (span,):
-            query = f"SELECT {', '.join(columns)} {self._from()} WHERE {self._where(device, one)} GROUP BY *"
-            batch = _Batch(self._device_tag, named, patterned)
+            query = f"SELECT {', '.join(columns)} {self._from()} WHERE {self._where(devices, one)} GROUP BY *"
+            batch = _Batch(self._device_tag, named, patterned, names_devices=len(devices) > 1)
             for series in self._ask(query):
                 yield from batch.add(series)
             yield from batch.finish()
@@ -264,12 +268,14 @@ class InfluxQlReader:
         name = self._measurement
         return f"FROM {prefix}{exact_pattern(name) if UNWRITABLE.search(name) else identifier(name)}"
 
-    def _where(self, device: str | None, span: Window) -> str:
+    def _where(self, device: str | Sequence[str] | None, span: Window) -> str:
         bounds = f"time >= {_nanoseconds(span.start)} AND time < {_nanoseconds(span.end)}"
         if device is None:
             return bounds
-        equals = f"=~ {exact_pattern(device)}" if UNWRITABLE.search(device) else f"= {text_literal(device)}"
-        return f"{bounds} AND {self._tag}::tag {equals}"
+        devices = (device,) if isinstance(device, str) else device
+        equals = (f"=~ {exact_pattern(one)}" if UNWRITABLE.search(one) else f"= {text_literal(one)}" for one in devices)
+        own = " OR ".join(f"{self._tag}::tag {each}" for each in equals)
+        return f"{bounds} AND {own if len(devices) == 1 else f'({own})'}"
 
     def _policies(self) -> tuple[Sequence[Mapping[str, Any]], datetime | None, str]:
         """The retention policies by column name, empty without permission; the server's clock and version."""
@@ -407,6 +413,7 @@ class _Batch:
     device_tag: str
     selected: Sequence[SelectedField]
     patterned: Sequence[SelectedField]
+    names_devices: bool
     values: list[Sequence[Any]] = field(default_factory=list)
     tags: list[tuple[Mapping[str, str], int]] = field(default_factory=list)
     columns: Sequence[str] = ()
@@ -430,12 +437,14 @@ class _Batch:
             for name in sorted({one.name for one in self.patterned} & at.keys()):
                 fields += _untyped(name, at[name], {one.kind for one in self.patterned if one.name == name})
             instants = pa.array(times, pa.int64()).cast(pa.timestamp("ns", "UTC"))
-            yield PointColumns(instants, self._tag_columns(), fields)
+            tags = dict(self._tag_columns())
+            devices = tags.pop(self.device_tag, None)
+            yield PointColumns(instants, tags, fields, devices if self.names_devices else None)
         self.values, self.tags = [], []
 
     def _tag_columns(self) -> Mapping[str, pa.Array]:
         """An empty tag value means that the series lacks the tag."""
-        names = sorted({name for tags, _ in self.tags for name, value in tags.items() if value} - {self.device_tag})
+        names = sorted({name for tags, _ in self.tags for name, value in tags.items() if value})
         numbers = pa.array(np.repeat(np.arange(len(self.tags)), [rows for _, rows in self.tags]))
         return {
             name: pa.array([tags.get(name) or None for tags, _ in self.tags], pa.string()).take(numbers)

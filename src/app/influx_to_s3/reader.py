@@ -71,12 +71,31 @@ class PointColumns:
 
     `times`: timestamp("ns", "UTC"). `tags`: tag key -> text column, null = the series lacks the tag; the device tag
     itself is left out. `fields`: (field key, column) of float64, int64, uint64, string or bool, null = absent. A key
-    occurs once for each of its types, and at most one of these columns has a value in any row.
+    occurs once for each of its types, and at most one of these columns has a value in any row. `devices`: the device of
+    each point, where several were queried.
     """
 
     times: pa.Array | pa.ChunkedArray
     tags: Mapping[str, pa.Array | pa.ChunkedArray]
     fields: Sequence[tuple[str, pa.Array | pa.ChunkedArray]]
+    devices: pa.Array | pa.ChunkedArray | None = None
+
+    def each(self, change: Callable[[Any], Any]) -> "PointColumns":
+        """The points with every column changed in the same way, for example sliced."""
+        return PointColumns(
+            change(self.times),
+            {name: change(texts) for name, texts in self.tags.items()},
+            [(name, change(values)) for name, values in self.fields],
+        )
+
+    def without_empty_columns(self) -> "PointColumns":
+        """The points without tags and fields that none of them has."""
+        rows = len(self.times)
+        return PointColumns(
+            self.times,
+            {name: texts for name, texts in self.tags.items() if texts.null_count < rows},
+            [(name, values) for name, values in self.fields if values.null_count < rows],
+        )
 
     @property
     def numbers(self) -> Counter[str]:
@@ -166,6 +185,9 @@ class Reader(Protocol):
 
     def rows(self, device: str, span: Window) -> Iterator[PointColumns]:
         """All points of the device, complete or an error."""
+
+    def rows_of(self, devices: Sequence[str], span: Window) -> Iterator[PointColumns]:
+        """The same for several devices with one query; none of them is "". Each block names its `devices`."""
 
     def empty_texts(self, device: str, span: Window, field: str) -> Iterator[PointColumns]:
         """The points whose string `field` is "", with only that field, where `rows` returns null for them.

@@ -259,6 +259,19 @@ class RowBatch:
             self._memory_bytes = 0
 
 
+def identify_together(batches: Sequence[RowBatch]) -> None:
+    """Compute the identities of small batches at once: for a few rows, the calls cost far more than the rows."""
+    tables = [table for batch in batches for table in batch.tables()]
+    if not tables:
+        return
+    tags = batches[0].columns.tags
+    names = [[name for name in table.column_names if name == TIMESTAMP or name in tags] for table in tables]
+    rows = pa.concat_tables(map(pa.Table.select, tables, names), promote_options="default")
+    ends = np.cumsum([batch.rows for batch in batches])
+    for batch, identities in zip(batches, np.split(identities_of(rows, tags), ends[:-1]), strict=True):
+        batch.identities = identities
+
+
 def _blocks_in(file: BinaryIO) -> Iterator[pa.Table]:
     file.seek(0)
     source = pa.PythonFile(file, mode="r")

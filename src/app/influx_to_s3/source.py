@@ -27,7 +27,7 @@ from app.core.retry import Pauses, RequestPacer, RetryPolicy, retry
 from app.core.windows import EPOCH, Window, windows_between
 from app.influx_to_s3.layout import LayoutDocument, TreeColumns
 from app.influx_to_s3.reader import FieldCount, FieldSums, PointColumns, QueryTooLarge, Reader, partition_totals
-from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch
+from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, identify_together
 from app.influx_to_s3.rows import (
     RowComparison,
     canonical_table,
@@ -41,6 +41,7 @@ from app.influx_to_s3.rows import (
     union_by_identity,
     whole_instants,
 )
+from app.object_store.row_digest import one_array
 from app.object_store.table_sink import EncodedFile, TableSink, lost_tags_in
 
 BUCKETS = 30
@@ -152,25 +153,44 @@ class InfluxSource:
                 check_values(partition, window, batch.sums, count.fields)
             return batch.finish(cells, count.fields)
 
-    def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[RowBatch]:
-        """Read adjacent small windows together, at most one batch per query.
+    def read_each(self, counted: Sequence[tuple[str, Window, Count]]) -> Iterator[RowBatch | None]:
+        """Read adjacent small windows of a device, or one window of several devices, with one query.
 
         The parts cut out for each window are in memory together with the response.
         """
         for run in runs_of_few_rows(counted, self._batch_rows):
-            blocks: Sequence[PointColumns] | None = None
+            points: Sequence[Sequence[PointColumns] | None] = [None] * len(run)
             if len(run) > 1:
-                # A query that fails for all windows may succeed for each: fall back to single windows.
+                # A query that fails for all windows may succeed for each.
                 with suppress(Permanent):
-                    blocks = self._collect(partition, Window(run[0][0].start, run[-1][0].end))
-            for window, count in run:
-                if blocks is None:
-                    yield self.read(partition, window, count, None)
-                    continue
-                with self._batch(partition) as batch:
-                    own = [points_within(block, window) for block in blocks]
-                    check_values(partition, window, self._append(batch, window, own, count), count.fields)
-                    yield batch.finish({}, count.fields)
+                    points = self._points_of_each(run)
+            batches = (
+                None if own is None else self._batch_of(*each, own) for each, own in zip(run, points, strict=True)
+            )
+            if run[0][0] == run[-1][0]:
+                yield from batches
+            else:  # open windows, whose rows are compared with those of the next pass
+                found = list(batches)
+                identify_together([batch for batch in found if batch is not None])
+                yield from found
+
+    def _batch_of(self, device: str, window: Window, count: Count, points: Sequence[PointColumns]) -> RowBatch | None:
+        """The batch of points that were read together with others; None if they are fewer than counted."""
+        try:
+            with self._batch(device) as batch:
+                check_values(device, window, self._append(batch, window, points, count), count.fields)
+                return batch.finish({}, count.fields)
+        except (Transient, Permanent) as error:
+            log.debug("%s %s is read alone: %s", device, window, error)
+            return None
+
+    def _points_of_each(self, run: Sequence[tuple[str, Window, Count]]) -> Sequence[Sequence[PointColumns]]:
+        devices = list(dict.fromkeys(device for device, _, _ in run))
+        blocks = self._collect(devices, Window(run[0][1].start, run[-1][1].end))
+        if len(devices) == 1:
+            return [[points_within(block, window) for block in blocks] for _, window, _ in run]
+        found = points_by_device(blocks)
+        return [found.get(device, ()) for device in devices]
 
     def union(self, batch: RowBatch, held: Sequence[Iterable[pa.Table]], shrink: Shrink | None = None) -> RowBatch:
         """See `app.core.pipeline.Source.union`; each of `held` is the ordered rows of one object."""
@@ -235,7 +255,7 @@ class InfluxSource:
         while waiting:
             part = waiting.popleft()
             try:
-                blocks = self._collect(batch.device, part)
+                blocks = self._collect((batch.device,), part)
             except QueryTooLarge as error:
                 if part.end - part.start < SHORTEST:
                     hint = "lower EXPORT_BATCH_SIZE"
@@ -271,14 +291,14 @@ class InfluxSource:
             batch.append(table, read, twice, disagreements)
         return read
 
-    def _collect(self, device: str, span: Window) -> Sequence[PointColumns]:
+    def _collect(self, devices: Sequence[str], span: Window) -> Sequence[PointColumns]:
         """One response, held in memory, with a limit that holds even if the counts are outdated."""
         limit = max(self._batch_rows, BLOCK_ROWS) * OVERFLOW
 
         def collect() -> Sequence[PointColumns]:
             blocks: list[PointColumns] = []
             size_bytes = rows = 0
-            for block in self.reader.rows(device, span):
+            for block in self.reader.rows_of(devices, span):
                 blocks.append(block)
                 rows += len(block.times)
                 size_bytes += sum(
@@ -286,7 +306,7 @@ class InfluxSource:
                 )
                 if rows > limit or (size_bytes > MAX_SLICE_BYTES and rows > 1):
                     hint = "no action needed; a shorter range is read"
-                    raise QueryTooLarge(f"{device} has too many rows in {span}", hint)
+                    raise QueryTooLarge(f"{', '.join(devices)[:200]} has too many rows in {span}", hint)
             return blocks
 
         return self.again(collect)
@@ -349,22 +369,50 @@ def runs_of_one_length(windows: Sequence[Window]) -> Iterator[tuple[Window, int]
         yield Window(together[0].start, together[-1].end), seconds
 
 
-def runs_of_few_rows(counted: Iterable[tuple[Window, Count]], rows: int) -> Iterator[Sequence[tuple[Window, Count]]]:
-    """Group adjacent windows of one day while they have at most `rows` points; any other window is alone.
+def runs_of_few_rows(
+    counted: Iterable[tuple[str, Window, Count]], rows: int
+) -> Iterator[Sequence[tuple[str, Window, Count]]]:
+    """Group adjacent windows of one device and day, or one window of several devices, while they have at most `rows`
+    points; anything else is alone.
 
     At most one day: a field may change its type between shards of the source, and one query must not span both types.
     """
-    run: list[tuple[Window, Count]] = []
+    run: list[tuple[str, Window, Count]] = []
     points = 0
-    for window, count in counted:
-        together = run and run[-1][0].end == window.start and run[-1][0].start.date() == window.start.date()
-        if run and (not together or points + count.points > rows):
-            yield run
-            run, points = [], 0
-        run.append((window, count))
+    for device, window, count in counted:
+        if run:
+            (first, _, _), (other, before, _) = run[0], run[-1]
+            follows = before.end == window.start and before.start.date() == window.start.date()
+            together = (first == other == device and follows) or (
+                before == window and other != device and (first != other or len(run) == 1)
+            )
+            if not together or points + count.points > rows:
+                yield run
+                run, points = [], 0
+        run.append((device, window, count))
         points += count.points
     if run:
         yield run
+
+
+def points_by_device(blocks: Iterable[PointColumns]) -> Mapping[str, Sequence[PointColumns]]:
+    """The points of several devices by device, in their original order, without columns in which it has no value.
+
+    Raises Permanent if a block does not name its devices.
+    """
+    found: dict[str, list[PointColumns]] = {}
+    for block in blocks:
+        if block.devices is None:
+            raise Permanent("InfluxDB's response for several devices does not say which point is whose")
+        encoded = one_array(block.devices).dictionary_encode()
+        codes = encoded.indices.to_numpy()
+        order = pa.array(np.argsort(codes, kind="stable"))
+        points = block.each(lambda values, order=order: one_array(values).take(order))  # type: ignore[misc]
+        ends = np.cumsum(np.bincount(codes)).tolist()
+        for device, start, end in zip(encoded.dictionary.to_pylist(), [0, *ends], ends, strict=False):
+            own = points.each(lambda values, start=start, end=end: values.slice(start, end - start))  # type: ignore[misc]
+            found.setdefault(device, []).append(own.without_empty_columns())
+    return found
 
 
 def points_within(block: PointColumns, window: Window) -> PointColumns:
@@ -373,17 +421,9 @@ def points_within(block: PointColumns, window: Window) -> PointColumns:
     bounds = [nanoseconds_of(window.start), nanoseconds_of(window.end)]
     if np.all(instants[1:] >= instants[:-1]):
         first, last = np.searchsorted(instants, bounds).tolist()
-        return _each(block, lambda values: values.slice(first, last - first))
+        return block.each(lambda values: values.slice(first, last - first))
     inside = pa.array((instants >= bounds[0]) & (instants < bounds[1]))
-    return _each(block, lambda values: values.filter(inside))
-
-
-def _each(block: PointColumns, change: Callable[[pa.Array], pa.Array]) -> PointColumns:
-    return PointColumns(
-        change(block.times),
-        {name: change(texts) for name, texts in block.tags.items()},
-        [(name, change(values)) for name, values in block.fields],
-    )
+    return block.each(lambda values: values.filter(inside))
 
 
 def bucket_seconds(window: Window) -> int:
