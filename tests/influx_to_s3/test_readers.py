@@ -1,7 +1,9 @@
 """Flux of the simulator and InfluxQL of a real InfluxDB 1.x or its recorded answers: every point, whatever its name."""
 
 import json
+import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import Permanent
-from app.core.pipeline import Sums
+from app.core.pipeline import NOTHING, Sums
 from app.core.repair import same_sums
 from app.core.windows import Window, floor_to
 from app.influx_to_s3.flux import column_of_row, literal, time_literal
@@ -21,6 +23,7 @@ from app.influx_to_s3.reader import FieldCount, QueryTooLarge, Reader, SourceInv
 from app.influx_to_s3.rows import sums_of
 from effort import EFFORT
 from exporter import NOON
+from influx_points import source_of
 from influx_readers import (
     BASE,
     HOUR,
@@ -396,6 +399,26 @@ def check_readers(influxdb1: InfluxDB1, given_points: list[Point]) -> None:
                 assert found == expected
             assert counted(reader, None, SPAN) == counts
             assert reader.devices(SPAN.start) == sorted(name for name, cells in by_device.items() if name and cells)
+            check_together(reader, {floor_to(at, 86_400) for _, _, at in counts})
+
+
+def check_together(reader: Reader, days: Iterable[datetime]) -> None:
+    """A day of several devices that is read with one query is the same as read alone."""
+    source = source_of(reader, Path(tempfile.gettempdir()))
+    for day in (Window(at, at + DAY) for at in days):
+        counted_now = source.counts(None, [day])
+        each = [(device, day, counted_now.get((device, day.start), NOTHING)) for device in ("D1", "D'2\"")]
+        alone = [source.read(*one, None) for one in each]
+        for batch, own in zip(source.read_each(each), alone, strict=True):
+            assert batch is not None
+            assert (batch.digest, batch.rows, batch.accounts, batch.sums) == (
+                own.digest,
+                own.rows,
+                own.accounts,
+                own.sums,
+            )
+            assert list(batch.identities) == list(own.identities)
+            assert [table.to_pylist() for table in batch.output()] == [table.to_pylist() for table in own.output()]
 
 
 @pytest.mark.slow
