@@ -217,7 +217,7 @@ class Process:
         counted = max(count.fields.get(VALUE, 0), len(found))
         return self._batch(landed, Tally(counted=counted, read=len(found), new=len(landed)))
 
-    def read_each(self, counted: Sequence[tuple[str, Window, Count]]) -> Iterator[Rows]:
+    def read_each(self, counted: Sequence[tuple[str, Window, Count]]) -> Iterator[Rows | None]:
         """All of them as early as the port allows: when the first is taken."""
         yield from [self.read(*each, None) for each in counted]
 

@@ -1,7 +1,7 @@
 """Partitions that fail: they wait longer each time, come after all others, stay named, and never hide an outage."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -16,9 +16,11 @@ from app.core.partitions import (
     live_windows,
     run_each_partition,
 )
+from app.core.pipeline import Count
 from app.core.runs import Done, Failure, Report
+from app.core.sync import ReadTogether
 from app.core.windows import Window
-from world import FIRST_AT, START, VALUE, Process, World, context
+from world import FIRST_AT, START, VALUE, Process, Rows, World, context
 
 MINUTE = timedelta(minutes=1)
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -318,3 +320,34 @@ def test_more_partitions_are_worked_on_while_the_source_answers_as_fast_and_fewe
     cores = 1.1
     assert work(32) == 8
     assert AdaptiveConcurrency(1, lambda: seconds, lambda: cores).limit == 1
+
+
+class PartlyReadable(Process):
+    """A source that reads b alone only, and fails as a whole at d; `taken` is how far it has read."""
+
+    taken = ""
+
+    def read_each(self, counted: Sequence[tuple[str, Window, Count]]) -> Iterator[Rows | None]:
+        for name, window, count in counted:
+            if name == "d":
+                raise Transient("cut off")
+            self.taken = name
+            yield None if name == "b" else self.read(name, window, count, None)
+
+
+def test_what_is_read_together_is_handed_out_by_name_and_only_as_far_as_it_is_needed() -> None:
+    window = Window(NOON, NOON + timedelta(hours=1))
+    process = PartlyReadable(World(rows={name: {NOON: name} for name in "abcde"}))
+    together = ReadTogether(process, [(name, window, Count(1, 1)) for name in "abcde"])
+
+    def held(name: str) -> object:
+        batch = next(together.batches(name), None)
+        return batch and [value for _, value in batch.held]
+
+    assert held("a") == ["a"]
+    assert process.taken == "a"
+    assert held("c") == ["c"]
+    assert held("b") is None
+    with pytest.raises(Transient, match="cut off"):
+        held("d")
+    assert [held("d"), held("e"), held("z"), held("a")] == [None] * 4

@@ -45,7 +45,6 @@ SETTLING_PAUSE = timedelta(minutes=10)
 FIRST_AT_ONCE, JITTER_SECONDS = 2, 0.005
 # Python runs on one core: once it is busy, more threads only take it from each other.
 FREE_CORES, BUSY_CORES = 0.8, 0.95
-TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,14 +396,9 @@ def _is_nameable(pipeline: Pipeline[B, E], partition: str, now: datetime) -> boo
     return True
 
 
-def _read_together(
-    pipeline: Pipeline[B, E], plan: SyncPlan, backoff: Backoff
-) -> Mapping[tuple[str, datetime], ReadTogether[B]]:
-    """The live windows that will be written, in groups of TOGETHER partitions, by partition and start.
-
-    A partition that failed, or has due windows, is read alone.
-    """
-    found: dict[tuple[str, datetime], ReadTogether[B]] = {}
+def _read_together(pipeline: Pipeline[B, E], plan: SyncPlan, backoff: Backoff) -> Mapping[datetime, ReadTogether[B]]:
+    """The live windows that will be written, by start. A partition that failed, or has due windows, is read alone."""
+    found: dict[datetime, ReadTogether[B]] = {}
     windows = live_windows(pipeline, plan.now)
     if pipeline.by_digest or not windows:  # with `by_digest`, versions are known only just before each read
         return found
@@ -423,10 +417,7 @@ def _read_together(
             is_done = window.end <= plan.cursors[name] or is_as_confirmed(record, count)
             if not is_done and not is_just_written(record, plan.now, pipeline.grid):
                 due.append((name, window, count))
-        for start in range(0, len(due), TOGETHER):
-            group = due[start : start + TOGETHER]
-            if len(group) > 1:
-                found |= dict.fromkeys(((name, window.start) for name, _, _ in group), ReadTogether(pipeline, group))
+        found[window.start] = ReadTogether(pipeline.source, due)
     return found
 
 

@@ -38,6 +38,7 @@ from app.core.pipeline import (
     Position,
     Record,
     Shrink,
+    Source,
     Sums,
     WindowTask,
 )
@@ -81,25 +82,27 @@ class _Settled(Generic[B]):
 
 
 class ReadTogether(Generic[B]):
-    """Live windows of several partitions that are read with few queries when the first of them is needed. Thread-safe.
+    """A live window of many partitions, read with few queries while they take their turns. Thread-safe.
 
     The versions of their objects are those of the records, which were read before.
     """
 
-    def __init__(self, pipeline: Pipeline[B, E], counted: Sequence[tuple[str, Window, Count]]) -> None:
-        self._source = pipeline.source
-        self._counted = counted
-        self._batches: dict[tuple[str, datetime], B | None] | None = None
+    def __init__(self, source: Source[B], counted: Sequence[tuple[str, Window, Count]]) -> None:
+        self._coming = {partition for partition, _, _ in counted}
+        # It ends early where the source fails as a whole; the rest is read alone then.
+        self._read = zip((partition for partition, _, _ in counted), source.read_each(counted), strict=False)
+        self._batches: dict[str, B | None] = {}
         self._lock = threading.Lock()
 
-    def batches(self, partition: str, window: Window) -> Iterator[B | None]:
-        """The window's batch, if it was read."""
+    def batches(self, partition: str) -> Iterator[B | None]:
+        """The partition's batch; None if it has to be read alone."""
         with self._lock:
-            if self._batches is None:
-                self._batches = {}
-                for (name, one, _), batch in zip(self._counted, self._source.read_each(self._counted), strict=True):
-                    self._batches[name, one.start] = batch
-        yield self._batches.pop((partition, window.start), None)
+            for name, batch in self._read if partition in self._coming else ():
+                self._coming.remove(name)
+                self._batches[name] = batch
+                if name == partition:
+                    break
+        yield self._batches.pop(partition, None)
 
 
 def sync_partition(
@@ -109,12 +112,12 @@ def sync_partition(
     live: Mapping[datetime, Count],
     told: Done | None = None,
     *,
-    together: Mapping[tuple[str, datetime], ReadTogether[B]] = MappingProxyType({}),
+    together: Mapping[datetime, ReadTogether[B]] = MappingProxyType({}),
 ) -> Report:
     """Run one step of one partition: its oldest due windows, then, when none is left, the live ones.
 
-    `live` holds the counts of open and settling windows by start, taken before this call; `together`, by partition and
-    start, what may read them with those of other partitions. Raises what the ports raise;
+    `live` holds the counts of open and settling windows by start, taken before this call; `together`, by start,
+    what reads them with those of other partitions. Raises what the ports raise;
     an error of one window is raised after the others have been tried. What was committed stays, and was already
     reported to `told`.
     """
@@ -203,7 +206,7 @@ def _refresh(
     context: Context,
     at: Position,
     *,
-    together: Mapping[tuple[str, datetime], ReadTogether[B]],
+    together: Mapping[datetime, ReadTogether[B]],
     left: dict[datetime, Count],
     done: Done,
     failed: FailedWindows,
@@ -231,8 +234,7 @@ def _refresh(
             done(Report(ledger=ledger_of_counts(pipeline.unit, [replace(count, fields=there)], "already_there")))
         else:
             with failed.one():
-                group = together.get((at.partition, window.start))
-                ahead = group.batches(at.partition, window) if group else None
+                ahead = together[window.start].batches(at.partition) if window.start in together else None
                 task = WindowTask(at.partition, window, count, record, final=False, ahead=ahead)
                 done(sync_window(pipeline, context, task))
                 left.pop(window.start, None)

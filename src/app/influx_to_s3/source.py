@@ -9,7 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import chain, groupby
@@ -48,6 +48,7 @@ BUCKETS = 30
 OVERFLOW = 4
 MAX_SLICE_BYTES = 64 << 20
 SHORTEST = timedelta(milliseconds=2)
+TOGETHER = 64
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -161,9 +162,10 @@ class InfluxSource:
         for run in runs_of_few_rows(counted, self._batch_rows):
             points: Sequence[Sequence[PointColumns] | None] = [None] * len(run)
             if len(run) > 1:
-                # A query that fails for all windows may succeed for each.
-                with suppress(Permanent):
+                try:
                     points = self._points_of_each(run)
+                except (Transient, Permanent) as error:  # a query that fails for all windows may succeed for each
+                    log.debug("%d windows are read alone: %s", len(run), error)
             batches = (
                 None if own is None else self._batch_of(*each, own) for each, own in zip(run, points, strict=True)
             )
@@ -372,8 +374,8 @@ def runs_of_one_length(windows: Sequence[Window]) -> Iterator[tuple[Window, int]
 def runs_of_few_rows(
     counted: Iterable[tuple[str, Window, Count]], rows: int
 ) -> Iterator[Sequence[tuple[str, Window, Count]]]:
-    """Group adjacent windows of one device and day, or one window of several devices, while they have at most `rows`
-    points; anything else is alone.
+    """Group up to TOGETHER adjacent windows of one device and day, or one window of several devices, while they have at
+    most `rows` points; anything else is alone.
 
     At most one day: a field may change its type between shards of the source, and one query must not span both types.
     """
@@ -386,7 +388,7 @@ def runs_of_few_rows(
             together = (first == other == device and follows) or (
                 before == window and other != device and (first != other or len(run) == 1)
             )
-            if not together or points + count.points > rows:
+            if not together or points + count.points > rows or len(run) == TOGETHER:
                 yield run
                 run, points = [], 0
         run.append((device, window, count))
