@@ -61,11 +61,11 @@ class Held:
         yield b"\r\n"
 
     def _of_range(self, query: str, annotations: Sequence[str]) -> Iterator[bytes]:
-        span, only, every = RANGE.search(query), DEVICE.search(query), EVERY.search(query)
+        span, only, every = RANGE.search(query), DEVICE.findall(query), EVERY.search(query)
         if span is None:
             raise ValueError(query)
         first, last = (max(0, min(bucket_of(text), self.shape.windows * BUCKETS)) for text in span.groups())
-        found = [number for number in range(self.shape.devices) if not only or device_name(number) == only[1]]
+        found = [number for number in range(self.shape.devices) if not only or device_name(number) in only]
         if "not exists" in query:
             found = []  # every point has the tag that names its device
         if every:
