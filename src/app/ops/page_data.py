@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import MAXYEAR, MINYEAR, UTC, datetime, timedelta, tzinfo
+from datetime import MAXYEAR, MINYEAR, UTC, datetime, tzinfo
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -405,8 +405,3 @@ def log_lines(path: Path, rotated: int, run_id: str, level: int) -> Iterator[Map
             if LEVELS.get(entry.get("level", ""), 1) >= level:
                 told = {name: str(entry.get(name, "")) for name in ("time", "level", "message")}
                 yield told | ({"exception": str(entry["exception"])} if "exception" in entry else {})
-
-
-def recent_span(now: datetime, start: datetime | None, end: datetime | None) -> tuple[datetime, datetime]:
-    """From and to; an open start is the beginning of time, an open end a little after now."""
-    return start or datetime(1970, 1, 1, tzinfo=UTC), end or now + timedelta(days=1)
