@@ -142,6 +142,7 @@ def test_a_span_a_zone_and_a_job_that_there_are_not_are_refused_with_what_to_sen
         ("/ops/map?job=quick&tz=Europe/Nowhere", "IANA name"),
         ("/ops/summary?tz=../etc", "IANA name"),
         ("/ops/map?job=quick&from=2026-02-02T00:00:00Z&to=2026-02-01T00:00:00Z", "earlier timestamp"),
+        ("/ops/map?job=quick&from=2026-02-01T00:00:00Z", "send both or neither"),
         ("/ops/map/windows?job=quick&partition=a&from=2026-02-01T00:00:00Z&to=2026-02-09T00:00:00Z", "2 days or less"),
     ):
         refused = daemon.get(path)

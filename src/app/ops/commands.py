@@ -289,10 +289,7 @@ def verify(
         else:
             for verdict in compared(verification(service.stop), span, service.stop, partition):
                 seen(verdict)
-    return _judged(job, span, verdicts, every=every, as_json=as_json)
 
-
-def _judged(job: str, span: Window, verdicts: Sequence[ComparedWindow], *, every: bool, as_json: bool) -> int:
     counts = Counter(each.sign.value for each in verdicts)
     fine = all(each.sign is Verdict.EQUAL or each.healed for each in verdicts)
     healed = sum(each.healed for each in verdicts)

@@ -17,6 +17,7 @@ from app.core.errors import Rejected
 from app.core.runs import Outcome
 from app.core.verify import MapCell
 from app.core.windows import EPOCH, Window, instant_text, refuse_future, whole_second
+from app.db.checkpoints import Checkpoint
 from app.db.page_queries import RunFilter
 from app.ops.json_views import (
     RUNS,
@@ -220,24 +221,24 @@ def _reading(router: APIRouter, ops: BuiltService) -> None:
         now = ops.clock()
         found = [(name, each) for name, each in ops.partitions() if job in (None, name)]
         found.sort(key=lambda one: (not one[1].error, -(lag_seconds(one[1], now) or 0.0), one[1].partition))
-        shown = [
-            {
-                "job": name,
-                "partition": at.partition,
-                "status": "error" if at.error else "ok",
-                "cursor_at": instant_text(at.cursor_at),
-                "high_watermark_at": instant_text(at.high_watermark_at),
-                "lag_seconds": lag_seconds(at, now),
-                "error": at.error,
-            }
-            for name, at in found[:limit]
-        ]
-        return {"total": len(found), "partitions": shown}
+        return {"total": len(found), "partitions": [_partition(*each, now) for each in found[:limit]]}
 
     @router.get("/ops/history", openapi_extra=READ, summary="What jobs ingested lately, file by file, newest first")
     def history(job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50) -> dict[str, Any]:
         wanted = {name: lines for name, lines in ops.pipelines.histories.items() if job in (None, name)}
         return {"histories": [{"job": name, "entries": list(lines(limit))} for name, lines in wanted.items()]}
+
+
+def _partition(job: str, at: Checkpoint, now: datetime) -> Mapping[str, Any]:
+    return {
+        "job": job,
+        "partition": at.partition,
+        "status": "error" if at.error else "ok",
+        "cursor_at": instant_text(at.cursor_at),
+        "high_watermark_at": instant_text(at.high_watermark_at),
+        "lag_seconds": lag_seconds(at, now),
+        "error": at.error,
+    }
 
 
 def overview(ops: BuiltService) -> dict[str, Any]:
