@@ -84,24 +84,21 @@ class Heartbeats:
             self._queue.put(job)
 
     def _loop(self) -> None:
+        """One attempt for each beat; the next successful run calls again. Logs only when a URL becomes unreachable or
+        reachable again.
+        """
         while (job := self._queue.get()) and not self._closed:
             self._waiting.discard(job)
-            self._call(job)
-
-    def _call(self, job: str) -> None:
-        """One attempt; the next successful run calls again. Logs only when a URL becomes unreachable or reachable
-        again.
-        """
-        try:
-            post(self.urls[job], None, self._seconds)
-        except AppError as error:
-            if job not in self._silent:
-                log.warning("the heartbeat of %s cannot be delivered: %s", job, error)
-            self._silent.add(job)
-        else:
-            if job in self._silent:
-                log.info("the heartbeat of %s is delivered again", job)
-            self._silent.discard(job)
+            try:
+                post(self.urls[job], None, self._seconds)
+            except AppError as error:
+                if job not in self._silent:
+                    log.warning("the heartbeat of %s cannot be delivered: %s", job, error)
+                self._silent.add(job)
+            else:
+                if job in self._silent:
+                    log.info("the heartbeat of %s is delivered again", job)
+                self._silent.discard(job)
 
 
 # Alerts: a webhook when a job begins to fail, recovers or falls silent, and a heartbeat per job.

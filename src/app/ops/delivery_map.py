@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 from app.core.errors import AppError, Rejected, Transient
 from app.core.pipeline import MISSING
@@ -214,6 +214,9 @@ class MapFault:
     seen_at: datetime
 
 
+Made = TypeVar("Made")
+
+
 class DeliveryMaps:
     """Maps by job and span. Thread-safe."""
 
@@ -256,10 +259,7 @@ class DeliveryMaps:
 
         Raises Rejected for a job without a map, Transient when the destination is too slow.
         """
-        found: tuple[int, Sequence[MapLine]] = self._once(
-            (job, "windows", span, offset, limit), lambda: self._list(job, span, offset, limit)
-        )
-        return found
+        return self._once((job, "windows", span, offset, limit), lambda: self._list(job, span, offset, limit))
 
     def partition(self, job: str, partition: str, span: Window) -> Sequence[MapCell]:
         """The windows of one partition, from a listing made now. Raises Rejected for an unknown one."""
@@ -269,13 +269,12 @@ class DeliveryMaps:
         if not is_known and partition not in chart.partitions():
             raise Rejected(f"{job} has no partition {partition[:80]!r}", "see /ops/partitions for their names")
 
-        def listed() -> MapLine:
-            line = MapLine(partition, chart.cells(partition, span))
-            self._note(job, line, span)
-            return line
+        def listed() -> Sequence[MapCell]:
+            cells = chart.cells(partition, span)
+            self._note(job, MapLine(partition, cells), span)
+            return cells
 
-        found: MapLine = self._once((job, "partition", partition, span), listed)
-        return found.cells
+        return self._once((job, "partition", partition, span), listed)
 
     def whole(
         self,
@@ -353,7 +352,7 @@ class DeliveryMaps:
         found, at = self._kept.get(key, (None, 0.0))
         return found if time.monotonic() - at <= seconds else None
 
-    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
         """The cached value, or one made now, while no other request lists a destination. When the cache is full, its
         oldest entries are evicted.
         """
@@ -362,7 +361,7 @@ class DeliveryMaps:
         if not self._turn.acquire(timeout=WAIT_SECONDS):
             raise Transient(f"{job}: its destination is slow to list", "look at /ready, and ask again")
         try:
-            found = self._held(key, KEPT_SECONDS)
+            found: Made | None = self._held(key, KEPT_SECONDS)
             if found is None:
                 found = make()
                 self._kept[key] = (found, time.monotonic())
@@ -442,10 +441,7 @@ class _Recorded:
     """A map from the records: cells before the cursor are done, except for marked windows."""
 
     def __init__(self, look: PageQuerySession, job: str, cells: MapCells, now: datetime) -> None:
-        self._look = look
-        self._job = job
-        self._cells = cells
-        self._now = now
+        self._look, self._job, self._cells, self._now = look, job, cells, now
         totals = {row["pipeline"]: row for row in look.rows("partition_totals")}
         self._totals = totals.get(job, {"partitions": 0, "slowest_at": None, "furthest_at": None})
         slack = LATE_AFTER if cells.seconds < DAY else timedelta(days=2)
@@ -500,17 +496,14 @@ class _Recorded:
             for name, start, end, letter in self._faults
             if between is None or between[0] <= name <= between[1]
         ]
-        marked = self._cells.paint(faults, self._now)
-        return "".join(
-            worst_state((marked[place], self._plain(place, between, cursor_at))) for place in range(len(self._spans))
-        )
-
-    def _plain(self, place: int, between: tuple[str, str] | None, cursor_at: datetime) -> str:
-        """The letter of a cell without marked windows."""
-        start, end = self._spans[place]
-        if start >= self._now:
-            return "n"
-        if end > cursor_at:
-            return "l" if end <= self._late_before else "o"
-        there = self._any[place] and (between is None or self._look.any_rows(self._job, start, end, between))
-        return "k" if there else "n"
+        letters = []
+        for (start, end), is_any, marked in zip(
+            self._spans, self._any, self._cells.paint(faults, self._now), strict=True
+        ):
+            letter = "n"
+            if start < self._now and end > cursor_at:
+                letter = "l" if end <= self._late_before else "o"
+            elif is_any and (between is None or self._look.any_rows(self._job, start, end, between)):
+                letter = "k"
+            letters.append(worst_state((marked, letter)))
+        return "".join(letters)

@@ -18,7 +18,7 @@ from app.core.pipeline import MISSING
 from app.core.runs import Run
 from app.core.windows import Window, instant_text, whole_second
 from app.db.page_queries import NameFilter
-from app.ops.delivery_map import WORDS, DeliveryMap, MapCells, cells_between, cells_of_span, letter_of
+from app.ops.delivery_map import MOST_DAYS, WORDS, DeliveryMap, MapCells, cells_between, cells_of_span, letter_of
 from app.ops.json_views import (
     KEPT,
     LOG,
@@ -38,7 +38,6 @@ from app.web.errors import Refused, faults
 READ = needs("ops:read")
 RUN = needs("ops:run")
 ROWS_A_PAGE = 200
-MOST_DAYS = 366
 WINDOW_DAYS = 2
 LOG_LINES = 500
 KEPT_FILES = 100

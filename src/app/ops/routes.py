@@ -19,6 +19,7 @@ from app.core.verify import MapCell
 from app.core.windows import EPOCH, Window, instant_text, refuse_future, whole_second
 from app.db.checkpoints import Checkpoint
 from app.db.page_queries import RunFilter
+from app.ops.delivery_map import MOST_DAYS
 from app.ops.json_views import (
     RUNS,
     answered_with,
@@ -49,7 +50,6 @@ ABLE_JOB = {
 JOB_NAMES = ["influx_to_s3", "csv_inbox", "s3_sweep"]
 JobInPath = Annotated[str, Path(examples=JOB_NAMES)]
 MOST_HOURS = 31 * 24
-MOST_DAYS = 366
 MOST_LINES = 200
 NEWEST_CELLS = 200
 ACT: dict[str, Any] = {"openapi_extra": RUN, "status_code": 202, "responses": KNOWN_JOB}
