@@ -6,6 +6,7 @@ which a later run removes.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from app.lake.plan import read_layout
 from app.object_store.port import ObjectStore
 
 if TYPE_CHECKING:
-    from app.lake.table import Catalog
+    from app.lake.table import LakeTable
 
 NAME = "lake_day"
 EXTRA = "pyiceberg"
@@ -48,15 +49,11 @@ def table_for_reports(settings: Settings, store: ObjectStore, clock: Callable[[]
     return TableReader(settings, store, clock)
 
 
-def catalog_of(settings: Settings, store: ObjectStore) -> "Catalog":
-    """Where the table is: its catalog is in the checkpoint database, or in a separate file if that is SQLite."""
-    from app.lake.table import Catalog
+def opened_table(settings: Settings, store: ObjectStore) -> AbstractContextManager["LakeTable"]:
+    """See `app.lake.table.open_table`, which imports pyiceberg."""
+    from app.lake.table import open_table
 
-    data_dir, s3 = settings.service.data_dir.resolve(), settings.s3
-    url = settings.checkpoint.url.get_secret_value()
-    uri = "postgresql+psycopg://" + url.partition("://")[2] if url else f"sqlite:///{data_dir / 'lake.db'}"
-    base = f"s3://{s3.bucket}/" if s3.bucket else f"file://{data_dir / 'objects'}/"
-    return Catalog(uri, store, base, settings.lake.prefix, s3.prefix)
+    return open_table(settings, store)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,7 @@ class LakeDay:
         settings, export = self.settings, self.settings.export
         for _ in range(ATTEMPTS):
             try:
-                with catalog_of(settings, self.store).opened() as table:
+                with opened_table(settings, self.store) as table:
                     table.load(context.now_at, repair=not context.dry_run)
                     layout = read_layout(self.store, settings.s3.prefix, export.date_format, export.window_seconds)
                     return LakeRun(self, table, layout, context).report()

@@ -16,7 +16,7 @@ from app.config.settings import Settings
 from app.core.closed_days import NO_TABLE, ListedVersion, ReportSpan, TableFile, TableRows, TableState
 from app.core.errors import Rejected
 from app.core.windows import DAY_SECONDS, EPOCH
-from app.lake.job import catalog_of
+from app.lake.job import opened_table
 from app.lake.plan import (
     LakeFile,
     Slice,
@@ -79,7 +79,7 @@ class TableReader:
         now = self._clock()
         if instant > now:
             raise Rejected(f"as_of={_text(instant)} is in the future", f"send a timestamp up to {_text(now)}")
-        with catalog_of(self._settings, self._store).opened() as table:
+        with opened_table(self._settings, self._store) as table:
             table.load(now, repair=False)
             found = table.valid_at(instant)
             if found is None:
@@ -149,7 +149,7 @@ class TableReader:
     def _newest(self) -> LoadedState | None:
         with self._lock:
             if monotonic() >= self._until:
-                with catalog_of(self._settings, self._store).opened() as table:
+                with opened_table(self._settings, self._store) as table:
                     pointer = table.pointer()
                     # Each load lists the table's folder and reads all manifests.
                     if pointer != self._pointer or self._is_damaged:
