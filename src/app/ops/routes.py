@@ -6,7 +6,7 @@ reading whole windows and writing need `ops:run`.
 
 import shlex
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
@@ -205,7 +205,8 @@ def _reading(router: APIRouter, ops: BuiltService) -> None:
         if not (outcome or start or end or news or before):
             found = ops.state.runs.recent(job, limit + 1)
         page = found[:limit]
-        more = instant_text(page[-1].started_at) if len(found) > limit else None
+        # to the microsecond: of runs that begin in one millisecond the next page would miss some
+        more = f"{page[-1].started_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}" if len(found) > limit else None
         return {
             "count": len(page),
             "total": total,
