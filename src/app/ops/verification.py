@@ -58,7 +58,7 @@ class VerificationResult:
         kept = sign is not Verdict.EQUAL and len(self.windows) < SHOWN
         return replace(
             self,
-            counts=Counter(self.counts) + Counter([sign.value]),
+            counts={**self.counts, sign.value: self.counts.get(sign.value, 0) + 1},
             windows=(*self.windows, verdict) if kept else self.windows,
             healed=self.healed + verdict.healed,
         )
