@@ -82,16 +82,17 @@ def source_of(devices: int, query_ms: float) -> Iterator[tuple[str, Any]]:
 
 def seconds_of(workers: int, given: argparse.Namespace, postgres: PostgresServer, source: str) -> float:
     """From the first plan to the last object."""
+    from app.config.environment import load_settings
     from app.db.state import open_state
-    from app.scale.queue import Queue
+    from app.scale.queue import Workers
 
     url = postgres.new_database()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="headwater-bench-"))
         state = stack.enter_context(closing(open_state(url, Path(folder))))
-        queue = stack.enter_context(closing(Queue(state.database, url)))
-        queue.prepare()
         environ = {**os.environ, **environ_of(folder, source, url, given.concurrency)}
+        queue = stack.enter_context(closing(Workers(load_settings(environ, None), state, lambda _: None)))
+        queue.prepare()
         for _ in range(workers):
             command = [sys.executable, __file__, "--work", "--put-ms", str(given.put_ms)]
             process = subprocess.Popen(command, env={**environ, "PORT": str(free_port())}, stdout=subprocess.DEVNULL)
@@ -105,7 +106,7 @@ def seconds_of(workers: int, given: argparse.Namespace, postgres: PostgresServer
         sent_at = 0.0
         while written(state) < given.devices:
             if time.monotonic() - sent_at > PLAN_SECONDS:
-                queue.send_job("influx_to_s3", "schedule")
+                queue.send("influx_to_s3", "schedule")
                 sent_at = time.monotonic()
             give_up(began)
         return time.monotonic() - began

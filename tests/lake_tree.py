@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app.core.runs import Context, Lease, NoProgress, Report, Stop
-from app.lake.job import MAX_BYTES, LakeDay, catalog_of
+from app.lake.job import MAX_BYTES, LakeDay, opened_table
 from app.lake.reader import TableReader
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore, PutRequest
@@ -79,8 +79,7 @@ class Tree:
     @contextmanager
     def table(self) -> Iterator[Any]:
         """pyiceberg's own table."""
-        catalog = catalog_of(self.settings, self.store)
-        with catalog.opened() as opened:
+        with opened_table(self.settings, self.store) as opened:
             yield opened._catalog.load_table(("headwater", "telemetry"))  # noqa: SLF001 - as another program sees it
 
     def files(self) -> list[str]:

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Iterator
-from datetime import datetime
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 
+from app.core.runs import Outcome, Run
+from app.db.state import open_state
 from daemon import Daemon, Daemons
 
 
@@ -106,6 +109,20 @@ def test_runs_come_by_job_outcome_and_page_and_one_of_them_with_its_neighbours_a
         assert daemon.get(path).status == 404
 
 
+def test_the_pages_of_runs_miss_none_of_those_that_began_in_one_millisecond(daemon: Daemon) -> None:
+    at = datetime(2026, 2, 7, 12, 0, 0, 123_400, UTC)
+    with closing(open_state("", daemon.log_path.parent / "data")) as state:
+        for number in range(3):
+            began_at = at + timedelta(microseconds=number)
+            state.runs.save(Run(f"tie-{number}", "quick", began_at, at + timedelta(seconds=1), Outcome.STOPPED))
+    seen, before = [], ""
+    while before is not None:
+        page = daemon.get(f"/ops/runs?outcome=stopped&limit=1{before}").json
+        seen += [run["run_id"] for run in page["runs"]]
+        before = page["before"] and f"&before={page['before']}"
+    assert seen == ["tie-2", "tie-1", "tie-0"]
+
+
 def test_a_run_says_who_started_it_and_where_that_lies_which_it_set_aside(daemon: Daemon) -> None:
     before = len(runs_ended(daemon, "counting"))
     daemon.post("/ops/jobs/counting/run")
@@ -142,6 +159,7 @@ def test_a_span_a_zone_and_a_job_that_there_are_not_are_refused_with_what_to_sen
         ("/ops/map?job=quick&tz=Europe/Nowhere", "IANA name"),
         ("/ops/summary?tz=../etc", "IANA name"),
         ("/ops/map?job=quick&from=2026-02-02T00:00:00Z&to=2026-02-01T00:00:00Z", "earlier timestamp"),
+        ("/ops/map?job=quick&from=2026-02-01T00:00:00Z", "send both or neither"),
         ("/ops/map/windows?job=quick&partition=a&from=2026-02-01T00:00:00Z&to=2026-02-09T00:00:00Z", "2 days or less"),
     ):
         refused = daemon.get(path)

@@ -5,6 +5,8 @@ import time
 from dataclasses import astuple
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,11 +15,12 @@ from app.core.runs import Job, LeaseTerms, Report, RunServices, Stop
 from app.db.state import open_state
 from app.ops.connection_checks import try_all
 from app.ops.health import Probes, Readiness
-from app.ops.json_views import ServiceCalls, job_shown
+from app.ops.json_views import ServiceCalls
 from app.ops.logs import log_run
 from app.ops.metrics import PARTITIONS, MetricSeries, exposition, lag_series
 from app.ops.page_data import log_lines
 from app.ops.pages import job_rows
+from app.ops.routes import overview
 from app.ops.scheduler import STALLED_SECONDS, JobView, ProgressCounts, ProgressTally, Scheduler
 from app.ops.service import shutdown_budget
 from app.web.auth import SignInThrottle
@@ -40,10 +43,20 @@ def test_only_the_partitions_that_lag_most_are_shown_singly() -> None:
 
 
 def test_a_row_says_how_many_calls_a_service_has_had() -> None:
-    view = JobView(Job("pull", 3600, lambda _: Report()), "waiting", None, 0, NOW, can_backfill=False)
-    shown = job_shown(view, None, calls=ServiceCalls(1234, 5000, 99_999))
-    assert shown["calls"] == {"today": 1234, "a_day": 5000}
-    text = job_rows({"jobs": [shown, job_shown(view, None)]})
+    views = [
+        JobView(Job(name, 3600, lambda _: Report()), "waiting", None, 0, NOW, can_backfill=False)
+        for name in ("pull", "other")
+    ]
+    ops: Any = SimpleNamespace(
+        scheduler=SimpleNamespace(views=lambda: views),
+        state=SimpleNamespace(runs=SimpleNamespace(totals=list, recent=lambda *_: [])),
+        pipelines=SimpleNamespace(calls={"pull": lambda: ServiceCalls(1234, 5000, 99_999)}),
+        alerts=SimpleNamespace(stale=(), ahead_seconds={}),
+        clock=lambda: NOW,
+    )
+    shown = overview(ops)
+    assert shown["jobs"][0]["calls"] == {"today": 1234, "a_day": 5000}
+    text = job_rows(shown)
     assert text.count("Calls: 1,234 of 5,000 today") == 1
     assert text.count("2026-02-07 12:00:00Z") == 2
 

@@ -16,7 +16,8 @@ from app.core.runs import Context, Failure, Job, LeaseTerms, Report, RunServices
 from app.db.state import State, open_state
 from app.db.workers import StepReport
 from app.ops.scheduler import Scheduler, Workload
-from app.scale.queue import JOBS, STEPS, Queue, consume, install
+from app.scale.queue import JOBS, STEPS, Workers, consume, install
+from given_settings import loaded
 from postgres import PostgresServer
 
 REPORT = Report(
@@ -34,8 +35,10 @@ def url(postgres_server: PostgresServer) -> str:
 
 
 @pytest.fixture
-def queue(state: State, url: str) -> Iterator[Queue]:
-    with closing(Queue(state.database, url)) as queue:
+def queue(state: State, url: str) -> Iterator[Workers]:
+    with closing(
+        Workers(loaded({"SCALE_ENGINE": "procrastinate", "CHECKPOINT_DATABASE_URL": url}), state, lambda _: None)
+    ) as queue:
         yield queue
 
 
@@ -65,41 +68,41 @@ def test_the_tables_of_a_newer_version_are_left_alone(state: State) -> None:
         install(state.database)
 
 
-def test_a_database_that_was_made_anew_gets_its_tables_again(queue: Queue, url: str) -> None:
-    queue.send_job("csv", "schedule")
+def test_a_database_that_was_made_anew_gets_its_tables_again(queue: Workers, url: str) -> None:
+    queue.send("csv", "schedule")
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("DROP SCHEMA public CASCADE")
         connection.execute("CREATE SCHEMA public")
     until(lambda: sent(queue))
-    assert queue.waiting() == {JOBS: 1, STEPS: 0}
+    assert queue.look().waiting == {JOBS: 1, STEPS: 0}
 
 
-def test_what_waits_already_is_not_added(queue: Queue) -> None:
-    queue.send_job("csv", "schedule")
-    queue.send_job("csv", "a key")
-    queue.send_job("other", "schedule")
+def test_what_waits_already_is_not_added(queue: Workers) -> None:
+    queue.send("csv", "schedule")
+    queue.send("csv", "a key")
+    queue.send("other", "schedule")
     assert queue.send_step("influx_to_s3/1", "run", {})
     assert not queue.send_step("influx_to_s3/1", "run", {})
-    assert queue.waiting() == {JOBS: 2, STEPS: 1}
+    assert queue.look().waiting == {JOBS: 2, STEPS: 1}
 
 
 @pytest.mark.slow
 def test_workers_run_what_is_sent_and_go_on_after_a_restart_of_the_database(
-    queue: Queue, url: str, postgres_server: PostgresServer
+    queue: Workers, url: str, postgres_server: PostgresServer
 ) -> None:
     with consuming(queue, url) as found:
-        queue.send_job("csv", "a key")
+        queue.send("csv", "a key")
         queue.send_step("influx_to_s3/1", "run", {"a": ["ü", 1]})
         until(lambda: len(found) == 2)
         assert sorted(found, key=str) == [("csv", False, "a key"), ("influx_to_s3/1", "run", {"a": ["ü", 1]})]
         postgres_server.restart_immediately()
         until(lambda: sent(queue))
         until(lambda: ("after", False, "schedule") in found)
-        assert queue.waiting() == {JOBS: 0, STEPS: 0}
+        assert queue.look().waiting == {JOBS: 0, STEPS: 0}
 
 
 @contextmanager
-def consuming(queue: Queue, url: str) -> Iterator[list[object]]:
+def consuming(queue: Workers, url: str) -> Iterator[list[object]]:
     """A worker, and what it ran."""
     found: list[object] = []
     stop = Stop()
@@ -123,10 +126,10 @@ def consuming(queue: Queue, url: str) -> Iterator[list[object]]:
 
 
 @pytest.mark.slow
-def test_workers_go_on_when_the_queue_is_that_of_a_backup(queue: Queue, url: str) -> None:
+def test_workers_go_on_when_the_queue_is_that_of_a_backup(queue: Workers, url: str) -> None:
     """A worker, a task of a worker that died, and tasks that wait, as they were when the backup was made."""
     with consuming(queue, url) as found, psycopg.connect(url, autocommit=True) as database:
-        queue.send_job("before", "schedule")
+        queue.send("before", "schedule")
         until(lambda: found)
         database.execute("DELETE FROM procrastinate_workers")
         database.execute(
@@ -147,14 +150,14 @@ def test_workers_go_on_when_the_queue_is_that_of_a_backup(queue: Queue, url: str
         until(lambda: ("influx_to_s3/1", "old", {}) in found)
         assert queue.send_step("influx_to_s3/1", "new", {})
         until(lambda: ("influx_to_s3/1", "new", {}) in found)
-        queue.send_job("after", "schedule")
+        queue.send("after", "schedule")
         until(lambda: ("after", False, "schedule") in found)
         until(lambda: not database.execute("SELECT 1 FROM procrastinate_jobs WHERE status = 'doing'").fetchall(), 40)
 
 
-def sent(queue: Queue) -> bool:
+def sent(queue: Workers) -> bool:
     with suppress(Transient, Permanent):
-        queue.send_job("after", "schedule")
+        queue.send("after", "schedule")
         return True
     return False
 

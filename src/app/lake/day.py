@@ -1,8 +1,9 @@
-"""A slice of a day: its objects, ordered by device, as a few sorted Parquet files in the table's folder.
+"""A run of the lake day: closed days become files of the table, in one commit.
 
-Rows flow from object to file in bounded memory. Invariants: each row of a readable object is in exactly one file, and
-this is checked by count. Rows of replaced files are kept where no object of their device and window is left. An
-unreadable object is set aside and does not block others.
+A slice of a day is its objects, ordered by device, as a few sorted Parquet files in the table's folder. Rows flow from
+object to file in bounded memory. Invariants: each row of a readable object is in exactly one file, and this is checked
+by count. Rows of replaced files are kept where no object of their device and window is left. An unreadable object is
+set aside and does not block others.
 """
 
 import io
@@ -11,9 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from datetime import date, timedelta
+from time import monotonic
 from typing import TYPE_CHECKING, BinaryIO
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
@@ -21,20 +24,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
-from app.core.runs import Stop
+from app.core.ledger import SetAside, Tally, ledger_of
+from app.core.runs import Context, Failure, Report
 from app.core.windows import DAY_SECONDS
 from app.lake.columns import DEVICE, TIMESTAMP, LakeColumns
-from app.lake.plan import DeviceDay, LakeFile, Rewrite, TreeLayout, closed_days, ends_at, file_name
+from app.lake.plan import DeviceDay, LakeFile, Rewrite, TreeLayout, closed_days, ends_at, file_name, plan
 from app.object_store.deltas import named_second, unfolded_deltas
-from app.object_store.port import ObjectInfo, ObjectStore, PutRequest
+from app.object_store.port import ObjectInfo, PutRequest
 from app.object_store.table_sink import split_nanoseconds
 
 if TYPE_CHECKING:
-    from datetime import date
+    from app.lake.job import LakeDay
+    from app.lake.table import LakeTable
 
 GROUP_ROWS = 64 * 1024
 GROUP_CELLS = 2 << 20  # limits the rows of very wide tables
 AHEAD, READERS = 16, 4
+CHECK_EVERY_SECONDS, CHECK_BYTES = 7 * 86_400.0, 1 << 30  # or, of a large table, this much a run
+UNREADABLE = "object that the table cannot take"
+IS_CSV = "CSV object: the table takes Parquet"
 WHOLE_BYTES = COPY_BYTES = 1 << 20
 PARQUET = "application/vnd.apache.parquet"
 US = pa.timestamp("us", "UTC")
@@ -58,7 +66,7 @@ class NewFile:
     """A stored Parquet file; `footer` is its pyarrow metadata."""
 
     key: str
-    day: "date"
+    day: date
     size_bytes: int
     footer: pq.FileMetaData
 
@@ -78,58 +86,149 @@ class Compacted:
     aside: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Compaction:
-    """Where objects come from and files go. `folder`: the table's folder in the store; `nonce` identifies this run."""
+class LakeRun:
+    """One run of `job` over a table that is loaded. `layout` is that of the objects."""
 
-    store: ObjectStore
-    prefix: str
-    folder: str
-    layout: TreeLayout
-    spool: Path
-    max_bytes: int
-    nonce: str
+    def __init__(self, job: "LakeDay", table: "LakeTable", layout: TreeLayout, context: Context) -> None:
+        self._settings, self._store, self._table, self._layout = job.settings, job.store, table, layout
+        self._context, self._run_seconds, self._max_bytes = context, job.run_seconds, job.max_bytes
+        self._prefix, self._spool = job.settings.s3.prefix, job.settings.service.data_dir / "spool"
 
-    def run(self, rewrite: Rewrite, columns: LakeColumns, stop: Stop) -> Compacted:
+    def report(self) -> Report:
+        """Bring the table up to the objects, in one commit."""
+        context, table, prefix = self._context, self._table, self._prefix
+        files = self._checked(table.files())
+        lake = self._settings.lake
+        wait = timedelta(seconds=self._settings.export.grace_seconds, hours=lake.wait_hours)
+        listed = self._store.list(f"{prefix}/")
+        days = list(closed_days(listed, prefix, self._layout, (context.now_at - wait).date()))
+        made = plan(days, files, self._max_bytes)
+        notes = list(table.notes)
+        if missing := sum(file.missing for file in files):
+            notes.append(f"{missing} files of the table are gone or damaged")
+        aside: dict[str, str] = {}
+        if context.dry_run:
+            tally = Tally(waiting=sum(rewrite.objects for rewrite in made.rewrites))
+            report = Report(notes=[f"would write {len(made.rewrites)} slices"])
+        else:
+            report, tally, aside = self._write(made.rewrites)
+            if removed := table.expire(context.clock(), timedelta(days=lake.snapshot_days)):
+                notes.append(f"{removed} old files removed")
+        csv = sum(one.csv for one in days)
+        tally += Tally(counted=csv + sum(one.objects for one in days), already_there=made.kept - made.kept_aside)
+        reasons = [
+            SetAside(UNREADABLE, made.kept_aside + len(aside), len(aside), ": ".join(next(iter(aside.items()), ()))),
+            SetAside(IS_CSV, csv),
+        ]
+        ledger = ledger_of(tally, *(one for one in reasons if one.number), unit="objects")
+        return replace(report, ledger=ledger, notes=(*notes, *report.notes))
+
+    def _checked(self, files: Sequence[LakeFile]) -> Sequence[LakeFile]:
+        """The files of the table. Each is read whole about once a week, in turn, since the listing does not show damage
+        that leaves the size as it was.
+        """
+        seconds, size_bytes = self._settings.lake.interval_seconds, sum(file.entry.file_size_in_bytes for file in files)
+        turns = int(max(1, CHECK_EVERY_SECONDS // seconds, size_bytes // CHECK_BYTES))
+        turn = int(self._context.now_at.timestamp() // seconds) % turns
+
+        def is_damaged(file: LakeFile) -> bool:
+            if crc32(file.key.encode()) % turns != turn:
+                return False
+            try:
+                deque(self._rows_of(file), maxlen=0)
+            except (pa.ArrowException, OSError):
+                return True
+            return False
+
+        return [replace(file, missing=file.missing or is_damaged(file)) for file in files]
+
+    def _write(self, rewrites: Sequence[Rewrite]) -> tuple[Report, Tally, dict[str, str]]:
+        """Write the slices and commit them together. A slice that fails waits and does not block others.
+
+        Returns what became of their objects as well, and the reason for each that was set aside.
+        """
+        context, columns, done_until = self._context, self._table.columns(), monotonic() + self._run_seconds
+        new: list[NewFile] = []
+        replaced: list[LakeFile] = []
+        failures: list[Failure] = []
+        aside: dict[str, str] = {}
+        tally, rows, kept_rows, moved, damaged = Tally(), 0, 0, 0, 0
+        context.progress.advance(total=len(rewrites))
+        for number, rewrite in enumerate(rewrites):
+            if new and monotonic() > done_until:
+                tally += Tally(waiting=sum(one.objects for one in rewrites[number:]))
+                break
+            try:
+                done = self._compacted(rewrite, columns)
+            except (Transient, Permanent, Rejected, SourceMoved) as error:
+                tally += Tally(waiting=rewrite.objects)
+                if isinstance(error, SourceMoved):
+                    moved += 1
+                else:
+                    failures.append(Failure(rewrite.day.isoformat(), error.message, error.hint))
+                continue
+            good = rewrite.objects - len(done.aside)
+            tally += Tally(read=good, corrected=good) if rewrite.replaced else Tally(read=good, new=good)
+            new += done.files
+            replaced += rewrite.replaced
+            aside |= done.aside
+            rows, kept_rows, damaged = rows + done.rows, kept_rows + done.kept_rows, damaged + done.damaged
+            context.progress.advance(done=1, rows=done.rows)
+        if new:
+            context.stop.check()
+            self._table.commit(columns, new, replaced)
+        told = (
+            (moved, "slices changed while they were read: the next run takes them"),
+            (damaged, "files of the table cannot be read: their days are re-created from the objects"),
+            (kept_rows, "rows are kept whose objects are gone"),
+        )
+        report = Report(
+            rows=rows,
+            bytes=sum(file.size_bytes for file in new),
+            windows=len(new),
+            failures=failures,
+            more=monotonic() > done_until and bool(tally.waiting),
+            notes=[f"{count} {what}" for count, what in told if count],
+        )
+        return report, tally, aside
+
+    def _compacted(self, rewrite: Rewrite, columns: LakeColumns) -> Compacted:
         """Write the files of a slice. Raises SourceMoved when an object changed since the slice was planned."""
-        unfit: dict[str, str] = {}
+        unfit: dict[str, str] = {}  # the objects that an attempt could not take, with the reason
         while True:
             try:
-                return self._run(rewrite, columns, stop, unfit)
+                return self._attempt(rewrite, columns, unfit)
             except PartlyTaken as error:  # rare: it is a large object, or has a value that its type allows
                 unfit[error.key] = error.reason[:200]
             except OSError as error:  # the store raises our own errors only
-                raise Transient(f"{self.spool} cannot be used: {error}"[:300], "free space in DATA_DIR") from error
+                raise Transient(f"{self._spool} cannot be used: {error}"[:300], "free space in DATA_DIR") from error
 
-    def _run(self, rewrite: Rewrite, columns: LakeColumns, stop: Stop, unfit: Mapping[str, str]) -> Compacted:
-        """One attempt; `unfit` has the objects that earlier ones could not take, with the reason."""
+    def _attempt(self, rewrite: Rewrite, columns: LakeColumns, unfit: Mapping[str, str]) -> Compacted:
         done = Compacted(aside=dict(unfit))
         with ExitStack() as opened, ThreadPoolExecutor(READERS, thread_name_prefix="lake") as pool:
             parts = FileParts(
-                lambda: opened.enter_context(self._temporary()), rewrite.day, columns, self.max_bytes, done.aside
+                lambda: opened.enter_context(self._temporary()), rewrite.day, columns, self._max_bytes, done.aside
             )
             try:
-                self._fill(parts, rewrite, pool, stop, done)
+                self._fill(parts, rewrite, pool, done)
                 written = parts.close()
             finally:
                 parts.end_part()
             done.rows = parts.rows
             for number, file in enumerate(written):
-                stop.check()
+                self._context.stop.check()
                 done.files.append(self._put(file, rewrite, len(done.aside), number))
         if sum(file.footer.num_rows for file in done.files) != done.rows:
             raise Permanent(f"{rewrite.day}: the files have other rows than the objects", "please report it")
         return done
 
-    def _fill(
-        self, parts: "FileParts", rewrite: Rewrite, pool: ThreadPoolExecutor, stop: Stop, done: Compacted
-    ) -> None:
+    def _fill(self, parts: "FileParts", rewrite: Rewrite, pool: ThreadPoolExecutor, done: Compacted) -> None:
         covered: dict[str, set[int]] = {}
-        seconds = self.layout.window_seconds(rewrite.day)
+        seconds = self._layout.window_seconds(rewrite.day)
         old = _KeptRows(self._old_rows(rewrite.replaced, done), covered, seconds)
         member = rewrite.members[0]
         for of, info, body in self._fetched(rewrite.members, pool):
-            stop.check()
+            self._context.stop.check()
             if of is not member:
                 done.kept_rows += parts.add_kept(old.until(member.device, of.device))
                 member = of
@@ -154,20 +253,20 @@ class Compaction:
 
     def _listed(self, member: DeviceDay) -> Sequence[ObjectInfo]:
         """The Parquet objects of a device day, without deltas whose rows are also in another object."""
-        listed = list(self.store.list(member.folder))
-        found = next(closed_days(listed, self.prefix, self.layout, ends_at(member.day).date()), None)
+        listed = list(self._store.list(member.folder))
+        found = next(closed_days(listed, self._prefix, self._layout, ends_at(member.day).date()), None)
         if found is None or found.digest != member.digest:
             raise SourceMoved(f"{member.folder} changed while it was read", "no action needed; a later run takes it")
 
         def head(one: ObjectInfo | str) -> ObjectInfo | None:
-            return self.store.head(one if isinstance(one, str) else one.key)
+            return self._store.head(one if isinstance(one, str) else one.key)
 
         named = [info for info in listed if named_second(info.key) is not None and info.key.endswith(".parquet")]
-        return unfolded_deltas(named, head, window_seconds=self.layout.window_seconds(member.day)).infos
+        return unfolded_deltas(named, head, window_seconds=self._layout.window_seconds(member.day)).infos
 
     def _body(self, info: ObjectInfo) -> BinaryIO:
         try:
-            with self.store.open(info.key, info.etag) as body:
+            with self._store.open(info.key, info.etag) as body:
                 if body is None:
                     raise SourceMoved(f"{info.key} is gone", "no action needed; a later run takes it")
                 if info.size_bytes <= WHOLE_BYTES:
@@ -185,16 +284,8 @@ class Compaction:
 
     def _temporary(self) -> BinaryIO:
         """An unnamed file: a killed process leaves nothing behind."""
-        self.spool.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryFile(dir=self.spool)
-
-    def is_damaged(self, file: LakeFile) -> bool:
-        """Whether a file of the table exists, but cannot be read to its end. Reads it whole."""
-        try:
-            deque(self._rows_of(file), maxlen=0)
-        except (pa.ArrowException, OSError):
-            return True
-        return False
+        self._spool.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=self._spool)
 
     def _old_rows(self, files: Sequence[LakeFile], done: Compacted) -> Iterator[pa.Table]:
         """The rows of replaced files, as far as they still exist and can be read."""
@@ -206,18 +297,19 @@ class Compaction:
 
     def _rows_of(self, held: LakeFile) -> Iterator[pa.Table]:
         """The rows of a file of the table; none if it is gone. Raises ArrowException or OSError if it is damaged."""
-        with self.store.open(held.key) as body:
+        with self._store.open(held.key) as body:
             if body is None:
                 return
             with self._copied(body) as copy, pq.ParquetFile(copy, page_checksum_verification=True) as file:
                 yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(GROUP_ROWS))
 
     def _put(self, file: BinaryIO, rewrite: Rewrite, aside: int, number: int) -> NewFile:
-        key = f"{self.folder}/data/{file_name(rewrite, aside, number, self.nonce)}"
+        nonce = self._context.run_id[:12]
+        key = f"{self._table.folder}/data/{file_name(rewrite, aside, number, nonce)}"
         size_bytes = file.seek(0, 2)
         footer = pq.read_metadata(file)
         file.seek(0)
-        self.store.put(key, file, PutRequest(PARQUET))
+        self._store.put(key, file, PutRequest(PARQUET))
         return NewFile(key, rewrite.day, size_bytes, footer)
 
 
@@ -268,7 +360,7 @@ class FileParts:
     def __init__(
         self,
         opened: Callable[[], BinaryIO],
-        day: "date",
+        day: date,
         columns: LakeColumns,
         max_bytes: int,
         aside: dict[str, str],

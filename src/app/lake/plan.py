@@ -176,11 +176,17 @@ def plan(days: Iterable[DeviceDay], files: Iterable[LakeFile], max_bytes: int) -
     for file in files:
         held.setdefault(file.day, []).append(file)
     found: dict[date, list[DeviceDay]] = {}
-    for one in days:
-        found.setdefault(one.day, []).append(one)
+    for member in days:
+        found.setdefault(member.day, []).append(member)
     made = LakePlan()
     for day in sorted(found):
-        _plan_day(day, found[day], held.get(day, []), max_bytes, made)
+        slices = slices_of(held.get(day, []))
+        for one, own in zip(slices, in_slices(found[day], slices), strict=True):
+            if own and one.is_made_from(own):
+                made.kept += sum(member.objects for member in own)
+                made.kept_aside += one.objects_aside
+            elif own:
+                made.rewrites += _cut(day, one.bound, own, one.files, max_bytes)
     return made
 
 
@@ -202,20 +208,6 @@ def in_slices(members: Iterable[DeviceDay], slices: Sequence[Slice]) -> Sequence
         if member.objects:
             found[bisect_right(bounds, member.device.encode()) - 1].append(member)
     return found
-
-
-def _plan_day(
-    day: date, members: Sequence[DeviceDay], files: Sequence[LakeFile], max_bytes: int, made: LakePlan
-) -> None:
-    slices = slices_of(files)
-    for one, own in zip(slices, in_slices(members, slices), strict=True):
-        if not own:
-            continue
-        if one.is_made_from(own):
-            made.kept += sum(member.objects for member in own)
-            made.kept_aside += one.objects_aside
-        else:
-            made.rewrites += _cut(day, one.bound, own, one.files, max_bytes)
 
 
 def _cut(

@@ -13,7 +13,6 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -36,6 +35,7 @@ from pyiceberg.types import IcebergType, NestedField
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.config.settings import Settings
 from app.core.closed_days import TableState
 from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.windows import EPOCH
@@ -134,41 +134,28 @@ class _Stored(io.BytesIO):
         self.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Catalog:
-    """Where the table is. `uri`: for SQLAlchemy; `base`: what precedes a key in a location, such as `s3://bucket/`.
-
-    `tree`: the prefix of the objects that the table is made from.
+@contextmanager
+def open_table(settings: Settings, store: ObjectStore) -> Iterator["LakeTable"]:
+    """The table, for the duration of the block. Its catalog is in the checkpoint database, or in a separate file if
+    that is SQLite. Raises Transient while the database is unreachable.
     """
-
-    uri: str
-    store: ObjectStore
-    base: str
-    prefix: str
-    tree: str
-
-    @property
-    def folder(self) -> str:
-        """The table's folder in the store."""
-        return f"{self.prefix}/{TABLE}"
-
-    @contextmanager
-    def opened(self) -> Iterator["LakeTable"]:
-        """The table, for the duration of the block. Raises Transient while the database is unreachable."""
-        properties = {
-            "uri": self.uri,
-            "py-io-impl": f"{__name__}.{StoreFileIO.__name__}",
-            STORE: self.store,
-            BASE: self.base,
-        }
-        logging.getLogger("pyiceberg").setLevel(logging.WARNING)  # it logs every file it opens
-        with _translated():
-            catalog = SqlCatalog("headwater", **cast("dict[str, str]", properties))
-            try:
-                catalog.create_namespace_if_not_exists(NAMESPACE)
-                yield LakeTable(catalog, self)
-            finally:
-                catalog.close()
+    data_dir, s3 = settings.service.data_dir.resolve(), settings.s3
+    url = settings.checkpoint.url.get_secret_value()
+    base = f"s3://{s3.bucket}/" if s3.bucket else f"file://{data_dir / 'objects'}/"
+    properties = {
+        "uri": "postgresql+psycopg://" + url.partition("://")[2] if url else f"sqlite:///{data_dir / 'lake.db'}",
+        "py-io-impl": f"{__name__}.{StoreFileIO.__name__}",
+        STORE: store,
+        BASE: base,
+    }
+    logging.getLogger("pyiceberg").setLevel(logging.WARNING)  # it logs every file it opens
+    with _translated():
+        catalog = SqlCatalog("headwater", **cast("dict[str, str]", properties))
+        try:
+            catalog.create_namespace_if_not_exists(NAMESPACE)
+            yield LakeTable(catalog, store, base, f"{settings.lake.prefix}/{TABLE}", tree=s3.prefix)
+        finally:
+            catalog.close()
 
 
 @contextmanager
@@ -186,11 +173,13 @@ def _translated() -> Iterator[None]:
 
 
 class LakeTable:
-    """The table in its catalog. `notes` lists repairs."""
+    """The table in its catalog. `base`: what precedes a key of the store in a location that other programs can read;
+    `folder`: where its files are in the store; `tree`: the prefix of the objects that it is made from. `notes` lists
+    repairs.
+    """
 
-    def __init__(self, catalog: SqlCatalog, where: Catalog) -> None:
-        self._catalog = catalog
-        self._where = where
+    def __init__(self, catalog: SqlCatalog, store: ObjectStore, base: str, folder: str, *, tree: str) -> None:
+        self._catalog, self._store, self._base, self.folder, self._tree = catalog, store, base, folder, tree
         self._name = (NAMESPACE, TABLE)
         self._row = (
             IcebergTables.catalog_name == catalog.name,
@@ -202,11 +191,6 @@ class LakeTable:
         self.stored: dict[str, ObjectInfo] = {}
         self.notes: list[str] = []
 
-    @property
-    def folder(self) -> str:
-        """The table's folder in the store."""
-        return self._where.folder
-
     def load(self, now: datetime, *, repair: bool) -> None:
         """Load the table from its newest readable metadata file. Nothing is created here.
 
@@ -215,8 +199,8 @@ class LakeTable:
         The catalog is queried before files are listed, so that what it names is either in the listing or gone.
         """
         held = self.pointer()
-        self.stored = {info.key: info for info in self._where.store.list(f"{self._where.folder}/")}
-        pointed = held.removeprefix(self._where.base) if held.startswith(self._where.base) else ""
+        self.stored = {info.key: info for info in self._store.list(f"{self.folder}/")}
+        pointed = held.removeprefix(self._base) if held.startswith(self._base) else ""
         young = {key for key, info in self.stored.items() if info.modified_at > now - COMMIT_AGE}
         newest = _number(pointed)
         known = sorted(
@@ -230,7 +214,7 @@ class LakeTable:
         )
         for place, key in enumerate(known):
             try:
-                is_read = self._read(f"{self._where.base}{key}")
+                is_read = self._read(f"{self._base}{key}")
             except Permanent:
                 if repair:
                     raise
@@ -277,18 +261,18 @@ class LakeTable:
     def _check_ours(self, metadata: Any, location: str) -> None:
         """Raises Permanent for the table of another program or tree, which must be neither overwritten nor removed."""
         spec = metadata.spec()
-        tree = metadata.properties.get(TREE, self._where.tree)  # earlier versions did not record it
+        tree = metadata.properties.get(TREE, self._tree)  # earlier versions did not record it
         if [(each.name, str(each.transform)) for each in spec.fields] != [("day", "day")]:
             raise Permanent(f"{location} is another program's table", "set S3_LAKE_PREFIX to a prefix of its own")
-        if tree != self._where.tree:
+        if tree != self._tree:
             raise Permanent(
-                f"{location} is the table of the objects below {tree}, not of those below {self._where.tree}",
+                f"{location} is the table of the objects below {tree}, not of those below {self._tree}",
                 "set S3_LAKE_PREFIX to a prefix of its own, or delete what is below this one",
             )
 
     def _settle(self, held: str, key: str, unreadable: Sequence[str]) -> None:
         """Set the catalog to the metadata file `key`, "" for none, and remove the unreadable ones."""
-        location = f"{self._where.base}{key}" if key else ""
+        location = f"{self._base}{key}" if key else ""
         if unreadable:
             self.notes.append(
                 f"{len(unreadable)} snapshots of the table cannot be read, since their files are gone or damaged"
@@ -301,7 +285,7 @@ class LakeTable:
             self._point(held, location)
         for each in unreadable:
             self.stored.pop(each, None)
-            self._where.store.delete(each)
+            self._store.delete(each)
 
     def _point(self, held: str, location: str) -> None:
         """Set the catalog to `location` ("" = nothing) if it still names `held`. Raises Conflict."""
@@ -320,7 +304,7 @@ class LakeTable:
         return [self._file(entry) for entry in self._entries]
 
     def _file(self, entry: DataFile) -> LakeFile:
-        key = entry.file_path.removeprefix(self._where.base)
+        key = entry.file_path.removeprefix(self._base)
         day = EPOCH.date() + timedelta(days=entry.partition[0])
         held = self.stored.get(key)
         return LakeFile(key, day, entry, missing=held is None or held.size_bytes != entry.file_size_in_bytes)
@@ -348,7 +332,7 @@ class LakeTable:
         return self._state(found), files
 
     def _state(self, snapshot: Any) -> TableState:
-        return TableState(snapshot.snapshot_id, _taken_at(snapshot), f"{self._where.base}{self._where.folder}")
+        return TableState(snapshot.snapshot_id, _taken_at(snapshot), f"{self._base}{self.folder}")
 
     def oldest_at(self) -> datetime | None:
         """When the oldest retained snapshot was taken."""
@@ -382,8 +366,8 @@ class LakeTable:
         schema = Schema(*fields)
         source = schema.find_field(TIMESTAMP).field_id
         spec = PartitionSpec(PartitionField(source, 1000, DayTransform(), "day"))
-        properties = {**PROPERTIES, TREE: self._where.tree, MAPPING: schema.name_mapping.model_dump_json()}
-        location = f"{self._where.base}{self._where.folder}"
+        properties = {**PROPERTIES, TREE: self._tree, MAPPING: schema.name_mapping.model_dump_json()}
+        location = f"{self._base}{self.folder}"
         return self._catalog.create_table(self._name, schema, location, spec, properties=properties)
 
     @staticmethod
@@ -413,7 +397,7 @@ class LakeTable:
         )
         return DataFile.from_args(
             content=DataFileContent.DATA,
-            file_path=f"{self._where.base}{file.key}",
+            file_path=f"{self._base}{file.key}",
             file_format=FileFormat.PARQUET,
             partition=Record((file.day - EPOCH.date()).days),
             file_size_in_bytes=file.size_bytes,
@@ -435,7 +419,7 @@ class LakeTable:
         old = {key for key, info in self.stored.items() if info.modified_at < now - ORPHAN_AGE}
         unnamed = old - self._named(table) if old else set()
         for key in unnamed:
-            self._where.store.delete(key)
+            self._store.delete(key)
         return len(unnamed)
 
     def _named(self, table: Table) -> set[str]:
@@ -450,7 +434,7 @@ class LakeTable:
                         seen.add(manifest.manifest_path)
                         entries = manifest.fetch_manifest_entry(table.io, discard_deleted=True)
                         locations.update(entry.data_file.file_path for entry in entries)
-        return {location.removeprefix(self._where.base) for location in locations | seen}
+        return {location.removeprefix(self._base) for location in locations | seen}
 
 
 def _number(location: str) -> int:

@@ -84,24 +84,21 @@ class Heartbeats:
             self._queue.put(job)
 
     def _loop(self) -> None:
+        """One attempt for each beat; the next successful run calls again. Logs only when a URL becomes unreachable or
+        reachable again.
+        """
         while (job := self._queue.get()) and not self._closed:
             self._waiting.discard(job)
-            self._call(job)
-
-    def _call(self, job: str) -> None:
-        """One attempt; the next successful run calls again. Logs only when a URL becomes unreachable or reachable
-        again.
-        """
-        try:
-            post(self.urls[job], None, self._seconds)
-        except AppError as error:
-            if job not in self._silent:
-                log.warning("the heartbeat of %s cannot be delivered: %s", job, error)
-            self._silent.add(job)
-        else:
-            if job in self._silent:
-                log.info("the heartbeat of %s is delivered again", job)
-            self._silent.discard(job)
+            try:
+                post(self.urls[job], None, self._seconds)
+            except AppError as error:
+                if job not in self._silent:
+                    log.warning("the heartbeat of %s cannot be delivered: %s", job, error)
+                self._silent.add(job)
+            else:
+                if job in self._silent:
+                    log.info("the heartbeat of %s is delivered again", job)
+                self._silent.discard(job)
 
 
 # Alerts: a webhook when a job begins to fail, recovers or falls silent, and a heartbeat per job.
@@ -128,11 +125,10 @@ def is_stale(last_seconds: float | None, up_seconds: float, limits: tuple[float,
     A process that has just started gets the grace, and a job that never ran gets both. A negative age only shows that a
     clock was wrong: the job is then treated as one that never ran.
     """
+    if last_seconds is None or last_seconds < -AHEAD.total_seconds():
+        last_seconds = up_seconds
     interval, grace = limits
-    known = last_seconds is not None and last_seconds >= -AHEAD.total_seconds()
-    return (
-        up_seconds > grace and (last_seconds if known and last_seconds is not None else up_seconds) > interval + grace
-    )
+    return up_seconds > grace and last_seconds > interval + grace
 
 
 def last_ends(totals: Sequence[RunTotal], outcomes: Collection[Outcome]) -> Mapping[str, datetime]:
@@ -153,7 +149,8 @@ class Alerts:
     """One thread that checks and sends alerts. `ended` may be called from any thread and never blocks.
 
     `state` stores the alerts that were sent, so that only one of several processes sends each, and provides the clocks
-    of the run records; `clock` is this machine's; `elapsed_seconds` is monotonic.
+    of the run records; `clock` is this machine's; `elapsed_seconds` is monotonic. As of the last check, `stale` are
+    silent jobs, and `ahead_seconds` says how far the records of a job lie in the future, if they do.
     """
 
     def __init__(
@@ -173,19 +170,9 @@ class Alerts:
         self._ended: queue.Queue[Run] = queue.Queue(WAITING)
         self._stop = Stop()
         self._since_seconds = elapsed_seconds()
-        self._stale: frozenset[str] = frozenset()
-        self._ahead: Mapping[str, float] = {}
+        self.stale: Collection[str] = frozenset()
+        self.ahead_seconds: Mapping[str, float] = {}
         self._thread = threading.Thread(target=self._loop, name="alerts", daemon=True)
-
-    @property
-    def stale(self) -> Collection[str]:
-        """Silent jobs, as of the last check."""
-        return self._stale
-
-    @property
-    def ahead_seconds(self) -> Mapping[str, float]:
-        """Job -> how far its records lie in the future, as of the last check; only jobs where they do."""
-        return self._ahead
 
     def start(self) -> None:
         """Start the thread."""
@@ -239,25 +226,21 @@ class Alerts:
         """Find stale jobs, and alerts to close whose run ended elsewhere: in another process or a command."""
         try:
             now, totals = self._state.clocks.now(), self._state.runs.totals()
-            self._stale = self._stale_now(last_ends(totals, DONE), now)
-            self._look_ahead()
+            self.stale = self._stale_now(last_ends(totals, DONE), now)
+            ahead = self._state.clocks.ahead_seconds()
+            for job in sorted(ahead.keys() - self.ahead_seconds.keys()):
+                log.warning("%s: %s (%s)", job, ahead_message(ahead[job]), CLOCK_HINT)
+            self.ahead_seconds = ahead
             if self._url:
                 self._tell_over(totals, now)
                 self._tell_open(now)
         except AppError as error:
             log.debug("alerts: the record cannot be read: %s", error)
 
-    def _look_ahead(self) -> None:
-        """Log each job once while its records lie in the future."""
-        ahead = self._state.clocks.ahead_seconds()
-        for job in sorted(ahead.keys() - self._ahead.keys()):
-            log.warning("%s: %s (%s)", job, ahead_message(ahead[job]), CLOCK_HINT)
-        self._ahead = ahead
-
     def _tell_open(self, now: datetime) -> None:
         known = self._state.alerts.told()
-        silent = dict.fromkeys(self._stale, "no run finished in time")
-        ahead = {name: ahead_message(seconds) for name, seconds in self._ahead.items()}
+        silent = dict.fromkeys(self.stale, "no run finished in time")
+        ahead = {name: ahead_message(seconds) for name, seconds in self.ahead_seconds.items()}
         troubles = self._state.checkpoints.troubles()
         objects = {name: ", ".join(describe_trouble(some)) for name, some in troubles.items() if some}
         for event, messages, hint in (
@@ -270,28 +253,26 @@ class Alerts:
                     self._tell(event, name, messages[name], {"hint": hint})
 
     def _tell_over(self, totals: Sequence[RunTotal], now: datetime) -> None:
-        """A good run closes all alerts; a partial one closes "stale" silently, since it opens a failure."""
+        """A good run closes all alerts but two, which end when clocks agree or a listing shows the objects again; a
+        partial one closes "stale" silently, since it opens a failure.
+        """
         good, done, latest = (last_ends(totals, outcomes) for outcomes in ((Outcome.OK,), DONE, tuple(Outcome)))
         for (name, event), told_at in self._state.alerts.told().items():
             before = told_at + TICK
             # an alert from a clock that was ahead is over with the job's latest run
             since = before if told_at <= now + AHEAD else latest.get(name, before)
             ended = {end_at for ends in (good, done) if (end_at := ends.get(name)) and since <= end_at <= now + AHEAD}
-            if event in (CLOCK_AHEAD, OBJECTS):
-                self._tell_put_right(event, name, before)
+            if event == CLOCK_AHEAD:
+                if name not in self.ahead_seconds:
+                    self._state.alerts.end(name, before, event)
+            elif event == OBJECTS:
+                if not self._state.checkpoints.troubles().get(name) and self._state.alerts.end(name, before, event):
+                    self._tell(RECOVERED, name, "its objects are as they were confirmed", {})
             elif good.get(name) in ended:
                 if self._state.alerts.end(name, before):
                     self._tell(RECOVERED, name, "runs finish again", {})
             elif event == STALE and ended:
                 self._state.alerts.end(name, before, STALE)
-
-    def _tell_put_right(self, event: str, name: str, before: datetime) -> None:
-        """Close the two alerts that no run closes: clocks agree again, or a listing shows the objects again."""
-        if event == CLOCK_AHEAD and name not in self._ahead:
-            self._state.alerts.end(name, before, event)
-        is_whole = event == OBJECTS and not self._state.checkpoints.troubles().get(name)
-        if is_whole and self._state.alerts.end(name, before, event):
-            self._tell(RECOVERED, name, "its objects are as they were confirmed", {})
 
     def _stale_now(self, last: Mapping[str, datetime], now: datetime) -> frozenset[str]:
         paused = self._state.pauses.paused()

@@ -276,10 +276,9 @@ def verify(
             error = f"  {verdict.error} ({verdict.hint})" if verdict.error else ""
             line(cell(f"{verdict.sign.value} {verdict.slot}  {rows}{'  healed' if verdict.healed else ''}{error}"))
 
-    with _stoppable(service.stop):
+    with _foreground(service) as services:
         if heal:
             refuse_unknown(verification(service.stop), span, partition)
-            services = replace(service.services, ended=_unexpected)
             ended = _waited_for(
                 heal_job(ours, verification, span, partition, seen=seen), services, service.stop, logging_progress(job)
             )
@@ -290,10 +289,7 @@ def verify(
         else:
             for verdict in compared(verification(service.stop), span, service.stop, partition):
                 seen(verdict)
-    return _judged(job, span, verdicts, every=every, as_json=as_json)
 
-
-def _judged(job: str, span: Window, verdicts: Sequence[ComparedWindow], *, every: bool, as_json: bool) -> int:
     counts = Counter(each.sign.value for each in verdicts)
     fine = all(each.sign is Verdict.EQUAL or each.healed for each in verdicts)
     healed = sum(each.healed for each in verdicts)
@@ -316,8 +312,7 @@ def _judged(job: str, span: Window, verdicts: Sequence[ComparedWindow], *, every
 def once(service: BuiltService, *, as_json: bool) -> int:
     """Run every job that is on until it has nothing left to do, then show what moved; 1 when one did not end well."""
     documents = []
-    services = replace(service.services, ended=_unexpected)
-    with _stoppable(service.stop):
+    with _foreground(service) as services:
         for job in (each for each in service.pipelines.jobs if not each.off):
             with _shown(job) as tally:
                 last, total = _to_the_end(job, services, service.stop, tally, dry_run=False)
@@ -350,8 +345,7 @@ def _job(service: BuiltService, name: str, *, on: bool = True) -> Job:
 
 
 def _finish(service: BuiltService, job: Job, *, dry_run: bool, as_json: bool) -> int:
-    services = replace(service.services, ended=_unexpected)
-    with _stoppable(service.stop), _shown(job) as tally:
+    with _foreground(service) as services, _shown(job) as tally:
         last, total = _to_the_end(job, services, service.stop, tally, dry_run=dry_run)
     if last is None:
         return _busy(service, job, as_json=as_json)
@@ -438,23 +432,21 @@ def _tell(last: Run, total: Report, *, dry_run: bool) -> None:
         sys.stderr.write(f"{last.job}: {last.error}{f' ({last.hint})' if last.hint else ''}\n")
 
 
-def _unexpected(run: Run, cause: BaseException | None) -> None:
-    """The outcome is printed at the end; only unexpected errors need a traceback."""
-    if cause is not None and not isinstance(cause, AppError):
-        log.error("%s failed", run.job, exc_info=cause)
-
-
 @contextmanager
-def _stoppable(stop: Stop) -> Iterator[None]:
-    """The first signal asks for a stop; the second ends the process at once."""
+def _foreground(service: BuiltService) -> Iterator[RunServices]:
+    """What runs need in a terminal. The first signal asks for a stop; the second ends the process at once."""
 
     def ask(number: int, _: FrameType | None) -> None:
-        stop.ask("the command was interrupted")
+        service.stop.ask("the command was interrupted")
         signal.signal(number, signal.SIG_DFL)
+
+    def ended(run: Run, cause: BaseException | None) -> None:  # the outcome is printed at the end
+        if cause is not None and not isinstance(cause, AppError):
+            log.error("%s failed", run.job, exc_info=cause)
 
     held = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield replace(service.services, ended=ended)
     finally:
         for number, handler in held.items():
             signal.signal(number, handler)

@@ -13,9 +13,11 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, tzinfo
-from typing import Any
+from math import inf
+from typing import Any, TypeVar
 
 from app.core.errors import AppError, Rejected, Transient
 from app.core.pipeline import MISSING
@@ -212,25 +214,7 @@ class MapFault:
     seen_at: datetime
 
 
-@dataclass
-class _AnswerCache:
-    """A cache of maps by request; when it is full, the oldest entries are evicted."""
-
-    held: "OrderedDict[tuple[Any, ...], tuple[Any, float]]" = field(default_factory=OrderedDict)
-
-    def get(self, key: tuple[Any, ...], seconds: float) -> Any:
-        found, at = self.held.get(key, (None, 0.0))
-        return found if time.monotonic() - at <= seconds else None
-
-    def put(self, key: tuple[Any, ...], value: Any) -> Any:
-        self.held[key] = (value, time.monotonic())
-        while len(self.held) > KEPT_MAPS:
-            self.held.popitem(last=False)
-        return value
-
-    def forget(self, job: str) -> None:
-        for key in [each for each in list(self.held) if each[0] == job]:
-            self.held.pop(key, None)
+Made = TypeVar("Made")
 
 
 class DeliveryMaps:
@@ -241,7 +225,7 @@ class DeliveryMaps:
         self._pages = pages
         self._clock = clock
         self._turn = threading.Lock()
-        self._kept = _AnswerCache()
+        self._kept: OrderedDict[tuple[Any, ...], tuple[Any, float]] = OrderedDict()  # when made, by request
         self._faults: dict[str, Mapping[tuple[str, Window], MapFault]] = {}
         self._refreshing: dict[str, threading.Thread] = {}
 
@@ -260,7 +244,8 @@ class DeliveryMaps:
 
     def forget(self, job: str) -> None:
         """List the destination of `job` again on the next request: it has changed."""
-        self._kept.forget(job)
+        for key in [each for each in list(self._kept) if each[0] == job]:
+            self._kept.pop(key, None)
 
     def healed(self, job: str, partition: str, window: Window) -> None:
         """Remove the fault of a window that was healed."""
@@ -274,11 +259,7 @@ class DeliveryMaps:
 
         Raises Rejected for a job without a map, Transient when the destination is too slow.
         """
-        key = (job, "windows", span, offset, limit)
-        found: tuple[int, Sequence[MapLine]] = self._once(
-            key, lambda chart: self._list(job, chart, span, offset, limit)
-        )
-        return found
+        return self._once((job, "windows", span, offset, limit), lambda: self._list(job, span, offset, limit))
 
     def partition(self, job: str, partition: str, span: Window) -> Sequence[MapCell]:
         """The windows of one partition, from a listing made now. Raises Rejected for an unknown one."""
@@ -288,13 +269,12 @@ class DeliveryMaps:
         if not is_known and partition not in chart.partitions():
             raise Rejected(f"{job} has no partition {partition[:80]!r}", "see /ops/partitions for their names")
 
-        def line(_: GapMapSource) -> MapLine:
+        def listed() -> Sequence[MapCell]:
             cells = chart.cells(partition, span)
             self._note(job, MapLine(partition, cells), span)
-            return MapLine(partition, cells)
+            return cells
 
-        found: MapLine = self._once((job, "partition", partition, span), line)
-        return found.cells
+        return self._once((job, "partition", partition, span), listed)
 
     def whole(
         self,
@@ -313,7 +293,7 @@ class DeliveryMaps:
         if names.first and names.first == names.last and cells.window.seconds <= LISTED_DAYS * DAY:
             rows = [_row(names.first, cells.paint_cells(self.partition(job, names.first, cells.window), self._clock()))]
         elif self._is_listable(job, cells, names):
-            listed = self._once((job, "map", *cells.edges), lambda chart: self._listed(job, chart, cells))
+            listed = self._once((job, "map", *cells.edges), lambda: self._listed(job, cells))
             rows = [row for row in listed if names.find.lower() in row.name.lower()]
         else:
             return self.recorded(job, cells, names, offset=offset, limit=limit, only_problems=only_problems)
@@ -337,24 +317,21 @@ class DeliveryMaps:
             with self._pages.look() as look:
                 return _Recorded(look, job, cells, self._clock()).strip()
         key = (job, "map", *cells.edges)
-        found = self._kept.get(key, KEPT_SECONDS)
-        if found is None:
+        if self._held(key, KEPT_SECONDS) is None:
             thread = self._refreshing.get(job)
             if thread is None or not thread.is_alive():
                 thread = threading.Thread(target=self._refresh, args=(job, cells), name=f"map-{job}", daemon=True)
                 self._refreshing[job] = thread
                 thread.start()
-            thread.join(wait_seconds if self._kept.get(key, float("inf")) is None else 0.0)
-            found = self._kept.get(key, float("inf"))
+            thread.join(wait_seconds if self._held(key) is None else 0.0)
+        found = self._held(key)
         if found is None:
             return None
         return "".join(worst_state(row.cells[place] for row in found) for place in range(len(cells.edges) - 1))
 
     def _refresh(self, job: str, cells: MapCells) -> None:
-        try:
+        with suppress(AppError):  # the map itself shows the error; the strip stays as it is
             self.whole(job, cells)
-        except AppError:
-            return  # the map itself shows the error; the strip stays as it is
 
     def _is_listable(self, job: str, cells: MapCells, names: NameFilter) -> bool:
         """Whether the partitions are few enough to list, or the records are empty."""
@@ -371,21 +348,31 @@ class DeliveryMaps:
             raise Rejected(f"job {job[:80]!r} has no delivery map", f"jobs that have one: {', '.join(self.jobs)}")
         return self._charts[job]
 
-    def _once(self, key: tuple[Any, ...], make: Callable[[GapMapSource], Any]) -> Any:
-        """The cached value, or one made now, while no other request lists a destination."""
+    def _held(self, key: tuple[Any, ...], seconds: float = inf) -> Any:
+        found, at = self._kept.get(key, (None, 0.0))
+        return found if time.monotonic() - at <= seconds else None
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """The cached value, or one made now, while no other request lists a destination. When the cache is full, its
+        oldest entries are evicted.
+        """
         job = key[0]
-        chart = self._chart(job)
+        self._chart(job)
         if not self._turn.acquire(timeout=WAIT_SECONDS):
             raise Transient(f"{job}: its destination is slow to list", "look at /ready, and ask again")
         try:
-            found = self._kept.get(key, KEPT_SECONDS)
-            return found if found is not None else self._kept.put(key, make(chart))
+            found: Made | None = self._held(key, KEPT_SECONDS)
+            if found is None:
+                found = make()
+                self._kept[key] = (found, time.monotonic())
+                while len(self._kept) > KEPT_MAPS:
+                    self._kept.popitem(last=False)
+            return found
         finally:
             self._turn.release()
 
-    def _list(
-        self, job: str, chart: GapMapSource, span: Window, offset: int, limit: int
-    ) -> tuple[int, Sequence[MapLine]]:
+    def _list(self, job: str, span: Window, offset: int, limit: int) -> tuple[int, Sequence[MapLine]]:
+        chart = self._charts[job]
         partitions = chart.partitions()
 
         def line(partition: str) -> MapLine:
@@ -404,20 +391,20 @@ class DeliveryMaps:
     def _note(self, job: str, line: MapLine, span: Window) -> None:
         """Replace the faults of one partition within `span` by those in its listing."""
         before = self._faults.get(job, {})
-        seen = dict(before)
-        for name, window in before:
-            if name == line.partition and span.start <= window.start < span.end:
-                del seen[name, window]
+        seen = {
+            key: fault
+            for key, fault in before.items()
+            if key[0] != line.partition or not span.start <= key[1].start < span.end
+        }
         for cell in line.cells:
             if (letter := letter_of(cell)) in "mpc":
-                key = (line.partition, cell.window)
-                seen_at = before[key].seen_at if key in before else self._clock()
-                seen[key] = MapFault(*key, letter, seen_at)
+                key = line.partition, cell.window
+                seen[key] = MapFault(*key, letter, before[key].seen_at if key in before else self._clock())
         self._faults[job] = seen
 
-    def _listed(self, job: str, chart: GapMapSource, cells: MapCells) -> Sequence[MapRow]:
+    def _listed(self, job: str, cells: MapCells) -> Sequence[MapRow]:
         now = self._clock()
-        _, lines = self._list(job, chart, cells.window, 0, LISTED_PARTITIONS)
+        _, lines = self._list(job, cells.window, 0, LISTED_PARTITIONS)
         painted = {
             line.partition: "u" * (len(cells.edges) - 1) if line.error else cells.paint_cells(line.cells, now)
             for line in lines
@@ -454,10 +441,7 @@ class _Recorded:
     """A map from the records: cells before the cursor are done, except for marked windows."""
 
     def __init__(self, look: PageQuerySession, job: str, cells: MapCells, now: datetime) -> None:
-        self._look = look
-        self._job = job
-        self._cells = cells
-        self._now = now
+        self._look, self._job, self._cells, self._now = look, job, cells, now
         totals = {row["pipeline"]: row for row in look.rows("partition_totals")}
         self._totals = totals.get(job, {"partitions": 0, "slowest_at": None, "furthest_at": None})
         slack = LATE_AFTER if cells.seconds < DAY else timedelta(days=2)
@@ -512,17 +496,14 @@ class _Recorded:
             for name, start, end, letter in self._faults
             if between is None or between[0] <= name <= between[1]
         ]
-        marked = self._cells.paint(faults, self._now)
-        return "".join(
-            worst_state((marked[place], self._plain(place, between, cursor_at))) for place in range(len(self._spans))
-        )
-
-    def _plain(self, place: int, between: tuple[str, str] | None, cursor_at: datetime) -> str:
-        """The letter of a cell without marked windows."""
-        start, end = self._spans[place]
-        if start >= self._now:
-            return "n"
-        if end > cursor_at:
-            return "l" if end <= self._late_before else "o"
-        there = self._any[place] and (between is None or self._look.any_rows(self._job, start, end, between))
-        return "k" if there else "n"
+        letters = []
+        for (start, end), is_any, marked in zip(
+            self._spans, self._any, self._cells.paint(faults, self._now), strict=True
+        ):
+            letter = "n"
+            if start < self._now and end > cursor_at:
+                letter = "l" if end <= self._late_before else "o"
+            elif is_any and (between is None or self._look.any_rows(self._job, start, end, between)):
+                letter = "k"
+            letters.append(worst_state((marked, letter)))
+        return "".join(letters)

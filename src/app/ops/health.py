@@ -61,16 +61,13 @@ class Readiness:
 
     def findings(self) -> Mapping[str, CheckResult]:
         """The latest result of each check. No I/O."""
-        now = time.monotonic()
-        return {name: self._latest(name, now) for name in self._checks}
-
-    def _latest(self, name: str, now: float) -> CheckResult:
-        finding, at = self._found.get(name, (CheckResult(ok=False, error=NOT_YET, hint="ask again soon"), now))
-        if now - at > EVERY_SECONDS + LIMIT_SECONDS:
-            return CheckResult(
-                ok=False, error=f"no answer for {now - at:.0f} s", hint="check whether that system hangs"
-            )
-        return finding
+        now, found = time.monotonic(), {}
+        for name in self._checks:
+            found[name], at = self._found.get(name, (CheckResult(ok=False, error=NOT_YET, hint="ask again soon"), now))
+            if now - at > EVERY_SECONDS + LIMIT_SECONDS:
+                error, hint = f"no answer for {now - at:.0f} s", "check whether that system hangs"
+                found[name] = CheckResult(ok=False, error=error, hint=hint)
+        return found
 
     def _watch(self, name: str) -> None:
         """Logs an error once, and again when it changes."""

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from app.core.ledger import TALLY_NAMES, summary_of, to_json
-from app.core.runs import Outcome, Report, Run, RunTotal
+from app.core.runs import Outcome, Report, Run
 from app.core.windows import instant_text
 from app.db.checkpoints import Checkpoint
 from app.ops.scheduler import JobView
@@ -44,33 +44,6 @@ def view_shown(view: JobView) -> dict[str, Any]:
     }
 
 
-def job_shown(
-    view: JobView,
-    last: Run | None,
-    totals: Sequence[RunTotal] = (),
-    *,
-    stale: bool = False,
-    calls: ServiceCalls | None = None,
-    clock_ahead_seconds: float = 0.0,
-) -> Mapping[str, Any]:
-    """A job, its current state and its `last` run; `totals` of all its runs. `stale`: it fell silent.
-    `clock_ahead_seconds`: how far its last run or a cursor lies in the future.
-    """
-    return {
-        **view_shown(view),
-        "off": view.job.off,
-        "stale": stale,
-        "clock_ahead_seconds": clock_ahead_seconds,
-        "runs_total": sum(total.runs for total in totals),
-        "rows_total": sum(total.report.new_rows for total in totals),
-        "rows_written_total": sum(total.report.rows for total in totals),
-        "late_rows_total": sum(total.report.late_rows for total in totals),
-        "corrected_rows_total": sum(total.report.corrected_rows for total in totals),
-        "calls": calls and {"today": calls.today, "a_day": calls.a_day},
-        "last_run": last and run_shown(last),
-    }
-
-
 RUN_NUMBERS = ("rows", "new_rows", "bytes", "windows", "late_rows", "corrected_rows")
 
 
@@ -94,19 +67,6 @@ def run_shown(run: Run) -> Mapping[str, Any]:
         "failures": failures_shown(report),
         "error": run.error,
         "hint": run.hint,
-    }
-
-
-def partition_shown(job: str, partition: Checkpoint, now: datetime) -> Mapping[str, Any]:
-    """The progress of a partition."""
-    return {
-        "job": job,
-        "partition": partition.partition,
-        "status": "error" if partition.error else "ok",
-        "cursor_at": instant_text(partition.cursor_at),
-        "high_watermark_at": instant_text(partition.high_watermark_at),
-        "lag_seconds": lag_seconds(partition, now),
-        "error": partition.error,
     }
 
 

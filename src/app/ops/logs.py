@@ -262,7 +262,12 @@ def configure(
     text_out = log_format == "text" or (log_format == "auto" and out.isatty())
     handlers: list[logging.Handler] = [logging.StreamHandler(out)]
     if log_file is not None:
-        handlers.append(_rotating(log_file, log_files))
+        try:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(_OwnersFile(log_file, maxBytes=FILE_BYTES, backupCount=log_files, encoding="utf-8"))
+        except OSError as error:
+            fault = f"LOG_FILE={str(log_file)!r}: {error.strerror}; allowed: a file that can be written, or off"
+            raise BadSettings([fault]) from error
     release()
     for name, handler, text in zip(OURS, handlers, (text_out, log_format == "text"), strict=False):
         handler.setFormatter(TextLines(redact) if text else JsonLines(redact))
@@ -314,15 +319,6 @@ class _OwnersFile(LogFile):
         file = super()._open()
         os.fchmod(file.fileno(), OWNER_ONLY)
         return file
-
-
-def _rotating(path: Path, kept: int) -> logging.Handler:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return _OwnersFile(path, maxBytes=FILE_BYTES, backupCount=kept, encoding="utf-8")
-    except OSError as error:
-        fault = f"LOG_FILE={str(path)!r}: {error.strerror}; allowed: a file that can be written, or off"
-        raise BadSettings([fault]) from error
 
 
 def _message(record: logging.LogRecord) -> str:

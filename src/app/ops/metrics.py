@@ -50,15 +50,14 @@ class MetricSeries:
 
 def exposition(series: Iterable[MetricSeries]) -> str:
     """All series as text; those without samples are left out."""
-    return "".join(f"{line}\n" for one in series if one.samples for line in _lines(one))
-
-
-def _lines(series: MetricSeries) -> Iterator[str]:
-    yield f"# HELP {series.name} {series.about}"
-    yield f"# TYPE {series.name} {series.kind}"
-    for labels, value in series.samples:
-        inner = ",".join(f'{name}="{escaped(text)}"' for name, text in labels.items())
-        yield f"{series.name}{{{inner}}} {value:.15g}" if inner else f"{series.name} {value:.15g}"
+    lines = []
+    for one in series:
+        if one.samples:
+            lines += [f"# HELP {one.name} {one.about}", f"# TYPE {one.name} {one.kind}"]
+        for labels, value in one.samples:
+            inner = ",".join(f'{name}="{escaped(text)}"' for name, text in labels.items())
+            lines.append(f"{one.name}{{{inner}}} {value:.15g}" if inner else f"{one.name} {value:.15g}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def escaped(text: str) -> str:
@@ -147,14 +146,13 @@ def _ledgers(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> Itera
 
 def _workload(load: Workload) -> Iterator[MetricSeries]:
     """The load of the workers, where jobs go to a queue."""
-    yield MetricSeries("headwater_workers", "gauge", "Workers that live.", [({}, float(load.workers))])
-    queued = [({"queue": name}, float(number)) for name, number in load.waiting.items()]
+    about = "Shards that workers share the export in."
+    yield MetricSeries("headwater_workers", "gauge", "Workers that live.", [({}, load.workers)])
+    queued = [({"queue": name}, number) for name, number in load.waiting.items()]
     yield MetricSeries("headwater_queue_depth", "gauge", "What waits for a worker.", queued)
-    yield MetricSeries(
-        "headwater_shards", "gauge", "Shards that workers share the export in.", [({}, float(load.shards))]
-    )
-    going: Samples = [({}, float(load.shards_running))]
-    yield MetricSeries("headwater_shards_running", "gauge", "Shards that a worker works on now.", going)
+    yield MetricSeries("headwater_shards", "gauge", about, [({}, load.shards)])
+    about = "Shards that a worker works on now."
+    yield MetricSeries("headwater_shards_running", "gauge", about, [({}, load.shards_running)])
 
 
 def lag_series(lags: Sequence[tuple[str, str, float]]) -> Iterator[MetricSeries]:

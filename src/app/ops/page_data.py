@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import MAXYEAR, MINYEAR, UTC, datetime, timedelta, tzinfo
+from datetime import MAXYEAR, MINYEAR, UTC, datetime, tzinfo
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -16,10 +16,9 @@ from pydantic import AfterValidator, AwareDatetime
 from app.core.ledger import KeptFile
 from app.core.pipeline import MISSING
 from app.core.runs import Run
-from app.core.verify import MapCell
 from app.core.windows import Window, instant_text, whole_second
 from app.db.page_queries import NameFilter
-from app.ops.delivery_map import WORDS, DeliveryMap, MapCells, cells_between, cells_of_span, letter_of
+from app.ops.delivery_map import MOST_DAYS, WORDS, DeliveryMap, MapCells, cells_between, cells_of_span, letter_of
 from app.ops.json_views import (
     KEPT,
     LOG,
@@ -39,7 +38,6 @@ from app.web.errors import Refused, faults
 READ = needs("ops:read")
 RUN = needs("ops:run")
 ROWS_A_PAGE = 200
-MOST_DAYS = 366
 WINDOW_DAYS = 2
 LOG_LINES = 500
 KEPT_FILES = 100
@@ -150,6 +148,8 @@ def _map(router: APIRouter, ops: BuiltService) -> None:
     ) -> dict[str, Any]:
         now, zone = ops.clock(), zone_of(tz)
         chosen = cells_of_span(span, cells, zone, now)
+        if (start is None) != (end is None):
+            raise Refused(422, "'from' and 'to' go together", "send both or neither", "query.from")
         if start is not None and end is not None:
             window = bounded(start, end, "query", MOST_DAYS)
             chosen = cells_between(window.start, window.end, zone)
@@ -179,18 +179,25 @@ def _map_windows(router: APIRouter, ops: BuiltService) -> None:
             records: dict[datetime, list[Mapping[str, Any]]] = {}
             for row in look.rows("window_records", **of):
                 records.setdefault(row["starts_at"], []).append(row)
-
-            def run_of(record: Mapping[str, Any] | None) -> str | None:
-                found = look.rows("run_at", job=job, at=record["updated_at"]) if record else []
-                return found[0]["run_id"] if found else None
-
-            shown = [
-                {
-                    **_window(cell, records.get(cell.window.start, ()), run_of),
-                    "gone_since": instant_text(gone.get((partition, cell.window.start))),
-                }
-                for cell in cells
-            ]
+            shown = []
+            for cell in cells:
+                own, letter = records.get(cell.window.start, []), letter_of(cell)
+                runs = look.rows("run_at", job=job, at=own[0]["updated_at"]) if own else []
+                shown.append(
+                    {
+                        "from": whole_second(cell.window.start),
+                        "to": whole_second(cell.window.end),
+                        "letter": letter,
+                        "state": WORDS[letter],
+                        "rows": cell.rows,
+                        "objects": cell.objects,
+                        "bytes": sum(each["size_bytes"] for each in own),
+                        "object": own[0]["s3_key"] if own else "",
+                        "delivered_at": instant_text(own[0]["updated_at"]) if own else None,
+                        "run_id": runs[0]["run_id"] if runs else None,
+                        "gone_since": instant_text(gone.get((partition, cell.window.start))),
+                    }
+                )
         return {"job": job, "partition": partition, "windows": shown}
 
 
@@ -238,25 +245,6 @@ def _shown(found: DeliveryMap, cells: MapCells, now: datetime) -> Mapping[str, A
     return {**head, "rows": rows, "groups": []}
 
 
-def _window(
-    cell: MapCell, records: Sequence[Mapping[str, Any]], run_of: Callable[[Mapping[str, Any] | None], str | None]
-) -> Mapping[str, Any]:
-    letter = letter_of(cell)
-    record = records[0] if records else None
-    return {
-        "from": whole_second(cell.window.start),
-        "to": whole_second(cell.window.end),
-        "letter": letter,
-        "state": WORDS[letter],
-        "rows": cell.rows,
-        "objects": cell.objects,
-        "bytes": sum(each["size_bytes"] for each in records),
-        "object": record["s3_key"] if record else "",
-        "delivered_at": instant_text(record["updated_at"]) if record else None,
-        "run_id": run_of(record),
-    }
-
-
 # ---- one run
 
 
@@ -293,13 +281,7 @@ def _run(router: APIRouter, ops: BuiltService) -> None:
             "interval_seconds": view.job.interval_seconds if view else None,
             "started_by": run.started_by,
             "requests": run.requests,
-            "written": [
-                {
-                    **_written(row),
-                    "gone_since": instant_text(gone.get((row["device_id"], row["starts_at"]))),
-                }
-                for row in rows
-            ],
+            "written": [_written(row, gone) for row in rows],
             "seen_in_runs": same,
             "progress": progress and asdict(progress),
             "previous": _neighbour(previous),
@@ -365,7 +347,7 @@ def _kept_file(run_id: str, file: KeptFile) -> Mapping[str, Any]:
     return {"name": file.name, "bytes": file.size_bytes, "href": href, "needs": needed}
 
 
-def _written(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _written(row: Mapping[str, Any], gone: Mapping[tuple[str, datetime], datetime]) -> Mapping[str, Any]:
     states = {"": "OK" if row["status"] == "closed" else WORDS["o"], MISSING: WORDS["m"]}
     return {
         "partition": row["device_id"],
@@ -376,6 +358,7 @@ def _written(row: Mapping[str, Any]) -> Mapping[str, Any]:
         "bytes": row["size_bytes"],
         "object": row["s3_key"],
         "written_at": instant_text(row["updated_at"]),
+        "gone_since": instant_text(gone.get((row["device_id"], row["starts_at"]))),
     }
 
 
@@ -405,8 +388,3 @@ def log_lines(path: Path, rotated: int, run_id: str, level: int) -> Iterator[Map
             if LEVELS.get(entry.get("level", ""), 1) >= level:
                 told = {name: str(entry.get(name, "")) for name in ("time", "level", "message")}
                 yield told | ({"exception": str(entry["exception"])} if "exception" in entry else {})
-
-
-def recent_span(now: datetime, start: datetime | None, end: datetime | None) -> tuple[datetime, datetime]:
-    """From and to; an open start is the beginning of time, an open end a little after now."""
-    return start or datetime(1970, 1, 1, tzinfo=UTC), end or now + timedelta(days=1)

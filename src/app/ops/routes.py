@@ -6,7 +6,7 @@ reading whole windows and writing need `ops:run`.
 
 import shlex
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
@@ -16,19 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from app.core.errors import Rejected
 from app.core.runs import Outcome
 from app.core.verify import MapCell
-from app.core.windows import Window, instant_text, refuse_future, whole_second
+from app.core.windows import EPOCH, Window, instant_text, refuse_future, whole_second
+from app.db.checkpoints import Checkpoint
 from app.db.page_queries import RunFilter
-from app.ops.health import ProbeAnswer
+from app.ops.delivery_map import MOST_DAYS
 from app.ops.json_views import (
     RUNS,
     answered_with,
-    job_shown,
     lag_seconds,
-    partition_shown,
     run_shown,
+    view_shown,
 )
 from app.ops.metrics import exposition, series_of
-from app.ops.page_data import Instant, bounded, recent_span
+from app.ops.page_data import Instant, bounded
 from app.ops.scheduler import Scheduler
 from app.ops.service import BuiltService
 from app.ops.verification import VerificationResult, window_json
@@ -50,7 +50,6 @@ ABLE_JOB = {
 JOB_NAMES = ["influx_to_s3", "csv_inbox", "s3_sweep"]
 JobInPath = Annotated[str, Path(examples=JOB_NAMES)]
 MOST_HOURS = 31 * 24
-MOST_DAYS = 366
 MOST_LINES = 200
 NEWEST_CELLS = 200
 ACT: dict[str, Any] = {"openapi_extra": RUN, "status_code": 202, "responses": KNOWN_JOB}
@@ -115,11 +114,13 @@ def _monitored(router: APIRouter, ops: BuiltService) -> None:
 
     @router.get("/health", openapi_extra=EVERYBODY, summary="Liveness", responses=_probed(Liveness))
     async def health() -> Response:
-        return _answer(ops.probes.health())
+        answer = ops.probes.health()
+        return JSONResponse(answer.body, answer.status)
 
     @router.get("/ready", openapi_extra=EVERYBODY, summary="Readiness, check by check", responses=_probed(ReadyChecks))
     async def ready() -> Response:
-        return _answer(ops.probes.ready())
+        answer = ops.probes.ready()
+        return JSONResponse(answer.body, answer.status)
 
     @router.get("/metrics", openapi_extra=READ, summary="For Prometheus", response_class=PlainTextResponse)
     def metrics() -> Response:
@@ -128,10 +129,6 @@ def _monitored(router: APIRouter, ops: BuiltService) -> None:
 
 def _probed(model: type[BaseModel]) -> Answers:
     return {200: {"model": model, "description": "yes"}, 503: {"model": model, "description": "no"}}
-
-
-def _answer(answer: ProbeAnswer) -> Response:
-    return JSONResponse(dict(answer.body), answer.status)
 
 
 def _session(router: APIRouter, guard: AccessGuard) -> None:
@@ -201,14 +198,15 @@ def _reading(router: APIRouter, ops: BuiltService) -> None:
         before: Annotated[Instant | None, Query(description="The next page: runs that began earlier.")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50,
     ) -> dict[str, Any]:
-        since, until = recent_span(ops.clock(), start, end)
-        choice = RunFilter(since, until, job or "", outcome, news)
+        until = end or ops.clock() + timedelta(days=1)
+        choice = RunFilter(start or EPOCH, until, job or "", outcome, news)
         with ops.state.pages.look() as look:
             found, total, with_news = look.runs(choice, limit + 1, before or until)
         if not (outcome or start or end or news or before):
             found = ops.state.runs.recent(job, limit + 1)
         page = found[:limit]
-        more = instant_text(page[-1].started_at) if len(found) > limit else None
+        # to the microsecond: of runs that begin in one millisecond the next page would miss some
+        more = f"{page[-1].started_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}" if len(found) > limit else None
         return {
             "count": len(page),
             "total": total,
@@ -224,7 +222,7 @@ def _reading(router: APIRouter, ops: BuiltService) -> None:
         now = ops.clock()
         found = [(name, each) for name, each in ops.partitions() if job in (None, name)]
         found.sort(key=lambda one: (not one[1].error, -(lag_seconds(one[1], now) or 0.0), one[1].partition))
-        return {"total": len(found), "partitions": [partition_shown(*each, now) for each in found[:limit]]}
+        return {"total": len(found), "partitions": [_partition(*each, now) for each in found[:limit]]}
 
     @router.get("/ops/history", openapi_extra=READ, summary="What jobs ingested lately, file by file, newest first")
     def history(job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50) -> dict[str, Any]:
@@ -232,21 +230,42 @@ def _reading(router: APIRouter, ops: BuiltService) -> None:
         return {"histories": [{"job": name, "entries": list(lines(limit))} for name, lines in wanted.items()]}
 
 
+def _partition(job: str, at: Checkpoint, now: datetime) -> Mapping[str, Any]:
+    return {
+        "job": job,
+        "partition": at.partition,
+        "status": "error" if at.error else "ok",
+        "cursor_at": instant_text(at.cursor_at),
+        "high_watermark_at": instant_text(at.high_watermark_at),
+        "lag_seconds": lag_seconds(at, now),
+        "error": at.error,
+    }
+
+
 def overview(ops: BuiltService) -> dict[str, Any]:
-    """Every job as JSON. Raises the errors of the state."""
-    totals, calls, ahead = ops.state.runs.totals(), ops.pipelines.calls, ops.alerts.ahead_seconds
-    shown = [
-        job_shown(
-            view,
-            next(iter(ops.state.runs.recent(name, 1)), None),
-            [total for total in totals if total.job == name],
-            stale=name in ops.alerts.stale,
-            calls=calls[name]() if name in calls else None,
-            clock_ahead_seconds=ahead.get(name, 0.0),
+    """Every job as JSON, with its state, totals and last run. Raises the errors of the state."""
+    totals = ops.state.runs.totals()
+    shown = []
+    for view in ops.scheduler.views():
+        name = view.job.name
+        own = [total for total in totals if total.job == name]
+        calls = ops.pipelines.calls[name]() if name in ops.pipelines.calls else None
+        last = next(iter(ops.state.runs.recent(name, 1)), None)
+        shown.append(
+            {
+                **view_shown(view),
+                "off": view.job.off,
+                "stale": name in ops.alerts.stale,
+                "clock_ahead_seconds": ops.alerts.ahead_seconds.get(name, 0.0),
+                "runs_total": sum(total.runs for total in own),
+                "rows_total": sum(total.report.new_rows for total in own),
+                "rows_written_total": sum(total.report.rows for total in own),
+                "late_rows_total": sum(total.report.late_rows for total in own),
+                "corrected_rows_total": sum(total.report.corrected_rows for total in own),
+                "calls": calls and {"today": calls.today, "a_day": calls.a_day},
+                "last_run": last and run_shown(last),
+            }
         )
-        for view in ops.scheduler.views()
-        for name in (view.job.name,)
-    ]
     return {"now": instant_text(ops.clock()), "jobs": shown}
 
 

@@ -276,11 +276,6 @@ class Scheduler:
             return [lane.job.name for lane in self._able() if lane.running]
 
     @property
-    def stop(self) -> Stop:
-        """The stop signal of all work."""
-        return self._stop
-
-    @property
     def turning(self) -> bool:
         """True while timers fire, or the process is shutting down. No I/O."""
         return self._stop.asked or time.monotonic() - self._ticked_at < STALLED_SECONDS
@@ -385,8 +380,10 @@ class Scheduler:
         """
         with self._changed:
             lane.backfills -= other is not None
-        if not (other or by) and (self._is_paused(lane) or not (more or self._is_due(lane))):
-            return
+        if not (other or by):
+            self._follow_pauses()  # without the state there are no leases either, so nothing runs
+            if lane.paused or not (more or self._is_due(lane)):
+                return
         if self.elsewhere is not None and other is None and not lane.job.here:
             self._send(self.elsewhere, lane.job, by or "schedule")
             return
@@ -420,11 +417,6 @@ class Scheduler:
             log.warning("%s: it cannot be sent to a worker yet: %s", job.name, error)
         if job.interval_seconds > RETRY_SECONDS:
             self._fire_in(RETRY_SECONDS, job.name)
-
-    def _is_paused(self, lane: _JobState) -> bool:
-        """As the state says, which all processes share. Without it there are no leases either, so nothing runs."""
-        self._follow_pauses()
-        return lane.paused
 
     def _is_due(self, lane: _JobState) -> bool:
         """Check the run records, which all processes share; if the job is not due, move its timer instead."""
@@ -478,6 +470,7 @@ class Scheduler:
                     self._fire_in(0, timer.id)
 
     def _follow_pauses(self) -> None:
+        """As the state says, which all processes share."""
         try:
             paused = self._pauses.paused()
         except AppError as error:

@@ -173,10 +173,14 @@ def refuse_taken_ports(settings: ServiceSettings) -> None:
 
     The exit code is uvicorn's own and not 78: the port may belong to a daemon that is about to end.
     """
-    faults = []
+    faults, bare = [], settings.host.strip("[]")
+    host = None if bare == "::" else bare
     for name, port in (("PORT", settings.port), ("HEALTH_PORT", settings.health_port)):
         try:
-            for family, kind, *_, address in () if port is None else _addresses(settings.host, port):
+            tried_at = (
+                [] if port is None else socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            )
+            for family, kind, *_, address in tried_at:
                 with socket.socket(family, kind) as tried:
                     tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     if family == socket.AF_INET6:
@@ -195,11 +199,6 @@ def refuse_taken_ports(settings: ServiceSettings) -> None:
         log.error("%s", fault)
     if faults:
         sys.exit(CANNOT_LISTEN)
-
-
-def _addresses(host: str, port: int) -> list[Any]:
-    bare = host.strip("[]")
-    return socket.getaddrinfo(None if bare == "::" else bare, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
 
 
 def run_daemon(service: BuiltService, environ: Mapping[str, str], dotenv: Path | None = None) -> None:

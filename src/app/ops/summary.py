@@ -5,6 +5,7 @@ problem that would end only with time can be dismissed; any other ends when it i
 """
 
 import re
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from urllib.parse import quote
 from app.core.pipeline import MISSING, NEVER_AFTER, QUIET_AFTER, USUAL_HOURS
 from app.core.runs import Outcome, Run
 from app.core.verify import Verdict
-from app.core.windows import instant_text
+from app.core.windows import Window, instant_text
 from app.db.page_queries import PageQuerySession
 from app.ops.delivery_map import MapCells
 from app.ops.json_views import run_shown, view_shown
@@ -133,6 +134,10 @@ class Snapshot:
         """Jobs that can run."""
         return [view for view in self.views if not view.job.off]
 
+    def midnight(self, at: datetime) -> datetime:
+        """The beginning of the day of `at`."""
+        return at.astimezone(self.zone).replace(hour=0, minute=0, second=0, microsecond=0).astimezone(UTC)
+
 
 def file_address(run_id: str, name: str) -> str:
     """The path of a file that a run set aside on this machine, relative to the root of the pages."""
@@ -206,72 +211,59 @@ def _failing(seen: Snapshot) -> Iterator[Problem]:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Faulty:
-    """Windows of one partition that differ from what was delivered; `since`: when that was first seen."""
-
-    partition: str
-    count: int
-    first_at: datetime
-    last_at: datetime
-    since: datetime | None
-
-
 def _windows(seen: Snapshot) -> Iterator[Problem]:
     """Windows that differ from what was delivered: marked in the state, or found by the last listing or
-    verification.
+    verification. All partitions of a job with the same fault are one problem.
     """
-    found: dict[tuple[str, str, str], set[Any]] = defaultdict(set)
-    since: dict[tuple[str, str, str], datetime] = {}
+    found: dict[tuple[str, str], dict[str, set[Window]]] = defaultdict(lambda: defaultdict(set))
+    since: dict[tuple[str, str], datetime] = {}
     for job in seen.ops.maps.jobs:
         for fault in seen.ops.maps.faults(job):
-            what = (job, {"m": "missing", "p": "partial", "c": "changed"}[fault.letter], fault.partition)
-            found[what].add(fault.window)
+            what = job, {"m": "missing", "p": "partial", "c": "changed"}[fault.letter]
+            found[what][fault.partition].add(fault.window)
             since[what] = min(since.get(what, seen.now), fault.seen_at)
     for result in seen.ops.proofs.results():
         for verdict in result.windows:
             if verdict.sign is not Verdict.ERROR and not verdict.healed:
                 kind = "missing" if verdict.sign is Verdict.MISSING else "changed"
-                found[result.job, kind, verdict.slot.partition].add(verdict.slot.window)
-    faulty = {
-        what: _Faulty(what[2], len(some), min(w.start for w in some), max(w.end for w in some), since.get(what))
-        for what, some in found.items()
-    }
-    unlisted: dict[tuple[str, str], list[int]] = {}  # windows and partitions beyond the limit
-    spans: dict[tuple[str, str], tuple[datetime, datetime]] = {}
+                found[result.job, kind][verdict.slot.partition].add(verdict.slot.window)
+    marked: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for row in seen.look.rows("trouble_by_partition", limit=MOST_PARTITIONS):
-        what = (row["pipeline"], "missing" if row["trouble"] == MISSING else "changed", row["device_id"])
-        faulty[what] = _Faulty(what[2], row["windows"], row["first_at"], row["last_at"], since.get(what))
-        rest = unlisted.setdefault(what[:2], [int(row["all_windows"]), row["all_partitions"]])
-        rest[0] -= row["windows"]
-        rest[1] -= 1
-        spans[what[:2]] = row["all_first_at"], row["all_last_at"]
-    together: dict[tuple[str, str], list[_Faulty]] = defaultdict(list)
-    for (job, kind, _), one in faulty.items():
-        together[job, kind].append(one)
-    for (job, kind), some in together.items():
-        some.sort(key=lambda each: (-each.count, each.partition))
-        windows, partitions = unlisted.get((job, kind), (0, 0))
-        first_at, last_at = spans.get((job, kind), (some[0].first_at, some[0].last_at))
-        span = min(first_at, *(each.first_at for each in some)), max(last_at, *(each.last_at for each in some))
-        yield _of_windows(seen, job, kind, some, span, unlisted=(windows, partitions))
+        what = row["pipeline"], "missing" if row["trouble"] == MISSING else "changed"
+        marked[what].append(row)
+        found[what].pop(row["device_id"], None)
+    for what, windows in found.items():
+        counts = {name: len(some) for name, some in windows.items()}
+        spans = [(window.start, window.end) for some in windows.values() for window in some]
+        unlisted = 0, 0  # windows and partitions beyond the limit
+        if rows := marked[what]:
+            counts |= {row["device_id"]: row["windows"] for row in rows}
+            unlisted = (
+                rows[0]["all_windows"] - sum(row["windows"] for row in rows),
+                rows[0]["all_partitions"] - len(rows),
+            )
+            spans.append((rows[0]["all_first_at"], rows[0]["all_last_at"]))
+        span = min(start for start, _ in spans), max(end for _, end in spans)
+        yield _of_windows(seen, *what, counts, span, unlisted=unlisted, since=since.get(what))
 
 
 def _of_windows(
     seen: Snapshot,
     job: str,
     kind: str,
-    faulty: Sequence[_Faulty],
+    counts: Mapping[str, int],
     span: tuple[datetime, datetime],
     *,
     unlisted: tuple[int, int],
+    since: datetime | None,
 ) -> Problem:
-    """All partitions of a job with the same fault; those with the most windows are named. `unlisted`: counts of windows
-    and partitions beyond those.
+    """`counts`: faulty windows by partition; those with the most are named. `unlisted`: windows and partitions beyond
+    those.
     """
-    count = sum(each.count for each in faulty) + unlisted[0]
-    number = len(faulty) + unlisted[1]
-    partition = faulty[0].partition if number == 1 else ""
+    count, number = sum(counts.values()) + unlisted[0], len(counts) + unlisted[1]
+    names = sorted(counts, key=lambda name: (-counts[name], name))[:NAMED]
+    partition = names[0] if number == 1 else ""
+    names += [f"{number - NAMED:,} more"] if number > NAMED else []
     actions: list[Mapping[str, Any]] = [{"kind": "show", "label": "Show on map", "href": f"#map-{job}"}]
     first, last = (f"{at:%Y-%m-%d}" for at in (span[0], span[1] + timedelta(days=1)))
     hint = f"heal them on the map, or all at once: python -m app verify {job} --from {first} --to {last} --heal"
@@ -284,11 +276,8 @@ def _of_windows(
     message = "Delivered once, and not at the destination any more."
     if kind != "missing":
         message = "What is at the destination is not what was delivered."
-    names = [each.partition for each in faulty[:NAMED]]
-    names += [f"{number - NAMED:,} more"] if number > NAMED else []
     title = f"{job}, {join_words(names)}: {count_text(count, 'window')} {WINDOW_WORDS[kind]}"
-    seen_at = min((each.since for each in faulty if each.since), default=None)
-    return Problem(kind, job, title, message, hint, count, "window", partition, span, seen_at, actions)
+    return Problem(kind, job, title, message, hint, count, "window", partition, span, since, actions)
 
 
 def _late(seen: Snapshot) -> Iterator[Problem]:
@@ -348,14 +337,9 @@ def _rows_aside(job: str, reason: str, runs: Sequence[tuple[Run, int, str]]) -> 
     run, _, sample = runs[0]
     count, unit = sum(number for _, number, _ in runs), run.report.ledger.unit
     actions = [{"kind": "open", "label": "Open the run", "href": f"run?id={run.run_id}"}, DISMISS]
-    title, message = (
-        f"{job}: {count_text(count, unit)} set aside",
-        f"{reason}{f', for example {sample}' if sample else ''}.",
-    )
-    since = runs[-1][0].started_at
-    return Problem(
-        "set_aside", job, title, message, ASIDE_HINT, count, unit, since=since, actions=actions, about=reason
-    )
+    title, since = f"{job}: {count_text(count, unit)} set aside", runs[-1][0].started_at
+    text = f"{reason}{f', for example {sample}' if sample else ''}."
+    return Problem("set_aside", job, title, text, ASIDE_HINT, count, unit, since=since, actions=actions, about=reason)
 
 
 def _files_aside(
@@ -406,12 +390,16 @@ def verdict_of(seen: Snapshot, problems: Sequence[Problem], complete_up_to: date
 
 
 def _parts(problems: Iterable[Problem]) -> Sequence[Mapping[str, str]]:
-    counts: dict[tuple[str, str], list[Problem]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Problem]] = defaultdict(list)
     for problem in problems:
-        counts[problem.kind, problem.job or problem.title].append(problem)
-    parts = [{"text": _phrase(some), "href": _place(kind, some[0])} for (kind, _), some in counts.items()]
-    rest = sum(len(some) for some in list(counts.values())[NAMED:])
-    return parts[:NAMED] + ([{"text": f"{rest} more", "href": "#todo"}] if rest else [])
+        groups[problem.kind, problem.job or problem.title].append(problem)
+    parts = []
+    for (kind, _), some in list(groups.items())[:NAMED]:
+        job = some[0].job
+        href = f"#map-{job}" if kind in WINDOW_WORDS else f"#p-{job}" if job else "#todo"
+        parts.append({"text": _phrase(some), "href": href})
+    rest = sum(len(some) for some in list(groups.values())[NAMED:])
+    return parts + ([{"text": f"{rest} more", "href": "#todo"}] if rest else [])
 
 
 def _phrase(some: Sequence[Problem], *, in_row: bool = False) -> str:
@@ -436,12 +424,6 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
 
 
-def _place(kind: str, problem: Problem) -> str:
-    if kind in WINDOW_WORDS:
-        return f"#map-{problem.job}"
-    return f"#p-{problem.job}" if problem.job else "#todo"
-
-
 # ---- the rows
 
 
@@ -450,22 +432,11 @@ def summary_of(seen: Snapshot) -> Mapping[str, Any]:
     problems = problems_of(seen)
     totals = {row["pipeline"]: row for row in seen.look.rows("partition_totals")}
     paused = {row["job"]: row for row in seen.look.rows("paused")}
-    news = _news(seen, seen.cells)
-    complete = [row["slowest_at"] for name, row in totals.items() if any(v.job.name == name for v in seen.on)]
-    complete_up_to = min(complete, default=None)
+    news = _news(seen)
+    on = {view.job.name for view in seen.on}
+    complete_up_to = min((row["slowest_at"] for name, row in totals.items() if name in on), default=None)
     bill = seen.ops.costs.estimate()
     ended = [result.ended_at for result in seen.ops.proofs.results() if result.equal is not None]
-    jobs = [
-        _row(
-            seen,
-            view,
-            problems,
-            total=totals.get(view.job.name),
-            paused=paused.get(view.job.name),
-            news=news.get(view.job.name),
-        )
-        for view in seen.views
-    ]
     return {
         "now": instant_text(seen.now),
         "verdict": verdict_of(seen, problems, complete_up_to),
@@ -474,24 +445,22 @@ def summary_of(seen: Snapshot) -> Mapping[str, Any]:
         "problems": [problem.to_json() for problem in problems[:LISTED]],
         "problems_total": len(problems),
         "bill": bill.text() if bill.by_kind else None,
-        "day_starts_at": instant_text(_today(seen)),
+        "day_starts_at": instant_text(seen.midnight(seen.now)),
         "hours_start_at": instant_text(seen.cells.edges[0]),
-        "jobs": jobs,
+        "jobs": [
+            _row(seen, view, problems, total=totals.get(name, {}), paused=paused.get(name, {}), news=news.get(name))
+            for view in seen.views
+            for name in (view.job.name,)
+        ],
     }
 
 
-def _today(seen: Snapshot) -> datetime:
-    at = seen.now.astimezone(seen.zone).replace(hour=0, minute=0, second=0, microsecond=0)
-    return at.astimezone(UTC)
-
-
-def _news(seen: Snapshot, cells: MapCells) -> Mapping[str, Mapping[str, Any]]:
+def _news(seen: Snapshot) -> Mapping[str, Mapping[str, Any]]:
     """New rows by job: today, yesterday, and by hour of the last day."""
-    today = _today(seen)
-    yesterday = (today - timedelta(hours=2)).astimezone(seen.zone).replace(hour=0, minute=0, second=0, microsecond=0)
-    since = min(yesterday.astimezone(UTC), cells.edges[0])
+    cells, today = seen.cells, seen.midnight(seen.now)
+    yesterday = seen.midnight(today - timedelta(hours=2))
     found: dict[str, Any] = {}
-    for row in seen.look.rows("new_rows_since", since_at=since, until_at=cells.edges[-1]):
+    for row in seen.look.rows("new_rows_since", since_at=min(yesterday, cells.edges[0]), until_at=cells.edges[-1]):
         empty = {"today": 0, "yesterday": 0, "updated_today": 0, "by_hour": [0] * 24, "failed_hours": []}
         of = found.setdefault(row["job"], empty)
         at = row["slot_at"]
@@ -501,7 +470,7 @@ def _news(seen: Snapshot, cells: MapCells) -> Mapping[str, Mapping[str, Any]]:
         elif at >= yesterday:
             of["yesterday"] += row["new_rows"]
         if at >= cells.edges[0]:
-            hour = next(place for place in range(24) if at < cells.edges[place + 1])
+            hour = bisect_right(cells.edges, at) - 1
             of["by_hour"][hour] += row["new_rows"]
             if row["failed_runs"] and hour not in of["failed_hours"]:
                 of["failed_hours"].append(hour)
@@ -513,46 +482,43 @@ def _row(
     view: JobView,
     problems: Sequence[Problem],
     *,
-    total: Mapping[str, Any] | None,
-    paused: Mapping[str, Any] | None,
+    total: Mapping[str, Any],
+    paused: Mapping[str, Any],
     news: Mapping[str, Any] | None,
 ) -> Mapping[str, Any]:
-    job = view.job
+    """`total` and `paused` are empty for a job without partitions or pause."""
+    job, files = view.job, seen.histories.get(view.job.name)
     served = {each.job.name for each in seen.views if each.job.helper_of == job.name} | {job.name}
-    own = [problem for problem in problems if problem.job in served]
     last, ended = seen.look.last_runs(job.name)
     runs, since = (0, None) if job.off else seen.look.failures_in_a_row(job.name)
-    mark, words = _state(view, own)
-    oldest = total["oldest_at"] if total else None
+    mark, words = _state(view, [problem for problem in problems if problem.job in served])
+    oldest = total.get("oldest_at")
+    off = {"text": job.off, "variables": VARIABLE.findall(job.off), "guide": f"guides/{job.name}"}
     return {
         **view_shown(view),
         "mark": mark,
         "words": words,
-        "off": {"text": job.off, "variables": VARIABLE.findall(job.off), "guide": f"guides/{job.name}"}
-        if job.off
-        else None,
+        "off": off if job.off else None,
         "can_verify": job.name in seen.ops.proofs.jobs and not job.off,
         "has_map": job.name in seen.ops.maps.jobs and not job.off,
-        "partitions": total["partitions"] if total else 0,
+        "partitions": total.get("partitions", 0),
         "max_lag_seconds": max((seen.now - oldest).total_seconds(), 0.0) if oldest else None,
         "failures_in_a_row": runs,
         "failing_since": instant_text(since),
-        "paused_by": paused["paused_by"] if paused else None,
-        "paused_at": instant_text(paused["paused_at"]) if paused else None,
+        "paused_by": paused.get("paused_by"),
+        "paused_at": instant_text(paused.get("paused_at")),
         "new_rows": news,
-        "files_today": _files_today(seen, job.name),
+        "files_today": None if files is None else _files_today(seen, files),
         "strip": None if job.off or job.helper_of else _strip(seen, job.name, news),
         "last_run": last and run_shown(ended if ended and last.outcome is Outcome.RUNNING else last),
     }
 
 
-def _files_today(seen: Snapshot, name: str) -> Mapping[str, Any] | None:
-    """Files merged and set aside today; `more`: only the latest were counted. None for jobs without files."""
-    if name not in seen.histories:
-        return None
-    entries, today = seen.histories[name], _today(seen)
+def _files_today(seen: Snapshot, entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Files merged and set aside today; `more`: only the latest were counted."""
+    today = seen.midnight(seen.now)
     outcomes = [entry["outcome"] for entry in entries if datetime.fromisoformat(entry["at"]) >= today]
-    counts = {word: outcomes.count(outcome) for word, outcome in (("merged", "merged"), ("set_aside", "rejected"))}
+    counts = {"merged": outcomes.count("merged"), "set_aside": outcomes.count("rejected")}
     return {**counts, "total": len(outcomes), "more": len(outcomes) == HISTORY}
 
 

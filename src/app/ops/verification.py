@@ -55,10 +55,13 @@ class VerificationResult:
     def with_verdict(self, verdict: ComparedWindow) -> "VerificationResult":
         """The result with one more window."""
         sign = Verdict.EQUAL if verdict.healed else verdict.sign
-        counts = {**self.counts, sign.value: self.counts.get(sign.value, 0) + 1}
         kept = sign is not Verdict.EQUAL and len(self.windows) < SHOWN
-        windows = (*self.windows, verdict) if kept else self.windows
-        return replace(self, counts=counts, windows=windows, healed=self.healed + verdict.healed)
+        return replace(
+            self,
+            counts={**self.counts, sign.value: self.counts.get(sign.value, 0) + 1},
+            windows=(*self.windows, verdict) if kept else self.windows,
+            healed=self.healed + verdict.healed,
+        )
 
     def with_mended(self, verdict: ComparedWindow) -> "VerificationResult":
         """The result after one of its windows was checked by healing: windows that are now equal are removed."""
@@ -66,12 +69,10 @@ class VerificationResult:
         if before is None:
             return self
         after = Verdict.EQUAL if verdict.healed else verdict.sign
-        counts = Counter(self.counts)
-        counts[before.sign.value] -= 1
-        counts[after.value] += 1
+        counts = Counter(self.counts) - Counter([before.sign.value]) + Counter([after.value])
         kept = (verdict,) if after is not Verdict.EQUAL else ()
         windows = [now for each in self.windows for now in ((each,) if each is not before else kept)]
-        return replace(self, counts={sign: n for sign, n in counts.items() if n}, windows=windows)
+        return replace(self, counts=counts, windows=windows)
 
 
 class Verifications:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,14 +70,20 @@ def install(database: Database) -> None:
     apply(database, wanted)
 
 
-class Queue:
-    """Sends work to workers and counts what is waiting. Thread-safe. Connects on first use.
+class Workers:
+    """The worker processes, and the queue by which work is sent to them: see `WorkerPool`. Thread-safe. Connects on
+    first use. Methods raise Transient or Permanent when the database cannot be used.
 
-    Raises Transient or Permanent when the database cannot be used.
+    `steps` distributes a plan among the workers: see `PassOptions`. `requested`: see `Shards`.
     """
 
-    def __init__(self, database: Database, url: str) -> None:
-        self._database = database
+    def __init__(self, settings: Settings, state: State, requested: Callable[[Mapping[str, float]], None]) -> None:
+        url = settings.checkpoint.url.get_secret_value()
+        self._state = state
+        self._ttl_seconds = settings.lease.ttl_seconds
+        self._shards = settings.export.shards
+        take = state.workers.take_reports
+        self.steps = Shards(self.send_step, take, requested, shards=self._shards, patience_seconds=self._ttl_seconds)
         _quieten()
         self._errors = errors_of(url, VARIABLES)
         self._app = App(
@@ -93,22 +99,22 @@ class Queue:
         """
         with self._lock:
             if again or not self._is_installed:
-                install(self._database)
+                install(self._state.database)
                 self._is_installed = True
             if not self._is_open:
                 with _translated(self._errors.translated):
                     self._app.open()
                 self._is_open = True
 
-    def send_job(self, name: str, by: str, after_seconds: float = 0.0) -> None:
-        """Queue a job for a worker, unless the same is already waiting. `by`: see `Run.started_by`."""
+    def send(self, job: str, by: str, after_seconds: float = 0.0) -> None:
+        """See `WorkerPool.send`."""
         task = self._app.configure_task(
             "job",
             queue=JOBS,
-            queueing_lock=f"{JOBS}/{name}/{'now' if after_seconds == 0 else 'more'}",
+            queueing_lock=f"{JOBS}/{job}/{'now' if after_seconds == 0 else 'more'}",
             schedule_in={"seconds": after_seconds},
         )
-        self._send(task.defer, name=name, more=after_seconds > 0, by=by)
+        self._send(task.defer, name=job, more=after_seconds > 0, by=by)
 
     def send_step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> bool:
         """Queue a step of a plan for a worker; False when an older one with this name is still waiting."""
@@ -127,44 +133,21 @@ class Queue:
             raise
         return True
 
-    def waiting(self) -> Mapping[str, int]:
-        """The number of tasks waiting for a worker, by queue."""
+    def look(self) -> Workload:
+        """See `WorkerPool.look`."""
         self.prepare()
         with _translated(self._errors.translated):
             found = {row["name"]: int(row["todo"]) for row in self._app.job_manager.list_queues()}
-        return {JOBS: found.get(JOBS, 0), STEPS: found.get(STEPS, 0)}
+        waiting = {name: found.get(name, 0) for name in (JOBS, STEPS)}
+        known = self._state.workers
+        return Workload(known.alive(self._ttl_seconds), waiting, self._shards, known.parts_held(EXPORT))
 
     def close(self) -> None:
-        """Close all connections. Idempotent."""
+        """See `WorkerPool.close`."""
         with self._lock:
             if self._is_open:
                 self._app.close()
                 self._is_open = False
-
-
-class Workers:
-    """See `WorkerPool`. `steps` distributes a plan among the workers: see `PassOptions`. `requested`: see `Shards`."""
-
-    def __init__(self, settings: Settings, state: State, requested: Callable[[Mapping[str, float]], None]) -> None:
-        self.queue = Queue(state.database, settings.checkpoint.url.get_secret_value())
-        self._state = state
-        self._ttl_seconds = settings.lease.ttl_seconds
-        self._shards = settings.export.shards
-        send, take = self.queue.send_step, state.workers.take_reports
-        self.steps = Shards(send, take, requested, shards=self._shards, patience_seconds=self._ttl_seconds)
-
-    def send(self, job: str, by: str) -> None:
-        """See `WorkerPool.send`."""
-        self.queue.send_job(job, by)
-
-    def look(self) -> Workload:
-        """See `WorkerPool.look`."""
-        known = self._state.workers
-        return Workload(known.alive(self._ttl_seconds), self.queue.waiting(), self._shards, known.parts_held(EXPORT))
-
-    def close(self) -> None:
-        """See `WorkerPool.close`."""
-        self.queue.close()
 
 
 def _quieten() -> None:
@@ -252,7 +235,7 @@ def _app(url: str, threads: ThreadPoolExecutor, run_job: RunJob, run_step: RunSt
 
 
 async def _work(app: App, stop: Stop, heartbeat_seconds: float, dead_seconds: float) -> None:
-    """Run until a stop is requested or the connection is lost.
+    """Run until a stop is requested or the connection is lost; clears tasks of dead workers in other processes.
 
     Each queue has its own worker, so that a plan waiting for its steps never blocks them.
     """
@@ -274,8 +257,13 @@ async def _work(app: App, stop: Stop, heartbeat_seconds: float, dead_seconds: fl
             )
             for queue, concurrency in ((STEPS, 1), (JOBS, JOBS_AT_ONCE))
         ]
+        cleared_at = 0.0
         try:
-            await _watched(app, workers, stop, heartbeat_seconds, dead_seconds)
+            while not stop.asked and not any(each.done() for each in workers):
+                if time.monotonic() - cleared_at > heartbeat_seconds:
+                    await app.connector.execute_query_async(CLEAR, seconds=dead_seconds)
+                    cleared_at = time.monotonic()
+                await asyncio.wait(workers, timeout=STOP_LOOK_SECONDS, return_when="FIRST_COMPLETED")
         finally:
             for each in workers:
                 each.cancel()
@@ -283,18 +271,6 @@ async def _work(app: App, stop: Stop, heartbeat_seconds: float, dead_seconds: fl
         for found in ended:
             if isinstance(found, Exception):
                 raise found
-
-
-async def _watched(
-    app: App, workers: "Sequence[asyncio.Task[None]]", stop: Stop, heartbeat_seconds: float, dead_seconds: float
-) -> None:
-    """Wait until one of the workers ends; meanwhile clear tasks of dead workers in other processes."""
-    cleared_at = 0.0
-    while not stop.asked and not any(each.done() for each in workers):
-        if time.monotonic() - cleared_at > heartbeat_seconds:
-            await app.connector.execute_query_async(CLEAR, seconds=dead_seconds)
-            cleared_at = time.monotonic()
-        await asyncio.wait(workers, timeout=STOP_LOOK_SECONDS, return_when="FIRST_COMPLETED")
 
 
 def _told(_: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:

@@ -9,20 +9,20 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, cast
 
 from app.core.errors import AppError
 from app.core.runs import Failure, Job, NoProgress, Outcome, Report, Run, Runs, Stop, execute, named_in_logs
 from app.db.workers import StepReport
-from app.ops.health import ProbeAnswer, Probes
+from app.ops.health import Probes
 from app.ops.logs import log_run
 from app.ops.process import share_the_machine
 from app.ops.scheduler import logging_progress, seconds_to_next_step
 from app.ops.service import BuiltService, refuse_taken_ports, shutdown_budget
-from app.scale.queue import Queue, Workers, consume
+from app.scale.queue import Workers, consume
 from app.scale.shards import plan_from_json
 from app.web.errors import Receive, Refusal, Scope, Send, send_json, send_refusal
 from app.web.server import serve
@@ -45,9 +45,9 @@ class UnrecordedRuns:
 class Worker:
     """Runs queued work from `start` until a stop is requested. See `app.ops.health.WorkLoop`."""
 
-    def __init__(self, service: BuiltService, queue: Queue) -> None:
+    def __init__(self, service: BuiltService) -> None:
         self._service = service
-        self._queue = queue
+        self._workers = cast("Workers", service.scheduler.elsewhere)
         self._jobs = {job.name: job for job in service.pipelines.jobs if not job.off}
         self._step_services = replace(service.services, runs=UnrecordedRuns(service.state.runs), ended=log_run)
         self._stop: Stop = service.stop
@@ -92,7 +92,7 @@ class Worker:
         consume(
             settings.checkpoint.url.get_secret_value(),
             self._stop,
-            prepare=lambda: self._queue.prepare(again=True),
+            prepare=lambda: self._workers.prepare(again=True),
             run_job=self.job,
             run_step=self.step,
             heartbeat_seconds=settings.lease.heartbeat_seconds,
@@ -107,7 +107,7 @@ class Worker:
             except AppError as error:
                 log.debug("this worker cannot be recorded: %s", error)
             self._seen_at = time.monotonic()
-            threading.Event().wait(self._service.services.terms.heartbeat_seconds)
+            time.sleep(self._service.services.terms.heartbeat_seconds)
 
     def job(self, name: str, more: bool, by: str) -> None:  # noqa: FBT001 - from the queue
         """Run a job under its lease, and queue it again if it left work. `more`: this run continues such work."""
@@ -116,12 +116,15 @@ class Worker:
             log.warning("no job that is on is named %r here: do all processes have the same settings?", name[:80])
             return
         with self._alone(name) as alone:
-            if not alone or self._stop.asked or (more and self._is_paused(name)):
+            paused: Collection[str] = ()
+            with suppress(AppError):  # without the state no lease can be taken either
+                paused = self._service.state.pauses.paused() if more else ()
+            if not alone or self._stop.asked or name in paused:
                 return
             run = execute(job, self._service.services, self._stop, logging_progress(name), started_by=by)
         if run is not None and run.report.more and not self._stop.asked:
             with _told(f"{name} cannot be sent again"):
-                self._queue.send_job(name, by, seconds_to_next_step(run))
+                self._workers.send(name, by, seconds_to_next_step(run))
 
     def step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> None:
         """Run one step of a shard under its own lease; its report is stored for the plan."""
@@ -149,12 +152,6 @@ class Worker:
             if alone:
                 with self._lock:
                     self._running.discard(name)
-
-    def _is_paused(self, name: str) -> bool:
-        try:
-            return name in self._service.state.pauses.paused()
-        except AppError:
-            return False  # without the state no lease can be taken either
 
 
 def _of_step(step: str, run: Run | None, left: Callable[[], Report]) -> Report:
@@ -193,10 +190,11 @@ class WorkerApp:
             await asyncio.to_thread(self._close)
             await send({"type": "lifespan.shutdown.complete"})
         elif scope["path"] == "/health":
-            await self._answer(send, self._probes.health())
+            answer = self._probes.health()
+            await send_json(send, answer.status, answer.body, {})
         elif scope["path"] == "/ready":
             found = self._probes.ready()  # public, so without names of systems
-            await self._answer(send, ProbeAnswer(found.status, {"ready": found.body["ready"], "checks": {}}))
+            await send_json(send, found.status, {"ready": found.body["ready"], "checks": {}}, {})
         else:
             await send_refusal(send, Refusal(404, "a worker answers probes only", "ask the process that serves HTTP"))
 
@@ -214,16 +212,12 @@ class WorkerApp:
             self._service.state.workers.forget(self._service.services.terms.owner)
         self._service.state.close()
 
-    @staticmethod
-    async def _answer(send: Send, answer: ProbeAnswer) -> None:
-        await send_json(send, answer.status, answer.body, {})
-
 
 def run_worker(service: BuiltService) -> None:
     """Work until a signal arrives, then re-raise it. `service` was built for a queue."""
-    settings, workers = service.settings, cast("Workers", service.scheduler.elsewhere)
+    settings = service.settings
     refuse_taken_ports(settings.service)
-    worker = Worker(service, workers.queue)
+    worker = Worker(service)
     log.info("worker %s, probes on %s:%d", service.services.terms.owner, settings.service.host, settings.service.port)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     share_the_machine()
