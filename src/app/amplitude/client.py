@@ -11,7 +11,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from http import HTTPStatus
@@ -72,13 +72,14 @@ class _TooLarge(Exception):
         self.fault = fault
 
 
-@dataclass(slots=True)
 class Project:
     """One key pair, which means one project. Thread-safe."""
 
-    upstream: Upstream
-    spool: Path
-    turn: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, base_url: str, client_id: str, secret_key: str, spool: Path) -> None:
+        token = base64.b64encode(f"{client_id}:{secret_key}".encode()).decode()
+        headers = {"Authorization": f"Basic {token}"}
+        self.upstream = Upstream("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers)
+        self._spool, self._turn = spool, threading.Lock()
 
     def fetch(
         self, span: Window, pauses: Pauses, policy: RetryPolicy = POLICY, *, past_faults: bool = False
@@ -135,12 +136,12 @@ class Project:
 
     def _fetch(self, span: Window, pauses: Pauses) -> FetchedArchive:
         path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={span.end - HOUR:%Y%m%dT%H}"
-        with held_turn(self.turn, pauses), self.upstream.get(path, IDENTITY, pauses) as answer:
+        with held_turn(self._turn, pauses), self.upstream.get(path, IDENTITY, pauses) as answer:
             if answer.status == HTTPStatus.NOT_FOUND:
                 return FetchedArchive(span, None)
             if answer.status != HTTPStatus.OK:
                 raise _refusal(span, answer)
-            with body_file(self.spool, "an archive of up to 4 GB") as file:
+            with body_file(self._spool, "an archive of up to 4 GB") as file:
                 for piece in answer.raw():
                     file.write(piece)
                     pauses.pause(0)
@@ -153,13 +154,6 @@ class Project:
                     )
                 file.seek(0)
             return FetchedArchive(span, file)
-
-
-def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Project:
-    """The project of a key pair."""
-    token = base64.b64encode(f"{client_id}:{secret_key}".encode()).decode()
-    headers = {"Authorization": f"Basic {token}"}
-    return Project(Upstream("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers), spool)
 
 
 def _refusal(span: Window, answer: ServiceAnswer) -> Exception:

@@ -19,7 +19,7 @@ from app.core.errors import Rejected
 from app.core.runs import Stop
 from app.core.verify import NOTHING, WindowContent
 from app.core.windows import Window
-from app.product_events.hours import REFUSED, PullContext
+from app.product_events.hours import REFUSED, PulledHour
 from app.product_events.mapping import (
     RULES,
     ProductMapping,
@@ -30,7 +30,7 @@ from app.product_events.mapping import (
     storable_json,
     uuids_in,
 )
-from app.product_events.pull import RefusedLines
+from app.product_events.pull import PullPipeline
 
 SERVICE = "amplitude"
 JSON_WORD = "json"
@@ -40,7 +40,6 @@ KEPT_LINE_BYTES = 2 * MAX_LINE_BYTES
 SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89abAB])")
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, OverflowError)
 MODULUS = 1 << 128
-SHOWN_FAULTS = 3
 INT_BITS = 63
 
 NOT_TEXT = "invalid UTF-8"
@@ -228,33 +227,30 @@ def _large_line(line: bytes, text: IO[bytes]) -> LargeLine:
             return LargeLine(bytes(head), size_bytes, digest.hexdigest())
 
 
-class HourLines:
-    """`app.product_events.hours.PulledHour`: the lines of an hour in a gzip file; None = the hour has no lines.
+class HourLines(PulledHour):
+    """The lines of an hour in a gzip file; None = the hour has no lines.
 
     The file holds every line as it came, including lines that are not events. Each pass recounts all lines as
-    `counted`, and again adds those that are not events to `refused_lines`: `refused` is their number, `faults`
-    describes some of them.
+    `counted`, and again adds those that are not events to `refused_lines`: `refused` is their number.
     """
 
-    is_loaded = True
+    counted = 0
 
-    def __init__(self, pull: PullContext, source: str, window: Window, body: BinaryIO | None, stop: Stop) -> None:
-        self.window, self.body, self._stop = window, body, stop
-        self._key, self._place = pull.key(source, window), pull.place(source, window)
-        self.refused_lines = RefusedLines(pull.spool)
-        self._restart()
+    def __init__(self, pull: PullPipeline, source: str, window: Window, file: BinaryIO | None, stop: Stop) -> None:
+        super().__init__(window, file, pull.spool)
+        self._stop, self._key, self._place = stop, pull.key(source, window), pull.place(source, window)
+        self._before = self._uuid_sum = 0
         self._is_read = False
 
     def _restart(self) -> None:
         self.refused_lines.close()
         self._is_read = True
         self.counted = self.rows = self.refused = self._before = self._uuid_sum = 0
-        self.faults = ""
 
     @property
     def digest(self) -> str:
         """Equal for the same events in any order; "" for an hour without lines. Hex."""
-        if self.body is None:
+        if self.file is None:
             return ""
         if not self._is_read:
             for _ in self.tables():
@@ -289,19 +285,11 @@ class HourLines:
         """See `PulledHour.content`."""
         return sum(map(content_of_block, self._blocks()), NOTHING)
 
-    def close(self) -> None:
-        """See `PulledHour.close`."""
-        self.refused_lines.close()
-        if self.body is not None:
-            self.body.close()
-
     def _refuse(self, reason: str, line: bytes, number: int, detail: str) -> None:
         """Count a line that is not an event. `detail` says what is wrong, without values."""
         what = f"line {self._before + number}: {detail}"
         self.refused += 1
         self.refused_lines.add(self._place, reason, line, f"{self._key} {what}")
-        if self.refused <= SHOWN_FAULTS:
-            self.faults = f"{self.faults}; {what}".removeprefix("; ")
 
     def _took(self, found: Tables) -> None:
         uuids = uuids_in(found)
@@ -310,11 +298,11 @@ class HourLines:
 
     def _blocks(self) -> Iterator[Block]:
         """The lines, counted as they come."""
-        if self.body is None:
+        if self.file is None:
             return
-        self.body.seek(0)
+        self.file.seek(0)
         # A broken stream is detected when members are joined, or is reported as a damaged object.
-        with gzip.open(self.body) as text:
+        with gzip.open(self.file) as text:
             for block in blocks(cast("IO[bytes]", text)):
                 self._stop.check()
                 self.counted += lines_in(block)
