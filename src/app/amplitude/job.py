@@ -208,12 +208,13 @@ class SourceRun(PartitionRun):
 
     def mend(self, hour: PulledHour, record: Record | None, over: str | None) -> Report:
         """See `PartitionRun.mend`."""
-        report = self.land(hour, record, PullMode.AGAIN, final=self._is_final(hour.window), over=over)
+        final = hour.window.start < self.settled_at
+        report = self.land(hour, record, PullMode.AGAIN, final=final, over=over)
         return replace(report, windows=1) + refresh_weeks(self, hour.window)
 
     def _look_again(self) -> Report:
         """Recheck each day once, a day after its last hour was due: loads what the service added since."""
-        until = self._settled_at
+        until = self.settled_at
         records = self.records(Window(until - timedelta(days=AGAIN_DAYS), until)).values()
         report = Report()
         for hours in _by_day(record for record in records if not record.closed and has_landed(record)):
@@ -258,7 +259,7 @@ class SourceRun(PartitionRun):
                 try:
                     streams = archive.streams(names) if archive and names else None
                     hour = self.pull.joined(self.name, window, streams, stop)
-                    report += self.take(hour, record, mode, final=self._is_final(window))
+                    report += self.take(hour, record, mode, final=window.start < self.settled_at)
                 except BrokenHour as error:
                     evidence = file if span == window else None
                     report += self._not_had(window, record, error.fault, mode, came=True, evidence=evidence)
@@ -327,12 +328,8 @@ class SourceRun(PartitionRun):
                 return True
         return False
 
-    def _is_final(self, window: Window) -> bool:
-        """Whether an hour that lands now is not checked again."""
-        return window.start < self._settled_at
-
     @property
-    def _settled_at(self) -> datetime:
+    def settled_at(self) -> datetime:
         """Days that end by this time are checked for the last time, even if it is the first check. By the service's
         clock if that is behind: a day that is settled too early by ours would never be rechecked.
         """

@@ -158,7 +158,7 @@ class AppMetricaPull(PullPipeline):
                     return span, {hour.window: hour for hour in hours}.__getitem__
                 fault = Transient(f"AppMetrica is still preparing the file of {span}: {answer.text}", LATER)
         except (Transient, Permanent) as error:
-            if isinstance(error, RequestRefused) and exports.leaves_out(resource, error):
+            if exports.leaves_out(resource, error):
                 return self.ask(partition, span, stop, held)
             fault = error
 
@@ -264,31 +264,27 @@ class ResourceRun(PartitionRun):
         Without a cursor, rows are loaded regardless of what is recorded; with `late`, only changed hours are.
         """
         context = self.context
-        try:
-            with self.exports.resumed(export) as under_way:
-                try:
-                    answer = under_way.wait(context.stop)
-                except (Transient, Permanent) as error:
-                    if isinstance(error, RequestRefused) or cursor is None:
-                        raise
-                    return self._not_given(export, cursor, error)
-                if answer is not None:
-                    return self._no_file(export, cursor, answer)
-                if early := self.clock_fault(span_of(export), self.exports.upstream.answered_at):
-                    self._done(export)  # the service would give this file again for a day
-                    raise early
-                report = self._land_all(under_way, cursor, again=cursor is None and not late)
-                if not context.dry_run:
-                    under_way.finish()
-                return report
-        except RequestRefused as error:
-            if self.exports.leaves_out(self.resource, error):
-                self._done(export)
-                return Report(more=not context.dry_run)
-            if cursor is None or self.exports.is_needed(self.resource, error):
-                self._done(export)
-                raise
-            return self._not_given(export, cursor, error)
+        with self.exports.resumed(export) as under_way:
+            try:
+                answer = under_way.wait(context.stop)
+            except (Transient, Permanent) as error:
+                if self.exports.leaves_out(self.resource, error):
+                    self._done(export)
+                    return Report(more=not context.dry_run)
+                if cursor is None or self.exports.is_needed(self.resource, error):
+                    if isinstance(error, RequestRefused):
+                        self._done(export)
+                    raise
+                return self._not_given(export, cursor, error)
+            if answer is not None:
+                return self._no_file(export, cursor, answer)
+            if early := self.clock_fault(span_of(export), self.exports.upstream.answered_at):
+                self._done(export)  # the service would give this file again for a day
+                raise early
+            report = self._land_all(under_way, cursor, again=cursor is None and not late)
+            if not context.dry_run:
+                under_way.finish()
+            return report
 
     def _no_file(self, export: PendingExport, cursor: datetime | None, answer: NotReady) -> Report:
         """The service is still making the file. After a day, when it has been requested again, that is reported as a

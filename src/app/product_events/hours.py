@@ -351,7 +351,8 @@ class PartitionRun(ABC):
                 else:
                     waits = self.ledger(Tally(counted=counted, waiting=rows))
                     report += self.failed(f" {hour.window}", error) + waits
-                report += self._refused_lines_of(hour)
+                if not self.context.dry_run:
+                    report += self.ledger(Tally(), *hour.refused_lines.keep(self.pull.set_aside))
         return report
 
     def close(self) -> None:
@@ -401,13 +402,7 @@ class PartitionRun(ABC):
         if is_dry:
             return report
         tally = replace(loaded, counted=hour.counted, read=hour.counted)
-        return held + report + self.ledger(tally) + self._refused_lines_of(hour)
-
-    def _refused_lines_of(self, hour: PulledHour) -> Report:
-        """Set aside the refused lines of an hour."""
-        if self.context.dry_run:
-            return Report()
-        return self.ledger(Tally(), *hour.refused_lines.keep(self.pull.set_aside))
+        return held + report + self.ledger(tally, *hour.refused_lines.keep(self.pull.set_aside))
 
     def not_had(
         self,
@@ -481,7 +476,9 @@ class PartitionRun(ABC):
         continue.
         """
         found, total, gone = list[tuple[Record, bool | None]](), Report(), list[Record]()
-        for record in self._newest_first():
+        recent_at = self.pull.clock() - QUIET_AFTER
+        spans = (Window(recent_at, EVER.end), Window(EVER.start, recent_at))  # the recent ones are usually enough
+        for record in (record for span in spans for record in reversed(list(self.records(span).values()))):
             if record.rows and has_landed(record):
                 found.append((record, is_there := self._is_known(record)))
                 if is_there:  # perhaps only its first events are there
@@ -509,12 +506,6 @@ class PartitionRun(ABC):
             span = f"--from {gone[0].window.start:%Y-%m-%dT%H} --to {gone[-1].window.end:%Y-%m-%dT%H}"
             total += self.failed("", Permanent(what, f"python -m app backfill {self.pull.name} {span}"))
         return total + Report(notes=(note,))
-
-    def _newest_first(self) -> Iterator[Record]:
-        """All records, newest first. Reads the recent ones first, since they are usually enough."""
-        recent_at = self.pull.clock() - QUIET_AFTER
-        for span in (Window(recent_at, EVER.end), Window(EVER.start, recent_at)):
-            yield from reversed(list(self.records(span).values()))
 
     def _is_known(self, record: Record) -> bool | None:
         """Whether the warehouse has some of the first events of an object; None when the object cannot be read."""

@@ -11,7 +11,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -152,7 +152,8 @@ class PullPipeline(ABC):
         for partition in self.partitions:
             try:
                 with closing(self.run(context, partition)) as one:
-                    total(work(one))
+                    report = work(one)
+                total(replace(report, ledger=report.ledger.of_partition(partition)))
             # After a lost lease another process runs all partitions; any other error affects this partition only.
             except LeaseLost:
                 raise
