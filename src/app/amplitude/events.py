@@ -86,10 +86,10 @@ class EventReader:
             return {}
         columns = None if careful or SUSPICIOUS.search(block) else self.decoded(block)
         if columns is None:
-            columns = self._columns_of(self._by_line(block, refuse, careful=careful))
+            columns = self._by_line(block, refuse, careful=careful)
         return self._mapping.tables(columns, len(columns["uuid"]))
 
-    def decoded(self, block: bytes) -> dict[str, Sequence[Any]] | None:
+    def decoded(self, block: bytes) -> dict[str, list[Any]] | None:
         """All lines at once, as columns by path; None when this cannot decode one of them as an event."""
         try:
             block.decode()  # the decoder does not check members that are never read
@@ -100,37 +100,27 @@ class EventReader:
         # The decoder accepts an object that continues on the next line, which would merge two lines into one event.
         return None if None in columns["uuid"] or len(events) != lines_in(block) else columns
 
-    def _by_line(self, block: bytes, refuse: Refuse, *, careful: bool) -> Sequence[Any]:
-        events = []
+    def _by_line(self, block: bytes, refuse: Refuse, *, careful: bool) -> dict[str, list[Any]]:
+        """As `decoded`, one line at a time. A line that cannot be decoded as it is, is mended, or refused."""
+        found = self._columns_of(())
         for number, line in enumerate(filter(None, map(bytes.strip, block.split(b"\n"))), 1):
             try:
                 line.decode()
-                event = self._one(line, careful=careful or SUSPICIOUS.search(line) is not None)
+                columns = None if careful or SUSPICIOUS.search(line) else self.decoded(line)
+                if columns is None:
+                    columns = self._columns_of([self._event.decode(self._mended(line))])
             except UnicodeDecodeError as error:
                 detail = f"invalid UTF-8 byte 0x{line[error.start]:02X} at byte {error.start + 1}"
                 refuse(NOT_TEXT, line, number, detail)
             except UNREADABLE as error:
                 refuse(NOT_JSON, line, number, f"not a JSON object ({type(error).__name__})")
             else:
-                if self._columns_of([event])["uuid"] == [None]:
+                if columns["uuid"] == [None]:
                     refuse(NO_UUID, line, number, "no valid uuid")
                 else:
-                    events.append(event)
-        return events
-
-    def _one(self, line: bytes, *, careful: bool) -> Any:
-        """The event of a line. Raises one of UNREADABLE."""
-        if not careful:
-            try:
-                event = self._event.decode(line)
-                self._columns_of([event])
-            except UNREADABLE:
-                pass
-            else:
-                return event
-        event = self._event.decode(self._mended(line))
-        self._columns_of([event])
-        return event
+                    for path, values in columns.items():
+                        found[path] += values
+        return found
 
     def _mended(self, line: bytes) -> bytes:
         """The event of a line in a form that can be decoded and stored."""
@@ -145,9 +135,9 @@ class EventReader:
                 event[name] = str(event[name])
         return msgspec.json.encode(event)
 
-    def _columns_of(self, events: Sequence[Any]) -> dict[str, Sequence[Any]]:
+    def _columns_of(self, events: Sequence[Any]) -> dict[str, list[Any]]:
         """Columns by path; an event without a valid uuid has None there. Raises one of UNREADABLE."""
-        columns: dict[str, Sequence[Any]] = {head: list(map(take, events)) for head, take in self._columns.items()}
+        columns: dict[str, list[Any]] = {head: list(map(take, events)) for head, take in self._columns.items()}
         columns["uuid"] = list(self._uuids(columns["uuid"]))
         for head, inside in self._inside.items():
             columns |= inside.columns(columns[head])
@@ -169,7 +159,7 @@ class _ObjectMembers:
         self._nothing = self._decode(b"{}")
         self._names = frozenset(names)
 
-    def columns(self, objects: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
+    def columns(self, objects: Sequence[Any]) -> Mapping[str, list[Any]]:
         found = [self._nothing if each is None else self._one(each) for each in objects]
         return {path: list(map(take, found)) for path, take in self._takes.items()}
 

@@ -115,7 +115,9 @@ class AppMetricaPull(PullPipeline):
 
     def verification(self, stop: Stop) -> PullEnds:
         """See `PullPipeline.verification`. Raises Permanent without a token."""
-        return PullEnds(self, self.partitions if self.application else (), stop)
+        if self.off:
+            raise Permanent("AppMetrica is not configured", self.off)
+        return super().verification(stop)
 
     def run(self, context: Context, partition: str) -> "ResourceRun":
         """See `PullPipeline.run`."""

@@ -13,7 +13,7 @@ import hashlib
 import io
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -245,9 +245,21 @@ class ReceiptHourFile(PulledHour):
         return content_of(dict(zip(self.columns, row, strict=True)) for row in self.read())
 
     def _tables(self, rows: Sequence[Row], ordinals: "_Ordinals") -> Tables:
-        what, columns = mapping(SERVICE), _columns(rows, self.columns, self._partition.partition(":")[0])
-        columns["uuid"] = _uuids(columns, len(rows), ordinals)
-        return what.tables({path: columns[path] for path in what.words}, len(rows))
+        """Rows by table: an empty cell is None, a missing column all None. Uuids are made of the columns that identify
+        events, since the service gives no id; equal events get different ordinals.
+        """
+        what, given = mapping(SERVICE), dict(zip(self.columns, zip(*rows, strict=True), strict=True))
+        nothing = ("",) * len(rows)
+        columns: dict[str, Sequence[str | None]] = {
+            name: [cell or None for cell in given.get(name, nothing)] for name in {*what.words, *NEEDED}
+        }
+        columns["application_id"] = [self._partition.partition(":")[0]] * len(rows)
+        columns["uuid"] = uuids = []
+        for event, *identity in zip(*(columns[name] for name in (JSON_COLUMN, *IDENTITY)), strict=True):
+            digest = hashlib.sha256((event or "").encode()).hexdigest()
+            name = "\x1f".join([*(cell or "" for cell in identity), digest])
+            uuids.append(str(uuid5(NAMESPACE_URL, f"{name}\x1f{ordinals.next(name)}")))
+        return what.tables(columns, len(rows))
 
 
 def read_hour(partition: str, window: Window, file: BinaryIO, spool: Path) -> ReceiptHourFile:
@@ -352,31 +364,6 @@ def hour_of(text: str) -> datetime | None:
         return floor_to(datetime.fromtimestamp(seconds, UTC), HOUR_SECONDS) if seconds > 0 else None
     except (ValueError, OverflowError, OSError):
         return None
-
-
-def _columns(chunk: Sequence[Row], names: Sequence[str], application_id: str) -> dict[str, Sequence[Any]]:
-    """Cells by column; an empty cell becomes None. A missing column is all None."""
-    given = dict(zip(names, zip(*chunk, strict=True), strict=True))
-    nothing = ("",) * len(chunk)
-    wanted = {*mapping(SERVICE).words, *IDENTITY, JSON_COLUMN} - {"uuid"}
-    columns: dict[str, Sequence[Any]] = {
-        name: [cell or None for cell in given.get(name, nothing)] for name in sorted(wanted)
-    }
-    columns["application_id"] = [application_id] * len(chunk)
-    return columns
-
-
-def _uuids(columns: Mapping[str, Sequence[Any]], count: int, ordinals: "_Ordinals") -> Sequence[str]:
-    """Event uuids from the columns that identify events, since the service gives no id. Equal events get different
-    ordinals.
-    """
-    identities = zip(*(columns[name] for name in IDENTITY), strict=True)
-    made = []
-    for position, identity in zip(range(count), identities, strict=True):
-        json_digest = hashlib.sha256((columns[JSON_COLUMN][position] or "").encode()).hexdigest()
-        name = "\x1f".join([*(cell or "" for cell in identity), json_digest])
-        made.append(str(uuid5(NAMESPACE_URL, f"{name}\x1f{ordinals.next(name)}")))
-    return made
 
 
 class _Ordinals:
