@@ -308,13 +308,13 @@ class Exports:
         calls = f"{self.calls_today} of {self.given.daily_calls} calls used today"
         return f"may read application {self.application_id}; {calls}"
 
-    def request_received(self, resource: LogResource, span: Window) -> LogsRequest:
-        """All rows received in whole hours, without the columns that the service did not know.
+    def keep_received(self, owner: str, resource: LogResource, span: Window) -> PendingExport:
+        """`keep` for all rows received in whole hours, without the columns that the service did not know.
 
         May return more rows: when clocks go back, two hours have the same local time.
         """
         since, until = (at.astimezone(self.zone) for at in (span.start, span.end - SECOND))
-        return logs_request(
+        request = logs_request(
             self.application_id,
             resource.name,
             since=since.strftime(LOCAL),
@@ -323,6 +323,7 @@ class Exports:
             by_receipt=True,
             span=span,
         )
+        return self.keep(owner, request)
 
     def keep(self, owner: str, request: LogsRequest) -> PendingExport:
         """Save a request as an export, which gets a number. Deletes exports that were done long ago."""

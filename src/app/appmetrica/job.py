@@ -150,9 +150,8 @@ class AppMetricaPull(PullPipeline):
         """See `PullPipeline.ask`. A fault applies to all hours of the span: the first one waits for all."""
         exports, resource = self.application, resource_of(partition)
         fault: AppError
-        request = exports.request_received(resource, span)
         try:
-            with exports.resumed(exports.keep(f"{partition}:verify", request)) as under_way:
+            with exports.resumed(exports.keep_received(f"{partition}:verify", resource, span)) as under_way:
                 answer = under_way.wait(stop)
                 if answer is None:
                     hours = held.enter_context(closing(self.sorted_rows(partition, under_way))).hours
@@ -224,18 +223,21 @@ class ResourceRun(PartitionRun):
         before = self.records(Window(cursor - HOUR, cursor)).values()
         # An hour that was set aside would make this request fail as well.
         start = cursor - HOUR if all(map(has_landed, before)) else cursor
-        return self._kept("", Window(start, min(due, cursor + (HOUR if is_narrowed else STEP))))
+        span = Window(start, min(due, cursor + (HOUR if is_narrowed else STEP)))
+        return self.exports.keep_received(self.name, self.resource, span)
 
     def pull_late(self, span: Window) -> Report:
         """Pull hours that have more rows now than when they were loaded. `more`: the file is not ready yet."""
-        return self._land(self._kept(":late", span), None, late=True)
+        export = self.exports.keep_received(f"{self.name}:late", self.resource, span)
+        return self._land(export, None, late=True)
 
     def pull_again(self, hours: Window) -> Report:
         """See `PartitionRun.pull_again`. `more`: a file is not ready yet."""
         report, at = Report(), hours.start
         while at < hours.end and not report.more:
             day = Window(at, min(at + STEP, hours.end))
-            report += self._land(self._kept(":backfill", day), None)
+            export = self.exports.keep_received(f"{self.name}:backfill", self.resource, day)
+            report += self._land(export, None)
             at = day.end
         return report
 
@@ -255,9 +257,6 @@ class ResourceRun(PartitionRun):
 
     def _done(self, export: PendingExport) -> None:
         self.exports.pulls.save(replace(export, done=True))
-
-    def _kept(self, purpose: str, span: Window) -> PendingExport:
-        return self.exports.keep(self.name + purpose, self.exports.request_received(self.resource, span))
 
     def _land(self, export: PendingExport, cursor: datetime | None, *, late: bool = False) -> Report:
         """Wait for the file, then load and store its hours; hours from the cursor on move it. `more`: it is not ready
@@ -405,8 +404,8 @@ def _days(resource: ResourceRun, now: datetime) -> Iterator[Window]:
 def _count_day(resource: ResourceRun, day: Window) -> Report:
     """Count a day and pull what is missing. `more`: the service is still making a file."""
     exports, received = resource.exports, resource.resource.received
-    keys = exports.request_received(replace(resource.resource, columns=(received,)), day)
-    with exports.resumed(exports.keep(f"{resource.name}:recount", keys)) as under_way:
+    export = exports.keep_received(f"{resource.name}:recount", replace(resource.resource, columns=(received,)), day)
+    with exports.resumed(export) as under_way:
         if under_way.wait(resource.context.stop) is not None:
             return Report(more=True)
         missing = _missing(_counts(under_way.files, received), resource.records(day), day)
