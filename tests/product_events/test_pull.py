@@ -11,7 +11,7 @@ import pytest
 from app.config.environment import load_settings
 from app.config.settings import AmplitudeSettings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected
-from app.core.ledger import Tally
+from app.core.ledger import SetAside, Tally
 from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS, Commit
 from app.core.runs import Context, NoProgress, Report, Stop
 from app.core.windows import Window
@@ -156,6 +156,15 @@ def test_a_lost_lease_ends_the_run(made: Made) -> None:
     assert told.done.total.rows == 0
 
 
+def test_the_ledger_lists_the_whole_of_a_partition_of_which_a_part_was_set_aside(made: Made) -> None:
+    web = made.add("web")
+    made.add("mobile").due = web.ledger(Tally(counted=3, new=3))
+    web.due = web.ledger(Tally(counted=5, new=5)) + web.ledger(Tally(counted=2), SetAside("not JSON", 2, 2))
+    ledger = made.pipeline.job.work(made.context()).ledger
+    assert ledger.partitions == {"web": Tally(counted=7, new=5, set_aside=2)}
+    assert ledger.total == Tally(counted=10, new=8, set_aside=2)
+
+
 @pytest.mark.parametrize(
     ("start", "end", "first", "last"),
     [
@@ -255,6 +264,16 @@ def test_refused_lines_are_kept_by_window_and_reason_and_large_ones_alone(tmp_pa
     }
     lines.close()
     assert lines.keep(SetAsideStore(store, folder_of("amplitude"))) == []
+
+
+def test_the_log_names_the_first_three_refused_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = RefusedLines(tmp_path)
+    for number in range(5):
+        lines.add(("web", "h"), "not JSON", b"x", f"line {number}")
+    (entry,) = lines.keep(SetAsideStore(LocalDirectory(tmp_path / "objects"), folder_of("amplitude")))
+    lines.close()
+    assert entry.sample == "line 0"
+    assert "5 lines are set aside (not JSON): line 0; line 1; line 2" in caplog.messages
 
 
 def test_refused_lines_that_cannot_be_kept_are_counted(tmp_path: Path) -> None:
