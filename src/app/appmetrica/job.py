@@ -12,7 +12,7 @@ too many parts, is repeated hour by hour; an hour that still fails is set aside,
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -45,7 +45,6 @@ from app.appmetrica.rows import (
 from app.config.settings import AppMetricaSettings
 from app.core.errors import AppError, Permanent, Transient
 from app.core.ledger import Tally
-from app.core.pipeline import Record
 from app.core.runs import Context, Report, Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to
 from app.db.state import PendingExport, SqlPulls
@@ -408,8 +407,14 @@ def _count_day(resource: ResourceRun, day: Window) -> Report:
     with exports.resumed(export) as under_way:
         if under_way.wait(resource.context.stop) is not None:
             return Report(more=True)
-        missing = _missing(_counts(under_way.files, received), resource.records(day), day)
-        report = Report()
+        known, report = resource.records(day), Report()
+        beyond = {
+            at: number - (known[at].source_cells if at in known else 0)
+            for at, number in _counts(under_way.files, received).items()
+            # Unavailable hours are left to a backfill.
+            if day.start <= at < day.end and (at not in known or has_landed(known[at]))
+        }
+        missing = {at: number for at, number in beyond.items() if number > 0}
         for span in _spans(sorted(missing)):
             rows = sum(number for at, number in missing.items() if span.start <= at < span.end)
             log.info("%s %s: the service has %d rows that were not there before", resource.name, span, rows)
@@ -420,17 +425,6 @@ def _count_day(resource: ResourceRun, day: Window) -> Report:
             report += pulled
         under_way.finish()
         return report
-
-
-def _missing(counts: Mapping[datetime, int], known: Mapping[datetime, Record], day: Window) -> Mapping[datetime, int]:
-    """Rows that the service has beyond the recorded ones, by hour. Unavailable hours are left to a backfill."""
-    found = {}
-    for at, number in counts.items():
-        record = known.get(at)
-        more = number - (record.source_cells if record else 0)
-        if day.start <= at < day.end and more > 0 and (record is None or has_landed(record)):
-            found[at] = more
-    return found
 
 
 def _counts(files: Sequence[BinaryIO], received: str) -> Counter[datetime]:
