@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, BinaryIO, TypeAlias, cast
 
 from app.core.errors import Permanent, Transient
@@ -361,23 +362,18 @@ def name_of(day: date) -> str:
 
 def weeks(streams: Iterable[tuple[datetime, BinaryIO]], days: Iterable[date]) -> Iterator[bytes]:
     """The whole file: an entry for each week of `days`, in order, from the streams of its hours, oldest first."""
-    upcoming = iter(streams)
-    held = next(upcoming, None)
-
-    def of_week(day: date) -> Iterator[BinaryIO]:
-        nonlocal held
-        while held is not None and monday(held[0].date()) == day:
-            yield held[1]
-            held = next(upcoming, None)
-
+    by_week = groupby(streams, lambda each: monday(each[0].date()))
+    upcoming = next(by_week, None)
     offset, central = 0, list[bytes]()
     for day in dict.fromkeys(monday(day) for day in days):
         joining, packed_bytes = joined(), 0
         head = _local(day)
         yield head
-        for piece in joined_lines(joining, of_week(day)):
+        hours = upcoming[1] if upcoming and upcoming[0] == day else iter(())
+        for piece in joined_lines(joining, (stream for _, stream in hours)):
             packed_bytes += len(piece)
             yield piece
+        upcoming = next(by_week, None) if upcoming and upcoming[0] == day else upcoming
         following = FOLLOWING + struct.pack("<IQQ", joining.crc, packed_bytes, joining.size_bytes)
         yield following
         central.append(_central(day, joining, packed_bytes, offset))

@@ -170,16 +170,12 @@ class ReceiptHourFile(PulledHour):
 
     def __init__(self, partition: str, window: Window, columns: Sequence[str], file: BinaryIO, spool: Path) -> None:
         super().__init__(window, file, spool)
+        self.body = None  # until it has a row
         self.columns, self.stands_for = columns, ""
         self._partition, self.is_loaded = partition, partition.endswith(f":{EVENTS}")
         self._sum = 0
         self._text: io.TextIOWrapper | None = None
         self._writer: Any = None
-
-    @property
-    def body(self) -> BinaryIO | None:
-        """See `PulledHour.body`."""
-        return self.file if self.rows else None
 
     @property
     def counted(self) -> int:
@@ -195,6 +191,7 @@ class ReceiptHourFile(PulledHour):
     def add(self, row: Row) -> None:
         """Append a row."""
         if self._text is None:
+            self.body = self.file
             packed = gzip.GzipFile("", "wb", LEVEL, self.file, mtime=0)
             self._text = io.TextIOWrapper(packed, encoding="utf-8", newline="")
             self._writer = csv.writer(self._text, lineterminator="\n")
@@ -211,7 +208,7 @@ class ReceiptHourFile(PulledHour):
 
     def read(self) -> Iterator[Row]:
         """Its rows, without the header."""
-        if not self.rows:
+        if self.body is None:
             return
         csv.field_size_limit(KEPT_ROW_BYTES)
         self.file.seek(0)
@@ -270,7 +267,7 @@ def read_hour(partition: str, window: Window, file: BinaryIO, spool: Path) -> Re
     if not header:
         raise ValueError("it has no header")
     hour = ReceiptHourFile(partition, window, header, file, spool)
-    hour.rows = 1  # at least, or there would be no object
+    hour.body = file
     return hour
 
 

@@ -127,21 +127,17 @@ class PulledHour(ABC):
     """An hour as the service returned it, or as read from its object. Its counts are known after it was read; `digest`
     reads it if nothing has yet. Close it after use.
 
-    `rows` are its events, `refused` is the number of what is not one. `refused_lines` are set aside once it has landed.
+    `body`: the gzip file to store as its object; None when there is nothing to store. `rows` are its events, `refused`
+    is the number of what is not one. `refused_lines` are set aside once it has landed.
     """
 
     is_loaded = True
     """Whether its rows also go into the warehouse."""
 
     def __init__(self, window: Window, file: BinaryIO | None, spool: Path) -> None:
-        self.window, self.file = window, file
+        self.window, self.file, self.body = window, file, file
         self.rows = self.refused = 0
         self.refused_lines = RefusedLines(spool)
-
-    @property
-    def body(self) -> BinaryIO | None:
-        """The gzip file to store as its object; None when there is nothing to store."""
-        return self.file
 
     @property
     @abstractmethod
