@@ -51,7 +51,7 @@ from app.db.state import PendingExport, SqlPulls
 from app.ops.connection_checks import ConnectionCheck
 from app.product_events.hours import HOUR, SET_ASIDE_AFTER, PartitionRun, PullMode, has_landed, record_of_nothing
 from app.product_events.pull import PullPipeline
-from app.product_events.verify import Given, PullEnds
+from app.product_events.verify import Given
 
 NAME = "appmetrica"
 OFF = "set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID"
@@ -111,12 +111,6 @@ class AppMetricaPull(PullPipeline):
             return ()
         ping = self.heard(self.exports.ping, f"{self.exports.application_id}:")
         return (ConnectionCheck("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", ping),)
-
-    def verification(self, stop: Stop) -> PullEnds:
-        """See `PullPipeline.verification`. Raises Permanent without a token."""
-        if self.off:
-            raise Permanent("AppMetrica is not configured", self.off)
-        return super().verification(stop)
 
     def run(self, context: Context, partition: str) -> "ResourceRun":
         """See `PullPipeline.run`."""
