@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from app.amplitude import job as amplitude_job
-from app.appmetrica import job as appmetrica_job
+from app.amplitude.job import AmplitudePull
 from app.appmetrica.client import Exports
+from app.appmetrica.job import AppMetricaPull
 from app.config.environment import load_settings
 from app.core.runs import Context, Report, Stop
 from app.core.verify import ComparedWindow, GapMapSource, Verdict, Verification, heal, verify
@@ -21,7 +21,6 @@ from app.dwh.tables import TABLES
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore, PutRequest
-from app.product_events.hours import PullContext
 from app.product_events.http_client import Upstream
 from app.product_events.pull import PullPipeline
 from simulators.amplitude import AmplitudeSimulator
@@ -88,8 +87,8 @@ class Landed:
     def amplitude(self, simulator: AmplitudeSimulator, *sources: str, lookback_days: int = 0) -> "Pull":
         environ = {**simulator.environment(*sources or ("web",)), "AMPLITUDE_LOOKBACK_DAYS": str(lookback_days)}
         settings = load_settings(self.environ | environ, None)
-        made = amplitude_job.build(settings, self.state.checkpoints, self.store, self.warehouse, self.clock)
-        self.asked += [each.upstream for each in made.service.values()]
+        made = AmplitudePull(settings, self.state.checkpoints, self.store, self.warehouse, self.clock)
+        self.asked += [each.upstream for each in made.projects.values()]
         return Pull(self, made)
 
     def appmetrica(self, simulator: AppMetricaSimulator, **given: object) -> "Pull":
@@ -97,11 +96,10 @@ class Landed:
         chosen = {"lookback_days": 1, "recount_days": 0, "poll_interval_seconds": 5, **given}
         environ = {f"APPMETRICA_{name.upper()}": str(value) for name, value in chosen.items()}
         settings = load_settings(self.environ | simulator.environment() | environ, None)
-        made = appmetrica_job.build(
-            settings, self.state.checkpoints, self.state.pulls, self.store, self.warehouse, clock=self.clock
+        made = AppMetricaPull(
+            settings, self.state.checkpoints, self.store, self.warehouse, self.clock, self.state.pulls
         )
-        assert made.service is not None
-        self.asked.append(made.service.upstream)
+        self.asked.append(made.application.upstream)
         return Pull(self, made)
 
     @property
@@ -155,16 +153,12 @@ class Pull:
     """A pipeline whose runs are made here, one after the other."""
 
     landed: Landed
-    pipeline: PullPipeline[Any]
-
-    @property
-    def context(self) -> PullContext:
-        return self.pipeline.pull
+    pipeline: PullPipeline
 
     @property
     def exports(self) -> Exports:
-        exports: Exports = self.pipeline.service
-        return exports
+        assert isinstance(self.pipeline, AppMetricaPull)
+        return self.pipeline.application
 
     @property
     def chart(self) -> GapMapSource:

@@ -188,9 +188,9 @@ def now() -> datetime:
 
 def wire(parts: ServiceParts) -> Pipelines:
     """All pipelines."""
-    from app.amplitude import job as amplitude_job
+    from app.amplitude.job import AmplitudePull
     from app.analytics.table_sums import TableSums
-    from app.appmetrica import job as appmetrica_job
+    from app.appmetrica.job import AppMetricaPull
     from app.csv_inbox import job as inbox_job
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
@@ -216,10 +216,8 @@ def wire(parts: ServiceParts) -> Pipelines:
     )
     inbox = inbox_job.build(settings, parts.clock)
     lake = lake_job.build(settings, parts.store)
-    amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
-    appmetrica = appmetrica_job.build(
-        settings, state.checkpoints, state.pulls, parts.store, parts.warehouse, clock=parts.clock
-    )
+    pulled = (settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
+    amplitude, appmetrica = AmplitudePull(*pulled), AppMetricaPull(*pulled, state.pulls)
     windowed: Mapping[str, WindowedPipeline] = {
         influx_job.NAME: influx,
         dynamo_job.NAME: dynamo,
@@ -243,8 +241,8 @@ def wire(parts: ServiceParts) -> Pipelines:
             **{name: set_aside(parts, start).kept_by for name, start in set_aside_starts(settings)},
         },
         listed=(influx_job.NAME,),
-        calls={appmetrica.name: lambda: calls_of(parts, appmetrica.name)} if appmetrica.service else {},
-        routers=lambda: pull_routes(amplitude.service, appmetrica.service),
+        calls={appmetrica.name: lambda: calls_of(parts, appmetrica.name)} if appmetrica.exports else {},
+        routers=lambda: pull_routes(amplitude.projects, appmetrica.exports),
     )
 
 

@@ -31,7 +31,7 @@ from app.dwh.tables import TABLES
 from app.product_events.mapping import mapping
 
 if TYPE_CHECKING:
-    from app.product_events.hours import PullContext
+    from app.product_events.pull import PullPipeline
 
 ID = "0b1c6a6e-7c1d-4f2a-9d57-2f6f0a9a1b11"
 SAMPLE: dict[str, Any] = {
@@ -237,7 +237,7 @@ def test_a_line_that_is_no_event_is_counted_and_no_other_is_lost(line: bytes) ->
 
 def test_the_digest_does_not_depend_on_the_order_and_tells_events_apart(tmp_path: Path) -> None:
     events = [{**SAMPLE, "uuid": f"{number:08x}{ID[8:]}"} for number in range(50)]
-    pull = cast("PullContext", SimpleNamespace(key=lambda *_: "key", place=lambda *_: ("place",), spool=tmp_path))
+    pull = cast("PullPipeline", SimpleNamespace(key=lambda *_: "key", place=lambda *_: ("place",), spool=tmp_path))
 
     def digest(found: list[dict[str, Any]]) -> str:
         body = io.BytesIO(gzip.compress(text_of(*found)))

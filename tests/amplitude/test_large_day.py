@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.amplitude.client import project
+from app.amplitude.client import Project
 from app.amplitude.routes import week_zip
 from app.core.runs import Stop
 from pulling import Clock, landed
@@ -41,7 +41,7 @@ def flat() -> Iterator[None]:
 
 
 def zipped(simulator: AmplitudeSimulator, folder: Path, day: date) -> int:
-    asked = project(simulator.url, *simulator.state.keys["web"], folder)
+    asked = Project(simulator.url, *simulator.state.keys["web"], folder)
     with closing(asked.upstream):
         return sum(map(len, week_zip(asked, day, day, Stop())))
 

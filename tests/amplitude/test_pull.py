@@ -11,7 +11,7 @@ from uuid import UUID
 
 import pytest
 
-from app.amplitude import job
+from app.amplitude.job import AmplitudePull
 from app.config.environment import load_settings
 from app.core.errors import Stopped
 from pulling import HOUR, START, Landed, landed, pulling
@@ -129,7 +129,7 @@ def test_a_service_that_gives_nothing_sets_no_hour_aside_and_holds_up_no_other_s
     assert not made.objects("amplitude/_set_aside/")
     simulator.state.faults.clear()
     assert not pull.to_the_end().failures
-    assert made.state.checkpoints.cursors("amplitude")["web"] == pull.context.due_at
+    assert made.state.checkpoints.cursors("amplitude")["web"] == pull.pipeline.due_at
 
 
 PASSING = [
@@ -255,11 +255,10 @@ def test_an_hour_is_overdue_when_the_job_is_reported_as_stale_and_a_large_line_i
     made, _ = world
     environ = {"AMPLITUDE_INTERVAL_SECONDS": "600", "ALERT_GRACE_SECONDS": "60", "SET_ASIDE_MAX_BYTES": "1048576"}
     settings = load_settings(environ, None)
-    chart = job.build(settings, made.state.checkpoints, made.store, made.warehouse, made.clock).chart
-    assert isinstance(chart, job.AmplitudeGapMap)
-    assert chart.pull.overdue_seconds == 660
+    pull = AmplitudePull(settings, made.state.checkpoints, made.store, made.warehouse, made.clock)
+    assert pull.overdue_seconds == 660
     large = b"x" * (20 << 20)
-    kept = chart.pull.set_aside.keep(("web",), large, content_type="text/plain", reason="r", number=1, sample="")
+    kept = pull.set_aside.keep(("web",), large, content_type="text/plain", reason="r", number=1, sample="")
     assert made.objects()[kept.key] == large
 
 

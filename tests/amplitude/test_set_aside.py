@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.amplitude.hours import ODD_MEMBER
+from app.amplitude.job import ODD_MEMBER
 from app.core.ledger import fault_of
 from app.core.verify import CellState
 from app.core.windows import Window

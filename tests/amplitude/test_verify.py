@@ -96,7 +96,7 @@ def test_the_map_shows_what_the_listing_shows_also_of_weeks(world: World) -> Non
 
 def test_an_hour_that_the_next_run_brings_is_waiting_and_missing_only_once_it_is_overdue(world: World) -> None:
     made, _, pull = world
-    due = pull.context.due_at
+    due = pull.pipeline.due_at
     hour = Window(due, due + HOUR)
 
     def state_after(minutes: int) -> CellState:

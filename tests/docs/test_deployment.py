@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from app.amplitude import hours as amplitude_hours
-from app.appmetrica import hours as appmetrica_hours
+from app.amplitude import job as amplitude_job
+from app.appmetrica import job as appmetrica_job
 from app.config.environment import load_settings
 from needs import absent
 
@@ -119,8 +119,8 @@ def test_every_alert_has_its_place_in_the_runbook() -> None:
 @pytest.mark.parametrize(
     ("job", "alert", "due_after"),
     [
-        ("amplitude", "HeadwaterLagAmplitude", amplitude_hours.DUE_AFTER),
-        ("appmetrica", "HeadwaterLagAppMetrica", appmetrica_hours.DUE_AFTER),
+        ("amplitude", "HeadwaterLagAmplitude", amplitude_job.DUE_AFTER),
+        ("appmetrica", "HeadwaterLagAppMetrica", appmetrica_job.DUE_AFTER),
     ],
 )
 def test_the_limit_of_a_pull_is_above_the_lag_that_it_has_by_nature(job: str, alert: str, due_after: timedelta) -> None:

@@ -49,7 +49,7 @@ def test_hours_that_the_service_calls_too_early_are_not_recorded_but_requested_a
         true.now += 6 * HOUR
         ours.now = true.now
         assert not pull.to_the_end().failures
-    due_at = pull.context.due_at
+    due_at = pull.pipeline.due_at
     rows = {str(row["uuid"]) for row in pull.landed.rows("events_part")}
     name = next(iter(pull.landed.state.checkpoints.cursors(pull.pipeline.name)))
     first = pull.landed.state.checkpoints.starts(pull.pipeline.name)[name]

@@ -132,7 +132,7 @@ def test_an_object_that_the_store_refuses_holds_up_no_other_hour_and_lands_once_
     ]
     assert (report.ledger.closes, report.ledger.total.waiting) == (True, ROWS)
     assert world.gaps() == {5: CellState.MISSING}
-    assert world.cursor() == world.pull().context.due_at
+    assert world.cursor() == world.pull().pipeline.due_at
     cursor = world.cursor()
     world.made.clock.now += HOUR
     report = world.run()
@@ -164,7 +164,7 @@ def test_a_day_that_the_store_refuses_holds_up_no_other_day(world: World) -> Non
     world.store.parts = (f"{START - DAY:%Y-%m-%d}/",)
     report = world.run()
     assert len(report.failures) == 6
-    assert world.cursor() == world.pull().context.due_at
+    assert world.cursor() == world.pull().pipeline.due_at
     assert set(world.gaps()) == set(range(6))
 
 
@@ -303,7 +303,7 @@ def test_what_is_too_long_for_the_service_is_asked_for_in_pieces(world: World, s
         simulator.add_fault(AppMetricaFault(status, b"The period is too long"))
     for _ in range(30):
         world.pull().run()
-    assert (world.gaps(), len(world.uuids())) == ({}, ROWS * ((world.pull().context.due_at - FIRST) // HOUR))
+    assert (world.gaps(), len(world.uuids())) == ({}, ROWS * ((world.pull().pipeline.due_at - FIRST) // HOUR))
 
 
 @pytest.mark.slow
@@ -320,7 +320,7 @@ def test_a_queue_that_is_full_for_days_sets_nothing_aside(tmp_path: Path) -> Non
         pull = made.appmetrica(simulator)
         assert not pull.to_the_end().failures
         assert not made.objects("appmetrica/_set_aside/")
-        assert len(made.rows("events_part")) == 2 * ((pull.context.due_at - START + DAY + HOUR) // HOUR)
+        assert len(made.rows("events_part")) == 2 * ((pull.pipeline.due_at - START + DAY + HOUR) // HOUR)
 
 
 @pytest.mark.slow

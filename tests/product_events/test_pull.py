@@ -11,14 +11,14 @@ import pytest
 from app.config.environment import load_settings
 from app.config.settings import AmplitudeSettings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected
-from app.core.ledger import Tally
+from app.core.ledger import SetAside, Tally
 from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS, Commit
 from app.core.runs import Context, NoProgress, Report, Stop
 from app.core.windows import Window
 from app.object_store.local import LocalDirectory
 from app.object_store.set_aside import SetAsideStore, folder_of
-from app.product_events.hours import HOUR, PartitionRun, PullContext, PulledHour, record_of_nothing
-from app.product_events.pull import LARGE_BYTES, PullPipeline, RefusedLines, heard, silence
+from app.product_events.hours import HOUR, LARGE_BYTES, PartitionRun, PulledHour, RefusedLines, record_of_nothing
+from app.product_events.pull import PullPipeline
 from memory import MemoryCheckpoints, MemoryLeases
 
 if TYPE_CHECKING:
@@ -48,10 +48,22 @@ class Partition(PartitionRun):
         return self.filled
 
 
-class Pull(PullContext):
-    """A pull that is only told when it runs."""
+@dataclass(frozen=True)
+class ToldPull(PullPipeline):
+    """A pull of these partitions."""
 
     name, unit, due_after, largest_bytes = "amplitude", "lines", timedelta(hours=2, minutes=30), 1
+    off, checks = "", ()
+
+    told: "list[Partition]"
+
+    @property
+    def partitions(self) -> list[str]:
+        return [each.name for each in self.told]
+
+    def run(self, context: Context, partition: str) -> "Partition":
+        del context
+        return next(each for each in self.told if each.name == partition)
 
     @property
     def given(self) -> AmplitudeSettings:
@@ -65,6 +77,9 @@ class Pull(PullContext):
 
     def opened(self, partition: str, window: Window, file: BinaryIO, stop: Stop) -> PulledHour:
         raise AssertionError(f"nothing here reads the object of {partition} {window}")
+
+    def ask(self, *asked: object) -> Any:
+        raise AssertionError(f"nothing here asks for {asked}")
 
 
 class Probed:
@@ -90,15 +105,8 @@ class Made:
         self.checkpoints, self.store = MemoryCheckpoints(self.leases), Probed()
         settings = load_settings({"DATA_DIR": str(self.folder)}, None)
         warehouse = cast("EventWarehouse", None)
-        self.pull = Pull(settings, self.checkpoints, cast("ObjectStore", self.store), warehouse, lambda: NOW)
-        self.pipeline: PullPipeline[None] = PullPipeline(
-            pull=self.pull,
-            off="",
-            runs=lambda _: self.partitions,
-            verification=cast("Any", None),
-            chart=cast("Any", None),
-            service=None,
-        )
+        store = cast("ObjectStore", self.store)
+        self.pipeline = ToldPull(settings, self.checkpoints, store, warehouse, lambda: NOW, self.partitions)
 
     def context(self, *, dry_run: bool = False) -> Context:
         lease = self.leases.acquire("amplitude", "test", 3600)
@@ -106,7 +114,7 @@ class Made:
         return Context("run", lease, Stop(), NoProgress(), dry_run)
 
     def add(self, name: str = "web", *, dry_run: bool = False) -> Partition:
-        self.partitions.append(Partition(self.pull, self.context(dry_run=dry_run), name))
+        self.partitions.append(Partition(self.pipeline, self.context(dry_run=dry_run), name))
         return self.partitions[-1]
 
     def record(self, start: datetime, hours: int, *, rows: int = 0, cursor_at: datetime | None = None) -> None:
@@ -146,6 +154,15 @@ def test_a_lost_lease_ends_the_run(made: Made) -> None:
     with pytest.raises(LeaseLost):
         made.pipeline.job.work(told)
     assert told.done.total.rows == 0
+
+
+def test_the_ledger_lists_the_whole_of_a_partition_of_which_a_part_was_set_aside(made: Made) -> None:
+    web = made.add("web")
+    made.add("mobile").due = web.ledger(Tally(counted=3, new=3))
+    web.due = web.ledger(Tally(counted=5, new=5)) + web.ledger(Tally(counted=2), SetAside("not JSON", 2, 2))
+    ledger = made.pipeline.job.work(made.context()).ledger
+    assert ledger.partitions == {"web": Tally(counted=7, new=5, set_aside=2)}
+    assert ledger.total == Tally(counted=10, new=8, set_aside=2)
 
 
 @pytest.mark.parametrize(
@@ -199,12 +216,12 @@ def test_a_fill_that_waits_for_a_file_says_nothing_yet(made: Made) -> None:
 def test_a_source_that_never_gave_a_row_is_told_after_a_day(made: Made) -> None:
     first = DUE - NEVER_AFTER
     made.record(first, 1, cursor_at=first)
-    assert silence(made.pull, "web") == ""
+    assert made.pipeline.silence("web") == ""
     made.record(first, 1, cursor_at=DUE - HOUR)
-    assert silence(made.pull, "web") == ""
+    assert made.pipeline.silence("web") == ""
     made.record(first, 1, cursor_at=DUE)
-    assert silence(made.pull, "web").startswith("web has returned no row since 2026-02-10: check that")
-    assert silence(made.pull, "other") == ""
+    assert made.pipeline.silence("web").startswith("web has returned no row since 2026-02-10: check that")
+    assert made.pipeline.silence("other") == ""
     made.add().due = Report(rows=0)
     assert [note[:17] for note in made.pipeline.job.work(made.context()).notes] == ["warning: web has "]
     made.partitions[0].due = Report(more=True)
@@ -215,20 +232,20 @@ def test_a_source_that_gave_rows_in_most_hours_is_told_after_three_days(made: Ma
     first = DUE - QUIET_AFTER - USUAL_HOURS * HOUR
     made.record(first, 1, rows=1, cursor_at=first)
     made.record(first, USUAL_HOURS, rows=1, cursor_at=DUE - HOUR)
-    assert silence(made.pull, "web") == ""
+    assert made.pipeline.silence("web") == ""
     made.record(first, USUAL_HOURS, rows=1, cursor_at=DUE)
-    assert silence(made.pull, "web").startswith("web has returned no row since 2026-02-08 04:00Z: check that")
-    assert heard(made.pull, lambda: "may export", "web")() == f"may export; {silence(made.pull, 'web')}"
-    assert heard(made.pull, lambda: "may export", "mobile")() == "may export"
+    assert made.pipeline.silence("web").startswith("web has returned no row since 2026-02-08 04:00Z: check that")
+    assert made.pipeline.heard(lambda: "may export", "web")() == f"may export; {made.pipeline.silence('web')}"
+    assert made.pipeline.heard(lambda: "may export", "mobile")() == "may export"
     made.record(DUE - HOUR, 1, rows=1, cursor_at=DUE)
-    assert silence(made.pull, "web") == ""
+    assert made.pipeline.silence("web") == ""
 
 
 def test_a_source_that_gave_rows_in_few_hours_is_not_told(made: Made) -> None:
     first = DUE - 9 * QUIET_AFTER
     made.record(first, 1, rows=1, cursor_at=first)
     made.record(first, USUAL_HOURS - 1, rows=1, cursor_at=DUE)
-    assert silence(made.pull, "web") == ""
+    assert made.pipeline.silence("web") == ""
 
 
 def test_refused_lines_are_kept_by_window_and_reason_and_large_ones_alone(tmp_path: Path) -> None:
@@ -247,6 +264,16 @@ def test_refused_lines_are_kept_by_window_and_reason_and_large_ones_alone(tmp_pa
     }
     lines.close()
     assert lines.keep(SetAsideStore(store, folder_of("amplitude"))) == []
+
+
+def test_the_log_names_the_first_three_refused_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = RefusedLines(tmp_path)
+    for number in range(5):
+        lines.add(("web", "h"), "not JSON", b"x", f"line {number}")
+    (entry,) = lines.keep(SetAsideStore(LocalDirectory(tmp_path / "objects"), folder_of("amplitude")))
+    lines.close()
+    assert entry.sample == "line 0"
+    assert "5 lines are set aside (not JSON): line 0; line 1; line 2" in caplog.messages
 
 
 def test_refused_lines_that_cannot_be_kept_are_counted(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.amplitude.client import Project, project
+from app.amplitude.client import Project
 from app.amplitude.routes import week_zip
 from app.core.errors import Stopped, Transient
 from app.core.runs import Stop
@@ -36,7 +36,7 @@ def simulator() -> Iterator[AmplitudeSimulator]:
 
 @pytest.fixture
 def web(simulator: AmplitudeSimulator, tmp_path: Path) -> Iterator[Project]:
-    made = project(simulator.url, *simulator.state.keys["web"], tmp_path)
+    made = Project(simulator.url, *simulator.state.keys["web"], tmp_path)
     with closing(made.upstream):
         yield made
 

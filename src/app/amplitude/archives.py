@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, BinaryIO, TypeAlias, cast
 
 from app.core.errors import Permanent, Transient
@@ -159,84 +160,6 @@ def library() -> Any:
     return None
 
 
-class _Input:
-    """Compressed bytes in one buffer. The byte before `position`, where reading stopped, is always kept.
-
-    `start` is the first byte that was not handed out; it may be one ahead of what was read.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._buffer = bytearray(PIECE_BYTES + 1)
-        self._shared = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer)
-        self._address = ctypes.addressof(self._shared)
-        self._end = self.start = self.position = 0
-
-    @property
-    def left(self) -> int:
-        """Number of unread bytes."""
-        return self._end - self.position
-
-    @property
-    def next(self) -> int:
-        """The address of the next unread byte."""
-        return self._address + self.position
-
-    def refill(self) -> bytes:
-        """Refill the buffer once nothing is left; returns the bytes that leave it. Raises Transient at the end of the
-        stream.
-        """
-        piece = self._stream.read(PIECE_BYTES)
-        if not piece:
-            raise Transient("a member of the archive is truncated", CUT)
-        kept = min(self.position, 1)
-        gone = self.position - kept
-        out = bytes(self._buffer[self.start : max(self.start, gone)])
-        self._buffer[:kept] = self._buffer[gone : gone + kept]
-        self._buffer[kept : kept + len(piece)] = piece
-        self.start = max(0, self.start - gone)
-        self.position, self._end = kept, kept + len(piece)
-        return out
-
-    def more(self) -> bool:
-        """True when another member follows. Skips zeros that pad the last sector of a tape."""
-        while True:
-            while self.left and not self._buffer[self.position]:
-                self.position += 1
-            if self.left:
-                return True
-            piece = self._stream.read(PIECE_BYTES)
-            if not piece:
-                return False
-            self._buffer[: len(piece)] = piece
-            self.start = self.position = 0
-            self._end = len(piece)
-
-    def clear_last_read(self, mask: int) -> bool:
-        """Clear a bit of the last byte that was read; returns whether it was set."""
-        byte = self._buffer[self.position - 1]
-        self._buffer[self.position - 1] = byte & ~mask & 0xFF
-        return bool(byte & mask)
-
-    def take_next_cleared(self) -> bytes:
-        """If the next byte has its lowest bit set, all bytes up to it, and it with that bit cleared; else nothing.
-
-        The byte in the buffer stays unchanged for the reader.
-        """
-        byte = self._buffer[self.position]
-        if not byte & 1:
-            return b""
-        out = self.take() + bytes([byte & ~1])
-        self.start = self.position + 1
-        return out
-
-    def take(self) -> bytes:
-        """The bytes that were read and not handed out."""
-        out = bytes(self._buffer[self.start : self.position])
-        self.start = self.position
-        return out
-
-
 class _CopiedStream:
     """A growing deflate stream. `crc` and `size_bytes` are those of the inflated data; `last` is its last byte.
 
@@ -245,23 +168,26 @@ class _CopiedStream:
     """
 
     def __init__(self, zlib_library: Any) -> None:
-        self._zlib = zlib_library
+        self._zlib, self._state = zlib_library, _Stream()
         self._scrap = ctypes.create_string_buffer(PIECE_BYTES)
         self._scrap_address = ctypes.addressof(self._scrap)
+        self._stream: BinaryIO = io.BytesIO()
+        # The piece that zlib reads, and the bytes that go out, in which bits are cleared: from `_start` on, those that
+        # did not go out yet. The byte before the one that is read next is always among them.
+        self._piece, self._copy, self._start = b"", bytearray(), 0
         self.crc = self.size_bytes = 0
         self.last = b""
 
     def add(self, stream: BinaryIO) -> Iterator[bytes]:
-        source, state = _Input(stream), _Stream()
-        size = ctypes.sizeof(state)
-        if self._zlib.inflateInit2_(ctypes.byref(state), GZIP_BITS, self._zlib.zlibVersion(), size) != OK:
+        self._stream, state, version = stream, ctypes.byref(self._state), self._zlib.zlibVersion()
+        if self._zlib.inflateInit2_(state, GZIP_BITS, version, ctypes.sizeof(self._state)) != OK:
             raise Permanent("this system's zlib cannot be used", "install it again")
         try:
-            while source.more():
-                yield from self._member(source, state)
-                self._zlib.inflateReset(ctypes.byref(state))
+            while self._begins():
+                yield from self._member()
+                self._zlib.inflateReset(state)
         finally:
-            self._zlib.inflateEnd(ctypes.byref(state))
+            self._zlib.inflateEnd(state)
 
     def newline(self) -> bytes:
         self._count(zlib.crc32(b"\n"), 1)
@@ -275,43 +201,65 @@ class _CopiedStream:
         self.crc = self._zlib.crc32_combine(self.crc, crc, size_bytes)
         self.size_bytes += size_bytes
 
-    def _member(self, source: _Input, state: _Stream) -> Iterator[bytes]:
-        for _ in self._to_boundary(source, state):
+    def _begins(self) -> bool:
+        """Whether another member follows. Skips zeros that pad the last sector of a tape."""
+        state = self._state
+        while state.avail_in or self._read():
+            if self._piece[-state.avail_in]:
+                return True
+            state.next_in += 1
+            state.avail_in -= 1
+        return False
+
+    def _member(self) -> Iterator[bytes]:
+        state, copy = self._state, self._copy
+        for _ in self._to_boundary():
             pass  # the header of the member
-        source.take()
-        last = False
-        while not last:
-            unused = state.data_type & UNUSED_BITS
-            if unused:
-                last = source.clear_last_read(0x100 >> unused)
-            else:
-                if not source.left:
-                    yield source.refill()
-                cleared = source.take_next_cleared()
-                last = bool(cleared)
-                yield cleared
-            yield from self._to_boundary(source, state)
-        yield _aligned(source.take(), state.data_type & UNUSED_BITS)
-        while self._inflate(source, state) != STREAM_END:  # the trailer of the member
-            if not source.left:
-                source.refill()
-        source.take()
+        self._start, is_last = len(copy) - state.avail_in, False
+        while not is_last:
+            unused = state.data_type & UNUSED_BITS  # the head of a block begins in them, or in the next byte
+            if not unused and not state.avail_in:
+                yield self._refill()
+            at, bit = len(copy) - state.avail_in - bool(unused), 0x100 >> unused if unused else 1
+            is_last = bool(copy[at] & bit)
+            copy[at] &= 0xFF ^ bit
+            yield from self._to_boundary()
+        yield _aligned(bytes(copy[self._start : len(copy) - state.avail_in]), state.data_type & UNUSED_BITS)
+        while self._inflate() != STREAM_END:  # the trailer of the member
+            if not state.avail_in:
+                self._refill()
         self._count(state.adler, state.total_out)
 
-    def _to_boundary(self, source: _Input, state: _Stream) -> Iterator[bytes]:
-        """Read up to the end of the header or of a block; yields bytes that leave the buffer meanwhile."""
+    def _to_boundary(self) -> Iterator[bytes]:
+        """Read up to the end of the header or of a block; yields bytes that nothing changes any more."""
         while True:
-            self._inflate(source, state)
-            if state.data_type & AT_BOUNDARY:
+            self._inflate()
+            if self._state.data_type & AT_BOUNDARY:
                 return
-            if state.avail_out and not source.left:
-                yield source.refill()
+            if self._state.avail_out and not self._state.avail_in:
+                yield self._refill()
 
-    def _inflate(self, source: _Input, state: _Stream) -> int:
-        state.next_in, state.avail_in = source.next, source.left
+    def _refill(self) -> bytes:
+        """Read on, once all was read; returns the bytes that nothing changes any more. Raises Transient at the end."""
+        out = bytes(self._copy[self._start : -1])
+        self._start = max(0, self._start - len(self._copy) + 1)
+        if not self._read():
+            raise Transient("a member of the archive is truncated", CUT)
+        return out
+
+    def _read(self) -> bool:
+        """Read the next piece; False at the end of the stream."""
+        self._piece = self._stream.read(PIECE_BYTES)
+        self._copy[:-1] = b""
+        self._copy += self._piece
+        self._state.next_in = ctypes.cast(ctypes.c_char_p(self._piece), ctypes.c_void_p).value
+        self._state.avail_in = len(self._piece)
+        return bool(self._piece)
+
+    def _inflate(self) -> int:
+        state = self._state
         state.next_out, state.avail_out = self._scrap_address, PIECE_BYTES
         told: int = self._zlib.inflate(ctypes.byref(state), BLOCK)
-        source.position += source.left - state.avail_in
         if state.avail_out < PIECE_BYTES:
             self.last = self._scrap[PIECE_BYTES - state.avail_out - 1]
         if told not in (OK, STREAM_END, BUF_ERROR):
@@ -414,23 +362,18 @@ def name_of(day: date) -> str:
 
 def weeks(streams: Iterable[tuple[datetime, BinaryIO]], days: Iterable[date]) -> Iterator[bytes]:
     """The whole file: an entry for each week of `days`, in order, from the streams of its hours, oldest first."""
-    upcoming = iter(streams)
-    held = next(upcoming, None)
-
-    def of_week(day: date) -> Iterator[BinaryIO]:
-        nonlocal held
-        while held is not None and monday(held[0].date()) == day:
-            yield held[1]
-            held = next(upcoming, None)
-
+    by_week = groupby(streams, lambda each: monday(each[0].date()))
+    upcoming = next(by_week, None)
     offset, central = 0, list[bytes]()
     for day in dict.fromkeys(monday(day) for day in days):
         joining, packed_bytes = joined(), 0
         head = _local(day)
         yield head
-        for piece in joined_lines(joining, of_week(day)):
+        hours = upcoming[1] if upcoming and upcoming[0] == day else iter(())
+        for piece in joined_lines(joining, (stream for _, stream in hours)):
             packed_bytes += len(piece)
             yield piece
+        upcoming = next(by_week, None) if upcoming and upcoming[0] == day else upcoming
         following = FOLLOWING + struct.pack("<IQQ", joining.crc, packed_bytes, joining.size_bytes)
         yield following
         central.append(_central(day, joining, packed_bytes, offset))

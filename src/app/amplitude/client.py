@@ -9,9 +9,10 @@ import base64
 import re
 import threading
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from http import HTTPStatus
@@ -21,7 +22,7 @@ from typing import BinaryIO
 from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
-from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, window_at
+from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, window_at, windows_between
 from app.product_events.hours import HOUR
 from app.product_events.http_client import ServiceAnswer, Upstream, body_file, held_turn
 
@@ -72,13 +73,14 @@ class _TooLarge(Exception):
         self.fault = fault
 
 
-@dataclass(slots=True)
 class Project:
     """One key pair, which means one project. Thread-safe."""
 
-    upstream: Upstream
-    spool: Path
-    turn: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, base_url: str, client_id: str, secret_key: str, spool: Path) -> None:
+        token = base64.b64encode(f"{client_id}:{secret_key}".encode()).decode()
+        headers = {"Authorization": f"Basic {token}"}
+        self.upstream = Upstream("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers)
+        self._spool, self._turn = spool, threading.Lock()
 
     def fetch(
         self, span: Window, pauses: Pauses, policy: RetryPolicy = POLICY, *, past_faults: bool = False
@@ -88,11 +90,26 @@ class Project:
         `past_faults`: a failing range is halved down to the hour, which is returned with its fault. Then only errors
         that are not the fault of an hour are raised: a rejected key pair, too many requests.
         """
-        at = span.start
-        while at < span.end:
-            day = Window(at, min(floor_to(at, DAY_SECONDS) + timedelta(days=1), span.end))
-            yield from self._halved(day, pauses, policy, past_faults=past_faults)
-            at = day.end
+        days = windows_between(span.start, span.end, DAY_SECONDS)
+        left = deque((Window(max(day.start, span.start), min(day.end, span.end)), policy) for day in days)
+        while left:
+            part, part_policy = left.popleft()
+            hours = (part.end - part.start) // HOUR
+            try:
+                fetched = retry(partial(self._fetch, part, pauses), part_policy, pauses)
+            except (_KeysRefused, _TooManyRequests):
+                raise
+            except (_TooLarge, Transient, Permanent) as error:
+                fault = error.fault if isinstance(error, _TooLarge) else error
+                if not past_faults and (hours == 1 or not isinstance(error, _TooLarge)):
+                    raise fault from error
+                if hours > 1:
+                    middle = part.start + hours // 2 * HOUR
+                    left.appendleft((Window(middle, part.end), SHORT_POLICY))
+                    left.appendleft((Window(part.start, middle), SHORT_POLICY))
+                    continue
+                fetched = FetchedArchive(part, None, fault)
+            yield fetched
 
     def try_hour(self, hour: Window, pauses: Pauses) -> None:
         """Fetch an hour and discard it. Raises Transient or Permanent when the service does not respond for it; an hour
@@ -109,38 +126,14 @@ class Project:
             self.try_hour(window_at(clock() - timedelta(days=1), HOUR_SECONDS), Stop())
         return "may export events"
 
-    def _halved(
-        self, span: Window, pauses: Pauses, policy: RetryPolicy, *, past_faults: bool
-    ) -> Iterator[FetchedArchive]:
-        """A span in one piece, or in two halves if it is too large or, with `past_faults`, if it fails."""
-        try:
-            fetched = retry(partial(self._fetch, span, pauses), policy, pauses)
-        except (_KeysRefused, _TooManyRequests):
-            raise
-        except (_TooLarge, Transient, Permanent) as error:
-            fault = error.fault if isinstance(error, _TooLarge) else error
-            hours = (span.end - span.start) // HOUR
-            is_narrowed = past_faults or (isinstance(error, _TooLarge) and hours > 1)
-            if not is_narrowed:
-                raise fault from error
-            middle = span.start + hours // 2 * HOUR
-        else:
-            yield fetched
-            return
-        if hours == 1:
-            yield FetchedArchive(span, None, fault)
-            return
-        for half in (Window(span.start, middle), Window(middle, span.end)):
-            yield from self._halved(half, pauses, SHORT_POLICY, past_faults=past_faults)
-
     def _fetch(self, span: Window, pauses: Pauses) -> FetchedArchive:
         path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={span.end - HOUR:%Y%m%dT%H}"
-        with held_turn(self.turn, pauses), self.upstream.get(path, IDENTITY, pauses) as answer:
+        with held_turn(self._turn, pauses), self.upstream.get(path, IDENTITY, pauses) as answer:
             if answer.status == HTTPStatus.NOT_FOUND:
                 return FetchedArchive(span, None)
             if answer.status != HTTPStatus.OK:
                 raise _refusal(span, answer)
-            with body_file(self.spool, "an archive of up to 4 GB") as file:
+            with body_file(self._spool, "an archive of up to 4 GB") as file:
                 for piece in answer.raw():
                     file.write(piece)
                     pauses.pause(0)
@@ -153,13 +146,6 @@ class Project:
                     )
                 file.seek(0)
             return FetchedArchive(span, file)
-
-
-def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Project:
-    """The project of a key pair."""
-    token = base64.b64encode(f"{client_id}:{secret_key}".encode()).decode()
-    headers = {"Authorization": f"Basic {token}"}
-    return Project(Upstream("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers), spool)
 
 
 def _refusal(span: Window, answer: ServiceAnswer) -> Exception:

@@ -19,7 +19,7 @@ from app.core.errors import Rejected
 from app.core.runs import Stop
 from app.core.verify import NOTHING, WindowContent
 from app.core.windows import Window
-from app.product_events.hours import REFUSED, PullContext
+from app.product_events.hours import REFUSED, PulledHour
 from app.product_events.mapping import (
     RULES,
     ProductMapping,
@@ -30,7 +30,7 @@ from app.product_events.mapping import (
     storable_json,
     uuids_in,
 )
-from app.product_events.pull import RefusedLines
+from app.product_events.pull import PullPipeline
 
 SERVICE = "amplitude"
 JSON_WORD = "json"
@@ -40,7 +40,6 @@ KEPT_LINE_BYTES = 2 * MAX_LINE_BYTES
 SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89abAB])")
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, OverflowError)
 MODULUS = 1 << 128
-SHOWN_FAULTS = 3
 INT_BITS = 63
 
 NOT_TEXT = "invalid UTF-8"
@@ -87,10 +86,10 @@ class EventReader:
             return {}
         columns = None if careful or SUSPICIOUS.search(block) else self.decoded(block)
         if columns is None:
-            columns = self._columns_of(self._by_line(block, refuse, careful=careful))
+            columns = self._by_line(block, refuse, careful=careful)
         return self._mapping.tables(columns, len(columns["uuid"]))
 
-    def decoded(self, block: bytes) -> dict[str, Sequence[Any]] | None:
+    def decoded(self, block: bytes) -> dict[str, list[Any]] | None:
         """All lines at once, as columns by path; None when this cannot decode one of them as an event."""
         try:
             block.decode()  # the decoder does not check members that are never read
@@ -101,37 +100,27 @@ class EventReader:
         # The decoder accepts an object that continues on the next line, which would merge two lines into one event.
         return None if None in columns["uuid"] or len(events) != lines_in(block) else columns
 
-    def _by_line(self, block: bytes, refuse: Refuse, *, careful: bool) -> Sequence[Any]:
-        events = []
+    def _by_line(self, block: bytes, refuse: Refuse, *, careful: bool) -> dict[str, list[Any]]:
+        """As `decoded`, one line at a time. A line that cannot be decoded as it is, is mended, or refused."""
+        found = self._columns_of(())
         for number, line in enumerate(filter(None, map(bytes.strip, block.split(b"\n"))), 1):
             try:
                 line.decode()
-                event = self._one(line, careful=careful or SUSPICIOUS.search(line) is not None)
+                columns = None if careful or SUSPICIOUS.search(line) else self.decoded(line)
+                if columns is None:
+                    columns = self._columns_of([self._event.decode(self._mended(line))])
             except UnicodeDecodeError as error:
                 detail = f"invalid UTF-8 byte 0x{line[error.start]:02X} at byte {error.start + 1}"
                 refuse(NOT_TEXT, line, number, detail)
             except UNREADABLE as error:
                 refuse(NOT_JSON, line, number, f"not a JSON object ({type(error).__name__})")
             else:
-                if self._columns_of([event])["uuid"] == [None]:
+                if columns["uuid"] == [None]:
                     refuse(NO_UUID, line, number, "no valid uuid")
                 else:
-                    events.append(event)
-        return events
-
-    def _one(self, line: bytes, *, careful: bool) -> Any:
-        """The event of a line. Raises one of UNREADABLE."""
-        if not careful:
-            try:
-                event = self._event.decode(line)
-                self._columns_of([event])
-            except UNREADABLE:
-                pass
-            else:
-                return event
-        event = self._event.decode(self._mended(line))
-        self._columns_of([event])
-        return event
+                    for path, values in columns.items():
+                        found[path] += values
+        return found
 
     def _mended(self, line: bytes) -> bytes:
         """The event of a line in a form that can be decoded and stored."""
@@ -146,9 +135,9 @@ class EventReader:
                 event[name] = str(event[name])
         return msgspec.json.encode(event)
 
-    def _columns_of(self, events: Sequence[Any]) -> dict[str, Sequence[Any]]:
+    def _columns_of(self, events: Sequence[Any]) -> dict[str, list[Any]]:
         """Columns by path; an event without a valid uuid has None there. Raises one of UNREADABLE."""
-        columns: dict[str, Sequence[Any]] = {head: list(map(take, events)) for head, take in self._columns.items()}
+        columns: dict[str, list[Any]] = {head: list(map(take, events)) for head, take in self._columns.items()}
         columns["uuid"] = list(self._uuids(columns["uuid"]))
         for head, inside in self._inside.items():
             columns |= inside.columns(columns[head])
@@ -170,7 +159,7 @@ class _ObjectMembers:
         self._nothing = self._decode(b"{}")
         self._names = frozenset(names)
 
-    def columns(self, objects: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
+    def columns(self, objects: Sequence[Any]) -> Mapping[str, list[Any]]:
         found = [self._nothing if each is None else self._one(each) for each in objects]
         return {path: list(map(take, found)) for path, take in self._takes.items()}
 
@@ -228,33 +217,30 @@ def _large_line(line: bytes, text: IO[bytes]) -> LargeLine:
             return LargeLine(bytes(head), size_bytes, digest.hexdigest())
 
 
-class HourLines:
-    """`app.product_events.hours.PulledHour`: the lines of an hour in a gzip file; None = the hour has no lines.
+class HourLines(PulledHour):
+    """The lines of an hour in a gzip file; None = the hour has no lines.
 
     The file holds every line as it came, including lines that are not events. Each pass recounts all lines as
-    `counted`, and again adds those that are not events to `refused_lines`: `refused` is their number, `faults`
-    describes some of them.
+    `counted`, and again adds those that are not events to `refused_lines`: `refused` is their number.
     """
 
-    is_loaded = True
+    counted = 0
 
-    def __init__(self, pull: PullContext, source: str, window: Window, body: BinaryIO | None, stop: Stop) -> None:
-        self.window, self.body, self._stop = window, body, stop
-        self._key, self._place = pull.key(source, window), pull.place(source, window)
-        self.refused_lines = RefusedLines(pull.spool)
-        self._restart()
+    def __init__(self, pull: PullPipeline, source: str, window: Window, file: BinaryIO | None, stop: Stop) -> None:
+        super().__init__(window, file, pull.spool)
+        self._stop, self._key, self._place = stop, pull.key(source, window), pull.place(source, window)
+        self._before = self._uuid_sum = 0
         self._is_read = False
 
     def _restart(self) -> None:
         self.refused_lines.close()
         self._is_read = True
         self.counted = self.rows = self.refused = self._before = self._uuid_sum = 0
-        self.faults = ""
 
     @property
     def digest(self) -> str:
         """Equal for the same events in any order; "" for an hour without lines. Hex."""
-        if self.body is None:
+        if self.file is None:
             return ""
         if not self._is_read:
             for _ in self.tables():
@@ -289,19 +275,11 @@ class HourLines:
         """See `PulledHour.content`."""
         return sum(map(content_of_block, self._blocks()), NOTHING)
 
-    def close(self) -> None:
-        """See `PulledHour.close`."""
-        self.refused_lines.close()
-        if self.body is not None:
-            self.body.close()
-
     def _refuse(self, reason: str, line: bytes, number: int, detail: str) -> None:
         """Count a line that is not an event. `detail` says what is wrong, without values."""
         what = f"line {self._before + number}: {detail}"
         self.refused += 1
         self.refused_lines.add(self._place, reason, line, f"{self._key} {what}")
-        if self.refused <= SHOWN_FAULTS:
-            self.faults = f"{self.faults}; {what}".removeprefix("; ")
 
     def _took(self, found: Tables) -> None:
         uuids = uuids_in(found)
@@ -310,11 +288,11 @@ class HourLines:
 
     def _blocks(self) -> Iterator[Block]:
         """The lines, counted as they come."""
-        if self.body is None:
+        if self.file is None:
             return
-        self.body.seek(0)
+        self.file.seek(0)
         # A broken stream is detected when members are joined, or is reported as a damaged object.
-        with gzip.open(self.body) as text:
+        with gzip.open(self.file) as text:
             for block in blocks(cast("IO[bytes]", text)):
                 self._stop.check()
                 self.counted += lines_in(block)

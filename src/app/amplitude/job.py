@@ -1,66 +1,427 @@
-"""Wires the pipeline: one job that pulls every configured source; comparison of both ends; the gap map."""
+"""The pipeline: pulls every hour of each configured source, rechecks it a day later, keeps the objects of weeks; the
+comparison of both ends, and the gap map.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from datetime import datetime
-from functools import lru_cache, partial
+Invariants: hours are pulled in order from the cursor on; the cursor moves past an hour that was loaded, was empty, or
+is recorded as unavailable; hours before the cursor only gain events. An hour is due two and a half hours after its end,
+since the service needs two; asked earlier, the service returns a part of the hour that looks complete. Memory is
+bounded, whatever the size of an hour; its object holds every line as it came, including lines that are not events.
+"""
 
-from app.amplitude.archives import opened, read_errors
-from app.amplitude.client import Project, project
-from app.amplitude.hours import WEEKS as WEEKS_PIPELINE
-from app.amplitude.hours import AmplitudePull, SourceRun, hours_of_week, recreate_week, week_key, weeks_between
-from app.config.settings import Settings
-from app.core.errors import Permanent, Transient
-from app.core.pipeline import Checkpoints
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
+from datetime import UTC, datetime, time, timedelta
+from functools import cached_property, lru_cache, partial
+from itertools import groupby
+from typing import TYPE_CHECKING, BinaryIO
+
+from app.amplitude.archives import (
+    WEEK,
+    Archive,
+    Member,
+    joined,
+    joined_lines,
+    monday,
+    name_of,
+    opened,
+    read_errors,
+    weeks,
+)
+from app.amplitude.client import FetchedArchive, HourTooLarge, Project
+from app.config.settings import AmplitudeSettings
+from app.core.errors import AppError, Permanent, Transient
+from app.core.files import temporary_file
+from app.core.ledger import Tally
+from app.core.pipeline import Record
 from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, MapCell, PartitionWindow, WindowContent
-from app.core.windows import Window
-from app.object_store.port import ObjectInfo, ObjectStore
+from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
+from app.object_store.port import ObjectInfo
+from app.object_store.set_aside import ZIP
 from app.ops.connection_checks import ConnectionCheck
-from app.product_events.hours import PulledHour, has_landed, spool_of
-from app.product_events.mapping import EventWarehouse
-from app.product_events.pull import PullPipeline, heard
+from app.product_events.hours import (
+    GZIP,
+    HOUR,
+    BrokenHour,
+    PartitionRun,
+    PulledHour,
+    PullMode,
+    has_landed,
+    store_rows,
+)
+from app.product_events.pull import PullPipeline
 from app.product_events.verify import Given, PullEnds, PullGapMap, pull_cells
 
+if TYPE_CHECKING:
+    from app.amplitude.events import HourLines
+
+NAME = "amplitude"
 OFF = "set AMPLITUDE_WEB_CLIENT_ID or AMPLITUDE_MOBILE_CLIENT_ID, with its secret key"
+ODD_MEMBER = "member of no hour"
+GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
+DUE_AFTER = timedelta(hours=2, minutes=30)
+AGAIN_AFTER = timedelta(hours=24)
+AGAIN_DAYS = 14
+STEP_HOURS = 31 * 24
+KNOWN_FOR = timedelta(days=7)
+KEPT_LINE_BYTES = 1 << 25  # kept of a line that is too large
+log = logging.getLogger(__name__)
 
 
-def build(
-    settings: Settings,
-    checkpoints: Checkpoints,
-    store: ObjectStore,
-    warehouse: EventWarehouse,
-    clock: Callable[[], datetime],
-) -> PullPipeline[Mapping[str, Project]]:
-    """The configured pipeline; its job is `off` while no source has keys."""
-    given, spool = settings.amplitude, spool_of(settings)
-    pairs = {
-        "web": (given.web_client_id, given.web_secret_key),
-        "mobile": (given.mobile_client_id, given.mobile_secret_key),
-    }
-    known = {
-        source: project(given.base_url, client_id.get_secret_value(), secret_key.get_secret_value(), spool)
-        for source, (client_id, secret_key) in pairs.items()
-        if client_id is not None and secret_key is not None
-    }
-    pull = AmplitudePull(settings, checkpoints, store, warehouse, clock)
-    return PullPipeline(
-        pull=pull,
-        off="" if known else OFF,
-        runs=lambda context: [SourceRun(pull, context, source, of) for source, of in known.items()],
-        verification=lambda stop: AmplitudeEnds(pull, known, stop),
-        chart=AmplitudeGapMap(pull),
-        service=known,
-        checks=[
+class AmplitudePull(PullPipeline):
+    """See `PullPipeline`. Partitions are sources."""
+
+    name, unit, due_after, largest_bytes = NAME, "lines", DUE_AFTER, KEPT_LINE_BYTES
+
+    @property
+    def given(self) -> AmplitudeSettings:
+        """See `PullPipeline.given`."""
+        return self.settings.amplitude
+
+    @cached_property
+    def projects(self) -> Mapping[str, Project]:
+        """The project of each source that has a pair of keys."""
+        given = self.given
+        pairs = {
+            "web": (given.web_client_id, given.web_secret_key),
+            "mobile": (given.mobile_client_id, given.mobile_secret_key),
+        }
+        return {
+            source: Project(given.base_url, client_id.get_secret_value(), secret_key.get_secret_value(), self.spool)
+            for source, (client_id, secret_key) in pairs.items()
+            if client_id is not None and secret_key is not None
+        }
+
+    @property
+    def partitions(self) -> Sequence[str]:
+        """See `PullPipeline.partitions`."""
+        return list(self.projects)
+
+    @property
+    def off(self) -> str:
+        """See `PullPipeline.off`."""
+        return "" if self.projects else OFF
+
+    @property
+    def checks(self) -> Sequence[ConnectionCheck]:
+        """See `PullPipeline.checks`: one for each source."""
+        return [
             ConnectionCheck(
                 f"amplitude_{name}",
                 f"Amplitude {name}",
                 f"AMPLITUDE_{name.upper()}_CLIENT_ID",
-                heard(pull, partial(each.ping, clock), name),
+                self.heard(partial(project.ping, self.clock), name),
             )
-            for name, each in known.items()
-        ],
-    )
+            for name, project in self.projects.items()
+        ]
+
+    @property
+    def chart(self) -> "AmplitudeGapMap":
+        """See `PullPipeline.chart`."""
+        return AmplitudeGapMap(self)
+
+    def verification(self, stop: Stop) -> "AmplitudeEnds":
+        """See `PullPipeline.verification`."""
+        return AmplitudeEnds(self, with_weeks(self.projects), stop)
+
+    def run(self, context: Context, partition: str) -> "SourceRun":
+        """See `PullPipeline.run`."""
+        return SourceRun(self, context, partition)
+
+    def key(self, partition: str, window: Window) -> str:
+        """`amplitude/{source}/hours/{date}/{HH}.ndjson.gz`."""
+        return f"{NAME}/{partition}/hours/{window.start:%Y-%m-%d}/{window.start:%H}.ndjson.gz"
+
+    def place(self, partition: str, window: Window) -> tuple[str, ...]:
+        """Below `amplitude/_set_aside/`: `{source}/{date}/{HH}`."""
+        return partition, f"{window.start:%Y-%m-%d}", f"{window.start:%H}"
+
+    def opened(self, partition: str, window: Window, file: BinaryIO | None, stop: Stop) -> "HourLines":
+        """See `PullPipeline.opened`; None = the hour has no lines."""
+        from app.amplitude.events import HourLines  # the decoder, which an idle daemon does not load
+
+        return HourLines(self, partition, window, file, stop)
+
+    def joined(self, source: str, window: Window, members: Iterable[BinaryIO] | None, stop: Stop) -> "HourLines":
+        """An hour of an archive: its members joined into one gzip file, byte-identical for the same members. Raises
+        BrokenHour.
+        """
+        with ExitStack() as undo:
+            file = undo.enter_context(temporary_file(self.spool)) if members else None
+            if file and members:
+                joining = joined()
+                file.write(GZIP_HEAD)
+                try:
+                    file.writelines(joined_lines(joining, members))
+                except (Transient, Permanent) as error:
+                    raise BrokenHour(error) from error
+                file.write(joining.crc.to_bytes(4, "little") + (joining.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
+            undo.pop_all()
+        return self.opened(source, window, file, stop)
+
+    def ask(self, partition: str, span: Window, stop: Stop, held: ExitStack) -> tuple[Window, Given]:
+        """See `PullPipeline.ask`."""
+        fetched = next(self.projects[partition].fetch(span, stop))
+        held.callback(fetched.close)
+        archive = held.enter_context(opened(fetched.file)) if fetched.file else None
+        members = archive.hours(fetched.span, lambda *_: None) if archive else {}
+
+        def hour(window: Window) -> PulledHour:
+            names = members.get(window.start)
+            streams = archive.streams(names) if archive and names else None
+            return held.enter_context(closing(self.joined(partition, window, streams, stop)))
+
+        return fetched.span, lru_cache(hour)
+
+
+class SourceRun(PartitionRun):
+    """One source in one run."""
+
+    pull: AmplitudePull
+
+    @property
+    def project(self) -> Project:
+        """The project of the source."""
+        return self.pull.projects[self.name]
+
+    def pull_due(self) -> Report:
+        """See `PartitionRun.pull_due`; also recheck what is old enough, and re-create weeks."""
+        pull = self.pull
+        now, due = pull.clock(), pull.due_at
+        # Start on the Monday of the week in which the lookback begins, so that every week object covers a whole week.
+        start = self.begun_at(next(weeks_between(now - timedelta(days=pull.given.lookback_days), now + WEEK)).start)
+        end = min(due, start + STEP_HOURS * HOUR)
+        report = self.bring_back()
+        waiting = self.waiting_hours()
+        report += self._pull(Window(start, end), PullMode.LIVE) if start < end else Report()
+        for hour in waiting:
+            report += self._pull(hour, PullMode.ONCE_MORE)
+        report += self._look_again()
+        report += refresh_weeks(self, Window(min(start, now - timedelta(days=AGAIN_DAYS)), now))
+        return report + Report(more=start < end < due and not self.context.dry_run)
+
+    def pull_again(self, hours: Window) -> Report:
+        """See `PartitionRun.pull_again`."""
+        return self._pull(hours, PullMode.AGAIN) + refresh_weeks(self, hours)
+
+    def mend(self, hour: PulledHour, record: Record | None, over: str | None) -> Report:
+        """See `PartitionRun.mend`."""
+        final = hour.window.start < self.settled_at
+        report = self.land(hour, record, PullMode.AGAIN, final=final, over=over)
+        return replace(report, windows=1) + refresh_weeks(self, hour.window)
+
+    def _look_again(self) -> Report:
+        """Recheck each day once, a day after its last hour was due: loads what the service added since."""
+        until = self.settled_at
+        records = self.records(Window(until - timedelta(days=AGAIN_DAYS), until)).values()
+        report = Report()
+        for hours in _by_day(record for record in records if not record.closed and has_landed(record)):
+            report += self._pull(Window(hours[0].window.start, hours[-1].window.end), PullMode.ONCE_MORE)
+        return report
+
+    def _pull(self, span: Window, mode: PullMode) -> Report:
+        """Fetch the hours of `span`, then load and store each."""
+        known = self.records(span)
+        self.context.progress.advance(total=(span.end - span.start) // HOUR)
+        return self._land_span(span, known, mode) + self.settle()
+
+    def _land_span(self, span: Window, known: Mapping[datetime, Record], mode: PullMode) -> Report:
+        report = Report()
+        for fetched in self.project.fetch(span, self.context.stop, past_faults=True):
+            with closing(fetched):
+                report += self._land(fetched, known, mode)
+        return report
+
+    def _land(self, fetched: FetchedArchive, known: Mapping[datetime, Record], mode: PullMode) -> Report:
+        """Load and store the hours of an archive. If it cannot be opened, its hours are fetched one by one, so that
+        only unreadable hours are missing.
+        """
+        stop, span, report = self.context.stop, fetched.span, Report()
+        record, file, hours = known.get(span.start), fetched.file, windows_between(span.start, span.end, HOUR_SECONDS)
+        if early := self.clock_fault(span, self.project.upstream.answered_at):
+            raise early
+        if fetched.fault is not None:
+            return self._not_had(span, record, fetched.fault, mode)
+        with ExitStack() as held:
+            try:
+                archive = held.enter_context(opened(file)) if file else None
+                odd = list[tuple[str, Member]]()
+                members = archive.hours(span, lambda *each: odd.append(each)) if archive else {}
+            except (Transient, Permanent) as error:
+                if span.end - span.start <= HOUR:
+                    return self._not_had(span, record, error, mode, evidence=file)
+                return sum((self._land_span(hour, known, mode) for hour in hours), Report())
+            for window in hours:
+                stop.check()
+                record, names = known.get(window.start), members.get(window.start)
+                try:
+                    streams = archive.streams(names) if archive and names else None
+                    hour = self.pull.joined(self.name, window, streams, stop)
+                    report += self.take(hour, record, mode, final=window.start < self.settled_at)
+                except BrokenHour as error:
+                    evidence = file if span == window else None
+                    report += self._not_had(window, record, error.fault, mode, came=True, evidence=evidence)
+            if archive is not None:
+                for what, member in odd:
+                    report += self.alone(f" {what}", partial(self._set_aside_odd, archive, what, member))
+        return report
+
+    def _set_aside_odd(self, archive: Archive, what: str, member: Member) -> Report:
+        """Set aside a member that belongs to no hour: nobody knows where its events go. The others are not affected."""
+        log.warning("%s: %s", self.name, what)
+        if self.context.dry_run:
+            return Report()
+        name, report = (self.name, "of_no_hour", member.filename), Report()
+        with read_errors():
+            for stream in archive.streams([member]):
+                kept = self.pull.set_aside.keep(
+                    name, stream, content_type=GZIP, reason=ODD_MEMBER, number=1, sample=what
+                )
+                report = self.ledger(Tally(1), kept.entry)
+        return report
+
+    def _not_had(
+        self,
+        window: Window,
+        record: Record | None,
+        fault: AppError,
+        mode: PullMode,
+        *,
+        came: bool = False,
+        evidence: BinaryIO | None = None,
+    ) -> Report:
+        """Record an hour as unavailable. Raises `fault` when the service returns no other hour either.
+
+        `came`: the service returned the hour, in an archive with other hours. `evidence`: an archive of this hour
+        alone.
+        """
+        is_too_large = isinstance(fault, HourTooLarge)
+        if not came and not is_too_large and not self._service_answers(window):
+            raise fault
+        number = 0 if has_landed(record) else 1
+        return self.not_had(
+            window,
+            record,
+            fault,
+            mode,
+            counted=number,
+            number=number,
+            body=evidence,
+            content_type=ZIP,
+            is_too_large=is_too_large,
+        )
+
+    def _service_answers(self, window: Window) -> bool:
+        """Whether the service responds for another hour than this: the one it returned last, or the newest."""
+        start, due = window.start, self.pull.due_at
+        records = self.records(Window(start - KNOWN_FOR, start)).values()
+        before = next(
+            (each.window for each in reversed(list(records)) if has_landed(each)), Window(start - HOUR, start)
+        )
+        for other in (before, Window(due - HOUR, due)):
+            if other == window:
+                continue
+            with suppress(Transient, Permanent):
+                self.project.try_hour(other, self.context.stop)
+                return True
+        return False
+
+    @property
+    def settled_at(self) -> datetime:
+        """Days that end by this time are checked for the last time, even if it is the first check. By the service's
+        clock if that is behind: a day that is settled too early by ours would never be rechecked.
+        """
+        now, answered_at = self.pull.clock(), self.project.upstream.answered_at
+        return floor_to(min(now, answered_at or now) - DUE_AFTER - AGAIN_AFTER, DAY_SECONDS)
+
+
+# The object of a week: a zip with one NDJSON entry, joined from the objects of its hours.
+#
+# Invariant: it depends only on the records of its hours, so no crash recovery is needed: it is re-created when, and
+# only when, a day of it is complete or one of its hours changed.
+
+WEEKS_PIPELINE = "amplitude_weeks"
+DAY_HOURS = 24
+MAX_BYTES = 5 << 30
+
+
+def refresh_weeks(run: SourceRun, span: Window) -> Report:
+    """Bring the week objects of `span` up to date; one that cannot be stored is a failure of that week only."""
+    report = Report()
+    for window in weeks_between(span.start, span.end) if not run.context.dry_run else ():
+        hours = hours_of_week(run.pull, run.name, window)
+        held = run.records(window, WEEKS_PIPELINE).get(window.start)
+        if hours and (held is None or held.digest != _digest(hours)):
+            report += run.alone(f":weeks {window}", partial(_store_week, run, window, hours))
+    return report
+
+
+def hours_of_week(pull: AmplitudePull, source: str, window: Window) -> Sequence[Record]:
+    """The hours that a week object should hold: those of days that were pulled completely.
+
+    A day with a waiting hour is incomplete; an hour that was set aside does not count as waiting.
+    """
+    records = pull.checkpoints.records(pull.name, source, window.start, window.end)
+    days = _by_day(record for record in records if has_landed(record) or record.closed)
+    return [record for day in days if len(day) == DAY_HOURS for record in day]
+
+
+def _by_day(records: Iterable[Record]) -> Sequence[Sequence[Record]]:
+    """Records of hours, oldest first, grouped by day."""
+    return [list(day) for _, day in groupby(records, lambda record: record.window.start.date())]
+
+
+def _store_week(run: SourceRun, window: Window, hours: Sequence[Record], over: str | None = None) -> Report:
+    key, rows, digest = week_key(run.name, window), sum(hour.rows for hour in hours), _digest(hours)
+    min_at, max_at = hours[0].window.start, hours[-1].window.end
+    closed = all(hour.closed for hour in hours) and max_at == window.end
+    wanted = Record(window, 0, key, "", digest, rows, 0, len(hours), min_at, max_at, closed)
+    with temporary_file(run.pull.spool) as file:
+        file.writelines(weeks(_streams(run, hours), [window.start.date()]))
+        if file.tell() > MAX_BYTES:
+            raise Permanent(
+                f"{key}: {file.tell()} bytes exceed the 5 GiB limit of one upload",
+                "use the objects of its hours, which are complete",
+            )
+        stored = store_rows(
+            run.pull.store, file, wanted, pipeline=WEEKS_PIPELINE, content_type="application/zip", over=over
+        )
+    run.commit(replace(wanted, version=stored.version, size_bytes=stored.size_bytes), pipeline=WEEKS_PIPELINE)
+    return Report(bytes=stored.size_bytes)
+
+
+def _streams(run: SourceRun, hours: Sequence[Record]) -> Iterator[tuple[datetime, BinaryIO]]:
+    for hour in hours:
+        run.context.stop.check()
+        if not hour.version or not has_landed(hour):
+            continue  # an hour without events has no object, nor has one that was set aside
+        with run.pull.store.open(hour.key, hour.version) as stream:
+            if stream is None:
+                raise Permanent(
+                    f"{hour.key} is gone, so the week cannot be re-created",
+                    f"python -m app verify amplitude --from {hour.window.start:%Y-%m-%dT%H} "
+                    f"--to {hour.window.end:%Y-%m-%dT%H} --heal",
+                )
+            yield hour.window.start, stream
+
+
+def weeks_between(start: datetime, end: datetime) -> Iterator[Window]:
+    """Every ISO week that overlaps `[start, end)`, oldest first."""
+    at = datetime.combine(monday(start.date()), time(), UTC)
+    while at < end:
+        yield Window(at, at + WEEK)
+        at += WEEK
+
+
+def week_key(source: str, window: Window) -> str:
+    """`amplitude/{source}/{year}_week_{week}.zip`."""
+    return f"amplitude/{source}/{name_of(window.start.date())}.zip"
+
+
+def _digest(hours: Sequence[Record]) -> str:
+    return hashlib.sha256("".join(f"{hour.window}{hour.digest}" for hour in hours).encode()).hexdigest()
 
 
 # Both ends of the pull: events as the service returns them now, and events in the objects; and the gap map.
@@ -71,14 +432,15 @@ def build(
 WEEKS = ":weeks"
 
 
+def with_weeks(sources: Iterable[str]) -> Sequence[str]:
+    """Each source, and its weeks."""
+    return [each for source in sources for each in (source, source + WEEKS)]
+
+
 class AmplitudeEnds(PullEnds):
     """`app.core.verify.Ends` over the pull. Partitions are sources, with hours as windows, and `{source}:weeks`."""
 
     pull: AmplitudePull
-
-    def __init__(self, pull: AmplitudePull, projects: Mapping[str, Project], stop: Stop) -> None:
-        self.projects = projects
-        super().__init__(pull, (each for source in projects for each in (source, source + WEEKS)), stop)
 
     def slots(self, span: Window, partition: str | None) -> Iterator[PartitionWindow]:
         """See `Ends.slots`: hours that can be requested, and weeks that lie entirely in the span."""
@@ -96,15 +458,8 @@ class AmplitudeEnds(PullEnds):
         source = slot.partition.removesuffix(WEEKS)
         if source == slot.partition:
             return super().source(slot)
-        hours = hours_of_week(self.pull, source, slot.window)
-        return sum(
-            (
-                super(AmplitudeEnds, self).source(PartitionWindow(source, hour.window))
-                for hour in hours
-                if has_landed(hour)
-            ),
-            NOTHING,
-        )
+        hours = (hour.window for hour in hours_of_week(self.pull, source, slot.window) if has_landed(hour))
+        return sum((self.source(PartitionWindow(source, hour)) for hour in hours), NOTHING)
 
     def destination(self, slot: PartitionWindow) -> WindowContent:
         """See `Ends.destination`."""
@@ -117,27 +472,15 @@ class AmplitudeEnds(PullEnds):
         """See `Ends.heal`."""
         if not slot.partition.endswith(WEEKS):
             return super().heal(context, slot)
-        run = self.run(context, slot.partition.removesuffix(WEEKS))
-        week = self.pull.store.head(week_key(run.name, slot.window))
-        return recreate_week(run, slot.window, week.etag if week else "") + Report(windows=1)
-
-    def run(self, context: Context, partition: str) -> SourceRun:
-        """See `PullEnds.run`."""
-        return SourceRun(self.pull, context, partition, self.projects[partition])
-
-    def ask(self, partition: str, span: Window) -> tuple[Window, Given]:
-        """See `PullEnds.ask`."""
-        fetched = next(self.projects[partition].fetch(span, self.stop))
-        self.held.callback(fetched.close)
-        archive = self.held.enter_context(opened(fetched.file)) if fetched.file else None
-        members = archive.hours(fetched.span, lambda *_: None) if archive else {}
-
-        def hour(window: Window) -> PulledHour:
-            names = members.get(window.start)
-            streams = archive.streams(names) if archive and names else None
-            return self.held.enter_context(closing(self.pull.joined(partition, window, streams, self.stop)))
-
-        return fetched.span, lru_cache(hour)
+        run = self.pull.run(context, slot.partition.removesuffix(WEEKS))
+        week, hours = (
+            self.pull.store.head(week_key(run.name, slot.window)),
+            hours_of_week(self.pull, run.name, slot.window),
+        )
+        if not hours:
+            span = f"--from {slot.window.start:%Y-%m-%d} --to {slot.window.end:%Y-%m-%d}"
+            raise Permanent(f"no day of {run.name} {slot.window} is known", f"python -m app backfill amplitude {span}")
+        return _store_week(run, slot.window, hours, week.etag if week else "") + Report(windows=1)
 
     def _content_of_week(self, info: ObjectInfo) -> WindowContent:
         from app.amplitude.events import blocks, content_of_block  # the decoder, which an idle daemon does not load
@@ -163,7 +506,7 @@ class AmplitudeGapMap(PullGapMap):
 
     def partitions(self) -> Sequence[str]:
         """See `GapMapSource.partitions`."""
-        return sorted(each for source in super().partitions() for each in (source, source + WEEKS))
+        return sorted(with_weeks(super().partitions()))
 
     def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
         """See `GapMapSource.cells`: one listing per day, and one per week."""

@@ -12,7 +12,7 @@ import re
 import tomllib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, lru_cache, partial
@@ -24,7 +24,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from app.appmetrica.rows import NEEDED
 from app.config.settings import AppMetricaSettings
-from app.core.errors import Permanent, Transient
+from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
 from app.core.windows import Window
@@ -96,18 +96,6 @@ def _error(answer: ServiceAnswer, text: str) -> Exception:
     if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR or answer.status in BUSY:
         return Transient(said, "no action needed if this is temporary; the file that is being prepared is kept")
     return Permanent(said, "check APPMETRICA_BASE_URL")
-
-
-def _listed(answer: ServiceAnswer) -> Mapping[int, Mapping[str, Any]]:
-    body = bytearray()
-    for piece in answer.raw():
-        body += piece
-        if len(body) > MAX_LIST_BYTES:
-            raise Permanent("the list of applications is too long", "use a token that sees fewer of them")
-    try:
-        return {int(each["id"]): each for each in json.loads(body)["applications"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise Permanent("the list of applications cannot be read", "check APPMETRICA_BASE_URL") from error
 
 
 def _check_whole(file: BinaryIO, *, may_be_empty: bool) -> None:
@@ -262,14 +250,12 @@ class Exports:
         except (ZoneInfoNotFoundError, ValueError) as error:
             raise Permanent(f"unknown time zone {name[:60]!r}", "set APPMETRICA_TIMEZONE") from error
 
-    @contextmanager
     def _answer(
         self, path: str, headers: Mapping[str, str], pauses: Pauses, read_seconds: float = READ_SECONDS
-    ) -> Iterator[ServiceAnswer]:
+    ) -> AbstractContextManager[ServiceAnswer]:
         """Make and count one call. Raises Transient when the daily limit is used up."""
         self.pulls.count_call(SERVICE, self.given.daily_calls, self.clock())
-        with self.upstream.get(path, headers, pauses, read_seconds) as answer:
-            yield answer
+        return self.upstream.get(path, headers, pauses, read_seconds)
 
     def ask(self, path: str, pauses: Pauses, *, fresh: bool) -> NotReady | BinaryIO:
         """The file of a request, as gzip, or NotReady. The receiver closes the file.
@@ -297,7 +283,15 @@ class Exports:
         with self._answer(APPLICATIONS, {"Accept-Encoding": "identity"}, Stop(), LIST_SECONDS) as answer:
             if answer.status != HTTPStatus.OK:
                 raise _error(answer, answer.text())
-            return _listed(answer)
+            body = bytearray()
+            for piece in answer.raw():
+                body += piece
+                if len(body) > MAX_LIST_BYTES:
+                    raise Permanent("the list of applications is too long", "use a token that sees fewer of them")
+        try:
+            return {int(each["id"]): each for each in json.loads(body)["applications"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise Permanent("the list of applications cannot be read", "check APPMETRICA_BASE_URL") from error
 
     def application(self) -> Mapping[str, Any]:
         """This application. Raises Permanent when the token cannot access it."""
@@ -314,13 +308,13 @@ class Exports:
         calls = f"{self.calls_today} of {self.given.daily_calls} calls used today"
         return f"may read application {self.application_id}; {calls}"
 
-    def request_received(self, resource: LogResource, span: Window) -> LogsRequest:
-        """All rows received in whole hours, without the columns that the service did not know.
+    def keep_received(self, owner: str, resource: LogResource, span: Window) -> PendingExport:
+        """`keep` for all rows received in whole hours, without the columns that the service did not know.
 
         May return more rows: when clocks go back, two hours have the same local time.
         """
         since, until = (at.astimezone(self.zone) for at in (span.start, span.end - SECOND))
-        return logs_request(
+        request = logs_request(
             self.application_id,
             resource.name,
             since=since.strftime(LOCAL),
@@ -329,6 +323,7 @@ class Exports:
             by_receipt=True,
             span=span,
         )
+        return self.keep(owner, request)
 
     def keep(self, owner: str, request: LogsRequest) -> PendingExport:
         """Save a request as an export, which gets a number. Deletes exports that were done long ago."""
@@ -336,18 +331,20 @@ class Exports:
         self.pulls.forget(SERVICE, owner, now - FORGOTTEN_AFTER)
         return self.pulls.add(SERVICE, owner, request.text, now)
 
-    def leaves_out(self, resource: LogResource, error: RequestRefused) -> bool:
-        """Drop the column that the service does not know; False when it names none, or one that is needed."""
-        named = set(re.findall(r"\w+", error.text)) & set(resource.columns)
+    def leaves_out(self, resource: LogResource, error: AppError) -> bool:
+        """When the service refuses a column that it does not know: leave it out from now on. False when it refuses
+        something else, or a column that is needed.
+        """
+        named = _refused_words(error) & set(resource.columns)
         if len(named) != 1 or self.is_needed(resource, error):
             return False
         self.left_out.update(named)
         log.warning("AppMetrica has no column %s: it is no longer requested", ", ".join(named))
         return True
 
-    def is_needed(self, resource: LogResource, error: RequestRefused) -> bool:
+    def is_needed(self, resource: LogResource, error: AppError) -> bool:
         """Whether the service refuses a column that is needed to identify rows."""
-        return bool(set(re.findall(r"\w+", error.text)) & {*NEEDED, resource.received})
+        return bool(_refused_words(error) & {*NEEDED, resource.received})
 
     @contextmanager
     def resumed(self, export: PendingExport, *, fresh: bool = True) -> Iterator["ExportInProgress"]:
@@ -427,6 +424,11 @@ class ExportInProgress:
     def _save(self, export: PendingExport) -> None:
         self.exports.pulls.save(export)
         self.export = export
+
+
+def _refused_words(error: AppError) -> set[str]:
+    """The words of the service's refusal; none when the error is another one."""
+    return set(re.findall(r"\w+", error.text)) if isinstance(error, RequestRefused) else set()
 
 
 def next_pause(interval_seconds: float) -> float:

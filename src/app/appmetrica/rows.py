@@ -13,9 +13,9 @@ import hashlib
 import io
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from app.core.errors import Permanent, Rejected
 from app.core.files import temporary_file
 from app.core.verify import WindowContent
 from app.core.windows import HOUR_SECONDS, Window, floor_to, windows_between
-from app.product_events.hours import REFUSED
+from app.product_events.hours import REFUSED, PulledHour, RefusedLines
 from app.product_events.mapping import Tables, mapping
 
 MAX_ROW_BYTES = 1 << 24
@@ -132,7 +132,7 @@ def _cells(text: str) -> Row:
     return next(csv.reader((text,), strict=True))
 
 
-SERVICE = "appmetrica"
+SERVICE, EVENTS = "appmetrica", "events"
 BESIDE = timedelta(hours=2)
 CHUNK_ROWS = 2000
 LEVEL = 1
@@ -151,50 +151,49 @@ NO_RECEIPT = "no time of receipt"
 ANOTHER_TIME = "received at another time"
 
 
-@dataclass(slots=True)
-class ReceiptHourFile:
-    """`app.product_events.hours.PulledHour`: the rows that were received in one hour, as a gzip file of CSV.
+def place_of(partition: str, hour_at: datetime | None) -> tuple[str, ...]:
+    """Where an hour is kept, in parts; None = the rows that have no hour."""
+    application_id, _, resource = partition.partition(":")
+    if hour_at is None:
+        return resource, f"{application_id}_of_no_hour"
+    return resource, f"date={hour_at:%Y-%m-%d}", f"{application_id}_{hour_at:%H%M%S}"
 
-    `refused`: number of invalid rows of the hour, which are not in the file. Rows that the warehouse rejects are passed
-    to `refuse`. `application_id` None = its rows are stored only as an object. `stands_for`: the digest of the object
-    that must not be replaced by these rows, since they lack columns.
+
+class ReceiptHourFile(PulledHour):
+    """The rows that were received in one hour, as a gzip file of CSV.
+
+    `refused`: number of invalid rows of the hour, which are not in the file and are refused by `SortedRows`.
+    `stands_for`: the digest of the object that must not be replaced by these rows, since they lack columns.
     """
 
-    window: Window
-    columns: Sequence[str]
     file: BinaryIO
-    application_id: int | None = None
-    rows: int = 0
-    refused: int = 0
-    refuse: "Refuse" = field(default=lambda _hour_at, _row: None)
-    stands_for: str = ""
-    _sum: int = 0
-    _text: Any = field(default=None)
-    _packed: Any = field(default=None)
-    _writer: Any = field(default=None)
+
+    def __init__(self, partition: str, window: Window, columns: Sequence[str], file: BinaryIO, spool: Path) -> None:
+        super().__init__(window, file, spool)
+        self.body = None  # until it has a row
+        self.columns, self.stands_for = columns, ""
+        self._partition, self.is_loaded = partition, partition.endswith(f":{EVENTS}")
+        self._sum = 0
+        self._text: io.TextIOWrapper | None = None
+        self._writer: Any = None
 
     @property
-    def is_loaded(self) -> bool:
-        """Whether its rows also go into the warehouse."""
-        return self.application_id is not None
-
-    @property
-    def body(self) -> BinaryIO | None:
-        """The file; None when it has no rows."""
-        return self.file if self.rows else None
+    def counted(self) -> int:
+        """See `PulledHour.counted`."""
+        return self.rows
 
     @property
     def digest(self) -> str:
-        """Equal for equal rows. Hex."""
-        return (
-            self.stands_for or hashlib.sha256(f"{','.join(self.columns)}:{self.rows}:{self._sum}".encode()).hexdigest()
-        )
+        """See `PulledHour.digest`."""
+        columns = ",".join(self.columns)
+        return self.stands_for or hashlib.sha256(f"{columns}:{self.rows}:{self._sum}".encode()).hexdigest()
 
     def add(self, row: Row) -> None:
         """Append a row."""
-        if self._writer is None:
-            self._packed = gzip.GzipFile("", "wb", LEVEL, self.file, mtime=0)
-            self._text = io.TextIOWrapper(self._packed, encoding="utf-8", newline="")
+        if self._text is None:
+            self.body = self.file
+            packed = gzip.GzipFile("", "wb", LEVEL, self.file, mtime=0)
+            self._text = io.TextIOWrapper(packed, encoding="utf-8", newline="")
             self._writer = csv.writer(self._text, lineterminator="\n")
             self._writer.writerow(self.columns)
         self._writer.writerow(row)
@@ -206,12 +205,10 @@ class ReceiptHourFile:
         """Finish writing; no rows may be added afterwards."""
         if self._text is not None:
             self._text.close()
-            self._packed.close()
-            self._text = None
 
     def read(self) -> Iterator[Row]:
         """Its rows, without the header."""
-        if not self.rows:
+        if self.body is None:
             return
         csv.field_size_limit(KEPT_ROW_BYTES)
         self.file.seek(0)
@@ -227,6 +224,7 @@ class ReceiptHourFile:
 
     def load_each(self, load: Callable[[Tables], None]) -> None:
         """See `PulledHour.load_each`."""
+        place = place_of(self._partition, self.window.start)
         with closing(_Ordinals()) as ordinals:
             for row in self.read():
                 try:
@@ -234,7 +232,8 @@ class ReceiptHourFile:
                 except Rejected as error:
                     text = io.StringIO()
                     csv.writer(text, lineterminator="\n").writerow(row)
-                    self.refuse(self.window.start, BadRow(REFUSED, text.getvalue().encode(), error.message, row))
+                    what = f"{self._partition} {self.window} {error.message}"
+                    self.refused_lines.add(place, REFUSED, text.getvalue().encode(), what)
 
     def content(self) -> WindowContent:
         """See `PulledHour.content`."""
@@ -242,37 +241,43 @@ class ReceiptHourFile:
 
         return content_of(dict(zip(self.columns, row, strict=True)) for row in self.read())
 
-    def close(self) -> None:
-        """See `PulledHour.close`."""
-        self.file.close()
-
     def _tables(self, rows: Sequence[Row], ordinals: "_Ordinals") -> Tables:
-        what, columns = mapping(SERVICE), _columns(rows, self.columns, self.application_id)
-        columns["uuid"] = _uuids(columns, len(rows), ordinals)
-        return what.tables({path: columns[path] for path in what.words}, len(rows))
+        """Rows by table: an empty cell is None, a missing column all None. Uuids are made of the columns that identify
+        events, since the service gives no id; equal events get different ordinals.
+        """
+        what, given = mapping(SERVICE), dict(zip(self.columns, zip(*rows, strict=True), strict=True))
+        nothing = ("",) * len(rows)
+        columns: dict[str, Sequence[str | None]] = {
+            name: [cell or None for cell in given.get(name, nothing)] for name in {*what.words, *NEEDED}
+        }
+        columns["application_id"] = [self._partition.partition(":")[0]] * len(rows)
+        columns["uuid"] = uuids = []
+        for event, *identity in zip(*(columns[name] for name in (JSON_COLUMN, *IDENTITY)), strict=True):
+            digest = hashlib.sha256((event or "").encode()).hexdigest()
+            name = "\x1f".join([*(cell or "" for cell in identity), digest])
+            uuids.append(str(uuid5(NAMESPACE_URL, f"{name}\x1f{ordinals.next(name)}")))
+        return what.tables(columns, len(rows))
 
 
-def read_hour(application_id: int | None, window: Window, file: BinaryIO) -> ReceiptHourFile:
+def read_hour(partition: str, window: Window, file: BinaryIO, spool: Path) -> ReceiptHourFile:
     """The hour in the file of its object; its rows are not counted. Raises ValueError when the header is missing."""
     csv.field_size_limit(KEPT_ROW_BYTES)
     with gzip.open(file, "rt", encoding="utf-8", newline="") as text:
         header = next(csv.reader(text), None)
     if not header:
         raise ValueError("it has no header")
-    return ReceiptHourFile(window, header, file, application_id, rows=1)
-
-
-Refuse = Callable[[datetime | None, BadRow], None]
-"""Receives rows that cannot be loaded, each with its hour, or None if it has none."""
+    hour = ReceiptHourFile(partition, window, header, file, spool)
+    hour.body = file
+    return hour
 
 
 class SortedRows:
     """The rows of all parts of a file, sorted into one file per hour of receipt in the span; rows that cannot be read
-    or belong to no hour are refused. Close it after use.
+    or belong to no hour go to `refused_lines`. Close it after use.
 
-    `records`: number of rows read; `left_out`: rows of hours just outside the span, which the service includes because
-    two hours have the same local time when clocks go back; `lacking`: requested columns that are missing.
-    `application_id`: see `ReceiptHourFile`. Raises Permanent when a part lacks a column that is needed.
+    `left_out`: rows of hours just outside the span, which the service includes because two hours have the same local
+    time when clocks go back; `lacking`: requested columns that are missing. Raises Permanent when a part lacks a column
+    that is needed.
     """
 
     def __init__(
@@ -283,20 +288,18 @@ class SortedRows:
         span: Window,
         spool: Path,
         *,
-        application_id: int | None = None,
-        refuse: Refuse = lambda _hour_at, _row: None,
+        partition: str,
     ) -> None:
-        self.records = self.left_out = 0
-        self.lacking = set[str]()
-        self._received, self._span, self._refuse = received, span, refuse
-        needed = {received, *(() if application_id is None else NEEDED)}
+        self.left_out, self.lacking = 0, set[str]()
+        self.refused_lines = RefusedLines(spool)
+        self._partition, self._received, self._span = partition, received, span
         headers = [CsvRows(file).header for file in files]
         self._names = [*columns, *dict.fromkeys(name for each in headers for name in each if name not in columns)]
-        self._by_start = {
-            window.start: ReceiptHourFile(window, self._names, temporary_file(spool), application_id)
+        self.hours = [
+            ReceiptHourFile(partition, window, self._names, temporary_file(spool), spool)
             for window in windows_between(span.start, span.end, HOUR_SECONDS)
-        }
-        self.hours = list(self._by_start.values())
+        ]
+        needed = {received, *(NEEDED if self.hours[0].is_loaded else ())}
         with ExitStack() as undo:
             undo.callback(self.close)
             for file, header in zip(files, headers, strict=True):
@@ -308,7 +311,8 @@ class SortedRows:
             hour.close_text()
 
     def close(self) -> None:
-        """Close the files of the hours. Idempotent."""
+        """Free all files. Idempotent."""
+        self.refused_lines.close()
         for hour in self.hours:
             hour.close()
 
@@ -317,9 +321,9 @@ class SortedRows:
         as_given = list(part.header) == self._names
         known = {name: at for at, name in reversed(list(enumerate(part.header)))}
         places = [known.get(name) for name in self._names]
-        received, hours, span = self._received, self._by_start, self._span
+        received, span = self._received, self._span
+        hours = {hour.window.start: hour for hour in self.hours}
         for found in part:
-            self.records += 1
             cells = found.cells if isinstance(found, BadRow) else found
             at = hour_of(cells[known[received]]) if cells else None
             if at is not None and at not in hours and span.start - BESIDE <= at < span.end + BESIDE:
@@ -336,7 +340,8 @@ class SortedRows:
                 # File it under any hour that its timestamps give, so that the row is recognized when it comes again.
                 named = zip(part.header, cells, strict=False)
                 told = (hour_of(cell) for name, cell in named if name.endswith("_timestamp"))
-                self._refuse(at if at is not None else next(filter(None, told), None), bad)
+                place = place_of(self._partition, at if at is not None else next(filter(None, told), None))
+                self.refused_lines.add(place, bad.reason, bad.raw, f"{self._partition} {span} {bad.detail}")
 
 
 def check_columns(header: Row, needed: Collection[str]) -> None:
@@ -356,31 +361,6 @@ def hour_of(text: str) -> datetime | None:
         return floor_to(datetime.fromtimestamp(seconds, UTC), HOUR_SECONDS) if seconds > 0 else None
     except (ValueError, OverflowError, OSError):
         return None
-
-
-def _columns(chunk: Sequence[Row], names: Sequence[str], application_id: int | None) -> dict[str, Sequence[Any]]:
-    """Cells by column; an empty cell becomes None. A missing column is all None."""
-    given = dict(zip(names, zip(*chunk, strict=True), strict=True))
-    nothing = ("",) * len(chunk)
-    wanted = {*mapping(SERVICE).words, *IDENTITY, JSON_COLUMN} - {"uuid"}
-    columns: dict[str, Sequence[Any]] = {
-        name: [cell or None for cell in given.get(name, nothing)] for name in sorted(wanted)
-    }
-    columns["application_id"] = [str(application_id)] * len(chunk)
-    return columns
-
-
-def _uuids(columns: Mapping[str, Sequence[Any]], count: int, ordinals: "_Ordinals") -> Sequence[str]:
-    """Event uuids from the columns that identify events, since the service gives no id. Equal events get different
-    ordinals.
-    """
-    identities = zip(*(columns[name] for name in IDENTITY), strict=True)
-    made = []
-    for position, identity in zip(range(count), identities, strict=True):
-        json_digest = hashlib.sha256((columns[JSON_COLUMN][position] or "").encode()).hexdigest()
-        name = "\x1f".join([*(cell or "" for cell in identity), json_digest])
-        made.append(str(uuid5(NAMESPACE_URL, f"{name}\x1f{ordinals.next(name)}")))
-    return made
 
 
 class _Ordinals:

@@ -11,33 +11,31 @@ belongs to that hour: it waits, each run retries it, and after a day it is set a
 received. If no other hour works either, nothing is recorded and the cursor stays.
 """
 
-import csv
-import gzip
+import hashlib
 import logging
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from functools import cached_property
 from pathlib import Path
-from shutil import copyfileobj
-from typing import BinaryIO, ClassVar, Protocol
+from typing import TYPE_CHECKING, BinaryIO
 
-from app.config.settings import AmplitudeSettings, AppMetricaSettings, Settings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
 from app.core.files import temporary_file
 from app.core.ledger import SetAside, Tally, ledger_of
-from app.core.pipeline import QUIET_AFTER, Checkpoints, Commit, ObjectState, Record
-from app.core.runs import Context, Failure, Report, Stop
+from app.core.pipeline import QUIET_AFTER, Commit, ObjectState, Record
+from app.core.runs import Context, Failure, Report
 from app.core.verify import WindowContent
-from app.core.windows import HOUR_SECONDS, Window, floor_to
+from app.core.windows import Window
 from app.object_store.deltas import state_from_metadata
 from app.object_store.port import ObjectStore, PutRequest
-from app.object_store.set_aside import LINES, SetAsideStore, folder_of
-from app.product_events.mapping import EventWarehouse, LoadResult, Tables, load_hour, missing_events, uuids_in
+from app.object_store.set_aside import LINES, SetAsideStore
+from app.product_events.mapping import Tables, load_hour, missing_events, uuids_in
+
+if TYPE_CHECKING:
+    from app.product_events.pull import PullPipeline
 
 HOUR = timedelta(hours=1)
 ABOVE_LIMIT, KEEPS_FAILING = "hour above the service's limit", "hour that keeps failing"
@@ -45,6 +43,7 @@ REFUSED = "refused by the warehouse"
 NOT_HAD = "not had"
 """The version in the record of a window that could not be loaded; `closed` means it was set aside."""
 GZIP = "application/gzip"
+LARGE_BYTES, LOGGED_SAMPLES = 1 << 20, 3
 SET_ASIDE_AFTER = timedelta(days=1)
 GIVEN_UP_AFTER = timedelta(days=4)
 CLOCKS_APART = timedelta(minutes=30)
@@ -62,48 +61,6 @@ class PullMode(Enum):
     ONCE_MORE = "once more"
 
 
-class PulledHour(Protocol):
-    """An hour as the service returned it, or as read from its object. Its counts are known after it was read; `digest`
-    reads it if nothing has yet.
-    """
-
-    @property
-    def window(self) -> Window:
-        """The hour it covers."""
-
-    @property
-    def body(self) -> BinaryIO | None:
-        """The gzip file to store as its object; None when there is nothing to store."""
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-
-    @property
-    def refused(self) -> int:
-        """Number of refused rows, which `rows` does not include."""
-
-    @property
-    def digest(self) -> str:
-        """Equal for equal rows."""
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether its rows also go into the warehouse."""
-
-    def tables(self, *, careful: bool = False) -> Iterator[Tables]:
-        """Its rows for the warehouse. `careful`: sanitise them one by one."""
-
-    def load_each(self, load: Callable[[Tables], None]) -> None:
-        """Pass each event to `load`; set aside every event for which it raises Rejected."""
-
-    def content(self) -> WindowContent:
-        """Its content, for comparison with the other end."""
-
-    def close(self) -> None:
-        """Free its files. Idempotent."""
-
-
 class BrokenHour(AppError):
     """The received data of an hour cannot be read; `fault` says why. Its rows were not loaded."""
 
@@ -116,97 +73,99 @@ class DamagedObject(Permanent):
     """The object of an hour cannot be read."""
 
 
-BROKEN = (BrokenHour, EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError)
+@dataclass(slots=True)
+class _RefusedWindow:
+    file: BinaryIO
+    samples: list[str] = field(default_factory=list)
+    number: int = 0
 
 
-def spool_of(settings: Settings) -> Path:
-    """The directory for temporary files."""
-    return settings.service.data_dir / "spool"
+class RefusedLines:
+    """Lines of a service's files that are not valid events, spooled until they are set aside.
 
-
-@dataclass(frozen=True)
-class PullContext(ABC):
-    """One pull: how its hours are named and read, which its service defines, and where they are stored.
-
-    An hour is due `due_after` its end. `unit`: what its ledger counts. A line of up to `largest_bytes` is set aside
-    whole, regardless of the limit for many small lines.
+    Invariants: the bytes stay unchanged; memory is bounded by one line, since refused lines are on disk until they are
+    kept; a line is kept under its window, so pulling a window again adds nothing. Close it after use. Not thread-safe.
     """
 
-    name: ClassVar[str]
-    unit: ClassVar[str]
-    due_after: ClassVar[timedelta]
-    largest_bytes: ClassVar[int]
+    def __init__(self, spool: Path) -> None:
+        self._spool = spool
+        self._found: dict[tuple[tuple[str, ...], str], _RefusedWindow] = {}
+        self.not_kept = 0
 
-    settings: Settings
-    checkpoints: Checkpoints
-    store: ObjectStore
-    warehouse: EventWarehouse
-    clock: Callable[[], datetime]
+    def add(self, name: tuple[str, ...], reason: str, line: bytes, sample: str) -> None:
+        """Add a line of the window `name`. A large line gets its own object, so that it is not truncated."""
+        if len(line) > LARGE_BYTES:
+            # A set-aside object has a size limit, which could truncate such a line.
+            name = (*name, hashlib.sha256(line).hexdigest()[:16])
+        found = self._found.get((name, reason))
+        if found is None:
+            found = self._found[name, reason] = _RefusedWindow(temporary_file(self._spool))
+        found.file.write(line.rstrip(b"\r\n") + b"\n")
+        found.number += 1
+        found.samples += [sample] if found.number <= LOGGED_SAMPLES else []
+
+    def keep(self, store: SetAsideStore) -> list[SetAside]:
+        """Set aside all lines; returns ledger entries. `not_kept` counts lines that the store could not take."""
+        entries = []
+        for (name, reason), found in self._found.items():
+            log.warning("%d lines are set aside (%s): %s", found.number, reason, "; ".join(found.samples))
+            found.file.seek(0)
+            kept = store.keep(
+                name, found.file, content_type=LINES, reason=reason, number=found.number, sample=found.samples[0]
+            )
+            self.not_kept += 0 if kept.key else kept.number
+            entries.append(kept.entry)
+        return entries
+
+    def close(self) -> None:
+        """Free the spool. Idempotent."""
+        while self._found:
+            self._found.popitem()[1].file.close()
+
+
+class PulledHour(ABC):
+    """An hour as the service returned it, or as read from its object. Its counts are known after it was read; `digest`
+    reads it if nothing has yet. Close it after use.
+
+    `body`: the gzip file to store as its object; None when there is nothing to store. `rows` are its events, `refused`
+    is the number of what is not one. `refused_lines` are set aside once it has landed.
+    """
+
+    is_loaded = True
+    """Whether its rows also go into the warehouse."""
+
+    def __init__(self, window: Window, file: BinaryIO | None, spool: Path) -> None:
+        self.window, self.file, self.body = window, file, file
+        self.rows = self.refused = 0
+        self.refused_lines = RefusedLines(spool)
 
     @property
     @abstractmethod
-    def given(self) -> AmplitudeSettings | AppMetricaSettings:
-        """The service's own settings."""
-
-    @abstractmethod
-    def key(self, partition: str, window: Window) -> str:
-        """The object key of an hour."""
-
-    @abstractmethod
-    def place(self, partition: str, window: Window) -> tuple[str, ...]:
-        """The name under which the data of an hour is set aside."""
-
-    @abstractmethod
-    def opened(self, partition: str, window: Window, file: BinaryIO, stop: Stop) -> PulledHour:
-        """The hour in the file of its object."""
+    def counted(self) -> int:
+        """Number of lines that its ledger accounts for."""
 
     @property
-    def due_at(self) -> datetime:
-        """Hours that end by this time can be requested."""
-        return floor_to(self.clock() - self.due_after, HOUR_SECONDS)
+    @abstractmethod
+    def digest(self) -> str:
+        """Equal for equal rows. Hex."""
 
-    @property
-    def overdue_seconds(self) -> float:
-        """How long an hour is overdue before the job is reported as stale."""
-        alert = self.settings.alert
-        return self.given.interval_seconds + dict(alert.grace_by_job).get(self.name, alert.grace_seconds)
+    @abstractmethod
+    def tables(self, *, careful: bool = False) -> Iterator[Tables]:
+        """Its rows for the warehouse. `careful`: sanitise them one by one."""
 
-    @property
-    def spool(self) -> Path:
-        """See `spool_of`."""
-        return spool_of(self.settings)
+    @abstractmethod
+    def load_each(self, load: Callable[[Tables], None]) -> None:
+        """Pass each event to `load`; refuse every event for which it raises Rejected."""
 
-    @cached_property
-    def set_aside(self) -> SetAsideStore:
-        """Where refused data is kept."""
-        limit_bytes = max(self.settings.set_aside.max_bytes, self.largest_bytes)
-        return SetAsideStore(self.store, folder_of(self.name), limit_bytes)
+    @abstractmethod
+    def content(self) -> WindowContent:
+        """Its content, for comparison with the other end."""
 
-    @contextmanager
-    def downloaded(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
-        """A copy of an object; None when it is gone. Raises Conflict when it has another version."""
-        with temporary_file(self.spool) as file:
-            with self.store.open(key, etag) as stream:
-                if stream is not None:
-                    copyfileobj(stream, file, 1 << 18)
-            file.seek(0)
-            yield file if stream is not None else None
-
-    @contextmanager
-    def object_hour(
-        self, partition: str, window: Window, stop: Stop, etag: str | None = None
-    ) -> Iterator[PulledHour | None]:
-        """The hour stored in an object, downloaded whole; None when the object is gone. Raises DamagedObject when it
-        turns out to be broken while in use, and Conflict when it has another version.
-        """
-        key = self.key(partition, window)
-        with self.downloaded(key, etag) as file, ExitStack() as held:
-            try:
-                yield held.enter_context(closing(self.opened(partition, window, file, stop))) if file else None
-            except BROKEN as error:
-                what = error.message if isinstance(error, BrokenHour) else error
-                hint = "heal the window: the object is written again from what the service gives"
-                raise DamagedObject(f"{key} is damaged: {what}", hint) from error
+    def close(self) -> None:
+        """Free its files. Idempotent."""
+        self.refused_lines.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def has_landed(record: Record | None) -> bool:
@@ -272,7 +231,7 @@ class PartitionRun(ABC):
     Methods raise the errors of the ports and the service; what was committed stays.
     """
 
-    pull: PullContext
+    pull: "PullPipeline"
     context: Context
     name: str
     _works: bool = False
@@ -289,7 +248,7 @@ class PartitionRun(ABC):
 
     def mend(self, hour: PulledHour, record: Record | None, over: str | None) -> Report:
         """Load and store an hour again, replacing a version; see `store_rows`. The cursor does not move."""
-        return replace(self.land(hour, record, PullMode.AGAIN, over=over)[0], windows=1)
+        return replace(self.land(hour, record, PullMode.AGAIN, over=over), windows=1)
 
     @property
     def waiting(self) -> str:
@@ -336,26 +295,28 @@ class PartitionRun(ABC):
         except (Transient, Permanent, Rejected) as error:
             return self.failed(what, error)
 
-    def take(
-        self, hour: PulledHour, record: Record | None, mode: PullMode, *, final: bool
-    ) -> tuple[Report, LoadResult]:
-        """Call `land`. An hour that the destination refuses is held open until the destination accepts another one.
+    def take(self, hour: PulledHour, record: Record | None, mode: PullMode, *, final: bool) -> Report:
+        """Call `land`, then close the hour. An hour that the destination refuses is held open until the destination
+        accepts another one.
 
         Raises the error when so many hours fail in a row that the hours are probably not the cause.
         """
-        try:
-            report, loaded = self.land(hour, record, mode, final=final)
-        except LeaseLost:
-            raise
-        except (Transient, Permanent, Rejected) as error:
-            self._held.append((hour, record, mode, error))
-            self._failed_in_a_row += 1
-            limit = FAILED_IN_A_ROW if isinstance(error, Transient) else REFUSED_IN_A_ROW
-            if self._failed_in_a_row >= limit:
+        with ExitStack() as open_hour:
+            open_hour.callback(hour.close)
+            try:
+                report = self.land(hour, record, mode, final=final)
+            except LeaseLost:
                 raise
-            return (self.settle() if self._works else Report()), LoadResult()
+            except (Transient, Permanent, Rejected) as error:
+                open_hour.pop_all()
+                self._held.append((hour, record, mode, error))
+                self._failed_in_a_row += 1
+                limit = FAILED_IN_A_ROW if isinstance(error, Transient) else REFUSED_IN_A_ROW
+                if self._failed_in_a_row >= limit:
+                    raise
+                return self.settle() if self._works else Report()
         self._failed_in_a_row = 0
-        return report, loaded
+        return report
 
     def clock_fault(self, span: Window, answered_at: datetime | None) -> Transient | None:
         """The error when these hours are not over by the service's own clock, `answered_at`: then this machine's clock
@@ -366,15 +327,6 @@ class PartitionRun(ABC):
             return None
         said = f"{self.name}: it is {answered_at:%Y-%m-%dT%H:%MZ} by the service's clock, too early for {span}"
         return Transient(said, "set the clock of this machine; nothing was recorded, the hours are requested again")
-
-    @contextmanager
-    def until_settled(self, hour: PulledHour) -> Iterator[None]:
-        """Close the hour after the block, or later if it is held until its destination accepts another one."""
-        try:
-            yield
-        finally:
-            if not any(hour is held for held, *_ in self._held):
-                hour.close()
 
     def settle(self) -> Report:
         """Decide about hours that the destination refused. If it accepted no other hour, the first error is raised
@@ -387,10 +339,16 @@ class PartitionRun(ABC):
                 raise error
             self._held.pop(0)
             with closing(hour):
+                counted, rows = hour.counted, hour.rows
                 if self._works:
-                    report += self.not_had(hour.window, record, error, mode, number=hour.rows, body=hour.body)
+                    report += self.not_had(
+                        hour.window, record, error, mode, counted=counted, number=rows, body=hour.body
+                    )
                 else:
-                    report += self.failed(f" {hour.window}", error) + self.ledger(Tally(waiting=hour.rows))
+                    waits = self.ledger(Tally(counted=counted, waiting=rows))
+                    report += self.failed(f" {hour.window}", error) + waits
+                if not self.context.dry_run:
+                    report += self.ledger(Tally(), *hour.refused_lines.keep(self.pull.set_aside))
         return report
 
     def close(self) -> None:
@@ -400,27 +358,27 @@ class PartitionRun(ABC):
 
     def land(
         self, hour: PulledHour, record: Record | None, mode: PullMode, *, final: bool = False, over: str | None = None
-    ) -> tuple[Report, LoadResult]:
-        """Load an hour, store its object and record both; returns what happened to its rows. `final`: it is not checked
-        again.
+    ) -> Report:
+        """Load an hour, store its object and record both; accounts for its rows. `final`: it is not checked again.
 
         `over`: see `store_rows`. Raises the errors of the store and the warehouse.
         """
         had, held, is_dry = record if has_landed(record) else None, Report(), self.context.dry_run
         if had is not None and mode is not PullMode.AGAIN and had.digest == hour.digest and had.rows >= hour.rows:
             source_cells = max(had.source_cells, hour.rows + hour.refused)
-            landed, loaded = replace(had, source_cells=source_cells), LoadResult(hour.rows)
+            landed, loaded = replace(had, source_cells=source_cells), Tally(already_there=hour.rows)
         elif is_dry:
             size_bytes = hour.body.seek(0, 2) if hour.digest and hour.body else 0
-            return Report(rows=hour.rows, bytes=size_bytes, windows=1), LoadResult()
+            return Report(rows=hour.rows, bytes=size_bytes, windows=1)
         else:
-            loaded = LoadResult()
+            loaded = Tally()
             if hour.body is not None and hour.is_loaded:
                 loaded = load_hour(self.pull.warehouse, hour, past=mode is not PullMode.LIVE)
             landed = self._stored(hour, had, over)
             if not hour.is_loaded:
                 loaded = _told_by_object(hour, landed, had)
-            landed = replace(landed, rows=landed.rows - hour.rows + loaded.given) if loaded.given else landed
+            given = loaded.new + loaded.already_there
+            landed = replace(landed, rows=landed.rows - hour.rows + given) if given else landed
             if hour.body is not None:
                 self._works = True
                 held = self.settle()  # before the cursor moves past the held hours
@@ -437,7 +395,10 @@ class PartitionRun(ABC):
             windows=int(changed),
             late_rows=loaded.new if had is not None and mode is not PullMode.AGAIN else 0,
         )
-        return held + report, loaded
+        if is_dry:
+            return report
+        tally = replace(loaded, counted=hour.counted, read=hour.counted)
+        return held + report + self.ledger(tally, *hour.refused_lines.keep(self.pull.set_aside))
 
     def not_had(
         self,
@@ -511,7 +472,9 @@ class PartitionRun(ABC):
         continue.
         """
         found, total, gone = list[tuple[Record, bool | None]](), Report(), list[Record]()
-        for record in self._newest_first():
+        recent_at = self.pull.clock() - QUIET_AFTER
+        spans = (Window(recent_at, EVER.end), Window(EVER.start, recent_at))  # the recent ones are usually enough
+        for record in (record for span in spans for record in reversed(list(self.records(span).values()))):
             if record.rows and has_landed(record):
                 found.append((record, is_there := self._is_known(record)))
                 if is_there:  # perhaps only its first events are there
@@ -531,20 +494,14 @@ class PartitionRun(ABC):
             if loaded is None:
                 gone.append(record)
             else:
-                there = Tally(record.rows, record.rows, loaded.new, loaded.given - loaded.new)
-                total += Report(rows=loaded.new) + self.ledger(there)
+                tally = replace(loaded, counted=record.rows, read=record.rows)
+                total += Report(rows=loaded.new) + self.ledger(tally)
         note = f"{self.name}: {total.rows} events of hours since {since} were not in the warehouse: loaded from objects"
         if gone:
             what = f"{len(gone)} hours since {gone[0].window.start:%Y-%m-%dT%H:%MZ} are in no object to load them from"
             span = f"--from {gone[0].window.start:%Y-%m-%dT%H} --to {gone[-1].window.end:%Y-%m-%dT%H}"
             total += self.failed("", Permanent(what, f"python -m app backfill {self.pull.name} {span}"))
         return total + Report(notes=(note,))
-
-    def _newest_first(self) -> Iterator[Record]:
-        """All records, newest first. Reads the recent ones first, since they are usually enough."""
-        recent_at = self.pull.clock() - QUIET_AFTER
-        for span in (Window(recent_at, EVER.end), Window(EVER.start, recent_at)):
-            yield from reversed(list(self.records(span).values()))
 
     def _is_known(self, record: Record) -> bool | None:
         """Whether the warehouse has some of the first events of an object; None when the object cannot be read."""
@@ -574,9 +531,9 @@ class PartitionRun(ABC):
         return store_rows(self.pull.store, body, wanted, pipeline=self.pull.name, over=over)
 
 
-def _told_by_object(hour: PulledHour, landed: Record, had: Record | None) -> LoadResult:
-    """The load result of rows that are stored only as an object, derived from what the object holds."""
+def _told_by_object(hour: PulledHour, landed: Record, had: Record | None) -> Tally:
+    """What happened to rows that are stored only as an object, derived from what the object holds."""
     given = min(landed.rows, hour.rows)
-    if landed.version and landed.digest != hour.digest:  # the object held more rows and was kept
-        return LoadResult(given)
-    return LoadResult(given, max(0, landed.rows - (had.rows if had else 0)))
+    is_kept = landed.version != "" and landed.digest != hour.digest  # the object held more rows
+    new = 0 if is_kept else max(0, landed.rows - (had.rows if had else 0))
+    return Tally(new=new, already_there=given - new)

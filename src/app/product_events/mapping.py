@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from app.core.errors import Permanent, Rejected
+from app.core.ledger import Tally
 from app.db.database import UNSTORABLE, instant_text
 
 if TYPE_CHECKING:
@@ -405,60 +406,49 @@ def missing_events(known: Callable[[Collection[str]], int], chunk: Tables) -> in
     return len(uuids) - known(uuids) if uuids else 0
 
 
-@dataclass(frozen=True, slots=True)
-class LoadResult:
-    """Result of loading events: `given` were passed in, `new` of them were not there before."""
-
-    given: int = 0
-    new: int = 0
-
-    def __add__(self, other: "LoadResult") -> "LoadResult":
-        return LoadResult(self.given + other.given, self.new + other.new)
-
-
-def load_in_turns(warehouse: EventWarehouse, tables: Iterator[Tables], *, past: bool) -> LoadResult:
-    """Load all of `tables`, in transactions of about LOAD_EVENTS."""
-    done = LoadResult()
-    for first in tables:
-        given: list[int] = []
-        new = warehouse.load(_one_turn(first, tables, given), past=past)
-        done += LoadResult(sum(given), new)
-    return done
-
-
-def _one_turn(first: Tables, others: Iterator[Tables], given: list[int]) -> Iterator[Tables]:
-    """The chunks of one transaction; appends the number of events of each to `given`."""
-    chunk: Tables | None = first
-    while chunk is not None:
-        given.append(len(uuids_in(chunk)))
-        yield chunk
-        chunk = next(others, None) if sum(given) < LOAD_EVENTS else None
-
-
-def load_hour(warehouse: EventWarehouse, hour: "PulledHour", *, past: bool) -> LoadResult:
-    """Load an hour; if the warehouse refuses it, retry with sanitised values, then event by event.
+def load_hour(warehouse: EventWarehouse, hour: "PulledHour", *, past: bool) -> Tally:
+    """Load an hour; if the warehouse refuses it, retry with sanitised values, then event by event. Returns how many
+    events are new and how many were there.
 
     Raises the warehouse's error when it accepts none of the events.
     """
     for careful in (False, True):
         try:
-            return load_in_turns(warehouse, hour.tables(careful=careful), past=past)
+            return _load(warehouse, hour.tables(careful=careful), past=past)
         except (Permanent, Rejected) as error:
             log.warning("%s: retrying row by row with sanitised values: %s", hour.window, error)
-    loaded, faults = LoadResult(), list[Permanent]()
+    loaded, faults = Tally(), list[Permanent]()
 
     def load_one(tables: Tables) -> None:
         nonlocal loaded
         try:
-            loaded += LoadResult(len(uuids_in(tables)), warehouse.load([tables], past=past))
+            loaded += _load(warehouse, iter((tables,)), past=past)
         except Permanent as error:
             faults.append(error)
-            if not loaded.given and len(faults) >= REFUSED_ROWS:
+            if loaded == Tally() and len(faults) >= REFUSED_ROWS:
                 raise
             raise Rejected(error.message, error.hint) from error
 
     # If the warehouse accepts some events it is working, so the refused events are at fault.
     hour.load_each(load_one)
-    if faults and not loaded.given:
+    if faults and loaded == Tally():
         raise faults[0]
+    return loaded
+
+
+def _load(warehouse: EventWarehouse, tables: Iterator[Tables], *, past: bool) -> Tally:
+    """Load all of `tables`, in transactions of about LOAD_EVENTS."""
+    loaded = Tally()
+    for first in tables:
+        given = 0
+
+        def one_turn(chunk: Tables | None = first) -> Iterator[Tables]:
+            nonlocal given
+            while chunk is not None:
+                given += len(uuids_in(chunk))
+                yield chunk
+                chunk = next(tables, None) if given < LOAD_EVENTS else None
+
+        new = warehouse.load(one_turn(), past=past)
+        loaded += Tally(new=new, already_there=given - new)
     return loaded

@@ -1,53 +1,109 @@
-"""Assembles a pull: its partitions run by run, backfill of a span of hours, and lines that are set aside.
+"""A pull as one pipeline: its job over all partitions, backfill of a span of hours, and how its hours are stored.
 
 Invariants: nothing connects before the first run; a partition that fails is recorded with its cursor and the others
 continue.
 """
 
-import hashlib
+import csv
+import gzip
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Generic, TypeVar
+from shutil import copyfileobj
+from typing import BinaryIO, ClassVar
 
+from app.config.settings import AmplitudeSettings, AppMetricaSettings, Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.files import temporary_file
-from app.core.ledger import SetAside
-from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS
-from app.core.runs import Context, Failure, Job, Report, ReportSum
-from app.core.verify import GapMapSource, Verification
+from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS, Checkpoints
+from app.core.runs import Context, Failure, Job, Report, ReportSum, Stop
 from app.core.windows import HOUR_SECONDS, Window, floor_to
-from app.object_store.set_aside import LINES, SetAsideStore
+from app.object_store.port import ObjectStore
+from app.object_store.set_aside import SetAsideStore, folder_of
 from app.ops.connection_checks import ConnectionCheck
-from app.product_events.hours import HOUR, PartitionRun, PullContext
+from app.product_events.hours import HOUR, BrokenHour, DamagedObject, PartitionRun, PulledHour
+from app.product_events.mapping import EventWarehouse
+from app.product_events.verify import Given, PullEnds, PullGapMap
 
-LARGE_BYTES = 1 << 20
+BROKEN = (BrokenHour, EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError)
 ANOTHER_PROJECT = "check that it is the right project, in the right region, and that events reach it"
 log = logging.getLogger(__name__)
 
-S = TypeVar("S")
 
+@dataclass(frozen=True)
+class PullPipeline(ABC):
+    """One service's pull, which `main` wires; see `WindowedPipeline`. The service defines how its hours are requested,
+    named and read.
 
-@dataclass(frozen=True, slots=True)
-class PullPipeline(Generic[S]):
-    """What `main` wires, see `WindowedPipeline`, plus the `service` that routes also query. `runs` gives the partitions
-    of a run.
+    An hour is due `due_after` its end. `unit`: what its ledger counts. A line of up to `largest_bytes` is set aside
+    whole, regardless of the limit for many small lines.
     """
 
-    pull: PullContext
-    off: str
-    runs: Callable[[Context], Sequence[PartitionRun]]
-    verification: Verification
-    chart: GapMapSource
-    service: S
-    checks: Sequence[ConnectionCheck] = ()
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    due_after: ClassVar[timedelta]
+    largest_bytes: ClassVar[int]
+
+    settings: Settings
+    checkpoints: Checkpoints
+    store: ObjectStore
+    warehouse: EventWarehouse
+    clock: Callable[[], datetime]
 
     @property
-    def name(self) -> str:
-        """The job's name."""
-        return self.pull.name
+    @abstractmethod
+    def given(self) -> AmplitudeSettings | AppMetricaSettings:
+        """The service's own settings."""
+
+    @property
+    @abstractmethod
+    def partitions(self) -> Sequence[str]:
+        """The configured ones."""
+
+    @property
+    @abstractmethod
+    def off(self) -> str:
+        """Which variables switch it on; "" when they are set."""
+
+    @property
+    @abstractmethod
+    def checks(self) -> Sequence[ConnectionCheck]:
+        """See `WindowedPipeline.checks`."""
+
+    @abstractmethod
+    def run(self, context: Context, partition: str) -> PartitionRun:
+        """A partition in one run."""
+
+    @abstractmethod
+    def key(self, partition: str, window: Window) -> str:
+        """The object key of an hour."""
+
+    @abstractmethod
+    def place(self, partition: str, window: Window) -> tuple[str, ...]:
+        """The name under which the data of an hour is set aside."""
+
+    @abstractmethod
+    def opened(self, partition: str, window: Window, file: BinaryIO, stop: Stop) -> PulledHour:
+        """The hour in the file of its object."""
+
+    @abstractmethod
+    def ask(self, partition: str, span: Window, stop: Stop, held: ExitStack) -> tuple[Window, Given]:
+        """What the service returns now for a span, or for the beginning of it. Its files are closed with `held`."""
+
+    @property
+    def chart(self) -> PullGapMap:
+        """The gap map."""
+        return PullGapMap(self)
+
+    def verification(self, stop: Stop) -> PullEnds:
+        """Both ends; see `Verification`."""
+        return PullEnds(self, self.partitions, stop)
 
     @property
     def job(self) -> Job:
@@ -55,135 +111,131 @@ class PullPipeline(Generic[S]):
 
         def due(one: PartitionRun) -> Report:
             report = one.pull_due()
-            said = "" if report.more else silence(self.pull, one.name)
+            said = "" if report.more else self.silence(one.name)
             if said:
                 log.warning("%s: %s", self.name, said)
             return report + Report(notes=(f"warning: {said}",) if said else ())
 
-        return Job(self.name, self.pull.given.interval_seconds, lambda context: self._each(context, due), self.off)
+        return Job(self.name, self.given.interval_seconds, lambda context: self._each(context, due), self.off)
 
     def backfill(self, context: Context, span: Window) -> Report:
-        """Pull the hours of `span` again, in every partition."""
-        return self._each(context, lambda one: _filled(one, span))
+        """Pull the hours of `span` again, in every partition, up to the cursor, which stays."""
+
+        def filled(one: PartitionRun) -> Report:
+            # If a fast clock moved the cursor ahead, do not request hours that are not complete yet.
+            cursor = min(one.cursor_at or self.due_at, self.due_at)
+            start, whole = floor_to(span.start, HOUR_SECONDS), floor_to(span.end, HOUR_SECONDS)
+            end = min(whole if whole == span.end else whole + HOUR, cursor)
+            if start >= end:
+                raise Rejected(
+                    f"nothing was filled: the job has pulled {one.name} up to {cursor:%Y-%m-%dT%H:%MZ}, not {span} yet",
+                    f"give an earlier span, or run the job, which pulls later hours by itself: "
+                    f"python -m app run {self.name}",
+                )
+            report = one.pull_again(Window(start, end))
+            if report.more:
+                return report
+            total, hours = report.ledger.total, (end - start) // HOUR
+            note = f"{one.name}: {hours} hours asked for again: {total.new} {self.unit} are new, "
+            left = f"; the job itself pulls those from {cursor:%Y-%m-%dT%H:%MZ} on" if end < span.end else ""
+            return report + Report(notes=(f"{note}{total.already_there} were there{left}",))
+
+        return self._each(context, filled)
 
     def _each(self, context: Context, work: Callable[[PartitionRun], Report]) -> Report:
         """Run `work` for each partition. Raises LeaseLost, Stopped, and the error of an unusable store."""
-        pull, total = self.pull, ReportSum(context.done)
-        pull.spool.mkdir(parents=True, exist_ok=True)
+        total = ReportSum(context.done)
+        self.spool.mkdir(parents=True, exist_ok=True)
         # Conditional writes keep two writers apart; probe once whether the store honours them.
-        if not pull.store.conditional:
-            pull.store.probe()
-        for one in self.runs(context):
+        if not self.store.conditional:
+            self.store.probe()
+        for partition in self.partitions:
             try:
-                with closing(one):
-                    total(work(one))
+                with closing(self.run(context, partition)) as one:
+                    report = work(one)
+                total(replace(report, ledger=report.ledger.of_partition(partition)))
             # After a lost lease another process runs all partitions; any other error affects this partition only.
             except LeaseLost:
                 raise
             except (Transient, Permanent, Rejected) as error:
                 if not context.dry_run:
-                    pull.checkpoints.fail(pull.name, one.name, str(error), context.lease)
-                total(Report(failures=(Failure(one.name, error.message, error.hint),)))
+                    self.checkpoints.fail(self.name, partition, str(error), context.lease)
+                total(Report(failures=(Failure(partition, error.message, error.hint),)))
         return total.total
 
+    def silence(self, partition: str) -> str:
+        """A warning about a source that responds but returns no rows; "" when it returns some, or is too new to tell.
 
-def _filled(one: PartitionRun, span: Window) -> Report:
-    """Pull the hours of `span` up to the cursor again; the cursor stays. Raises Rejected when no hour is left."""
-    due_at = one.pull.due_at
-    # If a fast clock moved the cursor ahead, do not request hours that are not complete yet.
-    cursor = min(one.cursor_at or due_at, due_at)
-    start, whole = floor_to(span.start, HOUR_SECONDS), floor_to(span.end, HOUR_SECONDS)
-    end = min(whole if whole == span.end else whole + HOUR, cursor)
-    if start >= end:
-        raise Rejected(
-            f"nothing was filled: the job has pulled {one.name} up to {cursor:%Y-%m-%dT%H:%MZ}, not {span} yet",
-            f"give an earlier span, or run the job, which pulls later hours by itself: "
-            f"python -m app run {one.pull.name}",
-        )
-    report = one.pull_again(Window(start, end))
-    if report.more:
-        return report
-    total, hours, unit = report.ledger.total, (end - start) // HOUR, one.pull.unit
-    note = f"{one.name}: {hours} hours asked for again: {total.new} {unit} are new, {total.already_there} were there"
-    left = f"; the job itself pulls those from {cursor:%Y-%m-%dT%H:%MZ} on" if end < span.end else ""
-    return report + Report(notes=(note + left,))
-
-
-def silence(pull: PullContext, partition: str) -> str:
-    """A warning about a source that responds but returns no rows; "" when it returns some, or is too new to tell.
-
-    Both services return empty data for the wrong project or application, just as for one without activity.
-    """
-    first_at = pull.checkpoints.starts(pull.name).get(partition)
-    cursor_at = pull.checkpoints.cursors(pull.name).get(partition)
-    if first_at is None or cursor_at is None:
+        Both services return empty data for the wrong project or application, just as for one without activity.
+        """
+        first_at = self.checkpoints.starts(self.name).get(partition)
+        cursor_at = self.checkpoints.cursors(self.name).get(partition)
+        if first_at is None or cursor_at is None:
+            return ""
+        for since in (cursor_at - QUIET_AFTER, first_at):  # usually there is no need to read the rest
+            records = self.checkpoints.records(self.name, partition, since, cursor_at)
+            filled = [record.window.end for record in records if record.rows]
+            if filled and cursor_at - filled[-1] < QUIET_AFTER:
+                return ""
+        if not filled and cursor_at - first_at >= NEVER_AFTER:
+            return f"{partition} has returned no row since {first_at:%Y-%m-%d}: {ANOTHER_PROJECT}"
+        if len(filled) >= USUAL_HOURS:
+            return f"{partition} has returned no row since {filled[-1]:%Y-%m-%d %H:%M}Z: {ANOTHER_PROJECT}"
         return ""
-    if any(
-        record.rows for record in pull.checkpoints.records(pull.name, partition, cursor_at - QUIET_AFTER, cursor_at)
-    ):
-        return ""  # the usual case: no need to read the rest
-    records = pull.checkpoints.records(pull.name, partition, first_at, cursor_at)
-    filled = [record.window.end for record in records if record.rows]
-    if not filled and cursor_at - first_at >= NEVER_AFTER:
-        return f"{partition} has returned no row since {first_at:%Y-%m-%d}: {ANOTHER_PROJECT}"
-    if len(filled) >= USUAL_HOURS and cursor_at - filled[-1] >= QUIET_AFTER:
-        return f"{partition} has returned no row since {filled[-1]:%Y-%m-%d %H:%M}Z: {ANOTHER_PROJECT}"
-    return ""
 
+    def heard(self, ping: Callable[[], str], start: str) -> Callable[[], str]:
+        """`ping`, plus the `silence` warnings of the partitions whose names begin with `start`."""
 
-def heard(pull: PullContext, ping: Callable[[], str], start: str) -> Callable[[], str]:
-    """`ping`, plus the `silence` warnings of its partitions whose names begin with `start`."""
+        def check() -> str:
+            names = sorted(name for name in self.checkpoints.cursors(self.name) if name.startswith(start))
+            return "; ".join([ping(), *filter(None, map(self.silence, names))])
 
-    def check() -> str:
-        names = sorted(name for name in pull.checkpoints.cursors(pull.name) if name.startswith(start))
-        return "; ".join([ping(), *filter(None, (silence(pull, name) for name in names))])
+        return check
 
-    return check
+    @property
+    def due_at(self) -> datetime:
+        """Hours that end by this time can be requested."""
+        return floor_to(self.clock() - self.due_after, HOUR_SECONDS)
 
+    @property
+    def overdue_seconds(self) -> float:
+        """How long an hour is overdue before the job is reported as stale."""
+        alert = self.settings.alert
+        return self.given.interval_seconds + dict(alert.grace_by_job).get(self.name, alert.grace_seconds)
 
-@dataclass(slots=True)
-class _RefusedWindow:
-    file: BinaryIO
-    sample: str
-    number: int = 0
+    @property
+    def spool(self) -> Path:
+        """The directory for temporary files."""
+        return self.settings.service.data_dir / "spool"
 
+    @cached_property
+    def set_aside(self) -> SetAsideStore:
+        """Where refused data is kept."""
+        limit_bytes = max(self.settings.set_aside.max_bytes, self.largest_bytes)
+        return SetAsideStore(self.store, folder_of(self.name), limit_bytes)
 
-class RefusedLines:
-    """Lines of a service's files that are not valid events, spooled until they are set aside.
+    @contextmanager
+    def downloaded(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
+        """A copy of an object; None when it is gone. Raises Conflict when it has another version."""
+        with temporary_file(self.spool) as file:
+            with self.store.open(key, etag) as stream:
+                if stream is not None:
+                    copyfileobj(stream, file, 1 << 18)
+            file.seek(0)
+            yield file if stream is not None else None
 
-    Invariants: the bytes stay unchanged; memory is bounded by one line, since refused lines are on disk until they are
-    kept; a line is kept under its window, so pulling a window again adds nothing. Close it after use. Not thread-safe.
-    """
-
-    def __init__(self, spool: Path) -> None:
-        self._spool = spool
-        self._found: dict[tuple[tuple[str, ...], str], _RefusedWindow] = {}
-        self.not_kept = 0
-
-    def add(self, name: tuple[str, ...], reason: str, line: bytes, sample: str) -> None:
-        """Add a line of the window `name`. A large line gets its own object, so that it is not truncated."""
-        if len(line) > LARGE_BYTES:
-            # A set-aside object has a size limit, which could truncate such a line.
-            name = (*name, hashlib.sha256(line).hexdigest()[:16])
-        found = self._found.get((name, reason))
-        if found is None:
-            found = self._found[name, reason] = _RefusedWindow(temporary_file(self._spool), sample)
-        found.file.write(line.rstrip(b"\r\n") + b"\n")
-        found.number += 1
-
-    def keep(self, store: SetAsideStore) -> list[SetAside]:
-        """Set aside all lines; returns ledger entries. `not_kept` counts lines that the store could not take."""
-        entries = []
-        for (name, reason), found in self._found.items():
-            found.file.seek(0)
-            kept = store.keep(
-                name, found.file, content_type=LINES, reason=reason, number=found.number, sample=found.sample
-            )
-            self.not_kept += 0 if kept.key else kept.number
-            entries.append(kept.entry)
-        return entries
-
-    def close(self) -> None:
-        """Free the spool. Idempotent."""
-        while self._found:
-            self._found.popitem()[1].file.close()
+    @contextmanager
+    def object_hour(
+        self, partition: str, window: Window, stop: Stop, etag: str | None = None
+    ) -> Iterator[PulledHour | None]:
+        """The hour stored in an object, downloaded whole; None when the object is gone. Raises DamagedObject when it
+        turns out to be broken while in use, and Conflict when it has another version.
+        """
+        key = self.key(partition, window)
+        with self.downloaded(key, etag) as file, ExitStack() as held:
+            try:
+                yield held.enter_context(closing(self.opened(partition, window, file, stop))) if file else None
+            except BROKEN as error:
+                what = error.message if isinstance(error, BrokenHour) else error
+                hint = "heal the window: the object is written again from what the service gives"
+                raise DamagedObject(f"{key} is damaged: {what}", hint) from error

@@ -7,12 +7,12 @@ only keys of its windows and ignores other objects. A window that could not be f
 record names a version that no object has; one from which lines were set aside is PARTIAL.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from typing import TYPE_CHECKING
 
 from app.core.errors import Conflict, Permanent, Transient
 from app.core.repair import GONE_HINT
@@ -29,31 +29,26 @@ from app.core.verify import (
 )
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
 from app.object_store.port import ObjectInfo
-from app.product_events.hours import DamagedObject, PartitionRun, PullContext, PulledHour
+from app.product_events.hours import DamagedObject, PulledHour
 from app.product_events.mapping import missing_events
+
+if TYPE_CHECKING:
+    from app.product_events.pull import PullPipeline
 
 Given = Callable[[Window], PulledHour]
 """The hours that a service returned. Raises the error that prevents one."""
 
 
-class PullEnds(ABC):
+class PullEnds:
     """`app.core.verify.Ends` over a pull; its windows are hours."""
 
-    def __init__(self, pull: PullContext, names: Iterable[str], stop: Stop) -> None:
+    def __init__(self, pull: "PullPipeline", names: Iterable[str], stop: Stop) -> None:
         self.pull, self.names, self.stop = pull, sorted(names), stop
-        self.held = ExitStack()
+        self._held = ExitStack()
         self._until = pull.due_at
         self._asked: PartitionWindow | None = None
         self._versions: Mapping[str, str] = {}
         self._contents: dict[PartitionWindow, WindowContent] = {}
-
-    @abstractmethod
-    def ask(self, partition: str, span: Window) -> tuple[Window, Given]:
-        """What the service returns for a span, or for the beginning of it. Its files are closed with `held`."""
-
-    @abstractmethod
-    def run(self, context: Context, partition: str) -> PartitionRun:
-        """A run of the partition, which mends its hours."""
 
     def partitions(self, _: Window) -> Sequence[str]:
         """See `Ends.partitions`: the configured ones."""
@@ -73,7 +68,7 @@ class PullEnds(ABC):
 
     def let_go(self) -> None:
         """Free the cached answers of the service."""
-        self.held.close()
+        self._held.close()
         self._asked = None
 
     def source(self, slot: PartitionWindow) -> WindowContent:
@@ -96,7 +91,7 @@ class PullEnds(ABC):
         version = info.etag if info else ""
         if version != self._versions.get(key, ""):
             raise Conflict(f"{key} was changed by another writer meanwhile", "verify the window again")
-        run = self.run(context, slot.partition)
+        run = self.pull.run(context, slot.partition)
         record = run.records(slot.window).get(slot.window.start)
         try:
             there = self._content(slot, info, load=False) if info else NOTHING
@@ -121,7 +116,7 @@ class PullEnds(ABC):
             folders = {folder_of(self.pull.key(partition, hour)) for hour in hours}
             # List before querying the service, so that what somebody stores meanwhile is never overwritten.
             self._versions = {info.key: info.etag for folder in folders for info in self.pull.store.list(folder)}
-            span, self._given = self.ask(partition, span)
+            span, self._given = self.pull.ask(partition, span, self.stop, self._held)
             self._asked = PartitionWindow(partition, span)
         return self._given(window)
 
@@ -149,7 +144,7 @@ def folder_of(key: str) -> str:
 class PullGapMap:
     """`app.core.verify.GapMapSource` over a pull: a row of hours for each partition."""
 
-    pull: PullContext
+    pull: "PullPipeline"
 
     def partitions(self) -> Sequence[str]:
         """See `GapMapSource.partitions`."""
@@ -163,7 +158,7 @@ class PullGapMap:
 
 
 def pull_cells(
-    pull: PullContext,
+    pull: "PullPipeline",
     partition: str,
     windows: Iterable[Window],
     *,
