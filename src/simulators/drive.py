@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -240,7 +241,7 @@ class DriveSimulator(Simulator):
                 made = {"kind": "drive#generatedIds", "space": "drive", "ids": [self.state.files.new_id()]}
                 return _json_answer(made)
             case "GET", "":
-                return self._list(request.parameters) if path == FILES else self._drives()
+                return self._list(request.parameters)
             case "GET", _:
                 return self._get(request, file_id)
             case "POST", "":
@@ -290,32 +291,23 @@ class DriveSimulator(Simulator):
         except ValueError as error:
             raise DriveRefusal(400, "invalid", f"Invalid Value: {error}") from error
         with self.state.lock:
-            stale, self.state.stale_lists = self.state.stale_lists > 0, max(0, self.state.stale_lists - 1)
-            partial, self.state.incomplete_lists = (
-                self.state.incomplete_lists > 0,
-                max(0, self.state.incomplete_lists - 1),
-            )
-        found = (
-            []
-            if stale or partial
-            else [
-                file
-                for file in self.state.files.matching(asked)
-                if (flags and not self.state.revoked if file.drive_id else parameters.get("corpora") != "drive")
-            ]
-        )
+            is_stale, is_partial = self.state.stale_lists > 0, self.state.incomplete_lists > 0
+            self.state.stale_lists -= is_stale
+            self.state.incomplete_lists -= is_partial
+        found = [
+            file
+            for file in self.state.files.matching(asked)
+            if (flags and not self.state.revoked if file.drive_id else parameters.get("corpora") != "drive")
+            and not (is_stale or is_partial)
+        ]
         begin = int(parameters.get("pageToken", "0"))
         end = begin + min(int(parameters.get("pageSize", PAGE)), self.state.page_files)
         fields = parameters.get("fields", "")
-        page: dict[str, Any] = {"kind": "drive#fileList", "incompleteSearch": partial}
+        page: dict[str, Any] = {"kind": "drive#fileList", "incompleteSearch": is_partial}
         page["files"] = [_selected(file, fields) for file in found[begin:end]]
         if end < len(found):
             page["nextPageToken"] = str(end)
         return _json_answer(page)
-
-    def _drives(self) -> Answer:
-        held = [] if self.state.revoked else [{"kind": "drive#drive", "id": self.state.shared_drive, "name": "Demo"}]
-        return _json_answer({"kind": "drive#driveList", "drives": held})
 
     def _get(self, request: Request, file_id: str) -> Answer:
         file = self._visible(request.parameters, file_id)
@@ -418,33 +410,21 @@ TERMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], StoredFile], bool]]
     ),
 )
 AND = re.compile(r"\s*and\s+|\s*$")
-Holds = Callable[[StoredFile], bool]
 
 
-def parse_query(query: str) -> Holds:
+def parse_query(query: str) -> Callable[[StoredFile], bool]:
     """The predicate of a query. Raises ValueError for anything but terms joined by `and`."""
-    asked: list[Holds] = []
-    position = len(query) - len(query.lstrip())
+    asked: list[Callable[[StoredFile], bool]] = []
+    query, position = query.lstrip(), 0
     while position < len(query):
-        term, position = _term(query, position)
-        asked.append(term)
-        joint = AND.match(query, position)
-        if joint is None:
+        terms = ((test, pattern.match(query, position)) for pattern, test in TERMS)
+        test, found = next(((test, found) for test, found in terms if found), (None, None))
+        joint = AND.match(query, found.end()) if found else None
+        if test is None or found is None or joint is None:
             raise ValueError(query[position:])
+        asked.append(partial(test, found))
         position = joint.end()
     return lambda file: all(term(file) for term in asked)
-
-
-def _term(query: str, position: int) -> tuple[Holds, int]:
-    for pattern, test in TERMS:
-        found = pattern.match(query, position)
-        if found is not None:
-            return _bound(test, found), found.end()
-    raise ValueError(query[position:])
-
-
-def _bound(test: Callable[[re.Match[str], StoredFile], bool], found: re.Match[str]) -> Holds:
-    return lambda file: test(found, file)
 
 
 def _plain(text: str) -> str:
