@@ -312,7 +312,7 @@ class DriveSimulator(Simulator):
     def _get(self, request: Request, file_id: str) -> Answer:
         file = self._visible(request.parameters, file_id)
         if request.parameters.get("alt") != "media":
-            return _json_answer(_selected(file, request.parameters.get("fields", "")))
+            return _shown(file, request)
         if not file.is_binary:
             raise DriveRefusal(403, NOT_BINARY, "Only files with binary content can be downloaded.")
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
@@ -323,21 +323,17 @@ class DriveSimulator(Simulator):
         return Answer(206, span, file.content[begin:end])
 
     def _create(self, request: Request, body: Mapping[str, Any], content: bytes | None, *, service: bool) -> Answer:
-        parent = (body.get("parents") or [self.state.my_drive])[0]
-        if parent == "root":
-            parent = self.state.my_drive
-        folder = self._visible(request.parameters, parent)
+        folder = self._visible(request.parameters, (body.get("parents") or [self.state.my_drive])[0])
         if folder.mime_type != FOLDER_TYPE:
-            raise DriveRefusal(
-                403, "insufficientParentPermissions", "Insufficient permissions for the specified parent."
-            )
+            message = "Insufficient permissions for the specified parent."
+            raise DriveRefusal(403, "insufficientParentPermissions", message)
         if service and not folder.drive_id:
             raise DriveRefusal(403, "storageQuotaExceeded", "Service Accounts do not have storage quota.")
         self._check_quota()
         wanted = {
             "id": body.get("id") or self.state.files.new_id(),
             "name": body.get("name", "Untitled"),
-            "parent": parent,
+            "parent": folder.file_id,
             "drive_id": folder.drive_id,
             "mime_type": body.get("mimeType", "application/octet-stream"),
             "properties": body.get("appProperties", {}),
@@ -348,7 +344,7 @@ class DriveSimulator(Simulator):
             raise DriveRefusal(409, "fileIdInUse", "A file already exists with the provided ID.") from error
         if folder.trashed:
             made = self.state.files.change(made.file_id, trashed=True)
-        return _json_answer(_selected(made, request.parameters.get("fields", "")))
+        return _shown(made, request)
 
     def _update(self, request: Request, file_id: str, body: Mapping[str, Any], content: bytes | None) -> Answer:
         held = self._visible(request.parameters, file_id)
@@ -356,18 +352,14 @@ class DriveSimulator(Simulator):
             raise DriveRefusal(403, NOT_BINARY, "Only files with binary content can be changed.")
         if content is not None:
             self._check_quota()
-        changes: dict[str, Any] = {} if content is None else {"content": content}
+        changes: dict[str, Any] = {name: body[name] for name in ("name", "trashed") if name in body}
+        if content is not None:
+            changes["content"] = content
         if "appProperties" in body:
             changes["properties"] = {**held.properties, **body["appProperties"]}
-        if "trashed" in body:
-            changes["trashed"] = body["trashed"]
-        if "name" in body:
-            changes["name"] = body["name"]
         if "addParents" in request.parameters:
             changes["parent"] = request.parameters["addParents"]
-        return _json_answer(
-            _selected(self.state.files.change(file_id, **changes), request.parameters.get("fields", ""))
-        )
+        return _shown(self.state.files.change(file_id, **changes), request)
 
     def _check_quota(self) -> None:
         if self.state.full:
@@ -391,6 +383,10 @@ def _flag(parameters: Mapping[str, str], name: str) -> bool:
 def _selected(file: StoredFile, fields: str) -> dict[str, Any]:
     wanted = frozenset(re.findall(r"\w+", fields)) or DEFAULT_FIELDS
     return {name: value for name, value in file.to_json().items() if name in wanted}
+
+
+def _shown(file: StoredFile, request: Request) -> Answer:
+    return _json_answer(_selected(file, request.parameters.get("fields", "")))
 
 
 def _json_answer(document: Mapping[str, Any]) -> Answer:

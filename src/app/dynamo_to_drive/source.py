@@ -270,14 +270,17 @@ class DynamoSource:
         no column had one while the table was read in another way.
         """
         unread: list[str] = []
-        plan = self._planned()
+        plan, span = self._planned(), self._span
         for found in chain.from_iterable(held):
             is_constant = plan.left_out in found and found[plan.left_out] == plan.hash_values[0]
             row = {name: text for name, text in found.items() if name != plan.left_out} if is_constant else found
             text = row.get(self._accounts.attribute, "")
-            if self._table.times.read(text).at is None:
+            at = self._table.times.read(text).at
+            # An earlier version put rows into this hour because it ignored the UTC offset. Such a row goes only if the
+            # table still has it and this run updates its correct hour: otherwise dropping it could lose it.
+            if at is None:
                 unread.append(text)
-            elif not self._is_misplaced(batch, row):
+            elif text not in batch.elsewhere or span is None or not span.start <= at < span.end:
                 yield row
         if unread:
             self._left_out(batch, unread, "have no timestamp")
@@ -286,17 +289,6 @@ class DynamoSource:
         told = f"{batch.window}: {len(texts)} rows of the file {why}, such as {texts[0][:80]!r}"
         log.warning("%s: they are left out; edited files have earlier revisions", told)
         self._accounts.removed.append(told)
-
-    def _is_misplaced(self, batch: HourFile, row: Mapping[str, str]) -> bool:
-        """True for a row that an earlier version put into this hour because it ignored the UTC offset.
-
-        Only if the table still has the row and this run updates its correct hour: otherwise dropping it could lose it.
-        """
-        text = row.get(self._accounts.attribute, "")
-        if self._span is None or text not in batch.elsewhere:
-            return False
-        at = self._table.times.read(text).at
-        return at is not None and self._span.start <= at < self._span.end
 
     def _shape(self) -> FileShape:
         plan, table, timestamp = self._planned(), self._table, self._accounts.attribute
