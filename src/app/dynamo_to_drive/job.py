@@ -245,24 +245,19 @@ class HourFileExport:
     def _fill(self, context: Context, span: Window) -> Report:
         pipeline, sink = self.opened(context, span)
         hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
-        context.progress.advance(total=len(hours))
-
         failed = FailedWindows()
 
-        def each(done: Done) -> None:
-            for hour in hours:
-                context.stop.check()
-                with failed.one():
-                    done(sync_window(pipeline, context, self.task(hour)))
-                failed.check_outage()
-                context.progress.advance(done=1)
-
         def work(done: Done) -> None:
-            seen = self.table.traits
-            each(done)
-            if self.table.traits != seen:  # earlier hours may have items with a trait first seen in a later one
+            seen = None
+            while self.table.traits != seen:  # earlier hours may have items with a trait first seen in a later one
+                seen = self.table.traits
                 context.progress.advance(total=len(hours))
-                each(done)
+                for hour in hours:
+                    context.stop.check()
+                    with failed.one():
+                        done(sync_window(pipeline, context, self.task(hour)))
+                    failed.check_outage()
+                    context.progress.advance(done=1)
             failed.check()
 
         with self.turn:  # late hours, reconcile and backfill may process the same hour
