@@ -405,8 +405,7 @@ class Drive:
         if folder.get("capabilities", {}).get("canAddChildren") is False:
             raise Permanent(f"{what} may not be written by this account", RIGHTS_HINT)
         drive_id = str(folder.get("driveId") or "")
-        wanted = service.settings.shared_drive_id
-        if wanted and drive_id != wanted:
+        if (wanted := service.settings.shared_drive_id) and drive_id != wanted:
             told = f"{what} is not on the shared drive {wanted}"
             hint = f"set GOOGLE_SHARED_DRIVE_ID to {drive_id}"
             raise Permanent(told, hint if drive_id else "unset GOOGLE_SHARED_DRIVE_ID: it is in My Drive")
@@ -423,8 +422,9 @@ class Drive:
 
     def _listed(self, compared: str, name: str) -> Sequence[DriveFile]:
         """The items of the folder, which is looked up once per process and again after a failure."""
-        drive_id = self.check_folder() if self._service.drive_id is None else self._service.drive_id
-        where = {"corpora": "drive", "driveId": drive_id} if drive_id else {"corpora": "user"}
+        drive_id = self._service.drive_id  # read once: another thread may forget it
+        if drive_id is None:
+            drive_id = self.check_folder()
         folder = _quoted(self._service.folder_id)
         asked = {
             "q": f"name {compared} '{_quoted(name)}' and '{folder}' in parents and trashed = false",
@@ -432,7 +432,7 @@ class Drive:
             "pageSize": 100,
             "supportsAllDrives": True,
             "includeItemsFromAllDrives": True,
-            **where,
+            **({"corpora": "drive", "driveId": drive_id} if drive_id else {"corpora": "user"}),
         }
         found: list[DriveFile] = []
         while True:
