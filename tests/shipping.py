@@ -77,7 +77,7 @@ class Shipping:
     def export(self) -> job.HourFileExport:
         environ = {name: value for name, value in self.environ.items() if value}
         set_aside = SetAsideStore(LocalDirectory(self.folder / "objects"), folder_of(job.NAME))
-        return job.build(load_settings(environ, None), self.checkpoints, set_aside, lambda: self.now, QUICK)
+        return job.HourFileExport(load_settings(environ, None), self.checkpoints, set_aside, lambda: self.now, QUICK)
 
     def context(self, *, dry_run: bool = False) -> Context:
         lease: Lease | None = self.leases.acquire(job.NAME, "test", 3600)

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from app.config import DOTENV
 from app.core.errors import AppError, BadSettings, did_you_mean
+from app.core.windows import utc_instant
 from app.ops.process import BAD_SETTINGS, configured, tune, unsupported
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -135,14 +136,11 @@ def on_service(name: str, **given: Any) -> int:
 def google(*, no_browser: bool, as_json: bool) -> int:
     """Ask for a user's consent in a browser and keep the token."""
     settings = configured()
-    from app.core.errors import Permanent
-    from app.dynamo_to_drive import drive, job
+    from app.dynamo_to_drive import drive
 
-    where = job.given_of(settings)
-    if where is None:
-        raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
+    kept = settings.service.data_dir / drive.TOKEN_FILE
     with redirect_stdout(sys.stderr):  # the library prints the URL
-        kept = drive.consent(where, open_browser=not no_browser)
+        drive.consent(settings.drive, kept, open_browser=not no_browser)
     from app.ops import commands
 
     text = f"the token is kept in {kept}; it is renewed there"
@@ -227,15 +225,6 @@ def import_dwh(*, source: str, dry_run: bool, as_json: bool) -> int:
     return FAILED if any(each.set_aside_count for each in done) else OK
 
 
-def instant(text: str) -> datetime:
-    """An aware UTC datetime. Raises ValueError."""
-    at = datetime.fromisoformat(text)
-    try:
-        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-    except OverflowError as error:  # an offset at the limits of the datetime range
-        raise ValueError(text) from error
-
-
 def expects(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
     """`read` as an argparse type whose error says in words `what` is expected."""
 
@@ -248,7 +237,7 @@ def expects(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
     return typed
 
 
-INSTANT = expects("an ISO 8601 date or timestamp, such as 2026-02-01 or 2026-02-01T12:00Z", instant)
+INSTANT = expects("an ISO 8601 date or timestamp, such as 2026-02-01 or 2026-02-01T12:00Z", utc_instant)
 NUMBER = expects("a whole number", int)
 MAX_LIMIT = 100_000
 

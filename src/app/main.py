@@ -207,7 +207,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         steps=parts.steps,
         sums=influx_job.ObjectSums(TableSums, state.summaries),
     )
-    dynamo = dynamo_job.build(
+    dynamo = dynamo_job.HourFileExport(
         settings,
         state.checkpoints,
         set_aside(parts, dynamo_job.NAME),

@@ -38,6 +38,7 @@ LARGE = (
 SETTLED_AFTER = timedelta(hours=2)
 MAX_DAYS = 365
 
+Span = tuple[datetime, datetime]
 Parts = Sequence[bytes]
 """The members of an hour, each a gzip file."""
 
@@ -90,9 +91,9 @@ class AmplitudeState:
         fault = self.faults.get((source, hour_at))
         return [part[: len(part) // 2] for part in parts] if fault and fault.spoilt else parts
 
-    def fault_of(self, source: str, first: datetime, last: datetime) -> AmplitudeFault:
+    def fault_of(self, source: str, span: Span | None) -> AmplitudeFault:
         """The fault of a request for these hours: that of the first hour that has one."""
-        found = (at for name, at in sorted(self.faults) if name == source and first <= at <= last)
+        found = (at for name, at in sorted(self.faults) if span and name == source and span[0] <= at <= span[1])
         return next((self.faults[source, at] for at in found), AmplitudeFault())
 
 
@@ -147,19 +148,16 @@ class AmplitudeSimulator(Simulator):
             return Answer(401, TEXT, b"")
         if request.path != PATH:
             return Answer(404, TEXT, b"not found")
+        span = _span(request)
         with self.state.lock:
             self.state.asked.append((source, request.parameters.get("start", ""), request.parameters.get("end", "")))
-            fault = self.state.waiting.pop(0) if self.state.waiting else self._fault_of(source, request)
+            fault = self.state.waiting.pop(0) if self.state.waiting else self.state.fault_of(source, span)
         self.wait(fault.stall_seconds)
         if fault.status != 200 or fault.html:  # noqa: PLR2004 - HTTP
             wait = {} if fault.retry_after_seconds is None else {"Retry-After": str(fault.retry_after_seconds)}
             kind = {"Content-Type": "text/html"} if fault.html else TEXT
             return Answer(fault.status, {**kind, **wait}, b"<html>nginx</html>" if fault.html else fault.body)
-        return self._export(source, request, fault)
-
-    def _fault_of(self, source: str, request: Request) -> AmplitudeFault:
-        span = _span(request)
-        return self.state.fault_of(source, *span) if span else AmplitudeFault()
+        return self._export(source, span, fault)
 
     def _source(self, authorization: str) -> str | None:
         for source, pair in self.state.keys.items():
@@ -167,8 +165,7 @@ class AmplitudeSimulator(Simulator):
                 return source
         return None
 
-    def _export(self, source: str, request: Request, fault: AmplitudeFault) -> Answer:
-        span = _span(request)
+    def _export(self, source: str, span: Span | None, fault: AmplitudeFault) -> Answer:
         if span is None:
             return Answer(400, TEXT, b"Invalid start or end")
         first, last = span
@@ -187,7 +184,7 @@ class AmplitudeSimulator(Simulator):
         return Answer(200, {"Content-Type": "application/zip"}, body)
 
 
-def _span(request: Request) -> tuple[datetime, datetime] | None:
+def _span(request: Request) -> Span | None:
     """The first and the last requested hour; None when they cannot be parsed."""
     try:
         first, last = (

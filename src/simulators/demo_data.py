@@ -4,7 +4,6 @@ Invariant: all data is a pure function of seed, number and time: the same for an
 demo. The shapes are those of mapping.md.
 """
 
-import heapq
 import math
 import random
 import time
@@ -101,18 +100,13 @@ def arrivals(
 ) -> Iterator[tuple[Device, Sample]]:
     """All samples that arrive in [start_ns, stop_ns) with a time of at least `oldest_ns`, in order of arrival."""
     from_ns = max(oldest_ns, start_ns - MAX_LATE_NS - BLOCK_NS)
-    streams = [_arriving(device, from_ns, start_ns, stop_ns) for device in devices]
-    for _, _, device, sample in heapq.merge(*streams, key=lambda item: item[:2]):
-        yield device, sample
-
-
-def _arriving(device: Device, from_ns: int, start_ns: int, stop_ns: int) -> list[tuple[int, int, Device, Sample]]:
-    found = [
-        (sample.arrives_ns, device.number, device, sample)
+    found = (
+        (device, sample)
+        for device in devices
         for sample in samples(device, from_ns, stop_ns)
         if start_ns <= sample.arrives_ns < stop_ns
-    ]
-    return sorted(found, key=lambda item: item[:2])
+    )
+    yield from sorted(found, key=lambda each: (each[1].arrives_ns, each[0].number))
 
 
 def _sample(device: Device, slot: int, at_ns: int) -> Sample | None:

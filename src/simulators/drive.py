@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -240,7 +241,7 @@ class DriveSimulator(Simulator):
                 made = {"kind": "drive#generatedIds", "space": "drive", "ids": [self.state.files.new_id()]}
                 return _json_answer(made)
             case "GET", "":
-                return self._list(request.parameters) if path == FILES else self._drives()
+                return self._list(request.parameters)
             case "GET", _:
                 return self._get(request, file_id)
             case "POST", "":
@@ -290,37 +291,28 @@ class DriveSimulator(Simulator):
         except ValueError as error:
             raise DriveRefusal(400, "invalid", f"Invalid Value: {error}") from error
         with self.state.lock:
-            stale, self.state.stale_lists = self.state.stale_lists > 0, max(0, self.state.stale_lists - 1)
-            partial, self.state.incomplete_lists = (
-                self.state.incomplete_lists > 0,
-                max(0, self.state.incomplete_lists - 1),
-            )
-        found = (
-            []
-            if stale or partial
-            else [
-                file
-                for file in self.state.files.matching(asked)
-                if (flags and not self.state.revoked if file.drive_id else parameters.get("corpora") != "drive")
-            ]
-        )
+            is_stale, is_partial = self.state.stale_lists > 0, self.state.incomplete_lists > 0
+            self.state.stale_lists -= is_stale
+            self.state.incomplete_lists -= is_partial
+        found = [
+            file
+            for file in self.state.files.matching(asked)
+            if (flags and not self.state.revoked if file.drive_id else parameters.get("corpora") != "drive")
+            and not (is_stale or is_partial)
+        ]
         begin = int(parameters.get("pageToken", "0"))
         end = begin + min(int(parameters.get("pageSize", PAGE)), self.state.page_files)
         fields = parameters.get("fields", "")
-        page: dict[str, Any] = {"kind": "drive#fileList", "incompleteSearch": partial}
+        page: dict[str, Any] = {"kind": "drive#fileList", "incompleteSearch": is_partial}
         page["files"] = [_selected(file, fields) for file in found[begin:end]]
         if end < len(found):
             page["nextPageToken"] = str(end)
         return _json_answer(page)
 
-    def _drives(self) -> Answer:
-        held = [] if self.state.revoked else [{"kind": "drive#drive", "id": self.state.shared_drive, "name": "Demo"}]
-        return _json_answer({"kind": "drive#driveList", "drives": held})
-
     def _get(self, request: Request, file_id: str) -> Answer:
         file = self._visible(request.parameters, file_id)
         if request.parameters.get("alt") != "media":
-            return _json_answer(_selected(file, request.parameters.get("fields", "")))
+            return _shown(file, request)
         if not file.is_binary:
             raise DriveRefusal(403, NOT_BINARY, "Only files with binary content can be downloaded.")
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
@@ -331,21 +323,17 @@ class DriveSimulator(Simulator):
         return Answer(206, span, file.content[begin:end])
 
     def _create(self, request: Request, body: Mapping[str, Any], content: bytes | None, *, service: bool) -> Answer:
-        parent = (body.get("parents") or [self.state.my_drive])[0]
-        if parent == "root":
-            parent = self.state.my_drive
-        folder = self._visible(request.parameters, parent)
+        folder = self._visible(request.parameters, (body.get("parents") or [self.state.my_drive])[0])
         if folder.mime_type != FOLDER_TYPE:
-            raise DriveRefusal(
-                403, "insufficientParentPermissions", "Insufficient permissions for the specified parent."
-            )
+            message = "Insufficient permissions for the specified parent."
+            raise DriveRefusal(403, "insufficientParentPermissions", message)
         if service and not folder.drive_id:
             raise DriveRefusal(403, "storageQuotaExceeded", "Service Accounts do not have storage quota.")
         self._check_quota()
         wanted = {
             "id": body.get("id") or self.state.files.new_id(),
             "name": body.get("name", "Untitled"),
-            "parent": parent,
+            "parent": folder.file_id,
             "drive_id": folder.drive_id,
             "mime_type": body.get("mimeType", "application/octet-stream"),
             "properties": body.get("appProperties", {}),
@@ -356,7 +344,7 @@ class DriveSimulator(Simulator):
             raise DriveRefusal(409, "fileIdInUse", "A file already exists with the provided ID.") from error
         if folder.trashed:
             made = self.state.files.change(made.file_id, trashed=True)
-        return _json_answer(_selected(made, request.parameters.get("fields", "")))
+        return _shown(made, request)
 
     def _update(self, request: Request, file_id: str, body: Mapping[str, Any], content: bytes | None) -> Answer:
         held = self._visible(request.parameters, file_id)
@@ -364,18 +352,14 @@ class DriveSimulator(Simulator):
             raise DriveRefusal(403, NOT_BINARY, "Only files with binary content can be changed.")
         if content is not None:
             self._check_quota()
-        changes: dict[str, Any] = {} if content is None else {"content": content}
+        changes: dict[str, Any] = {name: body[name] for name in ("name", "trashed") if name in body}
+        if content is not None:
+            changes["content"] = content
         if "appProperties" in body:
             changes["properties"] = {**held.properties, **body["appProperties"]}
-        if "trashed" in body:
-            changes["trashed"] = body["trashed"]
-        if "name" in body:
-            changes["name"] = body["name"]
         if "addParents" in request.parameters:
             changes["parent"] = request.parameters["addParents"]
-        return _json_answer(
-            _selected(self.state.files.change(file_id, **changes), request.parameters.get("fields", ""))
-        )
+        return _shown(self.state.files.change(file_id, **changes), request)
 
     def _check_quota(self) -> None:
         if self.state.full:
@@ -401,6 +385,10 @@ def _selected(file: StoredFile, fields: str) -> dict[str, Any]:
     return {name: value for name, value in file.to_json().items() if name in wanted}
 
 
+def _shown(file: StoredFile, request: Request) -> Answer:
+    return _json_answer(_selected(file, request.parameters.get("fields", "")))
+
+
 def _json_answer(document: Mapping[str, Any]) -> Answer:
     return Answer(200, JSON, json.dumps(document).encode())
 
@@ -418,33 +406,21 @@ TERMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], StoredFile], bool]]
     ),
 )
 AND = re.compile(r"\s*and\s+|\s*$")
-Holds = Callable[[StoredFile], bool]
 
 
-def parse_query(query: str) -> Holds:
+def parse_query(query: str) -> Callable[[StoredFile], bool]:
     """The predicate of a query. Raises ValueError for anything but terms joined by `and`."""
-    asked: list[Holds] = []
-    position = len(query) - len(query.lstrip())
+    asked: list[Callable[[StoredFile], bool]] = []
+    query, position = query.lstrip(), 0
     while position < len(query):
-        term, position = _term(query, position)
-        asked.append(term)
-        joint = AND.match(query, position)
-        if joint is None:
+        terms = ((test, pattern.match(query, position)) for pattern, test in TERMS)
+        test, found = next(((test, found) for test, found in terms if found), (None, None))
+        joint = AND.match(query, found.end()) if found else None
+        if test is None or found is None or joint is None:
             raise ValueError(query[position:])
+        asked.append(partial(test, found))
         position = joint.end()
     return lambda file: all(term(file) for term in asked)
-
-
-def _term(query: str, position: int) -> tuple[Holds, int]:
-    for pattern, test in TERMS:
-        found = pattern.match(query, position)
-        if found is not None:
-            return _bound(test, found), found.end()
-    raise ValueError(query[position:])
-
-
-def _bound(test: Callable[[re.Match[str], StoredFile], bool], found: re.Match[str]) -> Holds:
-    return lambda file: test(found, file)
 
 
 def _plain(text: str) -> str:

@@ -11,82 +11,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 from simulators.http_server import Answer, Request, Simulator
 
-TOKEN = re.compile(r"\s*(#\w+|:\w+|BETWEEN|AND|<=|>=|=|<|>)")
+COMPARISON = re.compile(r"\s*(#\w+)\s*(?:(<=|>=|=|<|>)\s*(:\w+)|BETWEEN\s+(:\w+)\s+AND\s+(:\w+))\s*(?:AND\b(?=\s*#)|$)")
 Item = dict[str, dict[str, Any]]
 Holds = Callable[[Item], bool]
-T = TypeVar("T")
 
 
 class NotUnderstood(Exception):
     """The expression is not supported."""
 
 
-@dataclass(slots=True)
-class Expression:
-    """A parser over the tokens of one expression. `names` and `values` are the request's placeholders."""
-
-    tokens: list[str]
-    names: Mapping[str, str]
-    values: Mapping[str, Mapping[str, Any]]
-    at: int = 0
-
-    def parsed(self) -> Holds:
-        """The whole expression: comparisons joined by AND."""
-        tests = [self._compared()]
-        while self._takes("AND"):
-            tests.append(self._compared())
-        if self.at != len(self.tokens):
-            raise NotUnderstood(self._rest())
-        return lambda item: all(test(item) for test in tests)
-
-    def _compared(self) -> Holds:
-        name, operator = self._placeholder(self.names), self._next()
-        if operator == "BETWEEN":
-            low = self._placeholder(self.values)
-            self._must("AND")
-            high = self._placeholder(self.values)
-            return lambda item: _compare(">=", item.get(name), low) and _compare("<=", item.get(name), high)
-        if operator not in COMPARED:
-            raise NotUnderstood(operator)
-        value = self._placeholder(self.values)
-        return lambda item: _compare(operator, item.get(name), value)
-
-    def _placeholder(self, given: Mapping[str, T]) -> T:
-        token = self._next()
-        if token not in given:
-            raise NotUnderstood(token)
-        return given[token]
-
-    def _takes(self, token: str) -> bool:
-        found = self.at < len(self.tokens) and self.tokens[self.at] == token
-        self.at += found
-        return found
-
-    def _must(self, token: str) -> None:
-        if not self._takes(token):
-            raise NotUnderstood(self._rest())
-
-    def _next(self) -> str:
-        self.at += 1
-        if self.at > len(self.tokens):
-            raise NotUnderstood("it ends early")
-        return self.tokens[self.at - 1]
-
-    def _rest(self) -> str:
-        return " ".join(self.tokens[self.at :]) or "it ends early"
-
-
 def condition(text: str, request: Mapping[str, Any]) -> Holds:
-    """The predicate of an expression. Raises NotUnderstood."""
-    tokens = TOKEN.findall(text)
-    if "".join(tokens) != "".join(text.split()):
-        raise NotUnderstood(text)
-    names = request.get("ExpressionAttributeNames", {})
-    return Expression(tokens, names, request.get("ExpressionAttributeValues", {})).parsed()
+    """The predicate of comparisons joined by AND. Raises NotUnderstood, and KeyError for an unknown placeholder."""
+    names, values = request.get("ExpressionAttributeNames", {}), request.get("ExpressionAttributeValues", {})
+    tests: list[tuple[str, str, Mapping[str, Any]]] = []
+    at = 0
+    while at < len(text) or not tests:
+        found = COMPARISON.match(text, at)
+        if found is None:
+            raise NotUnderstood(text[at:])
+        name, operator, value, low, high = found.groups()
+        bounds = [(operator, value)] if operator else [(">=", low), ("<=", high)]
+        tests += [(names[name], sign, values[bound]) for sign, bound in bounds]
+        at = found.end()
+    return lambda item: all(_compare(sign, item.get(name), value) for name, sign, value in tests)
 
 
 COMPARED: Mapping[str, Callable[[Any, Any], bool]] = {

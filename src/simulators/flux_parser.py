@@ -6,11 +6,13 @@ would evaluate, and an escape right after a `$`, which its scanner rejects, are 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from typing import TypeVar
 
+T = TypeVar("T")
 NS = 10**9
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)?)?")
@@ -235,20 +237,22 @@ class _Parser:
         while self._take("."):
             name += "." + self._word()
         self._expect("(")
-        arguments = self._arguments()
+        arguments = dict(self._listed(")", self._argument))
         end = self._tokens[self._at - 1].end
         return Call(name, arguments, f"@{_position(self._text, start)}-{_position(self._text, end)}")
 
-    def _arguments(self) -> dict[str, Expression]:
-        arguments: dict[str, Expression] = {}
-        while not self._take(")"):
-            name = self._word()
-            self._expect(":")
-            arguments[name] = self._expression()
+    def _argument(self) -> tuple[str, Expression]:
+        name = self._word()
+        self._expect(":")
+        return name, self._expression()
+
+    def _listed(self, end: str, one: Callable[[], T]) -> Iterator[T]:
+        """What `one` parses, between commas, up to the sign `end`; a comma may stand before it."""
+        while not self._take(end):
+            yield one()
             if not self._take(","):
-                self._expect(")")
-                break
-        return arguments
+                self._expect(end)
+                return
 
     def _expression(self) -> Expression:
         if self._take("if"):
@@ -257,32 +261,23 @@ class _Parser:
             consequence = self._expression()
             self._expect("else")
             return Operation("if", (condition, consequence, self._expression()))
-        left = self._conjunction()
-        while self._take("or"):
-            left = Operation("or", (left, self._conjunction()))
-        return left
+        return self._joined("or", lambda: self._joined("and", self._unary))
 
-    def _conjunction(self) -> Expression:
-        left = self._unary()
-        while self._take("and"):
-            left = Operation("and", (left, self._unary()))
+    def _joined(self, sign: str, one: Callable[[], Expression]) -> Expression:
+        left = one()
+        while self._take(sign):
+            left = Operation(sign, (left, one()))
         return left
 
     def _unary(self) -> Expression:
         for word in ("not", "exists"):
             if self._take(word):
                 return Operation(word, (self._unary(),))
-        left = self._sum()
+        left = self._joined("+", self._primary)
         if self._next.kind == "sign" and self._next.text in COMPARISONS:
             sign = self._next.text
             self._at += 1
-            return Operation(sign, (left, self._sum()))
-        return left
-
-    def _sum(self) -> Expression:
-        left = self._primary()
-        while self._take("+"):
-            left = Operation("+", (left, self._primary()))
+            return Operation(sign, (left, self._joined("+", self._primary)))
         return left
 
     def _primary(self) -> Expression:
@@ -315,7 +310,7 @@ class _Parser:
                 return Literal(value.kind, -value.value)  # type: ignore[operator]
             self._fail("a minus sign belongs before a number or a duration")
         if self._take("["):
-            return self._items()
+            return Items(tuple(self._listed("]", self._expression)))
         if self._take("("):
             if self._is_function():
                 return self._function()
@@ -324,15 +319,6 @@ class _Parser:
             return inner
         self._fail(f"unexpected token {self._next.text!r}")
         raise AssertionError
-
-    def _items(self) -> Items:
-        values: list[Expression] = []
-        while not self._take("]"):
-            values.append(self._expression())
-            if not self._take(","):
-                self._expect("]")
-                break
-        return Items(tuple(values))
 
     def _is_function(self) -> bool:
         shape = [token.text for token in self._tokens[self._at + 1 : self._at + 3]]

@@ -7,7 +7,6 @@ that it does not know, so that a query which this simulator would answer differe
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 from simulators.flux_parser import Call, Expression, FluxError, Function, Items, Literal, Member, Name, Operation
@@ -356,14 +355,10 @@ def _matching(one: Table, predicate: Expression, varying: list[str]) -> Data:
     return take(data, [number for number, yes in enumerate(chosen) if yes])
 
 
-def _drop(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
-    gone = frozenset(texts_argument(call, "columns"))
-    return merged(keep_columns(one, lambda label: label not in gone) for one in tables)
-
-
-def _keep(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
-    stay = frozenset(texts_argument(call, "columns"))
-    return merged(keep_columns(one, stay.__contains__) for one in tables)
+def _narrowed(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
+    """`keep` and `drop`."""
+    named, keeps = frozenset(texts_argument(call, "columns")), call.name == "keep"
+    return merged(keep_columns(one, lambda label: (label in named) == keeps) for one in tables)
 
 
 def _pivot(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
@@ -406,44 +401,39 @@ def _with_key(one: Table, extra: Sequence[tuple[str, str, Cells]]) -> Table:
     return table([*keys, *(Column(label, kind) for label, kind, _ in extra)], data, values)
 
 
-def _count(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
-    label = text_argument(call, "column", "_value")
-    for one in tables:
-        yield _with_key(one, [(label, "long", [len(one.load()[one.index(label)])])])
+AGGREGATES: Mapping[str, Callable[..., Any]] = {"count": len, "sum": sum, "min": min, "max": max}
+WINDOWED = {"createEmpty": Literal("boolean", value=False), "timeSrc": Literal("string", "_start")}
 
 
-def _sum(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+def _kind_of_aggregate(name: str, kind: str) -> str:
+    """The type of an aggregate of a column. Raises FluxError for one that has no such aggregate."""
+    if name == "count":
+        return "long"
+    if kind not in ("double", "long", "unsignedLong"):
+        raise FluxError(f"unsupported input type for {name} aggregate: {kind}")
+    return kind
+
+
+def _whole(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+    """`count` and `sum` of each table; only `count` counts nulls."""
     label = text_argument(call, "column", "_value")
     for one in tables:
         at = one.index(label)
-        kind = one.columns[at].kind
-        if kind not in ("double", "long", "unsignedLong"):
-            raise FluxError(f"unsupported input type for sum aggregate: {kind}")
-        present = [cell for cell in one.load()[at] if cell is not None]
-        yield _with_key(one, [(label, kind, [sum(present) if present else None])])  # type: ignore[arg-type]
+        kind = _kind_of_aggregate(call.name, one.columns[at].kind)
+        cells = [cell for cell in one.load()[at] if cell is not None or call.name == "count"]
+        yield _with_key(one, [(label, kind, [AGGREGATES[call.name](cells) if cells or call.name == "count" else None])])
 
 
-def _first(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+def _selected(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+    """The whole row with the first, minimum or maximum value; of equal ones the first."""
     label = text_argument(call, "column", "_value")
-    for one in tables:
-        data = one.load()
-        rows = (row for row, cell in enumerate(data[one.index(label)]) if cell is not None)
-        yield table(one.columns, take(data, list(islice(rows, 1))), one.key)
-
-
-def _least_or_greatest(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
-    """The whole first row with the minimum or maximum value."""
-    label, choose = text_argument(call, "column", "_value"), min if call.name == "min" else max
     for one in tables:
         data = one.load()
         cells = data[one.index(label)]
         rows = [row for row, cell in enumerate(cells) if cell is not None]
-        chosen = [choose(rows, key=lambda row: cells[row])] if rows else []  # type: ignore[arg-type,return-value]
-        yield table(one.columns, take(data, chosen), one.key)
-
-
-AGGREGATES: Mapping[str, Callable[[Any], Any]] = {"count": len, "sum": sum, "min": min, "max": max}
-WINDOWED = {"createEmpty": Literal("boolean", value=False), "timeSrc": Literal("string", "_start")}
+        if call.name != "first" and rows:
+            rows = [AGGREGATES[call.name](rows, key=lambda row: cells[row])]
+        yield table(one.columns, take(data, rows[:1]), one.key)
 
 
 def _windowed(tables: Tables, call: Call, bounds: Bounds) -> Iterator[Table]:
@@ -458,32 +448,29 @@ def _windowed(tables: Tables, call: Call, bounds: Bounds) -> Iterator[Table]:
     if not isinstance(function, Name) or function.text not in AGGREGATES:
         raise missing(call, "fn")
     for one in tables:
-        data, kind = one.load(), one.columns[one.index("_value")].kind
-        if function.text != "count" and kind not in ("double", "long", "unsignedLong"):
-            raise FluxError(f"unsupported input type for {function.text} aggregate: {kind}")
+        data, kind = one.load(), _kind_of_aggregate(function.text, one.columns[one.index("_value")].kind)
         windows: dict[int, list[Any]] = {}
         for time, value in zip(data[one.index("_time")], data[one.index("_value")], strict=True):
             if value is not None:
                 windows.setdefault(int(time or 0) // every * every, []).append(value)
         times = [max(at, bounds[0]) for at in sorted(windows)]
         values = [AGGREGATES[function.text](windows[at]) for at in sorted(windows)]
-        kind = "long" if function.text == "count" else kind
         yield _with_key(one, [("_time", TIME, times), ("_value", kind, values)])
 
 
 STEPS: Mapping[str, tuple[Step, frozenset[str]]] = {
     "filter": (_filter, frozenset({"fn", "onEmpty"})),
-    "drop": (_drop, frozenset({"columns"})),
-    "keep": (_keep, frozenset({"columns"})),
+    "drop": (_narrowed, frozenset({"columns"})),
+    "keep": (_narrowed, frozenset({"columns"})),
     "rename": (_rename, frozenset({"fn"})),
     "pivot": (_pivot, frozenset({"rowKey", "columnKey", "valueColumn"})),
     "group": (_group, frozenset({"columns"})),
     "limit": (_limit, frozenset({"n"})),
-    "count": (_count, frozenset({"column"})),
-    "sum": (_sum, frozenset({"column"})),
-    "first": (_first, frozenset({"column"})),
-    "min": (_least_or_greatest, frozenset({"column"})),
-    "max": (_least_or_greatest, frozenset({"column"})),
+    "count": (_whole, frozenset({"column"})),
+    "sum": (_whole, frozenset({"column"})),
+    "first": (_selected, frozenset({"column"})),
+    "min": (_selected, frozenset({"column"})),
+    "max": (_selected, frozenset({"column"})),
     "aggregateWindow": (_windowed, frozenset({"every", "fn", "createEmpty", "timeSrc"})),
 }
 """Each step with the arguments that it knows."""

@@ -367,40 +367,26 @@ def _disturbed(
 
     For a fault with `after_rows`, pass pieces of one row each.
     """
-    after_rows = getattr(fault, "after_rows", None)
-    if after_rows is None:
-        yield from pieces
-        return
-    rows = 0
-    for piece in pieces:
-        if piece.rows and rows + piece.rows > after_rows:
-            yield from _struck(fault, piece, error, wait)
-            if not isinstance(fault, Stall):
-                return
+    rows, struck = 0, Piece(b"")
+    if isinstance(fault, Stall | ErrorTable | Cut) and fault.after_rows is not None:
+        for piece in pieces:
+            if piece.rows and rows + piece.rows > fault.after_rows:
+                struck = piece
+                break
+            if not isinstance(fault, Stall) and piece.data == b"\r\n":  # the end of the result
+                break
+            rows += piece.rows
             yield piece
-            yield from pieces
+        if isinstance(fault, ErrorTable):
+            yield Piece(error(fault.message))
             return
-        if isinstance(fault, Cut | ErrorTable) and piece.data == b"\r\n":  # the end of the result
-            break
-        rows += piece.rows
-        yield piece
-    yield from _struck(fault, Piece(b""), error, wait)
-
-
-def _struck(
-    fault: Fault | None,
-    piece: Piece,
-    error: Callable[[str], bytes],
-    wait: Callable[[float], object],
-) -> Iterator[Piece]:
-    if isinstance(fault, Stall):
+        if isinstance(fault, Cut):
+            if fault.mid_row and struck.data:
+                yield Piece(struck.data[: len(struck.data) // 2])
+            raise CutHere
         wait(fault.seconds)
-    elif isinstance(fault, ErrorTable):
-        yield Piece(error(fault.message))
-    elif isinstance(fault, Cut):
-        if fault.mid_row and piece.data:
-            yield Piece(piece.data[: len(piece.data) // 2])
-        raise CutHere
+        yield struck
+    yield from pieces
 
 
 def refused(status: int, message: str, code: str = "", retry_after_seconds: int | None = None) -> Answer:

@@ -13,7 +13,7 @@ from app.core.errors import Permanent, Transient
 from app.core.retry import RetryPolicy
 from app.core.runs import Stop
 from app.dynamo_to_drive import job
-from app.dynamo_to_drive.drive import Drive, DriveCredentials, DriveService
+from app.dynamo_to_drive.drive import Drive
 from shipping import START, Shipping, item, shipping
 from simulators.drive import DriveFault
 
@@ -108,16 +108,17 @@ def test_the_answer_that_came_too_late_is_not_taken_for_that_of_the_next_call(sh
         ship.put_rows(START + timedelta(hours=hours), 5)
     ship.now = START + timedelta(hours=1, minutes=5)
     ship.run()
-    given = DriveCredentials(None, json.dumps(ship.token), ship.folder / "token")
-    service = DriveService(given, ship.drive.url, TIMEOUT_SECONDS)
+    ship.extra["GOOGLE_DRIVE_TIMEOUT_SECONDS"] = str(TIMEOUT_SECONDS)
+    service = ship.export().drive
+    assert service is not None
     drive = Drive(service, RetryPolicy(attempts=1), Stop())
     held = [drive.get(ship.drive.named(name)[0].file_id) for name in sorted(ship.files)]
     assert held[0] is not None
     assert held[1] is not None
     ship.drive.add_fault(DriveFault(200, html=True, stall_seconds=1.5 * TIMEOUT_SECONDS))
     with pytest.raises(Transient):
-        drive.get(held[0].file_id)
-    assert drive.get(held[1].file_id) == held[1]
+        drive.get(held[0].id)
+    assert drive.get(held[1].id) == held[1]
     service.forget()
 
 

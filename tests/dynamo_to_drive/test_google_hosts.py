@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from app.dynamo_to_drive.drive import DriveCredentials, credentials
+from app.config.environment import load_settings
+from app.dynamo_to_drive.drive import credentials
 from simulators.google_oauth import Tokens
 
 HOST = "http://127.0.0.1:9"
@@ -41,7 +42,8 @@ class Transport:
 def test_a_sign_in_asks_the_token_endpoint_of_the_credentials_once_and_nothing_else(tmp_path: Path, kind: str) -> None:
     document = getattr(Tokens(), kind)(HOST)
     transport, before = Transport(), set(threading.enumerate())
-    found = credentials(DriveCredentials(None, json.dumps(document), tmp_path / "token.json"))
+    settings = load_settings({"GOOGLE_CREDENTIALS_JSON": json.dumps(document)}, None)
+    found = credentials(settings.drive, tmp_path / "token.json")
     headers: dict[str, str] = {}
     for _ in range(2):
         found.before_request(transport, "GET", f"{HOST}/drive/v3/files", headers)

@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from app.config.rules import MASK, VARIABLES, Variable, broken_rules, text_of
 from app.config.settings import Settings
+from app.config.value_types import Advice
 from app.core.errors import BadSettings
 from app.core.network import use
 
@@ -84,8 +85,9 @@ def _faults(errors: Sequence[ErrorDetails], said: Mapping[str, str]) -> Iterator
     own = (each for each in errors if each["type"] != "default_factory_not_called")
     for (group, name), found in groupby(own, lambda each: each["loc"][:2]):
         variable = declared[str(group), str(name)]
-        texts = [str(each["ctx"]["error"]) for each in found if each["type"] == "value_error"]
-        why = (texts and texts[0]) or f"allowed: {variable.allowed.words}"
+        causes = (each.get("ctx", {}).get("error") for each in found)
+        advice = next((str(cause) for cause in causes if isinstance(cause, Advice)), "")
+        why = advice or f"allowed: {variable.allowed.words}"
         yield variable, f"{name}={_shown(variable, said[str(name)])}: {why}"
 
 

@@ -19,9 +19,8 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from app.config import NEW_KEY
-from app.config.groups import SettingsGroup
 from app.config.settings import Settings
-from app.config.value_types import Allowed, KeyEntry
+from app.config.value_types import Allowed, KeyEntry, SettingsGroup
 from app.core.windows import DAY_SECONDS
 
 # The variables in readable form, for the reference, faults and warnings; read from the models.

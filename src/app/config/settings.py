@@ -16,10 +16,10 @@ from pydantic import SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, SettingsConfigDict
 
 from app.config import DOTENV
-from app.config.groups import SettingsGroup, variable
 from app.config.value_types import (
     LOWER_CASE,
     NO_SECRET,
+    Advice,
     Allowed,
     ApiKeys,
     BucketName,
@@ -50,6 +50,7 @@ from app.config.value_types import (
     S3Endpoint,
     Secret,
     SecretUrl,
+    SettingsGroup,
     StorageClass,
     Text,
     Texts,
@@ -57,6 +58,7 @@ from app.config.value_types import (
     WarehouseUrl,
     checkpoint_url,
     installed_version,
+    variable,
 )
 from app.core.windows import DAY_SECONDS
 
@@ -234,7 +236,7 @@ class ExportSettings(SettingsGroup, title="Export, how influx_to_s3 cuts and nam
     @classmethod
     def _divides_a_day(cls, seconds: int) -> int:
         if DAY_SECONDS % seconds:
-            raise ValueError(f"allowed: a number of seconds that divides {DAY_SECONDS}, such as 300, 900 or 3600")
+            raise Advice(f"allowed: a number of seconds that divides {DAY_SECONDS}, such as 300, 900 or 3600")
         return seconds
 
 

@@ -1,11 +1,11 @@
-"""The types of variables: pydantic validates and converts them, and each describes in words what it allows.
+"""What the settings groups are made of: the base class, how a variable is declared, and the types of variables, which
+pydantic validates and converts. Each type describes in words what it allows.
 
-Invariant: a validator raises ValueError with a text that says what is allowed and never contains the invalid value;
-without a text, the words of the type are used.
+Invariant: a validator raises Advice with a text that says what is allowed and never contains the invalid value; for any
+other ValueError, the words of the type are used.
 """
 
 import base64
-import binascii
 import csv
 import json
 import re
@@ -19,10 +19,23 @@ from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, SecretStr
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SecretStr,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 from app.config import NEW_KEY
+from app.core.windows import utc_instant
 
+COMMENT = re.compile(r"\s+#.*$", re.DOTALL)
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9])?"
@@ -62,9 +75,48 @@ class Allowed:
     secret: bool = False
 
 
+def variable(names: str, *, default: object, unset: str = "", shown: str | None = None, **limits: Any) -> Any:
+    """A field of a group, set by the first of `names` that is present; the string below the field documents it.
+
+    `default` may be a function of the fields above it. `unset` describes what happens without a value, where the
+    default does not show it; `shown` is the readable form of the default, where it differs from its text.
+    """
+    given = {"default_factory": default} if callable(default) else {"default": default}
+    return Field(
+        **given,
+        validation_alias=AliasChoices(*names.split()),
+        json_schema_extra={"unset": unset, "shown": shown},
+        **limits,
+    )
+
+
+class SettingsGroup(BaseModel):
+    """The settings of one part, named by the `title` of its class. It is given every variable and picks its own."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False, defer_build=True, hide_input_in_errors=True)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _read(cls, text: Any, read: ValidatorFunctionWrapHandler) -> Any:
+        """Strip a trailing comment, which `docker run --env-file` passes on with the value, if the value is invalid
+        with it.
+        """
+        try:
+            return read(text)
+        except ValueError:
+            bare = COMMENT.sub("", text)
+            if bare in ("", text):
+                raise
+        return read(bare)
+
+
+class Advice(ValueError):
+    """What is wrong with a value, in words that do not contain it."""
+
+
 def _plain(text: str) -> str:
     if CONTROL.search(text):
-        raise ValueError("holds a control character: remove it")
+        raise Advice("holds a control character: remove it")
     return text
 
 
@@ -74,17 +126,13 @@ def _level(text: str) -> str:
 
 def _url(text: str) -> str:
     text = _plain(text).rstrip("/")
-    try:
-        parts = urlsplit(text)
-        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        known = False
-    if not known or re.search(r"\s", text):
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or re.search(r"\s", text):
         raise ValueError
     if parts.username is not None or parts.password is not None:
-        raise ValueError("a URL must not contain a user or password: use the variables for them")
+        raise Advice("a URL must not contain a user or password: use the variables for them")
     if parts.query or parts.fragment:
-        raise ValueError("a query or fragment is not allowed here: end the URL before ? or #")
+        raise Advice("a query or fragment is not allowed here: end the URL before ? or #")
     return text
 
 
@@ -114,27 +162,13 @@ def _job_urls(text: str) -> str:
     return ",".join(f"{name}={_called(value)}" for name, value in _pairs(text))
 
 
-def _job_seconds(text: str) -> tuple[tuple[str, int], ...]:
-    try:
-        pairs = tuple((name, int(value)) for name, value in _pairs(text))
-    except ValueError:
-        raise ValueError from None
-    if any(value <= 0 for _, value in pairs):
-        raise ValueError
-    return pairs
-
-
 def _database_url(text: str) -> str:
     """`postgresql://...`; the schemes of other tools (`postgres://`, `postgresql+driver://`) are accepted too."""
     text = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", _plain(text))
-    try:
-        parts = urlsplit(text)
-        known = parts.scheme == "postgresql" and len(parts.path) > 1 and (parts.port is None or parts.port > 0)
-    except ValueError:
-        known = False
     if "@" in text.partition("://")[2].partition("?")[0].partition("/")[2]:
-        raise ValueError("a / stands before the @: percent-encode it in the password as %2F")
-    if not known:
+        raise Advice("a / stands before the @: percent-encode it in the password as %2F")
+    parts = urlsplit(text)
+    if parts.scheme != "postgresql" or len(parts.path) <= 1 or parts.port == 0:
         raise ValueError
     return text
 
@@ -189,14 +223,6 @@ def _date_format(text: str) -> str:
     return text
 
 
-def _instant(text: str) -> datetime:
-    try:
-        at = datetime.fromisoformat(text)
-        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise ValueError from None
-
-
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -249,13 +275,10 @@ def _ca_file(text: str) -> Path | None:
 def _json_object(text: str) -> str:
     """The JSON text of a key file, decoded if it is base64."""
     if not text.lstrip().startswith("{"):
-        try:
-            text = base64.b64decode(text, validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError):
-            raise ValueError from None
+        text = base64.b64decode(text, validate=True).decode()
     try:
         is_object = isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
+    except RecursionError:
         is_object = False
     if not is_object:
         raise ValueError
@@ -265,8 +288,8 @@ def _json_object(text: str) -> str:
 def _timezone(text: str) -> str:
     try:
         return ZoneInfo(text).key
-    except (ZoneInfoNotFoundError, OSError, ValueError):
-        raise ValueError from None
+    except (ZoneInfoNotFoundError, OSError) as error:
+        raise ValueError from error
 
 
 def _resources(text: str) -> tuple[str, ...]:
@@ -331,13 +354,13 @@ def parse_keys(text: str) -> tuple[KeyEntry, ...]:
         try:
             parsed.append(_key_entry(part))
         except ValueError as error:
-            raise ValueError(f"entry {len(parsed) + 1}: {error}") from None
+            raise Advice(f"entry {len(parsed) + 1}: {error}") from None
     names = [entry.name for entry in parsed]
     for name in dict.fromkeys(names):
         if names.count(name) > KEYS_PER_NAME:
-            raise ValueError(f"{name} has {names.count(name)} keys, at most {KEYS_PER_NAME} may live at once")
+            raise Advice(f"{name} has {names.count(name)} keys, at most {KEYS_PER_NAME} may live at once")
     if len({entry.digest for entry in parsed}) < len(parsed):
-        raise ValueError("two entries have the same hash")
+        raise Advice("two entries have the same hash")
     return tuple(parsed)
 
 
@@ -346,7 +369,7 @@ def parse_scopes(text: str) -> frozenset[str]:
     opened: set[str] = set()
     for word in re.split(r"[+\s]+", text.strip()):
         if word not in SCOPES and word not in GROUPS:
-            raise ValueError(f"a scope is not one of {', '.join((*GROUPS, *SCOPES))}")
+            raise Advice(f"a scope is not one of {', '.join((*GROUPS, *SCOPES))}")
         opened |= GROUPS.get(word, {word})
     return frozenset(opened)
 
@@ -356,11 +379,11 @@ def _key_entry(text: str) -> KeyEntry:
     body, colon, digest = rest.rpartition(":")
     name, at, expiry = head.partition("@")
     if not separator or not colon:
-        raise ValueError(f"is not name:scopes:sha256hex or name:scopes:s3-prefix:sha256hex, as `{NEW_KEY}` prints it")
+        raise Advice(f"is not name:scopes:sha256hex or name:scopes:s3-prefix:sha256hex, as `{NEW_KEY}` prints it")
     if not KEY_NAME.fullmatch(name):
-        raise ValueError("the name is not 1 to 40 of a-z, 0-9, - and _")
+        raise Advice("the name is not 1 to 40 of a-z, 0-9, - and _")
     if not DIGEST.fullmatch(digest):
-        raise ValueError("the last part is not a SHA-256 in 64 hexadecimal digits")
+        raise Advice("the last part is not a SHA-256 in 64 hexadecimal digits")
     scopes, prefix = _split_prefix(body)
     return KeyEntry(name, parse_scopes(scopes), prefix, bytes.fromhex(digest), _expiry(expiry) if at else None)
 
@@ -372,7 +395,7 @@ def _split_prefix(body: str) -> tuple[str, str]:
         return body, ""
     prefix = body[match.end() + 1 :]
     if ".." in prefix.split("/") or prefix.startswith("/") or not prefix.isprintable():
-        raise ValueError("the S3 prefix has a '..' segment, a leading slash or a control character")
+        raise Advice("the S3 prefix has a '..' segment, a leading slash or a control character")
     return match.group(), prefix if not prefix or prefix.endswith("/") else prefix + "/"
 
 
@@ -381,7 +404,7 @@ def _expiry(text: str) -> datetime:
     try:
         return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC) + timedelta(days=1)
     except (ValueError, OverflowError):
-        raise ValueError("the expiry after @ is not a date YYYY-MM-DD") from None
+        raise Advice("the expiry after @ is not a date YYYY-MM-DD") from None
 
 
 PLAIN = Allowed("text without control characters", obvious=True)
@@ -393,7 +416,7 @@ PREFIX = Allowed("names between single slashes, without '.' and '..'")
 def _storage_class(text: str) -> str:
     name = text.upper()
     if name in ("GLACIER", "DEEP_ARCHIVE"):
-        raise ValueError("archived objects cannot be read until somebody restores them; GLACIER_IR can")
+        raise Advice("archived objects cannot be read until somebody restores them; GLACIER_IR can")
     if name not in STORAGE_CLASSES:
         raise ValueError
     return name
@@ -444,7 +467,7 @@ DateFormat = Annotated[
 ]
 Instant = Annotated[
     datetime | None,
-    PlainValidator(_instant),
+    PlainValidator(utc_instant),
     Allowed("an ISO 8601 date or timestamp, such as 2026-02-07T00:00:00Z"),
 ]
 DeviceIds = Annotated[
@@ -479,7 +502,9 @@ JobUrls = Annotated[
     SecretStr, BeforeValidator(_job_urls), Allowed("job=https://host/path, comma-separated", secret=True)
 ]
 JobSeconds = Annotated[
-    tuple[tuple[str, int], ...], PlainValidator(_job_seconds), Allowed("job=seconds, comma-separated")
+    tuple[tuple[str, Annotated[int, Field(gt=0)]], ...],
+    BeforeValidator(_pairs),
+    Allowed("job=seconds, comma-separated"),
 ]
 KeyFileText = Annotated[
     SecretStr | None,

@@ -76,6 +76,15 @@ def whole_second(at: datetime) -> str:
     return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
+def utc_instant(text: str) -> datetime:
+    """The aware UTC datetime of an ISO 8601 text, which is in UTC when it has no offset. Raises ValueError."""
+    at = datetime.fromisoformat(text)
+    try:
+        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except OverflowError as error:  # an offset at the limits of the datetime range
+        raise ValueError(text) from error
+
+
 def instant_text(at: datetime | None) -> str | None:
     """`YYYY-MM-DDTHH:MM:SS.mmmZ`; None for None."""
     return None if at is None else at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -11,15 +11,18 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http.client import HTTPSConnection
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+import msgspec
+
+from app.config.settings import DriveSettings
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import write_durably
 from app.core.network import CA_HINT, is_untrusted, proxy_for, tunnel_to
 from app.core.retry import Pauses, RetryPolicy, asked_seconds, retry
+from app.dynamo_to_drive.hour_file import HourFile
 
 # Google credentials: a service account's key, an installed app's client secrets, or a user's token.
 #
@@ -37,40 +40,34 @@ CONSENT = (
 CONSENT_AGAIN = "run `python -m app google` again, sign in as a member of the shared drive, and allow access to Drive"
 
 
-@dataclass(frozen=True, slots=True)
-class DriveCredentials:
-    """The source of the credentials (a file or the text itself), and the file for an installed app's token."""
-
-    file: Path | None
-    text: str
-    token_file: Path
-
-
-def document(given: DriveCredentials) -> dict[str, Any]:
-    """The JSON document. Raises Permanent if it cannot be read or is not a JSON object."""
+def document(drive: DriveSettings) -> dict[str, Any]:
+    """The JSON document of the credentials. Raises Permanent if there is none, or it is not a JSON object."""
+    file, given = drive.credentials_file, drive.credentials_json
+    if file is None and given is None:
+        raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
     try:
-        text = given.file.read_text(encoding="utf-8") if given.file else given.text
+        text = file.read_text(encoding="utf-8") if file else given.get_secret_value() if given else ""
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise Permanent(f"GOOGLE_CREDENTIALS_FILE {given.file}: {why}", FORMS) from error
+        raise Permanent(f"GOOGLE_CREDENTIALS_FILE {file}: {why}", FORMS) from error
     try:
         info = json.loads(text)
     except ValueError as error:
-        raise Permanent(
-            f"Google credentials ({given.file or 'GOOGLE_CREDENTIALS_JSON'}) are not JSON", FORMS
-        ) from error
+        raise Permanent(f"Google credentials ({file or 'GOOGLE_CREDENTIALS_JSON'}) are not JSON", FORMS) from error
     if not isinstance(info, dict):
         raise Permanent("Google credentials are not a JSON object", FORMS)
     return info
 
 
-def credentials(given: DriveCredentials) -> Any:
-    """google-auth credentials of any kind, not refreshed yet. Raises Permanent if they cannot be used."""
-    info = document(given)
+def credentials(drive: DriveSettings, token_file: Path) -> Any:
+    """google-auth credentials of any kind, not refreshed yet; an installed app's are in `token_file`. Raises Permanent
+    if they cannot be used.
+    """
+    info = document(drive)
     try:
         if info.get("type") == "service_account":
             return _service_account(info)
-        return _user(info if "refresh_token" in info else _kept(given, client_of(info)))
+        return _user(info if "refresh_token" in info else _kept(token_file, client_of(info)))
     except (ValueError, KeyError) as error:  # google-auth's MalformedError is a ValueError
         raise Permanent(f"Google credentials cannot be read: {type(error).__name__}", FORMS) from error
 
@@ -110,22 +107,16 @@ def _user(info: Mapping[str, Any]) -> Any:
     )
 
 
-def _kept(given: DriveCredentials, client: Mapping[str, Any]) -> dict[str, Any]:
+def _kept(token_file: Path, client: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        kept: dict[str, Any] = json.loads(given.token_file.read_text(encoding="utf-8"))
+        kept: dict[str, Any] = json.loads(token_file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise Permanent("the installed app has no consent yet: client secrets alone give no access", CONSENT) from error
     except (OSError, ValueError) as error:
-        raise Permanent(f"{given.token_file} cannot be read", CONSENT) from error
+        raise Permanent(f"{token_file} cannot be read", CONSENT) from error
     if kept.get("client_id") != client["client_id"]:
-        raise Permanent(f"{given.token_file} belongs to another client than the credentials", CONSENT)
+        raise Permanent(f"{token_file} belongs to another client than the credentials", CONSENT)
     return kept
-
-
-def keep_token(given: DriveCredentials, found: Any) -> None:
-    """Store an installed app's refreshed token for the next start. Does nothing for other kinds."""
-    if "installed" in (info := document(given)) or "web" in info:
-        save_token(given.token_file, found)
 
 
 def save_token(path: Path, found: Any) -> None:
@@ -136,9 +127,9 @@ def save_token(path: Path, found: Any) -> None:
     write_durably(path, [found.to_json().encode()])
 
 
-def consent(given: DriveCredentials, *, open_browser: bool) -> Path:
-    """Ask the user for consent in a browser; returns the token file. Raises Permanent, or Transient if offline."""
-    info = document(given)
+def consent(drive: DriveSettings, token_file: Path, *, open_browser: bool) -> None:
+    """Ask the user for consent in a browser and keep the token. Raises Permanent, or Transient if offline."""
+    info = document(drive)
     client_of(info)
     from google_auth_oauthlib.flow import InstalledAppFlow
     from oauthlib.oauth2 import OAuth2Error
@@ -155,8 +146,7 @@ def consent(given: DriveCredentials, *, open_browser: bool) -> Path:
         raise Permanent(f"Google credentials cannot be read: {type(error).__name__}", FORMS) from error
     except OSError as error:
         raise Transient(f"Google's sign-in could not be reached: {type(error).__name__}", "try again") from error
-    save_token(given.token_file, found)
-    return given.token_file
+    save_token(token_file, found)
 
 
 # Errors of Drive and its sign-in, translated to ours with a hint for a person or a retry.
@@ -262,27 +252,30 @@ RESUMABLE_BYTES = 5_000_000
 CHUNK_BYTES = 4 << 20  # a multiple of 256 KiB, held in memory
 DOWNLOAD_BYTES = 8 << 20
 NO_PROGRESS = 6
-GONE = (404, 410)
+NOT_FOUND, CONFLICT, GONE = 404, 409, 410
 GOOGLE_TYPES = "application/vnd.google-apps."
 FOLDER_TYPE, SHORTCUT_TYPE = f"{GOOGLE_TYPES}folder", f"{GOOGLE_TYPES}shortcut"
 CSV_TYPES = ("", "application/csv", "application/octet-stream", "application/vnd.ms-excel")
-FILE_FIELDS = "id,name,mimeType,md5Checksum,size,headRevisionId,createdTime,appProperties,trashed"
 FOLDER_FIELDS = "id,name,mimeType,driveId,trashed,capabilities(canAddChildren)"
 
 
-@dataclass(frozen=True, slots=True)
-class DriveFile:
-    """A file's metadata."""
+class DriveFile(msgspec.Struct, frozen=True, rename="camel"):
+    """A file's metadata, in Drive's own words. `version` is `id:headRevisionId`."""
 
-    file_id: str
-    name: str
-    md5: str
-    size_bytes: int
-    revision: str
-    created: str
-    properties: Mapping[str, str]
-    trashed: bool
-    mime_type: str
+    id: str
+    name: str = ""
+    mime_type: str = ""
+    md5_checksum: str = ""
+    size: int = 0
+    head_revision_id: str = ""
+    created_time: str = ""
+    app_properties: dict[str, str] = {}
+    trashed: bool = False
+
+    @property
+    def version(self) -> str:
+        """The version of the file's content."""
+        return f"{self.id}:{self.head_revision_id}"
 
     @property
     def is_hour(self) -> bool:
@@ -297,52 +290,49 @@ class DriveFile:
         """
         if self.mime_type.startswith(GOOGLE_TYPES):
             return False
-        return "headwaterMd5" in self.properties or self.mime_type.startswith("text/") or self.mime_type in CSV_TYPES
-
-
-@dataclass(frozen=True, slots=True)
-class FileContent:
-    """What to upload: a seekable stream, its MD5 and size, and properties visible only to this application."""
-
-    body: BinaryIO
-    md5: str
-    size_bytes: int
-    properties: Mapping[str, str]
+        return (
+            "headwaterMd5" in self.app_properties or self.mime_type.startswith("text/") or self.mime_type in CSV_TYPES
+        )
 
 
 class DriveService:
-    """The client library with credentials `given`, at `api_url` ("" = Google's).
+    """The client library with the credentials of `settings`, and what is known of the destination folder.
 
-    One connection per thread, since the library is not thread-safe.
+    One connection per thread, since the library is not thread-safe. `drive_id` is the folder's shared drive, "" in My
+    Drive, None until it was looked up. `told` has the ids of other items in the folder that were already warned about.
     """
 
-    def __init__(self, given: DriveCredentials, api_url: str, timeout_seconds: float) -> None:
-        self.given = given
-        self._api_url = api_url
-        self._timeout_seconds = timeout_seconds
+    def __init__(self, settings: DriveSettings, token_file: Path) -> None:
+        self.settings = settings
+        self.folder_id = settings.folder_id or settings.shared_drive_id or "root"
+        self.drive_id: str | None = None
+        self.told = set[str]()
+        self._token_file = token_file
         self._here = threading.local()
 
     def made(self) -> Any:
         """This thread's `files` API. Raises Permanent for unusable credentials."""
         if not hasattr(self._here, "files"):
-            found = credentials(self.given)
+            found = credentials(self.settings, self._token_file)
             self._here.http = self._connect(found)
             self._here.files = self._build(self._here.http).files()  # cached: building costs more than a request
             self._here.token, self._here.found = found.token, found
         return self._here.files
 
     def forget(self) -> None:
-        """Close this thread's connections and re-read the credentials next time."""
+        """Close this thread's connections; read the credentials and look the folder up again next time."""
+        self.drive_id = None
         if hasattr(self._here, "http"):
             self._here.http.close()
         self._here.__dict__.clear()
 
     def note_token(self) -> None:
-        """Store the token if the last call refreshed it."""
+        """Store an installed app's token for the next start if the last call refreshed it."""
         found = getattr(self._here, "found", None)
         if found is not None and found.token != self._here.token:
             self._here.token = found.token
-            keep_token(self.given, found)
+            if not {"installed", "web"}.isdisjoint(document(self.settings)):
+                save_token(self._token_file, found)
 
     def _connect(self, found: Any) -> Any:
         import httplib2
@@ -371,7 +361,9 @@ class DriveService:
                 return super().request(uri, *args, **given)
 
         # httplib2 reads this variable on import, which may be before `app.core.network` sets it.
-        plain = Http(timeout=self._timeout_seconds, ca_certs=os.environ.get("HTTPLIB2_CA_CERTS"), proxy_info=None)
+        plain = Http(
+            timeout=self.settings.timeout_seconds, ca_certs=os.environ.get("HTTPLIB2_CA_CERTS"), proxy_info=None
+        )
         plain.redirect_codes = plain.redirect_codes - {308}  # Drive's 308 reports upload progress
         return AuthorizedHttp(found, http=plain)
 
@@ -383,10 +375,10 @@ class DriveService:
         folder = Path(googleapiclient.__file__).parent / "discovery_cache" / "documents"
         document = json.loads((folder / "drive.v3.json").read_text(encoding="utf-8"))
         options: dict[str, Any] = {}
-        if self._api_url:
+        if url := self.settings.api_url:
             # The library drops the endpoint's path, and uploads go to the document's root URL.
-            document = {**document, "rootUrl": f"{self._api_url}/", "baseUrl": f"{self._api_url}/drive/v3/"}
-            options["client_options"] = {"api_endpoint": f"{self._api_url}/drive/v3/"}
+            document = {**document, "rootUrl": f"{url}/", "baseUrl": f"{url}/drive/v3/"}
+            options["client_options"] = {"api_endpoint": f"{url}/drive/v3/"}
         return build_from_document(document, http=http, **options)
 
 
@@ -398,67 +390,80 @@ class Drive:
         self._policy = policy
         self._pauses = pauses
 
-    def folder(self, folder_id: str) -> Mapping[str, Any]:
-        """The folder's `mimeType`, `driveId` (absent in My Drive), `trashed` and `capabilities`."""
-        found: Mapping[str, Any] = self._answer("get", fileId=folder_id, fields=FOLDER_FIELDS, supportsAllDrives=True)
-        return found
+    def check_folder(self) -> str:
+        """Look up the destination folder; returns the id of its shared drive, "" in My Drive.
 
-    def named(self, name: str, folder_id: str, drive_id: str) -> Sequence[DriveFile]:
+        Raises Permanent if it is not a folder, is read-only, or is not on the configured shared drive.
+        """
+        service, what = self._service, f"GOOGLE_DRIVE_FOLDER_ID {self._service.folder_id}"
+        service.drive_id = None
+        folder = self._answer("get", fileId=service.folder_id, fields=FOLDER_FIELDS, supportsAllDrives=True)
+        if folder.get("mimeType") == SHORTCUT_TYPE:
+            raise Permanent(f"{what} is a shortcut", "set GOOGLE_DRIVE_FOLDER_ID to the folder that it leads to")
+        if folder.get("mimeType") != FOLDER_TYPE or folder.get("trashed"):
+            raise Permanent(f"{what} is {'in the trash' if folder.get('trashed') else 'not a folder'}", SHARE_HINT)
+        if folder.get("capabilities", {}).get("canAddChildren") is False:
+            raise Permanent(f"{what} may not be written by this account", RIGHTS_HINT)
+        drive_id = str(folder.get("driveId") or "")
+        if (wanted := service.settings.shared_drive_id) and drive_id != wanted:
+            told = f"{what} is not on the shared drive {wanted}"
+            hint = f"set GOOGLE_SHARED_DRIVE_ID to {drive_id}"
+            raise Permanent(told, hint if drive_id else "unset GOOGLE_SHARED_DRIVE_ID: it is in My Drive")
+        service.drive_id = drive_id
+        return drive_id
+
+    def named(self, name: str) -> Sequence[DriveFile]:
         """Everything in the folder with that name, oldest first, without the trash."""
-        found = self._listed(f"name = '{_quoted(name)}'", name, folder_id, drive_id)
-        return [each for each in found if each.name == name]
+        return [each for each in self._listed("=", name) if each.name == name]
 
-    def beginning(self, start: str, folder_id: str, drive_id: str) -> Sequence[DriveFile]:
+    def beginning(self, start: str) -> Sequence[DriveFile]:
         """Everything in the folder whose name begins with `start`, oldest first, without the trash."""
-        found = self._listed(f"name contains '{_quoted(start)}'", start, folder_id, drive_id)
-        return [each for each in found if each.name.startswith(start)]
+        return [each for each in self._listed("contains", start) if each.name.startswith(start)]
 
-    def _listed(self, term: str, name: str, folder_id: str, drive_id: str) -> Sequence[DriveFile]:
-        where = {"corpora": "drive", "driveId": drive_id} if drive_id else {"corpora": "user"}
+    def _listed(self, compared: str, name: str) -> Sequence[DriveFile]:
+        """The items of the folder, which is looked up once per process and again after a failure."""
+        drive_id = self._service.drive_id  # read once: another thread may forget it
+        if drive_id is None:
+            drive_id = self.check_folder()
+        folder = _quoted(self._service.folder_id)
         asked = {
-            "q": f"{term} and '{_quoted(folder_id)}' in parents and trashed = false",
+            "q": f"name {compared} '{_quoted(name)}' and '{folder}' in parents and trashed = false",
             "fields": f"nextPageToken,incompleteSearch,files({FILE_FIELDS})",
             "pageSize": 100,
             "supportsAllDrives": True,
             "includeItemsFromAllDrives": True,
-            **where,
+            **({"corpora": "drive", "driveId": drive_id} if drive_id else {"corpora": "user"}),
         }
         found: list[DriveFile] = []
         while True:
-            page = self._answer("list", **asked)
+            try:
+                page = self._answer("list", **asked)
+            except Permanent:
+                self._service.drive_id = None
+                raise
             if page.get("incompleteSearch"):
                 raise Transient(f"Drive searched only partially for {name}", "no action needed: it is repeated")
             found += [_file(each) for each in page.get("files", ())]
             if not page.get("nextPageToken"):
-                return sorted(found, key=lambda each: (each.created, each.file_id))
+                return sorted(found, key=lambda each: (each.created_time, each.id))
             asked["pageToken"] = page["nextPageToken"]
 
     def get(self, file_id: str) -> DriveFile | None:
         """The file, even if it is in the trash; None if there is none."""
-        try:
-            return _file(self._answer("get", fileId=file_id, **_ASKED))
-        except AppError as error:
-            if _status(error) == 404:  # noqa: PLR2004 - HTTP's own number
-                return None
-            raise
+        return _unless(NOT_FOUND, lambda: _file(self._answer("get", fileId=file_id, **_ASKED)))
 
     def new_id(self) -> str:
         """A pre-generated id for a file to be created."""
         return str(self._answer("generateIds", count=1, space="drive", type="files")["ids"][0])
 
-    def create(self, file_id: str, name: str, folder_id: str, content: FileContent) -> DriveFile | None:
+    def create(self, file_id: str, name: str, hour: HourFile) -> DriveFile | None:
         """The new file; None if the id is in use, perhaps by our own earlier attempt."""
-        body = {"id": file_id, "name": name, "parents": [folder_id], **_metadata(content)}
-        try:
-            return self._upload("create", content, body=body)
-        except AppError as error:
-            if _status(error) == 409:  # noqa: PLR2004 - HTTP's own number
-                return None
-            raise
+        body = {"id": file_id, "name": name, "parents": [self._service.folder_id], **_metadata(hour)}
+        return _unless(CONFLICT, lambda: self._upload("create", hour, body=body))
 
-    def update(self, file_id: str, content: FileContent) -> DriveFile:
+    def update(self, file_id: str, hour: HourFile) -> DriveFile:
         """Replace the file's content and properties; its name and folder stay as users set them."""
-        return self._upload("update", content, fileId=file_id, body=_metadata(content))
+        return self._upload("update", hour, fileId=file_id, body=_metadata(hour))
 
     def download(self, file_id: str, into: BinaryIO) -> None:
         """Write the content to `into`."""
@@ -478,24 +483,24 @@ class Drive:
         """Move the file to the trash, where it stays for 30 days."""
         self._answer("update", fileId=file_id, body={"trashed": True}, supportsAllDrives=True)
 
-    def _upload(self, method: str, content: FileContent, **asked: Any) -> DriveFile:
+    def _upload(self, method: str, hour: HourFile, **asked: Any) -> DriveFile:
         """Upload in one request, or in chunks above 5 MB. Raises Transient if Drive's MD5 or size differ from ours."""
         from googleapiclient.http import MediaInMemoryUpload, MediaIoBaseUpload
 
-        content.body.seek(0)
-        if content.size_bytes <= RESUMABLE_BYTES:
-            media = MediaInMemoryUpload(content.body.read(), mimetype="text/csv")
+        hour.file.seek(0)
+        if hour.size_bytes <= RESUMABLE_BYTES:
+            media = MediaInMemoryUpload(hour.file.read(), mimetype="text/csv")
             found = _file(self._answer(method, media_body=media, **asked, **_ASKED))
         else:
-            media = MediaIoBaseUpload(content.body, mimetype="text/csv", chunksize=CHUNK_BYTES, resumable=True)
+            media = MediaIoBaseUpload(hour.file, mimetype="text/csv", chunksize=CHUNK_BYTES, resumable=True)
             # Send bytes, not a stream: a stream would be empty when the transport resends after a lost connection.
             media.has_stream = lambda: False
             whole = {"media_body": media, **asked, **_ASKED}
             found = _file(self._again(lambda files: self._in_pieces(getattr(files, method)(**whole))))
-        if (found.md5, found.size_bytes) != (content.md5, content.size_bytes):
+        if (found.md5_checksum, found.size) != (hour.digest, hour.size_bytes):
             raise Transient(
-                f"{found.name}: Drive has {found.size_bytes} bytes with MD5 {found.md5}, "
-                f"sent were {content.size_bytes} with {content.md5}",
+                f"{found.name}: Drive has {found.size} bytes with MD5 {found.md5_checksum}, "
+                f"sent were {hour.size_bytes} with {hour.digest}",
                 "no action needed: it is written again",
             )
         return found
@@ -510,7 +515,7 @@ class Drive:
                 with _translated():
                     _, answer = request.next_chunk(num_retries=0)
             except Permanent as error:
-                if request.resumable_uri is not None and _status(error) in GONE:
+                if request.resumable_uri is not None and _status(error) in (NOT_FOUND, GONE):
                     raise Transient(
                         "Drive dropped the upload session before it was complete", "no action needed: it starts again"
                     ) from error
@@ -541,11 +546,16 @@ class Drive:
         return retry(once, self._policy, self._pauses)
 
 
+FILE_FIELDS = ",".join(DriveFile.__struct_encode_fields__)
 _ASKED: Mapping[str, Any] = {"fields": FILE_FIELDS, "supportsAllDrives": True}
 
 
-def _metadata(content: FileContent) -> dict[str, Any]:
-    return {"mimeType": "text/csv", "appProperties": dict(content.properties)}
+def _metadata(hour: HourFile) -> dict[str, Any]:
+    """The type, and properties that only this application sees."""
+    properties = {"headwaterMd5": hour.digest, "headwaterRows": str(hour.rows)}
+    if hour.min_at and hour.max_at:
+        properties |= {"headwaterFrom": hour.min_at.isoformat(), "headwaterTo": hour.max_at.isoformat()}
+    return {"mimeType": "text/csv", "appProperties": properties}
 
 
 def _quoted(text: str) -> str:
@@ -554,22 +564,22 @@ def _quoted(text: str) -> str:
 
 
 def _file(found: Mapping[str, Any]) -> DriveFile:
-    return DriveFile(
-        file_id=found["id"],
-        name=found.get("name", ""),
-        md5=found.get("md5Checksum", ""),
-        size_bytes=int(found.get("size", 0)),
-        revision=found.get("headRevisionId", ""),
-        created=found.get("createdTime", ""),
-        properties=found.get("appProperties", {}),
-        trashed=bool(found.get("trashed")),
-        mime_type=found.get("mimeType", ""),
-    )
+    return msgspec.convert(found, DriveFile, strict=False)  # sizes come as text
 
 
 def _status(error: AppError) -> int:
     """The HTTP status that caused the error; 0 if none."""
     return int(getattr(error.__cause__, "status_code", 0) or 0)
+
+
+def _unless(status: int, call: Callable[[], T]) -> T | None:
+    """The result of a call; None if Drive answered with this status."""
+    try:
+        return call()
+    except AppError as error:
+        if _status(error) == status:
+            return None
+        raise
 
 
 @contextmanager

@@ -8,10 +8,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
-from pathlib import Path
 
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
@@ -52,9 +51,9 @@ from app.core.windows import (
     windows_between,
 )
 from app.dynamo_to_drive.accounts import Accounts
-from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveCredentials, DriveService
+from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService
 from app.dynamo_to_drive.hour_file import HourFile, lines_in, read_file
-from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FolderSink, HourRecords, HourSink
+from app.dynamo_to_drive.sinks import DriveSink, FolderSink, HourSink
 from app.dynamo_to_drive.source import DynamoSource, ping
 from app.dynamo_to_drive.table import DynamoTable
 from app.object_store.set_aside import SetAsideStore
@@ -72,46 +71,35 @@ log = logging.getLogger(__name__)
 HourPipeline = Pipeline[HourFile, HourFile]
 
 
-def folder_of(settings: Settings) -> str:
-    """The destination folder: the configured one, else the root of the shared drive, else of My Drive."""
-    return settings.drive.folder_id or settings.drive.shared_drive_id or "root"
-
-
-def given_of(settings: Settings) -> DriveCredentials | None:
-    """The configured Google credentials; None = not set, so files stay on this machine."""
-    drive = settings.drive
-    if drive.credentials_file is None and drive.credentials_json is None:
-        return None
-    text = drive.credentials_json.get_secret_value() if drive.credentials_json else ""
-    return DriveCredentials(drive.credentials_file, text, settings.service.data_dir / TOKEN_FILE)
-
-
-def _looking(stop: Stop) -> Context:
-    """The context of a read-only pipeline: no lease, and a dry run, which cleans nothing up."""
-    nobody = Lease(NAME, "", 0, EPOCH)
-    return Context("", nobody, stop, NoProgress(), dry_run=True)
-
-
-@dataclass(frozen=True, slots=True)
 class HourFileExport:
-    """What `main` wires; see `WindowedPipeline`. `drive` None = files go to `directory`."""
+    """The pipeline; see `WindowedPipeline`. Its jobs are `off` while DYNAMODB_TABLE_NAME is not set.
 
-    settings: Settings
-    table: DynamoTable
-    drive: DriveService | None
-    directory: Path
-    folder: DriveFolder
-    checkpoints: Checkpoints
-    set_aside: SetAsideStore
-    clock: Callable[[], datetime]
-    policy: RetryPolicy
-    turn: threading.Lock = field(default_factory=threading.Lock)
+    `drive` None = files go to a directory. `spend` receives the read units of each response.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoints: Checkpoints,
+        set_aside: SetAsideStore,
+        clock: Callable[[], datetime],
+        policy: RetryPolicy = POLICY,
+        *,
+        spend: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        self.settings, self.checkpoints, self.set_aside = settings, checkpoints, set_aside
+        self.clock, self.policy = clock, policy
+        self.table = DynamoTable(settings.dynamo, spend, escape=settings.drive.escape_formulas)
+        self.turn = threading.Lock()
+        self.drive: DriveService | None = None
+        if settings.drive.credentials_file or settings.drive.credentials_json:
+            self.drive = DriveService(settings.drive, settings.service.data_dir / TOKEN_FILE)
 
     @property
     def partition(self) -> str:
         """Names the table and the folder: each folder is a separate partition with its own cursor and file ids."""
         table = self.settings.dynamo.table_name
-        return f"{table} -> {folder_of(self.settings)}" if self.drive else table
+        return f"{table} -> {self.drive.folder_id}" if self.drive else table
 
     @property
     def jobs(self) -> Sequence[Job]:
@@ -136,11 +124,11 @@ class HourFileExport:
     @property
     def chart(self) -> GapMapSource:
         """The gap map of the files."""
-        return HourEnds(self, *self.opened(_looking(Stop())))
+        return HourEnds(self, Stop())
 
     def verification(self, stop: Stop) -> Ends:
         """Source and destination for verification: the table and the files."""
-        return HourEnds(self, *self.opened(_looking(stop)))
+        return HourEnds(self, stop)
 
     def backfill(self, context: Context, span: Window) -> Report:
         """Bring every hour of `span` before the cursor up to date; later hours belong to the live job."""
@@ -157,8 +145,7 @@ class HourFileExport:
         if self.drive is None:
             return ""
         self.drive.forget()
-        self.folder.forget()
-        drive_id = self.folder.drive_id(Drive(self.drive, RetryPolicy(attempts=1), Stop()))
+        drive_id = Drive(self.drive, RetryPolicy(attempts=1), Stop()).check_folder()
         return (
             f"may add files to the folder, on shared drive {drive_id}"
             if drive_id
@@ -183,11 +170,11 @@ class HourFileExport:
         """
         now, drive = self.clock(), self.settings.drive
         accounts = Accounts(self.settings.dynamo.timestamp_attribute, now)
-        records = HourRecords(self.checkpoints, NAME, self.partition, context.lease)
-        given = records, accounts, drive.csv_name_prefix, drive.escape_formulas, context.dry_run
-        sink: HourSink = FolderSink(*given, self.directory)
+        held = self.checkpoints, NAME, self.partition, context.lease
+        given = accounts, drive.csv_name_prefix, drive.escape_formulas, context.dry_run
+        sink: HourSink = FolderSink(*held, *given, self.settings.service.data_dir / "drive")
         if self.drive is not None:
-            sink = DriveSink(*given, Drive(self.drive, self.policy, context.stop), self.folder)
+            sink = DriveSink(*held, *given, Drive(self.drive, self.policy, context.stop), self.drive.told)
         pipeline: HourPipeline = Pipeline(
             name=NAME,
             source=DynamoSource(self.table, self.partition, context.stop, accounts=accounts, now=now, span=span),
@@ -258,55 +245,23 @@ class HourFileExport:
     def _fill(self, context: Context, span: Window) -> Report:
         pipeline, sink = self.opened(context, span)
         hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
-        context.progress.advance(total=len(hours))
-
         failed = FailedWindows()
 
-        def each(done: Done) -> None:
-            for hour in hours:
-                context.stop.check()
-                with failed.one():
-                    done(sync_window(pipeline, context, self.task(hour)))
-                failed.check_outage()
-                context.progress.advance(done=1)
-
         def work(done: Done) -> None:
-            seen = self.table.traits
-            each(done)
-            if self.table.traits != seen:  # earlier hours may have items with a trait first seen in a later one
+            seen = None
+            while self.table.traits != seen:  # earlier hours may have items with a trait first seen in a later one
+                seen = self.table.traits
                 context.progress.advance(total=len(hours))
-                each(done)
+                for hour in hours:
+                    context.stop.check()
+                    with failed.one():
+                        done(sync_window(pipeline, context, self.task(hour)))
+                    failed.check_outage()
+                    context.progress.advance(done=1)
             failed.check()
 
         with self.turn:  # late hours, reconcile and backfill may process the same hour
             return self._noted(context, sink.accounts, work)
-
-
-def build(
-    settings: Settings,
-    checkpoints: Checkpoints,
-    set_aside: SetAsideStore,
-    clock: Callable[[], datetime],
-    policy: RetryPolicy = POLICY,
-    *,
-    spend: Callable[[float], None] = lambda _: None,
-) -> HourFileExport:
-    """Build the pipeline from the settings; its jobs are `off` while DYNAMODB_TABLE_NAME is not set.
-
-    `spend` receives the read units of each response.
-    """
-    given = given_of(settings)
-    return HourFileExport(
-        settings=settings,
-        table=DynamoTable(settings.dynamo, spend, escape=settings.drive.escape_formulas),
-        drive=DriveService(given, settings.drive.api_url, settings.drive.timeout_seconds) if given else None,
-        directory=settings.service.data_dir / "drive",
-        folder=DriveFolder(folder_of(settings), settings.drive.shared_drive_id),
-        checkpoints=checkpoints,
-        set_aside=set_aside,
-        clock=clock,
-        policy=policy,
-    )
 
 
 # Verification of the hourly files (the table's rows against the file's rows) and the gap map.
@@ -315,13 +270,14 @@ def build(
 # alone, any other keeps the rows that the table no longer returns.
 
 
-@dataclass(frozen=True, slots=True)
 class HourEnds:
-    """`Ends` and `GapMapSource` of `app.core.verify` over table and files; `pipeline` and `sink` are read-only."""
+    """`Ends` and `GapMapSource` of `app.core.verify` over table and files, which it only reads until `heal`."""
 
-    export: HourFileExport
-    pipeline: HourPipeline
-    sink: HourSink
+    def __init__(self, export: HourFileExport, stop: Stop) -> None:
+        # No lease, and a dry run, which cleans nothing up.
+        context = Context("", Lease(NAME, "", 0, EPOCH), stop, NoProgress(), dry_run=True)
+        self.export = export
+        self.pipeline, self.sink = export.opened(context)
 
     def partitions(self, _: Window | None = None) -> Sequence[str]:
         """The single partition."""

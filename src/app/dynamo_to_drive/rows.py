@@ -162,13 +162,12 @@ class PageReader:
 
     def read(self, taken: Taken) -> list[Row]:
         """The rows of a page in `columns`, which may grow. Raises Transient for a malformed page."""
-        rows = self._in_one_step(taken)
-        if rows is not None:
+        if (rows := self._in_one_step(taken)) is not None:
             return rows
-        items = items_of(taken)
+        items, wanted = items_of(taken), self._wanted
         self.items += len(items)
-        wanted = self._wanted
-        items = items if wanted is None else [item for item in items if wanted.takes(item)]
+        if wanted is not None:
+            items = [item for item in items if wanted.takes(item)]
         self.rows += len(items)
         self._learn(items)
         return [_cells(item, self.columns) for item in items]
@@ -239,17 +238,15 @@ def _reader(columns: Columns, letters: tuple[str, ...], left_out: str) -> Read |
 
     def read(taken: Taken) -> list[Row]:
         rows = map(cells, decoder.decode(taken))
-        return [_told(row, values) for row in rows] if values else list(rows)
+        if not values:
+            return list(rows)
+        made: list[Any] = [list(row) for row in rows]
+        for row in made:
+            for at in values:
+                row[at] = cell(row[at])
+        return made
 
     return read
-
-
-def _told(row: Sequence[Any], values: Sequence[int]) -> Row:
-    """The row with the remaining attribute values converted to text."""
-    made = list(row)
-    for at in values:
-        made[at] = cell(made[at])
-    return made
 
 
 def _letter(value: AttributeValue) -> str:

@@ -25,16 +25,7 @@ from app.core.pipeline import Checkpoints, Commit, ObjectState, Record
 from app.core.runs import Lease
 from app.core.windows import Window
 from app.dynamo_to_drive.accounts import WOULD_WRITE, WRITTEN, Accounts
-from app.dynamo_to_drive.drive import (
-    FOLDER_TYPE,
-    GOOGLE_TYPES,
-    RIGHTS_HINT,
-    SHARE_HINT,
-    SHORTCUT_TYPE,
-    Drive,
-    DriveFile,
-    FileContent,
-)
+from app.dynamo_to_drive.drive import GOOGLE_TYPES, Drive, DriveFile
 from app.dynamo_to_drive.hour_file import HourFile, UnreadableFile, lines_in, read_file, readable
 
 MEMORY_BYTES = 1 << 20
@@ -49,81 +40,18 @@ def hour_of(key: str) -> Window:
     return Window(start, start + timedelta(hours=1))
 
 
-class DriveFolder:
-    """The destination folder `folder_id` (never empty): looked up once per process, and again after a failure.
+@dataclass(slots=True)
+class HourSink(ABC):
+    """`app.core.pipeline.Sink` over CSV files, one per hour. `accounts` records what was there and what was written.
 
-    `told` has the ids of other items in it that were already warned about.
-    """
-
-    def __init__(self, folder_id: str, shared_drive_id: str) -> None:
-        self.folder_id = folder_id
-        self._shared_drive_id = shared_drive_id
-        self.told = set[str]()
-        self._drive_id: str | None = None
-
-    def drive_id(self, drive: Drive) -> str:
-        """The folder's shared drive id, "" in My Drive.
-
-        Raises Permanent if it is not a folder, is read-only, or is not on the configured shared drive.
-        """
-        if self._drive_id is not None:
-            return self._drive_id
-        folder, what = drive.folder(self.folder_id), f"GOOGLE_DRIVE_FOLDER_ID {self.folder_id}"
-        if folder.get("mimeType") == SHORTCUT_TYPE:
-            raise Permanent(f"{what} is a shortcut", "set GOOGLE_DRIVE_FOLDER_ID to the folder that it leads to")
-        if folder.get("mimeType") != FOLDER_TYPE or folder.get("trashed"):
-            raise Permanent(f"{what} is {'in the trash' if folder.get('trashed') else 'not a folder'}", SHARE_HINT)
-        if folder.get("capabilities", {}).get("canAddChildren") is False:
-            raise Permanent(f"{what} may not be written by this account", RIGHTS_HINT)
-        drive_id = str(folder.get("driveId") or "")
-        if self._shared_drive_id and drive_id != self._shared_drive_id:
-            told = f"{what} is not on the shared drive {self._shared_drive_id}"
-            hint = f"set GOOGLE_SHARED_DRIVE_ID to {drive_id}"
-            raise Permanent(told, hint if drive_id else "unset GOOGLE_SHARED_DRIVE_ID: it is in My Drive")
-        self._drive_id = drive_id
-        return drive_id
-
-    def forget(self) -> None:
-        """Look the folder up again next time."""
-        self._drive_id = None
-
-
-@dataclass(frozen=True, slots=True)
-class HourRecords:
-    """The records of the hours. The version of a file on Drive is `id:revision`, and its id is stored before the file
-    is created.
+    `checkpoints` has the records of `pipeline` for `partition`, changed under `lease`. `escaped`: cells are escaped
+    against formulas.
     """
 
     checkpoints: Checkpoints
     pipeline: str
     partition: str
     lease: Lease
-
-    def of(self, key: str) -> Record | None:
-        """The record of the hour that `key` names."""
-        hour = hour_of(key)
-        records = self.checkpoints.records(self.pipeline, self.partition, hour.start, hour.end)
-        return next((each for each in records if each.key == key), None)
-
-    def file_id(self, key: str) -> str:
-        """The file id in the record; "" if there is none."""
-        record = self.of(key)
-        return _id(record.version) if record else ""
-
-    def keep(self, key: str, file_id: str) -> None:
-        """Commit a record with only the id; the record of the write replaces it later."""
-        record = Record(hour_of(key), 0, key, f"{file_id}:", "", 0, 0, -1, None, None, closed=False)
-        self.checkpoints.commit(self.pipeline, self.partition, Commit((record,)), self.lease)
-
-
-@dataclass(slots=True)
-class HourSink(ABC):
-    """`app.core.pipeline.Sink` over CSV files, one per hour. `accounts` records what was there and what was written.
-
-    `escaped`: cells are escaped against formulas.
-    """
-
-    records: HourRecords
     accounts: Accounts
     prefix: str
     escaped: bool
@@ -142,7 +70,7 @@ class HourSink(ABC):
     def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
         """The rows of that version, to be merged. Raises Conflict if the file has another version."""
         self._check(key, version)
-        record, hour = self.records.of(key), hour_of(key)
+        record, hour = self._record(key), hour_of(key)
         self.accounts.note(hour, is_edited=not record or record.digest != self.accounts.of(hour).held_digest)
         yield from self._mergeable(key, version)
         self._check(key, version)
@@ -184,6 +112,12 @@ class HourSink(ABC):
     def _mergeable(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
         return self.rows(key, version)
 
+    def _record(self, key: str) -> Record | None:
+        """The record of the hour that `key` names."""
+        hour = hour_of(key)
+        records = self.checkpoints.records(self.pipeline, self.partition, hour.start, hour.end)
+        return next((each for each in records if each.key == key), None)
+
     def _day(self, day: Window) -> str:
         """The beginning of the names of a day's files."""
         return self.key("", day, 0).removesuffix("00.csv")
@@ -191,19 +125,22 @@ class HourSink(ABC):
 
 @dataclass(slots=True)
 class DriveSink(HourSink):
-    """An `HourSink` on Google Drive; a version is `id:headRevisionId`. `noted`: rows of the files as written."""
+    """An `HourSink` on Google Drive; a version is `id:headRevisionId`, and the id is stored before the file is created.
+
+    `noted`: rows of the files as written. `told`: other items that were already warned about.
+    """
 
     drive: Drive
-    folder: DriveFolder
+    told: set[str]
     noted: dict[str, int] = field(default_factory=dict)
 
     def listed(self, day: Window) -> Iterator[tuple[str, str]]:
         """See `HourSink.listed`; of several files with one name, the oldest."""
         seen = set[str]()
-        for found in self.drive.beginning(self._day(day), self.folder.folder_id, self.folder.drive_id(self.drive)):
+        for found in self.drive.beginning(self._day(day)):
             if found.is_csv and found.name not in seen:
                 seen.add(found.name)
-                yield found.name, found.md5
+                yield found.name, found.md5_checksum
 
     def rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:  # noqa: ARG002 - the id says which
         """See `HourSink.rows`."""
@@ -217,8 +154,8 @@ class DriveSink(HourSink):
         """The file of that name in the folder, else the file with the stored id, wherever a person moved it."""
         if (found := self._find(key)) is None:
             return None
-        self.noted[key] = int(found.properties.get("headwaterRows", 0))
-        return ObjectState(_version(found), found.md5, size_bytes=found.size_bytes)
+        self.noted[key] = int(found.app_properties.get("headwaterRows", 0))
+        return ObjectState(found.version, found.md5_checksum, size_bytes=found.size)
 
     def _mergeable(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
         """The rows up to the first unreadable one: the file is re-created, and its old content stays in its revisions.
@@ -239,77 +176,71 @@ class DriveSink(HourSink):
 
     def _put(self, key: str, encoded: HourFile, expected: str | None) -> str:
         """Create the file under a stored id, or replace its content."""
-        properties = {"headwaterMd5": encoded.digest, "headwaterRows": str(encoded.rows)}
-        if encoded.min_at and encoded.max_at:
-            properties |= {"headwaterFrom": encoded.min_at.isoformat(), "headwaterTo": encoded.max_at.isoformat()}
-        content = FileContent(encoded.file, encoded.digest, encoded.size_bytes, properties)
-        made = self._create(key, content) if expected is None else self.drive.update(_id(expected), content)
+        made = self._create(key, encoded) if expected is None else self.drive.update(_id(expected), encoded)
         log.info("%s: uploaded, %d rows, %d bytes", key, encoded.rows, encoded.size_bytes)
-        return _version(made)
+        return made.version
 
-    def _create(self, key: str, content: FileContent) -> DriveFile:
-        self.folder.forget()  # check again, once an hour: a person may have trashed or moved the folder
-        self.folder.drive_id(self.drive)
-        file_id = self.records.file_id(key)
+    def _create(self, key: str, hour: HourFile) -> DriveFile:
+        self.drive.check_folder()  # once an hour: a person may have trashed or moved it
+        file_id = self._file_id(key)
         for _ in range(NEW_IDS):
             held = self.drive.get(file_id) if file_id else None
             if held is not None and held.is_hour:
                 raise Conflict(f"{key}: already exists", READ_HINT)
             if not file_id or held is not None:  # the id of a trashed file cannot be reused
                 file_id = self.drive.new_id()
-                self.records.keep(key, file_id)
-            made = self.drive.create(file_id, key, self.folder.folder_id, content)
+                # Only the id; the record of the write replaces this one.
+                record = Record(hour_of(key), 0, key, f"{file_id}:", "", 0, 0, -1, None, None, closed=False)
+                self.checkpoints.commit(self.pipeline, self.partition, Commit((record,)), self.lease)
+            made = self.drive.create(file_id, key, hour)
             if made is not None:
                 return made
             held = self.drive.get(file_id)
-            if held is not None and held.is_hour and held.md5 == content.md5:
+            if held is not None and held.is_hour and held.md5_checksum == hour.digest:
                 return held
             if held is None:  # the id was used, and its file permanently deleted
                 file_id = ""
         raise Transient(f"{key}: Drive found {NEW_IDS} ids in use", "no action needed: the next run tries new ones")
 
     def _find(self, key: str) -> DriveFile | None:
-        try:
-            named = self.drive.named(key, self.folder.folder_id, self.folder.drive_id(self.drive))
-        except Permanent:
-            self.folder.forget()
-            raise
+        named = self.drive.named(key)
         for other in named:
             # Warn once per process: a person may wonder which of the two is ours.
-            if not other.is_csv and other.file_id not in self.folder.told:
-                self.folder.told.add(other.file_id)
+            if not other.is_csv and other.id not in self.told:
+                self.told.add(other.id)
                 what = other.mime_type.replace(GOOGLE_TYPES, "a Google ")
-                log.warning("%s: %s has the same name (%s); it is left alone", other.name, what, other.file_id)
+                log.warning("%s: %s has the same name (%s); it is left alone", other.name, what, other.id)
         if found := [each for each in named if each.is_csv]:
             self._put_aside(key, found[1:])
             return found[0]
-        file_id = self.records.file_id(key)
+        file_id = self._file_id(key)
         held = self.drive.get(file_id) if file_id else None
         return held if held is not None and held.is_hour else None
+
+    def _file_id(self, key: str) -> str:
+        """The file id in the record; "" if there is none."""
+        record = self._record(key)
+        return _id(record.version) if record else ""
 
     def _put_aside(self, key: str, others: Sequence[DriveFile]) -> None:
         """Trash duplicates of the oldest file with this name; people can still find them in the trash."""
         for other in others:
-            log.warning("%s: exists more than once; the oldest is kept, %s goes to the trash", key, other.file_id)
+            log.warning("%s: exists more than once; the oldest is kept, %s goes to the trash", key, other.id)
             if self.dry_run:
                 continue
             try:
-                self.drive.trash(other.file_id)
+                self.drive.trash(other.id)
             except Permanent as error:
-                log.warning("%s: %s could not be put into the trash: %s", key, other.file_id, error)
+                log.warning("%s: %s could not be put into the trash: %s", key, other.id, error)
 
     def _check(self, key: str, version: str) -> None:
         held = self.drive.get(_id(version))
-        if held is None or held.trashed or _version(held) != version:
+        if held is None or held.trashed or held.version != version:
             raise Conflict(f"{key}: is not the version {version} any more", READ_HINT)
 
 
 def _id(version: str) -> str:
     return version.partition(":")[0]
-
-
-def _version(found: DriveFile) -> str:
-    return f"{found.file_id}:{found.revision}"
 
 
 BLOCK_BYTES = 1 << 18

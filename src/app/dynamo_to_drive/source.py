@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from app.core.errors import Permanent
 from app.core.ledger import sampled
@@ -42,16 +42,6 @@ log = logging.getLogger(__name__)
 
 A = TypeVar("A")
 B = TypeVar("B")
-
-
-class NewestItems(NamedTuple):
-    """What the newest items of the partition values show. `number` is the largest readable number, or "".
-
-    `is_readable`: at least one timestamp is readable, or there are no items.
-    """
-
-    number: str
-    is_readable: bool
 
 
 class WantedItems(HourTexts):
@@ -115,7 +105,7 @@ class DynamoSource:
         self._now = now
         self._span = span
         self._plan: AccessPath | None = None
-        self._newest: NewestItems | None = None
+        self._newest: tuple[str, bool] | None = None
         self._asked = set[Window]()
 
     def partitions(self, since: datetime) -> Sequence[str]:  # noqa: ARG002 - the port's word
@@ -138,7 +128,7 @@ class DynamoSource:
                 is_readable = not items
             else:
                 hour, wanted, items = self._queried(plan, window)
-                is_readable = self._looked(plan).is_readable
+                _, is_readable = self._looked(plan)
             if items == wanted.unreadable and not is_readable:
                 hour.close()
                 raise describe_unreadable(self._accounts, self._table.times)
@@ -153,8 +143,8 @@ class DynamoSource:
         self._plan = self._plan or self._table.plan()
         return self._plan
 
-    def _looked(self, plan: AccessPath) -> NewestItems:
-        """What the newest items show, looked at once a run; and once an hour the first items."""
+    def _looked(self, plan: AccessPath) -> tuple[str, bool]:
+        """What `look` returns, once a run; it looks at the first items once an hour."""
         if self._newest is None:
             firsts = FIRSTS, floor_to(self._now, HOUR_SECONDS)
             self._newest = self.look(plan, firsts=firsts not in self._table.looked)
@@ -165,8 +155,8 @@ class DynamoSource:
         """Query the hour with the traits seen so far; with every trait if it is the run's first, still open, empty or
         read again, or if an item shows a new trait.
         """
-        newest, is_text, traits = self._looked(plan).number, plan.timestamp_type == "S", self._table.traits
-        around = AROUND, window.start
+        newest, _ = self._looked(plan)
+        is_text, traits, around = plan.timestamp_type == "S", self._table.traits, (AROUND, window.start)
         is_new = is_text and around not in self._table.looked
         if is_new and (not self._asked or window in self._asked or window.end > self._now):
             traits = EVERY_TRAIT
@@ -181,9 +171,10 @@ class DynamoSource:
         self._table.note(wanted.traits)
         return hour, wanted, items
 
-    def look(self, plan: AccessPath, *, firsts: bool = True) -> NewestItems:
+    def look(self, plan: AccessPath, *, firsts: bool = True) -> tuple[str, bool]:
         """Check the newest items of each partition value, and report unreadable ones to `Accounts`.
 
+        Returns the largest readable number ("" for text), and whether a timestamp is readable or there are no items.
         `firsts` also checks the first items: texts that sort before all others are in no hour's range. Raises Permanent
         if no item has these partition values although the table has items.
         """
@@ -211,7 +202,7 @@ class DynamoSource:
             texts.append(text)
             self._table.note(reading.traits)
             self._accounts.placed(reading.at, text)
-        return NewestItems("" if is_text else max(texts, key=Decimal, default=""), bool(texts) or not newest)
+        return "" if is_text else max(texts, key=Decimal, default=""), bool(texts) or not newest
 
     def _refuse_other_values(self, plan: AccessPath) -> None:
         """Raises Permanent if the table has items, but none with these partition values."""
@@ -279,14 +270,17 @@ class DynamoSource:
         no column had one while the table was read in another way.
         """
         unread: list[str] = []
-        plan = self._planned()
+        plan, span = self._planned(), self._span
         for found in chain.from_iterable(held):
             is_constant = plan.left_out in found and found[plan.left_out] == plan.hash_values[0]
             row = {name: text for name, text in found.items() if name != plan.left_out} if is_constant else found
             text = row.get(self._accounts.attribute, "")
-            if self._table.times.read(text).at is None:
+            at = self._table.times.read(text).at
+            # An earlier version put rows into this hour because it ignored the UTC offset. Such a row goes only if the
+            # table still has it and this run updates its correct hour: otherwise dropping it could lose it.
+            if at is None:
                 unread.append(text)
-            elif not self._is_misplaced(batch, row):
+            elif text not in batch.elsewhere or span is None or not span.start <= at < span.end:
                 yield row
         if unread:
             self._left_out(batch, unread, "have no timestamp")
@@ -295,17 +289,6 @@ class DynamoSource:
         told = f"{batch.window}: {len(texts)} rows of the file {why}, such as {texts[0][:80]!r}"
         log.warning("%s: they are left out; edited files have earlier revisions", told)
         self._accounts.removed.append(told)
-
-    def _is_misplaced(self, batch: HourFile, row: Mapping[str, str]) -> bool:
-        """True for a row that an earlier version put into this hour because it ignored the UTC offset.
-
-        Only if the table still has the row and this run updates its correct hour: otherwise dropping it could lose it.
-        """
-        text = row.get(self._accounts.attribute, "")
-        if self._span is None or text not in batch.elsewhere:
-            return False
-        at = self._table.times.read(text).at
-        return at is not None and self._span.start <= at < self._span.end
 
     def _shape(self) -> FileShape:
         plan, table, timestamp = self._planned(), self._table, self._accounts.attribute
@@ -350,7 +333,7 @@ def ping(table: DynamoTable, now: datetime) -> str:
         is_readable = len(items) > wanted.unreadable or not items
         way = f"may describe and scan; {plan.size_bytes} bytes for each hour"
     else:
-        is_readable = DynamoSource(table, "", Stop(), accounts=accounts, now=now).look(plan).is_readable
+        _, is_readable = DynamoSource(table, "", Stop(), accounts=accounts, now=now).look(plan)
         way = f"may describe and query; {f'index {plan.index}' if plan.index else 'the table'}"
     if not is_readable:
         raise describe_unreadable(accounts, times)

@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 from app.config.settings import DynamoSettings
-from app.core.errors import AppError, Permanent, Transient
+from app.core.errors import Permanent, Transient
 from app.core.network import CA_HINT, SharedClient, is_untrusted
 from app.core.runs import Stop
 from app.core.windows import Window
@@ -73,16 +73,6 @@ class AccessPath:
     def scans(self) -> bool:
         """True if each read costs a scan of the whole table."""
         return not self.hash_name
-
-    @property
-    def way(self) -> "AccessPath":
-        """The same path without the table size, for comparison."""
-        return replace(self, size_bytes=0)
-
-    @property
-    def scan_units(self) -> int:
-        """Read units of one full consistent scan, from the size that DynamoDB reports (up to six hours old)."""
-        return -(-self.size_bytes // UNIT_BYTES)
 
 
 def plan_of(table: Mapping[str, Any], wanted: DynamoSettings) -> AccessPath:
@@ -168,13 +158,15 @@ class DynamoTable:
         """
         described = require_member(self.call("describe_table", TableName=self.given.table_name), "Table", self.where)
         plan = plan_of(described, self.given)
-        if plan.way == self._told:
+        way = replace(plan, size_bytes=0)
+        if way == self._told:
             return plan
-        self._told = plan.way
+        self._told = way
         if plan.scans:
+            units = -(-plan.size_bytes // UNIT_BYTES)  # of a consistent scan; the size may be six hours old
             log.warning(
                 "table %s is SCANNED: each hour and run reads all %d bytes, about %d read units; to query instead, %s",
-                *(self.given.table_name, plan.size_bytes, plan.scan_units, index_advice(described, self.given)),
+                *(self.given.table_name, plan.size_bytes, units, index_advice(described, self.given)),
             )
         else:
             where, number = f"index {plan.index}" if plan.index else "its key", len(plan.hash_values)
@@ -308,38 +300,28 @@ def require_member(answer: Mapping[str, Any], name: str, where: str) -> Any:
 @contextmanager
 def translate_sdk_errors(table: str, where: str) -> Iterator[None]:
     """Translate SDK exceptions to ours. `where` names the service as configured."""
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore import exceptions as sdk
 
     try:
         yield
-    except ClientError as error:
-        raise _answered(table, error) from error
-    except BotoCoreError as error:
-        raise _failed(table, where, error) from error
-
-
-def _answered(table: str, error: Any) -> AppError:
-    said, status = (
-        error.response.get("Error") or {},
-        error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0),
-    )
-    code = str(said.get("Code") or status)
-    text = f"table {table!r}: {code}: {str(said.get('Message') or '')[:TEXT_LIMIT]}"
-    if code in THROTTLED:
-        return Transient(text, SLOW_HINT)
-    if status >= 500:  # noqa: PLR2004 - HTTP's own border
-        return Transient(text, AGAIN_HINT)
-    return Permanent(text, HINTS.get(code, "check the table, the region and the keys"))
-
-
-def _failed(table: str, where: str, error: Exception) -> AppError:
-    from botocore import exceptions as sdk
-
-    text = f"table {table!r}: {str(error)[:TEXT_LIMIT]}"
-    if is_untrusted(error):
-        return Permanent(text, CA_HINT)
-    if isinstance(error, sdk.NoCredentialsError | sdk.PartialCredentialsError):
-        return Permanent(text, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role")
-    if isinstance(error, sdk.ParamValidationError):
-        return Permanent(text, "check DYNAMODB_TABLE_NAME and DYNAMODB_PARTITION_VALUES")
-    return Transient(text, f"check that {where} can be reached (AWS_REGION, DYNAMODB_ENDPOINT_URL); it is retried")
+    except sdk.ClientError as error:
+        told = error.response.get("Error") or {}
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = str(told.get("Code") or status)
+        text = f"table {table!r}: {code}: {str(told.get('Message') or '')[:TEXT_LIMIT]}"
+        if code in THROTTLED:
+            raise Transient(text, SLOW_HINT) from error
+        if status >= 500:  # noqa: PLR2004 - HTTP's own border
+            raise Transient(text, AGAIN_HINT) from error
+        raise Permanent(text, HINTS.get(code, "check the table, the region and the keys")) from error
+    except sdk.BotoCoreError as error:
+        text = f"table {table!r}: {str(error)[:TEXT_LIMIT]}"
+        if is_untrusted(error):
+            raise Permanent(text, CA_HINT) from error
+        if isinstance(error, sdk.NoCredentialsError | sdk.PartialCredentialsError):
+            hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role"
+            raise Permanent(text, hint) from error
+        if isinstance(error, sdk.ParamValidationError):
+            raise Permanent(text, "check DYNAMODB_TABLE_NAME and DYNAMODB_PARTITION_VALUES") from error
+        hint = f"check that {where} can be reached (AWS_REGION, DYNAMODB_ENDPOINT_URL); it is retried"
+        raise Transient(text, hint) from error
