@@ -306,8 +306,3 @@ def check_can_be_taken(each: Candidate) -> None:
     if not may:
         hint = f"let this user write to {parent}, or remove the file"
         raise StuckFile("this user may not remove it from the inbox", hint)
-
-
-def is_too_large(size_bytes: int, config: InboxConfig) -> bool:
-    """True if the size exceeds `max_file_size_mb`."""
-    return size_bytes > config.max_file_size_mb * MEBIBYTE

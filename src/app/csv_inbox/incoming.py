@@ -34,7 +34,7 @@ from app.csv_inbox.csv_tokenizer import (
     pairs,
     shown,
 )
-from app.csv_inbox.discovery import identity_of, is_too_large, open_regular, read_some
+from app.csv_inbox.discovery import MEBIBYTE, identity_of, open_regular, read_some
 from app.csv_inbox.key_index import FileKeys
 
 # Headers: the columns of the master, of an incoming file, and their union.
@@ -254,7 +254,7 @@ class IncomingFile:
         Raises UnmergeableFile, StuckFile, Permanent, OSError and what `beat` raises.
         """
         self.identity = identity_of(os.fstat(file.fileno()))
-        if is_too_large(self.identity.size, self._config):
+        if self.identity.size > self._config.max_file_size_mb * MEBIBYTE:
             told = f"{self.identity.size} bytes, above max_file_size_mb={self._config.max_file_size_mb:g}"
             raise UnmergeableFile(FaultKind.TOO_LARGE, [FileFault(told)], "split the file, or raise max_file_size_mb")
         self._read_header(file)

@@ -22,36 +22,25 @@ from app.core.errors import Transient
 from app.core.files import LogFile
 from app.core.ledger import KeptFile, SetAside, Tally, ledger_of
 from app.core.runs import Context, ExitCodes, Failure, Job, Report, ReportSum, Run
-from app.csv_inbox.config import FileStillChanging, InboxConfig, StuckFile, UnmergeableFile, load_config, printable
+from app.csv_inbox.config import FileStillChanging, InboxConfig, StuckFile, UnmergeableFile, load_config
 from app.csv_inbox.discovery import (
     MEBIBYTE,
-    PENDING,
     REFUSED,
     UNIT,
     Candidate,
-    FileIdentity,
     InboxPaths,
     InboxRun,
     candidates,
     check_can_be_taken,
-    free_paths,
-    identity_at,
-    identity_of,
     ignored_files_note,
-    is_too_large,
-    link_or_copy,
     md5_of,
     open_regular,
-    time_stamp,
     translate_os_errors,
 )
 from app.csv_inbox.quarantine import reject, rejected_by
 from app.csv_inbox.transaction import (
     MERGED,
     LoadRecord,
-    PendingArchive,
-    PendingRename,
-    Transaction,
     changed_archive_files,
     changed_master,
     commit,
@@ -59,15 +48,13 @@ from app.csv_inbox.transaction import (
     history_row,
     load_id_of,
     loads,
+    prepared,
     recover,
-    revert_file,
     text_of,
-    written_metadata,
 )
 
 if TYPE_CHECKING:
     from app.config.settings import Settings
-    from app.csv_inbox.merge import MergedFile
 
 NAME = "csv_inbox"
 FILE_BYTES, FILES_KEPT = 1_000_000, 5
@@ -246,7 +233,7 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
 
 def _marked(inbox: InboxRun, each: Candidate) -> Candidate:
-    if each.refused or is_too_large(each.identity.size, inbox.config):
+    if each.refused or each.identity.size > inbox.config.max_file_size_mb * MEBIBYTE:
         return each  # hashing it would delay the others
     try:
         with open_regular(each.path) as file:
@@ -311,7 +298,7 @@ def _merge_file(inbox: InboxRun, each: Candidate) -> Report:
     try:
         merged = read_and_merge(inbox, each, load)
         load = replace(merged.load, seconds=time.monotonic() - began)
-        transaction = _prepared(inbox, each, merged, load)
+        transaction = prepared(inbox, each, load, columns=merged.columns, master=merged.master)
         commit(paths, transaction)
     finally:
         if not paths.journal.exists():  # after a commit the journal needs them
@@ -352,46 +339,3 @@ def _rehearse(inbox: InboxRun, each: Candidate) -> Report:
         new_index.replace(paths.index)
     inbox.told.append(merged.load.summary())
     return merged.report()
-
-
-def _prepared(inbox: InboxRun, each: Candidate, merged: "MergedFile", load: LoadRecord) -> Transaction:
-    """Make the rest durable and link the input into the archive: ready to commit.
-
-    Raises FileStillChanging if the input was replaced, and Transient if a program that does not take the lock replaced
-    the master.
-    """
-    paths, config, at = inbox.paths, inbox.config, inbox.clock()
-    renamings = [
-        PendingRename.of(paths.temporary(load.load_id, "master"), config.merged_file),
-        written_metadata(paths, load.load_id, merged.columns, load.rows_after, at),
-    ]
-    if config.undo_keep:
-        removed = paths.temporary(load.load_id, "removed")
-        renamings.append(PendingRename.of(removed, revert_file(paths.loads, load.load_id)))
-    with translate_os_errors(str(config.archive_dir)):
-        archiving = _archiving(inbox, each, load, at)
-    found = identity_of(config.merged_file.stat()) if config.merged_file.exists() else None
-    if found != merged.master:
-        raise Transient(
-            f"the master {config.merged_file.name} was replaced while it was read",
-            "no action needed; the next run merges into what it is then",
-        )
-    archive_name = archiving.target.name
-    load = replace(load, archived_as=printable(archive_name), archive_name=archive_name)
-    return Transaction(renamings, [paths.temporary(load.load_id, "rows")], archiving, load)
-
-
-def _archiving(inbox: InboxRun, each: Candidate, load: LoadRecord, at: datetime) -> PendingArchive:
-    """Link exactly the file that was read into the archive. Raises FileStillChanging."""
-    pending = inbox.config.archive_dir / f"{PENDING}{load.load_id}"
-    try:
-        link_or_copy(each.path, pending)
-    except FileNotFoundError as error:
-        if each.path.exists():  # then the archive folder is missing
-            raise
-        raise FileStillChanging("it is gone") from error
-    identity = FileIdentity(*load.source)
-    if identity_at(each.path) != identity:
-        raise FileStillChanging("it was replaced while it was read")
-    target = next(free_paths(inbox.config.archive_dir, each.path.name, f".{time_stamp(at)}"))
-    return PendingArchive(pending, target, each.path, identity, load.source_md5)

@@ -13,21 +13,26 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from app.core.errors import Permanent
+from app.core.errors import Permanent, Transient
 from app.core.files import bounded_name, sync_directory, sync_file, write_durably
 from app.csv_inbox.config import FileStillChanging, InboxConfig, StuckFile, UnmergeableFile, printable
 from app.csv_inbox.discovery import (
+    PENDING,
     RECORD,
     Candidate,
     FileIdentity,
     InboxPaths,
+    InboxRun,
+    free_paths,
     identity_at,
+    identity_of,
+    link_or_copy,
     md5_of,
     open_regular,
     time_stamp,
@@ -249,6 +254,52 @@ def written_metadata(paths: InboxPaths, load_id: str, columns: Sequence[str], ro
         file.flush()
         sync_file(file.fileno())
     return PendingRename.of(temporary, target)
+
+
+def prepared(
+    inbox: InboxRun, each: Candidate, load: LoadRecord, *, columns: Sequence[str], master: FileIdentity | None
+) -> Transaction:
+    """A merge whose new master lies in a temporary file, ready to commit: the rest is durable, the input is linked into
+    the archive. `master` is the old master that was read.
+
+    Raises FileStillChanging if the input was replaced, and Transient if a program that does not take the lock replaced
+    the master.
+    """
+    paths, config, at = inbox.paths, inbox.config, inbox.clock()
+    renamings = [
+        PendingRename.of(paths.temporary(load.load_id, "master"), config.merged_file),
+        written_metadata(paths, load.load_id, columns, load.rows_after, at),
+    ]
+    if config.undo_keep:
+        removed = paths.temporary(load.load_id, "removed")
+        renamings.append(PendingRename.of(removed, revert_file(paths.loads, load.load_id)))
+    with translate_os_errors(str(config.archive_dir)):
+        archiving = _archiving(inbox, each, load, at)
+    found = identity_of(config.merged_file.stat()) if config.merged_file.exists() else None
+    if found != master:
+        raise Transient(
+            f"the master {config.merged_file.name} was replaced while it was read",
+            "no action needed; the next run merges into what it is then",
+        )
+    archive_name = archiving.target.name
+    load = replace(load, archived_as=printable(archive_name), archive_name=archive_name)
+    return Transaction(renamings, [paths.temporary(load.load_id, "rows")], archiving, load)
+
+
+def _archiving(inbox: InboxRun, each: Candidate, load: LoadRecord, at: datetime) -> PendingArchive:
+    """Link exactly the file that was read into the archive. Raises FileStillChanging."""
+    pending = inbox.config.archive_dir / f"{PENDING}{load.load_id}"
+    try:
+        link_or_copy(each.path, pending)
+    except FileNotFoundError as error:
+        if each.path.exists():  # then the archive folder is missing
+            raise
+        raise FileStillChanging("it is gone") from error
+    identity = FileIdentity(*load.source)
+    if identity_at(each.path) != identity:
+        raise FileStillChanging("it was replaced while it was read")
+    target = next(free_paths(inbox.config.archive_dir, each.path.name, f".{time_stamp(at)}"))
+    return PendingArchive(pending, target, each.path, identity, load.source_md5)
 
 
 def commit(paths: InboxPaths, transaction: Transaction) -> None:
