@@ -167,7 +167,6 @@ def merge(
     written to, and IndexMismatch if the index does not match the master: then everything written is invalid.
     """
     config, union = paths.config, incoming.union
-    new_master, kept = (paths.temporary(load.load_id, what) for what in ("master", "removed"))
     with ExitStack() as files:
 
         def created(what: str, buffering: int = -1) -> IO[bytes]:
@@ -198,17 +197,18 @@ def merge(
             if identity_of(os.fstat(master.file.fileno())) != master.identity:
                 told = f"the master {config.merged_file.name} was written to while it was read"
                 raise Transient(told, "no action needed; the next run merges into what it is then")
-        dropped, after = upsert.finish(new_master, config)
+        dropped, after = upsert.finish(paths.temporary(load.load_id, "master"), config)
     if dropped:  # every record has another length then
         paths.temporary(load.load_id, "index").unlink(missing_ok=True)
     # If columns are added or dropped, every row changes: undo then keeps the whole old master instead of rows.
     revert = "first" if master is None else "whole" if union.added or dropped else "rows"
     if config.undo_keep and revert != "rows":
-        kept.unlink(missing_ok=True)
+        undo_file = paths.temporary(load.load_id, "removed")
+        undo_file.unlink(missing_ok=True)
         if master:
-            link_or_copy(config.merged_file, kept)
+            link_or_copy(config.merged_file, undo_file)
         else:
-            kept.touch()
+            undo_file.touch()
     matched = int(np.count_nonzero(upsert.matched))
     load = replace(
         load,
@@ -303,7 +303,7 @@ class Upsert:
         """Rewrite the file durably without these columns; everything else is unchanged to the byte."""
         second, dialect = path.with_name(f"{path.name}.2.tmp"), self.dialect
         d, keep = dialect.delimiter.encode(), [at for at in range(len(self.union.names)) if at not in dropped]
-        with path.open("rb", buffering=0) as file, second.open("xb") as narrow:
+        with path.open("rb", buffering=0) as file, second.open("xb", JOIN_BYTES) as narrow:
             keep_mode(path, narrow.fileno())
             narrow.write(self.union.header(dialect, dropped))
             file.seek(read_header(file.read, dialect).size_bytes)
