@@ -387,7 +387,7 @@ class Upsert:
         self.kept_bytes += len(data) - int((last - first).sum())
         held = memoryview(data)
         stays = zip([0, *last.tolist()], [*first.tolist(), len(data)], strict=True)
-        self.out.writelines([held[start:end] for start, end in stays])
+        self.out.writelines(held[start:end] for start, end in stays)
         if self.removed is not None and len(first):
             self.removed.write(cut(data, first, last))
             self.ranges.frombytes(np.stack((first + at, last - first), axis=1).astype(np.int64).tobytes())
