@@ -54,6 +54,8 @@ class Disk:
                 if flushed.get(path) != size_bytes:
                     found.append(target)
                 flushed[target] = flushed.get(path, -1)
+            elif what == "link":
+                flushed[target] = flushed.get(path, -1)
         return found
 
     def unflushed_names(self) -> list[Path]:

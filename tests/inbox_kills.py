@@ -17,7 +17,8 @@ WATCHED = frozenset({"open", "os.rename", "os.link", "os.remove", "os.mkdir", "o
 USED_LATER = (
     "filelock",
     "numpy",
-    "app.csv_inbox.file_steps",
+    "app.csv_inbox.after_merge",
+    "app.csv_inbox.merge",
 )
 
 

@@ -33,8 +33,9 @@ def undo(here: World) -> None:
 
 def narrow(here: World) -> None:
     """A column that no row has a value in goes: the new master is written twice."""
-    here.take("1.csv", "k,a,b\nx,1,\n")
+    here.take("1.csv", "k,a,b\nx,1,\ny,1,\nz,1,\n")
     here.take("2.csv", "k,a\nx,2\n")
+    assert here.master == b"k,a\ny,1\nz,1\nx,2\n"
 
 
 def late_rows(here: World) -> None:

@@ -14,7 +14,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+)
 
 from app.core.errors import BadSettings, Rejected, Transient
 from app.core.files import NAME_BYTES
@@ -113,16 +122,11 @@ def _encoding(name: str) -> str:
     raise ValueError
 
 
-def _level(value: str) -> str:
-    if value.upper() not in LEVELS:
-        raise ValueError
-    return value.upper()
-
-
 Place = Annotated[Path, BeforeValidator(_placed), Field(description="text that is not empty")]
 Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$", description="text that is not empty")]
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a number of seconds, 0 or more")]
+Level = Annotated[str, StringConstraints(to_upper=True, pattern=rf"(?i)^({'|'.join(LEVELS)})$")]
 Megabytes = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -151,7 +155,7 @@ class InboxConfig(BaseModel):
         "utf-8",
         description="utf-8, utf-8-sig, or an encoding with one byte for each character, such as latin-1 or cp1252",
     )
-    log_level: Annotated[str, AfterValidator(_level)] = Field("INFO", description=f"one of {', '.join(LEVELS)}")
+    log_level: Level = Field("INFO", description=f"one of {', '.join(LEVELS)}")
     log_to_console: Annotated[bool, Field(description="true or false")] = False
     lock_timeout_seconds: Seconds = 30
     undo_keep: int = Field(10, ge=0, le=MOST_KEPT, description=f"a whole number from 0 to {MOST_KEPT}")

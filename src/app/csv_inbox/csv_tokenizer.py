@@ -189,6 +189,12 @@ class CellSlices:
     starts: Offsets
     lengths: Offsets
 
+    @classmethod
+    def of(cls, values: Sequence[bytes]) -> "CellSlices":
+        """These values in a buffer of their own."""
+        lengths = np.array([len(value) for value in values], np.int64)
+        return cls(np.frombuffer(b"".join(values), np.uint8), np.cumsum(lengths) - lengths, lengths)
+
     def value(self, place: int) -> bytes:
         """One value."""
         start = int(self.starts[place])
@@ -240,13 +246,6 @@ class RecordBlock:
         self.stops[self.rows[places]] = stops
         self.widths[places] = width
 
-    def check_width(self, width: int) -> None:
-        """Raises UnmergeableFile, with the line, if a row does not have `width` fields."""
-        for place in np.flatnonzero(self.widths != width)[:1].tolist():
-            position = int(self.rows[place])
-            told = f"{self.widths[place]} fields where the header has {width}"
-            raise malformed(FaultKind.RAGGED, told, self.line_of(position), self.record(position))
-
     def check_text(self, encoding: str) -> None:
         """Raises UnmergeableFile for the first byte that is invalid in this encoding."""
         try:
@@ -274,11 +273,11 @@ class RecordBlock:
         doubled = places[inner > 0]
         if not len(doubled):
             return bare
-        values = [dialect.unquoted(self.data[start:stop]) for start, stop in pairs(starts[doubled], stops[doubled])]
-        lengths = np.array([len(value) for value in values], np.int64)
-        bare.starts[doubled] = len(self.data) + np.cumsum(lengths) - lengths
-        bare.lengths[doubled] = lengths
-        return CellSlices(np.frombuffer(self.data + b"".join(values), np.uint8), bare.starts, bare.lengths)
+        raw = pairs(starts[doubled], stops[doubled])
+        values = CellSlices.of([dialect.unquoted(self.data[start:stop]) for start, stop in raw])
+        bare.starts[doubled] = len(self.data) + values.starts
+        bare.lengths[doubled] = values.lengths
+        return CellSlices(np.append(self.array, values.data), bare.starts, bare.lengths)
 
     def line_at(self, offset: int) -> int:
         """The line of the file that has this byte."""

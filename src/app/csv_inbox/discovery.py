@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -66,25 +67,20 @@ class InboxPaths:
         """A hidden temporary file of one merge, in the master's folder unless another one is given."""
         return (folder or self.folder) / f"{self._prefix}{load_id}.{what}.merge{TEMPORARY_SUFFIX}"
 
-    def leftovers(self) -> list[Path]:
+    def leftovers(self) -> Sequence[Path]:
         """Temporary files and pending links of a merge that was never committed. Raises OSError."""
-        config, own = self.config, self._prefix
-        folders = {self.folder, config.metadata_file.parent, config.watch_dir}
-        found = [path for each in folders for path in _listed(each) if path.name.startswith((own, f".{own}"))]
-        # Reasons, bad rows and records whose `write_durably` was killed.
-        found += [
-            path
-            for each, kinds in ((self.loads, (RECORD,)), (config.rejected_dir, (REASON, BAD_ROWS)))
-            for path in _listed(each)
-            if path.name.startswith(".") and any(kind in path.name for kind in kinds)
-        ]
-        pending = [path for path in _listed(config.archive_dir) if path.name.startswith(PENDING)]
-        return [path for path in found if path.name.endswith(TEMPORARY_SUFFIX)] + pending
-
-    def remove_leftovers(self) -> None:
-        """Remove what a merge that was never committed left behind. Raises OSError."""
-        for path in self.leftovers():
-            path.unlink(missing_ok=True)
+        config, end = self.config, re.escape(TEMPORARY_SUFFIX)
+        kinds = (
+            (rf"\.?{re.escape(self._prefix)}.*{end}", {self.folder, config.metadata_file.parent, config.watch_dir}),
+            # Reasons, bad rows and records whose `write_durably` was killed.
+            (rf"\..*({re.escape(REASON)}|{re.escape(BAD_ROWS)}).*{end}", {config.rejected_dir}),
+            (rf"\..*{re.escape(RECORD)}.*{end}", {self.loads}),
+            (rf"{re.escape(PENDING)}.*", {config.archive_dir}),
+        )
+        listed = (
+            (re.compile(name, re.DOTALL), path) for name, folders in kinds for each in folders for path in _listed(each)
+        )
+        return [path for name, path in listed if name.fullmatch(path.name)]
 
     def make(self) -> None:
         """Create every folder. Raises OSError."""
@@ -126,9 +122,14 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
             raise
-        shutil.copy2(source, target, follow_symlinks=False)
-        with target.open("rb") as file:
-            sync_file(file.fileno())
+        copy_durably(source, target)
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a regular file with its times."""
+    shutil.copy2(source, target, follow_symlinks=False)
+    with target.open("rb") as file:
+        sync_file(file.fileno())
 
 
 @contextmanager
@@ -178,14 +179,14 @@ class InboxRun:
         `size_bytes` more are expected.
         """
         self.context.progress.advance(total=size_bytes // MEBIBYTE)
-        passed = 0
+        rest = 0
 
         def beat(size: int) -> None:
-            nonlocal passed
+            nonlocal rest
             self.context.stop.check()
-            before, passed = passed, passed + size
-            if passed // MEBIBYTE > before // MEBIBYTE:
-                self.context.progress.advance(done=passed // MEBIBYTE - before // MEBIBYTE)
+            done, rest = divmod(rest + size, MEBIBYTE)
+            if done:
+                self.context.progress.advance(done=done)
 
         return beat
 
@@ -270,23 +271,14 @@ class Candidate:
 
 
 def candidates(paths: InboxPaths) -> Sequence[Candidate]:
-    """The .csv files in the inbox, in no order. Raises OSError."""
-    found = [candidate(path) for path in paths.shown() if path.name.lower().endswith(SUFFIX)]
-    return [each for each in found if each is not None]
-
-
-def candidate(path: Path) -> Candidate | None:
-    """The candidate at this path; None for a folder and for a file that is gone."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return None
-    if stat.S_ISDIR(found.st_mode):
-        return None
-    refused = "" if stat.S_ISREG(found.st_mode) else "not a regular file"
-    if stat.S_ISLNK(found.st_mode):
-        refused = "it is a symbolic link"
-    return Candidate(path, identity_of(found), refused)
+    """The .csv files in the inbox, in no order; folders are none. Raises OSError."""
+    found = []
+    for path in paths.shown():
+        with suppress(FileNotFoundError):  # gone by now
+            if path.name.lower().endswith(SUFFIX) and not stat.S_ISDIR(mode := (status := path.lstat()).st_mode):
+                link = "it is a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+                found.append(Candidate(path, identity_of(status), "" if stat.S_ISREG(mode) else link))
+    return found
 
 
 def ignored_files_note(paths: InboxPaths) -> str:
@@ -314,8 +306,3 @@ def check_can_be_taken(each: Candidate) -> None:
     if not may:
         hint = f"let this user write to {parent}, or remove the file"
         raise StuckFile("this user may not remove it from the inbox", hint)
-
-
-def is_too_large(size_bytes: int, config: InboxConfig) -> bool:
-    """True if the size exceeds `max_file_size_mb`."""
-    return size_bytes > config.max_file_size_mb * MEBIBYTE

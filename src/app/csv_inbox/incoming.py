@@ -34,7 +34,7 @@ from app.csv_inbox.csv_tokenizer import (
     pairs,
     shown,
 )
-from app.csv_inbox.discovery import identity_of, is_too_large, open_regular, read_some
+from app.csv_inbox.discovery import MEBIBYTE, identity_of, open_regular, read_some
 from app.csv_inbox.key_index import FileKeys
 
 # Headers: the columns of the master, of an incoming file, and their union.
@@ -94,7 +94,7 @@ def read_header(read: Read, master: CsvDialect, known: Sequence[str] | None = No
     if start >= len(data):
         raise malformed(FaultKind.NO_ROWS, "the file is empty", 1)
     raw = data[start:end]
-    record = _without_eol(raw)
+    record = raw[:-1].removesuffix(b"\r") if raw.endswith(b"\n") else raw
     if not end or record.endswith(b"\r"):
         raise malformed(FaultKind.HEADER, "the header is not complete: a quote or a line end is cut", line)
     written = _values(dialect, record, line)
@@ -147,14 +147,10 @@ def _first_row(data: bytes, at: int, dialect: CsvDialect) -> tuple[int, int]:
     start = at
     for last in marks.lasts.tolist():
         end = at + int(marks.at[last]) + 1
-        if not dialect.blank(_without_eol(data[start:end])):
+        if not dialect.blank(data[start:end].rstrip(b"\r\n")):
             return start, end
         start = end
     return start, 0
-
-
-def _without_eol(raw: bytes) -> bytes:
-    return raw[:-1].removesuffix(b"\r") if raw.endswith(b"\n") else raw
 
 
 def _values(dialect: CsvDialect, record: bytes, line: int) -> Sequence[str]:
@@ -190,8 +186,8 @@ class ColumnUnion:
     """The columns of the result, before obsolete ones are dropped: those of `master` (None: no master yet), in their
     order, then new ones of `incoming`, which has the key. Raises Permanent if the master lacks the key column.
 
-    `order` is each column's position in the file (ABSENT: not in the file); None if rows fit unchanged. `doubtful` are
-    positions of columns that the file lacks: obsolete if no row of the result has a value there.
+    `order` is each column's position in the file, or ABSENT; `fits`: rows fit unchanged. `doubtful` are positions of
+    columns that the file lacks: obsolete if no row of the result has a value there.
     """
 
     def __init__(self, master: CsvHeader | None, incoming: CsvHeader, config: InboxConfig, dialect: CsvDialect) -> None:
@@ -209,8 +205,8 @@ class ColumnUnion:
         self.key = self.names.index(key)
         self.bom = master.bom if master else dialect.bom
         self.eol = held.eol or incoming.eol or b"\n"
-        order = tuple(places.get(name, ABSENT) for name in self.names)
-        self.order = None if order == tuple(range(len(incoming.names))) else order
+        self.order = tuple(places.get(name, ABSENT) for name in self.names)
+        self.fits = self.order == tuple(range(len(incoming.names)))
         kept = {key, *config.required_columns, *incoming.names}
         self.doubtful = tuple(place for place, name in enumerate(held.names) if name not in kept)
 
@@ -218,12 +214,6 @@ class ColumnUnion:
         """The header line without the columns `dropped`."""
         fields = [field for place, field in enumerate(self.fields) if place not in dropped]
         return self.bom + dialect.delimiter.encode().join(fields) + self.eol
-
-    def rendered(self, fields: Sequence[bytes]) -> list[bytes]:
-        """The raw fields of one row of the file, in the column order of the result."""
-        if self.order is None:
-            return list(fields)
-        return [b"" if place == ABSENT else fields[place] for place in self.order]
 
 
 # The rows of an incoming file.
@@ -249,9 +239,7 @@ class IncomingFile:
         self._config, self._master = config, master
         # Column names to match as they are.
         self._known = (config.key_column, *config.required_columns, *(master.names if master else ()))
-        self._faults: list[FileFault] = []
-        self._bad_rows: list[bytes] = []
-        self._first_kind: FaultKind | None = None
+        self._faults: list[tuple[FaultKind, FileFault, bytes]] = []  # each with its raw record
         self._more = 0
         self._width = 0  # fields in the first row, 0 before it; may be more than the header's
 
@@ -266,6 +254,9 @@ class IncomingFile:
         Raises UnmergeableFile, StuckFile, Permanent, OSError and what `beat` raises.
         """
         self.identity = identity_of(os.fstat(file.fileno()))
+        if self.identity.size > self._config.max_file_size_mb * MEBIBYTE:
+            told = f"{self.identity.size} bytes, above max_file_size_mb={self._config.max_file_size_mb:g}"
+            raise UnmergeableFile(FaultKind.TOO_LARGE, [FileFault(told)], "split the file, or raise max_file_size_mb")
         self._read_header(file)
         digest = hashlib.md5(usedforsecurity=False)
 
@@ -286,7 +277,12 @@ class IncomingFile:
         self.md5 = digest.hexdigest()
         if identity_of(os.fstat(file.fileno())) != self.identity:
             raise FileStillChanging("it changed while it was read")
-        self._finish()
+        if self._faults:
+            raise self._rejection()
+        if not self.counted:
+            hint = "put a file with at least one row below the header"
+            raise UnmergeableFile(FaultKind.NO_ROWS, [FileFault("it has no rows")], hint)
+        self.keys.sort()
 
     def _read_header(self, file: IO[bytes]) -> None:
         self.header = header = read_header(partial(read_some, file), self.out, self._known)
@@ -391,9 +387,17 @@ class IncomingFile:
             return
         position = int(block.rows[place])
         record = block.record(position)
-        self._first_kind = self._first_kind or kind
-        self._faults.append(FileFault(reason, block.line_of(position), column, "" if column else shown(record)))
-        self._bad_rows.append(record)
+        fault = FileFault(reason, block.line_of(position), column, "" if column else shown(record))
+        self._faults.append((kind, fault, record))
+
+    def _rejection(self) -> UnmergeableFile:
+        """The error for a file with bad rows."""
+        hint = "correct these rows and put the file into the inbox again; no row of it was merged"
+        error = UnmergeableFile(self._faults[0][0], [fault for _, fault, _ in self._faults], hint, more=self._more)
+        names = [self.dialect.written(name.encode(self.dialect.encoding)) for name in self.header.names]
+        line = self.dialect.delimiter.encode().join(names) + (self.header.eol or b"\n")
+        error.bad_rows = line + b"".join(record + b"\n" for _, _, record in self._faults)
+        return error
 
     def _write(self, block: RecordBlock, spool: IO[bytes]) -> None:
         """Spool the rows in the columns of the new master, verbatim where possible."""
@@ -401,7 +405,7 @@ class IncomingFile:
         eol, d = union.eol, self.out.delimiter.encode()
         translated = self.dialect.delimiter != self.out.delimiter
         # Most files fit as they are: then write the block in one piece and only shift its offsets.
-        as_is = union.order is None and len(block.rows) == len(block.ends) and not translated and not block.is_cut
+        as_is = union.fits and len(block.rows) == len(block.ends) and not translated and not block.is_cut
         if as_is and bool((block.ends - block.stops == len(eol)).all()):
             spool.write(block.data)
             self.offsets.frombytes((block.ends + base).tobytes())
@@ -409,29 +413,15 @@ class IncomingFile:
         parts = []
         for start, stop in pairs(block.starts[block.rows], block.stops[block.rows]):
             record = block.data[start:stop]
-            if translated:
-                values = [self.dialect.unquoted(raw) for raw in self.dialect.fields(record)]
-                record = d.join(union.rendered([self.out.written(value) for value in values]))
-            elif union.order is not None:
-                record = d.join(union.rendered(self.dialect.fields(record)))
+            if translated or not union.fits:
+                fields = [*self.dialect.fields(record), b""]  # what ABSENT, the last, finds
+                if translated:
+                    fields = [self.out.written(self.dialect.unquoted(raw)) for raw in fields]
+                record = d.join([fields[place] for place in union.order])
             base += len(record) + len(eol)
             self.offsets.append(base)
             parts.append(record)
         spool.write(eol.join([*parts, b""]))
-
-    def _finish(self) -> None:
-        """Sort the keys after everything is read. Raises UnmergeableFile if there are bad rows or no rows."""
-        if self._first_kind:
-            hint = "correct these rows and put the file into the inbox again; no row of it was merged"
-            error = UnmergeableFile(self._first_kind, self._faults, hint, more=self._more)
-            fields = [self.dialect.written(name.encode(self.dialect.encoding)) for name in self.header.names]
-            line = self.dialect.delimiter.encode().join(fields) + (self.header.eol or b"\n")
-            error.bad_rows = line + b"".join(record + b"\n" for record in self._bad_rows)
-            raise error
-        if not self.counted:
-            hint = "put a file with at least one row below the header"
-            raise UnmergeableFile(FaultKind.NO_ROWS, [FileFault("it has no rows")], hint)
-        self.keys.sort()
 
 
 def read_incoming(
@@ -443,16 +433,12 @@ def read_incoming(
     master lacks the key column, and OSError.
     """
     incoming = IncomingFile(master, config, spool)
-    with open_regular(path) as file:
-        size_bytes = os.fstat(file.fileno()).st_size
-        if is_too_large(size_bytes, config):
-            told = f"{size_bytes} bytes, above max_file_size_mb={config.max_file_size_mb:g}"
-            raise UnmergeableFile(FaultKind.TOO_LARGE, [FileFault(told)], "split the file, or raise max_file_size_mb")
-        try:
+    try:
+        with open_regular(path) as file:
             incoming.read(file, beat)
-        except UnmergeableFile as error:
-            error.rows = incoming.counted
-            raise
+    except UnmergeableFile as error:
+        error.rows = incoming.counted
+        raise
     return incoming
 
 

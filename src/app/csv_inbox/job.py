@@ -6,25 +6,23 @@ file does not block the others.
 """
 
 import logging
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from app.core.errors import Transient
 from app.core.files import LogFile
 from app.core.ledger import KeptFile, SetAside, Tally, ledger_of
 from app.core.runs import Context, ExitCodes, Failure, Job, Report, ReportSum, Run
-from app.csv_inbox.config import (
-    FileStillChanging,
-    InboxConfig,
-    StuckFile,
-    UnmergeableFile,
-    load_config,
-)
+from app.csv_inbox.config import FileStillChanging, InboxConfig, StuckFile, UnmergeableFile, load_config
 from app.csv_inbox.discovery import (
     MEBIBYTE,
     REFUSED,
@@ -35,21 +33,24 @@ from app.csv_inbox.discovery import (
     candidates,
     check_can_be_taken,
     ignored_files_note,
-    is_too_large,
     md5_of,
     open_regular,
     translate_os_errors,
 )
 from app.csv_inbox.quarantine import reject, rejected_by
 from app.csv_inbox.transaction import (
+    MERGED,
+    LoadRecord,
     changed_archive_files,
     changed_master,
-    check_master,
+    commit,
+    complete,
     history_row,
+    load_id_of,
     loads,
-    preview,
+    prepared,
     recover,
-    to_undo,
+    text_of,
 )
 
 if TYPE_CHECKING:
@@ -90,15 +91,11 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
         here=True,
     )
 
-    def rejected(run: Run) -> Sequence[KeptFile]:
-        with translate_os_errors(str(config.rejected_dir)):
-            return rejected_by(paths, run.run_id)
-
     return Inbox(
         job,
         f"{config.watch_dir}/*.csv into {config.merged_file}",
         lambda limit: [history_row(load) for load in loads(paths.loads, limit)],
-        rejected,
+        lambda run: rejected_by(paths, run.run_id),
         lambda context, run_id: undo(InboxRun(paths, context, clock), run_id),
     )
 
@@ -107,36 +104,27 @@ def run(inbox: InboxRun) -> Report:
     """Merge the waiting files. Raises Transient (locked, disk full), Permanent (master unreadable) and Stopped."""
     paths = inbox.paths
     with translate_os_errors(str(paths.folder)):
-        if not inbox.context.dry_run:
-            paths.make()
-            # Check without the lock and before importing the merge: nearly every run finds nothing.
-            waiting = candidates(paths) or paths.journal.exists() or paths.leftovers() or changed_archive_files(paths)
-            if not waiting:
-                return Report(notes=_notes(inbox, changed_master(paths)))
-        from app.csv_inbox.file_steps import merge_file, rehearsal  # numpy: a run that finds nothing does not load it
-
         if inbox.context.dry_run:
-            with rehearsal(inbox) as rehearse:
-                return _all(inbox, rehearse)
-        with _started(inbox):
-            return _all(inbox, lambda candidate: merge_file(inbox, candidate))
-
-
-def _notes(inbox: InboxRun, *said: str) -> Sequence[str]:
-    """The given notes, plus the note on ignored files; empty ones are left out."""
-    return tuple(note for note in (*said, ignored_files_note(inbox.paths)) if note)
+            with _rehearsal(inbox) as rehearsed:
+                return _all(inbox, partial(_rehearse, rehearsed))
+        paths.make()
+        # Check without the lock and before importing the merge: nearly every run finds nothing.
+        if candidates(paths) or paths.journal.exists() or paths.leftovers() or changed_archive_files(paths):
+            with _started(inbox):
+                return _all(inbox, partial(_merge_file, inbox))
+        return Report(notes=tuple(filter(None, (changed_master(paths), ignored_files_note(paths)))))
 
 
 def undo(inbox: InboxRun, run_id: str) -> Report:
     """Undo the merges of a run and all later ones; a dry run only lists them. Raises Rejected, otherwise as `run`."""
+    from app.csv_inbox.after_merge import check_master, preview, to_undo, undo_merge
+
     paths = inbox.paths
     with translate_os_errors(f"undo of {run_id[:40]}"):
         if inbox.context.dry_run:
             found = to_undo(paths, run_id)
             check_master(inbox.config, found[0])
             return Report(rows=sum(load.rows for load in found), notes=tuple(preview(load) for load in found))
-        from app.csv_inbox.file_steps import undo_merge
-
         with _started(inbox):
             for load in to_undo(paths, run_id):
                 inbox.context.stop.check()
@@ -202,9 +190,10 @@ def _logged(config: InboxConfig) -> Iterator[None]:
 
 def _all(inbox: InboxRun, one: Callable[[Candidate], Report]) -> Report:
     report = ReportSum(inbox.context.done)
-    if said := changed_master(inbox.paths):
-        log.warning("%s", said)
-    inbox.told.extend(_notes(inbox, said))
+    if changed := changed_master(inbox.paths):
+        inbox.tell(changed, logging.WARNING)
+    if ignored := ignored_files_note(inbox.paths):
+        inbox.told.append(ignored)
     for candidate in _steady(inbox):
         inbox.context.stop.check()
         report(_guarded(inbox, candidate, one))
@@ -216,7 +205,7 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
     Includes new files made from rows that were appended to files after their merge.
     """
-    from app.csv_inbox.file_steps import ingest_appended_rows
+    from app.csv_inbox.after_merge import ingest_appended_rows
 
     waits = inbox.config.checksum_wait_seconds
     late = changed_archive_files(inbox.paths)
@@ -244,7 +233,7 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
 
 def _marked(inbox: InboxRun, each: Candidate) -> Candidate:
-    if each.refused or is_too_large(each.identity.size, inbox.config):
+    if each.refused or each.identity.size > inbox.config.max_file_size_mb * MEBIBYTE:
         return each  # hashing it would delay the others
     try:
         with open_regular(each.path) as file:
@@ -294,3 +283,59 @@ def _set_aside(inbox: InboxRun, each: Candidate, error: UnmergeableFile) -> Repo
     rows = max(error.rows, 1)
     ledger = ledger_of(Tally(counted=rows, read=rows), SetAside(error.kind.value, rows, rows, each.name), unit=UNIT)
     return Report(failures=(Failure(each.name, error.message, error.hint),), ledger=ledger.of_partition(each.name))
+
+
+# The merge of one file: everything is prepared under temporary names, which are removed if a step fails. Then the
+# transaction is committed and completed.
+
+
+def _merge_file(inbox: InboxRun, each: Candidate) -> Report:
+    """Merge one file. Raises UnmergeableFile, FileStillChanging, Transient, Permanent, OSError."""
+    from app.csv_inbox.merge import read_and_merge
+
+    at, began, paths = inbox.clock(), time.monotonic(), inbox.paths
+    load = LoadRecord(load_id_of(paths.loads, at), inbox.context.run_id, each.name, text_of(at), MERGED)
+    try:
+        merged = read_and_merge(inbox, each, load)
+        load = replace(merged.load, seconds=time.monotonic() - began)
+        transaction = prepared(inbox, each, load, columns=merged.columns, master=merged.master)
+        commit(paths, transaction)
+    finally:
+        if not paths.journal.exists():  # after a commit the journal needs them
+            for path in paths.leftovers():
+                path.unlink(missing_ok=True)
+    complete(paths, transaction)
+    if (new_index := paths.temporary(load.load_id, "index")).exists():  # rename the index only after its master
+        new_index.replace(paths.index)
+    inbox.tell(load.summary())
+    numbers = (load.rows_after, len(merged.columns), load.size_bytes)
+    log.info("%s: written, %d rows, %d columns, %d bytes", paths.config.merged_file.name, *numbers)
+    return merged.report()
+
+
+@contextmanager
+def _rehearsal(inbox: InboxRun) -> Iterator[InboxRun]:
+    """What stands in for the inbox in a dry run: its master and index begin as links to the real ones."""
+    with tempfile.TemporaryDirectory(prefix="headwater-csv-inbox-") as name:
+        real = inbox.config.merged_file
+        paths = InboxPaths(inbox.config.model_copy(update={"merged_file": Path(name) / real.name, "undo_keep": 0}))
+        paths.config.merged_file.symlink_to(real)
+        paths.index.symlink_to(inbox.paths.index)
+        yield replace(inbox, paths=paths)
+
+
+def _rehearse(inbox: InboxRun, each: Candidate) -> Report:
+    """What merging a file, after the earlier ones, would do. Raises as `merge_file`."""
+    from app.csv_inbox.merge import read_and_merge
+
+    paths = inbox.paths
+    load = LoadRecord(uuid4().hex, inbox.context.run_id, each.name, "", "valid")
+    with translate_os_errors(str(paths.folder)):
+        merged = read_and_merge(inbox, each, load)
+    merged.incoming.spool.unlink()
+    paths.temporary(load.load_id, "master").replace(paths.config.merged_file)
+    paths.index.unlink(missing_ok=True)
+    if (new_index := paths.temporary(load.load_id, "index")).exists():
+        new_index.replace(paths.index)
+    inbox.told.append(merged.load.summary())
+    return merged.report()

@@ -6,11 +6,13 @@ the run.
 """
 
 import itertools
+import logging
 import os
 from array import array
 from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -18,23 +20,34 @@ import numpy as np
 
 from app.core.errors import Permanent, Transient
 from app.core.files import keep_mode, sync_file
+from app.core.ledger import Tally, ledger_of
+from app.core.runs import Report
 from app.csv_inbox import key_index
-from app.csv_inbox.config import InboxConfig, UnmergeableFile
+from app.csv_inbox.config import FaultKind, FileStillChanging, InboxConfig, UnmergeableFile
 from app.csv_inbox.csv_tokenizer import (
     MASTER_RECORD_BYTES,
     NONE,
     CellSlices,
     CsvDialect,
-    Octets,
     Offsets,
     RecordBlock,
     blocks,
     cut,
     find_field_bounds,
+    malformed,
     pairs,
 )
-from app.csv_inbox.discovery import MEBIBYTE, FileIdentity, InboxPaths, identity_of
-from app.csv_inbox.incoming import CsvHeader, IncomingFile, read_header
+from app.csv_inbox.discovery import (
+    MEBIBYTE,
+    UNIT,
+    Candidate,
+    FileIdentity,
+    InboxPaths,
+    InboxRun,
+    identity_of,
+    link_or_copy,
+)
+from app.csv_inbox.incoming import CsvHeader, IncomingFile, read_header, read_incoming
 from app.csv_inbox.key_index import BLANK, LENGTH, Hashes, IndexMismatch, IndexWriter, KeyIndex, Truths
 from app.csv_inbox.transaction import LoadRecord
 
@@ -43,128 +56,70 @@ SCAN_BYTES = 1 << 21
 CHUNK_BYTES = 1 << 23
 DOUBT_BLOCKS = 4
 JOIN_BYTES = 1 << 19
+"""Kept pieces are joined up to this size, which the CPU cache holds: many short writes take twice as long."""
+KEPT_BYTES = 1 << 23
 Beat = Callable[[int], None]
+log = logging.getLogger(__name__)
 
 
-class MasterWriter:
-    """Writes the new master; kept rows are copied byte for byte, in order.
+class MergedFile(NamedTuple):
+    """A merge that lies in temporary files: its record, the new columns, and the old master's identity, if any."""
 
-    `removed` and `indexing` are None if not wanted. `ranges` has the offset and length of removed ranges in the old
-    master.
-    """
+    incoming: IncomingFile
+    load: LoadRecord
+    columns: Sequence[str]
+    master: FileIdentity | None
 
-    def __init__(self, file: IO[bytes], removed: IO[bytes] | None, indexing: IndexWriter | None, beat: Beat) -> None:
-        self.file = file
-        self.indexing = indexing
-        self.kept_bytes = 0
-        self.ranges = array("q")
-        self.beat = beat
-        self._removed = removed
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append all bytes: a single write may be short, for example just before the disk is full."""
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self.file.write(rest) :]
-
-    def keep(self, data: bytes | memoryview, first: Offsets, last: Offsets, at: int) -> None:
-        """Append `data`, which is at this offset of the old master, without the ranges from each `first` to its `last`.
-
-        The ranges are saved, if an undo file is kept.
-        """
-        self.kept_bytes += len(data) - int((last - first).sum())
-        held, done = memoryview(data), 0
-        if len(first):
-            # Join pieces before writing: many short writes run at half the speed of one long one. Join at most
-            # JOIN_BYTES at a time, so that the joined data stays in the CPU cache.
-            edges = np.searchsorted(last, np.arange(JOIN_BYTES, int(last[-1]), JOIN_BYTES)).tolist()
-            for low, high in itertools.pairwise([0, *edges, len(last)]):
-                if low < high:
-                    starts, ends = first[low:high].tolist(), last[low:high].tolist()
-                    stays = zip([done, *ends[:-1]], starts, strict=True)
-                    self.write(b"".join([held[start:end] for start, end in stays]))
-                    done = ends[-1]
-        self.write(held[done:])
-        if self._removed is not None and len(first):
-            self._removed.write(cut(data, first, last))
-            self.ranges.frombytes(np.stack((first + at, last - first), axis=1).astype(np.int64).tobytes())
+    def report(self) -> Report:
+        """The report for one file. A row replaced by a later row of the same file counts as corrected."""
+        incoming, load = self.incoming, self.load
+        tally = Tally(
+            counted=incoming.counted,
+            read=incoming.rows,
+            new=load.inserted,
+            already_there=load.unchanged,
+            corrected=load.replaced + load.duplicates,
+        )
+        ledger = ledger_of(tally, unit=UNIT).of_partition(load.file)
+        return Report(rows=incoming.rows, bytes=incoming.identity.size, ledger=ledger)
 
 
-class MatchCounts:
-    """Matches each master row with the file's keys, and counts matched and unchanged keys.
-
-    Each key of the file counts once, however often the master has it: as unchanged if its first row there equals the
-    new row byte for byte, else as replaced. `matched` says of each row of the file whether it replaces one of the
-    master. `doubtful` are columns in which no kept row has had a value so far.
-    """
-
-    def __init__(self, incoming: IncomingFile, spool: IO[bytes]) -> None:
-        self.incoming = incoming
-        self.union = incoming.union
-        self.dialect = incoming.out
-        self.padding = self.dialect.delimiter.encode() * len(incoming.union.added)
-        self.spool = spool
-        self.offsets: Offsets = np.frombuffer(incoming.offsets, np.int64)
-        self.doubtful: list[int] = list(self.union.doubtful)
-        self.kept = self.taken = self.unchanged = 0
-        self.matched: Truths = np.zeros(incoming.rows, np.bool_)
-
-    def find(self, block: RecordBlock, width: int) -> tuple[Hashes, Offsets, Offsets]:
-        """The key hash of each row, the positions of the rows whose key is in the file, and the file's row for each.
-
-        Raises UnmergeableFile for invalid text and for a row that does not have `width` fields.
-        """
-        block.check_text(self.dialect.encoding)
-        block.check_width(width)
-        cells = block.cells(self.union.key, self.dialect)
-        hashes = key_index.hashed(cells, self.incoming.keys.seed)
-        places = self.incoming.keys.candidates(hashes)
-        if not len(places):
-            return hashes, places, places
-        rows = self.incoming.keys.last_rows(cells.taken(places), hashes[places])
-        return hashes, places[rows >= 0], rows[rows >= 0]
-
-    def count(self, rows: Offsets, block: RecordBlock, positions: Offsets) -> None:
-        """Count the master's records that are removed; `rows` are the file's rows that replace them."""
-        self.taken += len(rows)
-        first = key_index.first_positions(rows)
-        fresh = first[~self.matched[rows[first]]]
-        self.matched[rows] = True
-        starts, stops = block.starts[positions[fresh]], block.stops[positions[fresh]]
-        there = self.offsets[rows[fresh]]
-        lengths = self.offsets[rows[fresh] + 1] - there - len(self.union.eol)
-        # Compare lengths first: most changed rows differ in length, and then nothing has to be read.
-        alike = np.flatnonzero(lengths == stops - starts + len(self.padding))
-        if len(alike):
-            records = CellSlices(block.array, starts[alike], (stops - starts)[alike])
-            self.unchanged += self._same(records, there[alike])
-
-    def _same(self, records: CellSlices, starts: Offsets) -> int:
-        """How many records equal, with padding, the spooled record at its start. There is at least one record."""
-        held, places = self._spooled(starts, records.lengths + len(self.padding))
-        alike = key_index.equal_pairs(records, CellSlices(held, places, records.lengths))
-        if self.padding:
-            sizes = np.full(len(places), len(self.padding))
-            padding = CellSlices(np.frombuffer(self.padding, np.uint8), np.zeros(len(places), np.int64), sizes)
-            alike &= key_index.equal_pairs(CellSlices(held, places + records.lengths, sizes), padding)
-        return int(np.count_nonzero(alike))
-
-    def _spooled(self, starts: Offsets, lengths: Offsets) -> tuple[Octets, Offsets]:
-        """The spooled records and their offsets in the result: one read of the whole span, unless it is too long."""
-        base, end = int(starts.min()), int((starts + lengths).max())
-        if end - base <= READ_BYTES:
-            return np.frombuffer(os.pread(self.spool.fileno(), end - base, base), np.uint8), starts - base
-        spans = zip(starts.tolist(), lengths.tolist(), strict=True)
-        pieces = b"".join([os.pread(self.spool.fileno(), length, start) for start, length in spans])
-        return np.frombuffer(pieces, np.uint8), np.cumsum(lengths) - lengths
-
-    def doubt(self, block: RecordBlock, hits: Offsets) -> None:
-        """Clear the doubt about columns in which a kept row has a value: they are not obsolete."""
-        stays = np.ones(len(block.rows), np.bool_)
-        stays[hits] = False
-        self.doubtful = [
-            place for place in self.doubtful if not bool((block.cells(place, self.dialect).lengths[stays] > 0).any())
-        ]
+def read_and_merge(inbox: InboxRun, each: Candidate, load: LoadRecord) -> MergedFile:
+    """Check, spool and merge one file into temporary files; the master and its index need not exist."""
+    # glibc returns memory to the kernel once the idle part exceeds twice the largest block ever freed; the kernel then
+    # has to clear each page again, a hundred pages per megabyte merged. Freeing one large, untouched block raises that
+    # limit, so memory is reused from block to block. The daemon sets its own limits.
+    bytearray(KEPT_BYTES)
+    paths, config = inbox.paths, inbox.config
+    with ExitStack() as files:
+        old = open_master(files, config)
+        beat = inbox.beat(old.identity.size if old else 0)
+        spool = paths.temporary(load.load_id, "rows")
+        incoming = read_incoming(each.path, old.header if old else None, config, spool, beat)
+        if each.md5 not in ("", incoming.md5):
+            raise FileStillChanging("it changed under its name")
+        log.debug(
+            "%s: MD5 %s, %d rows in %d bytes, %d distinct keys; master %s",
+            *(load.file, "unchanged" if each.md5 else "read once"),
+            *(incoming.counted, incoming.identity.size, incoming.keys.count),
+            f"with {len(old.header.names)} columns" if old else "not there yet",
+        )
+        load = replace(
+            load,
+            rows=incoming.rows,
+            duplicates=incoming.rows - incoming.keys.count,
+            source=incoming.identity,
+            source_md5=incoming.md5,
+            rows_at=incoming.header.size_bytes,
+            unended_bytes=incoming.unended_bytes,
+        )
+        try:
+            load, columns = merge(paths, old, incoming, load, index=paths.index, beat=beat)
+        except IndexMismatch:
+            for what in ("master", "removed", "index"):
+                paths.temporary(load.load_id, what).unlink(missing_ok=True)
+            load, columns = merge(paths, old, incoming, load, index=None, beat=beat)
+    return MergedFile(incoming, load, columns, old.identity if old else None)
 
 
 class Master(NamedTuple):
@@ -172,20 +127,20 @@ class Master(NamedTuple):
     written. `identity` shows whether another program writes to it or replaces it meanwhile.
     """
 
-    file: IO[bytes]
+    file: FileIO
     identity: FileIdentity
     header: CsvHeader
 
 
-def open_master(files: ExitStack, path: Path, config: InboxConfig) -> Master | None:
+def open_master(files: ExitStack, config: InboxConfig) -> Master | None:
     """The master; None if there is none. `files` closes it. Raises Permanent if its header cannot be parsed."""
     try:
-        file = files.enter_context(path.open("rb", buffering=0))
+        file = files.enter_context(config.merged_file.open("rb", buffering=0))
         header = read_header(file.read, CsvDialect(config.csv_delimiter, config.csv_encoding))
     except FileNotFoundError:
         return None
     except UnmergeableFile as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(config.merged_file, error) from error
     return Master(file, identity_of(os.fstat(file.fileno())), header)
 
 
@@ -216,59 +171,57 @@ def merge(
 
         def created(what: str, buffering: int = -1) -> IO[bytes]:
             file: IO[bytes] = files.enter_context(paths.temporary(load.load_id, what).open("xb", buffering))
-            if master is not None:
-                os.fchmod(file.fileno(), os.fstat(master.file.fileno()).st_mode & 0o7777)
+            keep_mode(config.merged_file, file.fileno())
             return file
 
         size_bytes = incoming.offsets[-1] + (master.identity.size if master else 0)
         is_indexed = size_bytes >= config.index_from_mb * MEBIBYTE and not incoming.keys.seed
-        indexing = IndexWriter(created("index")) if is_indexed else None
-        # If columns are added, undo keeps the whole old master instead of the removed rows.
-        removed = created("removed") if config.undo_keep and not union.added else None
-        out = MasterWriter(created("master", buffering=0), removed, indexing, beat)
-        counts = MatchCounts(incoming, files.enter_context(incoming.spool.open("rb", buffering=0)))
+        upsert = Upsert(
+            incoming,
+            files.enter_context(incoming.spool.open("rb", buffering=0)),
+            out=created("master", JOIN_BYTES),
+            # If columns are added, undo keeps the whole old master instead of the removed rows.
+            removed=created("removed") if config.undo_keep and not union.added else None,
+            indexing=IndexWriter(created("index")) if is_indexed else None,
+            beat=beat,
+        )
         if master is None:
-            out.write(union.header(counts.dialect))
+            upsert.out.write(union.header(upsert.dialect))
         else:
             fitting = key_index.open_matching_index(files, index, master.identity, config) if index else None
             try:
-                _keep_rows(master, counts, out, fitting)
+                upsert.keep_rows(master, fitting)
             except UnmergeableFile as error:
                 raise _unreadable(config.merged_file, error) from error
             # A program that does not take the lock may have written in place: then we read a mix of two versions.
             if identity_of(os.fstat(master.file.fileno())) != master.identity:
                 told = f"the master {config.merged_file.name} was written to while it was read"
                 raise Transient(told, "no action needed; the next run merges into what it is then")
-        appended = _append(counts, out)
-        if removed is not None:
-            removed.write(out.ranges.tobytes())
-            removed.flush()
-            sync_file(removed.fileno())
-        dropped = frozenset(counts.doubtful)
-        if dropped:
-            after = _drop_columns(paths.temporary(load.load_id, "master"), counts, dropped, beat)
-            # Dropping a column changes every record's length.
-            paths.temporary(load.load_id, "index").unlink(missing_ok=True)
-        else:
-            sync_file(out.file.fileno())
-            after = identity_of(os.fstat(out.file.fileno()))
-            if indexing is not None:
-                indexing.seal(after, config)
-    matched = int(np.count_nonzero(counts.matched))
+        dropped, after = upsert.finish(paths.temporary(load.load_id, "master"), config)
+    if dropped:  # every record has another length then
+        paths.temporary(load.load_id, "index").unlink(missing_ok=True)
     # If columns are added or dropped, every row changes: undo then keeps the whole old master instead of rows.
     revert = "first" if master is None else "whole" if union.added or dropped else "rows"
+    if config.undo_keep and revert != "rows":
+        undo_file = paths.temporary(load.load_id, "removed")
+        undo_file.unlink(missing_ok=True)
+        if master:
+            link_or_copy(config.merged_file, undo_file)
+        else:
+            undo_file.touch()
+    matched = int(np.count_nonzero(upsert.matched))
     load = replace(
         load,
-        inserted=appended - matched,
-        replaced=matched - counts.unchanged,
-        unchanged=counts.unchanged,
+        inserted=upsert.appended - matched,
+        replaced=matched - upsert.unchanged,
+        unchanged=upsert.unchanged,
         columns_added=union.added,
-        columns_removed=tuple(union.names[place] for place in counts.doubtful),
-        rows_before=counts.kept + counts.taken,
-        rows_after=counts.kept + appended,
+        columns_removed=tuple(union.names[place] for place in sorted(dropped)),
+        rows_before=upsert.kept + upsert.taken,
+        rows_after=upsert.kept + upsert.appended,
         revert=revert if config.undo_keep else "",
-        kept_bytes=out.kept_bytes if revert == "rows" else 0,
-        ranges=len(out.ranges) // 2 if revert == "rows" else 0,
+        kept_bytes=upsert.kept_bytes if revert == "rows" else 0,
+        ranges=len(upsert.ranges) // 2 if revert == "rows" else 0,
         size_bytes=after.size,
         mtime_ns=after.mtime_ns,
         mtime_before_ns=master.identity.mtime_ns if master else 0,
@@ -276,189 +229,272 @@ def merge(
     return load, [name for place, name in enumerate(union.names) if place not in dropped]
 
 
-def _keep_rows(master: Master, counts: MatchCounts, out: MasterWriter, index: KeyIndex | None) -> None:
-    """Write the master's header and kept rows, along its index if possible."""
-    fits = not counts.padding and bool(master.header.eol) and not counts.incoming.keys.seed
-    if index is not None and fits and _no_column_is_obsolete(master, counts):
-        _indexed_merge(master, index, counts, out)
-    else:
-        _full_scan(master, counts, out)
+class Upsert:
+    """Writes the new master to `out`: kept rows of the old one, byte for byte and in order, then the file's rows.
 
+    `removed` takes the rows that go, and then their `ranges` in the old master, offset and length; `indexing` takes the
+    new index. Both are None if not wanted.
 
-def _no_column_is_obsolete(master: Master, counts: MatchCounts) -> bool:
-    """True if the first rows already prove it. Counts nothing."""
-    if not counts.doubtful:
-        return True
-    master.file.seek(master.header.size_bytes)
-    for number, block in enumerate(blocks(master.file.read, counts.dialect, 1 + master.header.line)):
-        _, hits, _ = counts.find(block, len(master.header.names))
-        counts.doubt(block, hits)
-        if not counts.doubtful or number == DOUBT_BLOCKS:
-            break
-    return not counts.doubtful
+    Each key of the file counts once, however often the master has it: as unchanged if its first row there equals the
+    new row byte for byte, else as replaced. `matched` says of each row of the file whether it replaces one of the
+    master. `doubtful` are columns in which no kept row has had a value so far.
+    """
 
+    def __init__(
+        self,
+        incoming: IncomingFile,
+        spool: IO[bytes],
+        *,
+        out: IO[bytes],
+        removed: IO[bytes] | None,
+        indexing: IndexWriter | None,
+        beat: Beat,
+    ) -> None:
+        self.out, self.removed, self.indexing, self.beat = out, removed, indexing, beat
+        self.spool = spool
+        self.keys, self.union, self.dialect = incoming.keys, incoming.union, incoming.out
+        self.padding = self.dialect.delimiter.encode() * len(self.union.added)
+        self.offsets: Offsets = np.frombuffer(incoming.offsets, np.int64)
+        self.matched: Truths = np.zeros(incoming.rows, np.bool_)
+        self.doubtful: Sequence[int] = self.union.doubtful
+        self.kept = self.taken = self.unchanged = self.appended = self.kept_bytes = 0
+        self.ranges = array("q")
 
-def _append(counts: MatchCounts, out: MasterWriter) -> int:
-    """Write the file's rows, only the last row of each key; returns the number written."""
-    keys = counts.incoming.keys
-    # If the file has a key more than once, the last row is kept, at its own position.
-    rows = keys.kept_rows()
-    first, last = _ranges(counts.offsets[rows], counts.offsets[rows + 1])
-    for start, end in pairs(first, last):
-        for at in range(start, end, MEBIBYTE):
-            piece = os.pread(counts.spool.fileno(), min(end - at, MEBIBYTE), at)
-            out.beat(len(piece))
-            out.write(piece)
-    if out.indexing is not None:
-        lengths = counts.offsets[rows + 1] - counts.offsets[rows]
-        out.indexing.add(key_index.entries_of(keys.by_row[rows], lengths))
-    return len(rows)
+    def keep_rows(self, master: Master, index: KeyIndex | None) -> None:
+        """Write the master's header and kept rows, along its index if possible.
 
+        Raises UnmergeableFile for an invalid master, IndexMismatch, OSError and what `beat` raises.
+        """
+        fits = index and not self.padding and master.header.eol and not self.keys.seed
+        if index and fits and self._no_column_is_obsolete(master):
+            self._keep_indexed(master, index)
+        else:
+            self._keep_scanned(master)
 
-def _drop_columns(path: Path, counts: MatchCounts, dropped: Container[int], beat: Beat) -> FileIdentity:
-    """Rewrite the file durably without the doubtful columns; everything else is unchanged to the byte."""
-    second, dialect = path.with_name(f"{path.name}.2.tmp"), counts.dialect
-    d, keep = dialect.delimiter.encode(), [at for at in range(len(counts.union.names)) if at not in dropped]
-    with path.open("rb", buffering=0) as file, second.open("xb", buffering=0) as narrow:
-        keep_mode(path, narrow.fileno())
-        out = MasterWriter(narrow, None, None, beat)
-        out.write(counts.union.header(dialect, dropped))
-        file.seek(read_header(file.read, dialect).size_bytes)
-        for block in blocks(file.read, dialect, 1):
-            beat(0)
-            lines = []
-            for position in block.rows.tolist():
-                fields = dialect.fields(block.record(position))
-                stop, end = int(block.stops[position]), int(block.ends[position])
-                lines.append(d.join([fields[at] for at in keep]) + block.data[stop:end])
-            out.write(b"".join(lines))
-        sync_file(narrow.fileno())
-        after = identity_of(os.fstat(narrow.fileno()))
-    second.replace(path)
-    return after
+    def finish(self, path: Path, config: InboxConfig) -> tuple[frozenset[int], FileIdentity]:
+        """Append the file's rows, only the last row of each key; make everything but the index durable.
 
+        Returns the columns that were dropped, and the identity of the new master, which lies at `path`.
+        """
+        # If the file has a key more than once, the last row is kept, at its own position.
+        rows = self.keys.kept_rows()
+        self.appended = len(rows)
+        for start, end in pairs(*_ranges(self.offsets[rows], self.offsets[rows + 1])):
+            for at in range(start, end, MEBIBYTE):
+                piece = os.pread(self.spool.fileno(), min(end - at, MEBIBYTE), at)
+                self.beat(len(piece))
+                self.out.write(piece)
+        self.out.flush()
+        if self.removed is not None:
+            self.removed.write(self.ranges.tobytes())
+            self.removed.flush()
+            sync_file(self.removed.fileno())
+        if dropped := frozenset(self.doubtful):
+            return dropped, self._drop_columns(path, dropped)
+        sync_file(self.out.fileno())
+        after = identity_of(os.fstat(self.out.fileno()))
+        if self.indexing is not None:
+            lengths = self.offsets[rows + 1] - self.offsets[rows]
+            self.indexing.add(key_index.entries_of(self.keys.by_row[rows], lengths))
+            self.indexing.seal(after, config)
+        return dropped, after
 
-# The full scan parses every record, looks up every key and checks every width. It needs only the master, so it is the
-# fallback when no index matches.
+    def _drop_columns(self, path: Path, dropped: Container[int]) -> FileIdentity:
+        """Rewrite the file durably without these columns; everything else is unchanged to the byte."""
+        second, dialect = path.with_name(f"{path.name}.2.tmp"), self.dialect
+        d, keep = dialect.delimiter.encode(), [at for at in range(len(self.union.names)) if at not in dropped]
+        with path.open("rb", buffering=0) as file, second.open("xb", JOIN_BYTES) as narrow:
+            keep_mode(path, narrow.fileno())
+            narrow.write(self.union.header(dialect, dropped))
+            file.seek(read_header(file.read, dialect).size_bytes)
+            for block in blocks(file.read, dialect, 1):
+                self.beat(0)
+                for position in block.rows.tolist():
+                    fields = dialect.fields(block.record(position))
+                    stop, end = int(block.stops[position]), int(block.ends[position])
+                    narrow.write(d.join([fields[at] for at in keep]) + block.data[stop:end])
+            narrow.flush()
+            sync_file(narrow.fileno())
+            after = identity_of(os.fstat(narrow.fileno()))
+        second.replace(path)
+        return after
 
+    def _find(self, block: RecordBlock, width: int) -> tuple[Hashes, Offsets, Offsets]:
+        """The key hash of each row, the positions of the rows whose key is in the file, and the file's row for each.
 
-def _full_scan(master: Master, counts: MatchCounts, out: MasterWriter) -> None:
-    """Write the header and every kept row. Raises UnmergeableFile, OSError and what `out.beat` raises."""
-    header = master.header
-    master.file.seek(0)
-    raw = master.file.read(header.size_bytes)
-    out.write(counts.union.header(counts.dialect) if counts.padding or not header.eol else raw)
-    out.kept_bytes = at = header.size_bytes
-    for block in blocks(master.file.read, counts.dialect, 1 + header.line, SCAN_BYTES):
-        out.beat(len(block.data))
-        hashes, hits, rows = counts.find(block, len(header.names))
-        counts.kept += len(block.rows) - len(hits)
-        if counts.doubtful:
-            counts.doubt(block, hits)
-        gone = block.rows[hits]
-        if len(hits):
-            counts.count(rows, block, gone)
-        _write(block, at, gone, counts, out)
-        if out.indexing is not None:
-            _add_entries(out.indexing, block, gone, hashes, counts)
-        at += len(block.data)
+        Raises UnmergeableFile for invalid text and for a row that does not have `width` fields.
+        """
+        block.check_text(self.dialect.encoding)
+        for place in np.flatnonzero(block.widths != width)[:1].tolist():
+            position, told = int(block.rows[place]), f"{block.widths[place]} fields where the header has {width}"
+            raise malformed(FaultKind.RAGGED, told, block.line_of(position), block.record(position))
+        cells = block.cells(self.union.key, self.dialect)
+        hashes = key_index.hashed(cells, self.keys.seed)
+        places = self.keys.candidates(hashes)
+        if not len(places):
+            return hashes, places, places
+        rows = self.keys.last_rows(cells.taken(places), hashes[places])
+        return hashes, places[rows >= 0], rows[rows >= 0]
 
+    def _count(self, rows: Offsets, block: RecordBlock, positions: Offsets) -> None:
+        """Count the master's records that are removed; `rows` are the file's rows that replace them."""
+        self.taken += len(rows)
+        first = key_index.first_positions(rows)
+        fresh = first[~self.matched[rows[first]]]
+        self.matched[rows] = True
+        starts, stops = block.starts[positions[fresh]], block.stops[positions[fresh]]
+        there = self.offsets[rows[fresh]]
+        lengths = self.offsets[rows[fresh] + 1] - there - len(self.union.eol)
+        # Compare lengths first: most changed rows differ in length, and then nothing has to be read.
+        alike = np.flatnonzero(lengths == stops - starts + len(self.padding))
+        if len(alike):
+            starts, stops, lengths = starts[alike], stops[alike], lengths[alike]
+            old = CellSlices(block.array, starts, lengths)
+            if self.padding:
+                old = CellSlices.of([block.data[start:stop] + self.padding for start, stop in pairs(starts, stops)])
+            self.unchanged += int(np.count_nonzero(key_index.equal_pairs(old, self._spooled(there[alike], lengths))))
 
-def _write(block: RecordBlock, at: int, gone: Offsets, counts: MatchCounts, out: MasterWriter) -> None:
-    """Write the block without the removed records; kept records change only by the padding for added columns."""
-    first, last = _ranges(block.starts[gone], block.ends[gone])
-    data = block.data
-    if counts.padding:
-        size, stops = len(counts.padding), block.stops[block.rows]
-        data = np.insert(block.array, np.repeat(stops, size), counts.padding[0]).tobytes()
-        first, last = (place + size * np.searchsorted(stops, place, "right") for place in (first, last))
-    out.keep(data, first, last, at)
-    last_goes = len(gone) and int(gone[-1]) == len(block.ends) - 1
-    if not block.data.endswith(b"\n") and not last_goes:
-        out.write(counts.union.eol)  # the master's last record may lack its line end, and rows follow now
+    def _spooled(self, starts: Offsets, lengths: Offsets) -> CellSlices:
+        """These spooled records: one read of the whole span, unless it is too long."""
+        descriptor, base, end = self.spool.fileno(), int(starts.min()), int((starts + lengths).max())
+        if end - base <= READ_BYTES:
+            return CellSlices(np.frombuffer(os.pread(descriptor, end - base, base), np.uint8), starts - base, lengths)
+        return CellSlices.of([os.pread(descriptor, length, start) for start, length in pairs(starts, lengths)])
+
+    def _doubt(self, block: RecordBlock, hits: Offsets) -> None:
+        """Clear the doubt about columns in which a kept row has a value: they are not obsolete."""
+        stays = np.ones(len(block.rows), np.bool_)
+        stays[hits] = False
+        self.doubtful = [
+            place for place in self.doubtful if not bool((block.cells(place, self.dialect).lengths[stays] > 0).any())
+        ]
+
+    def _no_column_is_obsolete(self, master: Master) -> bool:
+        """True if the first rows already prove it. Counts nothing."""
+        master.file.seek(master.header.size_bytes)
+        found = blocks(master.file.read, self.dialect, 1 + master.header.line) if self.doubtful else ()
+        for block in itertools.islice(found, DOUBT_BLOCKS):
+            self._doubt(block, self._find(block, len(master.header.names))[1])
+            if not self.doubtful:
+                break
+        return not self.doubtful
+
+    def _keep(self, data: bytes | memoryview, first: Offsets, last: Offsets, at: int) -> None:
+        """Append `data`, which is at this offset of the old master, without the ranges from each `first` to its `last`.
+
+        The ranges are saved, if an undo file is kept.
+        """
+        self.kept_bytes += len(data) - int((last - first).sum())
+        held = memoryview(data)
+        stays = zip([0, *last.tolist()], [*first.tolist(), len(data)], strict=True)
+        self.out.writelines(held[start:end] for start, end in stays)
+        if self.removed is not None and len(first):
+            self.removed.write(cut(data, first, last))
+            self.ranges.frombytes(np.stack((first + at, last - first), axis=1).astype(np.int64).tobytes())
+
+    # The full scan parses every record, looks up every key and checks every width. It needs only the master, so it is
+    # the fallback when no index matches.
+
+    def _keep_scanned(self, master: Master) -> None:
+        header = master.header
+        master.file.seek(0)
+        raw = master.file.read(header.size_bytes)
+        self.out.write(self.union.header(self.dialect) if self.padding or not header.eol else raw)
+        self.kept_bytes = at = header.size_bytes
+        for block in blocks(master.file.read, self.dialect, 1 + header.line, SCAN_BYTES):
+            self.beat(len(block.data))
+            hashes, hits, rows = self._find(block, len(header.names))
+            self.kept += len(block.rows) - len(hits)
+            if self.doubtful:
+                self._doubt(block, hits)
+            gone = block.rows[hits]
+            if len(hits):
+                self._count(rows, block, gone)
+            self._keep_block(block, at, gone)
+            if self.indexing is not None:
+                self._add_entries(self.indexing, block, gone, hashes)
+            at += len(block.data)
+
+    def _keep_block(self, block: RecordBlock, at: int, gone: Offsets) -> None:
+        """Write the block without the removed records; kept records change only by the padding for added columns."""
+        first, last = _ranges(block.starts[gone], block.ends[gone])
+        data = block.data
+        if self.padding:
+            size, stops = len(self.padding), block.stops[block.rows]
+            data = np.insert(block.array, np.repeat(stops, size), self.padding[0]).tobytes()
+            first, last = (place + size * np.searchsorted(stops, place, "right") for place in (first, last))
+        self._keep(data, first, last, at)
+        last_goes = len(gone) and int(gone[-1]) == len(block.ends) - 1
+        if not block.data.endswith(b"\n") and not last_goes:
+            self.out.write(self.union.eol)  # the master's last record may lack its line end, and rows follow now
+
+    def _add_entries(self, indexing: IndexWriter, block: RecordBlock, gone: Offsets, hashes: Hashes) -> None:
+        """Add the block's kept records to the new index, with their lengths as written."""
+        lengths = block.ends - block.starts
+        lengths[block.rows] += len(self.padding)
+        if not block.data.endswith(b"\n"):
+            lengths[-1] += len(self.union.eol)
+        if len(hashes) < len(lengths):  # some records are not rows
+            hashes, found = np.full(len(lengths), BLANK), hashes
+            hashes[block.rows] = found
+        indexing.add(np.delete(key_index.entries_of(hashes, lengths), gone))
+
+    # The indexed merge parses only rows whose key may be in the file; all others are copied verbatim. The index alone
+    # is never trusted: each row that it points to must have the recorded key hash and length.
+
+    def _keep_indexed(self, master: Master, index: KeyIndex) -> None:
+        """Also raises IndexMismatch where the index does not cover the master."""
+        end, header = master.identity.size, master.header
+        buffer = bytearray(CHUNK_BYTES)  # reused, so that the kernel has no new pages to clear
+        master.file.seek(0)
+        self.out.write(master.file.read(header.size_bytes))
+        self.kept_bytes = at = header.size_bytes
+        for entries in index.pieces():
+            ends = at + np.cumsum(key_index.lengths_in(entries))
+            places = self.keys.candidates(entries)
+            gone, done = [], 0
+            while done < len(entries):
+                # Up to CHUNK_BYTES at a time, or a single longer record.
+                stop = max(int(np.searchsorted(ends, at + CHUNK_BYTES, "right")), done + 1)
+                size = int(ends[stop - 1]) - at
+                if size > min(MASTER_RECORD_BYTES, end - at):
+                    raise IndexMismatch
+                data = memoryview(buffer if size <= len(buffer) else bytearray(size))[:size]
+                if master.file.readinto(data) != size:
+                    raise IndexMismatch
+                low, high = np.searchsorted(places, (done, stop)).tolist()
+                asked = places[low:high]
+                lengths = key_index.lengths_in(entries[asked])
+                starts = ends[asked] - at - lengths
+                hits = self._confirmed(cut(data, starts, starts + lengths), lengths, entries[asked], header)
+                gone.append(asked[hits])
+                self.beat(size)
+                self._keep(data, *_ranges(starts[hits], (starts + lengths)[hits]), at)
+                done, at = stop, at + size
+            if self.indexing is not None:
+                self.indexing.add(np.delete(entries, np.concatenate(gone)))
+        if at != end:
+            raise IndexMismatch
+        self.kept = index.rows - self.taken
+
+    def _confirmed(self, raw: bytes, lengths: Offsets, asked: Hashes, header: CsvHeader) -> Offsets:
+        """Which of these records, that the index points to, have a key of the file; counts them."""
+        if not len(asked):
+            return NONE
+        try:
+            block = RecordBlock(raw, find_field_bounds(raw, self.dialect), 0)
+            hashes, hits, rows = self._find(block, len(header.names))
+        except UnmergeableFile as error:
+            raise IndexMismatch from error
+        if len(block.rows) != len(asked) or not np.array_equal(block.ends, np.cumsum(lengths)):
+            raise IndexMismatch
+        if ((hashes ^ asked) > LENGTH).any():
+            raise IndexMismatch
+        self._count(rows, block, block.rows[hits])
+        return hits
 
 
 def _ranges(starts: Offsets, ends: Offsets) -> tuple[Offsets, Offsets]:
     """The bounds of these records, ascending; adjacent ones are joined into one range."""
     apart = starts[1:] != ends[:-1]
     return np.concatenate((starts[:1], starts[1:][apart])), np.concatenate((ends[:-1][apart], ends[-1:]))
-
-
-def _add_entries(indexing: IndexWriter, block: RecordBlock, gone: Offsets, hashes: Hashes, counts: MatchCounts) -> None:
-    """Add the block's kept records to the new index, with their lengths as written."""
-    lengths = block.ends - block.starts
-    lengths[block.rows] += len(counts.padding)
-    if not block.data.endswith(b"\n"):
-        lengths[-1] += len(counts.union.eol)
-    if len(hashes) < len(lengths):  # some records are not rows
-        hashes, found = np.full(len(lengths), BLANK), hashes
-        hashes[block.rows] = found
-    entries = key_index.entries_of(hashes, lengths)
-    indexing.add(np.delete(entries, gone) if len(gone) else entries)
-
-
-# The indexed merge parses only rows whose key may be in the file; all others are copied verbatim. The index alone is
-# never trusted: each row that it points to must have the recorded key hash and length.
-
-
-def _indexed_merge(master: Master, index: KeyIndex, counts: MatchCounts, out: MasterWriter) -> None:
-    """Write the header and every kept row. Raises IndexMismatch, also where the index does not cover the master."""
-    descriptor, end, header = master.file.fileno(), master.identity.size, master.header
-    buffer = bytearray(CHUNK_BYTES)  # reused, so that the kernel has no new pages to clear
-    out.write(os.pread(descriptor, header.size_bytes, 0))
-    out.kept_bytes = at = header.size_bytes
-    for entries in index.pieces():
-        ends = at + np.cumsum(key_index.lengths_in(entries))
-        if int(ends[-1]) > end:
-            raise IndexMismatch
-        places = counts.incoming.keys.candidates(entries)
-        gone, done = [], 0
-        while done < len(entries):
-            # Up to CHUNK_BYTES at a time, or a single longer record.
-            stop = max(int(np.searchsorted(ends, at + CHUNK_BYTES, "right")), done + 1)
-            low, high = np.searchsorted(places, (done, stop)).tolist()
-            asked = places[low:high]
-            data = _read_exactly(descriptor, buffer, at, int(ends[stop - 1]) - at)
-            lengths = key_index.lengths_in(entries[asked])
-            starts = ends[asked] - at - lengths
-            hits = _confirmed(cut(data, starts, starts + lengths), lengths, entries[asked], header, counts)
-            gone.append(asked[hits])
-            first, last = _ranges(starts[hits], (starts + lengths)[hits])
-            out.beat(len(data))
-            out.keep(data, first, last, at)
-            done, at = stop, at + len(data)
-        if out.indexing is not None:
-            out.indexing.add(np.delete(entries, np.concatenate(gone)))
-    if at != end:
-        raise IndexMismatch
-    counts.kept = index.rows - counts.taken
-
-
-def _read_exactly(descriptor: int, buffer: bytearray, at: int, size: int) -> memoryview:
-    """These bytes of the file, in the buffer if they fit. Raises IndexMismatch if it ends before them."""
-    if size > MASTER_RECORD_BYTES:
-        raise IndexMismatch
-    data, done = memoryview(buffer if size <= len(buffer) else bytearray(size))[:size], 0
-    while done < size:
-        count = os.preadv(descriptor, [data[done:]], at + done)
-        if not count:
-            raise IndexMismatch
-        done += count
-    return data
-
-
-def _confirmed(raw: bytes, lengths: Offsets, asked: Hashes, header: CsvHeader, counts: MatchCounts) -> Offsets:
-    """Which of these records, that the index points to, have a key of the file; counts them."""
-    if not len(asked):
-        return NONE
-    try:
-        block = RecordBlock(raw, find_field_bounds(raw, counts.dialect), 0)
-        hashes, hits, rows = counts.find(block, len(header.names))
-    except UnmergeableFile as error:
-        raise IndexMismatch from error
-    if len(block.rows) != len(asked) or not np.array_equal(block.ends, np.cumsum(lengths)):
-        raise IndexMismatch
-    if ((hashes ^ asked) > LENGTH).any():
-        raise IndexMismatch
-    counts.count(rows, block, block.rows[hits])
-    return hits

@@ -9,7 +9,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from app.core.files import NAME_BYTES, TEMPORARY_SUFFIX, bounded_name, sync_directory, sync_file, write_durably
+from app.core.files import NAME_BYTES, TEMPORARY_SUFFIX, bounded_name, sync_directory, write_durably
 from app.core.ledger import KeptFile
 from app.csv_inbox.config import FileStillChanging, StuckFile, UnmergeableFile, printable
 from app.csv_inbox.discovery import (
@@ -27,6 +26,7 @@ from app.csv_inbox.discovery import (
     WRITTEN_BYTES,
     Candidate,
     InboxPaths,
+    copy_durably,
     free_paths,
     time_stamp,
     translate_os_errors,
@@ -60,7 +60,7 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: UnmergeableFile, run_
         "rejected_at": text_of(at),
         "faults": [asdict(fault) for fault in cause.faults],
         "more_faults": cause.more,
-        "source": _source(candidate),
+        "source": candidate.identity[1:],
         "load_id": load_id,
     }
     text = json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
@@ -79,7 +79,7 @@ def _is_free(target: Path, candidate: Candidate, bad_rows: bytes) -> bool:
     reason, rows = _beside(target, REASON), _beside(target, BAD_ROWS)
     if os.path.lexists(target):
         return False
-    if os.path.lexists(reason) and _told_before(reason).get("source") != _source(candidate):
+    if os.path.lexists(reason) and _told_before(reason).get("source") != list(candidate.identity[1:]):
         return False
     return not os.path.lexists(rows) or (rows.is_file() and rows.read_bytes() == bad_rows)
 
@@ -88,28 +88,24 @@ def _beside(target: Path, suffix: str) -> Path:
     return target.with_name(target.name + suffix)
 
 
-def _source(candidate: Candidate) -> list[int]:
-    return list(candidate.identity[1:])
-
-
 def _told_before(reason: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        told = json.loads(reason.read_bytes())
-        return told if isinstance(told, dict) else {}
+    """What a reason file says; empty if there is none, or not one of ours."""
+    with suppress(OSError, ValueError, TypeError):
+        told: dict[str, Any] = dict(json.loads(reason.read_bytes()))
+        return told
     return {}
 
 
 def rejected_by(paths: InboxPaths, run_id: str) -> Sequence[KeptFile]:
-    """The files that a run rejected and that are still there, by name, without links. Raises OSError."""
-    load_ids = {load.load_id for load in loads(paths.loads) if (load.run_id, load.outcome) == (run_id, REJECTED)}
-    reasons = sorted(paths.config.rejected_dir.glob(f"*{REASON}")) if load_ids else []
-    found = (
-        each.with_name(each.name.removesuffix(REASON))
-        for each in reasons
-        if _told_before(each).get("load_id") in load_ids
-    )
-    regular = (path for path in found if path.is_file() and not path.is_symlink())
-    return [KeptFile(printable(path.name), path.stat().st_size, path=path) for path in regular]
+    """The files that a run rejected and that are still there, by name, without links. Raises Transient, Permanent."""
+    folder = paths.config.rejected_dir
+    with translate_os_errors(str(folder)):
+        load_ids = {load.load_id for load in loads(paths.loads) if (load.run_id, load.outcome) == (run_id, REJECTED)}
+        reasons = sorted(folder.glob(f"*{REASON}")) if load_ids else []
+        of_run = (each for each in reasons if _told_before(each).get("load_id") in load_ids)
+        found = (each.with_name(each.name.removesuffix(REASON)) for each in of_run)
+        regular = (path for path in found if path.is_file() and not path.is_symlink())
+        return [KeptFile(printable(path.name), path.stat().st_size, path=path) for path in regular]
 
 
 def _move(source: Path, target: Path) -> None:
@@ -138,9 +134,7 @@ def _copy(source: Path, target: Path) -> None:
     elif stat.S_ISREG(mode):
         # Under a temporary name that a restart removes, so that a partial copy is never taken for the file.
         temporary = target.with_name(f".{target.name}{REASON}{TEMPORARY_SUFFIX}")
-        shutil.copy2(source, temporary)
-        with temporary.open("rb") as file:
-            sync_file(file.fileno())
+        copy_durably(source, temporary)
         temporary.rename(target)
     else:
         raise StuckFile(

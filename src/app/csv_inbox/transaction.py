@@ -13,31 +13,36 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from app.core.errors import Permanent, Rejected
-from app.core.files import bounded_name, sync_directory, write_durably
+from app.core.errors import Permanent, Transient
+from app.core.files import bounded_name, sync_directory, sync_file, write_durably
 from app.csv_inbox.config import FileStillChanging, InboxConfig, StuckFile, UnmergeableFile, printable
 from app.csv_inbox.discovery import (
+    PENDING,
     RECORD,
     Candidate,
     FileIdentity,
     InboxPaths,
+    InboxRun,
+    free_paths,
     identity_at,
+    identity_of,
+    link_or_copy,
     md5_of,
     open_regular,
     time_stamp,
+    translate_os_errors,
 )
 
 VERSION = 1
 KEPT_LOADS = 1000
 RECENT_LOADS = 50
 REVERT = ".undo"
-LEAST_CHARACTERS = 4
 STAMP_CHARACTERS = len("YYYYMMDDTHHMMSS.mmm")
 MERGED, REJECTED, UNDONE = "merged", "rejected", "undone"
 log = logging.getLogger(__name__)
@@ -52,9 +57,9 @@ def load_id_of(folder: Path, at: datetime) -> str:
 
     Undo relies on this order: the newest merge is undone first.
     """
-    newest = max((name[:STAMP_CHARACTERS] for name in _record_names(folder)), default="")
-    with suppress(ValueError, OverflowError):
-        at = max(at, datetime.strptime(f"{newest}000+0000", "%Y%m%dT%H%M%S.%f%z") + timedelta(milliseconds=1))
+    with suppress(IndexError, ValueError, OverflowError):  # no record yet, or one under a name that is not ours
+        newest = f"{_record_names(folder)[0][:STAMP_CHARACTERS]}000+0000"
+        at = max(at, datetime.strptime(newest, "%Y%m%dT%H%M%S.%f%z") + timedelta(milliseconds=1))
     return f"{time_stamp(at)}-{uuid4().hex[:8]}"
 
 
@@ -118,11 +123,9 @@ class LoadRecord:
 
 def load_of(content: Mapping[str, Any]) -> LoadRecord:
     """A load from its JSON record; unknown keys, from later versions, are ignored."""
-    known = {each.name for each in fields(LoadRecord)}
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
-    }
-    return LoadRecord(**{name: value for name, value in values.items() if name in known})
+    known = {each.name for each in fields(LoadRecord)} & content.keys()
+    values: dict[str, Any] = {name: tuple(x) if isinstance(x := content[name], list) else x for name in known}
+    return LoadRecord(**values)
 
 
 def save_load(folder: Path, load: LoadRecord) -> None:
@@ -131,35 +134,23 @@ def save_load(folder: Path, load: LoadRecord) -> None:
     write_durably(folder / f"{load.load_id}{RECORD}", [text.encode("ascii")])
 
 
+def _record_names(folder: Path) -> Sequence[str]:
+    """The names of the record files, newest first; none if there is no folder."""
+    return sorted((path.name for path in folder.glob(f"[!.]*{RECORD}")), reverse=True)
+
+
 def loads(folder: Path, limit: int = KEPT_LOADS) -> Sequence[LoadRecord]:
     """Newest first; empty if there is no folder. Unreadable records are skipped."""
-    names = _record_names(folder)
     found = []
-    for name in sorted(names, reverse=True)[:limit]:
+    for name in _record_names(folder)[:limit]:
         with suppress(OSError, ValueError, TypeError, AttributeError):
             found.append(load_of(json.loads((folder / name).read_bytes())))
     return found
 
 
-def _record_names(folder: Path) -> list[str]:
-    """The names of the record files; none if there is no folder."""
-    try:
-        return [path.name for path in folder.iterdir() if path.suffix == RECORD and path.name[0] != "."]
-    except FileNotFoundError:
-        return []
-
-
 def revert_file(folder: Path, load_id: str) -> Path:
     """The undo file of a merge; it exists as long as the merge can be undone."""
     return folder / f"{load_id}{REVERT}"
-
-
-def prune(folder: Path, undo_keep: int) -> None:
-    """Remove all but the newest `undo_keep` undo files, and the oldest records. Idempotent."""
-    # A merge can be undone for as long as its undo file is there.
-    reverts, records = (sorted(folder.glob(f"*{suffix}"), reverse=True) for suffix in (REVERT, RECORD))
-    for path in (*reverts[undo_keep:], *records[KEPT_LOADS:]):
-        path.unlink(missing_ok=True)
 
 
 def history_row(load: LoadRecord) -> Mapping[str, Any]:
@@ -177,42 +168,8 @@ def history_row(load: LoadRecord) -> Mapping[str, Any]:
     }
 
 
-def to_undo(paths: InboxPaths, run_id: str) -> Sequence[LoadRecord]:
-    """The merges of a run and all later ones, newest first. `run_id` may be a prefix. Raises Rejected."""
-    merged = [load for load in loads(paths.loads) if load.outcome == MERGED]
-    wanted = [place for place, load in enumerate(merged) if load.run_id.startswith(run_id)]
-    if not wanted or len(run_id) < LEAST_CHARACTERS:
-        told = f"no merge of a run {run_id[:40]!r} is in the history"
-        raise Rejected(told, "take the run from: python -m app runs csv_inbox")
-    if len({merged[place].run_id for place in wanted}) > 1:
-        raise Rejected(f"several runs begin with {run_id!r}", "give more of the run's id")
-    taken = merged[: wanted[-1] + 1]
-    gone = next((load for load in taken if not revert_file(paths.loads, load.load_id).exists()), None)
-    if gone is not None:
-        kept = paths.config.undo_keep
-        hint = f"only the last undo_keep={kept} merges can be taken back; drop corrected rows into the inbox instead"
-        raise Rejected(f"the merge of {gone.file} at {gone.at} can no longer be undone", hint)
-    return taken
-
-
-def preview(load: LoadRecord) -> str:
-    """Describes what undoing this merge does."""
-    return (
-        f"{load.file}, merged {load.at}: {load.inserted} inserted rows go, {load.replaced + load.unchanged} rows come "
-        f"back as they were; {load.rows_after} rows become {load.rows_before}"
-    )
-
-
-def check_master(config: InboxConfig, load: LoadRecord) -> None:
-    """Raises Rejected unless the master is as this merge left it, by size and modification time."""
-    if not _is_as_left(config, load):
-        raise Rejected(
-            f"{config.merged_file.name} was changed by something else since {load.file} was merged",
-            "put back the file as the merge left it; undoing would destroy what was done since",
-        )
-
-
-def _is_as_left(config: InboxConfig, load: LoadRecord) -> bool:
+def is_as_left(config: InboxConfig, load: LoadRecord) -> bool:
+    """True if the master is as this merge left it, by size and modification time."""
     try:
         there = config.merged_file.stat()
     except FileNotFoundError:
@@ -226,7 +183,7 @@ def changed_master(paths: InboxPaths) -> str:
     Someone may have restored an older copy that lacks later merges.
     """
     last = next((load for load in loads(paths.loads, RECENT_LOADS) if load.outcome == MERGED), None)
-    if last is None or _is_as_left(paths.config, last):
+    if last is None or is_as_left(paths.config, last):
         return ""
     what = "was changed by something else" if paths.config.merged_file.exists() else "is gone"
     return (
@@ -255,6 +212,11 @@ class PendingRename(NamedTuple):
     target: Path
     inode: int
 
+    @classmethod
+    def of(cls, temporary: Path, target: Path) -> "PendingRename":
+        """The renaming of a finished file."""
+        return cls(temporary, target, temporary.stat().st_ino)
+
 
 class PendingArchive(NamedTuple):
     """The input's move from the inbox to the archive. `digest` is the MD5 of the merged content."""
@@ -276,9 +238,68 @@ class Transaction:
     load: LoadRecord
 
 
-def renaming(temporary: Path, target: Path) -> PendingRename:
-    """The renaming of a finished file."""
-    return PendingRename(temporary, target, temporary.stat().st_ino)
+def written_metadata(paths: InboxPaths, load_id: str, columns: Sequence[str], rows: int, at: datetime) -> PendingRename:
+    """Write the metadata durably to a temporary file. `last_updated` is UTC without an offset, as documented."""
+    target = paths.config.metadata_file
+    temporary = paths.temporary(load_id, "metadata", target.parent)
+    content = {
+        "last_updated": at.replace(tzinfo=None).isoformat(timespec="microseconds"),
+        "row_count": rows,
+        "column_count": len(columns),
+        "columns": list(columns),
+    }
+    with translate_os_errors(str(target.parent)), temporary.open("x", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        sync_file(file.fileno())
+    return PendingRename.of(temporary, target)
+
+
+def prepared(
+    inbox: InboxRun, each: Candidate, load: LoadRecord, *, columns: Sequence[str], master: FileIdentity | None
+) -> Transaction:
+    """A merge whose new master lies in a temporary file, ready to commit: the rest is durable, the input is linked into
+    the archive. `master` is the old master that was read.
+
+    Raises FileStillChanging if the input was replaced, and Transient if a program that does not take the lock replaced
+    the master.
+    """
+    paths, config, at = inbox.paths, inbox.config, inbox.clock()
+    renamings = [
+        PendingRename.of(paths.temporary(load.load_id, "master"), config.merged_file),
+        written_metadata(paths, load.load_id, columns, load.rows_after, at),
+    ]
+    if config.undo_keep:
+        removed = paths.temporary(load.load_id, "removed")
+        renamings.append(PendingRename.of(removed, revert_file(paths.loads, load.load_id)))
+    with translate_os_errors(str(config.archive_dir)):
+        archiving = _archiving(inbox, each, load, at)
+    found = identity_of(config.merged_file.stat()) if config.merged_file.exists() else None
+    if found != master:
+        raise Transient(
+            f"the master {config.merged_file.name} was replaced while it was read",
+            "no action needed; the next run merges into what it is then",
+        )
+    archive_name = archiving.target.name
+    load = replace(load, archived_as=printable(archive_name), archive_name=archive_name)
+    return Transaction(renamings, [paths.temporary(load.load_id, "rows")], archiving, load)
+
+
+def _archiving(inbox: InboxRun, each: Candidate, load: LoadRecord, at: datetime) -> PendingArchive:
+    """Link exactly the file that was read into the archive. Raises FileStillChanging."""
+    pending = inbox.config.archive_dir / f"{PENDING}{load.load_id}"
+    try:
+        link_or_copy(each.path, pending)
+    except FileNotFoundError as error:
+        if each.path.exists():  # then the archive folder is missing
+            raise
+        raise FileStillChanging("it is gone") from error
+    identity = FileIdentity(*load.source)
+    if identity_at(each.path) != identity:
+        raise FileStillChanging("it was replaced while it was read")
+    target = next(free_paths(inbox.config.archive_dir, each.path.name, f".{time_stamp(at)}"))
+    return PendingArchive(pending, target, each.path, identity, load.source_md5)
 
 
 def commit(paths: InboxPaths, transaction: Transaction) -> None:
@@ -307,7 +328,7 @@ def complete(paths: InboxPaths, transaction: Transaction) -> bool:
     """
     master = paths.config.merged_file
     # An undo of the first merge deletes the master; one that changed since is a later one.
-    is_later = master in transaction.removals and master.exists() and not _is_as_left(paths.config, transaction.load)
+    is_later = master in transaction.removals and master.exists() and not is_as_left(paths.config, transaction.load)
     # The first renaming replaces the master: if it is impossible, nothing else may be done.
     if is_later or not all(map(_rename, transaction.renamings[:1])):
         _give_up(paths, transaction)
@@ -322,7 +343,10 @@ def complete(paths: InboxPaths, transaction: Transaction) -> bool:
     if transaction.archiving:
         _archive(transaction.archiving)
     save_load(paths.loads, transaction.load)
-    prune(paths.loads, paths.config.undo_keep)
+    # A merge can be undone for as long as its undo file is there.
+    reverts = sorted((path.name for path in paths.loads.glob(f"*{REVERT}")), reverse=True)
+    for name in (*reverts[paths.config.undo_keep :], *_record_names(paths.loads)[KEPT_LOADS:]):
+        (paths.loads / name).unlink(missing_ok=True)
     paths.journal.unlink()
     sync_directory(paths.folder)
     return True
@@ -408,7 +432,8 @@ def recover(paths: InboxPaths) -> LoadRecord | None:
         paths.loads.mkdir(exist_ok=True)
         if complete(paths, transaction):
             done = transaction.load
-    paths.remove_leftovers()
+    for path in paths.leftovers():
+        path.unlink(missing_ok=True)
     return done
 
 
