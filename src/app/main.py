@@ -36,7 +36,7 @@ from app.ops.service import BuiltService, Pipelines, WindowedPipeline, announce,
 from app.ops.verification import Verifications
 from app.web.app import GuardedApi, HeadwaterApp
 from app.web.auth import AccessGuard, KeyRates, Keyring
-from app.web.limits import BodyLimits
+from app.web.request_bodies import BodyLimits
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
