@@ -189,7 +189,7 @@ def now() -> datetime:
 def wire(parts: ServiceParts) -> Pipelines:
     """All pipelines."""
     from app.amplitude import job as amplitude_job
-    from app.analytics.table_sums import TableSums
+    from app.analytics.object_facts import TableSums
     from app.appmetrica import job as appmetrica_job
     from app.csv_inbox import job as inbox_job
     from app.dynamo_to_drive import job as dynamo_job

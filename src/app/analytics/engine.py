@@ -40,6 +40,7 @@ PAD, PAD_WITH_INSTANT = "columns.parquet", "columns-with-instant.parquet"
 SOURCES = frozenset({"range", "generate_series", "unnest", "repeat"})
 FORBIDDEN = frozenset({"write_log", "parse_duckdb_log_message", "nextval", "currval"})
 SPILL = "1GB"
+BATCH_ROWS = 10_000
 MESSAGE_CHARACTERS = 300
 RETRY_HINT = "no action needed, it is retried; if this continues, check the named object"
 FATAL = ("INTERNAL Error", "FATAL Error")
@@ -132,17 +133,14 @@ class Engine:
             return found
 
     @contextmanager
-    def batches(self, sql: str, values: Mapping[str, Any], batch_rows: int) -> Iterator[Any]:
-        """A pyarrow RecordBatchReader over the result; the time limit applies until the block ends."""
+    def batches(self, sql: str, values: Mapping[str, Any], *, rows: str = "") -> Iterator[Any]:
+        """A pyarrow RecordBatchReader over the result; the time limit applies until the block ends. `rows`: an internal
+        query, which `sql` sees as the view RELATION.
+        """
         with self._cursor(self.limits.seconds) as cursor:
-            yield cursor.execute(sql, dict(values) or None).to_arrow_reader(batch_rows)
-
-    @contextmanager
-    def selected(self, view: str, rows: str, sql: str, batch_rows: int) -> Iterator[Any]:
-        """A pyarrow RecordBatchReader over the result of `sql`, which sees the internal query `rows` as `view`."""
-        with self._cursor(self.limits.seconds) as cursor:
-            cursor.execute(f"CREATE TEMP VIEW {view} AS {rows}")
-            yield cursor.execute(sql).to_arrow_reader(batch_rows)
+            if rows:
+                cursor.execute(f"CREATE TEMP VIEW {RELATION} AS {rows}")
+            yield cursor.execute(sql, dict(values) or None).to_arrow_reader(BATCH_ROWS)
 
     def parsed(self, sql: str) -> Any:
         """The output of DuckDB's parser for `sql`: `{"error", "error_message", "statements"}`.
