@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import cache
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
@@ -62,6 +63,7 @@ def _on_conflict(table: Table, *, past: bool = False) -> str:
     return f"ON CONFLICT ({table.key.name}) DO {f'UPDATE SET {taken}' if table.updates else 'NOTHING'}"
 
 
+@cache
 def _upsert(table: Table, rows: int = 0, *, past: bool = False) -> str:
     """The upsert of one row, its values bound in order; in SQLite also of several `rows`: a shared `created_at` is
     bound first, then the values. Many rows per statement, and a timestamp computed once, save a third of the time.
