@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -241,27 +241,32 @@ class Summaries:
         if left and any(not infos.keys().isdisjoint(pack.versions) for pack in self._facts.packs(left)):
             state.is_stale = True  # deleted versions are back
         wanted = [] if state.is_stale else [infos[version] for version in infos.keys() - taken]
-        for group in aggregated(self._store, self._engine, wanted):
-            self._facts.save(group.read)
-            read = {facts.version: facts for facts in group.read}
-            state.touched |= {(part.device, part.day) for facts in group.read for part in facts.parts}
-            taken |= read.keys()
-            self._take(
-                (one, KnownObject(own.key, own.size_bytes, own.rows, own.fault, json.dumps(dict(own.columns))))
-                for (one, own), is_held in zip(read.items(), among(list(read), state.current), strict=True)
-                if not is_held
-            )
-            unread += [(facts.key, facts.fault) for facts in group.unread]
+
+        def read() -> Iterator[tuple[Version, KnownObject]]:
+            for group in aggregated(self._store, self._engine, wanted):
+                self._facts.save(group.read)
+                for facts in group.read:
+                    state.touched |= {(part.device, part.day) for part in facts.parts}
+                    taken.add(facts.version)
+                    if not any(among([facts.version], state.current)):
+                        columns = json.dumps(dict(facts.columns))
+                        yield facts.version, KnownObject(facts.key, facts.size_bytes, facts.rows, facts.fault, columns)
+                unread.extend((facts.key, facts.fault) for facts in group.unread)
+
+        self._take(read())
         return taken
 
     def _take(self, added: Iterable[tuple[Version, KnownObject]]) -> None:
+        """Add versions to the current ones, also those that come before an error."""
         state, versions = self._state, list[Version]()
-        for version, known in added:
-            self._count(known, 1)
-            if known.fault:
-                state.faults[version] = (known.key, known.fault)
-            versions.append(version)
-        state.current = united(state.current, versions)
+        try:
+            for version, known in added:
+                self._count(known, 1)
+                if known.fault:
+                    state.faults[version] = (known.key, known.fault)
+                versions.append(version)
+        finally:
+            state.current = united(state.current, versions)
 
     def _count(self, known: KnownObject, sign: int) -> None:
         state = self._state
