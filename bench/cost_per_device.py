@@ -229,7 +229,7 @@ def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> No
 
     tune()
     share_the_machine()
-    from app.analytics.table_sums import TableSums
+    from app.analytics.object_facts import TableSums
     from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, RunServices, Stop, execute
     from app.db.state import open_state

@@ -139,7 +139,7 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
     """The product's job, run until nothing is left."""
     import logging
 
-    from app.analytics.table_sums import TableSums
+    from app.analytics.object_facts import TableSums
     from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, Outcome, RunServices, Stop, execute
     from app.db.state import open_state

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.analytics.table_sums import TableSums
+from app.analytics.object_facts import TableSums
 from app.config.environment import load_settings
 from app.core.partitions import Step, SyncPlan, run_in_process
 from app.core.pipeline import NOTHING, Commit

@@ -36,7 +36,7 @@ from app.ops.service import BuiltService, Pipelines, WindowedPipeline, announce,
 from app.ops.verification import Verifications
 from app.web.app import GuardedApi, HeadwaterApp
 from app.web.auth import AccessGuard, KeyRates, Keyring
-from app.web.limits import BodyLimits
+from app.web.request_bodies import BodyLimits
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -189,7 +189,7 @@ def now() -> datetime:
 def wire(parts: ServiceParts) -> Pipelines:
     """All pipelines."""
     from app.amplitude.job import AmplitudePull
-    from app.analytics.table_sums import TableSums
+    from app.analytics.object_facts import TableSums
     from app.appmetrica.job import AppMetricaPull
     from app.csv_inbox import job as inbox_job
     from app.dynamo_to_drive import job as dynamo_job

@@ -2,8 +2,7 @@
 
 import random
 
-import app.analytics.version_set as module
-from app.analytics.version_set import SIZE, VersionSet
+from app.analytics.summaries import SIZE, among, beyond, united, without
 
 
 def version(draw: random.Random) -> bytes:
@@ -13,28 +12,28 @@ def version(draw: random.Random) -> bytes:
 
 def test_what_was_added_and_not_dropped_is_there_to_the_last_bit() -> None:
     draw = random.Random(1)  # noqa: S311 - test data
-    versions, expected = VersionSet(), set[bytes]()
-    assert versions.among([]) == []
+    held, expected = b"", set[bytes]()
+    assert among([], held) == []
     for turn in range(18):
-        earlier, was = versions.copy(), frozenset(expected)
-        for _ in range(draw.randrange(3 * module.LOOSE // 20)):
-            one = version(draw)
-            if not any(versions.among([one])):
-                versions.add(one)
-                expected.add(one)
+        earlier, was = held, frozenset(expected)
+        new = {version(draw) for _ in range(draw.randrange(2500))}
+        added = [one for one, is_held in zip(new, among(list(new), held), strict=True) if not is_held]
+        assert set(added) == new - expected
+        held = united(held, added)
+        expected |= new
         if turn % 3 == 2:
             kept = draw.sample(sorted(expected), len(expected) * 2 // 3)
             packed = b"".join([*kept, *(version(draw) for _ in range(50)), *kept[:50]])
-            gone = versions.beyond(packed)
+            gone = beyond(held, packed)
             assert sorted(gone) == sorted(
                 expected.difference(packed[at : at + SIZE] for at in range(0, len(packed), SIZE))
             )
-            versions.drop(gone)
+            held = without(held, gone)
             expected.difference_update(gone)
         asked = [*draw.sample(sorted(expected), len(expected) // 3), *(version(draw) for _ in range(300))]
-        assert versions.among(asked) == [one in expected for one in asked]
-        assert len(versions) == len(expected)
-        assert earlier.among(asked) == [one in was for one in asked], "a copy stays as it was"
-    versions.drop(versions.beyond(b""))
-    assert len(versions) == 0
-    assert versions.beyond(b"") == []
+        assert among(asked, held) == [one in expected for one in asked]
+        assert held == b"".join(sorted(expected))
+        assert among(asked, earlier) == [one in was for one in asked], "an earlier set stays as it was"
+    held = without(held, beyond(held, b""))
+    assert held == b""
+    assert beyond(held, b"") == []

@@ -26,8 +26,8 @@ from app.objects.requests import (
     span_of,
 )
 from app.objects.streams import FormReader, boundary_of, media_type
-from app.web.body_bridge import run_with_body
 from app.web.errors import Refused
+from app.web.request_bodies import run_with_body
 from disk_effects import Disk
 
 AT = datetime(2026, 2, 7, 12, tzinfo=UTC)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from app.web.limits import ConnectionLimits
+from app.web.protocol import ConnectionLimits
 from daemon import Daemon, Daemons, free_port
 
 KEY = "hw_root_" + ("root" * 11)[:43]

@@ -4,13 +4,12 @@ objects into one relation.
 
 import csv
 import gzip
-import io
 import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -132,15 +131,7 @@ def file_of(name: str, key: str, schema: str) -> ReportFile:
 
 def table_file_of(name: str, file: TableFile, schema: str, span: ReportSpan) -> ReportFile:
     """A file of the table. Its columns are already typed, so DuckDB can skip data that the query does not use."""
-    conditions = [
-        f"rows.{column} {literal(str(value))}"
-        for column, value in (
-            ("device_id =", span.device),
-            ("timestamp >= TIMESTAMPTZ", span.since and f"{span.since}+00"),
-            ("timestamp < TIMESTAMPTZ", span.until and f"{span.until}+00"),
-        )
-        if value is not None
-    ]
+    conditions = span_conditions(span, "rows.", "TIMESTAMPTZ")
     if file.without:
         windows = ", ".join(f"({literal(device)}, {first}, {last})" for device, first, last in file.without)
         conditions.append(
@@ -148,6 +139,16 @@ def table_file_of(name: str, file: TableFile, schema: str, span: ReportSpan) -> 
             "read.device = rows.device_id AND epoch_us(rows.timestamp) BETWEEN read.first_us AND read.last_us)"
         )
     return ReportFile(name, file.key, reading(schema, (), of_table=True), " AND ".join(conditions))
+
+
+def span_conditions(span: ReportSpan, prefix: str = "", kind: str = "TIMESTAMP") -> list[str]:
+    """SQL conditions for the rows of a span. `kind`: the type of their timestamps."""
+    limits = (
+        ("device_id =", span.device),
+        (f"timestamp >= {kind}", span.since and f"{span.since}+00"),
+        (f"timestamp < {kind}", span.until and f"{span.until}+00"),
+    )
+    return [f"{prefix}{column} {literal(value)}" for column, value in limits if value is not None]
 
 
 def path_texts(key: str) -> Mapping[str, str | None]:
@@ -261,7 +262,8 @@ def _of_csv(file: str) -> Columns:
     opened = gzip.open if file.endswith(".gz") else open
     try:
         with opened(file, "rt", encoding="utf-8-sig", newline="") as text:
-            header = next(csv.reader(io.StringIO(_first_record(text), newline=""), strict=True), [])
+            lines = iter(partial(text.readline, HEADER_CHARACTERS), "")
+            header = next(csv.reader(lines, strict=True), [])
             while file.endswith(".gz") and text.buffer.read(GZIP_BYTES):
                 pass  # to its end: DuckDB takes a file that was cut off for a shorter one
     except (UnicodeDecodeError, csv.Error, OSError, EOFError, zlib.error) as error:
@@ -281,14 +283,6 @@ def _free(columns: Columns, name: str) -> str:
         number += 1
         own = f"{name}_{number}"
     return own
-
-
-def _first_record(text: io.TextIOBase) -> str:
-    """The header record, up to the first newline outside quotes."""
-    record = text.readline(HEADER_CHARACTERS)
-    while record.count('"') % 2 and len(record) < HEADER_CHARACTERS and (line := text.readline(HEADER_CHARACTERS)):
-        record += line
-    return record
 
 
 def _of_parquet(rows: Sequence[tuple[str, str, str | None, int | None]]) -> Mapping[str, dict[str, str]]:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -40,6 +40,7 @@ PAD, PAD_WITH_INSTANT = "columns.parquet", "columns-with-instant.parquet"
 SOURCES = frozenset({"range", "generate_series", "unnest", "repeat"})
 FORBIDDEN = frozenset({"write_log", "parse_duckdb_log_message", "nextval", "currval"})
 SPILL = "1GB"
+BATCH_ROWS = 10_000
 MESSAGE_CHARACTERS = 300
 RETRY_HINT = "no action needed, it is retried; if this continues, check the named object"
 FATAL = ("INTERNAL Error", "FATAL Error")
@@ -132,17 +133,14 @@ class Engine:
             return found
 
     @contextmanager
-    def batches(self, sql: str, values: Mapping[str, Any], batch_rows: int) -> Iterator[Any]:
-        """A pyarrow RecordBatchReader over the result; the time limit applies until the block ends."""
+    def batches(self, sql: str, values: Mapping[str, Any], *, rows: str = "") -> Iterator[Any]:
+        """A pyarrow RecordBatchReader over the result; the time limit applies until the block ends. `rows`: an internal
+        query, which `sql` sees as the view RELATION.
+        """
         with self._cursor(self.limits.seconds) as cursor:
-            yield cursor.execute(sql, dict(values) or None).to_arrow_reader(batch_rows)
-
-    @contextmanager
-    def selected(self, view: str, rows: str, sql: str, batch_rows: int) -> Iterator[Any]:
-        """A pyarrow RecordBatchReader over the result of `sql`, which sees the internal query `rows` as `view`."""
-        with self._cursor(self.limits.seconds) as cursor:
-            cursor.execute(f"CREATE TEMP VIEW {view} AS {rows}")
-            yield cursor.execute(sql).to_arrow_reader(batch_rows)
+            if rows:
+                cursor.execute(f"CREATE TEMP VIEW {RELATION} AS {rows}")
+            yield cursor.execute(sql, dict(values) or None).to_arrow_reader(BATCH_ROWS)
 
     def parsed(self, sql: str) -> Any:
         """The output of DuckDB's parser for `sql`: `{"error", "error_message", "statements"}`.
@@ -158,9 +156,8 @@ class Engine:
 
     def check(self, sql: str) -> set[str]:
         """Parameter names of `sql`. Raises Rejected for anything but one SELECT over RELATION."""
-        nodes = checked(
-            self.parsed(sql), _refused_in, "allowed in reports", "write one SELECT FROM read_parquet({{S3_PATH}})"
-        )
+        hint = "write one SELECT FROM read_parquet({{S3_PATH}})"
+        nodes = checked(self.parsed(sql), SOURCES, _refused_in, "allowed in reports", hint)
         return {str(node["identifier"]) for node in nodes if node.get("type") == "VALUE_PARAMETER"}
 
     @contextmanager
@@ -290,10 +287,14 @@ def quoted(name: str) -> str:
 
 
 def checked(
-    parsed: Mapping[str, Any], refused_in: Callable[[Mapping[str, Any], set[str]], str], allowed: str, hint: str
+    parsed: Mapping[str, Any],
+    sources: Collection[str],
+    refused_in: Callable[[Mapping[str, Any]], str],
+    allowed: str,
+    hint: str,
 ) -> Sequence[Mapping[str, Any]]:
-    """The nodes of a parsed statement. Raises Rejected unless it is one SELECT of which `refused_in`, given a node and
-    the tables that there are in lower case (RELATION and those of WITH), refuses nothing.
+    """The nodes of a parsed statement. Raises Rejected unless it is one SELECT whose tables are RELATION, its own CTEs
+    and the functions `sources`, and of which `refused_in`, given a node, refuses nothing.
     """
     if parsed["error"]:
         raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], hint)
@@ -302,7 +303,15 @@ def checked(
     nodes = list(_nodes_of(parsed["statements"]))
     tables = {str(entry["key"]).lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
     for node in nodes:
-        if refused := refused_in(node, {*tables, RELATION}):
+        refused = refused_in(node)
+        if node.get("type") == "BASE_TABLE":
+            name = str(node["table_name"])
+            if node["schema_name"] or node["catalog_name"] or name.lower() not in {*tables, RELATION}:
+                refused = f"the table {name!r}"
+        if node.get("type") == "TABLE_FUNCTION":
+            name = str(node["function"].get("function_name"))
+            refused = refused if name.lower() in sources else f"the table function {name}()"
+        if refused:
             raise Rejected(f"{refused[:MESSAGE_CHARACTERS]} is not {allowed}", hint)
     return nodes
 
@@ -319,22 +328,11 @@ def _nodes_of(tree: Any) -> Iterator[Mapping[str, Any]]:
             waiting.extend(one)
 
 
-def _refused_in(node: Mapping[str, Any], tables: set[str]) -> str:
+def _refused_in(node: Mapping[str, Any]) -> str:
     """What this node contains that a report may not do, "" if nothing."""
-    match node.get("type"):
-        case "BASE_TABLE":
-            name = str(node["table_name"])
-            if node["schema_name"] or node["catalog_name"] or name.lower() not in tables:
-                return f"table {name!r}"
-        case "TABLE_FUNCTION":
-            name = str(node["function"].get("function_name"))
-            if name.lower() not in SOURCES:
-                return f"table function {name}()"
-        case "SHOW_REF":
-            return "DESCRIBE, SHOW and SUMMARIZE"
-        case "FUNCTION" if str(node.get("function_name")).lower() in FORBIDDEN:
-            return f"function {node['function_name']}()"
-    return ""
+    if node.get("type") == "FUNCTION" and str(node.get("function_name")).lower() in FORBIDDEN:
+        return f"function {node['function_name']}()"
+    return "DESCRIBE, SHOW and SUMMARIZE" if node.get("type") == "SHOW_REF" else ""
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from app.analytics.engine import MESSAGE_CHARACTERS, written
+from app.analytics.engine import BATCH_ROWS, MESSAGE_CHARACTERS, written
 from app.analytics.reports import ReportTable
 from app.core.errors import Rejected
 from app.web.text_values import FORMULA
@@ -56,7 +56,6 @@ SHEET_YEARS = range(1901, 9999)  # in 1900 programs differ by a day
 EXACT = 10**15 - 1
 CELL_CHARACTERS = 32_767
 WHOLE = range(-(1 << 63), 1 << 63)
-BATCH_ROWS = 10_000
 MEMORY_BYTES = 1 << 20
 PIECE_BYTES = 1 << 18
 

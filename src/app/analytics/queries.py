@@ -35,7 +35,7 @@ from app.analytics.engine import (
     UnreadableObject,
     quoted,
 )
-from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
+from app.analytics.formats import AnswerShape, ReportAnswer, of_batches
 from app.analytics.reports import BadParameter, ReportDefinition
 from app.analytics.spark import SparkReports
 from app.analytics.summaries import ListingView, Summaries
@@ -273,12 +273,6 @@ class Queries:
             if not self._summaries.holds(wanted.sources):
                 raise UnreadableObject("objects were replaced while they were read", RETRY_HINT)
 
-    def look_again(self) -> None:
-        """Refresh the listing and the table, since something to be read has been deleted."""
-        self._summaries.refresh()
-        if self._table is not None:
-            self._table.look_again()
-
     def run(
         self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape, as_of: datetime | None = None
     ) -> ReportAnswer:
@@ -288,17 +282,28 @@ class Queries:
         """
         self.check(report)
         with _named(report, values):
-            for _ in range(ATTEMPTS - 1):
-                try:
-                    return self._answer(report, values, shape, as_of)
-                except (UnreadableObject, Conflict):
-                    self.look_again()
+            attempt = partial(self._answer, report, values, shape, as_of)
             try:
-                return self._answer(report, values, shape, as_of)
+                return self.retry(attempt, ATTEMPTS)
             except (UnreadableObject, Conflict):
                 if not self._find_broken(report, values, shape):
                     raise
-            return self._answer(report, values, shape, as_of)
+            return attempt()
+
+    def retry(self, attempt: Callable[[], ReportAnswer], times: int) -> ReportAnswer:
+        """The answer of the first of several attempts at which every object could be read."""
+        for _ in range(times - 1):
+            try:
+                return attempt()
+            except (UnreadableObject, Conflict):
+                self.look_again()
+        return attempt()
+
+    def look_again(self) -> None:
+        """Refresh the listing and the table, since something to be read has been deleted."""
+        self._summaries.refresh()
+        if self._table is not None:
+            self._table.look_again()
 
     def _answer(
         self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape, as_of: datetime | None
@@ -306,7 +311,7 @@ class Queries:
         """Run without the objects that recently broke this report. If the column types do not match, retry without the
         objects whose column types differ from the majority.
         """
-        wanted = self.to_read(ReportSpan(*report.span(values)), as_of)
+        wanted = self.to_read(report.span(values), as_of)
         if self._spark and self._spark.knows(report) and (state := wanted.in_table):
             return self._spark.run(report, values, shape, state, wanted.span)
         found, now = wanted.sources, time.monotonic()
@@ -336,7 +341,7 @@ class Queries:
         wanted = replace(found, sources=[source for source in found.sources if source.version not in left_out])
         with self._objects.opened(wanted) as (engine, files), _by_key(files):
             rows = self.rows(report.text, engine, files)
-            with _fitting(engine, rows), engine.batches(report.sql(rows), values, BATCH_ROWS) as reader:
+            with _fitting(engine, rows), engine.batches(report.sql(rows), values) as reader:
                 answer = of_batches(reader, _with_warnings(shape, left_out), engine.folder)
         self.confirm(self._objects, wanted)
         answer.left_out = len(left_out)
@@ -364,7 +369,8 @@ class Queries:
         False when there are none or too many, or the search takes too long.
         """
         began = time.monotonic()
-        sources = self._summaries.sources(*report.span(values))
+        span = report.span(values)
+        sources = self._summaries.sources(span.device, span.since, span.until)
         waiting = [sources]
         broken: dict[Version, str] = {}
         while waiting:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from app.analytics.engine import NANOS, NUMBERS, RELATION
+from app.core.closed_days import EVERYTHING, ReportSpan
 from app.core.errors import Permanent, Rejected
 from app.db.object_summaries import NO_DAY, DaySummary, Pair
 from app.web.text_values import instant
@@ -159,19 +160,18 @@ class ReportDefinition:
                 raise BadParameter(f"{name} is given twice", "send it once")
             given[name] = text
         values = {each.name: each.read(given.get(each.name)) for each in self.parameters}
-        _, since, until = self.span(values)
-        if since is not None and until is not None and since >= until:
+        span = self.span(values)
+        if span.since is not None and span.until is not None and span.since >= span.until:
             _, first, last = self.reads
             raise BadParameter(
-                f"{first}={since.isoformat()}Z is not earlier than {last}={until.isoformat()}Z",
+                f"{first}={span.since.isoformat()}Z is not earlier than {last}={span.until.isoformat()}Z",
                 f"send the earlier timestamp as {first}",
             )
         return values
 
-    def span(self, values: Mapping[str, Any]) -> tuple[str | None, datetime | None, datetime | None]:
-        """Device, start and end to which `reads` limits the rows; None = no limit."""
-        device, since, until = map(values.get, self.reads)
-        return device, since, until
+    def span(self, values: Mapping[str, Any]) -> ReportSpan:
+        """The span to which `reads` limits the rows."""
+        return ReportSpan(*map(values.get, self.reads))
 
 
 def load_reports(folders: Sequence[Path]) -> Mapping[str, ReportDefinition]:
@@ -364,20 +364,18 @@ def _span(parts: Collection[DaySummary]) -> tuple[datetime | None, datetime | No
     return _at(first), _at(last), sum(part.rows for part in parts)
 
 
-def parts_within(
-    days: Mapping[Pair, DaySummary], device: str | None, since: datetime | None, until: datetime | None
-) -> Mapping[Pair, DaySummary]:
-    """The parts of one device within a span of whole days; None = no limit."""
-    if device is None and since is None and until is None:
+def parts_within(days: Mapping[Pair, DaySummary], span: ReportSpan) -> Mapping[Pair, DaySummary]:
+    """The parts within a span of whole days."""
+    if span == EVERYTHING:
         return days
-    text = None if device is None else json.dumps(device)
-    first = NO_DAY if since is None else (since - EPOCH).days
-    end = math.inf if until is None else (until - EPOCH).days
-    has_span = since is not None or until is not None
+    text = None if span.device is None else json.dumps(span.device)
+    first = NO_DAY if span.since is None else (span.since - EPOCH).days
+    end = math.inf if span.until is None else (span.until - EPOCH).days
+    is_timed = span.since is not None or span.until is not None
     return {
         (own, day): part
         for (own, day), part in days.items()
-        if text in (None, own) and first <= day < end and not (has_span and day == NO_DAY)
+        if text in (None, own) and first <= day < end and not (is_timed and day == NO_DAY)
     }
 
 

@@ -20,8 +20,9 @@ from starlette.concurrency import run_in_threadpool
 from app.analytics.formats import MEDIA, AnswerShape, ReportAnswer, of_table
 from app.analytics.reports import TABLES, BadParameter, QueryParameter, ReportDefinition, parts_within
 from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, response_head, warnings_of
-from app.analytics.sql_sandbox import MAX_ROWS, SqlBusy, SqlRequest
+from app.analytics.sql_sandbox import MAX_ROWS, SqlBusy
 from app.analytics.summaries import ListingView
+from app.core.closed_days import ReportSpan
 from app.core.errors import AppError, Transient
 from app.ops.pages import SCRIPT, framed, serve
 from app.web.api import refuse_unknown_parameters
@@ -237,7 +238,7 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
 
             def make() -> ReportAnswer:
                 if asked.from_memory and not analytics.queries.has_older_rows(view):
-                    days = parts_within(view.days, *report.span(asked.values))
+                    days = parts_within(view.days, report.span(asked.values))
                     answer = of_table(TABLES[report.summary](days), shape, analytics.workplace.folder)
                     answer.engine = "summary"
                     return answer
@@ -383,10 +384,10 @@ def _statement(analytics: Analytics) -> Callable[..., Any]:
         body: SqlStatement, *, form: Annotated[SqlFormat, Query(alias="format")] = "json", formula_safe: bool = False
     ) -> Response:
         view = await _view(analytics)
-        request = SqlRequest(body.sql, body.device_id, _naive(body.since), _naive(body.until))
+        span = ReportSpan(body.device_id, _naive(body.since), _naive(body.until))
         shape = AnswerShape(form, "data", (), formula_safe, MAX_ROWS)
         try:
-            answer = await asyncio.to_thread(analytics.sandbox.run, request, shape)
+            answer = await asyncio.to_thread(analytics.sandbox.run, body.sql, span, shape)
         except BadParameter as error:
             raise Refused(422, error.message, error.hint, "body.sql") from error
         except SqlBusy as error:

@@ -142,8 +142,8 @@ class ReportRequest:
     @property
     def from_memory(self) -> bool:
         """Whether the summaries, which are sums of whole days, can give the answer."""
-        _, since, until = self.report.span(self.values)
-        is_whole_days = all(at is None or at.time() == datetime.min.time() for at in (since, until))
+        span = self.report.span(self.values)
+        is_whole_days = all(at is None or at.time() == datetime.min.time() for at in (span.since, span.until))
         return bool(self.report.summary) and not self.scan and self.as_of is None and is_whole_days
 
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -76,23 +77,14 @@ class SparkReports:
         """The answer. Raises Transient if Spark is unreachable, ReportTooSlow, and Permanent if Spark cannot run the
         report.
         """
-        import pyarrow as pa
-
         others = {name: value for name, value in values.items() if name not in report.reads}
         with self._session() as session:
-            rows = _rows(self._read(session, state), span)
-            frame = session.sql(self._texts[report.name], args=others, telemetry=rows)
-            batches = _batches(session, frame)
-            first = next(batches)
-            reader = pa.RecordBatchReader.from_batches(first.schema, _chained(first, batches))
-            answer = of_batches(reader, shape, self._folder)
+            reader, name = session.read.option("snapshot-id", str(state.snapshot_id)), self._remote.table
+            table = reader.table(name) if name else reader.format("iceberg").load(state.location)
+            frame = session.sql(self._texts[report.name], args=others, telemetry=_rows(table, span))
+            answer = of_batches(_reader(session, frame), shape, self._folder)
         answer.state, answer.engine = state, "spark"
         return answer
-
-    def _read(self, session: Any, state: TableState) -> Any:
-        reader = session.read.option("snapshot-id", str(state.snapshot_id))
-        name = self._remote.table
-        return reader.table(name) if name else reader.format("iceberg").load(state.location)
 
     @contextmanager
     def _session(self) -> Iterator[Any]:
@@ -174,8 +166,8 @@ def _instant(text: str) -> Any:
     return f.expr(f"TIMESTAMP '{text}Z'")
 
 
-def _batches(session: Any, frame: Any) -> Iterator[Any]:
-    """The answer as Arrow record batches, at least one."""
+def _reader(session: Any, frame: Any) -> Any:
+    """The answer as a pyarrow RecordBatchReader."""
     import pyarrow as pa
     from pyspark.sql.pandas.types import to_arrow_schema
 
@@ -183,12 +175,6 @@ def _batches(session: Any, frame: Any) -> Iterator[Any]:
     # memory.
     plan = frame._plan.to_proto(session.client)  # noqa: SLF001 - see above
     schema = to_arrow_schema(frame.schema, timezone="UTC")
-    yield pa.RecordBatch.from_pylist([], schema)
-    for part in session.client.to_table_as_iterator(plan, {}):
-        if isinstance(part, pa.Table):
-            yield from part.cast(schema).to_batches()
-
-
-def _chained(first: Any, batches: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from batches
+    parts = session.client.to_table_as_iterator(plan, {})
+    batches = (part.cast(schema).to_batches() for part in parts if isinstance(part, pa.Table))
+    return pa.RecordBatchReader.from_batches(schema, chain.from_iterable(batches))

@@ -13,16 +13,16 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
+from app.analytics.columns import span_conditions
 from app.analytics.engine import (
-    RELATION,
     Engine,
     EngineLimits,
     InvalidReport,
@@ -32,13 +32,12 @@ from app.analytics.engine import (
     UnboundName,
     UnreadableObject,
     checked,
-    literal,
 )
-from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
+from app.analytics.formats import AnswerShape, ReportAnswer, of_batches
 from app.analytics.queries import Queries, ReportObjects
 from app.analytics.reports import BadParameter
 from app.core.closed_days import ReportSpan
-from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
+from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.db.database import UNSTORABLE
 
 log = logging.getLogger(__name__)
@@ -101,16 +100,6 @@ class SqlBusy(Transient):
     """Another statement is running."""
 
 
-@dataclass(frozen=True, slots=True)
-class SqlRequest:
-    """A statement, and the limits of its view; None = no limit. Timestamps are naive UTC."""
-
-    sql: str
-    device_id: str | None = None
-    since: datetime | None = None
-    until: datetime | None = None
-
-
 class SqlSandbox:
     """Runs statements over the objects that `queries` selects. `objects(engine)` gives the objects, copied or pinned
     below the engine's folder.
@@ -131,40 +120,35 @@ class SqlSandbox:
         if self._process is not None:
             self._process.kill()
 
-    def run(self, request: SqlRequest, shape: AnswerShape) -> ReportAnswer:
-        """The whole answer. Raises BadParameter for what the caller must change, SqlBusy, and Transient when objects
-        cannot be read or are replaced during each attempt.
+    def run(self, sql: str, span: ReportSpan, shape: AnswerShape) -> ReportAnswer:
+        """The whole answer of a statement whose view has the rows of a span. Raises BadParameter for what the caller
+        must change, SqlBusy, and Transient when objects cannot be read or are replaced during each attempt.
         """
-        if len(request.sql) > MAX_CHARACTERS:
+        if len(sql) > MAX_CHARACTERS:
             raise BadParameter(f"the statement has more than {MAX_CHARACTERS} characters", "send a shorter one")
-        if UNSTORABLE.search(request.sql + (request.device_id or "")):
+        if UNSTORABLE.search(sql + (span.device or "")):
             raise BadParameter("the statement or device_id holds a NUL or half of a surrogate pair", "leave it out")
-        if request.since is not None and request.until is not None and request.since >= request.until:
+        if span.since is not None and span.until is not None and span.since >= span.until:
             raise BadParameter("from is not earlier than to", "send the earlier timestamp as from")
         if not self._turn.acquire(blocking=False):
             hint = "send the same request again later"
             raise SqlBusy("another statement is running, and they run one at a time", hint, retry_after_seconds=5)
         try:
-            for _ in range(ATTEMPTS - 1):
-                try:
-                    return self._attempt(request, shape)
-                except (UnreadableObject, Conflict):
-                    self._queries.look_again()
-            return self._attempt(request, shape)
+            return self._queries.retry(partial(self._attempt, sql, span, shape), ATTEMPTS)
         finally:
             self._turn.release()
 
-    def _attempt(self, request: SqlRequest, shape: AnswerShape) -> ReportAnswer:
-        wanted = self._queries.to_read(ReportSpan(request.device_id, request.since, request.until))
+    def _attempt(self, sql: str, span: ReportSpan, shape: AnswerShape) -> ReportAnswer:
+        wanted = self._queries.to_read(span)
+        where = " AND ".join(span_conditions(span)) or "true"
         with TemporaryDirectory(dir=self._folder, prefix="sql-") as name:
             engine = Engine(Path(name), self._limits)
             objects = self._objects(engine)
             try:
                 with objects.opened(wanted) as (reader, files):
-                    rows = f"SELECT * FROM {self._queries.rows(request.sql, engine, files)}{_where(request)}"  # noqa: S608 - own text
                     job = {
-                        "sql": request.sql,
-                        "rows": rows,
+                        "sql": sql,
+                        "rows": f"SELECT * FROM {self._queries.rows(sql, engine, files)} WHERE {where}",  # noqa: S608
                         "folder": name,
                         "limits": asdict(self._limits),
                         "remote": reader.remote and asdict(reader.remote),
@@ -197,19 +181,6 @@ class SqlSandbox:
             log.error("the process of a statement failed: %s", trace.decode(errors="replace")[-TRACE_CHARACTERS:])
             raise Permanent("the process of the statement failed", "bug in Headwater; please report it with its log")
         raise _fault(fault, self._limits)
-
-
-def _where(request: SqlRequest) -> str:
-    conditions = [
-        f"{column} {literal(str(value))}"
-        for column, value in (
-            ("device_id =", request.device_id),
-            ("timestamp >= TIMESTAMP", request.since),
-            ("timestamp < TIMESTAMP", request.until),
-        )
-        if value is not None
-    ]
-    return f" WHERE {' AND '.join(conditions)}" if conditions else ""
 
 
 def _too_slow(limits: EngineLimits) -> BadParameter:
@@ -250,7 +221,7 @@ def main() -> int:
     engine = Engine(Path(job["folder"]), limits, RemoteBucket(**job["remote"]) if job["remote"] else None)
     try:
         check(engine, job["sql"])
-        with engine.selected(RELATION, job["rows"], job["sql"], BATCH_ROWS) as reader:
+        with engine.batches(job["sql"], {}, rows=job["rows"]) as reader:
             bounded = pa.RecordBatchReader.from_batches(reader.schema, _bounded(reader))
             answer = of_batches(bounded, AnswerShape(**job["shape"]), engine.folder)
             with (engine.folder / "answer").open("xb") as file:
@@ -276,10 +247,10 @@ def _bounded(batches: Iterable[Any]) -> Iterator[Any]:
 
 def check(engine: Engine, sql: str) -> None:
     """Raises Rejected for anything but one SELECT over `telemetry` with the functions above."""
-    checked(engine.parsed(sql), _refused_in, "allowed", ONE_SELECT)
+    checked(engine.parsed(sql), SOURCES, _refused_in, "allowed", ONE_SELECT)
 
 
-def _refused_in(node: Mapping[str, Any], tables: Collection[str]) -> str:
+def _refused_in(node: Mapping[str, Any]) -> str:
     """What this node contains that is not allowed, "" if nothing. Every table node has the field `sample`."""
     kind = node.get("type")
     for entry in (node.get("cte_map") or {}).get("map", ()):
@@ -287,12 +258,6 @@ def _refused_in(node: Mapping[str, Any], tables: Collection[str]) -> str:
             return f"the name {entry['key']!r} in WITH"
     if "sample" in node and kind not in TABLES and not str(kind).endswith("_NODE"):
         return f"{kind} as a table"
-    if kind == "BASE_TABLE":
-        name = str(node["table_name"])
-        if node["schema_name"] or node["catalog_name"] or name.lower() not in tables:
-            return f"the table {name!r}"
-    if kind == "TABLE_FUNCTION" and str(node["function"].get("function_name")).lower() not in SOURCES:
-        return f"the table function {node['function'].get('function_name')}()"
     if kind == "VALUE_PARAMETER":
         return "a parameter"
     name = str(node.get("function_name", "abs")).lower()

@@ -4,17 +4,18 @@ import json
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import compress
 from threading import Lock
 from types import MappingProxyType
+from typing import Any
 
 from app.analytics.engine import Engine
 from app.analytics.object_facts import OTHER, aggregated
 from app.analytics.reports import merged
-from app.analytics.version_set import VersionSet, beyond, in_order, is_among
 from app.core.errors import Permanent, Rejected, Transient
 from app.core.windows import instant_text
 from app.db.object_summaries import (
@@ -34,6 +35,7 @@ from app.object_store.port import ObjectInfo, ObjectStore
 # versions of a past day: when one of them is added or removed, the others are re-read. Answers reflect one whole
 # listing, never part of one; a failed listing changes nothing. A new object costs only the work for its own days.
 
+SIZE = 16  # bytes of a version
 PAIRS = 500
 ROUNDS = 3
 KEPT = timedelta(hours=1)
@@ -54,7 +56,7 @@ class ListingView:
 
     number: int
     as_of: str
-    versions: VersionSet
+    versions: bytes
     days: Mapping[Pair, DaySummary]
     objects: int
     rows: int
@@ -74,7 +76,7 @@ class _State:
     `is_stale`: this state differs from the stored facts and must be reloaded.
     """
 
-    current: VersionSet = field(default_factory=VersionSet)
+    current: bytes = b""
     batches: Mapping[bytes, bytes] = field(default_factory=dict)
     days: dict[Pair, DaySummary] = field(default_factory=dict)
     touched: set[Pair] = field(default_factory=set)
@@ -122,12 +124,12 @@ class Summaries:
         if (view := self.view) is None:
             return []
         found = self._facts.keys(None if device is None else json.dumps(device), first, last)
-        return list(compress(found, view.versions.among([source.version for source in found])))
+        return list(compress(found, among([source.version for source in found], view.versions)))
 
     def holds(self, sources: Sequence[VersionToRead]) -> bool:
         """Whether the last view contains all of these versions."""
         view = self.view
-        return view is not None and all(view.versions.among([source.version for source in sources]))
+        return view is not None and all(among([source.version for source in sources], view.versions))
 
     def refresh(self) -> ListingView:
         """List the objects, read new versions, drop deleted ones, and update the sums. Raises what the stores raise."""
@@ -153,20 +155,19 @@ class Summaries:
         state = self._state = _State(number=held.number, changes=held.changes, leaving=held.leaving)
         self._schemas = self._facts.schemas()
         state.touched |= self._facts.all_pairs()
-        for version, known in self._facts.every():
-            self._take(version, known)
-        packed: list[bytes] = []
+        self._take(self._facts.every())
+        packed: list[Version] = []
         for pack in self._facts.packs():
-            is_twice = state.current.among(pack.versions)
+            is_twice = among(pack.versions, state.current)
             if any(is_twice):
                 for version, known in self._facts.known(list(compress(pack.versions, is_twice))).items():
                     self._count(known, -1)
                     state.faults.pop(version, None)
-            packed.append(b"".join(one for one, twice in zip(pack.versions, is_twice, strict=True) if not twice))
+            packed += (one for one, twice in zip(pack.versions, is_twice, strict=True) if not twice)
             self._count_pack(pack, 1)
             state.days[pack.pair] = pack.part
             state.changes[pack.part.day] += 1
-        state.current.extend(b"".join(packed))
+        state.current = united(state.current, packed)
         state.sweeps, state.looked_at = sweeps, as_of
 
     def _list(self, as_of: datetime) -> Sequence[tuple[str, str]]:
@@ -177,7 +178,7 @@ class Summaries:
         unread: list[tuple[str, str]] = []
         seen: dict[bytes, bytes] = {}
         others: list[bytes] = []
-        for batch in self._store.batches(self._folder, len(state.current)):
+        for batch in self._store.batches(self._folder, len(state.current) // SIZE):
             packed = state.batches.get(batch.digest)
             if packed is None:
                 packed, is_known = self._look(batch.infos(), unread)
@@ -188,7 +189,7 @@ class Summaries:
         is_same = not others and not state.moved and seen and seen.keys() == state.batches.keys()
         state.batches = seen
         if not is_same:
-            self._drop(state.current.beyond(b"".join([*seen.values(), *others])), as_of, unread)
+            self._drop(beyond(state.current, b"".join([*seen.values(), *others])), as_of, unread)
         return unread
 
     def _look(self, infos: Sequence[ObjectInfo], unread: list[tuple[str, str]]) -> tuple[bytes, bool]:
@@ -198,7 +199,7 @@ class Summaries:
         left = unfolded_deltas((info for info in infos if self._is_ours(info.key)), self._head)
         by_version = {version_of(info.key, info.etag): info for info in left.infos}
         versions = list(by_version)
-        here = set(compress(versions, self._state.current.among(versions)))
+        here = set(compress(versions, among(versions, self._state.current)))
         fresh = {version: info for version, info in by_version.items() if version not in here}
         if fresh:
             here |= self._learn(fresh, unread)
@@ -217,7 +218,7 @@ class Summaries:
             log.warning("%s", error)
             return None
         if found is None or listed is None:
-            return found if found and any(self._state.current.among([version_of(found.key, found.etag)])) else None
+            return found if found and any(among([version_of(found.key, found.etag)], self._state.current)) else None
         if found.etag == listed[1]:
             if len(self._asked) >= ASKED:
                 self._asked.clear()
@@ -234,31 +235,38 @@ class Summaries:
         state = self._state
         known = self._facts.known(infos)
         state.touched |= self._facts.pairs(known)
-        for version, one in known.items():
-            self._take(version, one)
+        self._take(known.items())
         taken = set(known)
         left = [pair for _, pair in state.leaving_packs]
         if left and any(not infos.keys().isdisjoint(pack.versions) for pack in self._facts.packs(left)):
             state.is_stale = True  # deleted versions are back
         wanted = [] if state.is_stale else [infos[version] for version in infos.keys() - taken]
-        for group in aggregated(self._store, self._engine, wanted):
-            self._facts.save(group.read)
-            for facts in group.read:
-                state.touched |= {(part.device, part.day) for part in facts.parts}
-                taken.add(facts.version)
-                if not any(state.current.among([facts.version])):
-                    columns = json.dumps(dict(facts.columns))
-                    self._take(
-                        facts.version, KnownObject(facts.key, facts.size_bytes, facts.rows, facts.fault, columns)
-                    )
-            unread += [(facts.key, facts.fault) for facts in group.unread]
+
+        def read() -> Iterator[tuple[Version, KnownObject]]:
+            for group in aggregated(self._store, self._engine, wanted):
+                self._facts.save(group.read)
+                for facts in group.read:
+                    state.touched |= {(part.device, part.day) for part in facts.parts}
+                    taken.add(facts.version)
+                    if not any(among([facts.version], state.current)):
+                        columns = json.dumps(dict(facts.columns))
+                        yield facts.version, KnownObject(facts.key, facts.size_bytes, facts.rows, facts.fault, columns)
+                unread.extend((facts.key, facts.fault) for facts in group.unread)
+
+        self._take(read())
         return taken
 
-    def _take(self, version: Version, known: KnownObject) -> None:
-        self._count(known, 1)
-        if known.fault:
-            self._state.faults[version] = (known.key, known.fault)
-        self._state.current.add(version)
+    def _take(self, added: Iterable[tuple[Version, KnownObject]]) -> None:
+        """Add versions to the current ones, also those that come before an error."""
+        state, versions = self._state, list[Version]()
+        try:
+            for version, known in added:
+                self._count(known, 1)
+                if known.fault:
+                    state.faults[version] = (known.key, known.fault)
+                versions.append(version)
+        finally:
+            state.current = united(state.current, versions)
 
     def _count(self, known: KnownObject, sign: int) -> None:
         state = self._state
@@ -291,7 +299,7 @@ class Summaries:
             self._schemas = self._facts.schemas()
         # No store is called from here on until everything is subtracted, so that no failure leaves it half done.
         state.touched |= pairs | {pack.pair for pack in packs}
-        state.current.drop(versions)
+        state.current = without(state.current, versions)
         state.moved = True
         packed = {version for pack in packs for version in pack.versions}
         for version, one in known.items():
@@ -317,9 +325,9 @@ class Summaries:
             for version, key, size_bytes, etag in zip(pack.versions, pack.keys, pack.sizes, pack.etags, strict=True)
             if version not in gone
         }
-        again = in_order(b"".join(left))
-        state.current.drop(list(left))
+        state.current = without(state.current, list(left))
         # Their batches are parsed next time, whether or not they can be read now.
+        again = united(b"", list(left))
         state.batches = {digest: held for digest, held in state.batches.items() if not is_among(held, again).any()}
         self._swept(self._facts.forget((), [pack.pair for pack in packs]))
         self._learn(left, unread)
@@ -331,8 +339,8 @@ class Summaries:
         for start in range(0, len(touched), PAIRS):
             pairs = touched[start : start + PAIRS]
             kept = self._facts.parts(pairs)
-            is_current = state.current.among([version for version, _ in kept])
-            packs = [pack for pack in self._facts.packs(pairs) if all(state.current.among(pack.versions))]
+            is_current = among([version for version, _ in kept], state.current)
+            packs = [pack for pack in self._facts.packs(pairs) if all(among(pack.versions, state.current))]
             packed = {version for pack in packs for version in pack.versions}
             loose = (part for version, part in compress(kept, is_current) if version not in packed)
             found = merged([*(pack.part for pack in packs), *loose])
@@ -351,10 +359,10 @@ class Summaries:
             return True
         known = b"".join(self._facts.versions())
         leaving = {version for _, version in state.leaving}
-        gone = beyond(known, state.current.joined)
+        gone = beyond(known, state.current)
         state.leaving += [(now + KEPT, version) for version in gone if version not in leaving]
         state.sweeps, state.looked_at = sweeps, now
-        return not state.current.beyond(known)
+        return not beyond(state.current, known)
 
     def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]]) -> ListingView:
         """Publish the new view atomically. If no object has changed, it reuses the data of the last view."""
@@ -368,11 +376,11 @@ class Summaries:
         else:
             state.number += 1
             days = MappingProxyType(dict(state.days))
-            versions, columns = state.current.copy(), _columns(state.schemas)
+            columns = _columns(state.schemas)
             others = sum(fault == OTHER for _, fault in state.faults.values())
-            sums = (len(versions) - others, state.rows, state.size_bytes)
+            sums = (len(state.current) // SIZE - others, state.rows, state.size_bytes)
             at = str(instant_text(as_of))
-            view = ListingView(state.number, at, versions, days, *sums, columns, faults, dict(state.changes))
+            view = ListingView(state.number, at, state.current, days, *sums, columns, faults, dict(state.changes))
         self.view = view
         state.moved = False
         return view
@@ -385,8 +393,8 @@ class Summaries:
             due.append(state.leaving.popleft()[1])
         while state.leaving_packs and state.leaving_packs[0][0] <= now:
             packs.append(state.leaving_packs.popleft()[1])
-        gone = [version for version, one in zip(due, state.current.among(due), strict=True) if not one]
-        left = [pack.pair for pack in self._facts.packs(packs) if not any(state.current.among(pack.versions))]
+        gone = [version for version, one in zip(due, among(due, state.current), strict=True) if not one]
+        left = [pack.pair for pack in self._facts.packs(packs) if not any(among(pack.versions, state.current))]
         if gone or left:
             self._swept(self._facts.forget(gone, left))
 
@@ -401,7 +409,7 @@ class Summaries:
         day = (now - EPOCH).days
         until = time.monotonic() + PACKING_SECONDS
         while self._packed_day < day and time.monotonic() < until:
-            if not self._facts.pack(day - LOOSE_DAYS, self._state.current.among, merged):
+            if not self._facts.pack(day - LOOSE_DAYS, partial(among, held=self._state.current), merged):
                 self._packed_day = day
 
 
@@ -412,4 +420,61 @@ def _columns(schemas: Counter[str]) -> Mapping[str, Mapping[str, int]]:
         for name, kind in json.loads(columns).items() if count > 0 else ():
             types = found.setdefault(name, {})
             types[kind] = types.get(kind, 0) + count
+    return found
+
+
+# Sets of versions as bytes: 16 for each version, sorted and concatenated.
+#
+# Invariants: membership is exact, compared on all bits; a set never changes, so any thread may read it.
+
+
+def among(versions: Sequence[Version], held: bytes) -> Sequence[bool]:
+    """For each version, whether it is in the set."""
+    found: list[bool] = is_among(b"".join(versions), held).tolist()
+    return found
+
+
+def united(held: bytes, versions: Sequence[Version]) -> bytes:
+    """The set plus versions that are not in it."""
+    import numpy as np
+
+    array, added = _array(held), np.sort(_array(b"".join(versions)))
+    made: bytes = np.insert(array, np.searchsorted(array, added), added).tobytes()
+    return made
+
+
+def without(held: bytes, versions: Sequence[Version]) -> bytes:
+    """The set without these versions."""
+    kept: bytes = _array(held)[~is_among(held, _in_order(b"".join(versions)))].tobytes()
+    return kept
+
+
+def beyond(wanted: bytes, held: bytes) -> Sequence[Version]:
+    """Versions of `wanted` that are not in `held`; both are concatenated in any order."""
+    gone: bytes = _array(wanted)[~is_among(wanted, _in_order(held))].tobytes()
+    return [gone[start : start + SIZE] for start in range(0, len(gone), SIZE)]
+
+
+def is_among(wanted: bytes, held: bytes) -> Any:
+    """A boolean mask over `wanted`, versions in any order: which of them are in the set `held`."""
+    import numpy as np
+
+    array, looked = _array(held), _array(wanted)
+    if not len(array):
+        return np.zeros(len(looked), bool)
+    places = np.searchsorted(array, looked)
+    places[places == len(array)] = 0
+    return array[places] == looked
+
+
+def _array(packed: bytes) -> Any:
+    import numpy as np
+
+    return np.frombuffer(packed, f"S{SIZE}")  # compared byte by byte; all have the same length
+
+
+def _in_order(packed: bytes) -> bytes:
+    import numpy as np
+
+    found: bytes = np.sort(_array(packed)).tobytes()
     return found

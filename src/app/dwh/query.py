@@ -75,22 +75,20 @@ class ColumnFilter:
 
     def sql(self, dialect: Dialect, name: str) -> tuple[str, Params]:
         """The SQL condition and its parameters, whose names begin with `name`."""
-        condition, params = self._plain(dialect, name)
-        return (f"NOT ({condition})" if self.negated else condition), params
-
-    def _plain(self, dialect: Dialect, name: str) -> tuple[str, Params]:
         column = self.column.name
-        if self.operator == "is":
-            return f"{column} IS {IS[self.values[0]]}", {}
-        if self.operator in ("like", "ilike"):
-            return self._matching(dialect, name)
         cast = CASTS.get(self.column.kind, "") if dialect == "postgres" else ""
         params = {f"{name}_{number}": value for number, value in enumerate(self.values)}
         places = ", ".join(f":{each}{cast}" for each in params)
-        if self.operator == "in":
-            return (f"{column} IN ({places})" if params else "1 = 0"), params
-        ordered = self.operator not in ("eq", "neq")
-        return f"{_ordered(self.column, dialect) if ordered else column} {COMPARISONS[self.operator]} {places}", params
+        if self.operator == "is":
+            condition, params = f"{column} IS {IS[self.values[0]]}", {}
+        elif self.operator in ("like", "ilike"):
+            condition, params = self._matching(dialect, name)
+        elif self.operator == "in":
+            condition = f"{column} IN ({places})" if params else "1 = 0"
+        else:
+            compared = column if self.operator in ("eq", "neq") else _ordered(self.column, dialect)
+            condition = f"{compared} {COMPARISONS[self.operator]} {places}"
+        return (f"NOT ({condition})" if self.negated else condition), params
 
     def _matching(self, dialect: Dialect, name: str) -> tuple[str, Params]:
         """The condition for `like` and `ilike`. SQLite uses GLOB: its LIKE always ignores case, for ASCII only.

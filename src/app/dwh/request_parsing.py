@@ -45,7 +45,7 @@ RATIO_FREE_BYTES = 1 << 24
 BLANKS = b" \t\r\n"
 BOM = b"\xef\xbb\xbf"
 OPENING = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"data"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
-ENVELOPE = 'the body is {"data": [...]}, an array of rows and nothing else'
+CLOSING = re.compile(rb"[ \t\r\n]*\}[ \t\r\n]*")
 EMPTY = Refusal(400, "there are no rows in the body", "send at least one row", "data")
 NOT_GZIP = Refusal(400, "the body is not gzip, or damaged", "send it again, or without gzip")
 CUT_OFF = Refusal(400, "the gzip body is truncated", "send it again, whole")
@@ -103,26 +103,23 @@ class BodyBytes(io.RawIOBase):
 
 
 def json_rows(stream: BinaryIO, limit_bytes: int) -> Groups:
-    """The rows of `{"data": [...]}`, held in memory, since a row is known only once its end has arrived."""
+    """The rows of `{"data": [...]}` as views of the body, which is held in memory, since a row is known only once its
+    end has arrived. The envelope is removed here by hand, so that a second `data` is invalid JSON.
+    """
     held = stream.read(limit_bytes + 1)
     if len(held) > limit_bytes:
         raise too_large(limit_bytes, "send it as NDJSON, which may be larger, or less at once")
-    rows = _rows_of(held.removeprefix(BOM))
-    return (rows[start : start + GROUP_ROWS] for start in range(0, len(rows), GROUP_ROWS))
-
-
-def _rows_of(held: bytes) -> Sequence[Slice]:
-    """The rows as views of the body. The envelope is removed here by hand, so that a second `data` is invalid JSON."""
-    opening = OPENING.match(held)
-    end = _last(held, len(held))
-    array_end = _last(held, end - 1)
-    if not opening or held[end - 1 : end] != b"}" or held[array_end - 1 : array_end] != b"]":
+    held = held.removeprefix(BOM)
+    opening, array_end = OPENING.match(held), held.rfind(b"]") + 1
+    if not opening or not CLOSING.fullmatch(held, array_end):
         raise _misshapen(held)
+    array = memoryview(held)[opening.end() : array_end]
+    rows: Sequence[Slice]
     try:
-        array = memoryview(held)[opening.end() : array_end]
-        return msgspec.json.decode(array, type=list[msgspec.Raw])
+        rows = msgspec.json.decode(array, type=list[msgspec.Raw])
     except UNREADABLE:
-        return _rows_beside_a_bad_value(bytes(array), held)
+        rows = _rows_beside_a_bad_value(bytes(array), held)
+    return (rows[start : start + GROUP_ROWS] for start in range(0, len(rows), GROUP_ROWS))
 
 
 def _rows_beside_a_bad_value(array: bytes, held: bytes) -> Sequence[bytes]:
@@ -133,29 +130,25 @@ def _rows_beside_a_bad_value(array: bytes, held: bytes) -> Sequence[bytes]:
         rows = split_json(array)
     except ValueError:
         raise _misshapen(held) from None
-    for row in rows:
-        try:
-            msgspec.json.decode(row, type=msgspec.Raw)
-        except UNREADABLE:
-            if not has_json_grammar(row):
-                raise _misshapen(held) from None
+    if not all(_is_json(row) or has_json_grammar(row) for row in rows):
+        raise _misshapen(held)
     return rows
 
 
 def _misshapen(held: bytes) -> Refused:
     """Why this is not the envelope: not JSON, or another shape."""
+    if _is_json(held):
+        return Refused(422, 'the body is {"data": [...]}, an array of rows and nothing else', SHAPE_HINT, "data")
+    return Refused(400, "the body is not JSON", "check its syntax, also that it is complete")
+
+
+def _is_json(text: bytes, kind: Any = msgspec.Raw) -> bool:
+    """Whether this is JSON. As Raw, which builds no values, the text of strings is not checked."""
     try:
-        msgspec.json.decode(held, type=msgspec.Raw)
+        msgspec.json.decode(text, type=kind)
     except UNREADABLE:
-        return Refused(400, "the body is not JSON", "check its syntax, also that it is complete")
-    return Refused(422, ENVELOPE, SHAPE_HINT, "data")
-
-
-def _last(held: bytes, end: int) -> int:
-    """The end of `held[:end]` without trailing whitespace."""
-    while end > 0 and held[end - 1] in BLANKS:
-        end -= 1
-    return end
+        return False
+    return True
 
 
 def ndjson_rows(stream: BinaryIO, row_bytes: int) -> Groups:
@@ -206,82 +199,78 @@ def row_too_large(row_bytes: int) -> Refused:
 NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 SIGNS = ("+", "-")
 Cell = Callable[[str], bytes]
+"""Converts a cell to JSON; raises ValueError for text that is invalid for the column's kind."""
 
 
-class CsvBody:
-    """A CSV body: header, then rows; see above."""
+def csv_rows(stream: BinaryIO, table: Table, row_bytes: int) -> Iterator[bytes]:
+    """Each row after the header as JSON. Raises Refused."""
+    csv.field_size_limit(max(csv.field_size_limit(), row_bytes))  # process-wide; the default is 128 KiB
+    # An invalid UTF-8 byte becomes a lone surrogate, so only its cell is refused, not the body.
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    row_characters = count = 0
+    names: Sequence[str] = ()
+    turns: Sequence[tuple[bytes, Cell]] = ()
 
-    def __init__(self, table: Table, row_bytes: int) -> None:
-        self._table = table
-        self._row_bytes = row_bytes
-        self._read_characters = 0  # of the current row
-        self._heads: Sequence[bytes] = ()
-        self._cells: Sequence[Cell] = ()
-        self._names: Sequence[str] = ()
-
-    def rows(self, stream: BinaryIO) -> Iterator[bytes]:
-        """Each row as JSON. Raises Refused."""
-        csv.field_size_limit(max(csv.field_size_limit(), self._row_bytes))  # process-wide; the default is 128 KiB
-        count = 0
-        try:
-            for cells in csv.reader(self._lines(stream), strict=True):
-                self._read_characters = 0
-                if not self._heads:
-                    self._head(cells)
-                elif cells:
-                    yield self._row(cells)
-                    count += 1
-        except csv.Error as error:
-            where = f"row {count}" if self._heads else "header"
-            hint = "quote cells as RFC 4180 says"
-            raise Refused(400, f"the body is not CSV: {where}: {error}", hint) from None
-
-    def _lines(self, stream: BinaryIO) -> Iterator[str]:
-        """Decoded lines. An invalid UTF-8 byte becomes a lone surrogate, so only its cell is refused, not the body."""
-        text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-        # Refuse long lines here: the CSV reader would use 4 bytes per character.
-        while line := text.readline(self._row_bytes + 1):
-            self._read_characters += len(line)
-            if self._read_characters > self._row_bytes:
-                raise row_too_large(self._row_bytes)
+    def lines() -> Iterator[str]:
+        """Refuses long rows here: the CSV reader would use 4 bytes per character."""
+        nonlocal row_characters
+        while line := text.readline(row_bytes + 1):
+            row_characters += len(line)
+            if row_characters > row_bytes:
+                raise row_too_large(row_bytes)
             yield line
 
-    def _head(self, cells: Sequence[str]) -> None:
-        columns = {column.name: column for column in self._table.columns}
-        unknown = [cell[:80] for cell in cells if cell not in columns]
-        if unknown or len(set(cells)) < len(cells) or self._table.key.name not in cells:
-            what = f"unknown column {unknown[0]!r}" if unknown else f"a column twice, or no {self._table.key.name}"
-            raise Refused(422, f"the header cannot be used: {what}", SHAPE_HINT, "header")
-        self._heads = [msgspec.json.encode(cell) + b":" for cell in cells]
-        self._cells = [_cell(columns[cell]) for cell in cells]
-        self._names = cells
+    try:
+        for cells in csv.reader(lines(), strict=True):
+            row_characters = 0
+            if not names:
+                names, turns = cells, _turns_of(table, cells)
+            elif cells:
+                yield _csv_row(names, turns, cells)
+                count += 1
+    except csv.Error as error:
+        where = f"row {count}" if names else "header"
+        raise Refused(400, f"the body is not CSV: {where}: {error}", "quote cells as RFC 4180 says") from None
 
-    def _row(self, cells: Sequence[str]) -> CsvRow:
+
+def _turns_of(table: Table, header: Sequence[str]) -> Sequence[tuple[bytes, Cell]]:
+    """For each column of a header its JSON key and the conversion of its cells."""
+    columns = {column.name: column for column in table.columns}
+    unknown = [name[:80] for name in header if name not in columns]
+    if unknown or len(set(header)) < len(header) or table.key.name not in header:
+        what = f"unknown column {unknown[0]!r}" if unknown else f"a column twice, or no {table.key.name}"
+        raise Refused(422, f"the header cannot be used: {what}", SHAPE_HINT, "header")
+    return [(msgspec.json.encode(name) + b":", _cell(columns[name])) for name in header]
+
+
+def _csv_row(names: Sequence[str], turns: Sequence[tuple[bytes, Cell]], cells: Sequence[str]) -> CsvRow:
+    try:
+        pairs = [key + turned(cell) for (key, turned), cell in zip(turns, cells, strict=True)]
+        return CsvRow(b"{" + b",".join(pairs) + b"}")
+    except ValueError:
+        row = CsvRow(b"")
+        row.fault = _csv_fault(names, turns, cells)
+        return row
+
+
+def _csv_fault(
+    names: Sequence[str], turns: Sequence[tuple[bytes, Cell]], cells: Sequence[str]
+) -> tuple[str, str] | None:
+    """The column and the fault: an invalid cell, or the wrong number of cells."""
+    counts = f"the row has {len(cells)} cells, the header {len(names)}"
+    if len(cells) < len(names):
+        return names[len(cells)], f"is missing: {counts}; the last cell is {quoted_value(cells[-1])}"
+    if len(cells) > len(names):
+        return names[-1], f"is followed by {quoted_value(cells[len(names)])}: {counts}"
+    for name, (_, turned), cell in zip(names, turns, cells, strict=True):
         try:
-            pairs = zip(self._heads, self._cells, cells, strict=True)
-            return CsvRow(b"{" + b",".join([head + turned(cell) for head, turned, cell in pairs]) + b"}")
-        except ValueError:
-            row = CsvRow(b"")
-            row.fault = self._fault(cells)
-            return row
-
-    def _fault(self, cells: Sequence[str]) -> tuple[str, str]:
-        """The column and the fault: an invalid cell, or the wrong number of cells."""
-        counts = f"the row has {len(cells)} cells, the header {len(self._names)}"
-        if len(cells) < len(self._names):
-            return self._names[len(cells)], f"is missing: {counts}; the last cell is {quoted_value(cells[-1])}"
-        if len(cells) > len(self._names):
-            return self._names[-1], f"is followed by {quoted_value(cells[len(self._names)])}: {counts}"
-        for name, turned, cell in zip(self._names, self._cells, cells, strict=True):
-            try:
-                turned(cell)
-            except ValueError as error:
-                return name, f"{error}, not {quoted_value(cell)}"
-        raise AssertionError("called for a row without a fault")
+            turned(cell)
+        except ValueError as error:
+            return name, f"{error}, not {quoted_value(cell)}"
+    return None
 
 
 def _cell(column: TableColumn) -> Cell:
-    """A function that converts a cell to JSON; it raises ValueError for text that is invalid for the column's kind."""
     if column.kind == "instant":
         return lambda cell: _text_cell(with_minutes(cell))
     if column.kind in ("text", "uuid"):
@@ -293,7 +282,7 @@ def _cell(column: TableColumn) -> Cell:
         raw = cell.encode(errors="surrogateescape")  # the original bytes
         if column.kind == "bool" and cell.lower() in ("true", "false"):
             return raw.lower()
-        if column.kind == "json" and _is_json(raw):
+        if column.kind == "json" and _is_json(raw, Any):
             return raw
         if column.kind not in ("bool", "json") and NUMBER.fullmatch(cell):
             return raw
@@ -312,14 +301,6 @@ def _text_cell(cell: str) -> bytes:
 def with_minutes(instant: str) -> str:
     """PostgreSQL writes an offset of whole hours without minutes, 10:20:30+00, which the decoder does not read."""
     return f"{instant}:00" if instant[-3:-2] in SIGNS and ":" in instant else instant
-
-
-def _is_json(raw: bytes) -> bool:
-    try:
-        msgspec.json.decode(raw)
-    except UNREADABLE:
-        return False
-    return True
 
 
 # Options of a POST: its query string and headers, validated.
@@ -365,24 +346,16 @@ def options(
         raise Refused(
             422, "Idempotency-Key is not 1 to 255 characters of ASCII without blanks", "use a UUID", "Idempotency-Key"
         )
-    resolution = next((each for each in RESOLUTIONS if f"resolution={each}" in preferred), None)
-    return WriteOptions(_form(headers), _packed(headers), on_error == "skip", dry_run, key or "", resolution)
-
-
-def _form(headers: Mapping[str, str]) -> Form:
-    given = Message()
-    given["content-type"] = headers.get("content-type") or "application/json"
-    form = FORMS.get(given.get_content_type())
-    if form is None or given.get_content_charset("utf-8") not in ("utf-8", "utf8"):
+    given_type = Message()
+    given_type["content-type"] = headers.get("content-type") or "application/json"
+    form = FORMS.get(given_type.get_content_type())
+    if form is None or given_type.get_content_charset("utf-8") not in ("utf-8", "utf8"):
         raise Refused(415, "unsupported media type", "send application/json, application/x-ndjson or text/csv in UTF-8")
-    return form
-
-
-def _packed(headers: Mapping[str, str]) -> bool:
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", ""):
         raise Refused(415, "unsupported content encoding", "send gzip, or nothing")
-    return "gzip" in encoding
+    resolution = next((each for each in RESOLUTIONS if f"resolution={each}" in preferred), None)
+    return WriteOptions(form, "gzip" in encoding, on_error == "skip", dry_run, key or "", resolution)
 
 
 # Receives a POST: rows are checked, split into batches and spooled.
@@ -436,7 +409,14 @@ class ReceivedBody:
         self.faults += checked.faults[: MAX_FAULTS - len(self.faults)]
         if not checked.sizes:
             return
-        self._count_batches(checked.sizes)
+        # Each batch takes rows until it is full by count or size. A single row over the size limit gets its own.
+        for size_bytes in checked.sizes:
+            full = self._batch_rows == self.limits.rows
+            if full or not self.batches or self._batch_bytes + size_bytes + 1 > self.limits.size_bytes:
+                self.batches += 1
+                self._batch_bytes = 1
+            self._batch_rows = 1 if full else self._batch_rows + 1
+            self._batch_bytes += size_bytes + 1
         self.rows += len(checked.sizes)
         self.size_bytes += sum(checked.sizes)
         if self.rows <= HELD_ROWS and self.size_bytes <= HELD_BYTES:
@@ -446,18 +426,6 @@ class ReceivedBody:
             self.spool = temporary_file(memory_bytes=SPOOL_BYTES)
         packed = msgspec.msgpack.encode(checked.columns)
         self.spool.write(len(packed).to_bytes(LENGTH_BYTES) + packed)
-
-    def _count_batches(self, sizes: Sequence[int]) -> None:
-        """Each batch takes rows until it is full by count or size. A single row over the size limit gets its own."""
-        for size_bytes in sizes:
-            full = self._batch_rows == self.limits.rows
-            if full:
-                self._batch_rows = 0
-            if full or not self.batches or self._batch_bytes + size_bytes + 1 > self.limits.size_bytes:
-                self.batches += 1
-                self._batch_bytes = 1
-            self._batch_rows += 1
-            self._batch_bytes += size_bytes + 1
 
     def close(self) -> None:
         """Free the rows. Idempotent."""
@@ -477,7 +445,7 @@ def receive(
     raw = BodyBytes(body, unpacked_bytes if chosen.gzip else None)
     stream = io.BufferedReader(raw, BLOCK_BYTES)
     if chosen.form == "csv":
-        groups = grouped(CsvBody(table, body_bytes).rows(stream))
+        groups = grouped(csv_rows(stream, table, body_bytes))
     else:
         groups = (json_rows if chosen.form == "json" else ndjson_rows)(stream, body_bytes)
     rows = reader(table.name, merging=chosen.resolution == MERGE)

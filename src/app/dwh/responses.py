@@ -7,6 +7,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -19,9 +20,9 @@ from app.dwh.warehouse import Warehouse
 from app.web.errors import Refused
 from app.web.text_values import FORMULA
 
-# Encodes rows as JSON, NDJSON, CSV or Parquet, written to a file block by block.
+# Encodes rows as JSON, NDJSON, CSV or Parquet, block by block.
 #
-# Invariant: every format has the same rows; a writer holds at most one block, or one row group for Parquet.
+# Invariant: every format has the same rows; an encoder holds at most one block, or one row group for Parquet.
 
 PARQUET_ROWS = 20_000
 MEDIA: dict[Format, str] = {
@@ -61,56 +62,40 @@ def _made(block: Block) -> bytes:
     return ("\n".join([line for _, line in block]) + "\n").encode()
 
 
-class NdjsonWriter:
-    """NDJSON: writes blocks of rows to a file."""
-
-    def __init__(self, file: Any, lines: Callable[[Block], bytes]) -> None:
-        self._file, self._lines = file, lines
-
-    def write(self, block: Block) -> None:
-        """Write the next rows."""
-        self._file.write(self._lines(block))
-
-    def close(self) -> None:
-        """Finish the output."""
-
-
-class _JsonWriter(NdjsonWriter):
-    """`{"rows":[...],"count":n}`."""
-
-    def __init__(self, file: Any, lines: Callable[[Block], bytes]) -> None:
-        super().__init__(file, lines)
-        self._rows = 0
-        file.write(b'{"rows":[')
-
-    def write(self, block: Block) -> None:
-        """Write the next rows. A row never contains a newline, so each newline becomes a comma."""
-        self._file.write((b"," if self._rows else b"") + self._lines(block)[:-1].replace(b"\n", b","))
-        self._rows += len(block)
-
-    def close(self) -> None:
-        """Write the end of the array."""
-        self._file.write(b'],"count":%d}' % self._rows)
+def encoded(selection: Selection, blocks: Iterable[Block], file: Any, *, made: bool) -> Iterator[bytes]:
+    """The bytes of an answer; those of Parquet are written to `file`. `made`: the database builds the lines, see
+    `Selection.is_made`.
+    """
+    columns = selection.columns
+    if selection.format == "csv":
+        return _csv(selection, blocks)
+    if selection.format == "parquet":
+        return _parquet(columns, blocks, file)
+    lines = _made if made else _encoder(columns)
+    return _json(blocks, lines) if selection.format == "json" else map(lines, blocks)
 
 
-class _CsvWriter(NdjsonWriter):
+def _json(blocks: Iterable[Block], lines: Callable[[Block], bytes]) -> Iterator[bytes]:
+    """`{"rows":[...],"count":n}`. A row never contains a newline, so each newline becomes a comma."""
+    start, rows = b'{"rows":[', 0
+    for block in blocks:
+        yield start + lines(block)[:-1].replace(b"\n", b",")
+        start, rows = b",", rows + len(block)
+    yield (b"" if rows else start) + b'],"count":%d}' % rows
+
+
+def _csv(selection: Selection, blocks: Iterable[Block]) -> Iterator[bytes]:
     """A header, then rows; null is an empty cell. `formula_safe`: prefix an apostrophe to text that a spreadsheet would
     take for a formula; numbers stay unchanged.
     """
-
-    def __init__(self, columns: Sequence[TableColumn], file: Any, *, bom: bool, formula_safe: bool) -> None:
-        super().__init__(file, self._cells)
-        safe = {"text": _without_formula, "json": _without_formula} if formula_safe else {}
-        self._turns = _turns(columns, bool=lambda value: str(bool(value)).lower(), **safe)
-        if bom:
-            file.write(codecs.BOM_UTF8)
-        file.write((",".join(column.name for column in columns) + "\n").encode())
-
-    def _cells(self, block: Block) -> bytes:
-        cells = _turned(block, self._turns)
-        text = io.StringIO(newline="")
+    safe = {"text": _without_formula, "json": _without_formula} if selection.formula_safe else {}
+    turns = _turns(selection.columns, bool=lambda value: str(bool(value)).lower(), **safe)
+    header = ",".join(column.name for column in selection.columns) + "\n"
+    yield (codecs.BOM_UTF8 if selection.bom else b"") + header.encode()
+    for block in blocks:
+        cells, text = _turned(block, turns), io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(cells)
-        return (_with_quoted_returns(cells) if "\r" in text.getvalue() else text.getvalue()).encode()
+        yield (_with_quoted_returns(cells) if "\r" in text.getvalue() else text.getvalue()).encode()
 
 
 def _with_quoted_returns(block: Block) -> str:
@@ -127,72 +112,49 @@ def _without_formula(text: str) -> str:
     return f"'{text}" if text.startswith(tuple(FORMULA)) else text
 
 
-class _ParquetWriter(NdjsonWriter):
-    """Typed columns; JSON stays text, timestamps are UTC in microseconds."""
+def _parquet(columns: Sequence[TableColumn], blocks: Iterable[Block], file: Any) -> Iterator[bytes]:
+    """Typed columns; JSON stays text, timestamps are UTC in microseconds. A row group has many blocks."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
 
-    def __init__(self, columns: Sequence[TableColumn], file: Any) -> None:
-        import pyarrow as pa
-        from pyarrow.parquet import ParquetWriter
+    types = {
+        "integer": pa.int32(),
+        "bigint": pa.int64(),
+        "float": pa.float64(),
+        "bool": pa.bool_(),
+        "instant": pa.timestamp("us", tz="UTC"),
+    }
+    schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in columns])
+    writer, held = ParquetWriter(file, schema, compression="zstd"), list[Sequence[Any]]()
 
-        types = {
-            "integer": pa.int32(),
-            "bigint": pa.int64(),
-            "float": pa.float64(),
-            "bool": pa.bool_(),
-            "instant": pa.timestamp("us", tz="UTC"),
-        }
-        self._columns = columns
-        self._schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in columns])
-        self._writer = ParquetWriter(file, self._schema, compression="zstd")
-        self._held: list[Sequence[Any]] = []
+    def write() -> None:
+        values = zip(columns, schema.types, zip(*held, strict=True), strict=True)
+        writer.write_batch(pa.record_batch([_array(*each) for each in values], schema=schema))
+        held.clear()
 
-    def write(self, block: Block) -> None:
-        """Add the next rows; a row group has many blocks."""
-        self._held += block
-        if len(self._held) >= PARQUET_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        values = zip(*self._held, strict=True)
-        arrays = [self._array(column, each) for column, each in zip(self._columns, values, strict=True)]
-        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
-        self._held.clear()
-
-    def _array(self, column: TableColumn, values: Sequence[Any]) -> Any:
-        import pyarrow as pa
-
-        kind = self._schema.field(column.name).type
-        if column.kind == "instant":
-            try:
-                return pa.array(values, pa.string()).cast(kind)
-            except pa.ArrowInvalid as error:
-                what = f"{column.name} holds a timestamp of another program that Parquet cannot hold"
-                raise Refused(422, what, "leave the column out of select=, or take another format", "format") from error
-        if column.kind == "bool":
-            return pa.array([None if value is None else bool(value) for value in values], kind)
-        return pa.array(values, kind)
-
-    def close(self) -> None:
-        """Write the last row group and the footer."""
-        if self._held:
-            self._flush()
-        self._writer.close()
+    for block in blocks:
+        held += block
+        if len(held) >= PARQUET_ROWS:
+            write()
+        yield b""
+    if held:
+        write()
+    writer.close()
 
 
-def writer(selection: Selection, file: Any, *, made: bool) -> NdjsonWriter:
-    """The writer of an answer. `made`: the database builds the lines, see `Selection.is_made`."""
-    columns = selection.columns
-    if selection.format == "csv":
-        return _CsvWriter(columns, file, bom=selection.bom, formula_safe=selection.formula_safe)
-    if selection.format == "parquet":
-        return _ParquetWriter(columns, file)
-    lines = _made if made else _encoder(columns)
-    return (_JsonWriter if selection.format == "json" else NdjsonWriter)(file, lines)
+def _array(column: TableColumn, kind: Any, values: Sequence[Any]) -> Any:
+    import pyarrow as pa
 
+    if column.kind == "instant":
+        try:
+            return pa.array(values, pa.string()).cast(kind)
+        except pa.ArrowInvalid as error:
+            what = f"{column.name} holds a timestamp of another program that Parquet cannot hold"
+            raise Refused(422, what, "leave the column out of select=, or take another format", "format") from error
+    if column.kind == "bool":
+        return pa.array([None if value is None else bool(value) for value in values], kind)
+    return pa.array(values, kind)
 
-# Answers above a minimum size are compressed if the client accepts it.
 
 GZIP_FROM_BYTES = 1 << 10
 GZIP_LEVEL = 1  # a tenth of the size at the speed of the database; higher levels cost more than they save
@@ -203,33 +165,6 @@ def gzipped(pieces: Iterable[bytes]) -> Iterator[bytes]:
     packer = zlib.compressobj(GZIP_LEVEL, wbits=31)
     yield from filter(None, map(packer.compress, pieces))
     yield packer.flush()
-
-
-class GzipWriter:
-    """A file that compresses its data once there is enough to be worth it. Close it to write the end."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._held = b""
-        self._compress: Any = None
-
-    @property
-    def started(self) -> bool:
-        """Whether the output is compressed."""
-        return self._compress is not None
-
-    def write(self, piece: bytes) -> None:
-        """The next bytes."""
-        if self._compress is None:
-            self._held += piece
-            if len(self._held) < GZIP_FROM_BYTES:
-                return
-            self._compress, piece = zlib.compressobj(GZIP_LEVEL, wbits=31), self._held
-        self._file.write(self._compress.compress(piece))
-
-    def close(self) -> None:
-        """Write the last bytes."""
-        self._file.write(self._compress.flush() if self._compress else self._held)
 
 
 # A byte buffer between a writing and a reading thread, each at its own speed.
@@ -352,47 +287,53 @@ class AnswerPage(ByteSpool):
         self._warehouse = warehouse
         self._selection = selection
         self._count = count
-        self._gzip = GzipWriter(self) if gzip and selection.format != "parquet" else None
-        # Valid once the reader may begin: the last row if more follow, and the number of matching rows, if asked.
+        self._gzip = gzip and selection.format != "parquet"
+        # Valid once the reader may begin: the last row if more follow, the number of matching rows, if asked, and
+        # whether the bytes are gzip.
         self.last: KeysetPosition | None = None
         self.total: int | None = None
-
-    def produce(self) -> None:
-        """Read all rows, or until the client disconnects. `wait` and `pieces` raise any error."""
-        with suppress(ClientDisconnected), self.written():
-            self._fill()
+        self.compressed = False
 
     def look(self) -> None:
         """Get the data for the headers without reading rows. Raises what the database raises."""
         with self._warehouse.selected(self._selection, count=self._count) as found:
             self.last, self.total = found.last(), found.total
 
-    def _fill(self) -> None:
-        """Write the rows; `last` is set before the reader may begin."""
-        chosen, dialect = self._selection, self._warehouse.database.dialect
-        made = chosen.is_made(dialect)
-        out = writer(chosen, self._gzip or self, made=made)
-        width = len(chosen.columns)
-        left, last_row, shown = chosen.limit, None, False
-        with self._warehouse.selected(chosen, count=self._count) as found:
+    def produce(self) -> None:
+        """Read all rows, or until the client disconnects. `wait` and `pieces` raise any error."""
+        chosen, shown = self._selection, False
+        with (
+            suppress(ClientDisconnected),
+            self.written(),
+            self._warehouse.selected(chosen, count=self._count) as found,
+        ):
             self.total = found.total
-            for block in found.blocks:
-                if asked := block[:left]:
-                    left, last_row = left - len(asked), asked[-1]
-                    out.write([row[:width] for row in asked] if not made and len(last_row) > width else asked)
-                if len(asked) < len(block) and not shown and last_row:
-                    self.last = chosen.place_of(last_row, dialect)
+            made = chosen.is_made(self._warehouse.database.dialect)
+            pieces = encoded(chosen, self._rows(found.blocks, made=made), self, made=made)
+            for piece in self._packed(pieces) if self._gzip else pieces:
+                self.write(piece)
                 if not shown and self.size_bytes >= HEAD_BYTES:
                     self.last, shown = found.last(), True
                     self.show()
-        out.close()
-        if self._gzip:
-            self._gzip.close()
 
-    @property
-    def compressed(self) -> bool:
-        """Whether the bytes are gzip; valid once the reader may begin."""
-        return self._gzip is not None and self._gzip.started
+    def _rows(self, blocks: Iterable[Block], *, made: bool) -> Iterator[Block]:
+        """The rows that were asked for, without the columns that only `last` needs."""
+        left, width = self._selection.limit, len(self._selection.columns)
+        last_row: Sequence[Any] = ()
+        for block in blocks:
+            if asked := block[:left]:
+                left, last_row = left - len(asked), asked[-1]
+                yield [row[:width] for row in asked] if not made and len(last_row) > width else asked
+            if len(asked) < len(block) and last_row:
+                self.last = self._selection.place_of(last_row, self._warehouse.database.dialect)
+
+    def _packed(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The pieces, compressed if there is enough to be worth it."""
+        start = b""
+        while len(start) < GZIP_FROM_BYTES and (piece := next(pieces, None)) is not None:
+            start += piece
+        self.compressed = len(start) >= GZIP_FROM_BYTES
+        yield from gzipped(chain([start], pieces)) if self.compressed else [start]
 
     def pieces(self) -> Iterator[bytes]:
         """The bytes. Raises what the database raised while reading."""

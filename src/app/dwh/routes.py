@@ -28,8 +28,8 @@ from app.dwh.warehouse import InsertResult, Warehouse
 from app.object_store.port import ReadableBody
 from app.web.api import StreamedResponse, accepts_gzip
 from app.web.auth import needs
-from app.web.body_bridge import acquire_place, read_in_thread
 from app.web.errors import Refusal
+from app.web.request_bodies import acquire_place, read_in_thread
 
 READERS = {"postgres": 4, "sqlite": 2}  # SQLite reads in this process: more threads only block each other
 WRITERS = 6

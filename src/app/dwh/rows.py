@@ -270,14 +270,12 @@ def instant_texts(instants: Sequence[datetime]) -> Sequence[str]:
         return texts
     if lengths == {NAIVE}:
         return (encoded.replace(b'","', b'Z","') + b"Z").decode().split('","')
-    return [_mended(text, at) for text, at in zip(texts, instants, strict=True)]
-
-
-def _mended(text: str, at: datetime) -> str:
-    lacking = LACKING.get(len(text))
-    if lacking is None:
-        return instant_text(at.astimezone(UTC))
-    return (text if len(text) > SECONDS + 1 else text[:SECONDS]) + lacking
+    return [
+        (text if len(text) > SECONDS + 1 else text[:SECONDS]) + LACKING[len(text)]
+        if len(text) in LACKING
+        else instant_text(at.astimezone(UTC))
+        for text, at in zip(texts, instants, strict=True)
+    ]
 
 
 def _json(raw: Raw) -> str | None:

@@ -4,13 +4,14 @@ import json
 import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import cache
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 from app.core.errors import Permanent, Rejected, Transient
 from app.db.database import Dialect, NamedQueries, Session, sql_directory
@@ -34,11 +35,13 @@ LOCKS = 4_937_238_650_200  # plus the table's number; no other program uses thes
 STATEMENT_ROWS = 20  # per INSERT in SQLite; more do not help
 PROBED_KEYS = 16
 MERGE_ROWS = 20_000
+COPIED_BLOCKS = 20  # of at most 1000 rows each
 Resolution = Literal["ignore-duplicates", "merge-duplicates"]
 RESOLUTIONS: tuple[Resolution, ...] = get_args(Resolution)
 MERGE = RESOLUTIONS[1]
 Row = Sequence[Any]
 Columns = Sequence[Sequence[Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ def _on_conflict(table: Table, *, past: bool = False) -> str:
     return f"ON CONFLICT ({table.key.name}) DO {f'UPDATE SET {taken}' if table.updates else 'NOTHING'}"
 
 
+@cache
 def _upsert(table: Table, rows: int = 0, *, past: bool = False) -> str:
     """The upsert of one row, its values bound in order; in SQLite also of several `rows`: a shared `created_at` is
     bound first, then the values. Many rows per statement, and a timestamp computed once, save a third of the time.
@@ -94,7 +98,7 @@ def in_postgres(session: Session, table: Table, batches: "ReceivedBody", deleted
         return ids
     before = lock_table(session, table)
     if not deleted.any_of(session, table) and not _known(session, table, batches):
-        for group in _groups(batches.blocks(), MERGE_ROWS):
+        for group in _chunks(batches.blocks(), COPIED_BLOCKS):
             copied = session.append_new(table.name, table.names, group)
             if copied is None:
                 break
@@ -205,23 +209,10 @@ def _known(session: Session, table: Table, batches: "ReceivedBody") -> bool:
     return bool(row["known"])
 
 
-def _groups(blocks: Iterator[Columns], rows: int) -> Iterator[Iterator[Columns]]:
-    """Group blocks into about `rows` rows each; exhaust one group before starting the next."""
-
-    def until_enough(first: Columns) -> Iterator[Columns]:
-        taken = 0
-        for block in chain((first,), blocks):
-            yield block
-            taken += len(block[0])
-            if taken >= rows:
-                return
-
-    return map(until_enough, blocks)
-
-
-def _chunks(rows: Iterator[Row], count: int) -> Iterator[Iterator[Row]]:
-    for first in rows:
-        yield chain((first,), islice(rows, count - 1))
+def _chunks(each: Iterator[T], count: int) -> Iterator[Iterator[T]]:
+    """Chunks of `count`; exhaust one before starting the next."""
+    for first in each:
+        yield chain((first,), islice(each, count - 1))
 
 
 # Loads rows of several tables at once, as delivered by a pull, in the caller's transaction.
@@ -385,21 +376,14 @@ class _RollBack(Exception):
     """Rolls back the transaction of a dry run."""
 
 
-@dataclass(frozen=True, slots=True)
-class SelectedRows:
+class SelectedRows(NamedTuple):
     """The result of a selection. `blocks` have one row more than requested, if it exists. `total`: number of matching
-    rows, None if not requested.
+    rows, None if not requested. `last()`: the last row, if more follow it, from a query of its own.
     """
 
     blocks: Iterator[Sequence[Sequence[Any]]]
-    edge: Iterator[Sequence[Any]]
-    selection: Selection
     total: int | None
-
-    def last(self) -> KeysetPosition | None:
-        """The last row, if more follow it, without reading all blocks; costs a separate query."""
-        found = list(self.edge)
-        return self.selection.edge_place(found[0]) if len(found) > 1 else None
+    last: Callable[[], KeysetPosition | None]
 
 
 class Warehouse:
@@ -528,23 +512,23 @@ class Warehouse:
             if not self._lite:
                 session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             if selection.after and selection.after.of_row:
-                selection = replace(selection, after=_looked_up(session, selection, selection.after))
+                looking, params = selection.place_sql()
+                if not (found := session.rows(looking, **params)):
+                    what = "the row at this position, whose value is too long for a link, was deleted"
+                    raise Rejected(what, "begin again, or sort by another column")
+                selection = replace(selection, after=KeysetPosition(selection.after.id, found[0]["value"]))
             total = None
             if count:
                 counting, params = selection.count_sql(dialect)
                 total = int(session.rows(counting, **params)[0]["total"])
-            (reading, read_params), (edge, edge_params) = selection.rows_sql(dialect), selection.edge_sql(dialect)
-            blocks, ends = session.blocks(reading, **read_params), session.stream(edge, **edge_params)
-            yield SelectedRows(blocks, ends, selection, total)
 
+            def last() -> KeysetPosition | None:
+                edge, params = selection.edge_sql(dialect)
+                found = list(session.stream(edge, **params))
+                return selection.edge_place(found[0]) if len(found) > 1 else None
 
-def _looked_up(session: Session, selection: Selection, after: KeysetPosition) -> KeysetPosition:
-    """The position with its value. Raises Rejected when its row was deleted."""
-    looking, params = selection.place_sql()
-    for row in session.rows(looking, **params):
-        return KeysetPosition(after.id, row["value"])
-    what = "the row at this position, whose value is too long for a link, was deleted"
-    raise Rejected(what, "begin again, or sort by another column")
+            reading, params = selection.rows_sql(dialect)
+            yield SelectedRows(session.blocks(reading, **params), total, last)
 
 
 def open_warehouse(url: str, data_dir: Path) -> Warehouse:

@@ -63,8 +63,8 @@ from app.objects.streams import (
 )
 from app.web.api import StreamedResponse, refuse_unknown_parameters
 from app.web.auth import OPEN, needs
-from app.web.body_bridge import read_in_thread
 from app.web.errors import Refusal, Refused
+from app.web.request_bodies import read_in_thread
 
 if TYPE_CHECKING:
     from app.object_store.s3_multipart import S3Transfers

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, MutableMapping
 from importlib.resources import files
 from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
 
 from app.core.errors import AppError
 from app.ops.health import ProbeAnswer
@@ -29,8 +30,7 @@ from app.web.errors import (
     send_json,
     send_refusal,
 )
-from app.web.limits import BodyLimits
-from app.web.text_values import check_query
+from app.web.request_bodies import BodyLimits
 
 SAFE = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 PAGE = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
@@ -178,7 +178,11 @@ class HeadwaterApp:
         if scope["method"] == "HEAD" and "HEAD" not in methods:
             scope = {**scope, "method": "GET"}  # the server leaves the body out
         if b"%" in scope["query_string"] or not scope["query_string"].isascii():
-            check_query(scope["query_string"])
+            try:
+                unquote_to_bytes(scope["query_string"]).decode()
+            except UnicodeDecodeError:  # it would be decoded to a different key or filter
+                hint = "percent-encode the UTF-8 bytes of each value"
+                raise Refused(422, "the query is not UTF-8", hint) from None
         await self._limits.call(fast.get(path, app), scope, receive, send)
 
 

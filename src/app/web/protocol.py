@@ -12,17 +12,17 @@ What the two optimisations gain (docs/benchmarks.md, "The front" and "/s3"):
 """
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import suppress
 from contextvars import Context, ContextVar
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.ops.health import PATHS
 from app.web.errors import Asgi, Receive, Refusal, Scope, Send, send_refusal
-from app.web.limits import ConnectionLimits
 
 HEAD_SECONDS = 15.0
 HEAD_BYTES = 1 << 16
@@ -31,7 +31,6 @@ HOST_SINCE = "1.1"
 SEND_SECONDS, SEND_BYTES = 30.0, 1 << 15
 LINGER_SECONDS, LINGER_IDLE_SECONDS = 30.0, 5.0
 LINGER_HEAD_BYTES = 1 << 20  # discarded at most after an unreadable request
-IDLE, SENDING, WORKING = range(3)  # see WaitingConnection.rank
 PROBE_METHODS = ("GET", "HEAD")
 FULL = Refusal(
     503,
@@ -39,9 +38,8 @@ FULL = Refusal(
     "send the same request again later",
     headers={"Retry-After": "5", "Connection": "close"},
 )
-
-
 LOOK_SECONDS = 0.001
+log = logging.getLogger(__name__)
 of_a_request = ContextVar("of_a_request", default=False)
 """True in the context of a request, and of everything it starts."""
 
@@ -139,6 +137,74 @@ class LingeringTransport:
         """The connection is closed."""
         if self._timer is not None:
             self._timer.cancel()
+
+
+# Room for connections: at 90 % use, the connections that have been idle longest are closed.
+#
+# Invariants: a connection whose request is complete is never closed to make room; while there is no room, probes are
+# still answered. There is no limit by address: behind a proxy or in a private network many callers share one.
+
+USED = 0.9
+SPARE = 80  # descriptors for connections that are accepted before the first of them is counted
+IDLE, SENDING, WORKING = range(3)  # see WaitingConnection.rank
+CLOSED_SHARE, CLOSED_LEAST = 20, 32  # closed at once: 1 in 20, at least 32; each scan takes a while
+
+
+class WaitingConnection(Protocol):
+    """A connection that may be closed to make room."""
+
+    @property
+    def asked_at(self) -> float:
+        """When its last complete request arrived, or else when it was opened; monotonic seconds."""
+
+    @property
+    def rank(self) -> int:
+        """0 = idle, 1 = a request body is arriving, 2 = a request is being processed."""
+
+    def drop(self) -> None:
+        """Close it now; unsent data is lost."""
+
+
+class ConnectionLimits:
+    """Caps the number of `connections`, and the file `descriptors` in use, which the process needs for other things
+    too.
+    """
+
+    def __init__(self, connections: int, descriptors: int) -> None:
+        self._connections = int(connections * USED)
+        self._descriptors = min(int(descriptors * USED), descriptors - SPARE)
+        self._leaving: set[WaitingConnection] = set()
+
+    def enter(
+        self, newest: WaitingConnection, descriptor: int, all_of: Iterable[WaitingConnection], count: int
+    ) -> bool:
+        """Whether `newest`, one of `all_of`, may ask for more than probes; makes room for it if possible.
+
+        `descriptor` is its own. The kernel assigns the lowest free number, so it shows how many are in use.
+        """
+        if count < self._connections and descriptor < self._descriptors:
+            return True
+        return self.make(each for each in all_of if each is not newest)
+
+    def make(self, all_of: Iterable[WaitingConnection]) -> bool:
+        """Close some connections; whether any could be closed. Also called when the process is out of descriptors."""
+        if self._leaving:  # they are freed in the next iteration of the event loop
+            return True
+        idle = [each for each in all_of if each.rank < WORKING]
+        idle.sort(key=lambda each: (each.rank, each.asked_at))
+        victims = idle[: max(self._connections // CLOSED_SHARE, CLOSED_LEAST)]
+        self._leaving.update(victims)
+        for victim in victims:
+            victim.drop()
+        if victims:
+            log.warning("nine tenths of all connections are used: %d without a request were closed", len(victims))
+        else:
+            log.warning("all connections are at work: new ones are answered 503")
+        return bool(victims)
+
+    def left(self, connection: WaitingConnection) -> None:
+        """The connection is closed."""
+        self._leaving.discard(connection)
 
 
 class PunctualProtocol(HttpToolsProtocol):

@@ -22,8 +22,7 @@ import uvicorn
 from app.ops.health import PATHS
 from app.ops.service import ShutdownBudget
 from app.web.errors import Asgi, Receive, Refusal, Scope, Send, send_refusal
-from app.web.limits import ConnectionLimits
-from app.web.protocol import PunctualProtocol
+from app.web.protocol import ConnectionLimits, PunctualProtocol
 
 LINGER_SECONDS = 0.5
 CONNECTIONS = 2000

@@ -2,23 +2,11 @@
 
 import re
 from datetime import UTC, datetime
-from urllib.parse import unquote_to_bytes
-
-from app.web.errors import Refused
 
 # A plus sign in a query string decodes to a blank: `12:34:56+02:00` arrives as `12:34:56 02:00`, which is unambiguous.
 BLANK_FOR_PLUS = re.compile(r"(.*:\d\d(?:[.,]\d+)?) (\d\d:?\d\d)", re.ASCII)
 FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"
 """Some spreadsheets read a text that begins with one of these as a formula; the last four are full-width."""
-
-
-def check_query(query: bytes) -> None:
-    """Raises Refused for a query string that is not UTF-8: it would be decoded to a different key or filter."""
-    try:
-        unquote_to_bytes(query).decode()
-    except UnicodeDecodeError:
-        hint = "percent-encode the UTF-8 bytes of each value"
-        raise Refused(422, "the query is not UTF-8", hint) from None
 
 
 def instant(text: str) -> datetime:
