@@ -153,7 +153,7 @@ class S3Transfers:
     def _put(self, key: str, data: bytearray, put: PutRequest) -> StoredObject:
         guarded = put.expected is None or self._store.conditional
         try:
-            etag, version_id = self._store.put_version(key, io.BytesIO(data), put)
+            etag, version_id = self._store.put_version(key, data, put)
         except AppError as error:
             return StoredObject(confirm_lost_answer(self._store, key, put, error).etag, len(data), None, guarded)
         return StoredObject(etag, len(data), version_id, guarded)
