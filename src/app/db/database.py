@@ -27,16 +27,17 @@ def bound(params: Mapping[str, Any], *, as_text: bool = False) -> dict[str, Any]
     """
     checked = dict(params)
     for name, value in params.items():
-        if isinstance(value, datetime):
+        if isinstance(value, str):
+            if UNSTORABLE.search(value):
+                shown = f"{name} {value[:60]!r}"
+                raise Rejected(
+                    f"{shown} holds a NUL or a lone surrogate", "correct the value: no database stores such text"
+                )
+        elif isinstance(value, datetime):
             if value.tzinfo is None:
                 raise ValueError(f"{name} must be an aware datetime, not {value}")
-            instant = value.astimezone(UTC)
+            instant = value if value.tzinfo is UTC else value.astimezone(UTC)
             checked[name] = instant_text(instant) if as_text else instant
-        elif isinstance(value, str) and UNSTORABLE.search(value):
-            shown = f"{name} {value[:60]!r}"
-            raise Rejected(
-                f"{shown} holds a NUL or a lone surrogate", "correct the value: no database stores such text"
-            )
     return checked
 
 
