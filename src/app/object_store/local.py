@@ -579,11 +579,21 @@ class LocalNames:
         self._kept: bool | None = None
 
     def same(self, key: str) -> bool:
-        """False where a part of `key` leads to a file or directory of another name. Raises OSError."""
+        """False where a part of `key` leads to a file or directory that is not spelled exactly so. Raises OSError."""
         if self._kept is None and self._scratch.is_dir() and os.access(self._scratch, os.W_OK):
             self._kept = self._tried()
-        # None: nothing was written here yet, or the directory is not writable
-        return self._kept is not False or is_spelled_so(self._root, key, self._names_in)
+        if self._kept is not False:  # None: nothing was written here yet, or the directory is not writable
+            return True
+        folder = self._root
+        for segment in key.split("/"):
+            try:
+                names = self._names_in(folder)
+            except ABSENT:
+                return True
+            if segment not in names:
+                return not os.path.lexists(folder / segment)
+            folder = folder / segment
+        return True
 
     def _tried(self) -> bool:
         name = uuid4().hex + PROBE
@@ -597,17 +607,3 @@ class LocalNames:
         except OSError:
             return False  # not even this name works: check each one
         return kept and not twice
-
-
-def is_spelled_so(root: Path, key: str, names_in: NamesIn) -> bool:
-    """Whether each existing part of `key` is in its directory with exactly this spelling."""
-    folder = root
-    for segment in key.split("/"):
-        try:
-            names = names_in(folder)
-        except ABSENT:
-            return True
-        if segment not in names:
-            return not os.path.lexists(folder / segment)
-        folder = folder / segment
-    return True

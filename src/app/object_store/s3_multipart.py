@@ -349,22 +349,19 @@ class S3Upload:
         number = len(self._sent) + 1
         part_bytes(number)  # raises for an invalid number
         if not self._place:
-            self._begin()
+            place = {"Bucket": self._store.target.bucket, "Key": self._key}
+            with self._store.translated(self._key):
+                begun = self._store.client().create_multipart_upload(
+                    **place, **put_arguments(self._put, self._store.target)
+                )
+                self._place = {**place, "UploadId": begun["UploadId"]}
+            self._stack.push(lambda kind, *_: self._abort() if kind else None)
         for future in self._under_way:
             if future.done():
                 future.result()  # raise the error of a finished part early
         self._under_way = [future for future in self._under_way if not future.done()]
         self._sent.append(self._services.start(partial(self._part, operation, number, given)))
         self._under_way.append(self._sent[-1])
-
-    def _begin(self) -> None:
-        place = {"Bucket": self._store.target.bucket, "Key": self._key}
-        with self._store.translated(self._key):
-            begun = self._store.client().create_multipart_upload(
-                **place, **put_arguments(self._put, self._store.target)
-            )
-            self._place = {**place, "UploadId": begun["UploadId"]}
-        self._stack.push(lambda kind, *_: self._abort() if kind else None)
 
     def _part(self, operation: str, number: int, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The part's entry for Complete; None when the store does not support the operation."""
