@@ -95,7 +95,8 @@ def write_durably(path: Path, chunks: Iterable[bytes], folder: Path | None = Non
             file.flush()  # flush Python's buffer first: fsync does not see it
             keep_mode(path, file.fileno())
             sync_file(file.fileno())
-        replace_durably(temporary, path)
+        temporary.replace(path)
+        sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -109,12 +110,6 @@ def keep_mode(path: Path, descriptor: int) -> None:
 def sync_file(descriptor: int) -> None:
     """fsync; the data is on the disk when this returns."""
     os.fsync(descriptor)
-
-
-def replace_durably(temporary: Path, path: Path) -> None:
-    """Rename over `path` and make the rename itself durable."""
-    temporary.replace(path)
-    sync_directory(path.parent)
 
 
 def sync_directory(directory: Path | str) -> None:
