@@ -33,6 +33,7 @@ from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.core.files import NAME_BYTES, sync_directory, sync_file, write_durably
 from app.core.windows import EPOCH
 from app.object_store.port import (
+    AGAIN_HINT,
     CONTROL,
     MAX_KEY_BYTES,
     BadKey,
@@ -58,7 +59,6 @@ CHUNK_BYTES = 1 << 20
 ABSENT = (FileNotFoundError, NotADirectoryError)
 # Another disk, another user's file (fs.protected_hardlinks), a directory, no hard links here, too many.
 UNLINKABLE = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-AGAIN_HINT = "no action needed; it is retried"
 
 log = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.network import SharedClient
 from app.core.windows import EPOCH
 from app.object_store.port import (
+    AGAIN_HINT,
     MAX_KEY_BYTES,
     STORAGE_CLASS,
     TAG_COUNT,
@@ -35,7 +36,6 @@ from app.object_store.port import (
     normalized_key,
 )
 from app.object_store.s3_client import (
-    AGAIN_HINT,
     BUSY,
     REACH_HINT,
     SSE,

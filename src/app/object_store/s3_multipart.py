@@ -26,6 +26,7 @@ from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.object_store.port import (
+    AGAIN_HINT,
     MARK,
     TAG_COUNT,
     TAGS,
@@ -39,7 +40,7 @@ from app.object_store.port import (
     check_key,
 )
 from app.object_store.s3 import OTHER_ETAG, S3Store, check_headers, check_unicode, condition_of, put_arguments
-from app.object_store.s3_client import AGAIN_HINT, client_error, code_of, following, infos_of, status_of
+from app.object_store.s3_client import client_error, code_of, following, infos_of, status_of
 
 MIB = 1 << 20
 MOST_PARTS = 10_000
