@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.files import bounded_name, replace_durably, sync_directory, sync_file, write_durably
+from app.core.files import bounded_name, sync_directory, sync_file, write_durably
 from disk_effects import Disk
 
 
@@ -41,10 +41,9 @@ def test_a_file_whose_fsync_fails_never_gets_the_name_and_is_not_flushed_again(t
 
 
 def test_a_directory_whose_fsync_fails_is_said_as_well(tmp_path: Path) -> None:
-    (tmp_path / "new").write_bytes(b"new")
     disk = Disk(tmp_path, broken=lambda path: path == tmp_path)
     with disk.recorded(), pytest.raises(OSError, match="Input/output"):
-        replace_durably(tmp_path / "new", tmp_path / "a")
+        write_durably(tmp_path / "a", [b"new"])
 
 
 def open_files() -> int:

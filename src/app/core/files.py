@@ -83,9 +83,11 @@ def temporary_file(folder: Path | None = None, memory_bytes: int = 0) -> BinaryI
     return cast("BinaryIO", TemporaryFile(dir=folder))
 
 
-def write_durably(path: Path, chunks: Iterable[bytes]) -> None:
-    """Replace the file with the chunks, keeping its mode. Raises OSError; then `path` is untouched."""
-    temporary = path.with_name(bounded_name(f".{path.name}", f".{uuid4().hex}{TEMPORARY_SUFFIX}"))
+def write_durably(path: Path, chunks: Iterable[bytes], folder: Path | None = None) -> None:
+    """Replace the file with the chunks, keeping its mode. Raises OSError; then `path` is untouched. `folder`: for the
+    temporary file, on the same disk; None = beside it.
+    """
+    temporary = (folder or path.parent) / bounded_name(f".{path.name}", f".{uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("xb") as file:
             for chunk in chunks:
@@ -93,7 +95,8 @@ def write_durably(path: Path, chunks: Iterable[bytes]) -> None:
             file.flush()  # flush Python's buffer first: fsync does not see it
             keep_mode(path, file.fileno())
             sync_file(file.fileno())
-        replace_durably(temporary, path)
+        temporary.replace(path)
+        sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -109,13 +112,7 @@ def sync_file(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def replace_durably(temporary: Path, path: Path) -> None:
-    """Rename over `path` and make the rename itself durable."""
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path | str) -> None:
     """fsync a directory, so that names created, renamed or removed in it survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -27,16 +27,17 @@ def bound(params: Mapping[str, Any], *, as_text: bool = False) -> dict[str, Any]
     """
     checked = dict(params)
     for name, value in params.items():
-        if isinstance(value, datetime):
+        if isinstance(value, str):
+            if UNSTORABLE.search(value):
+                shown = f"{name} {value[:60]!r}"
+                raise Rejected(
+                    f"{shown} holds a NUL or a lone surrogate", "correct the value: no database stores such text"
+                )
+        elif isinstance(value, datetime):
             if value.tzinfo is None:
                 raise ValueError(f"{name} must be an aware datetime, not {value}")
-            instant = value.astimezone(UTC)
+            instant = value if value.tzinfo is UTC else value.astimezone(UTC)
             checked[name] = instant_text(instant) if as_text else instant
-        elif isinstance(value, str) and UNSTORABLE.search(value):
-            shown = f"{name} {value[:60]!r}"
-            raise Rejected(
-                f"{shown} holds a NUL or a lone surrogate", "correct the value: no database stores such text"
-            )
     return checked
 
 
@@ -162,16 +163,22 @@ def sql_directory() -> Path:
 
 
 def load_queries(folder: Path, dialect: Dialect) -> Mapping[str, str]:
-    """Name -> SQL of every `-- name: x` section in the folder's files; `-- name: x (postgres)` is for one dialect only.
+    """Name -> SQL of every `-- name: x` section in the folder's files, without the comments that describe it;
+    `-- name: x (postgres)` is for one dialect only.
 
     Raises Permanent when a query is missing for this dialect, duplicate, empty, or has an unknown dialect.
     """
     queries: dict[str, str] = {}
     names: set[str] = set()
     for path in sorted(folder.glob("*.sql")):
-        for name, variant, sql in _sections(path):
+        _, *parts = NAMED.split(path.read_text(encoding="utf-8"))
+        for name, variant, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            lines = (line for line in text.splitlines() if not line.lstrip().startswith("--"))
+            sql = "\n".join(lines).strip().removesuffix(";")
+            if not sql or variant not in (None, *DIALECTS):
+                raise Permanent(f"{path.name}: query {name} is empty or for no known dialect", BROKEN_INSTALLATION)
             names.add(name)
-            if variant not in ("", dialect):
+            if variant not in (None, dialect):
                 continue
             if name in queries:
                 raise Permanent(f"{path.name}: query {name} is defined twice for {dialect}", BROKEN_INSTALLATION)
@@ -181,20 +188,6 @@ def load_queries(folder: Path, dialect: Dialect) -> Mapping[str, str]:
     if not names:
         raise Permanent(f"no SQL queries found at {folder}", BROKEN_INSTALLATION)
     return queries
-
-
-def _sections(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Name, dialect ("" for all) and SQL of each section, without the comment lines that describe it."""
-    text = path.read_text(encoding="utf-8")
-    heads = list(NAMED.finditer(text))
-    for number, head in enumerate(heads):
-        end = heads[number + 1].start() if number + 1 < len(heads) else len(text)
-        lines = text[head.end() : end].splitlines()
-        sql = "\n".join(line for line in lines if not line.lstrip().startswith("--")).strip().removesuffix(";")
-        variant = head["dialect"] or ""
-        if not sql or variant not in ("", *DIALECTS):
-            raise Permanent(f"{path.name}: query {head['name']} is empty or for no known dialect", BROKEN_INSTALLATION)
-        yield head["name"], variant, sql
 
 
 class NamedQueries(dict[str, str]):

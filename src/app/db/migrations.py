@@ -20,7 +20,6 @@ from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
 
 from app.core.errors import Permanent, Transient
 from app.db.database import BROKEN_INSTALLATION, DIALECTS, DamagedDatabase, Database, Dialect, Session
@@ -58,41 +57,31 @@ class Migration:
         return sha256(self.sql.encode()).hexdigest()
 
 
-class RebuildableDatabase(Protocol):
-    """A database that can be re-created when it is damaged, since its content can be recovered."""
-
-    def check(self, wanted: Sequence[Migration]) -> None:
-        """Raises `DamagedDatabase` when it is not as the recorded migrations left it."""
-
-    def move_aside(self, error: DamagedDatabase, look: Callable[[], None]) -> None:
-        """Make room for a new one, unless `look`, which raises `DamagedDatabase`, no longer finds a fault."""
-
-    def made(self) -> None:
-        """Called when the new one is ready."""
-
-
 class MigratedDatabase:
     """A `Database` whose migrations are applied before its first transaction, so a daemon starts while it is
     unavailable.
 
     `folder` holds `migrations/0001_name.sql`, or one file per dialect such as `0001_name.postgres.sql`. Missing tables,
-    as in a database that was emptied, are re-created before the next transaction; a damaged database is replaced if
-    `rebuilt` is given, otherwise refused. `before_first` raises when the database belongs to another program; it is
-    called while no migration of the folder has been applied.
+    as in a database that was emptied, are re-created before the next transaction if there is a `check`, which raises
+    `DamagedDatabase` when the database is not as the recorded migrations left it. A damaged `file`, which has its own
+    check, is replaced; any other database is refused. `before_first` raises when the database belongs to another
+    program; it is called while no migration of the folder has been applied.
     """
 
     def __init__(
         self,
         database: Database,
         folder: Path,
-        rebuilt: RebuildableDatabase | None = None,
+        file: "StateFile | None" = None,
         *,
+        check: Callable[[Sequence[Migration]], None] | None = None,
         before_first: Callable[[Session], None] | None = None,
     ) -> None:
         self.dialect, self.place = database.dialect, database.place
         self._database = database
         self._folder = folder
-        self._rebuilt = rebuilt
+        self._file = file
+        self._check = file.check if file else check
         self._before_first = before_first
         self._lock = threading.Lock()
         self._prepared = False
@@ -107,7 +96,7 @@ class MigratedDatabase:
                 yield session
         except DamagedDatabase as error:
             self._prepared = False
-            if self._rebuilt is None:
+            if self._check is None:
                 raise
             self.prepare(error)
             raise Transient(
@@ -130,16 +119,16 @@ class MigratedDatabase:
                     raise suspicion
                 self._migrate(wanted, thorough=suspicion is not None)
             except DamagedDatabase as error:
-                if self._rebuilt is None:
+                if self._file is None:
                     raise
-                self._rebuilt.move_aside(error, lambda: self._migrate(wanted, thorough=True))
+                self._file.move_aside(error, lambda: self._migrate(wanted, thorough=True))
                 self._migrate(wanted, thorough=False)
-                self._rebuilt.made()
+                self._file.moved_at = None
             self._prepared = True
 
     def _migrate(self, wanted: Sequence[Migration], *, thorough: bool) -> None:
-        if self._rebuilt is not None:
-            self._rebuilt.check(wanted)
+        if self._check is not None:
+            self._check(wanted)
         apply(self._database, wanted, self._before_first)
         if thorough:
             with self._database.transaction(read_only=True) as session:
@@ -263,12 +252,13 @@ Schema = AbstractSet[tuple[str, str, str | None]]
 
 
 class StateFile:
-    """See `RebuildableDatabase`."""
+    """The file of a state in SQLite."""
 
     def __init__(self, database: SqliteDatabase) -> None:
         self._database = database
         self._path = Path(os.path.realpath(database.path))  # of a symbolic link, move the target, not the link
-        self._moved_at: float | None = None
+        self.moved_at: float | None = None
+        """When it was moved aside, while the new one is not ready: monotonic seconds."""
 
     def check(self, wanted: Sequence[Migration]) -> None:
         """Raises `DamagedDatabase` when the tables do not match the recorded migrations. Read-only."""
@@ -290,7 +280,7 @@ class StateFile:
 
         Raises `error` when a file created a minute ago is damaged again, and Permanent when it cannot be moved.
         """
-        if self._moved_at is not None and time.monotonic() - self._moved_at < AGAIN_SECONDS:
+        if self.moved_at is not None and time.monotonic() - self.moved_at < AGAIN_SECONDS:
             raise error
         seen = file_id(self._path)
         if error.file is None or error.file != seen:
@@ -304,12 +294,8 @@ class StateFile:
             if file_id(self._path) != seen:
                 return  # another process has moved it
             name = self._move()
-        self._moved_at = time.monotonic()
+        self.moved_at = time.monotonic()
         log.error("%s; moved to %s and re-created: jobs go on from what the destinations hold", error.message, name)
-
-    def made(self) -> None:
-        """Called when the new file is ready."""
-        self._moved_at = None
 
     @property
     def note(self) -> str:
@@ -370,44 +356,30 @@ WHERE c.relkind = 'r' AND pg_table_is_visible(c.oid) AND a.attnum > 0 AND NOT a.
 """
 
 
-class StateTables:
-    """See `RebuildableDatabase`. If only some tables are gone, a person has to restore them."""
+def check_state_tables(database: Database, folder: Path, wanted: Sequence[Migration]) -> None:
+    """Record the migrations of tables that all exist without any record, since creating them again would fail.
 
-    def __init__(self, database: Database, folder: Path) -> None:
-        self._database = database
-        self._folder = folder
-
-    def check(self, wanted: Sequence[Migration]) -> None:
-        """Record the migrations of tables that all exist without any record, since creating them again would fail.
-
-        Raises `DamagedDatabase` when a table or a column is missing though its migration was applied.
-        """
-        with self._database.transaction() as session:
-            lock(session, "postgres")
-            names = recorded(session, "postgres")
-            there = {(row["name"], row["col"]) for row in session.rows(POSTGRES_COLUMNS)}
-            done = {each.name for each in wanted if each.name in names}
-            # Tables and columns are the same in both dialects.
-            model = tuple(each for each in migrations(self._folder, "sqlite") if not done or each.name in done)
-            missing = {(name, col) for kind, name, col in schema_after(model) if kind == "table"} - there
-            if done and missing:
-                table, col = min(missing, key=str)
-                raise DamagedDatabase(
-                    f"{self._database.place}: table {table} ({col}) is missing, though its migration was applied"
-                )
-            others = {name for name, _ in there} & {name for kind, name, _ in schema_after(model) if kind == "table"}
-            if missing and others:
-                raise Permanent(
-                    f"{self._database.place}: another program created the table {min(others)}", OTHER_PROGRAM_HINT
-                )
-            if not done and not missing:
-                if not session.rows(TABLE_EXISTS["postgres"]):
-                    session.run(CREATE_TABLE)
-                session.run_many(RECORD, [{"name": each.name, "checksum": each.checksum} for each in wanted])
-
-    def move_aside(self, error: DamagedDatabase, look: Callable[[], None]) -> None:  # noqa: ARG002 - the port's
-        """Nothing is moved. Raises `DamagedDatabase` unless `look` finds no fault by now."""
-        look()
-
-    def made(self) -> None:
-        """Nothing to do."""
+    Raises `DamagedDatabase` when a table or a column is missing though its migration was applied: a person has to
+    restore it.
+    """
+    with database.transaction() as session:
+        lock(session, "postgres")
+        names = recorded(session, "postgres")
+        there = {(row["name"], row["col"]) for row in session.rows(POSTGRES_COLUMNS)}
+        done = {each.name for each in wanted if each.name in names}
+        # Tables and columns are the same in both dialects.
+        model = schema_after(tuple(each for each in migrations(folder, "sqlite") if not done or each.name in done))
+        tables = {(name, col) for kind, name, col in model if kind == "table"}
+        missing = tables - there
+        if done and missing:
+            table, col = min(missing, key=str)
+            raise DamagedDatabase(
+                f"{database.place}: table {table} ({col}) is missing, though its migration was applied"
+            )
+        others = {name for name, _ in there} & {name for name, _ in tables}
+        if missing and others:
+            raise Permanent(f"{database.place}: another program created the table {min(others)}", OTHER_PROGRAM_HINT)
+        if not done and not missing:
+            if not session.rows(TABLE_EXISTS["postgres"]):
+                session.run(CREATE_TABLE)
+            session.run_many(RECORD, [{"name": each.name, "checksum": each.checksum} for each in wanted])

@@ -159,12 +159,10 @@ class SqlSummaries(Repository):
 
     def known(self, versions: Collection[Version]) -> Mapping[Version, KnownObject]:
         """The facts of those of `versions` that are known and not packed."""
-        found: dict[Version, KnownObject] = {}
         with self._queries.database.transaction(read_only=True) as session:
-            for ids in _id_lists(versions):
-                for version, key, size_bytes, rows, fault, columns in session.stream(self._queries["facts"], ids=ids):
-                    found[bytes.fromhex(version)] = KnownObject(key, size_bytes, rows, fault, columns or "{}")
-        return found
+            return dict(
+                _known(row) for ids in _id_lists(versions) for row in session.stream(self._queries["facts"], ids=ids)
+            )
 
     def save(self, many: Sequence[ObjectFacts]) -> None:
         """Add facts. Idempotent, also against other processes."""
@@ -197,8 +195,7 @@ class SqlSummaries(Repository):
     def every(self) -> Iterator[tuple[Version, KnownObject]]:
         """All known versions that are not packed."""
         with self._queries.database.transaction(read_only=True) as session:
-            for version, key, size_bytes, rows, fault, columns in session.stream(self._queries["all_facts"]):
-                yield bytes.fromhex(version), KnownObject(key, size_bytes, rows, fault, columns or "{}")
+            yield from map(_known, session.stream(self._queries["all_facts"]))
 
     def schemas(self) -> Mapping[str, str]:
         """Columns with their types as JSON, by the schema id used in packs."""
@@ -326,6 +323,11 @@ def _id_lists(versions: Collection[Version]) -> Iterator[str]:
     ids = [version.hex() for version in versions]
     for start in range(0, len(ids), SOME):
         yield json.dumps(ids[start : start + SOME])
+
+
+def _known(row: Sequence[Any]) -> tuple[Version, KnownObject]:
+    version, key, size_bytes, rows, fault, columns = row
+    return bytes.fromhex(version), KnownObject(key, size_bytes, rows, fault, columns or "{}")
 
 
 def _part(row: Sequence[Any]) -> DaySummary:

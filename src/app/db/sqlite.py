@@ -158,7 +158,7 @@ class SqliteDatabase:
             if not self.path.exists():
                 raise Permanent(f"{self.place}: there is no such file", "correct the path in the URL")
             with _translated(self.path):
-                return _connected(self.path, self._busy_seconds, "?mode=ro")
+                return _opened(self.path, self._busy_seconds, read_only=True)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -219,21 +219,18 @@ def _refuse_lone_wal(path: Path) -> None:
             raise DamagedDatabase(f"SQLite at {path}: the file is empty or gone, while its -wal is there")
 
 
-def _connected(path: Path, busy_seconds: float, mode: str = "") -> FileConnection:
+def _opened(path: Path, busy_seconds: float, *, read_only: bool = False) -> FileConnection:
     connection = sqlite3.connect(
-        f"{path.resolve().as_uri()}{mode}" if mode else path,
-        uri=bool(mode),
+        f"{path.resolve().as_uri()}?mode=ro" if read_only else path,
+        uri=read_only,
         timeout=busy_seconds,
         isolation_level=None,
         check_same_thread=False,
         factory=FileConnection,
     )
-    connection.file = file_id(path)
-    return connection
-
-
-def _opened(path: Path, busy_seconds: float) -> FileConnection:
-    connection = _connected(path, busy_seconds)
+    if read_only:
+        connection.file = file_id(path)
+        return connection
     with ExitStack() as undo:
         undo.callback(connection.close)
         connection.execute("PRAGMA schema_version")  # creates the file

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from app.core.windows import DAY_SECONDS, HOUR_SECONDS, floor_to, next_midnight
 from app.db.checkpoints import SqlCheckpoints
 from app.db.database import Database, NamedQueries, Repository, sql_directory, storable
 from app.db.leases import AHEAD, SqlClocks, SqlLeases, StateClock
-from app.db.migrations import MigratedDatabase, StateFile, StateTables, open_database
+from app.db.migrations import MigratedDatabase, StateFile, check_state_tables, open_database
 from app.db.object_summaries import SqlSummaries
 from app.db.page_queries import NUMBERS, SqlPages, numbers_of, run_of
 from app.db.sqlite import SqliteDatabase
@@ -340,7 +341,7 @@ class State:
     def __init__(self, plain: Database, *, run_records: int) -> None:
         folder = sql_directory() / "state"
         self.file = StateFile(plain) if isinstance(plain, SqliteDatabase) else None
-        self.database = MigratedDatabase(plain, folder, self.file or StateTables(plain, folder))
+        self.database = MigratedDatabase(plain, folder, self.file, check=partial(check_state_tables, plain, folder))
         self.clock = StateClock()
         queries = NamedQueries(self.database, folder)
         self.checkpoints = SqlCheckpoints(queries)

@@ -78,15 +78,11 @@ class SqlWorkers(Repository):
         """Take all reports that no plan has taken."""
         with self._queries.database.transaction() as session:
             rows = session.rows(self._queries["take_step_reports"], pipeline=pipeline)
-        return [_step_report(row["plan_id"], row["step"], json.loads(row["report"])) for row in rows]
-
-
-def _step_report(plan_id: str, step: str, document: dict[str, object]) -> StepReport:
-    failures, ledger = document.pop("failures"), document.pop("ledger")
-    requests = document.pop("requests", {})  # earlier versions did not store requests
-    report = Report(
-        failures=tuple(Failure(**each) for each in failures),  # type: ignore[attr-defined]
-        ledger=from_json(ledger),  # type: ignore[arg-type]
-        **document,  # type: ignore[arg-type]
-    )
-    return StepReport(plan_id, step, report, requests)  # type: ignore[arg-type]
+        reports = []
+        for row in rows:
+            document = json.loads(row["report"])
+            requests = document.pop("requests", {})  # earlier versions did not store requests
+            document["failures"] = tuple(Failure(**each) for each in document["failures"])
+            document["ledger"] = from_json(document["ledger"])
+            reports.append(StepReport(row["plan_id"], row["step"], Report(**document), requests))
+        return reports

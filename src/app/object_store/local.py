@@ -26,13 +26,14 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from shutil import copyfileobj
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
-from app.core.files import NAME_BYTES, replace_durably, sync_directory, sync_file
+from app.core.files import NAME_BYTES, sync_directory, sync_file, write_durably
 from app.core.windows import EPOCH
 from app.object_store.port import (
+    AGAIN_HINT,
     CONTROL,
     MAX_KEY_BYTES,
     BadKey,
@@ -58,9 +59,10 @@ CHUNK_BYTES = 1 << 20
 ABSENT = (FileNotFoundError, NotADirectoryError)
 # Another disk, another user's file (fs.protected_hardlinks), a directory, no hard links here, too many.
 UNLINKABLE = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-AGAIN_HINT = "no action needed; it is retried"
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class LocalDirectory:
@@ -72,11 +74,11 @@ class LocalDirectory:
     """
 
     def __init__(self, root: Path, clock_ns: Callable[[], int] = time.time_ns) -> None:
-        self._root = Path(os.path.realpath(root))
-        self._hidden = self._root / HIDDEN
-        self._temporaries = self._hidden / "tmp"
-        self._notes = LocalMetadata(self._hidden / "meta", self._temporaries)
-        self._names = LocalNames(self._root, self._temporaries)
+        self._root = os.path.realpath(root)
+        self._hidden = f"{self._root}/{HIDDEN}"
+        self._temporaries = f"{self._hidden}/tmp"  # noqa: S108 - below the root
+        self._notes = LocalMetadata(Path(self._hidden, "meta"), Path(self._temporaries))
+        self._names = LocalNames(Path(self._root), Path(self._temporaries))
         self._clock_ns = clock_ns
         self._turn = threading.Lock()
         self.conditional = False  # until `probe` has confirmed that the root can be written and locked
@@ -84,10 +86,11 @@ class LocalDirectory:
 
     def probe(self) -> None:
         """Write and lock below the root, and remove what killed processes left there more than a day ago."""
-        with _translated(str(self._root)):
-            with self._spooled([b"probe"], PutRequest("text/plain")), self._locked():
-                oldest_ns = self._clock_ns() - LEFTOVER_NS
-            for leftover in self._temporaries.iterdir():
+        with _translated(self._root):
+            with self._spooled([b"probe"], PutRequest("text/plain")) as (probe, _, _), self._locked():
+                os.unlink(probe)
+            oldest_ns = self._clock_ns() - LEFTOVER_NS
+            for leftover in Path(self._temporaries).iterdir():
                 found = _stat(leftover)
                 if found is not None and found.st_mtime_ns < oldest_ns:
                     leftover.unlink(missing_ok=True)
@@ -98,7 +101,6 @@ class LocalDirectory:
         path = self._held_path(key)
         if path is None:
             return None
-
         with _translated(key), ExitStack() as lock:
             is_locked = False
             while (found := _stat(path)) is not None:
@@ -111,7 +113,7 @@ class LocalDirectory:
 
     def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
         """As `write`."""
-        return self.write(key, body, put).etag
+        return self._write(key, _chunks(body), put).etag
 
     @contextmanager
     def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
@@ -137,7 +139,7 @@ class LocalDirectory:
         with _translated(key):
             try:
                 # Use the ETag of the link: the name may already lead to a later version.
-                target.hardlink_to(path)
+                os.link(path, target)
             except ABSENT:
                 return None
             except OSError as error:
@@ -162,8 +164,7 @@ class LocalDirectory:
             or prefix.encode("utf-8", "replace").decode() != prefix
         ):
             return
-        start = f"{self._root}/{folder}" if folder else str(self._root)
-        if os.path.realpath(start) == start:
+        if not self._has_link(folder):
             yield from self._walk(f"{folder}/" if folder else "", prefix)
 
     def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:  # noqa: ARG002 - the port's
@@ -178,10 +179,10 @@ class LocalDirectory:
                 return
             with self._locked():
                 if _stat(path) is not None:
-                    path.unlink()
-                    sync_directory(path.parent)
+                    os.unlink(path)
+                    sync_directory(os.path.dirname(path))
                 self._notes.remove(key)
-                self._prune(path.parent)
+                self._prune(os.path.dirname(path))
 
     properties = head  # which returns everything
 
@@ -191,31 +192,33 @@ class LocalDirectory:
 
     def _write(self, key: str, chunks: Iterable[bytes], put: PutRequest) -> StoredObject:
         path = self._path(check_key(key))
+        folder = os.path.dirname(path)
         with _translated(key), self._spooled(chunks, put) as sealed, self._locked():
-            spooled, etag, noted = sealed
+            spooled, made, noted = sealed
             self._check_name(key)
-            held, made = _stat(path), spooled.lstat()
+            held = _stat(path)
             found = "" if held is None else _etag(held)
             if put.expected not in (None, found):
                 raise Conflict(f"{key}: expected {put.expected or 'no object'}, found {found or 'none'}", AGAIN_HINT)
             if held is not None and made.st_mtime_ns <= held.st_mtime_ns:
                 # Make it newer than the replaced file even if the clock was set back: the inode may have belonged to an
                 # earlier version, so only the time tells them apart. Inode, time and size survive the rename.
-                with spooled.open("rb+") as file:
-                    etag, noted = self._seal(file, held.st_mtime_ns + 1, put)
+                with open(spooled, "rb+") as file:
+                    made, noted = self._seal(file, held.st_mtime_ns + 1, put)
             try:
-                _make_folder(path.parent)
                 if not noted:
-                    self._notes.write(key, etag, put)
-                if path.is_dir():
-                    path.rmdir()  # an empty one was left by a killed writer; others hold another key's objects
-                replace_durably(spooled, path)
+                    _make_folder(folder)
+                    self._notes.write(key, _etag(made), put)
+                if held is None and os.path.isdir(path):
+                    os.rmdir(path)  # an empty one was left by a killed writer; others hold another key's objects
+                _in_folder(folder, partial(os.replace, spooled, path))
+                sync_directory(folder)
             except OSError:
-                self._prune(path.parent)
+                self._prune(folder)
                 raise
             # Only now is it certain which name the file system stored.
             self._check_name(key, written=path)
-            return StoredObject(etag, made.st_size)
+            return StoredObject(_etag(made), made.st_size)
 
     def patch(self, held: ObjectInfo, offset: int, body: ReadableBody) -> StoredObject:
         """Rewrites the whole object: its current readers keep the old bytes."""
@@ -240,7 +243,7 @@ class LocalDirectory:
         """The keys after the last one of the previous page."""
         return page_of(self.list(question.prefix), question)
 
-    def _held_path(self, key: str) -> Path | None:
+    def _held_path(self, key: str) -> str | None:
         """The path of the object, if it exists; None if the file system has it under another name. A key that no new
         object may have must be in the listing, where it comes before all others that begin with it.
         """
@@ -253,50 +256,60 @@ class LocalDirectory:
         with _translated(key):
             return path if self._names.same(key) else None
 
-    def _check_name(self, key: str, written: Path | None = None) -> None:
+    def _check_name(self, key: str, written: str = "") -> None:
         """Raises BadKey where the file system would store the key, or stored `written`, under a different name."""
         if not self._names.same(key):
-            if written is not None:
-                written.unlink()  # safe: the name was checked before the write too, so the file is ours
-                self._prune(written.parent)
+            if written:
+                os.unlink(written)  # safe: the name was checked before the write too, so the file is ours
+                self._prune(os.path.dirname(written))
             raise BadKey(
                 f"object key {key!r} has another name on this disk, whose file system changes case or Unicode",
                 "use one spelling of each name, or a file system that keeps names as they are",
             )
 
-    def _path(self, key: str) -> Path:
-        if key.split("/", 1)[0] == HIDDEN:
+    def _path(self, key: str) -> str:
+        if key.partition("/")[0] == HIDDEN:
             raise Rejected(f"object key {key!r} is in the store's own folder {HIDDEN}", "choose another first segment")
-        path = self._root / key
-        if os.path.realpath(path) != str(path):
+        if self._has_link(key):
             raise Rejected(
                 f"object key {key!r} leads through a symbolic link", f"replace the link below {self._root} by a folder"
             )
-        return path
+        return f"{self._root}/{key}"
+
+    def _has_link(self, key: str) -> bool:
+        path = self._root
+        with suppress(OSError):  # nothing exists from here on, or the call that uses the path says what is wrong
+            for segment in key.split("/"):
+                path = f"{path}/{segment}"
+                if stat.S_ISLNK(os.lstat(path).st_mode):
+                    return True
+        return False
 
     @contextmanager
-    def _spooled(self, chunks: Iterable[bytes], put: PutRequest) -> Iterator[tuple[Path, str, bool]]:
-        """A synced temporary file on the root's file system: path, ETag, and whether it carries its own note."""
-        _make_folder(self._temporaries)
-        path = self._temporaries / uuid4().hex
+    def _spooled(self, chunks: Iterable[bytes], put: PutRequest) -> Iterator[tuple[str, os.stat_result, bool]]:
+        """A synced temporary file on the root's file system: path, properties, and whether it carries its own note. The
+        block renames or removes it.
+        """
+        path = f"{self._temporaries}/{uuid4().hex}"
         try:
-            with path.open("xb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
+            with _in_folder(self._temporaries, lambda: open(path, "xb")) as file:
+                file.writelines(chunks)
                 file.flush()
-                etag, noted = self._seal(file, self._clock_ns(), put)
-            yield path, etag, noted
-        finally:
-            path.unlink(missing_ok=True)
+                made, noted = self._seal(file, self._clock_ns(), put)
+            yield path, made, noted
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            raise
 
-    def _seal(self, file: BinaryIO, at_ns: int, put: PutRequest) -> tuple[str, bool]:
+    def _seal(self, file: BinaryIO, at_ns: int, put: PutRequest) -> tuple[os.stat_result, bool]:
         """Set the file's time (from the clock, as the kernel's is coarser) and its note, then make it durable."""
         descriptor = file.fileno()
         os.utime(descriptor, ns=(at_ns, at_ns))
-        etag = _etag(os.fstat(descriptor))
-        noted = self._notes.attach(descriptor, etag, put)
+        made = os.fstat(descriptor)
+        noted = self._notes.attach(descriptor, _etag(made), put)
         sync_file(descriptor)
-        return etag, noted
+        return made, noted
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -305,10 +318,10 @@ class LocalDirectory:
         """
         from filelock import lock_descriptor
 
-        _make_folder(self._hidden)
-        path = self._hidden / "lock"
+        path = f"{self._hidden}/lock"
         with self._turn:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = _in_folder(self._hidden, partial(os.open, path, flags, 0o644))
             try:
                 deadline = time.monotonic() + LOCK_SECONDS
                 while not lock_descriptor(descriptor, blocking=False):
@@ -341,15 +354,15 @@ class LocalDirectory:
                 if found is not None:
                     yield _info(key, found)
 
-    def _prune(self, folder: Path) -> None:
+    def _prune(self, folder: str) -> None:
         while folder != self._root:
             try:
-                folder.rmdir()
+                os.rmdir(folder)
             except FileNotFoundError:
                 pass
             except OSError:
                 return
-            folder = folder.parent
+            folder = os.path.dirname(folder)
 
 
 def _chunks(body: ReadableBody) -> Iterator[bytes]:
@@ -390,7 +403,7 @@ def _is_key(name: str) -> bool:
     return True
 
 
-def _stat(path: Path | str) -> os.stat_result | None:
+def _stat(path: str | Path) -> os.stat_result | None:
     """A regular file's properties; None for anything else, or if it does not exist."""
     try:
         found = os.lstat(path)
@@ -399,7 +412,7 @@ def _stat(path: Path | str) -> os.stat_result | None:
     return found if stat.S_ISREG(found.st_mode) else None
 
 
-def _open(path: Path) -> BinaryIO | None:
+def _open(path: str) -> BinaryIO | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # do not block on a FIFO
     except ABSENT:
@@ -410,24 +423,35 @@ def _open(path: Path) -> BinaryIO | None:
     return None
 
 
-def _copied(path: Path, target: Path) -> str | None:
+def _copied(path: str, target: Path) -> str | None:
     """Copy one version and return its ETag: an open file keeps its bytes when its name is replaced."""
     file = _open(path)
     if file is None:
         return None
     with file, ExitStack() as undo:
         undo.callback(target.unlink, missing_ok=True)
-        with target.open("xb") as copy:
+        with open(target, "xb") as copy:
             copyfileobj(file, copy, CHUNK_BYTES)
         undo.pop_all()
         return _etag(os.fstat(file.fileno()))
 
 
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_directory(folder.parent)  # makes the new name durable
+def _make_folder(folder: str) -> None:
+    if not os.path.isdir(folder):
+        parent = os.path.dirname(folder)
+        _make_folder(parent)
+        with suppress(FileExistsError):
+            os.mkdir(folder)
+        sync_directory(parent)  # makes the new name durable
+
+
+def _in_folder(folder: str, act: Callable[[], T]) -> T:
+    """What `act` returns, which makes a file in `folder`. Nearly always it exists, so only a failure has it made."""
+    try:
+        return act()
+    except FileNotFoundError:
+        _make_folder(folder)
+        return act()
 
 
 @contextmanager
@@ -488,18 +512,10 @@ class LocalMetadata:
 
     def write(self, key: str, etag: str, put: PutRequest) -> None:
         """Write the note to a separate file, before the object with this ETag gets its name."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._temporaries / uuid4().hex
-        try:
-            with temporary.open("xb") as file:
-                file.write(_note(etag, put))
-                file.flush()
-                sync_file(file.fileno())
-            replace_durably(temporary, self._path(key))
-        finally:
-            temporary.unlink(missing_ok=True)
+        _make_folder(str(self._folder))
+        write_durably(self._path(key), [_note(etag, put)], self._temporaries)
 
-    def read(self, key: str, path: Path, info: ObjectInfo) -> tuple[ObjectInfo, bool]:
+    def read(self, key: str, path: str, info: ObjectInfo) -> tuple[ObjectInfo, bool]:
         """`info` with its note, and whether that is certain: it is not while a writer may be between writing the note
         of the next version and renaming.
         """
@@ -512,13 +528,12 @@ class LocalMetadata:
                 note = self._path(key).read_bytes()
             except FileNotFoundError:
                 return info, True
-        try:
+        found = None
+        with suppress(ValueError):  # truncated by a power cut
             found = json.loads(note)
-        except ValueError:
-            return info, True  # truncated by a power cut
         if not isinstance(found, dict):
             return info, True
-        if _time_and_size(found.get("etag", "")) != _time_and_size(info.etag):
+        if found.get("etag", "").partition("-")[2] != info.etag.partition("-")[2]:  # all but the inode
             return info, attached is not None
         headers = found.get("headers", {})  # version 1.0 stored none
         return replace(info, content_type=found["content_type"], metadata=found["metadata"], headers=headers), True
@@ -531,10 +546,6 @@ class LocalMetadata:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
-def _time_and_size(etag: str) -> str:
-    return etag.partition("-")[2]
-
-
 def _note(etag: str, put: PutRequest) -> bytes:
     metadata = {name.lower(): value for name, value in put.metadata.items()}
     note = {"etag": etag, "content_type": put.content_type, "metadata": metadata, "headers": dict(put.headers)}
@@ -544,8 +555,6 @@ def _note(etag: str, put: PutRequest) -> bytes:
 # Whether a file system stores names unchanged: some ignore case, some normalize Unicode or drop a trailing dot.
 PROBE = "e\N{COMBINING ACUTE ACCENT}\N{LATIN SMALL LETTER E WITH ACUTE} a."
 
-NamesIn = Callable[[Path], Collection[str]]
-
 
 class LocalNames:
     """Names below `root`. `scratch` is a directory on the same file system, where names are tested once it exists.
@@ -554,17 +563,27 @@ class LocalNames:
     the names that its directory actually holds.
     """
 
-    def __init__(self, root: Path, scratch: Path, names_in: NamesIn = os.listdir) -> None:
+    def __init__(self, root: Path, scratch: Path, names_in: Callable[[Path], Collection[str]] = os.listdir) -> None:
         self._root, self._scratch = root, scratch
         self._names_in = names_in
         self._kept: bool | None = None
 
     def same(self, key: str) -> bool:
-        """False where a part of `key` leads to a file or directory of another name. Raises OSError."""
+        """False where a part of `key` leads to a file or directory that is not spelled exactly so. Raises OSError."""
         if self._kept is None and self._scratch.is_dir() and os.access(self._scratch, os.W_OK):
             self._kept = self._tried()
-        # None: nothing was written here yet, or the directory is not writable
-        return self._kept is not False or is_spelled_so(self._root, key, self._names_in)
+        if self._kept is not False:  # None: nothing was written here yet, or the directory is not writable
+            return True
+        folder = self._root
+        for segment in key.split("/"):
+            try:
+                names = self._names_in(folder)
+            except ABSENT:
+                return True
+            if segment not in names:
+                return not os.path.lexists(folder / segment)
+            folder = folder / segment
+        return True
 
     def _tried(self) -> bool:
         name = uuid4().hex + PROBE
@@ -578,17 +597,3 @@ class LocalNames:
         except OSError:
             return False  # not even this name works: check each one
         return kept and not twice
-
-
-def is_spelled_so(root: Path, key: str, names_in: NamesIn) -> bool:
-    """Whether each existing part of `key` is in its directory with exactly this spelling."""
-    folder = root
-    for segment in key.split("/"):
-        try:
-            names = names_in(folder)
-        except ABSENT:
-            return True
-        if segment not in names:
-            return not os.path.lexists(folder / segment)
-        folder = folder / segment
-    return True

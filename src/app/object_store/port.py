@@ -25,6 +25,7 @@ from app.core.errors import Conflict, Rejected
 MAX_KEY_BYTES = 1024
 MAX_PAGE = 1000
 BATCH = 1000
+AGAIN_HINT = "no action needed; it is retried"
 MARK = "headwater-write"
 """Metadata that identifies the write that made an object; not shown to readers."""
 STORAGE_CLASS = "x-amz-storage-class"
@@ -281,7 +282,7 @@ class LimitedBody:
             return b""
         data = self._stream.read(min(count, self._left))
         if not data:
-            raise Conflict("the file became shorter while it was read", "no action needed; it is retried")
+            raise Conflict("the file became shorter while it was read", AGAIN_HINT)
         self._left -= len(data)
         return data
 

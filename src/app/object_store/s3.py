@@ -20,6 +20,7 @@ from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.network import SharedClient
 from app.core.windows import EPOCH
 from app.object_store.port import (
+    AGAIN_HINT,
     MAX_KEY_BYTES,
     STORAGE_CLASS,
     TAG_COUNT,
@@ -35,7 +36,6 @@ from app.object_store.port import (
     normalized_key,
 )
 from app.object_store.s3_client import (
-    AGAIN_HINT,
     BUSY,
     REACH_HINT,
     SSE,
@@ -72,6 +72,7 @@ STORED_HEADERS: Mapping[str, str] = {
 TAGS_HINT = "let the key read and write tags (s3:GetObjectTagging, s3:PutObjectTagging), or remove them from the object"
 MAX_PUT_BYTES = 5 << 30
 MAX_METADATA_BYTES = 2048
+SMALL_BYTES = 1 << 20
 READ_BYTES = 1 << 18
 BUSY_ATTEMPTS = 4
 RESUMES = 8
@@ -144,22 +145,25 @@ class S3Store:
 
     def put(self, key: str, body: BinaryIO, put: PutRequest) -> str:
         """One PutObject, up to 5 GiB. Metadata: printable ASCII without outer spaces, 2 KB in total, else Rejected."""
-        return self.put_version(key, body, put)[0]
-
-    def put_version(self, key: str, body: BinaryIO, put: PutRequest) -> tuple[str, str | None]:
-        """As `put`; returns the new ETag and version id, None if the bucket keeps no versions.
-
-        On a concurrent write S3 asks to retry. A replacement would have to re-read its ETag first, so there it is a
-        Conflict.
-        """
-        check_key(key)
-        check_headers(key, put)
         rest = RemainingStream(body)
         if rest.size_bytes > MAX_PUT_BYTES:
             raise Rejected(
                 f"{key}: {rest.size_bytes} bytes exceed the 5 GiB limit of one upload",
                 "set EXPORT_WINDOW_SECONDS to a shorter window",
             )
+        return self.put_version(key, bytearray(rest.read()) if rest.size_bytes <= SMALL_BYTES else rest, put)[0]
+
+    def put_version(self, key: str, body: "bytearray | RemainingStream", put: PutRequest) -> tuple[str, str | None]:
+        """As `put`; returns the new ETag and version id, None if the bucket keeps no versions.
+
+        A bytearray is sent at once. For a stream, and for bytes too, the SDK first asks the store whether it would take
+        the body (`Expect: 100-continue`): one more round trip, and thirty system calls.
+
+        On a concurrent write S3 asks to retry. A replacement would have to re-read its ETag first, so there it is a
+        Conflict.
+        """
+        check_key(key)
+        check_headers(key, put)
         if put.expected is not None and not self.conditional:
             self.compare(key, put.expected)
         condition = {} if self._honours is False else condition_of(put.expected)
@@ -168,7 +172,7 @@ class S3Store:
             while True:
                 attempts_left -= 1
                 try:
-                    answer = self._send(key, rest, put, condition)
+                    answer = self._send(key, body, put, condition)
                     return str(answer["ETag"]), answer.get("VersionId")
                 except client_error() as error:
                     if code_of(error) not in BUSY or not attempts_left:
@@ -294,13 +298,16 @@ class S3Store:
                 self.client().list_objects_v2(Bucket=self.target.bucket, Prefix=prefix, MaxKeys=1)
             self._bucket_seen = True
 
-    def _send(self, key: str, rest: "RemainingStream", put: PutRequest, condition: Mapping[str, str]) -> Any:
+    def _send(
+        self, key: str, body: "bytearray | RemainingStream", put: PutRequest, condition: Mapping[str, str]
+    ) -> Any:
         """PutObject, with the SDK's own exceptions."""
-        rest.seek(0)
+        if isinstance(body, RemainingStream):
+            body.seek(0)
         return self.client().put_object(
             Bucket=self.target.bucket,
             Key=key,
-            Body=rest,
+            Body=body,
             **put_arguments(put, self.target),
             **condition,
         )
@@ -311,9 +318,7 @@ class S3Store:
         """
         with self.translated(self.probe_key):
             try:
-                answer = self._send(
-                    self.probe_key, RemainingStream(io.BytesIO(b"probe")), PutRequest("text/plain"), condition
-                )
+                answer = self._send(self.probe_key, bytearray(b"probe"), PutRequest("text/plain"), condition)
             except client_error() as error:
                 if not condition or status_of(error) not in CONDITION_ANSWERS:
                     raise

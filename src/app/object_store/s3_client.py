@@ -22,7 +22,7 @@ from xml.etree import ElementTree as ET
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.core.network import CA_HINT
 from app.core.retry import asked_seconds
-from app.object_store.port import ListingBatch, ObjectInfo
+from app.object_store.port import AGAIN_HINT, ListingBatch, ObjectInfo
 from app.object_store.request_counts import RequestCounter
 
 STYLE_HINT = "check S3_ENDPOINT_URL, and set S3_ADDRESSING_STYLE to path or virtual as the store asks"
@@ -32,7 +32,6 @@ RIGHTS_HINT = f"{KEYS_HINT}, and that this key may list the bucket and get and p
 BUCKET_HINT = "create the bucket or correct S3_BUCKET"
 REGION_HINT = "set S3_REGION to the bucket's region, and S3_ENDPOINT_URL to an address that does not redirect"
 REACH_HINT = "check S3_ENDPOINT_URL and the network; it is retried"
-AGAIN_HINT = "no action needed; it is retried"
 
 HINTS: Mapping[str, str] = {
     "InvalidAccessKeyId": KEYS_HINT,
@@ -113,6 +112,10 @@ def make_client(target: S3Target) -> Any:
         response_checksum_validation=needed,
         signature_version="s3v4",  # for links too: the older signature is refused for keys that are escaped
         s3={"addressing_style": target.addressing_style},
+        # Both are a twentieth of a small put: the types are checked by mypy (the bucket's name still by the SDK), and
+        # the SDK builds its own text anew for each request.
+        parameter_validation=False,
+        user_agent="headwater",
     )
     try:
         client = boto3.session.Session().client(

@@ -26,6 +26,7 @@ from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.object_store.port import (
+    AGAIN_HINT,
     MARK,
     TAG_COUNT,
     TAGS,
@@ -39,7 +40,7 @@ from app.object_store.port import (
     check_key,
 )
 from app.object_store.s3 import OTHER_ETAG, S3Store, check_headers, check_unicode, condition_of, put_arguments
-from app.object_store.s3_client import AGAIN_HINT, client_error, code_of, following, infos_of, status_of
+from app.object_store.s3_client import client_error, code_of, following, infos_of, status_of
 
 MIB = 1 << 20
 MOST_PARTS = 10_000
@@ -153,7 +154,7 @@ class S3Transfers:
     def _put(self, key: str, data: bytearray, put: PutRequest) -> StoredObject:
         guarded = put.expected is None or self._store.conditional
         try:
-            etag, version_id = self._store.put_version(key, io.BytesIO(data), put)
+            etag, version_id = self._store.put_version(key, data, put)
         except AppError as error:
             return StoredObject(confirm_lost_answer(self._store, key, put, error).etag, len(data), None, guarded)
         return StoredObject(etag, len(data), version_id, guarded)
@@ -349,22 +350,19 @@ class S3Upload:
         number = len(self._sent) + 1
         part_bytes(number)  # raises for an invalid number
         if not self._place:
-            self._begin()
+            place = {"Bucket": self._store.target.bucket, "Key": self._key}
+            with self._store.translated(self._key):
+                begun = self._store.client().create_multipart_upload(
+                    **place, **put_arguments(self._put, self._store.target)
+                )
+                self._place = {**place, "UploadId": begun["UploadId"]}
+            self._stack.push(lambda kind, *_: self._abort() if kind else None)
         for future in self._under_way:
             if future.done():
                 future.result()  # raise the error of a finished part early
         self._under_way = [future for future in self._under_way if not future.done()]
         self._sent.append(self._services.start(partial(self._part, operation, number, given)))
         self._under_way.append(self._sent[-1])
-
-    def _begin(self) -> None:
-        place = {"Bucket": self._store.target.bucket, "Key": self._key}
-        with self._store.translated(self._key):
-            begun = self._store.client().create_multipart_upload(
-                **place, **put_arguments(self._put, self._store.target)
-            )
-            self._place = {**place, "UploadId": begun["UploadId"]}
-        self._stack.push(lambda kind, *_: self._abort() if kind else None)
 
     def _part(self, operation: str, number: int, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The part's entry for Complete; None when the store does not support the operation."""
