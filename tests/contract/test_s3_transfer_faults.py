@@ -284,7 +284,7 @@ def test_no_foreign_exception_escapes_and_nothing_is_called_missing(
     remote: Both, proxy: FaultProxy, seaweed: Seaweed, fault: Fault
 ) -> None:
     bucket = remote.store.target.bucket  # type: ignore[attr-defined]
-    target = replace(target_of(seaweed, bucket, proxy.url), attempts=1, read_timeout_seconds=0.3)
+    target = replace(target_of(seaweed, bucket, proxy.url), attempts=1, read_timeout_seconds=1.0)
     remote.write("k", SIXTEEN)
     held = remote.held("k")
     with closing(opened(target)) as lasting:
