@@ -291,16 +291,14 @@ class LocalDirectory:
         block renames or removes it.
         """
         path = f"{self._temporaries}/{uuid4().hex}"
-        try:
+        with ExitStack() as undo:
+            undo.callback(Path(path).unlink, missing_ok=True)
             with _in_folder(self._temporaries, lambda: open(path, "xb")) as file:
                 file.writelines(chunks)
                 file.flush()
                 made, noted = self._seal(file, self._clock_ns(), put)
             yield path, made, noted
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-            raise
+            undo.pop_all()
 
     def _seal(self, file: BinaryIO, at_ns: int, put: PutRequest) -> tuple[os.stat_result, bool]:
         """Set the file's time (from the clock, as the kernel's is coarser) and its note, then make it durable."""
