@@ -16,6 +16,7 @@ from app.analytics.columns import ReportFile, file_column, file_of, format_of, l
 from app.analytics.engine import (
     DOCUMENTED,
     INSTANT,
+    NANOS,
     NUMBERS,
     TEXTS,
     Engine,
@@ -241,7 +242,7 @@ class TableSums:
         self._latest: tuple[Any, ...] | None = None
 
     def add(self, table: "pa.Table") -> None:
-        """Add rows as they are written, sorted by their timestamps in nanoseconds."""
+        """Add rows as they are written, sorted by their timestamps."""
         import numpy as np
         import pyarrow as pa
 
@@ -249,6 +250,10 @@ class TableSums:
             return
         times = table.column(INSTANT)
         instants = (times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()).view(pa.int64()).to_numpy()
+        if times.type.unit == "us":
+            instants = instants * 1000
+            if NANOS in table.column_names:
+                instants += table.column(NANOS).to_numpy()
         if self._is_csv and (instants % 1000).any():
             self._columns = {}  # DuckDB rounds text timestamps to microseconds
             return

@@ -75,7 +75,14 @@ class HourSink(ABC):
         yield from self._mergeable(key, version)
         self._check(key, version)
 
-    def encode(self, partition: str, window: Window, batch: HourFile) -> HourFile:
+    def encode(
+        self,
+        partition: str,
+        window: Window,
+        batch: HourFile,
+        *,
+        summarises: bool = True,  # noqa: ARG002 - the port's
+    ) -> HourFile:
         """Returns the batch, which already is the file; a dry run logs that it would be written."""
         if self.dry_run:
             log.info(
