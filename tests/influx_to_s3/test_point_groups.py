@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from app.core.windows import Window
@@ -29,13 +31,13 @@ FIELDS: Mapping[str, Callable[[Random], Any]] = {
 }
 
 
-def drawn(random: Random, devices: Sequence[str], *, twice: bool) -> list[PointColumns]:
+def drawn(random: Random, devices: Sequence[str], *, twice: bool, further: int) -> list[PointColumns]:
     """Blocks of points of several series in random order; a field is missing, or has another type, in some."""
     blocks: list[PointColumns] = []
     for _ in range(random.randrange(1, 4)):
         number = random.randrange(1, 60)
         names = [name for name in FIELDS if random.random() < 0.8]
-        fields = []
+        fields: list[tuple[str, Any]] = []
         for name in names:
             make = FIELDS["note" if random.random() < 0.2 else name]
             values = [None if random.random() < 0.3 else make(random) for _ in range(number)]
@@ -47,6 +49,9 @@ def drawn(random: Random, devices: Sequence[str], *, twice: bool) -> list[PointC
             for name in ("phase", "location", "schema_version")
         }
         instants = [NOON_NS + random.randrange(0, 50) * MINUTE_NS + random.choice([0, 1, 1000]) for _ in range(number)]
+        # In no other block.
+        own = {f"further {len(blocks)} {place}": [random.random() for _ in range(number)] for place in range(further)}
+        fields += [(name, pa.array(values)) for name, values in own.items()]
         if not twice:
             tags["series"] = pa.array([f"{len(blocks)}-{at}" for at in range(number)])
         owners = [random.choice(devices) for _ in range(number)]
@@ -59,7 +64,7 @@ def alone(
 ) -> RowBatch:
     """A batch of these rows of each block."""
     own = [
-        block.each(lambda values, at=at: values.take(pa.array(at, pa.int64()))).without_empty_columns()
+        block.each(partial(pc.take, indices=pa.array(at, pa.int64()))).without_empty_columns()
         for block, at in zip(blocks, rows, strict=True)
         if at
     ]
@@ -93,20 +98,25 @@ def described(batch: RowBatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("by", ["device", "window"])
-@pytest.mark.parametrize("points", ["unique", "repeated"])
+@pytest.mark.parametrize("points", ["unique", "repeated", "sparse"])
 @pytest.mark.parametrize("seed", range(25))
 def test_parts_of_common_rows_are_the_batches_that_each_slot_gives_alone(
     by: str, points: str, seed: int, tmp_path: Path
 ) -> None:
     random, columns = Random(f"{seed} {by} {points}"), columns_of()  # noqa: S311 - reproducible
     devices = [f"D{number}" for number in range(5)] if by == "device" else ["D0"]
-    blocks = drawn(random, [*devices, "other"] if by == "device" else devices, twice=points == "repeated")
+    blocks = drawn(
+        random,
+        [*devices, "other"] if by == "device" else devices,
+        twice=points == "repeated",
+        further=20 * (points == "sparse"),
+    )
     for block in blocks:
         canonical_table(block.without_empty_columns(), columns)  # names and types do not depend on who comes first
     slotted = [by_device(block, devices) if by == "device" else by_window(block, WINDOWS) for block in blocks]
     slotted = [block for block in slotted if block.bounds[-1]]
     read = sums_by_slot(slotted, 5)
-    rows, repeated = common_rows(slotted, columns)
+    rows = common_rows(slotted, columns)
     for slot in range(5):
         device = devices[slot] if by == "device" else "D0"
         inside = range(1 << 63) if by == "device" else range(slot * 10 * MINUTE_NS, (slot + 1) * 10 * MINUTE_NS)
@@ -121,11 +131,28 @@ def test_parts_of_common_rows_are_the_batches_that_each_slot_gives_alone(
             for block in blocks
         ]
         with closing(alone(blocks, own, device, tmp_path, columns)) as expected:
-            if slot in repeated:
-                assert points == "repeated"
-                assert [block.of(slot) for block in slotted if block.bounds[slot] < block.bounds[slot + 1]]
+            several = sum(map(bool, own)) > 1
+            if slot not in rows:
+                assert points == "repeated" or (points == "sparse" and several) or not expected.rows
+                own_points = [block.of(slot) for block in slotted if block.has(slot)]
+                assert sum(len(block.times) for block in own_points) == sum(map(len, own))
                 continue
             batch = RowBatch(device, tmp_path, 10**6, columns)
-            if rows is not None:
-                batch.take(rows, slot, read[slot])
+            batch.take(rows[slot], slot, read[slot])
             assert described(batch.finish({}, {})) == described(expected)
+
+
+def test_devices_with_different_columns_do_not_share_a_table() -> None:
+    devices = [f"D{number}" for number in range(40)]
+    blocks = [
+        PointColumns(
+            pa.array([NOON_NS, NOON_NS + 1]).cast(TIMES),
+            {},
+            [(f"{device} {number}", pa.array([1.5, 2.5])) for number in range(50)],
+            pa.array([device] * 2, pa.string()),
+        )
+        for device in devices
+    ]
+    rows = common_rows([by_device(block, devices) for block in blocks], columns_of())
+    assert rows.keys() == set(range(40))
+    assert max(common.table.num_columns for common in rows.values()) < 60

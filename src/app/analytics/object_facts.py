@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from shutil import copyfileobj
 from tempfile import TemporaryDirectory
@@ -298,7 +299,8 @@ class TableSums:
         return ObjectFacts(key, etag, size_bytes, self._rows, self._columns, "", (part,))
 
 
-def _columns(schema: "pa.Schema", *, is_csv: bool) -> dict[str, str]:
+@lru_cache(maxsize=64)
+def _columns(schema: "pa.Schema", *, is_csv: bool) -> Mapping[str, str]:
     """Name -> DuckDB type; empty if DuckDB would read a column differently than its name and type suggest."""
     found: dict[str, str] = {}
     for each in schema:

@@ -9,9 +9,8 @@ writes under the same names.
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -364,12 +363,11 @@ def sync_step(
         checkpoints = BatchedCheckpoints(pipeline.checkpoints, pipeline.name, plan.live_since, list(plan.cursors))
     grid = replace(pipeline.grid, rewrite_seconds=plan.rewrite_seconds)
     pipeline = replace(pipeline, checkpoints=checkpoints, grid=grid)
-    nameable = _nameable(pipeline, plan)
-    together = _read_together(pipeline, plan, nameable, how.backoff)
+    together = _read_together(pipeline, plan, how.backoff)
 
     def one(partition: str, done: Done) -> None:
         at = Position(partition, plan.cursors[partition], plan.now, plan.live_since)
-        if partition in nameable or not pipeline.refused:
+        if _is_nameable(pipeline, partition, plan.now) or not pipeline.refused:
             sync_partition(pipeline, context, at, plan.counts[partition], done, together=together)
         else:
             done(pipeline.refused(context, at, plan.counts[partition]))
@@ -389,27 +387,26 @@ def sync_step(
     return report
 
 
-def _nameable(pipeline: Pipeline[B, E], plan: SyncPlan) -> Collection[str]:
-    """The partitions whose names can be part of an object's name."""
-    window = next(pipeline.grid.windows(plan.now, plan.now + datetime.resolution))
-    found = set()
-    for partition in plan.cursors:
-        with suppress(Rejected):
-            pipeline.sink.key(partition, window, 0)
-            found.add(partition)
-    return found
+def _is_nameable(pipeline: Pipeline[B, E], partition: str, now: datetime) -> bool:
+    """False for a partition whose name cannot be part of an object's name."""
+    try:
+        pipeline.sink.key(partition, next(pipeline.grid.windows(now, now + datetime.resolution)), 0)
+    except Rejected:
+        return False
+    return True
 
 
-def _read_together(
-    pipeline: Pipeline[B, E], plan: SyncPlan, nameable: Collection[str], backoff: Backoff
-) -> Mapping[datetime, ReadTogether[B]]:
+def _read_together(pipeline: Pipeline[B, E], plan: SyncPlan, backoff: Backoff) -> Mapping[datetime, ReadTogether[B]]:
     """The live windows that will be written, by start. A partition that failed, or has due windows, is read alone."""
     found: dict[datetime, ReadTogether[B]] = {}
     windows = live_windows(pipeline, plan.now)
     if pipeline.by_digest or not windows:  # with `by_digest`, versions are known only just before each read
         return found
     partitions = [
-        name for name in sorted(nameable) if plan.cursors[name] >= windows[0].start and not backoff.is_failing(name)
+        name
+        for name in sorted(plan.cursors)
+        if plan.cursors[name] >= windows[0].start and not backoff.is_failing(name)
+        if _is_nameable(pipeline, name, plan.now)
     ]
     for window in windows:
         due: list[tuple[str, Window, Count]] = []

@@ -140,8 +140,7 @@ def sync_partition(
             _refresh(pipeline, context, at, together=together, left=left, done=done, failed=failed)
         failed.check()
     finally:
-        if left:
-            done(Report(ledger=ledger_of_counts(pipeline.unit, left.values(), "waiting")))
+        done(Report(ledger=ledger_of_counts(pipeline.unit, left.values(), "waiting")))
     return done.total
 
 

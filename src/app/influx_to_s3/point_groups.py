@@ -3,7 +3,8 @@
 A slot is one of these windows or devices; they are numbered in the order in which they were asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,9 @@ from app.influx_to_s3.rows import (
 )
 from app.object_store.row_digest import one_array
 
+SPARSE = 2
+"""A common table may have this many times the cells of its parts."""
+
 
 @dataclass(frozen=True, slots=True)
 class SlottedPoints:
@@ -35,6 +39,10 @@ class SlottedPoints:
 
     points: PointColumns
     bounds: Sequence[int]
+
+    def has(self, slot: int) -> bool:
+        """Whether the slot has a point."""
+        return self.bounds[slot] < self.bounds[slot + 1]
 
     def of(self, slot: int) -> PointColumns:
         """The points of one slot, without columns in which it has no value."""
@@ -83,26 +91,41 @@ def sums_by_slot(blocks: Sequence[SlottedPoints], number: int) -> Sequence[dict[
     return found
 
 
-def common_rows(blocks: Sequence[SlottedPoints], columns: TreeColumns) -> tuple[CommonRows | None, frozenset[int]]:
-    """The rows of all slots, and the slots in which points have the same identity, whose rows are not usable here.
+def common_rows(blocks: Sequence[SlottedPoints], columns: TreeColumns) -> Mapping[int, CommonRows]:
+    """Slot -> the rows of which its own are a part. Slots whose points have to be put together alone are left out.
 
-    None if there are no points.
+    These are slots in which points have the same identity and, where blocks have different columns, so that a common
+    table would be mostly empty, slots with points in several blocks.
     """
     tables = [canonical_table(block.points, columns) for block in blocks]
-    if not tables:
-        return None, frozenset()
-    table = (tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="default")).combine_chunks()
-    number = len(blocks[0].bounds) - 1
-    slots = np.concatenate([np.repeat(np.arange(number), np.diff(block.bounds)) for block in blocks])
+    slots = [np.repeat(np.arange(len(block.bounds) - 1), np.diff(block.bounds)) for block in blocks]
+    names = {name for table in tables for name in table.column_names}
+    rows, cells = sum(table.num_rows for table in tables), sum(table.num_rows * table.num_columns for table in tables)
+    if len(tables) > 1 and rows * len(names) <= SPARSE * cells:
+        tables, slots = [pa.concat_tables(tables, promote_options="default")], [np.concatenate(slots)]
+    found: dict[int, CommonRows] = {}
+    seen: set[int] = set()
+    for table, own in zip(tables, slots, strict=True):
+        there = set(np.unique(own).tolist())
+        common, repeated = _in_order(table.combine_chunks(), own, columns)
+        found |= dict.fromkeys(there - repeated, common)
+        for slot in seen & there:
+            found.pop(slot, None)
+        seen |= there
+    return found
+
+
+def _in_order(table: pa.Table, slots: Any, columns: TreeColumns) -> tuple[CommonRows, AbstractSet[int]]:
+    """The rows by slot and in canonical order, and the slots in which points have the same identity."""
     instants = instants_of(table)
-    repeated: frozenset[int] = frozenset()
+    repeated: set[int] = set()
     later, same = slots[1:] > slots[:-1], slots[1:] == slots[:-1]
     if not np.all(later | (same & (instants[1:] > instants[:-1]))):
         series = codes_of(table, tag_names_in(table, columns))
         order = np.lexsort((series, instants, slots))
         slots, instants, series = slots[order], instants[order], series[order]
         alike = (np.diff(slots) == 0) & (np.diff(instants) == 0) & (np.diff(series) == 0)
-        repeated = frozenset(slots[1:][alike].tolist())
+        repeated = set(slots[1:][alike].tolist())
         table = table.take(pa.array(order)).combine_chunks()
-    bounds = [0, *np.cumsum(np.bincount(slots, minlength=number)).tolist()]
+    bounds = [0, *np.cumsum(np.bincount(slots)).tolist()]
     return CommonRows(without_ignored(table), bounds, columns), repeated

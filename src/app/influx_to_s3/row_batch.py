@@ -112,7 +112,6 @@ class CommonRows:
     def __init__(self, table: pa.Table, bounds: Sequence[int], columns: TreeColumns) -> None:
         self.bounds = bounds
         self.table = table
-        self._has_parts = len(bounds) - 1 > 1
         self.instants = instants_of(table)
         self._columns = columns
         self._arrays = {name: one_array(table.column(name)) for name in sorted(table.column_names)}
@@ -148,8 +147,8 @@ class CommonRows:
         return identities_of(self.table, self._columns.tags)
 
     def identities(self, part: int) -> Any:
-        """64 bits per row of the part, a numpy array; see `rows.identities_of`."""
-        return self._identities[self.bounds[part] : self.bounds[part + 1]]
+        """64 bits per row of the part, a numpy array; see `rows.identities_of`. A copy, since it is kept for long."""
+        return self._identities[self.bounds[part] : self.bounds[part + 1]].copy()
 
     def schemas(self, names: tuple[str, ...]) -> BatchSchemas:
         """The schemas of a part that has these columns."""
@@ -169,25 +168,30 @@ class CommonRows:
 
     def output(self, part: int, device: str, schemas: BatchSchemas, unit: str, *, with_nanos: bool) -> pa.Table:
         """The part's rows as written to an object: see `RowBatch.output`."""
-        key = (schemas, unit, with_nanos)
-        whole = self._written.get(key) or self._as_written(schemas, unit, with_nanos=with_nanos)
-        if self._has_parts:
-            self._written[key] = whole
+        schema, key = schemas.in_unit(unit, with_nanos=with_nanos), (schemas, unit, with_nanos)
+        whole = self._written.get(key)
+        if whole is None:
+            arrays = {**self._arrays, **self._computed, **(self._split if unit == "us" else {})}
+            rows = self.table.num_rows
+            columns = [arrays[each.name] if each.name in arrays else pa.nulls(rows, each.type) for each in schema]
+            whole = self._written[key] = pa.RecordBatch.from_arrays(columns, schema=schema)
         start, rows = self.bounds[part], self.bounds[part + 1] - self.bounds[part]
         # A dictionary is written as it is, so that each part needs its own.
         own = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), rows), pa.array([device], pa.string()))
-        at = whole.schema.get_field_index(DEVICE)
-        return pa.Table.from_batches([whole.slice(start, rows).set_column(at, whole.schema.field(at), own)])
+        at = schema.get_field_index(DEVICE)
+        return pa.Table.from_batches([whole.slice(start, rows).set_column(at, schema.field(at), own)])
 
-    def _as_written(self, schemas: BatchSchemas, unit: str, *, with_nanos: bool) -> pa.RecordBatch:
-        """All rows as they are written, with a column device_id that stands for those of the parts."""
+    @cached_property
+    def _computed(self) -> Mapping[str, Any]:
         rows = self.table.num_rows
-        columns = {each.name: self._arrays.get(each.name, pa.nulls(rows, each.type)) for each in schemas.output}
         missing = {name: pa.nulls(rows, pa.float64()) for name in MEASURED}
-        columns |= computed_from({**missing, **self._arrays})
-        table = pa.table([columns[name] for name in schemas.output.names], schema=schemas.output)
-        written = split_nanoseconds(table, with_nanos=with_nanos) if unit == "us" else table
-        return written.combine_chunks().to_batches()[0]
+        return computed_from({**missing, **self._arrays})
+
+    @cached_property
+    def _split(self) -> Mapping[str, Any]:
+        """The timestamps in microseconds, and their remaining nanoseconds."""
+        split = split_nanoseconds(self.table.select([TIMESTAMP]), with_nanos=True)
+        return {name: one_array(split.column(name)) for name in split.column_names}
 
 
 class _ColumnBytes:

@@ -178,18 +178,18 @@ class InfluxSource:
             slotted = [by_window(block, [window for _, window, _ in run]) for block in blocks]
         slotted = [block for block in slotted if block.bounds[-1]]
         read = sums_by_slot(slotted, len(run))
-        rows, repeated = common_rows(slotted, self._columns)
+        rows = common_rows(slotted, self._columns)
 
         def batch_of(slot: int, device: str, window: Window, count: Count) -> RowBatch | None:
             """None for a batch with fewer values than counted, which is then read alone."""
             try:
                 with self._batch(device) as batch:
-                    if slot in repeated or lacking(read[slot], count.fields):
-                        points = [block.of(slot) for block in slotted]
+                    if slot in rows and not lacking(read[slot], count.fields):
+                        batch.take(rows[slot], slot, read[slot])
+                    else:
+                        points = [block.of(slot) for block in slotted if block.has(slot)]
                         found = self._append(batch, window, points, count)
                         check_values(device, window, found, count.fields)
-                    elif rows is not None:
-                        batch.take(rows, slot, read[slot])
                     return batch.finish({}, count.fields)
             except (Transient, Permanent) as error:
                 log.debug("%s %s is read alone: %s", device, window, error)
