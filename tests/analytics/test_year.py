@@ -1,4 +1,7 @@
-"""Months of hourly objects, a year with EFFORT=3, beside files of the other layout: the four reports say what plain DuckDB says."""
+"""Months of hourly objects beside files of the other layout: the four reports say what plain DuckDB says.
+
+EFFORT=3 makes them a year.
+"""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
