@@ -171,7 +171,7 @@ class Process:
 
     `broken`: partitions whose reading fails; `broken_at`: windows by their start. `away`: what a probe of source and
     sink raises. `loses`: a row of this value is read and then lost on its way, which is a bug that the ledger has to
-    show. `aside`: what is set aside.
+    show. `aside`: what is set aside. `wanted`: the partitions that the settings name, None = all.
     """
 
     world: World
@@ -186,6 +186,7 @@ class Process:
     backoff: Backoff = field(default_factory=Backoff)
     retry_seconds: float = 20.0
     rewrite_seconds: Callable[[int], float] | None = None
+    wanted: Collection[str] | None = None
     probes: int = 0
     kept: dict[tuple[str, datetime], tuple[str, Rows]] = field(default_factory=dict)
     known: WrittenRows = field(default_factory=WrittenRows)
@@ -193,7 +194,10 @@ class Process:
 
     # Source
     def partitions(self, since: datetime) -> Sequence[str]:
-        return sorted(self.world.rows)
+        return sorted(filter(self._is_wanted, self.world.rows))
+
+    def _is_wanted(self, partition: str) -> bool:
+        return self.wanted is None or partition in self.wanted
 
     def counts(self, partition: str | None, spans: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
         found: dict[tuple[str, datetime], Count] = {}
@@ -386,6 +390,7 @@ class Process:
             identities=self.known,
             set_aside=(lambda _partition, _window, _batch: self.aside) if self.aside else None,
             rewrite_seconds=self.rewrite_seconds,
+            is_wanted=self._is_wanted,
         )
 
     def run(self, stop: Stop | None = None, *, dry_run: bool = False) -> Report:

@@ -519,6 +519,21 @@ def test_an_open_window_is_written_as_seldom_as_is_asked_and_closed_in_time_with
     assert all(record.closed for record in world.records.values())
 
 
+def test_only_partitions_that_the_settings_name_count_for_how_seldom_objects_are_written() -> None:
+    world = World()
+    for name in ("a", "b", "c"):
+        world.write(name, START)
+    world.now = START + MINUTE
+    asked = list[int]()
+
+    def at_once(partitions: int) -> float:
+        asked.append(partitions)
+        return 0.0
+
+    Process(world, wanted=("b",), rewrite_seconds=at_once).run_until_done()
+    assert asked == [1]
+
+
 def test_an_object_that_a_clock_of_the_future_wrote_is_not_waited_for() -> None:
     world = World()
     world.write("a", START)

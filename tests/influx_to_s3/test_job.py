@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,19 @@ def test_only_the_listed_devices_are_exported(exporter: Exporter) -> None:
     exporter.at(minutes=1)
     exporter.well(DEVICE_IDS="D1, D3")
     assert sorted({device for device, *_ in exported(exporter.store)}) == ["D1", "D3"]
+
+
+def test_points_outside_all_windows_count_only_for_the_listed_devices(exporter: Exporter) -> None:
+    never = datetime(1970, 1, 1, 0, 0, 17, tzinfo=UTC)
+    for device in ("D1", "D2"):
+        exporter.write(NOON, device)
+        exporter.write(NOON + 50 * HOUR, device, "voltage=1")
+    exporter.write(never, "D2")
+    exporter.at(minutes=1)
+    assert exporter.well(DEVICE_IDS="D1").report.ledger.total.waiting == 1
+    assert not list(exporter.store.list("telemetry/_set_aside/"))
+    assert exporter.run().outcome is Outcome.PARTIAL  # all devices: what D2 wrote before its clock was set is kept
+    assert list(exporter.store.list("telemetry/_set_aside/"))
 
 
 def test_a_device_that_leaves_the_list_stops_and_goes_on_where_it_stopped_when_it_comes_back(

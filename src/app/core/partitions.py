@@ -318,7 +318,8 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Re
     checkpoints.flush(pipeline.name, context.lease)
     live: dict[str, dict[datetime, Count]] = {}
     for (partition, start), count in (pipeline.source.counts(None, windows) if windows else {}).items():
-        live.setdefault(partition, {})[start] = count
+        if partition in cursors:  # the source also counts partitions that the settings leave out
+            live.setdefault(partition, {})[start] = count
     if len(windows) == len(every) and not any(live.get(partition) for partition in cursors if partition != UNNAMED):
         how.nothing_found()
 

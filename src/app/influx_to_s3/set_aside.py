@@ -188,13 +188,12 @@ class SetAsidePoints:
         """
         pipeline, source = opened.pipeline, opened.source
         newest = next(pipeline.grid.windows(opened.now, opened.now + datetime.resolution)).end
-        future = partition_totals(source.again(lambda: list(source.reader.outside(Window(newest, NEWEST_AT)))))
+        future = _outside(opened, Window(newest, NEWEST_AT))
         report = Report(ledger=ledger_of_counts(pipeline.unit, future.values(), "waiting"))
         if opened.tree.first_start_at < CLOCKS_SET_AT:
             return report  # an export that starts this early includes these points
         unset = Window(OLDEST_AT, CLOCKS_SET_AT)
-        old = partition_totals(source.again(lambda: list(source.reader.outside(unset))))
-        for (device, start), count in old.items():
+        for (device, start), count in _outside(opened, unset).items():
             new, sample, left = 0, "", count.cells
             if self._known.get((device, start)) != count.cells and not context.dry_run:
                 for day in islice(_days(source, device, unset), DAYS):
@@ -209,6 +208,13 @@ class SetAsidePoints:
 
     def _own(self, device: str) -> Mapping[str, str]:
         return {self._device_tag: device} if device else {}
+
+
+def _outside(opened: OpenedExport, span: Window) -> Mapping[tuple[str, datetime], Count]:
+    """Counts of a long span by device, without devices that the settings leave out."""
+    found = opened.source.again(lambda: list(opened.source.reader.outside(span)))
+    is_wanted = opened.pipeline.is_wanted
+    return partition_totals(each for each in found if not each.device or is_wanted(each.device))
 
 
 def _owner(device: str) -> str:
