@@ -188,8 +188,7 @@ class Process:
     rewrite_seconds: Callable[[int], float] | None = None
     wanted: Collection[str] | None = None
     probes: int = 0
-    kept: dict[tuple[str, datetime], tuple[str, Rows]] = field(default_factory=dict)
-    known: WrittenRows = field(default_factory=WrittenRows)
+    written: WrittenRows[Rows] = field(default_factory=WrittenRows)
     batches: list[Rows] = field(default_factory=list)
 
     # Source
@@ -386,8 +385,7 @@ class Process:
             ),
             shrink=self.shrink,
             deltas=self,
-            kept=self.kept,
-            identities=self.known,
+            written=self.written,
             set_aside=(lambda _partition, _window, _batch: self.aside) if self.aside else None,
             rewrite_seconds=self.rewrite_seconds,
             is_wanted=self._is_wanted,

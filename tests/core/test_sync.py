@@ -436,8 +436,24 @@ def test_every_batch_is_closed_unless_it_is_kept_for_the_next_read() -> None:
         world.now = START + step * 5 * MINUTE
         world.write("a", world.now, str(step))
         process.run_until_done()
-    kept = {id(batch) for _, batch in process.kept.values()}
-    assert all(batch.is_closed != (id(batch) in kept) for batch in process.batches)
+    assert all(batch.is_closed != process.written.owns(batch) for batch in process.batches)
+    assert any(map(process.written.owns, process.batches))
+
+
+def test_the_rows_of_a_window_that_another_process_closed_are_dropped() -> None:
+    world = World()
+    process = Process(world, keeps=True)
+    world.now = START + MINUTE
+    world.write("a", START)
+    process.run_until_done()
+    [kept] = process.batches
+    assert not kept.is_closed
+    world.now += SETTLED
+    Process(world).run_until_done()
+    world.write("a", world.now - MINUTE)
+    process.run_until_done()
+    assert kept.is_closed
+    assert [batch.is_closed for batch in process.batches] == [True, False]
 
 
 class Turns:

@@ -364,7 +364,9 @@ def sync_step(
         checkpoints = BatchedCheckpoints(pipeline.checkpoints, pipeline.name, plan.live_since, list(plan.cursors))
     grid = replace(pipeline.grid, rewrite_seconds=plan.rewrite_seconds)
     pipeline = replace(pipeline, checkpoints=checkpoints, grid=grid)
-    together = _read_together(pipeline, plan, how.backoff)
+    live = live_windows(pipeline, plan.now)
+    pipeline.written.drop_before(live[0].start if live else plan.now)
+    together = _read_together(pipeline, plan, live, how.backoff)
 
     def one(partition: str, done: Done) -> None:
         at = Position(partition, plan.cursors[partition], plan.now, plan.live_since)
@@ -397,10 +399,11 @@ def _is_nameable(pipeline: Pipeline[B, E], partition: str, now: datetime) -> boo
     return True
 
 
-def _read_together(pipeline: Pipeline[B, E], plan: SyncPlan, backoff: Backoff) -> Mapping[datetime, ReadTogether[B]]:
-    """The live windows that will be written, by start. A partition that failed, or has due windows, is read alone."""
+def _read_together(
+    pipeline: Pipeline[B, E], plan: SyncPlan, windows: Sequence[Window], backoff: Backoff
+) -> Mapping[datetime, ReadTogether[B]]:
+    """The live `windows` that will be written, by start. A partition that failed, or has due windows, is read alone."""
     found: dict[datetime, ReadTogether[B]] = {}
-    windows = live_windows(pipeline, plan.now)
     if pipeline.by_digest or not windows:  # with `by_digest`, versions are known only just before each read
         return found
     partitions = [

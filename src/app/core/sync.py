@@ -387,7 +387,7 @@ def _put(
         return
     if same and not closes and not folds and (held is None or not task.always_writes):
         if held is not None:
-            pipeline.keep(task, held.version, batch)
+            pipeline.written.keep(task, held.version, batch)
             one.record = _record(task, key, held, one)
         return
     with closing(pipeline.sink.encode(task.partition, task.window, batch)) as plain:
@@ -395,7 +395,7 @@ def _put(
         version, is_ours = "", False
         if not context.dry_run:
             version, is_ours = _swap(pipeline, task, held, batch, encoded, key=key, folded=folded)
-            pipeline.keep(task, version, batch)
+            pipeline.written.keep(task, version, batch)
         one.record = _record(task, key, ObjectState(version, size_bytes=encoded.size_bytes, folded=folded), one)
         one.stored_bytes, one.corrected_rows = encoded.size_bytes, batch.corrected_rows
         one.new_rows = batch.new_rows if one.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
@@ -458,7 +458,7 @@ def _reading(pipeline: Pipeline[B, E], task: WindowTask, key: str, held: ObjectS
     """Yield the window's rows, merged with rows that only the sink still has. The batch is closed at the end unless the
     pipeline keeps it.
     """
-    kept = pipeline.take(task, held.version if held else "")
+    kept = pipeline.written.take(task, held.version if held else "")
     try:
         batch: B | None = None
         try:
@@ -491,7 +491,7 @@ def _reading(pipeline: Pipeline[B, E], task: WindowTask, key: str, held: ObjectS
             shrink=shrink,
         )
     finally:
-        if not pipeline.keeps(batch):
+        if not pipeline.written.owns(batch):
             batch.close()
 
 
@@ -534,7 +534,7 @@ def _needs_union(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState, 
     """
     if batch.digest == held.digest:
         return False
-    identities = pipeline.identities.of((task.partition, task.window.start), held.version)
+    identities = pipeline.written.identities(task, held.version)
     return identities is None or not batch.holds_all(identities)
 
 

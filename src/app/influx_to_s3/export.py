@@ -85,8 +85,7 @@ class Export:
         self._aside = SetAsidePoints(
             set_aside, measurement=settings.influx.measurement, device_tag=settings.influx.device_tag
         )
-        self._kept: dict[tuple[str, datetime], tuple[str, RowBatch]] = {}  # rows of large open windows
-        self._identities = WrittenRows()
+        self._written = WrittenRows[RowBatch]()
         self._backoff = Backoff()
         self._settling = SettlingSchedule()
         self._is_warned = False
@@ -283,8 +282,7 @@ class Export:
             grid=Grid(tree.windows, export.grace_seconds),
             shrink=self._shrinking(source, removes=True) if export.allow_shrink else None,
             deltas=sink,
-            kept=self._kept,
-            identities=self._identities,
+            written=self._written,
             is_wanted=listed_devices(self._settings),
             large_points=export.batch_size,
             lost_cursor=self._lost_cursors(tree, now),
