@@ -220,8 +220,9 @@ def run_in_process(context: Context, plan: SyncPlan, step: Step) -> Report:
 
 @dataclass(frozen=True, slots=True)
 class PassOptions:
-    """Options of a pass. `first_at` is where a new partition begins. `nothing_found` is called when no partition has
-    anything in its live windows, and raises unless the source is really empty: then no cursor moves.
+    """Options of a pass. `first_at` is where a new partition begins. `cursors`: those of the checkpoints, None = to be
+    read. `nothing_found` is called when no partition has anything in its live windows, and raises unless the source is
+    really empty: then no cursor moves.
 
     `probe` makes a cheap request to source and sink, and raises when one is away; it is called when `transient_limit`
     partitions failed in a row. Partitions that failed before are tried for `retry_seconds` a run. `concurrency` is the
@@ -233,6 +234,7 @@ class PassOptions:
     first_at: datetime
     probe: Callable[[], None]
     nothing_found: Callable[[], None]
+    cursors: Mapping[str, datetime] | None = None
     backoff: Backoff = field(default_factory=Backoff)
     settling: SettlingSchedule = field(default_factory=SettlingSchedule)
     concurrency: int = 4
@@ -431,8 +433,10 @@ def _cursors(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Ma
     A partition whose cursor is lost, or was set by a clock that was ahead, continues where the destination says.
     Starting from the first start would repeat all windows since then and keep its live windows waiting.
     """
-    found = pipeline.checkpoints.cursors(pipeline.name).items()
-    cursors = {partition: at for partition, at in found if partition == UNNAMED or pipeline.is_wanted(partition)}
+    found = pipeline.checkpoints.cursors(pipeline.name) if how.cursors is None else how.cursors
+    cursors = {
+        partition: at for partition, at in found.items() if partition == UNNAMED or pipeline.is_wanted(partition)
+    }
     known = {partition: at for partition, at in cursors.items() if at <= how.now}
     if not pipeline.refused:
         known.pop(UNNAMED, None)

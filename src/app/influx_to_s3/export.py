@@ -111,7 +111,7 @@ class Export:
         since = max(opened.now - timedelta(days=export.reconcile_days), opened.tree.first_start_at)
         by_content = Window(since, since + CONTENT_SPAN)
         # A device without a cursor is new: the job closes its windows, beginning at the first start.
-        cursors = {device: at for device, at in self._checkpoints.cursors(NAME).items() if self._is_exported(device)}
+        cursors = {device: at for device, at in opened.cursors.items() if self._is_exported(device)}
 
         def one(device: str, done: Done) -> None:
             until = min(opened.now, cursors[device])
@@ -222,7 +222,7 @@ class Export:
             storage_class=settings.s3.storage_class if settings.s3.bucket else "",
             summed=self._sums.take if self._sums else None,
         )
-        return OpenedExport(tree, now, columns, source, sink, self._pipeline(tree, now, source, sink))
+        return OpenedExport(tree, now, columns, source, sink, self._pipeline(tree, now, source, sink), known)
 
     def _tree(
         self, *, is_new: bool, dry_run: bool, change: Callable[[LayoutDocument, datetime], LayoutDocument] | None
@@ -292,7 +292,7 @@ class Export:
             summarise=_summaries,
             # If no report was ever requested, only past windows are summarised: an open object is replaced every
             # minute.
-            summarises_open=sums is not None and sums.stored.is_asked(),
+            summarises_open=cache(sums.stored.is_asked) if sums else lambda: False,
         )
         return pipeline
 
@@ -304,6 +304,7 @@ class Export:
         return PassOptions(
             now=opened.now,
             first_at=opened.tree.first_start_at,
+            cursors=opened.cursors,
             probe=probe,
             nothing_found=lambda: refuse_wrong_settings(opened, self._settings),
             backoff=self._backoff,
@@ -322,7 +323,7 @@ class Export:
         )
 
     def _fill(self, opened: OpenedExport, context: Context, span: Window, *, always_writes: bool) -> Report:
-        cursors = self._checkpoints.cursors(NAME)
+        cursors = opened.cursors
 
         def one(device: str, done: Done) -> None:
             until = min(span.end, cursors.get(device, span.end))
