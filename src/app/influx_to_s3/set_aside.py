@@ -47,7 +47,7 @@ OLDEST_AT = datetime(1678, 1, 1, tzinfo=UTC)  # InfluxDB's timestamps are int64 
 NEWEST_AT = datetime(2262, 4, 11, tzinfo=UTC)
 CLOCKS_SET_AT = datetime(2000, 1, 1, tzinfo=UTC)
 NAMED = 20
-DAYS = 64  # maximum days of unset clocks read in one run
+DAYS = 64  # of each device with an unset clock, kept in one run
 log = logging.getLogger(__name__)
 
 
@@ -193,18 +193,39 @@ class SetAsidePoints:
         if opened.tree.first_start_at < CLOCKS_SET_AT:
             return report  # an export that starts this early includes these points
         unset = Window(OLDEST_AT, CLOCKS_SET_AT)
-        for (device, start), count in _outside(opened, unset).items():
-            new, sample, left = 0, "", count.cells
-            if self._known.get((device, start)) != count.cells and not context.dry_run:
-                for day in islice(_days(source, device, unset), DAYS):
-                    context.stop.check()
-                    kept, read = self.keep_points(CLOCK_NOT_SET, device, day, source.reader.rows(device, day))
-                    new, sample, left = new + kept.new, sample or kept.entry.sample, left - sum(read.values())
-                new += max(left, 0)
-                self._known[device, start] = count.cells
-                log.debug("%r: %d values set aside: %s", device, count.cells, CLOCK_NOT_SET)
-            report += _accounted(pipeline, count.fields, SetAside(CLOCK_NOT_SET, count.cells, new, sample))
+        for (device, _), count in _outside(opened, unset).items():
+            report += self._keep_unset(opened, context, device, unset, count)
         return report
+
+    def _keep_unset(self, opened: OpenedExport, context: Context, device: str, unset: Window, count: Count) -> Report:
+        """Keep the points of a clock that was never set by day, at most DAYS days; the others wait for the next run."""
+        pipeline = opened.pipeline
+        if self._known.get((device, unset.end)) == count.cells or context.dry_run:
+            return _accounted(pipeline, count.fields, SetAside(CLOCK_NOT_SET, count.cells))
+        new, sample, days, is_kept = 0, "", 0, True
+        waiting = Counter(count.fields)
+        for day, there in _days(opened, device, unset):
+            context.stop.check()
+            if self._known.get((device, day.start)) != there.cells:
+                if days == DAYS:
+                    break
+                points = _points(opened.source, device, day, there)
+                kept, _ = self.keep_points(CLOCK_NOT_SET, device, day, points)
+                new, sample, days = new + kept.new, sample or kept.entry.sample, days + 1
+                if kept.key:
+                    self._known[device, day.start] = there.cells
+                else:
+                    is_kept = False
+            waiting.subtract(there.fields)
+        left = +waiting
+        if is_kept and not left:
+            self._known[device, unset.end] = count.cells
+        log.debug(
+            "%r: %d values set aside, %d wait: %s", device, count.cells - left.total(), left.total(), CLOCK_NOT_SET
+        )
+        done = Counter(count.fields) - left
+        report = _accounted(pipeline, done, SetAside(CLOCK_NOT_SET, done.total(), new, sample))
+        return report + Report(ledger=ledger_of_counts(pipeline.unit, [Count(0, 0, left)], "waiting"))
 
     def _own(self, device: str) -> Mapping[str, str]:
         return {self._device_tag: device} if device else {}
@@ -288,16 +309,16 @@ def _accounted(pipeline: ExportPipeline, fields: Mapping[str, int], aside: SetAs
     return Report(ledger=Ledger(pipeline.unit, tallies, (aside,)))
 
 
-def _days(source: InfluxSource, device: str, span: Window) -> Iterable[Window]:
-    """The UTC days of a long span in which a device has points, found by bisection."""
-    found: Sequence[FieldCount] = source.again(lambda: list(source.reader.outside(span)))
-    if not any(each.device == device and each.values for each in found):
+def _days(opened: OpenedExport, device: str, span: Window) -> Iterator[tuple[Window, Count]]:
+    """The UTC days of a long span in which a device has points, with their counts; found by bisection."""
+    count = _outside(opened, span).get((device, span.start))
+    if count is None:
         return
     if span.seconds <= DAY_SECONDS:
-        yield span
+        yield span, count
         return
     middle = floor_to(span.start + (span.end - span.start) / 2, DAY_SECONDS)
     if middle <= span.start:
         middle = span.start + timedelta(days=1)
-    yield from _days(source, device, Window(span.start, middle))
-    yield from _days(source, device, Window(middle, span.end))
+    yield from _days(opened, device, Window(span.start, middle))
+    yield from _days(opened, device, Window(middle, span.end))
