@@ -395,7 +395,7 @@ def sync_step(
 def _is_nameable(pipeline: Pipeline[B, E], partition: str, now: datetime) -> bool:
     """False for a partition whose name cannot be part of an object's name."""
     try:
-        pipeline.sink.key(partition, next(pipeline.grid.windows(now, now + datetime.resolution)), 0)
+        pipeline.sink.key(partition, pipeline.grid.window_at(now), 0)
     except Rejected:
         return False
     return True
@@ -454,12 +454,11 @@ def _cursors(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Ma
 def live_windows(pipeline: Pipeline[B, E], now: datetime) -> Sequence[Window]:
     """Open and settling windows at `now`, oldest first."""
     grid = pipeline.grid
-
     found: list[Window] = []
-    window = next(grid.windows(now, now + datetime.resolution))
+    window = grid.window_at(now)
     while age_of(window, now, grid.grace_seconds) is not Age.DUE:
         found.append(window)
-        window = next(grid.windows(window.start - datetime.resolution, window.start))
+        window = grid.window_at(window.start - datetime.resolution)
     return found[::-1]
 
 

@@ -459,6 +459,10 @@ class Grid:
     count_windows: int = 744
     rewrite_seconds: float = 0.0
 
+    def window_at(self, instant: datetime) -> Window:
+        """The window that contains `instant`."""
+        return next(self.windows(instant, instant + datetime.resolution))
+
 
 @dataclass(frozen=True, slots=True)
 class Pipeline(Generic[B, E]):

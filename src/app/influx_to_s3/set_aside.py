@@ -25,7 +25,7 @@ from app.core.pipeline import Commit, Count, Pipeline, Position
 from app.core.runs import Context, Report
 from app.core.sync import ledger_of_counts
 from app.core.windows import DAY_SECONDS, Age, Window, age_of, floor_to
-from app.influx_to_s3.reader import FieldCount, PointColumns, partition_totals
+from app.influx_to_s3.reader import PointColumns, partition_totals
 from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.source import InfluxSource, OpenedExport
 from app.object_store.set_aside import LINES, SetAsideResult, SetAsideStore
@@ -186,9 +186,8 @@ class SetAsidePoints:
 
         Future points wait for their windows; points from before CLOCKS_SET_AT are kept as line protocol, by day.
         """
-        pipeline, source = opened.pipeline, opened.source
-        newest = next(pipeline.grid.windows(opened.now, opened.now + datetime.resolution)).end
-        future = _outside(opened, Window(newest, NEWEST_AT))
+        pipeline = opened.pipeline
+        future = _outside(opened, Window(pipeline.grid.window_at(opened.now).end, NEWEST_AT))
         report = Report(ledger=ledger_of_counts(pipeline.unit, future.values(), "waiting"))
         if opened.tree.first_start_at < CLOCKS_SET_AT:
             return report  # an export that starts this early includes these points
