@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -183,6 +184,17 @@ def test_text_keeps_quotes_commas_newlines_and_number_signs() -> None:
     body += b',,0,"a""b,c","#x\r\n#y\r\n\r\n,z"\r\n,,0,#default,"\r\n"\r\n,,0," ",NaN\r\n\r\n'
     for size in SIZES:
         assert cells(parsed(body, size)) == [('a"b,c', "#x\n#y\n\n,z"), ("#default", "\n"), (" ", "NaN")]
+
+
+def test_texts_with_many_lines_that_look_like_annotations_take_linear_time() -> None:
+    def seconds(line: str) -> float:
+        text = f"{line}\r\n" * 200
+        values = "".join(f',,0,"{text}"\r\n' for _ in range(1000)).encode()
+        began = time.process_time()
+        assert cells(parsed(head(("_value", "string")) + values)) == [(text.replace("\r\n", "\n"),)] * 1000
+        return time.process_time() - began
+
+    assert seconds("# a") < 100 * seconds("a b")
 
 
 def test_thousands_of_tiny_tables_of_one_schema_come_in_few_blocks() -> None:

@@ -228,6 +228,9 @@ def reconcile(
         numbers = {name for record in records for name, sums in record.sums.items() if sums.total is not None}
         sums = asked(partition, step, numbers)
         troubles = check_objects(pipeline, partition, records, listed, dry_run=context.dry_run)
+        recorded: dict[datetime, list[Record]] = {}
+        for record in records:
+            recorded.setdefault(record.window.start, []).append(record)
         for window in step:
             context.stop.check()
             with failed.one():
@@ -237,7 +240,7 @@ def reconcile(
                     partition,
                     window,
                     now,
-                    records=[record for record in records if record.window.start == window.start],
+                    records=recorded.get(window.start, ()),
                     objects=_unfolded(pipeline, context, listed.get(window.start, {})),
                     sums=sums.get(window.start, {}),
                     trouble=troubles.get(window.start, ""),

@@ -246,7 +246,10 @@ def _next_head(rows: bytes, position: int) -> int:
         return position
     # Most blocks hold no annotation: one search for `#` is much cheaper than checking the start of every row.
     pattern = BLANK_ROW if rows.find(b"#", position) < 0 else HEAD_ROW
+    counted_to, is_outside = position, True  # texts may hold many such lines, so no quote is counted twice
     for found in pattern.finditer(rows, position):
-        if _closed(rows, position, found.start()):
+        is_outside = is_outside == _closed(rows, counted_to, found.start())
+        counted_to = found.start()
+        if is_outside:
             return found.end()
     return len(rows)
