@@ -234,9 +234,12 @@ def _line_end(rows: bytes, position: int) -> int:
 def _last_row_end(block: bytes) -> int:
     """The offset just past the last newline outside quotes, 0 when there is none."""
     end = len(block)
-    while (end := block.rfind(b"\n", 0, end)) >= 0:
-        if _closed(block, 0, end):
-            return end + 1
+    is_outside = _closed(block, 0, end)
+    while (newline := block.rfind(b"\n", 0, end)) >= 0:
+        is_outside = is_outside == _closed(block, newline, end)
+        if is_outside:
+            return newline + 1
+        end = newline
     return 0
 
 
