@@ -163,7 +163,8 @@ class SetAsidePoints:
         reason, sample = (REFUSED_ID, f"device id {device[:80]!r}") if device else (NO_DEVICE_TAG, "")
         for window in windows:
             context.stop.check()
-            count = counts.get(window.start) if window in due else live.get(window.start)
+            is_due = bool(due) and window.start <= due[-1].start
+            count = (counts if is_due else live).get(window.start)
             if count is None:
                 continue
             if self._known.get((device, window.start)) == count.cells or context.dry_run:
