@@ -10,7 +10,8 @@ from app.core.errors import Conflict, Permanent
 from app.core.ledger import SetAside, Tally
 from app.core.partitions import Backoff, PassOptions, sync_all
 from app.core.pipeline import Commit, Count, Grid, Objects, ObjectState, Pipeline, Record, Shrink, Sums, WrittenRows
-from app.core.runs import Context, Lease, Report, Stop
+from app.core.repair import Asked, fill, reconcile
+from app.core.runs import Context, Lease, Report, ReportSum, Stop
 from app.core.windows import Window, windows_between
 
 START = datetime(2026, 2, 7, 22, 0, tzinfo=UTC)
@@ -403,6 +404,39 @@ class Process:
             report = self.run()
             total += replace(report, more=False)
         return replace(total, more=False)
+
+    def fill(self, span: Window, *, dry_run: bool = False, by_content: bool = False, again: bool = False) -> Report:
+        """A backfill of partition a; `again`: objects that are right are written too."""
+        parts = ReportSum()
+        fill(
+            self.pipeline(),
+            context(dry_run=dry_run),
+            "a",
+            span,
+            self.world.now,
+            done=parts,
+            by_content=by_content,
+            always_writes=again,
+        )
+        return parts.total
+
+    def reconcile(
+        self, span: Window, partition: str = "a", *, asked: Asked | None = None, heals: bool = False
+    ) -> Report:
+        """The reconcile of a partition; `asked` in place of the source's own sums."""
+        parts = ReportSum()
+        reconcile(
+            self.pipeline(),
+            context(),
+            partition,
+            span,
+            self.world.now,
+            done=parts,
+            asked=asked or self.asked,
+            by_content=None,
+            heals=heals,
+        )
+        return parts.total
 
     def how(self) -> PassOptions:
         """One partition at a time; a source without any row is taken as it is."""

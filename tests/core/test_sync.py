@@ -11,7 +11,7 @@ import pytest
 from app.core.errors import Permanent, Rejected, Stopped, Transient
 from app.core.ledger import Tally
 from app.core.pipeline import Record, Shrink
-from app.core.repair import fill, heal_window
+from app.core.repair import heal_window
 from app.core.runs import Stop
 from app.core.windows import Window
 from world import (
@@ -116,10 +116,10 @@ def test_what_comes_after_the_closing_goes_into_the_object_of_its_window() -> No
     puts = len(world.puts)
     process.run_until_done()
     assert len(world.puts) == puts
-    report = fill(process.pipeline(), context(), "a", Window(START - 10 * MINUTE, START + 20 * MINUTE), world.now)
+    report = process.fill(Window(START - 10 * MINUTE, START + 20 * MINUTE))
     assert (report.late_rows, set(world.objects)) == (1, keys)
     assert world.exported() == world.produced(world.now)
-    again = fill(process.pipeline(), context(), "a", Window(START, START + 20 * MINUTE), world.now)
+    again = process.fill(Window(START, START + 20 * MINUTE))
     assert again.windows == 0
 
 
@@ -130,12 +130,12 @@ def test_a_value_that_was_corrected_after_the_closing_comes_by_content_and_is_co
     process, span = Process(world), Window(START, START + 10 * MINUTE)
     process.run_until_done()
     world.write("a", START, "corrected")
-    assert fill(process.pipeline(), context(), "a", span, world.now).windows == 0
-    report = fill(process.pipeline(), context(), "a", span, world.now, by_content=True)
+    assert process.fill(span).windows == 0
+    report = process.fill(span, by_content=True)
     assert report.ledger.fields == {VALUE: Tally(counted=10, read=10, already_there=9, corrected=1)}
     assert (report.windows, report.late_rows) == (1, 0)
     assert world.exported() == world.produced(world.now)
-    assert fill(process.pipeline(), context(), "a", span, world.now, by_content=True).windows == 0
+    assert process.fill(span, by_content=True).windows == 0
 
 
 def test_a_row_that_the_source_lost_stays_though_counts_and_bounds_do_not_tell() -> None:
@@ -187,9 +187,9 @@ def test_deltas_of_an_older_version_are_folded_into_their_object_and_go_wherever
             world.old_delta("a", span, part, {START + timedelta(seconds=second): f"late{second}"})
         assert len(world.objects) == 3
         try:
-            fill(Process(world, Tripwire(fatal)).pipeline(), context(), "a", span, world.now)
+            Process(world, Tripwire(fatal)).fill(span)
         except Killed:
-            fill(Process(world).pipeline(), context(), "a", span, world.now, by_content=True)
+            Process(world).fill(span, by_content=True)
         assert len(world.objects) == 1
         assert world.exported() == world.produced(world.now)
         assert {part for _, _, part in world.records} == {0}
@@ -203,12 +203,12 @@ def test_a_delta_that_may_not_be_deleted_is_skipped_for_good_whatever_writes_its
     span = Window(START, START + 10 * MINUTE)
     for part, second in enumerate((30, 90), 1):
         world.old_delta("a", span, part, {START + timedelta(seconds=second): f"late{second}"})
-    fill(Process(world).pipeline(), context(), "a", span, world.now)
+    Process(world).fill(span)
     assert len(world.objects) == 3
     assert world.shown() == world.produced(world.now)
     closed = world.records["a", START, 0]
     for second, passed in (
-        (100, lambda: fill(Process(world).pipeline(), context(), "a", span, world.now)),
+        (100, lambda: Process(world).fill(span)),
         (101, lambda: heal_window(Process(world).pipeline(), context(), "a", span, world.now)),
         (102, lambda: run_again(world, replace(world.records["a", START, 0], closed=False))),  # looks for no deltas
         (103, lambda: run_again(world, replace(closed, closed=False))),  # a state that is older than the object
@@ -237,7 +237,7 @@ def test_late_rows_are_found_also_when_the_bucket_was_copied() -> None:
     world.objects = {key: (f"copy {held[0]}", held[1], held[2]) for key, held in world.objects.items()}
     world.write("a", START + timedelta(seconds=90), "very late")
     span = Window(START, START + 10 * MINUTE)
-    assert fill(process.pipeline(), context(), "a", span, world.now).late_rows == 1
+    assert process.fill(span).late_rows == 1
     assert world.exported() == world.produced(world.now)
 
 
@@ -249,9 +249,9 @@ def test_late_rows_survive_a_kill_at_any_effect() -> None:
             world.write("a", START + timedelta(seconds=second), f"late{second}")
             wire = Tripwire(fatal)
             try:
-                fill(Process(world, wire).pipeline(), context(), "a", span, world.now)
+                Process(world, wire).fill(span)
             except Killed:
-                fill(Process(world).pipeline(), context(), "a", span, world.now)
+                Process(world).fill(span)
         assert world.exported() == world.produced(world.now)
 
 
@@ -326,11 +326,11 @@ def test_a_state_that_is_older_than_the_bucket_doubles_no_late_row() -> None:
     backup = dict(world.cursors), dict(world.records)
     world.write("a", START + timedelta(seconds=90), "very late")
     span = Window(START, START + 10 * MINUTE)
-    fill(process.pipeline(), context(), "a", span, world.now)
+    process.fill(span)
     for cursors, records in (backup, ({}, {})):
         world.cursors, world.records = dict(cursors), dict(records)
         Process(world).run_until_done()
-        fill(Process(world).pipeline(), context(), "a", span, world.now)
+        Process(world).fill(span)
         assert world.exported() == world.produced(world.now)
 
 

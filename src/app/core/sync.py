@@ -42,7 +42,7 @@ from app.core.pipeline import (
     Sums,
     WindowTask,
 )
-from app.core.runs import Context, Done, Report, ReportSum
+from app.core.runs import Context, Done, Report
 from app.core.windows import Age, FailedWindows, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -110,18 +110,16 @@ def sync_partition(
     context: Context,
     at: Position,
     live: Mapping[datetime, Count],
-    told: Done | None = None,
+    done: Done,
     *,
     together: Mapping[datetime, ReadTogether[B]] = MappingProxyType({}),
-) -> Report:
+) -> None:
     """Run one step of one partition: its oldest due windows, then, when none is left, the live ones.
 
-    `live` holds the counts of open and settling windows by start, taken before this call; `together`, by start,
-    what reads them with those of other partitions. Raises what the ports raise;
-    an error of one window is raised after the others have been tried. What was committed stays, and was already
-    reported to `told`.
+    `live` holds the counts of open and settling windows by start, taken before this call; `together`, by start, what
+    reads them with those of other partitions. `done` receives each part as soon as it is committed. Raises what the
+    ports raise; an error of one window is raised after the others have been tried.
     """
-    done = ReportSum(told)
     left = dict(live)  # counted but not yet up to date
     failed, passed = FailedWindows(), at.cursor_at
     try:
@@ -141,7 +139,6 @@ def sync_partition(
         failed.check()
     finally:
         done(Report(ledger=ledger_of_counts(pipeline.unit, left.values(), "waiting")))
-    return done.total
 
 
 def ledger_of_counts(unit: str, counts: Iterable[Count], entry: str) -> Ledger:

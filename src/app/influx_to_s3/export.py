@@ -122,10 +122,10 @@ class Export:
                     device,
                     Window(since, until),
                     opened.now,
+                    done=done,
                     asked=opened.source.sums,
                     by_content=by_content,
                     heals=export.heal == "auto",
-                    told=done,
                 )
 
         report = self._isolated(opened, context, sorted(cursors), one)
@@ -334,9 +334,9 @@ class Export:
                     device,
                     Window(span.start, until),
                     opened.now,
+                    done=done,
                     by_content=not always_writes,
                     always_writes=always_writes,
-                    told=done,
                 )
 
         devices = sorted(filter(self._is_exported, {*cursors, *opened.source.partitions(span.start)}))
