@@ -67,13 +67,14 @@ class SqlCheckpoints(Repository):
         super().__init__(queries)
         self._summaries = SqlSummaries(queries)
 
-    def cursors(self, pipeline: str) -> Mapping[str, datetime]:
-        """See `Checkpoints.cursors`."""
-        return {row["device_id"]: row["cursor_at"] for row in self._known("cursors", pipeline)}
+    def cursors(self, pipeline: str, partition: str | None = None) -> Mapping[str, datetime]:
+        """See `Checkpoints.cursors`; of one partition, or of all when it is None."""
+        rows = self._known("cursors", pipeline=pipeline, partition=partition)
+        return {row["device_id"]: row["cursor_at"] for row in rows}
 
     def starts(self, pipeline: str) -> Mapping[str, datetime]:
         """See `Checkpoints.starts`."""
-        return {row["device_id"]: row["started_at"] for row in self._known("starts", pipeline)}
+        return {row["device_id"]: row["started_at"] for row in self._known("starts", pipeline=pipeline)}
 
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         """See `Checkpoints.records`."""
@@ -213,10 +214,10 @@ class SqlCheckpoints(Repository):
         now_at: datetime = rows[0]["now_at"]
         return now_at
 
-    def _known(self, query: str, pipeline: str) -> list[Row]:
+    def _known(self, query: str, **of: str | None) -> list[Row]:
         """Rows of the query, which leaves out those ahead of the database's clock."""
         with self._reading() as (session, now):
-            return session.rows(self._queries[query], pipeline=pipeline, until_at=now + AHEAD)
+            return session.rows(self._queries[query], **of, until_at=now + AHEAD)
 
 
 def _day(retired: Mapping[datetime, int], day: datetime) -> str:

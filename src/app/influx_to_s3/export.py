@@ -171,9 +171,8 @@ class Export:
 
     def ends(self, stop: Stop) -> ExportEnds:
         """Both ends as they are now. Does not depend on a run in progress. Only healing changes anything."""
-        return ExportEnds(
-            self._open(stop, dry_run=True), self._clock, self._is_exported, lambda: self._open(stop, dry_run=False)
-        )
+        reads_only = self._open(stop, dry_run=True, cursors={})  # only writes need cursors
+        return ExportEnds(reads_only, self._clock, self._is_exported, lambda: self._open(stop, dry_run=False))
 
     def _open(
         self,
