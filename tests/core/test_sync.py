@@ -10,6 +10,7 @@ import pytest
 
 from app.core.errors import Permanent, Rejected, Stopped, Transient
 from app.core.ledger import Tally
+from app.core.partitions import sync_all
 from app.core.pipeline import Record, Shrink
 from app.core.repair import heal_window
 from app.core.runs import Stop
@@ -548,6 +549,21 @@ def test_only_partitions_that_the_settings_name_count_for_how_seldom_objects_are
 
     Process(world, wanted=("b",), rewrite_seconds=at_once).run_until_done()
     assert asked == [1]
+
+
+def test_a_run_stops_while_it_looks_for_the_lost_cursors_of_many_partitions() -> None:
+    world = World()
+    fill_minutes(world, 1, ("a", "b", "c"))
+    process, stop = Process(world), Stop()
+    looked: list[str] = []
+
+    def look(partition: str) -> None:
+        looked.append(partition)
+        stop.ask("the process ends")
+
+    with pytest.raises(Stopped):
+        sync_all(replace(process.pipeline(), lost_cursor=look), context(stop), process.how())
+    assert looked == ["a"]
 
 
 def test_an_object_that_a_clock_of_the_future_wrote_is_not_waited_for() -> None:

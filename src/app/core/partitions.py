@@ -443,6 +443,7 @@ def _cursors(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Ma
     unnamed = (UNNAMED,) if pipeline.refused else ()
     for partition in (*unnamed, *(cursors.keys() - {UNNAMED}), *pipeline.source.partitions(how.first_at)):
         if partition not in known:
+            context.stop.check()
             continues_at = pipeline.lost_cursor(partition) if pipeline.lost_cursor else None
             known[partition] = continues_at or how.first_at
             if not context.dry_run:
