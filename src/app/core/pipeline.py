@@ -479,7 +479,7 @@ class Pipeline(Generic[B, E]):
     cursor continues; None = at the first start. `set_aside(partition, window, batch)` stores what the batch could not
     take into its rows and returns what it was. `rewrite_seconds(partitions)`: `Grid.rewrite_seconds` of a pass in which
     that many partitions have rows. `summarise(encoded, key, version)`: what is committed with the record of an object
-    just written; for open windows only if `summarises_open()`. `refused(context, at, live)` handles the rows of a
+    just written; for live windows only if `summarises_live()`. `refused(context, at, live)` handles the rows of a
     partition that the sink cannot name, and of the partition "". `is_wanted(partition)`: False for one that the
     settings leave out; its cursor waits.
     """
@@ -502,7 +502,7 @@ class Pipeline(Generic[B, E]):
     unit: str = VALUES
     rewrite_seconds: Callable[[int], float] | None = None
     summarise: Callable[[E, str, str], Sequence[Any]] | None = None
-    summarises_open: Callable[[], bool] = lambda: False
+    summarises_live: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True, slots=True)

@@ -396,7 +396,7 @@ def _put(
         one.record = _record(task, key, ObjectState(version, size_bytes=encoded.size_bytes, folded=folded), one)
         one.stored_bytes, one.corrected_rows = encoded.size_bytes, batch.corrected_rows
         one.new_rows = batch.new_rows if one.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
-        if pipeline.summarise and is_ours and (task.final or pipeline.summarises_open()):
+        if pipeline.summarise and is_ours and (task.final or pipeline.summarises_live()):
             one.summaries = pipeline.summarise(encoded, key, version)
 
 

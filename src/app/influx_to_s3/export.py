@@ -291,7 +291,7 @@ class Export:
             summarise=_summaries,
             # If no report was ever requested, only past windows are summarised: an open object is replaced every
             # minute.
-            summarises_open=cache(sums.stored.is_asked) if sums else lambda: False,
+            summarises_live=cache(sums.stored.is_asked) if sums else lambda: False,
         )
         return pipeline
 
