@@ -11,9 +11,9 @@ from app.core.runs import Outcome
 from app.db.state import open_state
 from app.influx_to_s3.job import NAME, RECONCILE
 from app.object_store.port import PutRequest
-from exporter import HOUR, MINUTE, NOON, Exporter
+from exporter import HOUR, MINUTE, NOON, Exporter, ns
 from exports import content, exported
-from simulators.influx import Cut, ErrorTable
+from simulators.influx import Cut, ErrorTable, Refuse
 
 
 def test_devices_whose_id_cannot_name_an_object_are_set_aside_once_and_the_others_are_exported(
@@ -38,6 +38,21 @@ def test_devices_whose_id_cannot_name_an_object_are_set_aside_once_and_the_other
     assert "device_id=../../x" in lines[0]
     assert sorted({device for device, *_ in exported(exporter.store)}) == ["D1", "D2"]
     assert sorted(path.name for path in exporter.folder.iterdir()) == ["data", "objects"]
+
+
+def test_points_without_the_tag_that_are_too_many_for_one_query_are_set_aside_in_parts(exporter: Exporter) -> None:
+    for minute in range(60):
+        exporter.influx.write(f"device_telemetry,host=x voltage={minute} {ns(NOON + minute * MINUTE)}")
+    exporter.write(NOON)
+    exporter.at(hours=1)
+    exporter.influx.faults.add(
+        Refuse(400, "memory allocation limit reached"), when=lambda text: "pivot" in text and "not exists" in text
+    )
+    run = exporter.run()
+    assert (run.report.failures, run.report.ledger.total.set_aside) == ((), 60)
+    assert len(exporter.influx.faults) == 0
+    [kept] = [info.key for info in exporter.store.list("telemetry/_set_aside/")]
+    assert len(content(exporter.store, kept).splitlines()) == 60
 
 
 def test_only_the_listed_devices_are_exported(exporter: Exporter) -> None:

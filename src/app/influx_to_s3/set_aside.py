@@ -25,9 +25,9 @@ from app.core.pipeline import Commit, Count, Pipeline, Position
 from app.core.runs import Context, Report
 from app.core.sync import ledger_of_counts
 from app.core.windows import DAY_SECONDS, Age, Window, age_of, floor_to
-from app.influx_to_s3.reader import PointColumns, partition_totals
+from app.influx_to_s3.reader import PointColumns, QueryTooLarge, partition_totals
 from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.source import InfluxSource, OpenedExport
+from app.influx_to_s3.source import SHORTEST, InfluxSource, OpenedExport
 from app.object_store.set_aside import LINES, SetAsideResult, SetAsideStore
 from app.object_store.table_sink import EncodedFile
 
@@ -296,12 +296,27 @@ def _named(names: Sequence[str]) -> str:
 def _points(source: InfluxSource, device: str, window: Window, count: Count) -> Iterator[PointColumns]:
     """All points of a window; empty strings, which Flux returns as absent, as separate points."""
     read: Counter[str] = Counter()
-    for block in source.reader.rows(device, window):
+    for block in _blocks(source, device, window):
         read.update(block.numbers)
         yield block
     for field, values in count.fields.items():
         if read[field] < values:
             yield from source.reader.empty_texts(device, window, field)
+
+
+def _blocks(source: InfluxSource, device: str, span: Window) -> Iterator[PointColumns]:
+    """The points of a span, which is halved while it is too large for the server."""
+    is_begun = False
+    try:
+        for block in source.reader.rows(device, span):
+            is_begun = True
+            yield block
+    except QueryTooLarge:
+        if is_begun or span.end - span.start < SHORTEST:
+            raise
+        middle = span.start + (span.end - span.start) / 2
+        yield from _blocks(source, device, Window(span.start, middle))
+        yield from _blocks(source, device, Window(middle, span.end))
 
 
 def _accounted(pipeline: ExportPipeline, fields: Mapping[str, int], aside: SetAside) -> Report:
