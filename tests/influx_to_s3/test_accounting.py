@@ -102,6 +102,22 @@ def test_points_of_many_days_of_an_unset_clock_are_all_kept_over_several_runs(ex
     assert exporter.run().outcome is Outcome.OK
 
 
+def test_the_days_of_unset_clocks_are_looked_for_once_and_not_for_each_device(exporter: Exporter) -> None:
+    exporter.keep()
+    for number in range(20):
+        exporter.write(datetime(1970, 1, 1 + number % 2, tzinfo=UTC), f"D{number}", "voltage=1")
+    exporter.at(minutes=1)
+    assert exporter.run(dry_run=True).report.ledger.total.set_aside == 20
+    assert not list(exporter.store.list("telemetry/_set_aside/"))
+    exporter.influx.forget_queries()
+    assert exporter.run().report.ledger.total.set_aside == 20
+    assert len(list(exporter.store.list("telemetry/_set_aside/"))) == 20
+    assert sum("count()" in query.text for query in exporter.influx.queries) < 50
+    exporter.influx.forget_queries()
+    assert exporter.run().outcome is Outcome.OK
+    assert sum("count()" in query.text for query in exporter.influx.queries) == 2
+
+
 def test_an_export_that_begins_before_2000_exports_old_points_and_sets_none_of_them_aside(exporter: Exporter) -> None:
     exporter.environ = {"EXPORT_START": "1999-12-30T00:00:00Z", "EXPORT_WINDOW_SECONDS": "86400"}
     exporter.write(datetime(1999, 12, 31, 12, tzinfo=UTC))

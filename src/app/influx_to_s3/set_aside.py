@@ -12,6 +12,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, BinaryIO, cast
@@ -82,6 +83,20 @@ def lines_of(points: PointColumns, measurement: str, own: Mapping[str, str]) -> 
         values = {name: some[row] for name, some in fields if some[row] is not None}
         if values:
             yield line(measurement, {**own, **there}, values, instant_ns)
+
+
+@dataclass(slots=True)
+class _UnsetClock:
+    """What a run keeps of a device whose clock was never set: values by field that still wait, the number of new ones,
+    and of days. `is_full`: other days wait for the next run. `is_kept`: the store took all of it.
+    """
+
+    waiting: Counter[str]
+    new: int = 0
+    sample: str = ""
+    days: int = 0
+    is_full: bool = False
+    is_kept: bool = True
 
 
 class SetAsidePoints:
@@ -193,39 +208,44 @@ class SetAsidePoints:
         if opened.tree.first_start_at < CLOCKS_SET_AT:
             return report  # an export that starts this early includes these points
         unset = Window(OLDEST_AT, CLOCKS_SET_AT)
-        for (device, _), count in _outside(opened, unset).items():
-            report += self._keep_unset(opened, context, device, unset, count)
+        found = {device: count for (device, _), count in _outside(opened, unset).items()}
+        clocks = {
+            device: _UnsetClock(Counter(count.fields))
+            for device, count in found.items()
+            if self._known.get((device, unset.end)) != count.cells and not context.dry_run
+        }
+        for day, counts in _days(opened, unset) if clocks else ():
+            for device in sorted(counts.keys() & clocks.keys()):
+                context.stop.check()
+                self._keep_day(opened.source, device, day, counts[device], clocks[device])
+            if all(clock.is_full for clock in clocks.values()):
+                break
+        for device, count in found.items():
+            clock = clocks.get(device, _UnsetClock(Counter()))
+            left = +clock.waiting
+            if device in clocks and clock.is_kept and not left:
+                self._known[device, unset.end] = count.cells
+            done = Counter(count.fields) - left
+            report += _accounted(pipeline, done, SetAside(CLOCK_NOT_SET, done.total(), clock.new, clock.sample))
+            report += Report(ledger=ledger_of_counts(pipeline.unit, [Count(0, 0, left)], "waiting"))
         return report
 
-    def _keep_unset(self, opened: OpenedExport, context: Context, device: str, unset: Window, count: Count) -> Report:
-        """Keep the points of a clock that was never set by day, at most DAYS days; the others wait for the next run."""
-        pipeline = opened.pipeline
-        if self._known.get((device, unset.end)) == count.cells or context.dry_run:
-            return _accounted(pipeline, count.fields, SetAside(CLOCK_NOT_SET, count.cells))
-        new, sample, days, is_kept = 0, "", 0, True
-        waiting = Counter(count.fields)
-        for day, there in _days(opened, device, unset):
-            context.stop.check()
-            if self._known.get((device, day.start)) != there.cells:
-                if days == DAYS:
-                    break
-                points = _points(opened.source, device, day, there)
-                kept, _ = self.keep_points(CLOCK_NOT_SET, device, day, points)
-                new, sample, days = new + kept.new, sample or kept.entry.sample, days + 1
-                if kept.key:
-                    self._known[device, day.start] = there.cells
-                else:
-                    is_kept = False
-            waiting.subtract(there.fields)
-        left = +waiting
-        if is_kept and not left:
-            self._known[device, unset.end] = count.cells
-        log.debug(
-            "%r: %d values set aside, %d wait: %s", device, count.cells - left.total(), left.total(), CLOCK_NOT_SET
-        )
-        done = Counter(count.fields) - left
-        report = _accounted(pipeline, done, SetAside(CLOCK_NOT_SET, done.total(), new, sample))
-        return report + Report(ledger=ledger_of_counts(pipeline.unit, [Count(0, 0, left)], "waiting"))
+    def _keep_day(self, source: InfluxSource, device: str, day: Window, count: Count, clock: "_UnsetClock") -> None:
+        """Keep one day of a device whose clock was never set, unless it is kept already or DAYS others were."""
+        if self._known.get((device, day.start)) != count.cells:
+            clock.is_full = clock.days == DAYS
+            if clock.is_full:
+                return
+            kept, _ = self.keep_points(CLOCK_NOT_SET, device, day, _points(source, device, day, count))
+            log.debug("%r %s: %d values set aside: %s", device, day, kept.number, CLOCK_NOT_SET)
+            clock.days += 1
+            clock.new += kept.new
+            clock.sample = clock.sample or kept.entry.sample
+            if kept.key:
+                self._known[device, day.start] = count.cells
+            else:
+                clock.is_kept = False
+        clock.waiting.subtract(count.fields)
 
     def _own(self, device: str) -> Mapping[str, str]:
         return {self._device_tag: device} if device else {}
@@ -324,16 +344,16 @@ def _accounted(pipeline: ExportPipeline, fields: Mapping[str, int], aside: SetAs
     return Report(ledger=Ledger(pipeline.unit, tallies, (aside,)))
 
 
-def _days(opened: OpenedExport, device: str, span: Window) -> Iterator[tuple[Window, Count]]:
-    """The UTC days of a long span in which a device has points, with their counts; found by bisection."""
-    count = _outside(opened, span).get((device, span.start))
-    if count is None:
+def _days(opened: OpenedExport, span: Window) -> Iterator[tuple[Window, Mapping[str, Count]]]:
+    """The UTC days of a long span that have points, with the counts by device; found by bisection."""
+    found = {device: count for (device, _), count in _outside(opened, span).items()}
+    if not found:
         return
     if span.seconds <= DAY_SECONDS:
-        yield span, count
+        yield span, found
         return
     middle = floor_to(span.start + (span.end - span.start) / 2, DAY_SECONDS)
     if middle <= span.start:
         middle = span.start + timedelta(days=1)
-    yield from _days(opened, device, Window(span.start, middle))
-    yield from _days(opened, device, Window(middle, span.end))
+    yield from _days(opened, Window(span.start, middle))
+    yield from _days(opened, Window(middle, span.end))
