@@ -198,7 +198,8 @@ ON CONFLICT (pipeline, device_id) DO UPDATE SET
 -- name: checkpoints_of
 -- How far each partition of a pipeline is, for the dashboard and the lag metric; without the pipeline's own row.
 SELECT
-    device_id, last_exported_at, high_watermark_at, status, s3_key, record_count, error_message, updated_at
+    device_id AS partition, last_exported_at AS cursor_at, high_watermark_at, coalesce(error_message, '') AS error,
+    coalesce(s3_key, '') AS key, coalesce(record_count, 0) AS rows, updated_at
 FROM export_checkpoints
 WHERE pipeline = :pipeline AND device_id <> ''
 ORDER BY device_id;

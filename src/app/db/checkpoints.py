@@ -193,18 +193,7 @@ class SqlCheckpoints(Repository):
 
     def of(self, pipeline: str) -> Sequence[Checkpoint]:
         """Every partition of the pipeline, by name."""
-        return [
-            Checkpoint(
-                partition=row["device_id"],
-                cursor_at=row["last_exported_at"],
-                high_watermark_at=row["high_watermark_at"],
-                error=row["error_message"] or "",
-                key=row["s3_key"] or "",
-                rows=row["record_count"] or 0,
-                updated_at=row["updated_at"],
-            )
-            for row in self._queries.rows("checkpoints_of", pipeline=pipeline)
-        ]
+        return [Checkpoint(**row) for row in self._queries.rows("checkpoints_of", pipeline=pipeline)]
 
     def _fence(self, session: Session, lease: Lease) -> datetime:
         """Lock the lease until the transaction ends; returns the database's clock. Raises LeaseLost."""
