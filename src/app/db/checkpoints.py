@@ -38,10 +38,10 @@ class Layout:
     timestamp_unit: str = "ns"
 
 
-# The columns of the query live_records, after the partition.
+# The columns of the query live_records, after the partition and the window.
 OF_RECORD = (
-    *("starts_at", "ends_at", "part", "s3_key", "version", "digest", "record_count", "size_bytes", "source_cells"),
-    *("min_at", "max_at", "status", "source_fields", "source_digest", "source_sums", "trouble", "folded", "updated_at"),
+    *("part", "s3_key", "version", "digest", "record_count", "size_bytes", "source_cells", "min_at", "max_at"),
+    *("status", "source_fields", "source_digest", "source_sums", "trouble", "folded", "updated_at"),
 )
 INSTANTS = tuple(name for name in OF_RECORD if name.endswith(INSTANT_SUFFIX))
 SHARED_TEXTS = 1 << 12
@@ -81,22 +81,25 @@ class SqlCheckpoints(Repository):
         of = {"pipeline": pipeline, "partition": partition}
         with self._reading() as (session, now):
             rows = session.rows(self._queries["records"], **of, since_at=since, until_at=until)
-        return [_record(row, now) for row in rows]
+        return [_record(row, Window(row["starts_at"], row["ends_at"]), now) for row in rows]
 
     def live_records(
         self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
     ) -> Mapping[str, Sequence[Record]]:
         """See `Checkpoints.live_records`. Streamed, since the rows of many devices would dominate a plan's memory."""
         found: dict[str, list[Record]] = {}
+        windows: dict[tuple[Any, Any], Window] = {}  # devices have the same ones
         with self._reading() as (session, now):
             chosen = None if partitions is None else json.dumps(partitions)
             of = {"pipeline": pipeline, "since_at": since, "partitions": chosen}
-            for device, *values in session.stream(self._queries["live_records"], **of):
+            for device, starts_at, ends_at, *values in session.stream(self._queries["live_records"], **of):
+                window = windows.get((starts_at, ends_at))
+                if window is None:
+                    window = windows[starts_at, ends_at] = Window(_instant(starts_at), _instant(ends_at))
                 row = dict(zip(OF_RECORD, values, strict=True))
                 for name in INSTANTS:
-                    if isinstance(text := row[name], str):  # SQLite has no type for instants
-                        row[name] = datetime.fromisoformat(text)
-                found.setdefault(device, []).append(_record(row, now))
+                    row[name] = _instant(row[name])
+                found.setdefault(device, []).append(_record(row, window, now))
         return found
 
     def layouts(self, pipeline: str) -> Sequence[Layout]:
@@ -285,12 +288,17 @@ def _counts(text: str) -> Mapping[str, int]:
     return MappingProxyType({intern(name): number for name, number in json.loads(text or "{}").items()})
 
 
-def _record(row: Row, now: datetime) -> Record:
+def _instant(stored: Any) -> Any:
+    """A streamed timestamp or None; SQLite has no type for instants."""
+    return datetime.fromisoformat(stored) if isinstance(stored, str) else stored
+
+
+def _record(row: Row, window: Window, now: datetime) -> Record:
     given = row["source_sums"]
     sums = {intern(name): _sums(listed) for name, listed in json.loads(given).items()} if given else {}
     fields, source_digest = row["source_fields"], row["source_digest"]
     return Record(
-        window=Window(row["starts_at"], row["ends_at"]),
+        window=window,
         part=row["part"],
         key=row["s3_key"],
         version=row["version"],
@@ -300,7 +308,7 @@ def _record(row: Row, now: datetime) -> Record:
         source_cells=row["source_cells"],
         min_at=row["min_at"],
         max_at=row["max_at"],
-        closed=row["status"] == "closed" and max(row["ends_at"], row["updated_at"]) <= now + AHEAD,
+        closed=row["status"] == "closed" and max(window.end, row["updated_at"]) <= now + AHEAD,
         fields=_values(sums) if fields == SAME else _counts(fields),
         source_digest=row["digest"] if source_digest == SAME else source_digest,
         sums=sums,
