@@ -346,7 +346,9 @@ class InfluxSource:
 
 @dataclass(frozen=True, slots=True)
 class OpenedExport:
-    """The pipeline of one run, whose pauses end with that run. `now`: windows that start later may not be written."""
+    """The pipeline of one run, whose pauses end with that run. `now`: windows that start later may not be written.
+    `cursors`: those of all devices when the run began.
+    """
 
     tree: LayoutDocument
     now: datetime
@@ -354,6 +356,7 @@ class OpenedExport:
     source: InfluxSource
     sink: TableSink
     pipeline: Pipeline[RowBatch, EncodedFile]
+    cursors: Mapping[str, datetime]
 
 
 def lacking(read: Mapping[str, Sums], counted: Mapping[str, int]) -> AbstractSet[str]:
