@@ -138,7 +138,8 @@ def sync_partition(
             _refresh(pipeline, context, at, together=together, left=left, done=done, failed=failed)
         failed.check()
     finally:
-        done(Report(ledger=ledger_of_counts(pipeline.unit, left.values(), "waiting")))
+        if left:
+            done(Report(ledger=ledger_of_counts(pipeline.unit, left.values(), "waiting")))
 
 
 def ledger_of_counts(unit: str, counts: Iterable[Count], entry: str) -> Ledger:
