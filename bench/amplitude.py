@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -95,12 +96,12 @@ def inflated(folder: Path) -> int:
 
 def ours(folder: Path) -> int:
     """As the route does it."""
-    from app.amplitude.archives import opened, weeks
+    from app.amplitude.archives import ExportArchive, weeks
     from app.core.windows import Window
 
     def streams(file: BinaryIO) -> Iterator[tuple[datetime, BinaryIO]]:
-        with opened(file) as archive:
-            for at, parts in archive.hours(Window(MONDAY, MONDAY + HOURS * HOUR)).items():
+        with closing(ExportArchive(Window(MONDAY, MONDAY + HOURS * HOUR), file)) as archive:
+            for at, parts in archive.hours.items():
                 for stream in archive.streams(parts):
                     yield at, stream
 

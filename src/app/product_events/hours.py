@@ -61,14 +61,6 @@ class PullMode(Enum):
     ONCE_MORE = "once more"
 
 
-class BrokenHour(AppError):
-    """The received data of an hour cannot be read; `fault` says why. Its rows were not loaded."""
-
-    def __init__(self, fault: AppError) -> None:
-        super().__init__(fault.message, fault.hint)
-        self.fault = fault
-
-
 class DamagedObject(Permanent):
     """The object of an hour cannot be read."""
 

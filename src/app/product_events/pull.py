@@ -27,11 +27,11 @@ from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.object_store.port import ObjectStore
 from app.object_store.set_aside import SetAsideStore, folder_of
 from app.ops.connection_checks import ConnectionCheck
-from app.product_events.hours import HOUR, BrokenHour, DamagedObject, PartitionRun, PulledHour
+from app.product_events.hours import HOUR, DamagedObject, PartitionRun, PulledHour
 from app.product_events.mapping import EventWarehouse
 from app.product_events.verify import Given, PullEnds, PullGapMap
 
-BROKEN = (BrokenHour, EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError)
+BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError)
 ANOTHER_PROJECT = "check that it is the right project, in the right region, and that events reach it"
 log = logging.getLogger(__name__)
 
@@ -236,6 +236,5 @@ class PullPipeline(ABC):
             try:
                 yield held.enter_context(closing(self.opened(partition, window, file, stop))) if file else None
             except BROKEN as error:
-                what = error.message if isinstance(error, BrokenHour) else error
                 hint = "heal the window: the object is written again from what the service gives"
-                raise DamagedObject(f"{key} is damaged: {what}", hint) from error
+                raise DamagedObject(f"{key} is damaged: {error}", hint) from error
