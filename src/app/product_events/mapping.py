@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # Conversion of product event values: one rule per word of `product_mapping.toml`, each applied to a whole column.
 #
-# Invariants: whatever the input, the output can be stored in either database or is None. A column that needs no change
-# is returned as is, the usual case. JSON values are text on both input and output.
+# Invariants: whatever the input, the output can be stored in either database or is None. JSON values are text on both
+# input and output.
 
 Column = Sequence[Any]
 Rule = Callable[[Column], Column]
@@ -39,42 +39,17 @@ NO_RECORD = frozenset({"", "n/a", "no ehr", "no_ehr"})
 MAPPED_V4 = "::ffff:"
 
 
-def _rule(turn: Callable[[Any], Any], is_fine: Callable[[Column], bool] = lambda _: False) -> Rule:
-    """A rule that converts value by value; None stays None. A column for which `is_fine` holds is returned as is."""
-    return lambda column: column if is_fine(column) else [None if value is None else turn(value) for value in column]
+def _rule(turn: Callable[[Any], Any]) -> Rule:
+    """A rule that converts value by value; None stays None."""
 
+    def turned(column: Column) -> Column:
+        # Most columns repeat a few values: each is converted once. Not where values of several types may be equal.
+        if set(map(type, column)) - {NONE} in (set(), {str}, {int}):
+            known = {value: turn(value) for value in set(column) if value is not None}
+            return list(map(known.get, column))
+        return [None if value is None else turn(value) for value in column]
 
-def _only(*kinds: type) -> Callable[[Column], bool]:
-    allowed = {NONE, *kinds}
-    return lambda column: set(map(type, column)) <= allowed
-
-
-def _are_texts(column: Column) -> bool:
-    if not set(map(type, column)) <= {str, NONE} or "" in column:
-        return False
-    return not UNSTORABLE.search("".join(filter(None, column)))
-
-
-def _are_keys(column: Column) -> bool:
-    return _are_texts(column) and max(map(len, filter(None, column)), default=0) <= KEY_CHARACTERS
-
-
-def _are_uuids(column: Column) -> bool:
-    """Optimised for all-valid columns: one search over each value and one over all."""
-    if set(map(type, column)) != {str} or not all(map(UUID.fullmatch, column)):
-        return False
-    joined = "".join(column)
-    return joined == joined.lower()
-
-
-def _whole(bits: int) -> Rule:
-    def are_fine(column: Column) -> bool:
-        if not set(map(type, column)) <= {int, NONE}:
-            return False
-        numbers = [value for value in column if value is not None]
-        return not numbers or (min(numbers) >= -(1 << bits) and max(numbers) < 1 << bits)
-
-    return _rule(whole(bits), are_fine)
+    return turned
 
 
 def plain(text: str) -> str:
@@ -87,31 +62,6 @@ def text(value: Any) -> str | None:
     if isinstance(value, bool):
         return str(value).lower()
     return plain(str(value)) or None
-
-
-def _instants(column: Column) -> Column:
-    if set(map(type, column)) == {str} and all(map(SPACED.fullmatch, column)):
-        try:
-            for value in column:
-                datetime.fromisoformat(value)
-        except ValueError:
-            pass
-        else:
-            return [f"{value[:10]}T{value[11:]}Z" for value in column]
-    return [None if value is None else instant(value) for value in column]
-
-
-def _json_values(column: Column) -> Column:
-    """The values of a column are serialised together: a value that came as one line cannot contain a line end."""
-    try:
-        texts = b"\n".join([b"null" if value is None else value for value in column]).decode().split("\n")
-    except TypeError:
-        texts = []
-    if len(texts) != len(column):
-        return [None if value is None else json_value(value) for value in column]
-    if "null" in texts or max(map(len, texts)) > NESTED_FROM_CHARACTERS:
-        return [json_value(value) for value in texts]
-    return texts
 
 
 def key(value: Any) -> str | None:
@@ -127,15 +77,16 @@ def uuid(value: Any) -> str | None:
 
 def whole(bits: int) -> Callable[[Any], int | None]:
     """A signed integer of `bits`, also parsed from text."""
+    low, high = -(1 << bits), 1 << bits
 
     def turn(value: Any) -> int | None:
         if isinstance(value, bool):
             return None
         if isinstance(value, str):
             value = int(value.partition(".")[0]) if WHOLE.fullmatch(value.strip()) else None
-        if isinstance(value, float):
+        elif isinstance(value, float):
             value = int(value) if value.is_integer() else None
-        return int(value) if value is not None and -(1 << bits) <= value < 1 << bits else None
+        return value if value is not None and low <= value < high else None
 
     return turn
 
@@ -251,20 +202,20 @@ def _refuse(constant: str) -> None:
 
 
 RULES: Mapping[str, Rule] = {
-    "text": _rule(text, _are_texts),
-    "key": _rule(key, _are_keys),
-    "uuid": _rule(uuid, _are_uuids),
-    "bigint": _whole(63),
-    "integer": _whole(31),
-    "float": _rule(number, _only(float)),
-    "bool": _rule(truth, _only(bool)),
+    "text": _rule(text),
+    "key": _rule(key),
+    "uuid": _rule(uuid),
+    "bigint": _rule(whole(63)),
+    "integer": _rule(whole(31)),
+    "float": _rule(number),
+    "bool": _rule(truth),
     "flag": _rule(truth),
-    "instant": _instants,
+    "instant": _rule(instant),
     "epoch": _rule(epoch),
     "lower": _rule(lambda value: (text(value) or "").lower() or None),
     "record": _rule(record),
     "via_app": _rule(via_app),
-    "json": _json_values,
+    "json": _rule(json_value),
     "jsontext": _rule(json_text),
     "ipv4": _rule(lambda value: (text(value) or "").removeprefix(MAPPED_V4) or None),
 }
