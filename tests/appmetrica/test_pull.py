@@ -118,6 +118,30 @@ def test_a_file_that_the_service_forgot_is_asked_for_anew(world: World) -> None:
     assert len(made.rows("events_part")) == received(simulator, FIRST, due)
 
 
+def test_a_backfill_whose_files_take_longer_than_a_run_asks_for_each_day_once(world: World) -> None:
+    made, simulator = world
+    made.clock.now += timedelta(minutes=20)
+    pull, days = made.appmetrica(simulator, lookback_days=6, poll_timeout_seconds=20), 5
+    pull.to_the_end()
+    uuids, simulator.state.questions = {str(row["uuid"]) for row in made.rows("events_part")}, 6
+    with made.warehouse.database.transaction() as session:
+        session.run("DELETE FROM events_part")
+    simulator.state.asked.clear()
+    start, runs = START - timedelta(days=days), 1
+    while pull.fill(start, START).more:
+        runs += 1
+        assert runs < 4 * days
+    assert len({url for url, status in simulator.state.asked if status == 200}) == days
+    assert sum(status == 200 for _, status in simulator.state.asked) == days
+    again = {str(row["uuid"]) for row in made.rows("events_part")}
+    assert again < uuids
+    assert len(again) == received(simulator, start, START)
+    simulator.state.questions = 0
+    simulator.state.asked.clear()
+    pull.fill(start, START)
+    assert sum(status == 200 for _, status in simulator.state.asked) == days, "a new backfill begins at its start"
+
+
 def test_a_full_queue_is_waited_for(world: World) -> None:
     made, simulator = world
     made.clock.now += timedelta(minutes=20)

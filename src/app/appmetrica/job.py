@@ -226,11 +226,17 @@ class ResourceRun(PartitionRun):
 
     def pull_again(self, hours: Window) -> Report:
         """See `PartitionRun.pull_again`. `more`: a file is not ready yet."""
-        report, at = Report(), hours.start
+        owner, report, at = f"{self.name}:backfill", Report(), hours.start
+        # An earlier run ended with a file that was not ready: what it pulled before that is not requested again.
+        kept_since = self.pull.clock() - KEPT_FOR
+        for export in self.exports.pulls.open(NAME, owner):
+            start = span_of(export).start
+            is_kept = export.asked_at is not None and export.asked_at > kept_since
+            if is_kept and at < start < hours.end and not (start - hours.start) % STEP:
+                at = start
         while at < hours.end and not report.more:
             day = Window(at, min(at + STEP, hours.end))
-            export = self.exports.keep_received(f"{self.name}:backfill", self.resource, day)
-            report += self._land(export, None)
+            report += self._land(self.exports.keep_received(owner, self.resource, day), None)
             at = day.end
         return report
 
