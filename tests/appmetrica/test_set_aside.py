@@ -12,7 +12,6 @@ import pytest
 
 from app.appmetrica.rows import (
     ANOTHER_TIME,
-    KEPT_ROW_BYTES,
     LARGE_ROW,
     NO_RECEIPT,
     NOT_A_ROW,
@@ -24,7 +23,7 @@ from app.core.ledger import fault_of
 from app.core.pipeline import Commit
 from app.core.verify import CellState
 from app.core.windows import Window
-from app.product_events.hours import KEEPS_FAILING
+from app.product_events.hours import KEEPS_FAILING, KEPT_LINE_BYTES
 from pulling import HOUR, START, Landed, Pull, pulling
 from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows
 
@@ -330,9 +329,9 @@ def test_forms_of_a_file_that_are_no_fault() -> None:
 
 
 def test_a_line_above_all_limits_is_held_in_part_only() -> None:
-    (large, last) = rows_of(b"a,b\n1," + b"x" * (KEPT_ROW_BYTES + 99) + b"\n2,y\n")
+    (large, last) = rows_of(b"a,b\n1," + b"x" * (KEPT_LINE_BYTES + 99) + b"\n2,y\n")
     assert isinstance(large, BadRow)
-    assert (large.reason, len(large.raw)) == (LARGE_ROW, KEPT_ROW_BYTES)
+    assert (large.reason, len(large.raw)) == (LARGE_ROW, KEPT_LINE_BYTES)
     assert last == ["2", "y"]
 
 

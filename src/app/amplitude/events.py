@@ -19,7 +19,7 @@ from app.core.errors import Rejected
 from app.core.runs import Stop
 from app.core.verify import NOTHING, WindowContent
 from app.core.windows import Window
-from app.product_events.hours import REFUSED, PulledHour
+from app.product_events.hours import KEPT_LINE_BYTES, MAX_LINE_BYTES, REFUSED, PulledHour
 from app.product_events.mapping import (
     RULES,
     ProductMapping,
@@ -35,8 +35,6 @@ from app.product_events.pull import PullPipeline
 SERVICE = "amplitude"
 JSON_WORD = "json"
 BLOCK_BYTES = 1 << 19
-MAX_LINE_BYTES = 1 << 24
-KEPT_LINE_BYTES = 2 * MAX_LINE_BYTES
 SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89abAB])")
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, OverflowError)
 MODULUS = 1 << 128
@@ -237,12 +235,12 @@ class HourLines(PulledHour):
                 pass
         return hashlib.sha256(f"{self.rows}:{self._uuid_sum}".encode()).hexdigest()
 
-    def tables(self, *, careful: bool = False) -> Iterator[Tables]:
+    def tables(self) -> Iterator[Tables]:
         """See `PulledHour.tables`."""
         self._restart()
         for block in self._blocks():
             self._before = self.rows + self.refused
-            found = reader().tables(block, self._refuse, careful=careful)
+            found = reader().tables(block, self._refuse)
             self._took(found)
             yield found
 

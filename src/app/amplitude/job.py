@@ -65,14 +65,13 @@ AGAIN_AFTER = timedelta(hours=24)
 AGAIN_DAYS = 14
 STEP_HOURS = 31 * 24
 KNOWN_FOR = timedelta(days=7)
-KEPT_LINE_BYTES = 1 << 25  # kept of a line that is too large
 log = logging.getLogger(__name__)
 
 
 class AmplitudePull(PullPipeline):
     """See `PullPipeline`. Partitions are sources."""
 
-    name, unit, due_after, largest_bytes = NAME, "lines", DUE_AFTER, KEPT_LINE_BYTES
+    name, variables, unit, due_after = NAME, OFF, "lines", DUE_AFTER
 
     @property
     def given(self) -> AmplitudeSettings:
@@ -97,11 +96,6 @@ class AmplitudePull(PullPipeline):
     def partitions(self) -> Sequence[str]:
         """See `PullPipeline.partitions`."""
         return list(self.projects)
-
-    @property
-    def off(self) -> str:
-        """See `PullPipeline.off`."""
-        return "" if self.projects else OFF
 
     @property
     def checks(self) -> Sequence[ConnectionCheck]:

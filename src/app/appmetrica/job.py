@@ -32,7 +32,6 @@ from app.appmetrica.client import (
 )
 from app.appmetrica.rows import (
     EVENTS,
-    KEPT_ROW_BYTES,
     BadRow,
     CsvRows,
     ReceiptHourFile,
@@ -69,7 +68,7 @@ log = logging.getLogger(__name__)
 class AppMetricaPull(PullPipeline):
     """See `PullPipeline`. Partitions are `{application}:{resource}`, windows hours of receipt."""
 
-    name, unit, due_after, largest_bytes = NAME, "records", DUE_AFTER, KEPT_ROW_BYTES + 1
+    name, variables, unit, due_after = NAME, OFF, "records", DUE_AFTER
 
     pulls: SqlPulls
 
@@ -98,11 +97,6 @@ class AppMetricaPull(PullPipeline):
     def partitions(self) -> Sequence[str]:
         """See `PullPipeline.partitions`: each application has its own cursor."""
         return [f"{self.exports.application_id}:{name}" for name in self.given.resources] if self.exports else ()
-
-    @property
-    def off(self) -> str:
-        """See `PullPipeline.off`."""
-        return "" if self.exports else OFF
 
     @property
     def checks(self) -> Sequence[ConnectionCheck]:

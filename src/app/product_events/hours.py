@@ -44,6 +44,9 @@ NOT_HAD = "not had"
 """The version in the record of a window that could not be loaded; `closed` means it was set aside."""
 GZIP = "application/gzip"
 LARGE_BYTES, LOGGED_SAMPLES = 1 << 20, 3
+MAX_LINE_BYTES = 1 << 24
+KEPT_LINE_BYTES = 2 * MAX_LINE_BYTES
+"""Kept of a line above MAX_LINE_BYTES, regardless of the limit for many small lines."""
 SET_ASIDE_AFTER = timedelta(days=1)
 GIVEN_UP_AFTER = timedelta(days=4)
 CLOCKS_APART = timedelta(minutes=30)
@@ -142,12 +145,12 @@ class PulledHour(ABC):
         """Equal for equal rows. Hex."""
 
     @abstractmethod
-    def tables(self, *, careful: bool = False) -> Iterator[Tables]:
-        """Its rows for the warehouse. `careful`: sanitise them one by one."""
+    def tables(self) -> Iterator[Tables]:
+        """Its rows for the warehouse."""
 
     @abstractmethod
     def load_each(self, load: Callable[[Tables], None]) -> None:
-        """Pass each event to `load`; refuse every event for which it raises Rejected."""
+        """Pass each event to `load`, sanitised; refuse every event for which it raises Rejected."""
 
     @abstractmethod
     def content(self) -> WindowContent:

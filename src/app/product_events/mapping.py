@@ -358,22 +358,24 @@ def missing_events(known: Callable[[Collection[str]], int], chunk: Tables) -> in
 
 
 def load_hour(warehouse: EventWarehouse, hour: "PulledHour", *, past: bool) -> Tally:
-    """Load an hour; if the warehouse refuses it, retry with sanitised values, then event by event. Returns how many
-    events are new and how many were there.
+    """Load an hour; if the warehouse refuses it, retry event by event with sanitised values. Returns how many events
+    are new and how many were there.
 
     Raises the warehouse's error when it accepts none of the events.
     """
-    for careful in (False, True):
-        try:
-            return _load(warehouse, hour.tables(careful=careful), past=past)
-        except (Permanent, Rejected) as error:
-            log.warning("%s: retrying row by row with sanitised values: %s", hour.window, error)
-    loaded, faults = Tally(), list[Permanent]()
+    first, loaded, faults = Tally(), Tally(), list[Permanent]()
+    try:
+        for part in _loaded(warehouse, hour.tables(), past=past):
+            first += part
+    except (Permanent, Rejected) as error:
+        log.warning("%s: retrying event by event with sanitised values: %s", hour.window, error)
+    else:
+        return first
 
     def load_one(tables: Tables) -> None:
         nonlocal loaded
         try:
-            loaded += _load(warehouse, iter((tables,)), past=past)
+            loaded = sum(_loaded(warehouse, iter((tables,)), past=past), loaded)
         except Permanent as error:
             faults.append(error)
             if loaded == Tally() and len(faults) >= REFUSED_ROWS:
@@ -384,12 +386,13 @@ def load_hour(warehouse: EventWarehouse, hour: "PulledHour", *, past: bool) -> T
     hour.load_each(load_one)
     if faults and loaded == Tally():
         raise faults[0]
-    return loaded
+    # What was there by now may have been loaded a moment ago.
+    again = min(first.new, loaded.already_there)
+    return Tally(new=loaded.new + again, already_there=loaded.already_there - again)
 
 
-def _load(warehouse: EventWarehouse, tables: Iterator[Tables], *, past: bool) -> Tally:
+def _loaded(warehouse: EventWarehouse, tables: Iterator[Tables], *, past: bool) -> Iterator[Tally]:
     """Load all of `tables`, in transactions of about LOAD_EVENTS."""
-    loaded = Tally()
     for first in tables:
         given = 0
 
@@ -401,5 +404,4 @@ def _load(warehouse: EventWarehouse, tables: Iterator[Tables], *, past: bool) ->
                 chunk = next(tables, None) if given < LOAD_EVENTS else None
 
         new = warehouse.load(one_turn(), past=past)
-        loaded += Tally(new=new, already_there=given - new)
-    return loaded
+        yield Tally(new=new, already_there=given - new)

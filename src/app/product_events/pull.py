@@ -27,7 +27,7 @@ from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.object_store.port import ObjectStore
 from app.object_store.set_aside import SetAsideStore, folder_of
 from app.ops.connection_checks import ConnectionCheck
-from app.product_events.hours import HOUR, DamagedObject, PartitionRun, PulledHour
+from app.product_events.hours import HOUR, KEPT_LINE_BYTES, DamagedObject, PartitionRun, PulledHour
 from app.product_events.mapping import EventWarehouse
 from app.product_events.verify import Given, PullEnds, PullGapMap
 
@@ -41,14 +41,13 @@ class PullPipeline(ABC):
     """One service's pull, which `main` wires; see `WindowedPipeline`. The service defines how its hours are requested,
     named and read.
 
-    An hour is due `due_after` its end. `unit`: what its ledger counts. A line of up to `largest_bytes` is set aside
-    whole, regardless of the limit for many small lines.
+    `variables`: those that switch it on. An hour is due `due_after` its end. `unit`: what its ledger counts.
     """
 
     name: ClassVar[str]
+    variables: ClassVar[str]
     unit: ClassVar[str]
     due_after: ClassVar[timedelta]
-    largest_bytes: ClassVar[int]
 
     settings: Settings
     checkpoints: Checkpoints
@@ -67,9 +66,9 @@ class PullPipeline(ABC):
         """The configured ones."""
 
     @property
-    @abstractmethod
     def off(self) -> str:
         """Which variables switch it on; "" when they are set."""
+        return "" if self.partitions else self.variables
 
     @property
     @abstractmethod
@@ -211,7 +210,7 @@ class PullPipeline(ABC):
     @cached_property
     def set_aside(self) -> SetAsideStore:
         """Where refused data is kept."""
-        limit_bytes = max(self.settings.set_aside.max_bytes, self.largest_bytes)
+        limit_bytes = max(self.settings.set_aside.max_bytes, KEPT_LINE_BYTES + 1)  # and its line end
         return SetAsideStore(self.store, folder_of(self.name), limit_bytes)
 
     @contextmanager
