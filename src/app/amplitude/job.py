@@ -222,16 +222,25 @@ class SourceRun(PartitionRun):
             raise early
         if fetched.fault is not None:
             return self._not_had(span, known.get(span.start), fetched.fault, mode, evidence=fetched.file)
-        for window in windows_between(span.start, span.end, HOUR_SECONDS):
-            stop.check()
-            record = known.get(window.start)
-            try:
-                hour = self.pull.joined(fetched, self.name, window, stop)
-            except (Transient, Permanent) as error:
-                evidence = fetched.file if span == window else None
-                report += self._not_had(window, record, error, mode, came=True, evidence=evidence)
-            else:
-                report += self.take(hour, record, mode, final=window.start < self.settled_at)
+        final = span.start < self.settled_at  # a span is part of one day
+
+        def is_nothing(window: Window) -> bool:
+            return window.start not in known and not fetched.hours[window.start]
+
+        for is_empty, windows in groupby(windows_between(span.start, span.end, HOUR_SECONDS), is_nothing):
+            if is_empty:
+                report += self.record_empty(list(windows), mode, final=final)
+                continue
+            for window in windows:
+                stop.check()
+                record = known.get(window.start)
+                try:
+                    hour = self.pull.joined(fetched, self.name, window, stop)
+                except (Transient, Permanent) as error:
+                    evidence = fetched.file if span == window else None
+                    report += self._not_had(window, record, error, mode, came=True, evidence=evidence)
+                else:
+                    report += self.take(hour, record, mode, final=final)
         for odd, member in fetched.odd:
             report += self.alone(f" {odd.message}", partial(self._set_aside_odd, fetched, odd.message, member))
         return report

@@ -19,6 +19,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -312,6 +313,16 @@ class PartitionRun(ABC):
                 return self.settle() if self._works else Report()
         self._failed_in_a_row = 0
         return report
+
+    def record_empty(self, windows: Sequence[Window], mode: PullMode, *, final: bool) -> Report:
+        """Record adjacent hours without rows, none of which has a record: in one commit, since a quiet source has many.
+        `final`: see `land`.
+        """
+        self.context.progress.advance(done=len(windows))
+        keys = (self.pull.key(self.name, window) for window in windows)
+        records = map(partial(record_of_nothing, closed=final), windows, keys)
+        self.commit(*records, cursor_at=self._cursor(windows[-1], mode))
+        return Report(windows=len(windows)) + (Report() if self.context.dry_run else self.ledger(Tally()))
 
     def clock_fault(self, span: Window, answered_at: datetime | None) -> Transient | None:
         """The error when these hours are not over by the service's own clock, `answered_at`: then this machine's clock
