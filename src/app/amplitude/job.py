@@ -355,13 +355,14 @@ def _store_week(run: SourceRun, window: Window, hours: Sequence[Record], over: s
     min_at, max_at = hours[0].window.start, hours[-1].window.end
     closed = all(hour.closed for hour in hours) and max_at == window.end
     wanted = Record(window, 0, key, "", digest, rows, 0, len(hours), min_at, max_at, closed)
+    # Nothing is compressed again, so the zip is as large as the objects of its hours.
+    if (size_bytes := sum(hour.size_bytes for hour in hours)) > MAX_BYTES:
+        raise Permanent(
+            f"{key}: {size_bytes} bytes exceed the 5 GiB limit of one upload",
+            "use the objects of its hours, which are complete",
+        )
     with temporary_file(run.pull.spool) as file:
         file.writelines(weeks(_streams(run, hours), [window.start.date()]))
-        if file.tell() > MAX_BYTES:
-            raise Permanent(
-                f"{key}: {file.tell()} bytes exceed the 5 GiB limit of one upload",
-                "use the objects of its hours, which are complete",
-            )
         stored = store_rows(
             run.pull.store, file, wanted, pipeline=WEEKS_PIPELINE, content_type="application/zip", over=over
         )

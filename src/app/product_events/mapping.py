@@ -33,9 +33,8 @@ WHOLE = re.compile(r"[+-]?\d{1,19}(?:\.0*)?")
 KEY_CHARACTERS = 512
 NESTED_FROM_CHARACTERS, MAX_DEPTH = 200, 100
 NONE = type(None)
-YES, NO = frozenset({"true", "1", "1.0"}), frozenset({"false", "0", "0.0"})
+YES, NO = frozenset({"true", "1", "1.0", "via app"}), frozenset({"false", "0", "0.0"})
 INT_DIGITS = 4300  # Python parses no longer integer
-NO_RECORD = frozenset({"", "n/a", "no ehr", "no_ehr"})
 MAPPED_V4 = "::ffff:"
 
 
@@ -104,16 +103,6 @@ def truth(value: Any) -> bool | None:
     """True or False from any of the services' spellings; anything else becomes None."""
     said = str(value).strip().lower()
     return True if said in YES else False if said in NO else None
-
-
-def via_app(value: Any) -> bool | None:
-    """How a user registered."""
-    return True if str(value).strip().lower() == "via app" else truth(value)
-
-
-def record(value: Any) -> int | None:
-    """The number of a health record; None for the value that means no record."""
-    return None if str(value).strip().lower() in NO_RECORD else whole(63)(value)
 
 
 def instant(value: Any) -> str | None:
@@ -209,12 +198,9 @@ RULES: Mapping[str, Rule] = {
     "integer": _rule(whole(31)),
     "float": _rule(number),
     "bool": _rule(truth),
-    "flag": _rule(truth),
     "instant": _rule(instant),
     "epoch": _rule(epoch),
     "lower": _rule(lambda value: (text(value) or "").lower() or None),
-    "record": _rule(record),
-    "via_app": _rule(via_app),
     "json": _rule(json_value),
     "jsontext": _rule(json_text),
     "ipv4": _rule(lambda value: (text(value) or "").removeprefix(MAPPED_V4) or None),
