@@ -216,6 +216,14 @@ def test_a_fill_that_waits_for_a_file_says_nothing_yet(made: Made) -> None:
     assert (report.rows, report.more, list(report.notes)) == (4, True, [])
 
 
+def test_a_disk_that_refuses_temporary_files_is_a_failure_of_the_partition_with_what_to_do(made: Made) -> None:
+    made.add()
+    (made.folder / "spool").write_bytes(b"")
+    (failure,) = made.pipeline.job.work(made.context()).failures
+    assert failure.message.startswith(f"{made.folder / 'spool'}: ")
+    assert failure.hint == "free space on this disk for temporary files"
+
+
 def test_a_source_that_never_gave_a_row_is_told_after_a_day(made: Made) -> None:
     first = DUE - NEVER_AFTER
     made.record(first, 1, cursor_at=first)

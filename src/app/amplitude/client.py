@@ -24,7 +24,7 @@ from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, window_at, windows_between
 from app.product_events.hours import HOUR
-from app.product_events.http_client import ServiceAnswer, Upstream, body_file, held_turn
+from app.product_events.http_client import ServiceAnswer, Upstream, held_turn, spooled
 
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
 CODES_OF_SIZE = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
@@ -111,7 +111,7 @@ class Project:
         with held_turn(self._turn, pauses), self.upstream.get(path, IDENTITY, pauses) as answer:
             if answer.status != HTTPStatus.OK:
                 return ExportArchive(span, None, _refusal(span, answer))
-            with body_file(self._spool, "an archive of up to 4 GB") as file:
+            with spooled(self._spool, "an archive of up to 4 GB") as file:
                 for piece in answer.raw():
                     file.write(piece)
                     pauses.pause(0)

@@ -50,6 +50,7 @@ from app.product_events.hours import (
     has_landed,
     store_rows,
 )
+from app.product_events.http_client import spooled
 from app.product_events.pull import PullPipeline
 from app.product_events.verify import Given, PullEnds, PullGapMap, pull_cells
 
@@ -141,14 +142,13 @@ class AmplitudePull(PullPipeline):
         """An hour of an archive: its members joined into one gzip file, byte-identical for the same members. Raises
         Transient and Permanent when one of them is broken.
         """
-        with ExitStack() as undo:
-            members, file = archive.hours[window.start], None
-            if members:
-                file, joining = undo.enter_context(temporary_file(self.spool)), joined()
-                file.write(GZIP_HEAD)
-                file.writelines(joined_lines(joining, archive.streams(members)))
-                file.write(joining.crc.to_bytes(4, "little") + (joining.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
-            undo.pop_all()
+        members, joining = archive.hours[window.start], joined()
+        if not members:
+            return self.opened(source, window, None, stop)
+        with spooled(self.spool, "the events of an hour") as file:
+            file.write(GZIP_HEAD)
+            file.writelines(joined_lines(joining, archive.streams(members)))
+            file.write(joining.crc.to_bytes(4, "little") + (joining.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
         return self.opened(source, window, file, stop)
 
     def ask(self, partition: str, span: Window, stop: Stop, held: ExitStack) -> tuple[Window, Given]:

@@ -49,6 +49,7 @@ from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to
 from app.db.state import PendingExport, SqlPulls
 from app.ops.connection_checks import ConnectionCheck
 from app.product_events.hours import HOUR, SET_ASIDE_AFTER, PartitionRun, PullMode, has_landed, record_of_nothing
+from app.product_events.http_client import disk_fault
 from app.product_events.pull import PullPipeline
 from app.product_events.verify import Given
 
@@ -124,14 +125,17 @@ class AppMetricaPull(PullPipeline):
 
     def sorted_rows(self, partition: str, under_way: ExportInProgress) -> SortedRows:
         """The rows of an export's file, by hour."""
-        return SortedRows(
-            under_way.files,
-            under_way.request.columns,
-            resource_of(partition).received,
-            span_of(under_way.export),
-            self.spool,
-            partition=partition,
-        )
+        try:
+            return SortedRows(
+                under_way.files,
+                under_way.request.columns,
+                resource_of(partition).received,
+                span_of(under_way.export),
+                self.spool,
+                partition=partition,
+            )
+        except OSError as error:
+            raise disk_fault(self.spool, error) from error
 
     def ask(self, partition: str, span: Window, stop: Stop, held: ExitStack) -> tuple[Window, Given]:
         """See `PullPipeline.ask`. A fault applies to all hours of the span: the first one waits for all."""

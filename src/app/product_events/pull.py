@@ -20,7 +20,6 @@ from typing import BinaryIO, ClassVar
 
 from app.config.settings import AmplitudeSettings, AppMetricaSettings, Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
-from app.core.files import temporary_file
 from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS, Checkpoints
 from app.core.runs import Context, Failure, Job, Report, ReportSum, Stop
 from app.core.windows import HOUR_SECONDS, Window, floor_to
@@ -28,6 +27,7 @@ from app.object_store.port import ObjectStore
 from app.object_store.set_aside import SetAsideStore, folder_of
 from app.ops.connection_checks import ConnectionCheck
 from app.product_events.hours import HOUR, KEPT_LINE_BYTES, DamagedObject, PartitionRun, PulledHour
+from app.product_events.http_client import disk_fault, spooled
 from app.product_events.mapping import EventWarehouse
 from app.product_events.verify import Given, PullEnds, PullGapMap
 
@@ -144,19 +144,20 @@ class PullPipeline(ABC):
     def _each(self, context: Context, work: Callable[[PartitionRun], Report]) -> Report:
         """Run `work` for each partition. Raises LeaseLost, Stopped, and the error of an unusable store."""
         total = ReportSum(context.done)
-        self.spool.mkdir(parents=True, exist_ok=True)
         # Conditional writes keep two writers apart; probe once whether the store honours them.
         if not self.store.conditional:
             self.store.probe()
         for partition in self.partitions:
             try:
+                self.spool.mkdir(parents=True, exist_ok=True)
                 with closing(self.run(context, partition)) as one:
                     report = work(one)
                 total(replace(report, ledger=report.ledger.of_partition(partition)))
             # After a lost lease another process runs all partitions; any other error affects this partition only.
             except LeaseLost:
                 raise
-            except (Transient, Permanent, Rejected) as error:
+            except (Transient, Permanent, Rejected, OSError) as raised:
+                error = disk_fault(self.spool, raised) if isinstance(raised, OSError) else raised
                 if not context.dry_run:
                     self.checkpoints.fail(self.name, partition, str(error), context.lease)
                 total(Report(failures=(Failure(partition, error.message, error.hint),)))
@@ -216,11 +217,12 @@ class PullPipeline(ABC):
     @contextmanager
     def downloaded(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
         """A copy of an object; None when it is gone. Raises Conflict when it has another version."""
-        with temporary_file(self.spool) as file:
+        with spooled(self.spool, "a copy of an object") as file:
             with self.store.open(key, etag) as stream:
                 if stream is not None:
                     copyfileobj(stream, file, 1 << 18)
             file.seek(0)
+        with file:
             yield file if stream is not None else None
 
     @contextmanager
