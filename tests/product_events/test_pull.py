@@ -277,6 +277,22 @@ def test_refused_lines_are_kept_by_window_and_reason_and_large_ones_alone(tmp_pa
     assert lines.keep(SetAsideStore(store, folder_of("amplitude"))) == []
 
 
+def test_refused_lines_of_many_windows_and_large_ones_need_few_files_and_stay_in_order(tmp_path: Path) -> None:
+    store, lines = LocalDirectory(tmp_path / "objects"), RefusedLines(tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for number in range(300):
+        lines.add(("web", f"{number % 100}"), "not JSON", b"line %d" % number, "sample")
+    for number in range(3):
+        lines.add(("web", "h"), "not JSON", bytes([number]) * (LARGE_BYTES + 1), "sample")
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+    assert len(lines.keep(SetAsideStore(store, folder_of("amplitude"), 1 << 22))) == 103
+    lines.close()
+    for number in range(100):
+        with store.open(f"amplitude/_set_aside/web/{number}.not-json.txt") as stream:
+            assert stream is not None
+            assert stream.read() == b"line %d\nline %d\nline %d\n" % (number, number + 100, number + 200)
+
+
 def test_the_log_names_the_first_three_refused_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = RefusedLines(tmp_path)
     for number in range(5):

@@ -14,6 +14,7 @@ received. If no other hour works either, nothing is recorded and the cursor stay
 import hashlib
 import logging
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -71,7 +72,9 @@ class DamagedObject(Permanent):
 
 @dataclass(slots=True)
 class _RefusedWindow:
-    file: BinaryIO
+    """`parts`: where its lines are in the spool, as start, end, start, end."""
+
+    parts: "array[int]" = field(default_factory=lambda: array("q"))
     samples: list[str] = field(default_factory=list)
     number: int = 0
 
@@ -79,12 +82,14 @@ class _RefusedWindow:
 class RefusedLines:
     """Lines of a service's files that are not valid events, spooled until they are set aside.
 
-    Invariants: the bytes stay unchanged; memory is bounded by one line, since refused lines are on disk until they are
-    kept; a line is kept under its window, so pulling a window again adds nothing. Close it after use. Not thread-safe.
+    Invariants: the bytes stay unchanged; lines are on disk until they are kept, all in one file, since a process may
+    not open a file for each of their windows; a line is kept under its window, so pulling a window again adds nothing.
+    Close it after use. Not thread-safe.
     """
 
     def __init__(self, spool: Path) -> None:
         self._spool = spool
+        self._file: BinaryIO | None = None
         self._found: dict[tuple[tuple[str, ...], str], _RefusedWindow] = {}
         self.not_kept = 0
 
@@ -93,10 +98,15 @@ class RefusedLines:
         if len(line) > LARGE_BYTES:
             # A set-aside object has a size limit, which could truncate such a line.
             name = (*name, hashlib.sha256(line).hexdigest()[:16])
-        found = self._found.get((name, reason))
-        if found is None:
-            found = self._found[name, reason] = _RefusedWindow(temporary_file(self._spool))
-        found.file.write(line.rstrip(b"\r\n") + b"\n")
+        if self._file is None:
+            self._file = temporary_file(self._spool)
+        start = self._file.seek(0, 2)
+        end = start + self._file.write(line.rstrip(b"\r\n") + b"\n")
+        found = self._found.setdefault((name, reason), _RefusedWindow())
+        if found.parts and found.parts[-1] == start:
+            found.parts[-1] = end
+        else:
+            found.parts.extend((start, end))
         found.number += 1
         found.samples += [sample] if found.number <= LOGGED_SAMPLES else []
 
@@ -105,18 +115,30 @@ class RefusedLines:
         entries = []
         for (name, reason), found in self._found.items():
             log.warning("%d lines are set aside (%s): %s", found.number, reason, "; ".join(found.samples))
-            found.file.seek(0)
-            kept = store.keep(
-                name, found.file, content_type=LINES, reason=reason, number=found.number, sample=found.samples[0]
-            )
+            with temporary_file(self._spool) as lines:
+                lines.writelines(self._pieces(found.parts))
+                lines.seek(0)
+                kept = store.keep(
+                    name, lines, content_type=LINES, reason=reason, number=found.number, sample=found.samples[0]
+                )
             self.not_kept += 0 if kept.key else kept.number
             entries.append(kept.entry)
         return entries
 
+    def _pieces(self, parts: Sequence[int]) -> Iterator[bytes]:
+        """The bytes of these parts of the spool."""
+        if self._file is not None:
+            for start, end in zip(parts[::2], parts[1::2], strict=True):
+                self._file.seek(start)
+                for at in range(start, end, LARGE_BYTES):
+                    yield self._file.read(min(LARGE_BYTES, end - at))
+
     def close(self) -> None:
         """Free the spool. Idempotent."""
-        while self._found:
-            self._found.popitem()[1].file.close()
+        self._found.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class PulledHour(ABC):
