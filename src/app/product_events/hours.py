@@ -497,9 +497,51 @@ class PartitionRun(ABC):
         backup older than the records. Events deleted on request count as present.
 
         Loads oldest first: if a run ends early, the newest hours are still missing, which tells the next run to
-        continue.
+        continue. An hour that the warehouse refuses is a failure of its own, unless it accepts no other.
         """
-        found, total, gone = list[tuple[Record, bool | None]](), Report(), list[Record]()
+        lacking, total, gone, refused = self._lacking_hours(), Report(), list[Record](), list[AppError]()
+        if self.context.dry_run or not lacking:
+            return Report()
+        since = f"{lacking[0].window.start:%Y-%m-%dT%H:%MZ}"
+        log.warning("%s: the warehouse lacks events of hours since %s: they are loaded again", self.name, since)
+        for record in lacking:
+            self.context.stop.check()
+            try:
+                with self.pull.object_hour(self.name, record.window, self.context.stop) as hour:
+                    if hour is None:
+                        gone.append(record)
+                        continue
+                    loaded = load_hour(self.pull.warehouse, hour, past=False)
+                    entries = hour.refused_lines.keep(self.pull.set_aside)
+            except DamagedObject as error:
+                log.warning("%s: %s", self.name, error)
+                gone.append(record)
+            except (Permanent, Rejected) as error:
+                refused.append(error)
+                if len(refused) >= REFUSED_IN_A_ROW:
+                    raise
+                hint = f"{error.hint}; then {self._backfill(record.window)}"
+                total += self.failed(f" {record.window}", Permanent(error.message, hint))
+            else:
+                given = loaded.new + loaded.already_there + sum(entry.number for entry in entries)
+                total += Report(rows=loaded.new)
+                total += self.ledger(replace(loaded, counted=given, read=given), *entries)
+        if refused and not total.ledger:
+            raise refused[0]
+        note = f"{self.name}: {total.rows} events of hours since {since} were not in the warehouse: loaded from objects"
+        if gone:
+            what = f"{len(gone)} hours since {gone[0].window.start:%Y-%m-%dT%H:%MZ} are in no object to load them from"
+            span = Window(gone[0].window.start, gone[-1].window.end)
+            total += self.failed("", Permanent(what, self._backfill(span)))
+        return total + Report(notes=(note,))
+
+    def _backfill(self, span: Window) -> str:
+        """The command that pulls a span again."""
+        return f"python -m app backfill {self.pull.name} --from {span.start:%Y-%m-%dT%H} --to {span.end:%Y-%m-%dT%H}"
+
+    def _lacking_hours(self) -> Sequence[Record]:
+        """The newest hours, oldest first, up to one of which the warehouse has events; none when the newest is one."""
+        found = list[tuple[Record, bool | None]]()
         recent_at = self.pull.clock() - QUIET_AFTER
         spans = (Window(recent_at, EVER.end), Window(EVER.start, recent_at))  # the recent ones are usually enough
         for record in (record for span in spans for record in reversed(list(self.records(span).values()))):
@@ -507,29 +549,7 @@ class PartitionRun(ABC):
                 found.append((record, is_there := self._is_known(record)))
                 if is_there:  # perhaps only its first events are there
                     break
-        if self.context.dry_run or all(is_there is not False for _, is_there in found):
-            return Report()
-        since = f"{found[-1][0].window.start:%Y-%m-%dT%H:%MZ}"
-        log.warning("%s: the warehouse lacks events of hours since %s: they are loaded again", self.name, since)
-        for record, _ in reversed(found):
-            self.context.stop.check()
-            try:
-                with self.pull.object_hour(self.name, record.window, self.context.stop) as hour:
-                    loaded = load_hour(self.pull.warehouse, hour, past=False) if hour else None
-            except DamagedObject as error:
-                log.warning("%s: %s", self.name, error)
-                loaded = None
-            if loaded is None:
-                gone.append(record)
-            else:
-                tally = replace(loaded, counted=record.rows, read=record.rows)
-                total += Report(rows=loaded.new) + self.ledger(tally)
-        note = f"{self.name}: {total.rows} events of hours since {since} were not in the warehouse: loaded from objects"
-        if gone:
-            what = f"{len(gone)} hours since {gone[0].window.start:%Y-%m-%dT%H:%MZ} are in no object to load them from"
-            span = f"--from {gone[0].window.start:%Y-%m-%dT%H} --to {gone[-1].window.end:%Y-%m-%dT%H}"
-            total += self.failed("", Permanent(what, f"python -m app backfill {self.pull.name} {span}"))
-        return total + Report(notes=(note,))
+        return [] if all(is_there is not False for _, is_there in found) else [record for record, _ in reversed(found)]
 
     def _is_known(self, record: Record) -> bool | None:
         """Whether the warehouse has some of the first events of an object; None when the object cannot be read."""
