@@ -109,6 +109,8 @@ class Project:
     def _fetch(self, span: Window, pauses: Pauses) -> ExportArchive:
         path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={span.end - HOUR:%Y%m%dT%H}"
         with held_turn(self._turn, pauses), self.upstream.get(path, IDENTITY, pauses) as answer:
+            if answer.status == HTTPStatus.NOT_FOUND:
+                return ExportArchive(span, None)
             if answer.status != HTTPStatus.OK:
                 return ExportArchive(span, None, _refusal(span, answer))
             with spooled(self._spool, "an archive of up to 4 GB") as file:
@@ -126,15 +128,13 @@ class Project:
             return ExportArchive(span, file)
 
 
-def _refusal(span: Window, answer: ServiceAnswer) -> AppError | None:
-    """The fault of hours that are too large for one archive; None when they have no events. Raises the error that any
-    other answer without an archive stands for.
+def _refusal(span: Window, answer: ServiceAnswer) -> AppError:
+    """The fault of hours that are too large for one archive. Raises the error that any other answer without an archive
+    stands for.
     """
     text = answer.text()
     said = f"Amplitude answered {answer.status} for {span}: {text[:300]}"
     match answer.status:
-        case HTTPStatus.NOT_FOUND:
-            return None
         case status if status in CODES_OF_SIZE and (status != HTTPStatus.BAD_REQUEST or TOO_LARGE.search(text)):
             return HourTooLarge(said, LARGE_HINT)
         case HTTPStatus.GATEWAY_TIMEOUT:
