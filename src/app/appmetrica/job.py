@@ -228,8 +228,7 @@ class ResourceRun(PartitionRun):
         # An earlier run ended with a file that was not ready: what it pulled before that is not requested again.
         kept_since = self.pull.clock() - KEPT_FOR
         for export in self.exports.pulls.open(NAME, owner):
-            start = span_of(export).start
-            is_kept = export.asked_at is not None and export.asked_at > kept_since
+            start, is_kept = span_of(export).start, (export.asked_at or export.created_at) > kept_since
             if is_kept and at < start < hours.end and not (start - hours.start) % STEP:
                 at = start
         while at < hours.end and not report.more:
