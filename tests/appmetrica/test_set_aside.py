@@ -5,6 +5,7 @@ import gzip
 import io
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from app.appmetrica.rows import (
     NOT_TEXT,
     BadRow,
     CsvRows,
+    _Ordinals,
 )
+from app.core.errors import Transient
 from app.core.ledger import fault_of
 from app.core.pipeline import Commit
 from app.core.verify import CellState
@@ -350,3 +353,11 @@ def test_a_changed_byte_costs_its_row_and_at_most_the_next_and_every_byte_is_kep
         assert b"".join(raw for _, raw in read).replace(b"\n", b"") == changed[start:].replace(b"\n", b"")
         good = [row for row, _ in read if row in rows]
         assert len(good) >= len(rows) - 2, changed[at - 20 : at + 20]
+
+
+def test_a_temporary_disk_that_is_full_is_an_error_with_what_to_do() -> None:
+    with closing(_Ordinals()) as ordinals:
+        ordinals._database.execute("PRAGMA max_page_count = 2")  # noqa: SLF001 - no other way to a full disk
+        with pytest.raises(Transient, match="database or disk is full") as raised:
+            list(map(ordinals.next, map(str, range(1000))))
+    assert "TMPDIR" in raised.value.hint

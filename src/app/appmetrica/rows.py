@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from uuid import NAMESPACE_URL, uuid5
 
-from app.core.errors import Permanent, Rejected
+from app.core.errors import Permanent, Rejected, Transient
 from app.core.files import temporary_file
 from app.core.verify import WindowContent
 from app.core.windows import HOUR_SECONDS, Window, floor_to, windows_between
@@ -370,11 +370,15 @@ class _Ordinals:
         self._database.execute("BEGIN")
 
     def next(self, name: str) -> int:
-        """0 for the first call with a name, then one more each time."""
+        """0 for the first call with a name, then one more each time. Raises Transient when the disk is full."""
         identity = hashlib.sha256(name.encode()).digest()[:16]
-        (found,) = self._database.execute(
-            "INSERT INTO seen VALUES (?, 0) ON CONFLICT (id) DO UPDATE SET n = n + 1 RETURNING n", (identity,)
-        ).fetchall()
+        try:
+            (found,) = self._database.execute(
+                "INSERT INTO seen VALUES (?, 0) ON CONFLICT (id) DO UPDATE SET n = n + 1 RETURNING n", (identity,)
+            ).fetchall()
+        except sqlite3.OperationalError as error:
+            said = f"rows that are equal cannot be counted: {error}"
+            raise Transient(said, "free space in the system's temporary directory (TMPDIR)") from error
         return int(found[0])
 
     def close(self) -> None:
