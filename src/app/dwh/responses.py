@@ -173,7 +173,6 @@ def gzipped(pieces: Iterable[bytes]) -> Iterator[bytes]:
 # once, in order; a reader never waits for a writer that has ended, whether or not it failed.
 
 MEMORY_BYTES = 1 << 16  # small, since every connection may have a slow client
-BROKEN = Permanent("the response could not be completed", "report it with the log, which says why")
 
 
 class ClientDisconnected(Exception):
@@ -196,7 +195,9 @@ class ByteSpool:
     @contextmanager
     def written(self) -> Iterator["ByteSpool"]:
         """Write inside the block. Its end completes the bytes; if it raises, the reader gets the error."""
-        error: AppError | None = BROKEN
+        error: AppError | None = Permanent(
+            "the response could not be completed", "report it with the log, which says why"
+        )
         try:
             yield self
             error = None
