@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -18,6 +19,7 @@ from app.core.errors import Permanent, Rejected, Transient
 
 UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 INSTANT_SUFFIX = "_at"
+END_OF_LETTERS = 0x1F000  # no letter with two cases lies beyond
 
 
 def bound(params: Mapping[str, Any], *, as_text: bool = False) -> dict[str, Any]:
@@ -44,6 +46,26 @@ def bound(params: Mapping[str, Any], *, as_text: bool = False) -> dict[str, Any]
 def storable(text: str) -> str:
     r"""Text for a message column: characters that no database stores are escaped as `\x00`, `\ud800`."""
     return UNSTORABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+@cache
+def lower_cases() -> Mapping[int, str]:
+    """Code point -> lower case, of each letter that has one in one character of the same kind: not of the Kelvin sign,
+    whose lower case is the ASCII letter.
+    """
+    letters = ((letter, letter.lower()) for letter in map(chr, range(END_OF_LETTERS)))
+    return {
+        ord(letter): lower
+        for letter, lower in letters
+        if lower != letter and len(lower) == 1 and letter.isascii() == lower.isascii()
+    }
+
+
+def lower_text(text: str) -> str:
+    """Text in lower case, letter by letter. In `str.lower` the last sigma of a word has a form of its own, so that a
+    part of a word would not be found in it.
+    """
+    return text.lower() if text.isascii() else text.translate(lower_cases())
 
 
 def instant_text(instant: datetime) -> str:

@@ -26,6 +26,7 @@ from app.db.database import (
     Row,
     Session,
     bound,
+    lower_text,
 )
 
 BUSY_SECONDS = 10.0
@@ -241,7 +242,7 @@ def _opened(path: Path, busy_seconds: float, *, read_only: bool = False) -> File
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         # SQLite's own lower() only handles ASCII.
-        connection.create_function("lower_text", 1, lambda text: text.lower() if text else text, deterministic=True)
+        connection.create_function("lower_text", 1, lambda text: text and lower_text(text), deterministic=True)
         connection.create_function("sha256_hex", 1, lambda text: sha256(text.encode()).hexdigest(), deterministic=True)
         connection.file, connection.log = file_id(path), file_id(Path(f"{path}-wal"))
         undo.pop_all()

@@ -10,12 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from string import ascii_uppercase
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
 from uuid import UUID
 
-from app.db.database import UNSTORABLE, Dialect, instant_text
+from app.db.database import UNSTORABLE, Dialect, instant_text, lower_cases, lower_text
 from app.dwh.tables import INTEGER_BITS, Table, TableColumn
 from app.web.errors import Refused
 from app.web.text_values import instant
@@ -56,7 +55,6 @@ OPERATORS = (*COMPARISONS, "in", "is", "like", "ilike")
 FILTER = re.compile(rf"(?P<negated>not\.)?(?P<operator>{'|'.join(OPERATORS)})\.(?P<text>.*)", re.DOTALL)
 IS = {"null": "NULL", "not_null": "NOT NULL", "true": "TRUE", "false": "FALSE", "unknown": "NULL"}
 LIST_ITEM = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,"()]*)', re.DOTALL)
-END_OF_LETTERS = 0x1F000  # no letter with two cases lies beyond
 MAX_LIST, MAX_PATTERN_CHARACTERS = 1000, 1000
 PATTERN = re.compile(r"\\(.)|([%*])|(_)|(.)", re.DOTALL)
 FAR = re.compile(r"-?infinity|[0-9]{4,6}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?\+00( BC)?", re.ASCII)
@@ -100,7 +98,7 @@ class ColumnFilter:
         if dialect == "postgres":
             return f"{column} LIKE :{name}", {name: _pattern(pattern, "%", "_", r"\%_", "\\")}
         left = f"lower_text({column})" if folds else column
-        return f"{left} GLOB :{name}", {name: _pattern(pattern.lower() if folds else pattern, "*", "?", "[*?")}
+        return f"{left} GLOB :{name}", {name: _pattern(lower_text(pattern) if folds else pattern, "*", "?", "[*?")}
 
 
 def _pattern(text: str, any_text: str, any_character: str, special: str, escape: str = "") -> str:
@@ -118,12 +116,10 @@ def _pattern(text: str, any_text: str, any_character: str, special: str, escape:
 
 
 def _caseless_regex(text: str) -> str:
-    """A PostgREST pattern as a regular expression that lists both cases of each letter, as SQLite's `lower_text` has
-    them.
-    """
+    """A PostgREST pattern as a regular expression that lists all cases of each letter, as `lower_text` has them."""
     parts = []
     for escaped, many, one, plain in PATTERN.findall(text):
-        literal = (escaped or plain).lower()
+        literal = lower_text(escaped or plain)
         cases = f"[{literal}{_upper_cases()[literal]}]" if literal in _upper_cases() else re.escape(literal)
         parts.append(".*" if many else "." if one else cases)
     return f"^{''.join(parts)}$"
@@ -133,10 +129,8 @@ def _caseless_regex(text: str) -> str:
 def _upper_cases() -> Mapping[str, str]:
     """Lower-case letter -> all others that become it."""
     found: dict[str, str] = {}
-    for letter in (*ascii_uppercase, *map(chr, range(0x80, END_OF_LETTERS))):
-        lower = letter.lower()
-        if lower != letter and len(lower) == 1 and not (lower.isascii() and not letter.isascii()):
-            found[lower] = found.get(lower, "") + letter
+    for letter, lower in lower_cases().items():
+        found[lower] = found.get(lower, "") + chr(letter)
     return found
 
 
