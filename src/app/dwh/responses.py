@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-import io
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -93,19 +92,16 @@ def _csv(selection: Selection, blocks: Iterable[Block]) -> Iterator[bytes]:
     header = ",".join(column.name for column in selection.columns) + "\n"
     yield (codecs.BOM_UTF8 if selection.bom else b"") + header.encode()
     for block in blocks:
-        cells, text = _turned(block, turns), io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(cells)
-        yield (_with_quoted_returns(cells) if "\r" in text.getvalue() else text.getvalue()).encode()
+        lines = _Lines()
+        # Python quotes a carriage return only where it is part of the end of a line.
+        csv.writer(lines, lineterminator="\r\n").writerows(_turned(block, turns))
+        yield "".join([f"{line[:-2]}\n" for line in lines]).encode()
 
 
-def _with_quoted_returns(block: Block) -> str:
-    """Encode rows that contain a carriage return, which Python quotes only if it is part of the line terminator."""
-    lines = io.StringIO(newline="")
-    for row in block:
-        line = io.StringIO(newline="")
-        csv.writer(line, lineterminator="\r\n").writerow(row)
-        lines.write(line.getvalue()[:-2] + "\n")
-    return lines.getvalue()
+class _Lines(list[str]):
+    """What a csv.writer writes to: it writes each row with one call."""
+
+    write = list.append
 
 
 def _without_formula(text: str) -> str:

@@ -134,10 +134,6 @@ class NeedsRowCheck(Exception):
     """The rows must be checked one by one."""
 
 
-class _RepeatedKey(Exception):
-    pass
-
-
 def check_keys(text: bytes, keys: int, json_texts: Sequence[str]) -> None:
     """Raise NeedsRowCheck unless `text` certainly has no repeated key and no NUL. A decoder produced `keys` columns and
     `json_texts` from it.
@@ -153,16 +149,14 @@ def check_keys(text: bytes, keys: int, json_texts: Sequence[str]) -> None:
 
 def repeated_key(text: bytes) -> str | None:
     """A key that occurs twice in one object of `text`, or None. `text` is known to be valid JSON."""
+    repeated: list[str] = []
 
     def check(pairs: list[tuple[str, Any]]) -> None:
         if len({key for key, _ in pairs}) < len(pairs):
-            raise _RepeatedKey(Counter(key for key, _ in pairs).most_common(1)[0][0])
+            repeated.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
 
-    try:
-        json.loads(text, object_pairs_hook=check, parse_int=str, parse_float=str)
-    except _RepeatedKey as repeated:
-        return str(repeated)
-    return None
+    json.loads(text, object_pairs_hook=check, parse_int=str, parse_float=str)
+    return repeated[0] if repeated else None
 
 
 def check_numbers(text: bytes) -> None:
