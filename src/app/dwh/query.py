@@ -58,7 +58,7 @@ COMPARISONS = {"eq": "=", "neq": "<>", "gt": ">", "gte": ">=", "lt": "<", "lte":
 OPERATORS = (*COMPARISONS, "in", "is", "like", "ilike")
 FILTER = re.compile(rf"(?P<negated>not\.)?(?P<operator>{'|'.join(OPERATORS)})\.(?P<text>.*)", re.DOTALL)
 IS = {"null": "NULL", "not_null": "NOT NULL", "true": "TRUE", "false": "FALSE", "unknown": "NULL"}
-LIST_ITEM = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,"()]*)', re.DOTALL)
+LIST_ITEM = re.compile(r'"([^"\\]*+(?:\\.[^"\\]*+)*+)"|([^,"()]*)', re.DOTALL)
 MAX_LIST, MAX_PATTERN_CHARACTERS = 1000, 1000
 PATTERN = re.compile(r"\\(.)|([%*])|(_)|(.)", re.DOTALL)
 FAR = re.compile(r"-?infinity|[0-9]{4,6}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?\+00( BC)?", re.ASCII)

@@ -126,8 +126,9 @@ BLANKS = (b" ", b"\t", b"\n", b"\r")
 HIDDEN = (rb"\u0000", rb"\u0022", rb"\u003")
 NUMBER_CHARACTERS = 1000
 SMALL_OR_LONG = re.compile(rb"[eE]-[0-9]{3}|[0-9]{400}")
-TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*', re.DOTALL)
-NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+# Possessive: a group that may give back its matches keeps a hundred bytes for each of them.
+TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|-?[0-9][0-9.eE+-]*', re.DOTALL)
+NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*+\\u0000")
 
 
 class NeedsRowCheck(Exception):
@@ -187,7 +188,7 @@ def depth(value: Any) -> int:
 # back to value by value; what cannot be stored raises NeedsRowCheck, OverflowError or a decoder error.
 
 BLANK = re.compile(rb"[ \t\r\n]")
-BETWEEN = re.compile(rb'("(?:[^"\\]|\\.)*")|[ \t\r\n]+', re.DOTALL)
+BETWEEN = re.compile(rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")|[ \t\r\n]+', re.DOTALL)
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 Values = Sequence[Any]
 Turn = Callable[[Values], Values]
