@@ -79,6 +79,8 @@ Row = dict[str, Any]
 NAMED = re.compile(r"^-- name: *(?P<name>\w+)(?: *\((?P<dialect>\w+)\))? *$", re.MULTILINE)
 DIALECTS: tuple[Dialect, ...] = ("sqlite", "postgres")
 NAME_TAKEN = "another program made something of this name: use an empty database, or in PostgreSQL a schema of your own"
+FIRST_ROWS, SAMPLED_ROWS, BLOCK_ROWS = 16, 16, 1000
+BLOCK_BYTES = 1 << 22
 BROKEN_INSTALLATION = "reinstall Headwater: the installation is damaged or a query is missing"
 
 
@@ -146,13 +148,27 @@ class Session(Protocol):
         return chain.from_iterable(self.blocks(sql, **params))
 
     def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
-        """As `stream`, but several rows at a time, since each generator step costs as much as a value."""
+        """As `stream`, but several rows at a time, since each generator step costs as much as a value; see
+        `fetched_blocks`.
+        """
 
     def script(self, sql: str) -> None:
         """Run several statements without parameters inside this transaction."""
 
     def check(self) -> None:
         """Check all stored data, if that is our job and not the server's. Raises `DamagedDatabase`."""
+
+
+def fetched_blocks(fetch: Callable[[int], Sequence[Sequence[Any]]]) -> Iterator[Sequence[Sequence[Any]]]:
+    """The rows that `fetch(count)` returns, until there are none. A block has at most BLOCK_ROWS rows and, judging by a
+    sample of the block before, at most BLOCK_BYTES of text: JSON columns may have megabytes in each row.
+    """
+    count = FIRST_ROWS
+    while rows := fetch(count):
+        yield rows
+        sample = rows[:: len(rows) // SAMPLED_ROWS + 1]
+        sampled_bytes = sum(len(value) for row in sample for value in row if isinstance(value, str | bytes))
+        count = max(1, min(BLOCK_ROWS, BLOCK_BYTES * len(sample) // max(sampled_bytes, 1)))
 
 
 class Database(Protocol):

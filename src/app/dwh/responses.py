@@ -23,7 +23,7 @@ from app.web.text_values import FORMULA
 #
 # Invariant: every format has the same rows; an encoder holds at most one block, or one row group for Parquet.
 
-PARQUET_ROWS = 20_000
+PARQUET_ROWS, PARQUET_BYTES = 20_000, 1 << 25
 MEDIA: dict[Format, str] = {
     "json": "application/json",
     "ndjson": "application/x-ndjson",
@@ -121,21 +121,21 @@ def _parquet(columns: Sequence[TableColumn], blocks: Iterable[Block], file: Any)
         "instant": pa.timestamp("us", tz="UTC"),
     }
     schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in columns])
-    writer, held = ParquetWriter(file, schema, compression="zstd"), list[Sequence[Any]]()
+    writer, held = ParquetWriter(file, schema, compression="zstd"), list[Any]()
 
     def write() -> None:
-        values = zip(columns, schema.types, zip(*held, strict=True), strict=True)
-        writer.write_batch(pa.record_batch([_array(*each) for each in values], schema=schema))
+        writer.write_table(pa.Table.from_batches(held, schema))
         held.clear()
 
     for block in blocks:
-        held += block
-        if len(held) >= PARQUET_ROWS:
+        values = zip(columns, schema.types, zip(*block, strict=True), strict=True)
+        held.append(pa.record_batch([_array(*each) for each in values], schema=schema))
+        if sum(map(len, held)) >= PARQUET_ROWS or sum(batch.nbytes for batch in held) >= PARQUET_BYTES:
             write()
         yield b""
     if held:
         write()
-    writer.close()
+    writer.close()  # not after an error: without its end the file is no Parquet
 
 
 def _array(column: TableColumn, kind: Any, values: Sequence[Any]) -> Any:
