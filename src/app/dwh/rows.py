@@ -166,7 +166,7 @@ def check_numbers(text: bytes) -> None:
     PostgreSQL expands such numbers: eight characters such as 1e-16000 come back as sixteen thousand.
     """
     if SMALL_OR_LONG.search(text):
-        for number in (token for token in TOKENS.findall(text) if not token.startswith(b'"')):
+        for number in (token[0] for token in TOKENS.finditer(text) if not token[0].startswith(b'"')):
             vanishes = float(number) == 0 and number.lower().partition(b"e")[0].strip(b"-0.")
             if len(number) > NUMBER_CHARACTERS or vanishes:
                 raise NeedsRowCheck
