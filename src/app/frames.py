@@ -12,14 +12,17 @@ integers stay integers beside nulls (Int64), flags are boolean, text is str.
 """
 
 import io
+import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlencode, urljoin, urlsplit
-
-import httpx
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
 
@@ -29,9 +32,17 @@ if TYPE_CHECKING:
 __all__ = ["Headwater"]
 
 PAGE_ROWS = 100_000
+NEXT = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
 AGAIN = frozenset({429, 503})
 Instant = datetime | date | str
 """A str is ISO 8601; without an offset it is UTC."""
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """Sends the key only to the daemon, never to a redirect target."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        """Follow no redirect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,32 +100,31 @@ class Headwater:
 
     def _pages(self, url: str | None) -> Iterator[bytes]:
         """The response bodies of all pages, following `Link: rel="next"`."""
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        # Redirects are not followed: the key is only for the daemon.
-        with httpx.Client(headers=headers, timeout=self.timeout_seconds) as client:
-            while url is not None:
-                answer = self._get(client, url)
-                yield answer.content
-                following = answer.links.get("next")
-                url = urljoin(url, following["url"]) if following else None
-                if url and urlsplit(url).netloc != urlsplit(self.url).netloc:
-                    raise Permanent(f"the next page is at another host: {url}", "use the daemon's own address as url")
+        while url is not None:
+            body, links = self._get(url)
+            yield body
+            following = NEXT.search(links)
+            url = urljoin(url, following[1]) if following else None
+            if url and urlsplit(url).netloc != urlsplit(self.url).netloc:
+                raise Permanent(f"the next page is at another host: {url}", "use the daemon's own address as url")
 
-    def _get(self, client: httpx.Client, url: str) -> httpx.Response:
-        """A response of 200. Raises Transient, Rejected or Permanent with the daemon's error."""
+    def _get(self, url: str) -> tuple[bytes, str]:
+        """Body and `Link` header. Raises Transient, Rejected or Permanent with the daemon's error."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         until = time.monotonic() + self.timeout_seconds
         while True:
             try:
-                answer = client.get(url)
-            except httpx.HTTPError as error:
+                request = Request(url, headers=headers)  # noqa: S310 - the URL that the caller gave
+                with build_opener(_NoRedirects).open(request, timeout=self.timeout_seconds) as answer:
+                    return answer.read(), answer.headers.get("Link", "")
+            except HTTPError as error:
+                given = error.headers.get("Retry-After", "")
+                seconds = float(given) if given.isdecimal() else 1.0  # a proxy may send a date
+                if error.code not in AGAIN or time.monotonic() + seconds > until:
+                    raise _refused(error) from error
+            except (URLError, HTTPException, OSError) as error:
                 hint = "look whether the daemon runs there, then try again"
                 raise Transient(f"{self.url} cannot be reached: {error}", hint) from error
-            if answer.is_success:
-                return answer
-            given = answer.headers.get("Retry-After", "")
-            seconds = float(given) if given.isdecimal() else 1.0  # a proxy may send a date
-            if answer.status_code not in AGAIN or time.monotonic() + seconds > until:
-                raise _refused(answer)
             time.sleep(seconds)
 
 
@@ -128,14 +138,14 @@ def _text(value: Any) -> Any:
     return value
 
 
-def _refused(answer: httpx.Response) -> AppError:
+def _refused(error: HTTPError) -> AppError:
     """The daemon's error response, with its hint."""
     try:
-        said = answer.json()["error"]
+        said = json.loads(error.read())["error"]
         message, hint = str(said["message"]), str(said["hint"])
     except (ValueError, KeyError, TypeError):
         message, hint = "the answer is not one of Headwater", "check the address"
-    text = f"{answer.status_code} {answer.url}: {message}"
-    if answer.status_code in AGAIN:
+    text = f"{error.code} {error.url}: {message}"
+    if error.code in AGAIN:
         return Transient(text, hint)
-    return Rejected(text, hint) if answer.is_client_error else Permanent(text, hint)
+    return Rejected(text, hint) if 400 <= error.code < 500 else Permanent(text, hint)  # noqa: PLR2004
