@@ -160,12 +160,14 @@ class Session(Protocol):
 
 
 def fetched_blocks(fetch: Callable[[int], Sequence[Sequence[Any]]]) -> Iterator[Sequence[Sequence[Any]]]:
-    """The rows that `fetch(count)` returns, until there are none. A block has at most BLOCK_ROWS rows and, judging by a
-    sample of the block before, at most BLOCK_BYTES of text: JSON columns may have megabytes in each row.
+    """The rows that `fetch(count)` returns, fewer than `count` at the end. A block has at most BLOCK_ROWS rows and,
+    judging by a sample of the block before, at most BLOCK_BYTES of text: JSON columns may have megabytes in each row.
     """
     count = FIRST_ROWS
     while rows := fetch(count):
         yield rows
+        if len(rows) < count:
+            return
         sample = rows[:: len(rows) // SAMPLED_ROWS + 1]
         sampled_bytes = sum(len(value) for row in sample for value in row if isinstance(value, str | bytes))
         count = max(1, min(BLOCK_ROWS, BLOCK_BYTES * len(sample) // max(sampled_bytes, 1)))
