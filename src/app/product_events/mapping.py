@@ -180,7 +180,8 @@ def nests_too_deep(found: str) -> bool:
     if found.count("{") + found.count("[") <= MAX_DEPTH:
         return False
     levels = deepest = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', found):
+    # Possessive: a group that may give back its matches keeps a hundred bytes for each of them.
+    for token in re.finditer(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{]|[\]}]', found):
         levels += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
         deepest = max(deepest, levels)
     return deepest > MAX_DEPTH
