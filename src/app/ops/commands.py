@@ -280,7 +280,7 @@ def verify(
         if heal:
             refuse_unknown(verification(service.stop), span, partition)
             ended = _waited_for(
-                heal_job(ours, verification, span, partition, seen=seen), services, service.stop, logging_progress(job)
+                heal_job(ours, verification, span, partition, seen), services, service.stop, logging_progress(job)
             )
             if ended is None:
                 return _busy(service, ours, as_json=as_json)
