@@ -19,10 +19,11 @@ from app.ops.json_views import ServiceCalls
 from app.ops.logs import log_run
 from app.ops.metrics import PARTITIONS, MetricSeries, exposition, lag_series
 from app.ops.page_data import log_lines
-from app.ops.pages import job_rows
+from app.ops.pages import filled, job_rows
 from app.ops.routes import overview
 from app.ops.scheduler import STALLED_SECONDS, JobView, ProgressCounts, ProgressTally, Scheduler
 from app.ops.service import shutdown_budget
+from app.ops.setup import merged
 from app.web.auth import SignInThrottle
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -140,3 +141,16 @@ def test_a_line_of_the_log_that_a_full_disk_tore_hides_no_other(tmp_path: Path) 
     torn = [whole[:-9] + whole, whole[:-1], f"{whole} of another program"]
     (tmp_path / "app.log").write_text("\n".join([whole, *torn, whole]))
     assert [line["message"] for line in log_lines(tmp_path / "app.log", 0, "r1", 0)] == ["said", "said"]
+
+
+def test_data_that_looks_like_a_place_of_the_page_is_shown_as_it_is() -> None:
+    assert (
+        filled("<b>{jobs}</b>{off}{other}", jobs="lost {off}", off="none {jobs}")
+        == "<b>lost {off}</b>none {jobs}{other}"
+    )
+
+
+def test_the_answer_of_setup_replaces_a_variable_that_is_set_twice_or_over_several_lines() -> None:
+    text = "# mine\nTOKEN=old\n\nKEY='one\ntwo'  # theirs\nexport TOKEN=later\n#KEY=example"
+    assert merged(text, {"TOKEN": "new", "KEY": "k"}, "p") == "# mine\nTOKEN=new\n\nKEY=k\n#KEY=example\n"
+    assert merged("A=1", {"B": "two words"}, "p") == "A=1\n\n# p\nB='two words'\n"

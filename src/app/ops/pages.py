@@ -63,20 +63,21 @@ def framed(
         f'<a href="{root}{href}"{" aria-current=" + chr(34) + "page" + chr(34) if name == link else ""}>{name}</a>'
         for name, href in LINKS
     )
-    parts = {
-        "{title}": f"{title} \N{EN DASH} Headwater",
-        "{links}": links,
-        "{scripts}": "\n".join(
-            f'<script src="{root}assets/{name}.js" defer></script>' for name in ("common", *scripts)
-        ),
-        "{board}": "" if shown else " hidden",
-        "{dialogs}": dialogs,
-        "{root}": root,
-    }
-    page = _asset("layout.html")
-    for name, text in parts.items():
-        page = page.replace(name, text)
-    return page.replace("{main}", main, 1)
+    return filled(
+        _asset("layout.html"),
+        title=f"{title} \N{EN DASH} Headwater",
+        links=links,
+        scripts="\n".join(f'<script src="{root}assets/{name}.js" defer></script>' for name in ("common", *scripts)),
+        board="" if shown else " hidden",
+        dialogs=dialogs,
+        root=root,
+        main=main,
+    )
+
+
+def filled(template: str, **texts: str) -> str:
+    """`template` with each `{name}` replaced by its text. The texts are not searched: they may contain braces."""
+    return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda match: texts[match[1]], template)
 
 
 def serve(router: APIRouter, path: str, content: bytes, media_type: str) -> None:
@@ -101,9 +102,8 @@ def _overview(router: APIRouter, guard: AccessGuard, overview: Overview) -> None
     main, dialogs = _asset("overview.html"), _asset("dialogs.html")
 
     def page(jobs: str, off: str, *, shown: bool) -> Response:
-        filled = main.replace("{jobs}", jobs, 1).replace("{off}", off, 1)
-        scripts = ("runs", "map", "overview")
-        return HTMLResponse(framed("Overview", filled, scripts, link="Overview", dialogs=dialogs, shown=shown))
+        content, scripts = filled(main, jobs=jobs, off=off), ("runs", "map", "overview")
+        return HTMLResponse(framed("Overview", content, scripts, link="Overview", dialogs=dialogs, shown=shown))
 
     @router.get("/", openapi_extra=needs(OPEN))
     async def dashboard(request: Request) -> Response:
