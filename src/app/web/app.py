@@ -10,6 +10,7 @@ import gc
 import logging
 import re
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from importlib.resources import files
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
@@ -176,14 +177,31 @@ class HeadwaterApp:
             return
         await self._guard.authorize(scope, methods)
         if scope["method"] == "HEAD" and "HEAD" not in methods:
-            scope = {**scope, "method": "GET"}  # the server leaves the body out
+            scope, send = {**scope, "method": "GET"}, _without_body(send)
         if b"%" in scope["query_string"] or not scope["query_string"].isascii():
             try:
                 unquote_to_bytes(scope["query_string"]).decode()
             except UnicodeDecodeError:  # it would be decoded to a different key or filter
                 hint = "percent-encode the UTF-8 bytes of each value"
                 raise Refused(422, "the query is not UTF-8", hint) from None
-        await self._limits.call(fast.get(path, app), scope, receive, send)
+        with suppress(_HeadSent):
+            await self._limits.call(fast.get(path, app), scope, receive, send)
+
+
+class _HeadSent(Exception):
+    """The response to HEAD is complete, and its body would be read for nobody."""
+
+
+def _without_body(send: Send) -> Send:
+    """`send` for HEAD. Raises _HeadSent where a body would be streamed: it may be a large object or a whole export."""
+
+    async def sent(message: MutableMapping[str, Any]) -> None:
+        is_body = message["type"] == "http.response.body"
+        await send({"type": message["type"]} if is_body else message)
+        if is_body and message.get("more_body"):
+            raise _HeadSent
+
+    return sent
 
 
 async def _send_locked_page(send: Send) -> None:
