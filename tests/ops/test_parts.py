@@ -13,8 +13,7 @@ import pytest
 from app.core.errors import Permanent, Transient
 from app.core.runs import Job, LeaseTerms, Report, RunServices, Stop
 from app.db.state import open_state
-from app.ops.connection_checks import try_all
-from app.ops.health import Probes, Readiness
+from app.ops.connection_checks import Probes, Readiness, try_all
 from app.ops.json_views import ServiceCalls
 from app.ops.logs import log_run
 from app.ops.metrics import PARTITIONS, MetricSeries, exposition, lag_series

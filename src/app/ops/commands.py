@@ -30,7 +30,7 @@ from app.core.runs import Job, Outcome, Report, Run, RunServices, Stop, execute
 from app.core.verify import ComparedWindow, Verdict, refuse_unknown
 from app.core.verify import verify as compared
 from app.core.windows import Window, instant_text, refuse_future, whole_second
-from app.ops.health import check_once
+from app.ops.connection_checks import check_once
 from app.ops.json_views import RUN_NUMBERS, failures_shown, run_shown
 from app.ops.scheduler import (
     ProgressTally,

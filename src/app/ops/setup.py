@@ -20,7 +20,7 @@ from app.config.reference import descriptions
 from app.config.rules import VARIABLES
 from app.core.errors import BadSettings
 from app.core.files import write_durably
-from app.ops.health import check_once
+from app.ops.connection_checks import check_once
 from app.ops.service import BuiltService
 
 Answers = Mapping[str, str]

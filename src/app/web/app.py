@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from app.core.errors import AppError
-from app.ops.health import ProbeAnswer
+from app.ops.connection_checks import ProbeAnswer
 from app.web.auth import LOCKED, SAFE_METHODS, AccessGuard, Methods, RouteScopes
 from app.web.errors import (
     BROKEN,

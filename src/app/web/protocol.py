@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app.ops.health import PATHS
+from app.ops.connection_checks import PATHS
 from app.web.errors import Asgi, Receive, Refusal, Scope, Send, send_refusal
 
 HEAD_SECONDS = 15.0
