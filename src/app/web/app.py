@@ -27,6 +27,7 @@ from app.web.errors import (
     Refused,
     Scope,
     Send,
+    path_of,
     refusal_of,
     send_json,
     send_refusal,
@@ -91,7 +92,7 @@ class HeadwaterApp:
             if scope["type"] == "lifespan":
                 await self._lifespan(receive, send)
             return
-        policy, started = POLICIES.get(scope["path"], SAFE).encode(), False
+        policy, started = POLICIES.get(path_of(scope), SAFE).encode(), False
         added = [*HEADERS, (b"content-security-policy", policy), *([HSTS] if scope["scheme"] == "https" else [])]
         if self._guard.origins:  # CORS headers: they let an allowed page of another origin read the response
             added.append((b"vary", b"Origin"))
@@ -155,7 +156,7 @@ class HeadwaterApp:
         return self._building
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = path_of(scope)
         probe = self._probes.get(path)
         if probe is not None and scope["method"] in ("GET", "HEAD"):
             answer = probe()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from app.core.errors import Transient
 from app.object_store.port import ReadableBody
-from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send
+from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send, path_of
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -45,16 +45,23 @@ class BodyLimits:
         """Call `app` with a body that cannot exceed its limits."""
         fields = dict(reversed(scope["headers"]))  # the first header of a name wins
         media_type = fields.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
-        by_line = media_type in BY_LINE and scope["path"].startswith(self.stream_prefixes)
-        large = by_line or scope["path"].startswith(self.upload_prefixes)
+        path = path_of(scope)
+        by_line = media_type in BY_LINE and path.startswith(self.stream_prefixes)
+        large = by_line or path.startswith(self.upload_prefixes)
         limit_bytes = self.upload_bytes if large else self.body_bytes
         length = fields.get(b"content-length", b"")
         if not length and b"transfer-encoding" not in fields and scope["http_version"] in ("1.0", "1.1"):
             await app(scope, receive, send)  # there is no body
             return
+        too_large = Refusal(
+            413,
+            f"the body is larger than {limit_bytes} bytes",
+            f"send less at once; {'MAX_UPLOAD_BYTES' if large else 'MAX_BODY_BYTES'} limits it",
+            headers=CLOSE,
+        )
         if length.isdigit() and int(length) > limit_bytes:
-            raise Refused(*too_large(limit_bytes))
-        body = _Body(receive, send, limit_bytes)
+            raise Refused(*too_large)
+        body = _Body(receive, send, limit_bytes, too_large)
         with suppress(_BodyTooLarge):
             await app(scope, body.receive, body.send)
         if body.refusal is not None and not body.started:
@@ -68,9 +75,9 @@ class _BodyTooLarge(Exception):
 class _Body:
     """Wraps `receive` and `send` of one request. Once the body is cut off, the application's response is dropped."""
 
-    def __init__(self, receive: Receive, send: Send, limit_bytes: int) -> None:
+    def __init__(self, receive: Receive, send: Send, limit_bytes: int, too_large: Refusal) -> None:
         self._receive, self._send = receive, send
-        self._limit_bytes = limit_bytes
+        self._limit_bytes, self._too_large = limit_bytes, too_large
         self._received_bytes = 0
         self._until = asyncio.get_running_loop().time() + BODY_TOTAL_SECONDS
         self._waited_seconds, self._waited_bytes = 0.0, 0
@@ -89,7 +96,7 @@ class _Body:
             self._cut(LATE)
         self._received_bytes += len(message.get("body", b""))
         if self._received_bytes > self._limit_bytes:
-            self._cut(too_large(self._limit_bytes))
+            self._cut(self._too_large)
         self._whole = not message.get("more_body", False)
         self._waited_seconds += asyncio.get_running_loop().time() - began
         if self._waited_seconds >= RATE_SECONDS:
@@ -106,12 +113,6 @@ class _Body:
         if self.refusal is None:
             self.started = True
             await self._send(message)
-
-
-def too_large(limit_bytes: int) -> Refusal:
-    """The response to a body over its limit."""
-    message = f"the body is larger than {limit_bytes} bytes"
-    return Refusal(413, message, "send less at once; MAX_BODY_BYTES limits it", headers=CLOSE)
 
 
 # Passes a body to the thread that processes it.
