@@ -310,12 +310,10 @@ class DeliveryMaps:
             rows = [_row(names.first, cells.paint_cells(self.partition(job, names.first, cells.window), self._clock()))]
         elif self._is_listable(job, cells, names):
             listed = self._once((job, "map", *cells.edges), lambda: self._listed(job, cells))
-            rows = [row for row in listed if names.find.lower() in row.name.lower()]
+            rows = [row for row in listed if _matches(names, row.name)]
         else:
             return self.recorded(job, cells, names, offset=offset, limit=limit, only_problems=only_problems)
-        chosen = [
-            row for row in rows if (row.problems or not only_problems) and (not names.last or row.name <= names.last)
-        ]
+        chosen = [row for row in rows if row.problems or not only_problems]
         problems = sum(row.problems for row in rows)
         page = chosen[offset : offset + limit]
         return DeliveryMap(len(rows), page, listed=True, problems=problems, pages_of=len(chosen))
@@ -436,6 +434,10 @@ class DeliveryMaps:
         ]
 
 
+def _matches(names: NameFilter, name: str) -> bool:
+    return names.first <= name <= (names.last or name) and names.find.lower() in name.lower()
+
+
 def _row(name: str, text: str, **more: Any) -> MapRow:
     return MapRow(name, text, problems=int(bool(PROBLEMS & set(text))), **more)
 
@@ -481,7 +483,7 @@ class _Recorded:
     def map(self, names: NameFilter, offset: int, limit: int, *, only_problems: bool) -> DeliveryMap:
         """One page of rows or groups."""
         total = self._look.partitions(self._job, names)
-        faulty = {name for name, *_ in self._faults if names.find.lower() in name.lower()}
+        faulty = {name for name, *_ in self._faults if _matches(names, name)}
         if only_problems:
             chosen = sorted(faulty)
             rows = [
