@@ -59,6 +59,9 @@ def test_a_row_says_how_many_calls_a_service_has_had() -> None:
     text = job_rows(shown)
     assert text.count("Calls: 1,234 of 5,000 today") == 1
     assert text.count("2026-02-07 12:00:00Z") == 2
+    assert text.count('<span class="mark off" aria-hidden="true"></span> <strong>No run yet</strong>') == 2
+    ops.alerts.stale = {"pull"}
+    assert '<span class="mark late" aria-hidden="true"></span> <strong>Late</strong>' in job_rows(overview(ops))
 
 
 def test_a_tally_adds_up_from_many_threads() -> None:

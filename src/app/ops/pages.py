@@ -32,7 +32,7 @@ ASSETS = {
 LINKS = (("Overview", "."), ("Runs", "runs"), ("Explore", "analytics/explore"), ("API", "docs"))
 # The guides for jobs that have no guide named after them.
 GUIDES = {"s3_sweep": "s3", "set_aside_sweep": "operations", "lake_day": "lake"}
-MARKS = {"ok": "ok", "running": "run", "backfill": "run", "paused": "paused", "off": "off", "partial": "warn"}
+MARKS = {"running": "run", "backfill": "run", "waiting": "off", "stopped": "off", "partial": "warn", "failed": "bad"}
 WORDS = {"ok": "OK", "partial": "Partly delivered", "backfill": "Backfilling", "waiting": "No run yet"}
 
 Overview = Callable[[], Mapping[str, Any]]
@@ -166,7 +166,7 @@ def _job_row(job: Mapping[str, Any]) -> Iterator[str]:
     name = escape(job["name"])
     yield f'<tr data-key="p-{name}" id="p-{name}"><td class="id"><span class="name">{name}</span>'
     yield f'<span class="sub">{"helper of " + escape(job["helper_of"]) if job["helper_of"] else ""}</span></td>'
-    yield f'<td class="state"><span class="mark {MARKS.get(state, "bad")}" aria-hidden="true"></span> '
+    yield f'<td class="state"><span class="mark {MARKS.get(state, state)}" aria-hidden="true"></span> '
     yield f"<strong>{escape(words)}</strong>"
     yield from (f'<span class="sub">{escape(text)}</span>' for text in _facts(job))
     yield f'</td><td class="number"></td><td class="number">{job["rows_total"]:,}<span class="sub">in all</span></td>'
