@@ -36,6 +36,7 @@ GROUPED_FROM = 200  # more partitions than this are grouped
 GROUP, BIG_GROUP, BIG_FROM = 25, 500, 10_000
 GROUPS_A_PAGE = 20
 LATE_AFTER = timedelta(hours=6)
+LATE_PARTITIONS = 20_000
 HOUR, DAY, WEEK = 3600, 86_400, 604_800
 SPANS: Mapping[str, Mapping[int, int]] = {
     "24h": {24: HOUR},
@@ -483,30 +484,34 @@ class _Recorded:
     def map(self, names: NameFilter, offset: int, limit: int, *, only_problems: bool) -> DeliveryMap:
         """One page of rows or groups."""
         total = self._look.partitions(self._job, names)
-        faulty = {name for name, *_ in self._faults if _matches(names, name)}
+        faulty = sorted({name for name, *_ in self._faults if _matches(names, name)} | self._late(names))
         if only_problems:
-            chosen = sorted(faulty)
             rows = [
-                self._row(row)
-                for name in chosen[offset : offset + limit]
+                self._row(row, faulty)
+                for name in faulty[offset : offset + limit]
                 for row in self._look.groups(self._job, NameFilter(name, name), size=1, limit=1)
             ]
-            return DeliveryMap(total, rows, listed=False, problems=len(faulty), pages_of=len(chosen))
+            return DeliveryMap(total, rows, listed=False, problems=len(faulty), pages_of=len(faulty))
         size = 1
         if total > GROUPED_FROM and not names.first:
             size, limit = (BIG_GROUP if total > BIG_FROM else GROUP), min(limit, GROUPS_A_PAGE)
         found = self._look.groups(self._job, names, size=size, limit=limit, offset=offset)
-        pages_of = -(-total // size)
-        rows = [self._row(row) for row in found]
+        rows, pages_of = [self._row(row, faulty) for row in found], -(-total // size)
         return DeliveryMap(total, rows, listed=False, problems=len(faulty), grouped=size > 1, pages_of=pages_of)
 
-    def _row(self, row: Mapping[str, Any]) -> MapRow:
+    def _late(self, names: NameFilter) -> set[str]:
+        """Partitions with a cell that is late: one that has ended long enough ago, and not before the cursor."""
+        ends = [end for end in self._cells.edges[1:] if end <= self._late_before]
+        if not ends:
+            return set()
+        of = {"pipeline": self._job, **names.params, "before_at": ends[-1], "limit": LATE_PARTITIONS}
+        return {row["device_id"] for row in self._look.rows("late_partitions", **of)}
+
+    def _row(self, row: Mapping[str, Any], faulty: Sequence[str]) -> MapRow:
         first, last = row["first_name"], row["last_name"]
-        text = self._painted((first, last), row["slowest_at"])
-        wrong = {name for name, *_ in self._faults if first <= name <= last}
-        number, problems = row["partitions"], len(wrong) or int("l" in text)
+        text, problems = self._painted((first, last), row["slowest_at"]), sum(first <= name <= last for name in faulty)
         return MapRow(
-            first, text, last, number, problems=problems, newest_at=row["oldest_at"], error=row["error"] or ""
+            first, text, last, row["partitions"], problems, newest_at=row["oldest_at"], error=row["error"] or ""
         )
 
     def _painted(self, between: tuple[str, str] | None, cursor_at: datetime) -> str:
