@@ -9,7 +9,7 @@ one request at a time; caches are bounded; a partition that cannot be listed sho
 
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from math import inf
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 from app.core.errors import AppError, Rejected, Transient
@@ -467,11 +468,10 @@ class _Recorded:
         slack = LATE_AFTER if cells.seconds < DAY else timedelta(days=2)
         furthest_at = self._totals["furthest_at"] or now
         self._late_before = max(furthest_at - timedelta(hours=1), now - slack)
-        faults = look.faulty_windows(job, cells.edges[0], cells.edges[-1])
-        self._faults = [
+        self._faults = sorted(
             (row["device_id"], row["starts_at"], row["ends_at"], "m" if row["trouble"] == MISSING else "c")
-            for row in faults
-        ]
+            for row in look.faulty_windows(job, cells.edges[0], cells.edges[-1])
+        )
         self._spans = list(zip(cells.edges, cells.edges[1:], strict=False))
         self._any = [start < now and look.any_rows(job, start, end) for start, end in self._spans]
 
@@ -509,25 +509,24 @@ class _Recorded:
 
     def _row(self, row: Mapping[str, Any], faulty: Sequence[str]) -> MapRow:
         first, last = row["first_name"], row["last_name"]
-        text, problems = self._painted((first, last), row["slowest_at"]), sum(first <= name <= last for name in faulty)
+        text = self._painted((first, last), row["slowest_at"])
+        problems = bisect_right(faulty, last) - bisect_left(faulty, first)
         return MapRow(
             first, text, last, row["partitions"], problems, newest_at=row["oldest_at"], error=row["error"] or ""
         )
 
     def _painted(self, between: tuple[str, str] | None, cursor_at: datetime) -> str:
-        faults = [
-            (start, end, letter)
-            for name, start, end, letter in self._faults
-            if between is None or between[0] <= name <= between[1]
-        ]
+        faults = self._faults
+        if between is not None:
+            first, last = between
+            faults = faults[bisect_left(faults, (first,)) : bisect_right(faults, last, key=itemgetter(0))]
+        marked = self._cells.paint((fault[1:] for fault in faults), self._now)
         letters = []
-        for (start, end), is_any, marked in zip(
-            self._spans, self._any, self._cells.paint(faults, self._now), strict=True
-        ):
+        for (start, end), is_any, mark in zip(self._spans, self._any, marked, strict=True):
             letter = "n"
             if start < self._now and end > cursor_at:
                 letter = "l" if end <= self._late_before else "o"
             elif is_any and (between is None or self._look.any_rows(self._job, start, end, between)):
                 letter = "k"
-            letters.append(worst_state((marked, letter)))
+            letters.append(worst_state((mark, letter)))
         return "".join(letters)
