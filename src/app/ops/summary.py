@@ -20,7 +20,7 @@ from app.core.runs import Outcome, Run
 from app.core.verify import Verdict
 from app.core.windows import Window, instant_text
 from app.db.page_queries import PageQuerySession
-from app.ops.delivery_map import MapCells, cells_of_span
+from app.ops.delivery_map import WORDS, MapCells, cells_of_span
 from app.ops.json_views import run_shown, view_shown
 from app.ops.scheduler import JobView
 
@@ -35,11 +35,8 @@ RECENT = timedelta(hours=24)
 LATE_SECONDS = 60.0
 HISTORY = 300
 VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
-WINDOW_WORDS = {
-    "missing": "missing",
-    "partial": "partly missing",
-    "changed": "changed at the destination",
-}
+FAULTS = {"m": "missing", "p": "partial", "c": "changed"}
+WINDOW_WORDS = {kind: WORDS[letter] for letter, kind in FAULTS.items()}
 KINDS: Mapping[str, tuple[str, str, str]] = {
     "unreachable": ("bad", "{title}", "Unreachable"),
     "unaccounted": ("bad", "{count} of {job} {are} unaccounted for", "{count} unaccounted for"),
@@ -244,7 +241,7 @@ def _windows(seen: Snapshot) -> Iterator[Problem]:
     since: dict[tuple[str, str], datetime] = {}
     for job in seen.ops.maps.jobs:
         for fault in seen.ops.maps.faults(job):
-            what = job, {"m": "missing", "p": "partial", "c": "changed"}[fault.letter]
+            what = job, FAULTS[fault.letter]
             found[what][fault.partition].add(fault.window)
             since[what] = min(since.get(what, seen.now), fault.seen_at)
     for result in seen.ops.proofs.results():
@@ -258,18 +255,16 @@ def _windows(seen: Snapshot) -> Iterator[Problem]:
         marked[what].append(row)
         found[what].pop(row["device_id"], None)
     for what, windows in found.items():
+        rows = marked[what]
         counts = {name: len(some) for name, some in windows.items()}
+        counts |= {row["device_id"]: row["windows"] for row in rows}
         spans = [(window.start, window.end) for some in windows.values() for window in some]
-        unlisted = 0, 0  # windows and partitions beyond the limit
-        if rows := marked[what]:
-            counts |= {row["device_id"]: row["windows"] for row in rows}
-            unlisted = (
-                rows[0]["all_windows"] - sum(row["windows"] for row in rows),
-                rows[0]["all_partitions"] - len(rows),
-            )
-            spans.append((rows[0]["all_first_at"], rows[0]["all_last_at"]))
+        spans += [(row["all_first_at"], row["all_last_at"]) for row in rows[:1]]
         span = min(start for start, _ in spans), max(end for _, end in spans)
-        yield _of_windows(seen, *what, counts, span, unlisted=unlisted, since=since.get(what))
+        unlisted = sum(row["all_windows"] for row in rows[:1]) - sum(row["windows"] for row in rows)
+        number = len(counts) + sum(row["all_partitions"] for row in rows[:1]) - len(rows)
+        count, seen_at = sum(counts.values()) + unlisted, since.get(what)
+        yield _of_windows(seen, *what, counts, count=count, number=number, span=span, since=seen_at)
 
 
 def _of_windows(
@@ -277,15 +272,15 @@ def _of_windows(
     job: str,
     kind: str,
     counts: Mapping[str, int],
-    span: tuple[datetime, datetime],
     *,
-    unlisted: tuple[int, int],
+    count: int,
+    number: int,
+    span: tuple[datetime, datetime],
     since: datetime | None,
 ) -> Problem:
-    """`counts`: faulty windows by partition; those with the most are named. `unlisted`: windows and partitions beyond
-    those.
+    """`counts`: faulty windows by partition; those with the most are named. `count` and `number`: windows and
+    partitions, also those beyond the limit.
     """
-    count, number = sum(counts.values()) + unlisted[0], len(counts) + unlisted[1]
     names = sorted(counts, key=lambda name: (-counts[name], name))[:NAMED]
     partition = names[0] if number == 1 else ""
     names += [f"{number - NAMED:,} more"] if number > NAMED else []
