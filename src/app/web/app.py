@@ -17,7 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 from app.core.errors import AppError
 from app.ops.connection_checks import ProbeAnswer
-from app.web.auth import LOCKED, SAFE_METHODS, AccessGuard, Methods, RouteScopes
+from app.web.auth import LOCKED, OPEN, SAFE_METHODS, AccessGuard, Methods, RouteScopes
 from app.web.errors import (
     BROKEN,
     BROKEN_HINT,
@@ -185,8 +185,9 @@ class HeadwaterApp:
             except UnicodeDecodeError:  # it would be decoded to a different key or filter
                 hint = "percent-encode the UTF-8 bytes of each value"
                 raise Refused(422, "the query is not UTF-8", hint) from None
+        is_open = methods.get(scope["method"]) == OPEN
         with suppress(_HeadSent):
-            await self._limits.call(fast.get(path, app), scope, receive, send)
+            await self._limits.call(fast.get(path, app), scope, receive, send, is_open=is_open)
 
 
 class _HeadSent(Exception):
