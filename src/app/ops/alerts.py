@@ -111,6 +111,7 @@ WATCH_SECONDS = 15.0
 WAITING = 1000
 POLICY = RetryPolicy(attempts=4, first_seconds=1.0, cap_seconds=20.0)
 ONCE = replace(POLICY, attempts=1)  # while the webhook is away
+AWAY_SECONDS = 60.0
 BAD = (Outcome.FAILED, Outcome.PARTIAL)
 DONE = (Outcome.OK, Outcome.PARTIAL)
 FAILED, RECOVERED, STALE, CLOCK_AHEAD = "failed", "recovered", "stale", "clock_ahead"
@@ -172,7 +173,7 @@ class Alerts:
         self._ended: queue.Queue[Run] = queue.Queue(WAITING)
         self._stop = Stop()
         self._since_seconds = elapsed_seconds()
-        self._is_reachable = True
+        self._away_until_seconds = 0.0  # 0: the last message was delivered
         self.stale: Collection[str] = frozenset()
         self.ahead_seconds: Mapping[str, float] = {}
         self._thread = threading.Thread(target=self._loop, name="alerts", daemon=True)
@@ -292,10 +293,12 @@ class Alerts:
         )
 
     def _begin(self, event: str, job: str, at: datetime, message: str, more: Mapping[str, str]) -> None:
-        """Send an alert that is not active yet. One that could not be delivered begins anew with the next run or look:
-        the fault of the network that it tells of may have kept it back.
+        """Send an alert that is not active yet. One that could not be delivered begins anew with a later run or look:
+        the fault of the network that it tells of may have kept it back. While it is away, one a minute is tried.
         """
-        if self._state.alerts.begin(job, event, at) and not self._tell(event, job, message, more):
+        if self._elapsed_seconds() < self._away_until_seconds or not self._state.alerts.begin(job, event, at):
+            return
+        if not self._tell(event, job, message, more):
             self._state.alerts.end(job, at + TICK, event)
 
     def _tell(self, event: str, job: str, message: str, more: Mapping[str, str]) -> bool:
@@ -311,12 +314,13 @@ class Alerts:
             **more,
             "text": f"{sign} {self._service}: {job} {event}: {message}{hint}",
         }
-        policy = POLICY if self._is_reachable else ONCE
+        policy = ONCE if self._away_until_seconds else POLICY
         try:
             retry(lambda: post(self._url, body), policy, self._stop, random.random)
-            self._is_reachable = True
         except AppError as error:
-            self._is_reachable = False
+            self._away_until_seconds = self._elapsed_seconds() + AWAY_SECONDS
             if not isinstance(error, Stopped):
                 log.warning("webhook delivery to %s failed: %s", urlsplit(self._url).hostname, error)
-        return self._is_reachable
+            return False
+        self._away_until_seconds = 0.0
+        return True
