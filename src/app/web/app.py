@@ -27,7 +27,6 @@ from app.web.errors import (
     Refused,
     Scope,
     Send,
-    path_of,
     refusal_of,
     send_json,
     send_refusal,
@@ -92,7 +91,8 @@ class HeadwaterApp:
             if scope["type"] == "lifespan":
                 await self._lifespan(receive, send)
             return
-        policy, started = POLICIES.get(path_of(scope), SAFE).encode(), False
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # other ASGI servers can set a root
+        policy, started = POLICIES.get(path, SAFE).encode(), False
         added = [*HEADERS, (b"content-security-policy", policy), *([HSTS] if scope["scheme"] == "https" else [])]
         if self._guard.origins:  # CORS headers: they let an allowed page of another origin read the response
             added.append((b"vary", b"Origin"))
@@ -117,7 +117,7 @@ class HeadwaterApp:
             await send(message)
 
         try:
-            await self._answer(scope, receive, answered)
+            await self._answer(path, scope, receive, answered)
         except AppError as error:
             await send_refusal(answered, refusal_of(error))
         finally:
@@ -155,8 +155,7 @@ class HeadwaterApp:
             self._building = asyncio.ensure_future(asyncio.to_thread(build))
         return self._building
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = path_of(scope)
+    async def _answer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         probe = self._probes.get(path)
         if probe is not None and scope["method"] in ("GET", "HEAD"):
             answer = probe()
@@ -187,7 +186,7 @@ class HeadwaterApp:
                 raise Refused(422, "the query is not UTF-8", hint) from None
         is_open = methods.get(scope["method"]) == OPEN
         with suppress(_HeadSent):
-            await self._limits.call(fast.get(path, app), scope, receive, send, is_open=is_open)
+            await self._limits.call(fast.get(path, app), path, scope, receive, send, is_open=is_open)
 
 
 class _HeadSent(Exception):

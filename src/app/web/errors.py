@@ -66,12 +66,6 @@ class Refused(Rejected):
         self.refusal = Refusal(status, message, hint, fault, headers or {})
 
 
-def path_of(scope: Scope) -> str:
-    """The path of a request below the application's own root, which other ASGI servers can set."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
-
-
 def faults(meanings: Mapping[int, str]) -> Answers:
     """Error responses for the `responses` of a route: status -> when it is sent.
 

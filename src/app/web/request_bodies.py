@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from app.core.errors import Transient
 from app.object_store.port import ReadableBody
-from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send, path_of
+from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -42,14 +42,10 @@ class BufferedBytes:
         self.held = 0
 
     def take(self, count: int) -> bool:
-        """Count these bytes, until they are given back; False when they are too many."""
+        """Count these bytes, until they are taken from `held` again; False when they are too many."""
         fits = self.held + count <= BUFFERED_BYTES
         self.held += count if fits else 0
         return fits
-
-    def give_back(self, count: int) -> None:
-        """They are in memory no longer."""
-        self.held -= count
 
 
 BUFFERED = BufferedBytes()
@@ -66,11 +62,10 @@ class BodyLimits:
     upload_prefixes: tuple[str, ...] = ()
     stream_prefixes: tuple[str, ...] = ()
 
-    async def call(self, app: Asgi, scope: Scope, receive: Receive, send: Send, *, is_open: bool) -> None:
-        """Call `app` with a body that cannot exceed its limits. `is_open`: the route needs no key."""
+    async def call(self, app: Asgi, path: str, scope: Scope, receive: Receive, send: Send, *, is_open: bool) -> None:
+        """Call `app` with a body that cannot exceed the limits of `path`. `is_open`: the route needs no key."""
         fields = dict(reversed(scope["headers"]))  # the first header of a name wins
         media_type = fields.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
-        path = path_of(scope)
         by_line = media_type in BY_LINE and path.startswith(self.stream_prefixes)
         large = by_line or path.startswith(self.upload_prefixes)
         length = fields.get(b"content-length", b"")
@@ -92,7 +87,7 @@ class BodyLimits:
         except _BodyTooLarge:
             pass
         finally:
-            BUFFERED.give_back(body.held_bytes)
+            BUFFERED.held -= body.held_bytes
         if body.refusal is not None and not body.started:
             raise Refused(*body.refusal)
 
@@ -189,7 +184,7 @@ async def read_in_thread(
         try:
             await acquire_place(places, busy)
         finally:
-            BUFFERED.give_back(waiting_bytes)
+            BUFFERED.held -= waiting_bytes
         try:
             if whole:
                 return await asyncio.get_running_loop().run_in_executor(threads, work, BytesIO(first))
