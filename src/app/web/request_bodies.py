@@ -41,9 +41,9 @@ class BufferedBytes:
     def __init__(self) -> None:
         self.held = 0
 
-    def take(self, count: int) -> bool:
-        """Count these bytes, until they are taken from `held` again; False when they are too many."""
-        fits = self.held + count <= BUFFERED_BYTES
+    def take(self, count: int, most: int = BUFFERED_BYTES) -> bool:
+        """Count these bytes, until they are taken from `held` again; False when all together are more than `most`."""
+        fits = self.held + count <= most
         self.held += count if fits else 0
         return fits
 
@@ -125,7 +125,7 @@ class _Body:
         size_bytes = len(message.get("body", b""))
         self._received_bytes += size_bytes
         if self._is_held:
-            if not BUFFERED.take(size_bytes):
+            if not BUFFERED.take(size_bytes, max(BUFFERED_BYTES, self._limit_bytes)):
                 self._cut(CROWDED)
             self.held_bytes += size_bytes
         if self._received_bytes > self._limit_bytes:
