@@ -64,6 +64,17 @@ def test_rows_that_were_added_twice_are_counted_and_the_later_one_is_kept() -> N
         assert (hour.min_at, hour.max_at) == (START + timedelta(seconds=1), START + timedelta(seconds=2))
 
 
+def test_ids_of_text_that_are_equal_as_numbers_are_rows_of_their_own_where_nobody_edited_the_file() -> None:
+    """They were written while the table had `id` as its key."""
+    held = [{AT: row(1, "")[AT], "name": name} for name in ("010", "1e1", "10")]
+    for is_edited, names in ((False, ["010", "10", "1e1"]), (True, ["10"])):
+        with closing(HourWriter(FileShape(AT, (), TimestampReader()))) as writer:
+            writer.add_rows(held, held=True)
+            writer.add_rows(held[-1:])
+            with closing(writer.finish(is_edited=is_edited)) as hour:
+                assert sorted(each["name"] for each in read_file(lines_in(hour.file), escaped=False)) == names
+
+
 @pytest.mark.parametrize(
     ("told", "expected"),
     [

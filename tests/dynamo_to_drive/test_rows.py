@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from app.core.errors import Transient
 from app.core.windows import Window
 from app.dynamo_to_drive.accounts import Accounts
-from app.dynamo_to_drive.hour_file import COPY_BYTES, FileShape, HourWriter, lines_in, read_file
+from app.dynamo_to_drive.hour_file import (
+    COPY_BYTES,
+    FileShape,
+    HourWriter,
+    UnreadableFile,
+    lines_in,
+    read_file,
+    readable,
+)
 from app.dynamo_to_drive.rows import MISSES, AttributeValue, PageReader, cell
 from app.dynamo_to_drive.source import WantedItems
 from app.dynamo_to_drive.timestamps import TimestampReader, ascend
@@ -291,3 +299,19 @@ def test_rows_that_were_there_already_are_counted_in_a_page_and_between_pages() 
         hour = writer.finish()
     hour.close()
     assert (hour.rows, hour.repeated, hour.new_rows, hour.sums) == (2, 3, 2, {})
+
+
+class CountedReads(io.BytesIO):
+    taken_bytes = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        self.taken_bytes += len(found)
+        return found
+
+
+def test_a_line_longer_than_any_row_is_refused_before_it_is_read_whole() -> None:
+    file = CountedReads(b"datetime_utc,temp\r\n2026-02-07T12:00:00Z," + bytes(80 << 20))
+    with pytest.raises(UnreadableFile, match="line is too long"), readable("hour"):
+        list(read_file(lines_in(file), escaped=False))
+    assert file.taken_bytes < 40 << 20

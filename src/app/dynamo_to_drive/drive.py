@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPSConnection
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -22,6 +22,7 @@ from app.core.errors import AppError, Permanent, Transient
 from app.core.files import write_durably
 from app.core.network import CA_HINT, is_untrusted, proxy_for, tunnel_to
 from app.core.retry import Pauses, RetryPolicy, asked_seconds, retry
+from app.core.windows import Window
 from app.dynamo_to_drive.hour_file import HourFile
 
 # Google credentials: a service account's key, an installed app's client secrets, or a user's token.
@@ -257,6 +258,8 @@ GOOGLE_TYPES = "application/vnd.google-apps."
 FOLDER_TYPE, SHORTCUT_TYPE = f"{GOOGLE_TYPES}folder", f"{GOOGLE_TYPES}shortcut"
 CSV_TYPES = ("", "application/csv", "application/octet-stream", "application/vnd.ms-excel")
 FOLDER_FIELDS = "id,name,mimeType,driveId,trashed,capabilities(canAddChildren)"
+FROM, TO = "headwaterFrom", "headwaterTo"
+HOUR_CHARACTERS = len("2026-02-07T12")
 
 
 class DriveFile(msgspec.Struct, frozen=True, rename="camel"):
@@ -277,10 +280,12 @@ class DriveFile(msgspec.Struct, frozen=True, rename="camel"):
         """The version of the file's content."""
         return f"{self.id}:{self.head_revision_id}"
 
-    @property
-    def is_hour(self) -> bool:
-        """True if this can be the file of an hour."""
-        return self.is_csv and not self.trashed
+    def is_of(self, hour: Window) -> bool:
+        """False for what cannot be the hour's file whatever its name: not CSV, or the file of another hour, which a
+        person renamed or copied.
+        """
+        first, last = (self.app_properties.get(name, "")[:HOUR_CHARACTERS] for name in (FROM, TO))
+        return self.is_csv and (not first or first <= hour.start.isoformat()[:HOUR_CHARACTERS] <= last)
 
     @property
     def is_csv(self) -> bool:
@@ -293,6 +298,29 @@ class DriveFile(msgspec.Struct, frozen=True, rename="camel"):
         return (
             "headwaterMd5" in self.app_properties or self.mime_type.startswith("text/") or self.mime_type in CSV_TYPES
         )
+
+
+class DriveFolder(msgspec.Struct, frozen=True, rename="camel"):
+    """A folder's metadata, in Drive's own words; it may be something else, in My Drive or without rights."""
+
+    mime_type: str
+    drive_id: str = ""
+    trashed: bool = False
+    capabilities: dict[str, bool] = {}
+
+
+class DrivePage(msgspec.Struct, frozen=True, rename="camel"):
+    """A page of a list. Drive always answers `incompleteSearch`, so anything else is not a list without files."""
+
+    incomplete_search: bool
+    files: list[DriveFile] = []
+    next_page_token: str = ""
+
+
+class GeneratedIds(msgspec.Struct, frozen=True):
+    """Ids for files to be created."""
+
+    ids: Annotated[list[str], msgspec.Meta(min_length=1)]
 
 
 class DriveService:
@@ -397,20 +425,20 @@ class Drive:
         """
         service, what = self._service, f"GOOGLE_DRIVE_FOLDER_ID {self._service.folder_id}"
         service.drive_id = None
-        folder = self._answer("get", fileId=service.folder_id, fields=FOLDER_FIELDS, supportsAllDrives=True)
-        if folder.get("mimeType") == SHORTCUT_TYPE:
+        asked = {"fileId": service.folder_id, "fields": FOLDER_FIELDS, "supportsAllDrives": True}
+        folder = self._answer(DriveFolder, "get", **asked)
+        if folder.mime_type == SHORTCUT_TYPE:
             raise Permanent(f"{what} is a shortcut", "set GOOGLE_DRIVE_FOLDER_ID to the folder that it leads to")
-        if folder.get("mimeType") != FOLDER_TYPE or folder.get("trashed"):
-            raise Permanent(f"{what} is {'in the trash' if folder.get('trashed') else 'not a folder'}", SHARE_HINT)
-        if folder.get("capabilities", {}).get("canAddChildren") is False:
+        if folder.mime_type != FOLDER_TYPE or folder.trashed:
+            raise Permanent(f"{what} is {'in the trash' if folder.trashed else 'not a folder'}", SHARE_HINT)
+        if not folder.capabilities.get("canAddChildren", True):
             raise Permanent(f"{what} may not be written by this account", RIGHTS_HINT)
-        drive_id = str(folder.get("driveId") or "")
-        if (wanted := service.settings.shared_drive_id) and drive_id != wanted:
+        if (wanted := service.settings.shared_drive_id) and folder.drive_id != wanted:
             told = f"{what} is not on the shared drive {wanted}"
-            hint = f"set GOOGLE_SHARED_DRIVE_ID to {drive_id}"
-            raise Permanent(told, hint if drive_id else "unset GOOGLE_SHARED_DRIVE_ID: it is in My Drive")
-        service.drive_id = drive_id
-        return drive_id
+            hint = f"set GOOGLE_SHARED_DRIVE_ID to {folder.drive_id}"
+            raise Permanent(told, hint if folder.drive_id else "unset GOOGLE_SHARED_DRIVE_ID: it is in My Drive")
+        service.drive_id = folder.drive_id
+        return folder.drive_id
 
     def named(self, name: str) -> Sequence[DriveFile]:
         """Everything in the folder with that name, oldest first, without the trash."""
@@ -437,24 +465,24 @@ class Drive:
         found: list[DriveFile] = []
         while True:
             try:
-                page = self._answer("list", **asked)
+                page = self._answer(DrivePage, "list", **asked)
             except Permanent:
                 self._service.drive_id = None
                 raise
-            if page.get("incompleteSearch"):
+            if page.incomplete_search:
                 raise Transient(f"Drive searched only partially for {name}", "no action needed: it is repeated")
-            found += [_file(each) for each in page.get("files", ())]
-            if not page.get("nextPageToken"):
+            found += page.files
+            if not page.next_page_token:
                 return sorted(found, key=lambda each: (each.created_time, each.id))
-            asked["pageToken"] = page["nextPageToken"]
+            asked["pageToken"] = page.next_page_token
 
     def get(self, file_id: str) -> DriveFile | None:
         """The file, even if it is in the trash; None if there is none."""
-        return _unless(NOT_FOUND, lambda: _file(self._answer("get", fileId=file_id, **_ASKED)))
+        return _unless(NOT_FOUND, lambda: self._answer(DriveFile, "get", fileId=file_id, **_ASKED))
 
     def new_id(self) -> str:
         """A pre-generated id for a file to be created."""
-        return str(self._answer("generateIds", count=1, space="drive", type="files")["ids"][0])
+        return self._answer(GeneratedIds, "generateIds", count=1, space="drive", type="files").ids[0]
 
     def create(self, file_id: str, name: str, hour: HourFile) -> DriveFile | None:
         """The new file; None if the id is in use, perhaps by our own earlier attempt."""
@@ -477,11 +505,11 @@ class Drive:
             while not done:
                 _, done = loading.next_chunk(num_retries=0)
 
-        self._again(run)
+        self._again(run, type(None))
 
     def trash(self, file_id: str) -> None:
         """Move the file to the trash, where it stays for 30 days."""
-        self._answer("update", fileId=file_id, body={"trashed": True}, supportsAllDrives=True)
+        self._answer(DriveFile, "update", fileId=file_id, body={"trashed": True}, supportsAllDrives=True)
 
     def _upload(self, method: str, hour: HourFile, **asked: Any) -> DriveFile:
         """Upload in one request, or in chunks above 5 MB. Raises Transient if Drive's MD5 or size differ from ours."""
@@ -490,13 +518,13 @@ class Drive:
         hour.file.seek(0)
         if hour.size_bytes <= RESUMABLE_BYTES:
             media = MediaInMemoryUpload(hour.file.read(), mimetype="text/csv")
-            found = _file(self._answer(method, media_body=media, **asked, **_ASKED))
+            found = self._answer(DriveFile, method, media_body=media, **asked, **_ASKED)
         else:
             media = MediaIoBaseUpload(hour.file, mimetype="text/csv", chunksize=CHUNK_BYTES, resumable=True)
             # Send bytes, not a stream: a stream would be empty when the transport resends after a lost connection.
             media.has_stream = lambda: False
             whole = {"media_body": media, **asked, **_ASKED}
-            found = _file(self._again(lambda files: self._in_pieces(getattr(files, method)(**whole))))
+            found = self._again(lambda files: self._in_pieces(getattr(files, method)(**whole)), DriveFile)
         if (found.md5_checksum, found.size) != (hour.digest, hour.size_bytes):
             raise Transient(
                 f"{found.name}: Drive has {found.size} bytes with MD5 {found.md5_checksum}, "
@@ -528,20 +556,22 @@ class Drive:
                 self._pauses.pause(random.random() * min(16.0, 0.5 * 2**idle))  # noqa: S311 - jitter only
         return answer
 
-    def _answer(self, method: str, **asked: Any) -> Any:
+    def _answer(self, kind: type[T], method: str, **asked: Any) -> T:
         """The response of one API request."""
-        return self._again(lambda files: getattr(files, method)(**asked).execute())
+        return self._again(lambda files: getattr(files, method)(**asked).execute(), kind)
 
-    def _again(self, call: Callable[[Any], T]) -> T:
-        """Run `call` with retries; SDK exceptions are translated."""
+    def _again(self, call: Callable[[Any], Any], kind: type[T]) -> T:
+        """Run `call`, whose result is a `kind`, with retries; SDK exceptions are translated."""
 
         def once() -> T:
             with _translated():
                 result = call(self._service.made())
                 self._service.note_token()
-            if isinstance(result, str):  # the library returns a response that is not JSON as text
-                raise Transient("Drive's response cannot be read: not JSON", AGAIN_HINT)
-            return result
+            try:
+                return msgspec.convert(result, kind, strict=False)  # sizes come as text
+            except msgspec.ValidationError as error:  # the library returns a response that is not JSON as text
+                why = "not JSON" if isinstance(result, str) else str(error)
+                raise Transient(f"Drive's response cannot be read: {why}", AGAIN_HINT) from error
 
         return retry(once, self._policy, self._pauses)
 
@@ -554,17 +584,13 @@ def _metadata(hour: HourFile) -> dict[str, Any]:
     """The type, and properties that only this application sees."""
     properties = {"headwaterMd5": hour.digest, "headwaterRows": str(hour.rows)}
     if hour.min_at and hour.max_at:
-        properties |= {"headwaterFrom": hour.min_at.isoformat(), "headwaterTo": hour.max_at.isoformat()}
+        properties |= {FROM: hour.min_at.isoformat(), TO: hour.max_at.isoformat()}
     return {"mimeType": "text/csv", "appProperties": properties}
 
 
 def _quoted(text: str) -> str:
     """Escape text for single quotes in a query; backslashes first."""
     return text.replace("\\", "\\\\").replace("'", "\\'")
-
-
-def _file(found: Mapping[str, Any]) -> DriveFile:
-    return msgspec.convert(found, DriveFile, strict=False)  # sizes come as text
 
 
 def _status(error: AppError) -> int:

@@ -32,7 +32,7 @@ LINE_END = "\r\n"  # RFC 4180; also, csv.writer quotes a lone carriage return on
 MEMORY_BYTES = 1 << 20
 COPY_BYTES = 1 << 18
 MERGE_ROWS = 1000
-MAX_CELL_CHARACTERS = 1 << 24
+MAX_CELL_CHARACTERS = MAX_LINE_BYTES = 1 << 24
 BYTE_ORDER_MARK = "\ufeff"  # spreadsheets write one before the first name
 TEXT_LIMIT = 200
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
@@ -109,14 +109,19 @@ class HourFile:
         self.file.close()
 
 
-def _covers(other: Row, row: Row) -> bool:
-    """True if `other` has every cell of `row` that is not empty, numbers in any form, whatever their timestamps."""
-    return all(map(_is_alike, row[1:], other[1:]))
+def _covers(other: Row, row: Row, *, is_edited: bool) -> bool:
+    """True if `other` has every cell of `row` that is not empty, whatever their timestamps. An editor may have written
+    numbers in another form (`is_edited`); otherwise `010` and `10` may be two devices.
+    """
+    return all(
+        not text or text == known or (is_edited and _are_equal_numbers(text, known))
+        for text, known in zip(row[1:], other[1:], strict=True)
+    )
 
 
-def _is_alike(text: str, other: str) -> bool:
+def _are_equal_numbers(text: str, other: str) -> bool:
     with suppress(InvalidOperation):
-        return not text or text == other or Decimal(text) == Decimal(other)
+        return Decimal(text) == Decimal(other)
     return False
 
 
@@ -273,8 +278,14 @@ class HourWriter:
             if order in table and of_order[order] == 1:
                 found[order] = found.get(order, False) or list(row) == table[order]
                 continue
-            alike = (at for at, other in table.items() if (is_edited or at[-1] == order[-1]) and _covers(other, row))
-            at = next(alike, None)
+            at = next(
+                (
+                    at
+                    for at, other in table.items()
+                    if (is_edited or at[-1] == order[-1]) and _covers(other, row, is_edited=is_edited)
+                ),
+                None,
+            )
             if at is not None:
                 found[at] = True
                 self.rewritten += [order[-1]] if at[-1] != order[-1] else []
@@ -375,6 +386,8 @@ def _lines(file: BinaryIO, begin: int, end: int) -> Iterator[str]:
         block = file.read(min(COPY_BYTES, end - begin))
         cut = block.rfind(b"\n") + 1
         while not cut and begin + len(block) < end:
+            if len(block) > MAX_LINE_BYTES:  # many times an item's limit; the line may be as long as the file
+                raise csv.Error("a line is too long")
             block += file.read(min(COPY_BYTES, end - begin - len(block)))
             cut = block.rfind(b"\n") + 1
         cut = cut or len(block)  # a last line without a line end

@@ -23,7 +23,7 @@ from app.core.errors import Conflict, Permanent, Transient
 from app.core.files import temporary_file, write_durably
 from app.core.pipeline import Checkpoints, Commit, ObjectState, Record
 from app.core.runs import Lease
-from app.core.windows import Window
+from app.core.windows import HOUR_SECONDS, Window, windows_between
 from app.dynamo_to_drive.accounts import WOULD_WRITE, WRITTEN, Accounts
 from app.dynamo_to_drive.drive import GOOGLE_TYPES, Drive, DriveFile
 from app.dynamo_to_drive.hour_file import HourFile, UnreadableFile, lines_in, read_file, readable
@@ -136,10 +136,10 @@ class DriveSink(HourSink):
 
     def listed(self, day: Window) -> Iterator[tuple[str, str]]:
         """See `HourSink.listed`; of several files with one name, the oldest."""
-        seen = set[str]()
+        hours = {self.key("", hour, 0): hour for hour in windows_between(day.start, day.end, HOUR_SECONDS)}
         for found in self.drive.beginning(self._day(day)):
-            if found.is_csv and found.name not in seen:
-                seen.add(found.name)
+            if found.name in hours and found.is_of(hours[found.name]):
+                del hours[found.name]
                 yield found.name, found.md5_checksum
 
     def rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:  # noqa: ARG002 - the id says which
@@ -185,7 +185,7 @@ class DriveSink(HourSink):
         file_id = self._file_id(key)
         for _ in range(NEW_IDS):
             held = self.drive.get(file_id) if file_id else None
-            if held is not None and held.is_hour:
+            if held is not None and held.is_csv and not held.trashed:
                 raise Conflict(f"{key}: already exists", READ_HINT)
             if not file_id or held is not None:  # the id of a trashed file cannot be reused
                 file_id = self.drive.new_id()
@@ -196,26 +196,27 @@ class DriveSink(HourSink):
             if made is not None:
                 return made
             held = self.drive.get(file_id)
-            if held is not None and held.is_hour and held.md5_checksum == hour.digest:
+            if held is not None and not held.trashed and held.md5_checksum == hour.digest:
                 return held
             if held is None:  # the id was used, and its file permanently deleted
                 file_id = ""
         raise Transient(f"{key}: Drive found {NEW_IDS} ids in use", "no action needed: the next run tries new ones")
 
     def _find(self, key: str) -> DriveFile | None:
-        named = self.drive.named(key)
+        named, hour = self.drive.named(key), hour_of(key)
+        found = [each for each in named if each.is_of(hour)]
         for other in named:
             # Warn once per process: a person may wonder which of the two is ours.
-            if not other.is_csv and other.id not in self.told:
+            if other not in found and other.id not in self.told:
                 self.told.add(other.id)
-                what = other.mime_type.replace(GOOGLE_TYPES, "a Google ")
+                what = "another hour's file" if other.is_csv else other.mime_type.replace(GOOGLE_TYPES, "a Google ")
                 log.warning("%s: %s has the same name (%s); it is left alone", other.name, what, other.id)
-        if found := [each for each in named if each.is_csv]:
+        if found:
             self._put_aside(key, found[1:])
             return found[0]
         file_id = self._file_id(key)
         held = self.drive.get(file_id) if file_id else None
-        return held if held is not None and held.is_hour else None
+        return held if held is not None and held.is_csv and not held.trashed else None
 
     def _file_id(self, key: str) -> str:
         """The file id in the record; "" if there is none."""

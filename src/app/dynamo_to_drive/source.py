@@ -23,7 +23,7 @@ from app.core.windows import EPOCH, HOUR_SECONDS, Window, floor_to, window_at
 from app.dynamo_to_drive.accounts import Accounts
 from app.dynamo_to_drive.hour_file import FileShape, HourFile, HourWriter, lines_in, read_file
 from app.dynamo_to_drive.rows import Item, PageReader, cell, timestamp_text
-from app.dynamo_to_drive.table import AROUND, FIRSTS, SEGMENTS, AccessPath, DynamoTable
+from app.dynamo_to_drive.table import AROUND, BASE64, FIRSTS, SEGMENTS, AccessPath, DynamoTable
 from app.dynamo_to_drive.timestamps import (
     EVERY_TRAIT,
     UNREADABLE,
@@ -213,7 +213,8 @@ class DynamoSource:
             return
         if not items:
             return
-        values = sorted({cell(item[plan.hash_name]) for item in items if plan.hash_name in item})
+        form = BASE64 if plan.hash_type == "B" else ""
+        values = sorted({f"{form}{cell(item[plan.hash_name])}" for item in items if plan.hash_name in item})
         names = sorted(set().union(*items))
         seen = f"values seen: {', '.join(values[:NAMED])}" if values else f"attributes seen: {', '.join(names[:NAMED])}"
         raise Permanent(
@@ -272,7 +273,7 @@ class DynamoSource:
         unread: list[str] = []
         plan, span = self._planned(), self._span
         for found in chain.from_iterable(held):
-            is_constant = plan.left_out in found and found[plan.left_out] == plan.hash_values[0]
+            is_constant = plan.left_out in found and found[plan.left_out] == plan.constant
             row = {name: text for name, text in found.items() if name != plan.left_out} if is_constant else found
             text = row.get(self._accounts.attribute, "")
             at = self._table.times.read(text).at
