@@ -1,6 +1,6 @@
 """What others do to table, credentials, files and folder: each row has its place, or the run says so."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -162,9 +162,9 @@ def test_an_hour_that_grows_downloads_its_file_once_a_run(ship: Shipping) -> Non
         ship.drive.state.asked.clear()
         ship.put(item(START + timedelta(minutes=count), temp="1"))
         assert ship.run().ledger.total.new == 1
-        checks_and_download = [f"GET /drive/v3/files/{file.file_id}"] * 4
+        download_and_check = [f"GET /drive/v3/files/{file.file_id}"] * 2
         upload = f"PATCH /upload/drive/v3/files/{file.file_id}"
-        assert [each for each in ship.drive.state.asked if file.file_id in each] == [*checks_and_download, upload]
+        assert [each for each in ship.drive.state.asked if file.file_id in each] == [*download_and_check, upload]
 
 
 @pytest.mark.parametrize(
@@ -383,14 +383,20 @@ def test_values_of_a_binary_partition_key_are_set_as_text_or_as_they_are_said_in
 
 
 class ForeignDrive(DriveSimulator):
-    """Answers the next request for files with `told`, as something between this machine and Drive may."""
+    """Answers the next request for files with `told`, as something between this machine and Drive may; does something
+    before the next download.
+    """
 
     told: bytes = b""
+    before_download: Callable[[], object] | None = None
 
     def respond(self, request: Request) -> Answer:
         if request.path.startswith("/drive/v3/files") and self.told:
             told, self.told = self.told, b""
             return Answer(200, JSON, told)
+        if request.parameters.get("alt") == "media" and self.before_download:
+            act, self.before_download = self.before_download, None
+            act()
         return super().respond(request)
 
 
@@ -406,4 +412,22 @@ def test_an_answer_that_is_not_of_drive_is_asked_for_again(tmp_path: Path, told:
         drive.told = told
         assert not ship.run().failures
         assert rows_of(ship) == 3
+        ship.restart()
+
+
+def test_a_file_that_a_person_changes_or_deletes_while_it_is_read_is_read_again(tmp_path: Path) -> None:
+    with DynamoSimulator([DynamoTable(TABLE, KEY, ("S", "S"))]) as dynamo, ForeignDrive() as drive:
+        ship = Shipping(dynamo, drive, tmp_path, START + timedelta(minutes=5))
+        ship.put_rows(START, 2)
+        ship.run()
+        (file,) = drive.named(HOUR_12)
+        added = file.content + b"2026-02-07T12:04:00Z,99\r\n"
+        drive.before_download = lambda: drive.state.files.change(file.file_id, content=added)
+        ship.put_rows(START, 3)
+        assert not ship.run().failures
+        assert rows_of(ship) == 4
+        drive.before_download = lambda: drive.state.files.delete(file.file_id)
+        ship.put_rows(START, 5)
+        assert not ship.run().failures
+        assert rows_of(ship) == 5
         ship.restart()

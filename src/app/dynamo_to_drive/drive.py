@@ -493,19 +493,20 @@ class Drive:
         """Replace the file's content and properties; its name and folder stay as users set them."""
         return self._upload("update", hour, fileId=file_id, body=_metadata(hour))
 
-    def download(self, file_id: str, into: BinaryIO) -> None:
-        """Write the content to `into`."""
+    def download(self, file_id: str, into: BinaryIO) -> bool:
+        """Write the content to `into`; False if there is no such file."""
         from googleapiclient.http import MediaIoBaseDownload
 
-        def run(files: Any) -> None:
+        def run(files: Any) -> bool:
             into.seek(0)
             into.truncate()
             request = files.get_media(fileId=file_id, supportsAllDrives=True)
             loading, done = MediaIoBaseDownload(into, request, chunksize=DOWNLOAD_BYTES), False
             while not done:
                 _, done = loading.next_chunk(num_retries=0)
+            return True
 
-        self._again(run, type(None))
+        return bool(_unless(NOT_FOUND, lambda: self._again(run, bool)))
 
     def trash(self, file_id: str) -> None:
         """Move the file to the trash, where it stays for 30 days."""

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from hashlib import md5
 from itertools import groupby, islice, pairwise
 from operator import itemgetter
@@ -226,18 +227,12 @@ class HourWriter:
 
     def _finished(self, file: BinaryIO, rows: int, orders: Sequence[Order]) -> HourFile:
         """Compute digest and size. `orders` begins with the first row's sort key and ends with the last row's."""
-        digest = md5(usedforsecurity=False)
-        file.seek(0)
-        while block := file.read(COPY_BYTES):
-            digest.update(block)
-        size_bytes = file.tell()
+        digest, size_bytes = md5_of(file), file.tell()
         file.seek(0)
         min_at, max_at = (self._shape.times.read(orders[at][-1]).at if orders else None for at in (0, -1))
         new = self._table_rows - self._same - self._corrected
         compared = Tally(new=new, already_there=self._same, corrected=self._corrected)
-        return HourFile(
-            self._shape, file, rows, digest.hexdigest(), size_bytes, min_at, max_at, compared, self._repeated
-        )
+        return HourFile(self._shape, file, rows, digest, size_bytes, min_at, max_at, compared, self._repeated)
 
     def _merged(self, columns: Columns, *, is_edited: bool, shrink: Shrink | None) -> Iterator[tuple[Order, Row]]:
         """All rows in order: the table's, of equal sort keys the one added last, and what only held rows say."""
@@ -305,6 +300,15 @@ class HourWriter:
             plain = list(map(_plain, row)) if self._shape.escape else row
             wide = [plain[at] if at >= 0 else "" for at in source]
             yield self._shape.orders([wide], places)[0], number, wide
+
+
+def md5_of(file: BinaryIO) -> str:
+    """The digest of a whole stream, as Drive reports it."""
+    digest = md5(usedforsecurity=False)
+    file.seek(0)
+    for block in iter(partial(file.read, COPY_BYTES), b""):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def read_file(lines: Iterable[str], *, escaped: bool) -> Iterator[dict[str, str]]:
