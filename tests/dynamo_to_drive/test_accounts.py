@@ -123,6 +123,15 @@ def test_the_names_that_are_shown_of_many_attributes_are_bounded() -> None:
     assert accounts.set_aside == 2 * NAMED_ATTRIBUTES
 
 
+def test_the_memory_for_items_without_an_hour_is_bounded_and_all_of_them_are_counted() -> None:
+    accounts = Accounts(AT, known_items=10)
+    for _ in range(2):
+        for number in range(30):
+            accounts.unplaced(item(id=f"{number}"), UNREADABLE)
+    assert accounts.set_aside == 10 + 2 * 20
+    assert accounts.closed("table", None).closes
+
+
 def test_the_furthest_timestamp_more_than_a_day_ahead_is_told() -> None:
     accounts = Accounts(AT, START)
     accounts.placed(START + timedelta(days=1), "in a day")
