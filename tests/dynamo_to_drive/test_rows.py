@@ -27,7 +27,7 @@ from app.dynamo_to_drive.hour_file import (
     read_file,
     readable,
 )
-from app.dynamo_to_drive.rows import MISSES, AttributeValue, PageReader, cell
+from app.dynamo_to_drive.rows import MISSES, MOST_CELLS, AttributeValue, PageReader, Row, cell
 from app.dynamo_to_drive.source import WantedItems
 from app.dynamo_to_drive.timestamps import TimestampReader, ascend
 from shipping import START
@@ -92,7 +92,7 @@ def file_of(found: Sequence[Sequence[Item]], shape: FileShape, left_out: str = "
     read = PageReader(AT, left_out)
     with closing(HourWriter(shape)) as writer:
         for page in found:
-            rows = read.read(json.dumps(page).encode())
+            rows = read_whole(read, json.dumps(page).encode())
             writer.add(read.columns, rows)
         hour = writer.finish()
     with hour.file:
@@ -145,13 +145,17 @@ def test_a_file_read_back_and_written_again_is_the_same(found: list[list[Item]],
     read = PageReader(AT, "")
     with closing(HourWriter(shape)) as first, closing(HourWriter(shape)) as second:
         for page in found:
-            rows = read.read(json.dumps(page).encode())
+            rows = read_whole(read, json.dumps(page).encode())
             first.add(read.columns, rows)
         once = first.finish()
         second.add_rows(read_file(lines_in(once.file), escaped=shape.escape))
         again = second.finish()
     with once.file, again.file:
         assert (again.digest, again.rows) == (once.digest, once.rows)
+
+
+def read_whole(read: PageReader, page: bytes) -> list[Row]:
+    return [row for rows in read.read(page) for row in rows]
 
 
 def page_of(letters: dict[str, str], rows: int) -> bytes:
@@ -167,7 +171,7 @@ def test_pages_of_a_known_shape_are_read_in_one_step_and_others_are_not() -> Non
     """By what the rows are: those of one step are tuples, those that are read value by value are lists."""
     read, shape = PageReader(AT, ""), {"temp": "N", "note": "S", "body": "B"}
     steps = [
-        {type(row) for row in read.read(page_of(letters, 3))}
+        {type(row) for row in read_whole(read, page_of(letters, 3))}
         for letters in (
             shape,  # unknown yet
             shape,
@@ -180,7 +184,7 @@ def test_pages_of_a_known_shape_are_read_in_one_step_and_others_are_not() -> Non
         )
     ]
     assert [step == {list} for step in steps[:7]] == [True, False, False, False, True, False, True]
-    assert read.read(page_of(shape, 1)) == [["2026-02-07T12:00:00Z", "AA==", "", "AA==", "AA=="]]
+    assert read_whole(read, page_of(shape, 1)) == [["2026-02-07T12:00:00Z", "AA==", "", "AA==", "AA=="]]
     assert read._misses == 2  # noqa: SLF001 - rows with a column of two types are lists in either way
 
 
@@ -192,6 +196,14 @@ def test_a_table_with_ever_new_attributes_is_read_whole_to_its_end() -> None:
     assert file_of(found, SHAPE) == reference([one for page in found for one in page], SHAPE)
 
 
+def test_a_page_whose_items_all_have_attributes_of_their_own_is_read_in_parts_that_fit_into_memory() -> None:
+    found = [{AT: {"S": f"2026-02-07T12:00:00.{number}Z"}, f"a{number}": {"N": "1"}} for number in range(3000)]
+    read = PageReader(AT, "")
+    parts = [len(rows) for rows in read.read(json.dumps(found).encode())]
+    assert sum(parts) == 3000
+    assert max(parts) * len(read.columns) <= MOST_CELLS
+
+
 def test_a_row_of_the_next_hour_is_dropped_with_the_columns_that_only_it_has() -> None:
     window = Window(START, START + timedelta(hours=1))
     low, high = (str(int(at.timestamp()) * 1000) for at in (window.start, window.end))
@@ -199,13 +211,13 @@ def test_a_row_of_the_next_hour_is_dropped_with_the_columns_that_only_it_has() -
     read = PageReader("at", "", WantedItems(TIMES, window, accounts))
     rows = [{"at": {"N": low}, "temp": {"N": "1"}}, {"at": {"N": f"{int(high) - 1}.999"}, "temp": {"N": "2"}}]
     last = [{"at": {"N": high}, "temp": {"N": "3"}}, {"at": {"N": f"{high}.0"}, "new": {"N": "4"}}]
-    assert [list(row) for row in read.read(json.dumps(rows + last).encode())] == [
+    assert [list(row) for row in read_whole(read, json.dumps(rows + last).encode())] == [
         [low, "1"],
         [f"{int(high) - 1}.999", "2"],
     ]
     assert read.columns == ("at", "temp")
-    assert read.read(json.dumps(last[:1]).encode()) == []
-    assert read.read(json.dumps(last).encode()) == []
+    assert read_whole(read, json.dumps(last[:1]).encode()) == []
+    assert read_whole(read, json.dumps(last).encode()) == []
     assert read.columns == ("at", "temp")
     assert (read.items, read.rows, accounts.set_aside) == (7, 2, 0)
 
@@ -215,9 +227,9 @@ def test_what_is_no_page_is_transient_also_after_good_ones(body: bytes) -> None:
     read = PageReader(AT, "")
     for _ in range(2):
         with pytest.raises(Transient):
-            read.read(body)
+            read_whole(read, body)
         good = [{AT: {"S": "2026-02-07T12:00:00Z"}, "temp": {"N": "1"}}]
-        assert [list(row) for row in read.read(json.dumps(good).encode())] == [["2026-02-07T12:00:00Z", "1"]]
+        assert [list(row) for row in read_whole(read, json.dumps(good).encode())] == [["2026-02-07T12:00:00Z", "1"]]
 
 
 SECONDS = ("2026-02-07T12:00:00", "2026-02-07T12:00:01", "2026-02-07 12:00:00")

@@ -26,13 +26,14 @@ from app.core.files import temporary_file
 from app.core.ledger import Tally
 from app.core.pipeline import Shrink, Sums
 from app.core.windows import Window
-from app.dynamo_to_drive.rows import Columns, Row
+from app.dynamo_to_drive.rows import Columns, Row, rows_at_once
 from app.dynamo_to_drive.timestamps import TimestampReader, ascend
 
 LINE_END = "\r\n"  # RFC 4180; also, csv.writer quotes a lone carriage return only with this line end
 MEMORY_BYTES = 1 << 20
 COPY_BYTES = 1 << 18
 MERGE_ROWS = 1000
+MERGE_BYTES, LEAST_BLOCK_BYTES = 1 << 26, 1 << 13  # of all segments together, and of one
 MAX_CELL_CHARACTERS = MAX_LINE_BYTES = 1 << 24
 BYTE_ORDER_MARK = "\ufeff"  # spreadsheets write one before the first name
 TEXT_LIMIT = 200
@@ -175,11 +176,12 @@ class HourWriter:
 
     def add_rows(self, rows: Iterable[Mapping[str, str]], *, held: bool = False) -> None:
         """Add rows as mappings. `held`: from the file that is replaced."""
-        given = iter(rows)
-        while some := list(islice(given, MERGE_ROWS)):
+        given, number = iter(rows), 1  # the first row shows how wide they are
+        while some := list(islice(given, number)):
             names = set().union(*some) - {self._shape.timestamp}
             columns = (self._shape.timestamp, *sorted(names.union(self._columns[1:])))
             self.add(columns, [[row.get(name, "") for name in columns] for row in some], held=held)
+            number = rows_at_once(columns, MERGE_ROWS)
 
     def _in_order(
         self, rows: Sequence[Row], places: Sequence[int], *, held: bool
@@ -219,7 +221,7 @@ class HourWriter:
             self._table_rows = sum(segment.rows for segment in segments)
             return self._finished(whole, self._table_rows, ends)
         merged, ends = self._merged(columns, is_edited=is_edited, shrink=shrink), []
-        while batch := list(islice(merged, MERGE_ROWS)):
+        while batch := list(islice(merged, rows_at_once(columns, MERGE_ROWS))):
             rows += len(batch)
             ends = [*ends[:1], *(order for order, _ in batch)]
             _write(whole, [row for _, row in batch], escape=escape)
@@ -296,7 +298,8 @@ class HourWriter:
     def _read(self, number: int, segment: _Segment, columns: Columns) -> Iterator[tuple[Order, int, Row]]:
         source = [segment.columns.index(name) if name in segment.columns else -1 for name in columns]
         places = self._shape.places(columns)
-        for row in _rows(_lines(self._spool, segment.begin, segment.end)):
+        block_bytes = max(LEAST_BLOCK_BYTES, min(COPY_BYTES, MERGE_BYTES // len(self._segments)))
+        for row in _rows(_lines(self._spool, segment.begin, segment.end, block_bytes)):
             plain = list(map(_plain, row)) if self._shape.escape else row
             wide = [plain[at] if at >= 0 else "" for at in source]
             yield self._shape.orders([wide], places)[0], number, wide
@@ -383,16 +386,16 @@ def _rows(lines: Iterable[str]) -> Iterator[Row]:
     return csv.reader(lines)
 
 
-def _lines(file: BinaryIO, begin: int, end: int) -> Iterator[str]:
+def _lines(file: BinaryIO, begin: int, end: int, block_bytes: int = COPY_BYTES) -> Iterator[str]:
     """The lines of a part of the spool; seeks before each read, since several readers share the file."""
     while begin < end:
         file.seek(begin)
-        block = file.read(min(COPY_BYTES, end - begin))
+        block = file.read(min(block_bytes, end - begin))
         cut = block.rfind(b"\n") + 1
         while not cut and begin + len(block) < end:
             if len(block) > MAX_LINE_BYTES:  # many times an item's limit; the line may be as long as the file
                 raise csv.Error("a line is too long")
-            block += file.read(min(COPY_BYTES, end - begin - len(block)))
+            block += file.read(min(block_bytes, end - begin - len(block)))
             cut = block.rfind(b"\n") + 1
         cut = cut or len(block)  # a last line without a line end
         begin += cut

@@ -237,8 +237,8 @@ class DynamoSource:
             def follow(asked: Mapping[str, Any]) -> None:
                 for taken in self._table.pages(method, asked, self._stop):
                     with turn:
-                        rows = pages.read(taken)
-                        writer.add(pages.columns, rows)
+                        for rows in pages.read(taken):
+                            writer.add(pages.columns, rows)
 
             _together(follow, list(requests))
             hour = replace(writer.finish(), window=window, elsewhere=frozenset(wanted.elsewhere))
