@@ -92,13 +92,31 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
+def is_over(pid: int) -> bool:
+    """Whether the process has ended, though nobody has asked for its exit code."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+
+
 def killed(runner: Runner, ship: Shipping, fault: DriveFault | None, where: str, delay_seconds: float = 0) -> None:
     """One run that ends with SIGKILL when the request `where` has come, and suffers the fault."""
     ship.drive.state.asked.clear()
     if fault is not None:
         ship.drive.add_fault(fault, where)
-    pid = runner.begin(ship)
-    until(lambda: any(re.search(where, what) for what in ship.drive.state.asked))
+
+    def has_come() -> bool:
+        return any(re.search(where, what) for what in ship.drive.state.asked)
+
+    def begun() -> int:
+        pid = runner.begin(ship)
+        until(lambda: has_come() or is_over(pid))
+        return pid
+
+    pid, until_lost = begun(), 3
+    while not has_come() and until_lost:  # a machine that stood still for a second lost the lease of the run
+        runner.ended()
+        time.sleep(1)
+        pid, until_lost = begun(), until_lost - 1
+    assert has_come(), (ship.folder / "said.log").read_text()
     time.sleep(delay_seconds)
     os.kill(pid, signal.SIGKILL)
     assert runner.ended() in (-signal.SIGKILL, 0)
