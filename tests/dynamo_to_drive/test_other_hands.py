@@ -368,6 +368,21 @@ def test_the_file_of_an_hour_that_a_person_named_like_another_hour_keeps_its_row
     assert ship.drive.named(HOUR_12) == []
 
 
+def test_other_escaping_of_formulas_doubles_no_row_and_changes_none_that_only_the_file_has(ship: Shipping) -> None:
+    def table(*ids: str) -> None:
+        ship.dynamo.make(DynamoTable(TABLE, ("id",), ("S",)))
+        ship.put(*({"id": {"S": each}, **item(START, temp="1")} for each in ids))
+
+    table("@a", "'b", "=gone")
+    for escape in ("false", "true", "false"):
+        ship.extra["CSV_ESCAPE_FORMULAS"] = escape
+        ship.run()
+        guard = "'" * (escape == "true")
+        found = [line.split(",")[1] for line in ship.text(HOUR_12).splitlines()[1:]]
+        assert sorted(found) == sorted(f"{guard}{each}" for each in ("@a", "'b", "=gone"))
+        table("@a", "'b")
+
+
 def test_values_of_a_binary_partition_key_are_set_as_text_or_as_they_are_said_in_base64(ship: Shipping) -> None:
     ship.dynamo.make(DynamoTable(TABLE, ("device", "datetime_utc"), ("B", "S")))
     ship.put({**item(START, temp="1"), "device": {"B": "AAH/"}}, {**item(START, temp="2"), "device": {"B": "ZDE="}})

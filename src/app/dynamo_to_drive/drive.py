@@ -258,7 +258,7 @@ GOOGLE_TYPES = "application/vnd.google-apps."
 FOLDER_TYPE, SHORTCUT_TYPE = f"{GOOGLE_TYPES}folder", f"{GOOGLE_TYPES}shortcut"
 CSV_TYPES = ("", "application/csv", "application/octet-stream", "application/vnd.ms-excel")
 FOLDER_FIELDS = "id,name,mimeType,driveId,trashed,capabilities(canAddChildren)"
-FROM, TO = "headwaterFrom", "headwaterTo"
+FROM, TO, ESCAPED = "headwaterFrom", "headwaterTo", "headwaterEscaped"
 HOUR_CHARACTERS = len("2026-02-07T12")
 
 
@@ -583,7 +583,8 @@ _ASKED: Mapping[str, Any] = {"fields": FILE_FIELDS, "supportsAllDrives": True}
 
 def _metadata(hour: HourFile) -> dict[str, Any]:
     """The type, and properties that only this application sees."""
-    properties = {"headwaterMd5": hour.digest, "headwaterRows": str(hour.rows)}
+    escaped = str(hour.shape.escape).lower()
+    properties = {"headwaterMd5": hour.digest, "headwaterRows": str(hour.rows), ESCAPED: escaped}
     if hour.min_at and hour.max_at:
         properties |= {FROM: hour.min_at.isoformat(), TO: hour.max_at.isoformat()}
     return {"mimeType": "text/csv", "appProperties": properties}

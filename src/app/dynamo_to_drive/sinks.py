@@ -25,7 +25,7 @@ from app.core.pipeline import Checkpoints, Commit, ObjectState, Record
 from app.core.runs import Lease
 from app.core.windows import HOUR_SECONDS, Window, windows_between
 from app.dynamo_to_drive.accounts import WOULD_WRITE, WRITTEN, Accounts
-from app.dynamo_to_drive.drive import GOOGLE_TYPES, Drive, DriveFile
+from app.dynamo_to_drive.drive import ESCAPED, GOOGLE_TYPES, Drive, DriveFile
 from app.dynamo_to_drive.hour_file import HourFile, UnreadableFile, lines_in, md5_of, read_file, readable
 
 MEMORY_BYTES = 1 << 20
@@ -117,7 +117,10 @@ class HourSink(ABC):
 
     def _rows(self, key: str, file: BinaryIO) -> Iterator[Mapping[str, str]]:
         with readable(key):
-            yield from read_file(lines_in(file), escaped=self.escaped)
+            yield from read_file(lines_in(file), escaped=self._is_escaped(key))
+
+    def _is_escaped(self, key: str) -> bool:  # noqa: ARG002 - of a file in a directory nothing is known
+        return self.escaped
 
     def _mergeable(self, key: str, file: BinaryIO) -> Iterator[Mapping[str, str]]:
         return self._rows(key, file)
@@ -137,12 +140,12 @@ class HourSink(ABC):
 class DriveSink(HourSink):
     """An `HourSink` on Google Drive; a version is `id:headRevisionId`, and the id is stored before the file is created.
 
-    `noted`: rows of the files as written. `told`: other items that were already warned about.
+    `noted`: the properties of the files as written. `told`: other items that were already warned about.
     """
 
     drive: Drive
     told: set[str]
-    noted: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, Mapping[str, str]] = field(default_factory=dict)
 
     def listed(self, day: Window) -> Iterator[tuple[str, str]]:
         """See `HourSink.listed`; of several files with one name, the oldest."""
@@ -163,7 +166,7 @@ class DriveSink(HourSink):
         """The file of that name in the folder, else the file with the stored id, wherever a person moved it."""
         if (found := self._find(key)) is None:
             return None
-        self.noted[key] = int(found.app_properties.get("headwaterRows", 0))
+        self.noted[key] = found.app_properties
         return ObjectState(found.version, found.md5_checksum, size_bytes=found.size)
 
     def _mergeable(self, key: str, file: BinaryIO) -> Iterator[Mapping[str, str]]:
@@ -178,10 +181,15 @@ class DriveSink(HourSink):
                 yield row
         except UnreadableFile as error:
             log.warning("%s; re-created; the old content is in the file's revisions", error.message)
-        if rows < (written := self.noted.get(key, 0)):
+        if rows < (written := int(self.noted[key].get("headwaterRows", 0))):
             told = f"{written - rows} rows were taken out by a person; those that the table lacks are in its revisions"
             log.warning("%s: %s", key, told)
             self.accounts.removed.append(f"{key}: {told}")
+
+    def _is_escaped(self, key: str) -> bool:
+        """As the file was written, also where CSV_ESCAPE_FORMULAS changed since; earlier versions did not note it."""
+        noted = self.noted[key].get(ESCAPED)
+        return noted == "true" if noted else self.escaped
 
     def _put(self, key: str, encoded: HourFile, expected: str | None) -> str:
         """Create the file under a stored id, or replace its content."""
