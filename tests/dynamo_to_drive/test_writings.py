@@ -22,6 +22,7 @@ from app.core.ledger import ALL, Tally, fault_of
 from app.core.verify import Verdict, verify
 from app.core.windows import Window
 from app.dynamo_to_drive import job
+from app.dynamo_to_drive.table import LOOKED_ITEMS
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, OUTSIDE, UNREADABLE
 from effort import EFFORT
 from shipping import START, TABLE, Shipping, item, shipping
@@ -260,6 +261,13 @@ def test_a_bad_item_alone_in_its_hour_stops_nothing(ship: Shipping) -> None:
     ship.now = START + 30 * MINUTE
     assert ship.run().ledger.total == Tally(counted=11, read=11, new=10, set_aside=1)
     assert ship.checkpoints.cursors(job.NAME)[TABLE] == START
+
+
+def test_more_bad_items_behind_all_good_ones_than_are_looked_at_stop_no_hour_without_items(ship: Shipping) -> None:
+    put(ship, iso(START - 30 * HOUR), *(f"noon {number}" for number in range(LOOKED_ITEMS + 1)))
+    for _ in range(2):
+        assert ship.run().ledger.total.set_aside == LOOKED_ITEMS
+    assert stamps(ship) == {}
 
 
 def test_a_table_in_which_nothing_can_be_read_is_a_failure_and_the_cursor_stays(ship: Shipping) -> None:

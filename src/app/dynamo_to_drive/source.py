@@ -175,8 +175,9 @@ class DynamoSource:
         """Check the newest items of each partition value, and report unreadable ones to `Accounts`.
 
         Returns the largest readable number ("" for text), and whether a timestamp is readable or there are no items.
-        `firsts` also checks the first items: texts that sort before all others are in no hour's range. Raises Permanent
-        if no item has these partition values although the table has items.
+        `firsts` also checks the first items: texts that sort before all others are in no hour's range; so does a value
+        whose newest items all are unreadable. Raises Permanent if no item has these partition values although the table
+        has items.
         """
         is_text, times = plan.timestamp_type == "S", self._table.times
 
@@ -185,7 +186,8 @@ class DynamoSource:
 
         def ends(value: str) -> tuple[Sequence[Item], Sequence[Item]]:
             last = self._table.end(plan, value, is_readable)
-            return last, self._table.end(plan, value, is_readable, is_first=True) if last and firsts else ()
+            looks = last and (firsts or not is_readable(last[-1]))
+            return last, self._table.end(plan, value, is_readable, is_first=True) if looks else ()
 
         found = _together(ends, plan.hash_values)
         newest, texts = [item for last, _ in found for item in last], []
@@ -202,7 +204,8 @@ class DynamoSource:
             texts.append(text)
             self._table.note(reading.traits)
             self._accounts.placed(reading.at, text)
-        return "" if is_text else max(texts, key=Decimal, default=""), bool(texts) or not newest
+        has_readable = not newest or any(items and is_readable(items[-1]) for pair in found for items in pair)
+        return "" if is_text else max(texts, key=Decimal, default=""), has_readable
 
     def _refuse_other_values(self, plan: AccessPath) -> None:
         """Raises Permanent if the table has items, but none with these partition values."""
