@@ -93,6 +93,11 @@ class Runner:
         return asked(self.process, "")
 
 
+def is_over(pid: int) -> bool:
+    """Whether a process that nobody has waited for yet has ended."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def asked(process: "subprocess.Popen[str]", line: str) -> int:
     """The number that `app_kills.py` answers to a line."""
     assert process.stdin is not None
@@ -117,7 +122,7 @@ class KilledProcess:
     @property
     def is_over(self) -> bool:
         """Whether the process ended by itself."""
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return is_over(self.pid)
 
     def ended(self) -> int:
         """Its exit code."""

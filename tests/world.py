@@ -10,7 +10,8 @@ from app.core.errors import Conflict, Permanent
 from app.core.ledger import SetAside, Tally
 from app.core.partitions import Backoff, PassOptions, sync_all
 from app.core.pipeline import Commit, Count, Grid, Objects, ObjectState, Pipeline, Record, Shrink, Sums, WrittenRows
-from app.core.runs import Context, Lease, Report, Stop
+from app.core.repair import Asked, fill, reconcile
+from app.core.runs import Context, Lease, Report, ReportSum, Stop
 from app.core.windows import Window, windows_between
 
 START = datetime(2026, 2, 7, 22, 0, tzinfo=UTC)
@@ -171,7 +172,7 @@ class Process:
 
     `broken`: partitions whose reading fails; `broken_at`: windows by their start. `away`: what a probe of source and
     sink raises. `loses`: a row of this value is read and then lost on its way, which is a bug that the ledger has to
-    show. `aside`: what is set aside.
+    show. `aside`: what is set aside. `wanted`: the partitions that the settings name, None = all.
     """
 
     world: World
@@ -186,14 +187,17 @@ class Process:
     backoff: Backoff = field(default_factory=Backoff)
     retry_seconds: float = 20.0
     rewrite_seconds: Callable[[int], float] | None = None
+    wanted: Collection[str] | None = None
     probes: int = 0
-    kept: dict[tuple[str, datetime], tuple[str, Rows]] = field(default_factory=dict)
-    known: WrittenRows = field(default_factory=WrittenRows)
+    written: WrittenRows[Rows] = field(default_factory=WrittenRows)
     batches: list[Rows] = field(default_factory=list)
 
     # Source
     def partitions(self, since: datetime) -> Sequence[str]:
-        return sorted(self.world.rows)
+        return sorted(filter(self._is_wanted, self.world.rows))
+
+    def _is_wanted(self, partition: str) -> bool:
+        return self.wanted is None or partition in self.wanted
 
     def counts(self, partition: str | None, spans: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
         found: dict[tuple[str, datetime], Count] = {}
@@ -382,10 +386,10 @@ class Process:
             ),
             shrink=self.shrink,
             deltas=self,
-            kept=self.kept,
-            identities=self.known,
+            written=self.written,
             set_aside=(lambda _partition, _window, _batch: self.aside) if self.aside else None,
             rewrite_seconds=self.rewrite_seconds,
+            is_wanted=self._is_wanted,
         )
 
     def run(self, stop: Stop | None = None, *, dry_run: bool = False) -> Report:
@@ -400,6 +404,39 @@ class Process:
             report = self.run()
             total += replace(report, more=False)
         return replace(total, more=False)
+
+    def fill(self, span: Window, *, dry_run: bool = False, by_content: bool = False, again: bool = False) -> Report:
+        """A backfill of partition a; `again`: objects that are right are written too."""
+        parts = ReportSum()
+        fill(
+            self.pipeline(),
+            context(dry_run=dry_run),
+            "a",
+            span,
+            self.world.now,
+            done=parts,
+            by_content=by_content,
+            always_writes=again,
+        )
+        return parts.total
+
+    def reconcile(
+        self, span: Window, partition: str = "a", *, asked: Asked | None = None, heals: bool = False
+    ) -> Report:
+        """The reconcile of a partition; `asked` in place of the source's own sums."""
+        parts = ReportSum()
+        reconcile(
+            self.pipeline(),
+            context(),
+            partition,
+            span,
+            self.world.now,
+            done=parts,
+            asked=asked or self.asked,
+            by_content=None,
+            heals=heals,
+        )
+        return parts.total
 
     def how(self) -> PassOptions:
         """One partition at a time; a source without any row is taken as it is."""

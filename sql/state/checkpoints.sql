@@ -1,7 +1,7 @@
 -- Checkpoints: what is confirmed, per pipeline and partition (device_id). Timestamps in results end in _at.
 
 -- name: cursors
--- Partition and cursor; a partition that only ever failed has none. A cursor after :until_at was set by a clock that was
+-- Partition and cursor, of one partition or of all; a partition that only ever failed has none. A cursor after :until_at was set by a clock that was
 -- ahead. It is replaced by the newest window recorded by a correct clock, else by the newest day whose records were
 -- deleted, else by the first cursor.
 SELECT device_id, cursor_at
@@ -27,7 +27,9 @@ FROM (
             )
         END AS cursor_at
     FROM export_checkpoints AS held
-    WHERE held.pipeline = :pipeline AND held.last_exported_at IS NOT NULL
+    WHERE
+        held.pipeline = :pipeline AND held.last_exported_at IS NOT NULL
+        AND (CAST(:partition AS TEXT) IS NULL OR held.device_id = :partition)
 ) AS known
 WHERE cursor_at <= :until_at;
 
@@ -196,7 +198,8 @@ ON CONFLICT (pipeline, device_id) DO UPDATE SET
 -- name: checkpoints_of
 -- How far each partition of a pipeline is, for the dashboard and the lag metric; without the pipeline's own row.
 SELECT
-    device_id, last_exported_at, high_watermark_at, status, s3_key, record_count, error_message, updated_at
+    device_id AS partition, last_exported_at AS cursor_at, high_watermark_at, coalesce(error_message, '') AS error,
+    coalesce(s3_key, '') AS key, coalesce(record_count, 0) AS rows, updated_at
 FROM export_checkpoints
 WHERE pipeline = :pipeline AND device_id <> ''
 ORDER BY device_id;

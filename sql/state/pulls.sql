@@ -43,9 +43,11 @@ SET parts_count = :parts_count, status = :status, asked_at = :asked_at
 WHERE export_id = :export_id;
 
 -- name: forget_exports
--- Requests that were completed long ago.
+-- Requests that were completed long ago. The one with the highest number stays, so that no number is given twice.
 DELETE FROM pull_exports
-WHERE service = :service AND owner = :owner AND status = 'done' AND created_at < :before_at;
+WHERE
+    service = :service AND owner = :owner AND status = 'done' AND created_at < :before_at
+    AND export_id < (SELECT max(export_id) FROM pull_exports);
 
 -- name: count_call
 -- Counts one call today, unless the day's limit is reached.

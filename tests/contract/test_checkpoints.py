@@ -393,6 +393,16 @@ def test_a_cursor_of_a_clock_that_was_ahead_is_the_newest_window_with_a_record(s
     assert state.checkpoints.cursors(PIPELINE) == {"d1": START + 4 * HOUR}, "one that is in order moves on only"
 
 
+def test_the_cursor_of_one_partition_is_read_alone(state: State) -> None:
+    committed(state, Commit((), START))
+    lease = state.leases.acquire("other", "one", 30.0)
+    assert lease
+    state.checkpoints.commit(PIPELINE, "d2", Commit((), START + HOUR), lease)
+    assert state.checkpoints.cursors(PIPELINE, "d2") == {"d2": START + HOUR}
+    assert state.checkpoints.cursors(PIPELINE, "d3") == {}
+    assert state.checkpoints.cursors(PIPELINE) == {"d1": START, "d2": START + HOUR}
+
+
 def test_a_cursor_ahead_of_now_without_any_record_is_the_first_start_and_is_none_without_that(state: State) -> None:
     ahead_at = datetime.now(UTC) + timedelta(days=40)
     committed(state, Commit((), START), Commit((), ahead_at))

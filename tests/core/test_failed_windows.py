@@ -5,9 +5,8 @@ from datetime import timedelta
 import pytest
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
-from app.core.repair import fill, reconcile
 from app.core.windows import Window
-from world import MINUTE, SETTLED, START, Process, World, context, fill_minutes
+from world import MINUTE, SETTLED, START, Process, World, fill_minutes
 
 TEN = timedelta(minutes=10)
 FAULTS = [Transient("the shard cannot be read"), Permanent("no right"), Rejected("too large")]
@@ -69,10 +68,7 @@ def test_a_backfill_and_the_reconcile_go_on_behind_a_window_that_fails() -> None
         world.write("a", START + minute * MINUTE, "7")
     span, bad = Window(START, START + 60 * MINUTE), START + 2 * TEN
     process = Process(world, broken_at={bad: Transient("the shard cannot be read")})
-    filled = fill(process.pipeline(), context(), "a", span, world.now, by_content=True)
-    compared = reconcile(
-        process.pipeline(), context(), "a", span, world.now, asked=process.asked, by_content=None, heals=False
-    )
+    filled, compared = process.fill(span, by_content=True), process.reconcile(span)
     for report in (filled, compared):
         assert [failure.message for failure in report.failures] == ["the shard cannot be read"]
     old = {at for _, at, value in world.exported() if value != "7"}

@@ -261,6 +261,7 @@ def next_effect(rules: Rules, who: Who, log: Log) -> Request | None:
                 "p",
                 WINDOW,
                 DUE_AT,
+                done=lambda _: None,
                 asked=process.asked,
                 by_content=reads,
                 heals=rules.vanishes > 0,
@@ -268,7 +269,7 @@ def next_effect(rules: Rules, who: Who, log: Log) -> Request | None:
         else:
             now = DUE_AT if who.kind == "close" else WINDOW.start + timedelta(minutes=5)
             live = {WINDOW.start: process.counts("p", ())["p", WINDOW.start]} if who.kind == "live" else {}
-            sync_partition(process.pipeline(), CONTEXT, Position("p", cursor_at, now), live)
+            sync_partition(process.pipeline(), CONTEXT, Position("p", cursor_at, now), live, lambda _: None)
     except Waits as waits:
         return waits.request
     except Transient:

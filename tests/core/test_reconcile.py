@@ -6,7 +6,7 @@ from datetime import datetime
 
 from app.core.errors import Permanent
 from app.core.pipeline import FOREIGN, MISSING, Shrink, Sums
-from app.core.repair import fill, heal_window, reconcile, same_sums
+from app.core.repair import heal_window, same_sums
 from app.core.runs import Report
 from app.core.windows import Window, window_at
 from world import MINUTE, SOMEBODYS, START, WINDOW_SECONDS, Process, World, closed_world, context, key_of
@@ -18,9 +18,7 @@ KEY = key_of("a", START, 0)
 def reconciled(world: World, *, heals: bool = False, shrink: bool = False) -> Report:
     process = Process(world, shrink=Shrink if shrink else None)
     world.reads.clear()
-    return reconcile(
-        process.pipeline(), context(), "a", FIRST, world.now, asked=process.asked, by_content=None, heals=heals
-    )
+    return process.reconcile(FIRST, heals=heals)
 
 
 def test_what_is_as_confirmed_at_both_ends_is_not_read() -> None:
@@ -52,7 +50,7 @@ def test_sums_are_asked_of_the_fields_that_are_numbers() -> None:
         return process.asked(partition, spans, numbers)
 
     for name in ("n", "t"):
-        reconcile(process.pipeline(), context(), name, FIRST, world.now, asked=sums, by_content=None, heals=False)
+        process.reconcile(FIRST, name, asked=sums)
     assert asked == {"n": {"value"}, "t": set()}
 
 
@@ -77,9 +75,7 @@ def test_a_window_that_cannot_be_read_is_a_failure_of_its_own() -> None:
     world = closed_world()
     world.write("a", START + MINUTE / 2, "late")
     process = Process(world, broken_at={START: Permanent("it is broken", "mend it")})
-    report = reconcile(
-        process.pipeline(), context(), "a", FIRST, world.now, asked=process.asked, by_content=None, heals=False
-    )
+    report = process.reconcile(FIRST)
     assert [(failure.message, failure.hint) for failure in report.failures] == [("it is broken", "mend it")]
     assert report.ledger.total.waiting == 11
 
@@ -153,7 +149,7 @@ def test_healing_keeps_rows_of_a_version_that_an_older_state_does_not_know() -> 
 def test_a_backfill_writes_what_was_never_written() -> None:
     world = World(now=closed_world().now)
     world.write("a", START)
-    fill(Process(world).pipeline(), context(), "a", FIRST, world.now)
+    Process(world).fill(FIRST)
     assert world.exported() == world.produced(world.now)
     assert world.records["a", START, 0].closed
 

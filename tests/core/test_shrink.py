@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.pipeline import EARLIEST, LATEST, UNLIMITED, Shrink, covered_since
-from app.core.repair import fill
 from app.core.windows import Window
-from world import GRACE_SECONDS, START, Process, World, context
+from world import GRACE_SECONDS, START, Process, World
 
 INSTANTS = st.datetimes(timezones=st.just(UTC))
 PERIODS = st.timedeltas(min_value=timedelta(0))
@@ -50,27 +49,27 @@ def closed() -> World:
 def test_what_was_deleted_goes_from_a_closed_window_and_what_retention_does_not_cover_stays() -> None:
     world = closed()
     process = Process(world, shrink=lambda: Shrink(START + 4 * MINUTE))
-    report = fill(process.pipeline(), context(), "a", SPAN, world.now)
+    report = process.fill(SPAN)
     assert [value for _, _, value in world.exported()] == ["a0", "a1", "a2", "a3", "a5", "a6", "a7", "a9"]
     assert report.removed_rows == 2
     assert list(report.notes) == [
         f"a/{START:%Y%m%dT%H%M%S}.0: 2 rows that the source no longer has were removed: a4; a8",
     ]
-    assert fill(process.pipeline(), context(), "a", SPAN, world.now, by_content=True).windows == 0
+    assert process.fill(SPAN, by_content=True).windows == 0
 
 
 def test_a_deletion_that_was_not_allowed_at_first_goes_as_soon_as_it_is() -> None:
     world = closed()
-    fill(Process(world).pipeline(), context(), "a", SPAN, world.now)
+    Process(world).fill(SPAN)
     assert len(world.exported()) == 10
-    fill(Process(world, shrink=Shrink).pipeline(), context(), "a", SPAN, world.now, by_content=True)
+    Process(world, shrink=Shrink).fill(SPAN, by_content=True)
     assert world.exported() == world.produced(world.now)
 
 
 def test_a_window_that_lost_all_its_rows_at_the_source_is_emptied() -> None:
     world = closed()
     world.rows["a"].clear()
-    fill(Process(world, shrink=Shrink).pipeline(), context(), "a", SPAN, world.now)
+    Process(world, shrink=Shrink).fill(SPAN)
     assert world.exported() == []
 
 
@@ -79,17 +78,17 @@ def test_a_span_is_written_again_and_names_what_would_go_until_that_is_allowed()
     keeps = Process(world, shrink=lambda: Shrink(START + 4 * MINUTE, removes=False))
     for _ in range(2):
         world.puts.clear()
-        report = fill(keeps.pipeline(), context(), "a", SPAN, world.now, always_writes=True)
+        report = keeps.fill(SPAN, again=True)
         assert (len(world.puts), report.windows, report.removed_rows) == (1, 1, 0)
         assert "2 rows that the source no longer has stay" in report.notes[0]
         assert len(world.exported()) == 10
     removes = Process(world, shrink=lambda: Shrink(START + 4 * MINUTE))
-    tried = fill(removes.pipeline(), context(dry_run=True), "a", SPAN, world.now, always_writes=True)
+    tried = removes.fill(SPAN, dry_run=True, again=True)
     assert (tried.removed_rows, len(world.exported())) == (2, 10)
     assert "would be removed" in tried.notes[0]
-    assert fill(removes.pipeline(), context(), "a", SPAN, world.now, always_writes=True).removed_rows == 2
+    assert removes.fill(SPAN, again=True).removed_rows == 2
     assert len(world.exported()) == 8
-    assert fill(removes.pipeline(), context(), "a", SPAN, world.now, always_writes=True).notes == ()
+    assert removes.fill(SPAN, again=True).notes == ()
 
 
 def test_a_span_is_written_again_also_without_a_state_and_where_the_source_has_nothing_left() -> None:
@@ -98,5 +97,5 @@ def test_a_span_is_written_again_also_without_a_state_and_where_the_source_has_n
     world.records.clear()
     later = Window(SPAN.end, SPAN.end + 10 * MINUTE)
     both = Window(SPAN.start, later.end)
-    report = fill(Process(world, shrink=Shrink).pipeline(), context(), "a", both, world.now, always_writes=True)
+    report = Process(world, shrink=Shrink).fill(both, again=True)
     assert (report.removed_rows, world.exported(), len(world.objects)) == (10, [], 1)

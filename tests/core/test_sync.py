@@ -10,8 +10,9 @@ import pytest
 
 from app.core.errors import Permanent, Rejected, Stopped, Transient
 from app.core.ledger import Tally
+from app.core.partitions import sync_all
 from app.core.pipeline import Record, Shrink
-from app.core.repair import fill, heal_window
+from app.core.repair import heal_window
 from app.core.runs import Stop
 from app.core.windows import Window
 from world import (
@@ -116,10 +117,10 @@ def test_what_comes_after_the_closing_goes_into_the_object_of_its_window() -> No
     puts = len(world.puts)
     process.run_until_done()
     assert len(world.puts) == puts
-    report = fill(process.pipeline(), context(), "a", Window(START - 10 * MINUTE, START + 20 * MINUTE), world.now)
+    report = process.fill(Window(START - 10 * MINUTE, START + 20 * MINUTE))
     assert (report.late_rows, set(world.objects)) == (1, keys)
     assert world.exported() == world.produced(world.now)
-    again = fill(process.pipeline(), context(), "a", Window(START, START + 20 * MINUTE), world.now)
+    again = process.fill(Window(START, START + 20 * MINUTE))
     assert again.windows == 0
 
 
@@ -130,12 +131,12 @@ def test_a_value_that_was_corrected_after_the_closing_comes_by_content_and_is_co
     process, span = Process(world), Window(START, START + 10 * MINUTE)
     process.run_until_done()
     world.write("a", START, "corrected")
-    assert fill(process.pipeline(), context(), "a", span, world.now).windows == 0
-    report = fill(process.pipeline(), context(), "a", span, world.now, by_content=True)
+    assert process.fill(span).windows == 0
+    report = process.fill(span, by_content=True)
     assert report.ledger.fields == {VALUE: Tally(counted=10, read=10, already_there=9, corrected=1)}
     assert (report.windows, report.late_rows) == (1, 0)
     assert world.exported() == world.produced(world.now)
-    assert fill(process.pipeline(), context(), "a", span, world.now, by_content=True).windows == 0
+    assert process.fill(span, by_content=True).windows == 0
 
 
 def test_a_row_that_the_source_lost_stays_though_counts_and_bounds_do_not_tell() -> None:
@@ -187,9 +188,9 @@ def test_deltas_of_an_older_version_are_folded_into_their_object_and_go_wherever
             world.old_delta("a", span, part, {START + timedelta(seconds=second): f"late{second}"})
         assert len(world.objects) == 3
         try:
-            fill(Process(world, Tripwire(fatal)).pipeline(), context(), "a", span, world.now)
+            Process(world, Tripwire(fatal)).fill(span)
         except Killed:
-            fill(Process(world).pipeline(), context(), "a", span, world.now, by_content=True)
+            Process(world).fill(span, by_content=True)
         assert len(world.objects) == 1
         assert world.exported() == world.produced(world.now)
         assert {part for _, _, part in world.records} == {0}
@@ -203,12 +204,12 @@ def test_a_delta_that_may_not_be_deleted_is_skipped_for_good_whatever_writes_its
     span = Window(START, START + 10 * MINUTE)
     for part, second in enumerate((30, 90), 1):
         world.old_delta("a", span, part, {START + timedelta(seconds=second): f"late{second}"})
-    fill(Process(world).pipeline(), context(), "a", span, world.now)
+    Process(world).fill(span)
     assert len(world.objects) == 3
     assert world.shown() == world.produced(world.now)
     closed = world.records["a", START, 0]
     for second, passed in (
-        (100, lambda: fill(Process(world).pipeline(), context(), "a", span, world.now)),
+        (100, lambda: Process(world).fill(span)),
         (101, lambda: heal_window(Process(world).pipeline(), context(), "a", span, world.now)),
         (102, lambda: run_again(world, replace(world.records["a", START, 0], closed=False))),  # looks for no deltas
         (103, lambda: run_again(world, replace(closed, closed=False))),  # a state that is older than the object
@@ -237,7 +238,7 @@ def test_late_rows_are_found_also_when_the_bucket_was_copied() -> None:
     world.objects = {key: (f"copy {held[0]}", held[1], held[2]) for key, held in world.objects.items()}
     world.write("a", START + timedelta(seconds=90), "very late")
     span = Window(START, START + 10 * MINUTE)
-    assert fill(process.pipeline(), context(), "a", span, world.now).late_rows == 1
+    assert process.fill(span).late_rows == 1
     assert world.exported() == world.produced(world.now)
 
 
@@ -249,9 +250,9 @@ def test_late_rows_survive_a_kill_at_any_effect() -> None:
             world.write("a", START + timedelta(seconds=second), f"late{second}")
             wire = Tripwire(fatal)
             try:
-                fill(Process(world, wire).pipeline(), context(), "a", span, world.now)
+                Process(world, wire).fill(span)
             except Killed:
-                fill(Process(world).pipeline(), context(), "a", span, world.now)
+                Process(world).fill(span)
         assert world.exported() == world.produced(world.now)
 
 
@@ -326,11 +327,11 @@ def test_a_state_that_is_older_than_the_bucket_doubles_no_late_row() -> None:
     backup = dict(world.cursors), dict(world.records)
     world.write("a", START + timedelta(seconds=90), "very late")
     span = Window(START, START + 10 * MINUTE)
-    fill(process.pipeline(), context(), "a", span, world.now)
+    process.fill(span)
     for cursors, records in (backup, ({}, {})):
         world.cursors, world.records = dict(cursors), dict(records)
         Process(world).run_until_done()
-        fill(Process(world).pipeline(), context(), "a", span, world.now)
+        Process(world).fill(span)
         assert world.exported() == world.produced(world.now)
 
 
@@ -436,8 +437,24 @@ def test_every_batch_is_closed_unless_it_is_kept_for_the_next_read() -> None:
         world.now = START + step * 5 * MINUTE
         world.write("a", world.now, str(step))
         process.run_until_done()
-    kept = {id(batch) for _, batch in process.kept.values()}
-    assert all(batch.is_closed != (id(batch) in kept) for batch in process.batches)
+    assert all(batch.is_closed != process.written.owns(batch) for batch in process.batches)
+    assert any(map(process.written.owns, process.batches))
+
+
+def test_the_rows_of_a_window_that_another_process_closed_are_dropped() -> None:
+    world = World()
+    process = Process(world, keeps=True)
+    world.now = START + MINUTE
+    world.write("a", START)
+    process.run_until_done()
+    [kept] = process.batches
+    assert not kept.is_closed
+    world.now += SETTLED
+    Process(world).run_until_done()
+    world.write("a", world.now - MINUTE)
+    process.run_until_done()
+    assert kept.is_closed
+    assert [batch.is_closed for batch in process.batches] == [True, False]
 
 
 class Turns:
@@ -517,6 +534,36 @@ def test_an_open_window_is_written_as_seldom_as_is_asked_and_closed_in_time_with
     process.run_until_done()
     assert world.exported() == world.produced(world.now)
     assert all(record.closed for record in world.records.values())
+
+
+def test_only_partitions_that_the_settings_name_count_for_how_seldom_objects_are_written() -> None:
+    world = World()
+    for name in ("a", "b", "c"):
+        world.write(name, START)
+    world.now = START + MINUTE
+    asked = list[int]()
+
+    def at_once(partitions: int) -> float:
+        asked.append(partitions)
+        return 0.0
+
+    Process(world, wanted=("b",), rewrite_seconds=at_once).run_until_done()
+    assert asked == [1]
+
+
+def test_a_run_stops_while_it_looks_for_the_lost_cursors_of_many_partitions() -> None:
+    world = World()
+    fill_minutes(world, 1, ("a", "b", "c"))
+    process, stop = Process(world), Stop()
+    looked: list[str] = []
+
+    def look(partition: str) -> None:
+        looked.append(partition)
+        stop.ask("the process ends")
+
+    with pytest.raises(Stopped):
+        sync_all(replace(process.pipeline(), lost_cursor=look), context(stop), process.how())
+    assert looked == ["a"]
 
 
 def test_an_object_that_a_clock_of_the_future_wrote_is_not_waited_for() -> None:

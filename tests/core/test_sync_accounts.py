@@ -6,7 +6,6 @@ import pytest
 
 from app.core.errors import Permanent, Rejected, Transient
 from app.core.ledger import SetAside, Tally, fault_of
-from app.core.repair import fill
 from app.core.runs import Job, LeaseTerms, Outcome, Run, RunServices, Stop, execute
 from app.core.windows import Window
 from memory import MemoryLeases, MemoryRuns
@@ -21,7 +20,6 @@ from world import (
     Tripwire,
     World,
     closed_world,
-    context,
     fill_minutes,
 )
 
@@ -79,9 +77,9 @@ def test_late_rows_of_closed_windows_are_new_and_the_others_there_already() -> N
     process = Process(world)
     world.write("a", START + timedelta(seconds=90), "very late")
     span = Window(START, START + 10 * MINUTE)
-    fields = fill(process.pipeline(), context(), "a", span, world.now).ledger.fields
+    fields = process.fill(span).ledger.fields
     assert fields == {VALUE: Tally(counted=11, read=11, new=1, already_there=10)}
-    fields = fill(process.pipeline(), context(), "a", span, world.now).ledger.fields
+    fields = process.fill(span).ledger.fields
     assert fields == {VALUE: Tally(counted=11, already_there=11)}
 
 

@@ -6,14 +6,15 @@ import pytest
 
 from daemon import Daemons
 from dwh_kills import World, proven
+from effort import EFFORT
 from postgres import PostgresServer
 
-ROUNDS = 20
+ROUNDS = 12 * EFFORT
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_twenty_kills_on_sqlite(daemons: Daemons, tmp_path: Path) -> None:
+def test_kills_on_sqlite(daemons: Daemons, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/killed.db"
     world = World(daemons, {"DWH_DATABASE_URL": url}, ROUNDS)
     world.run()
@@ -22,7 +23,7 @@ def test_twenty_kills_on_sqlite(daemons: Daemons, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_twenty_kills_on_postgresql_some_of_them_together_with_the_database(
+def test_kills_on_postgresql_some_of_them_together_with_the_database(
     postgres_server: PostgresServer, daemons: Daemons, tmp_path: Path
 ) -> None:
     url = postgres_server.new_database()

@@ -1,15 +1,16 @@
-"""Forty rounds of the program that kills, pauses and confuses daemons of the export; see `export_rounds`."""
+"""Some rounds of the program that kills, pauses and confuses daemons of the export; see `export_rounds`."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from effort import EFFORT
 from export_rounds import Servers, lived, serving
 from kill_rounds import WORLD_ROUNDS, Runner, faults
 from needs import faketime_library, needs
 
-ROUNDS = 10
+ROUNDS = 6 * EFFORT
 SITTINGS = {"sqlite-directory": 0, "postgresql-directory": 1, "sqlite-s3": 2, "postgresql-s3": 3}
 
 
@@ -24,7 +25,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Servers,
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("number", SITTINGS.values(), ids=SITTINGS)
-def test_ten_rounds_of_kills_pauses_lost_states_and_wrong_clocks_lose_double_invent_and_wedge_nothing(
+def test_rounds_of_kills_pauses_lost_states_and_wrong_clocks_lose_double_invent_and_wedge_nothing(
     servers: tuple[Servers, Runner, Runner], number: int, tmp_path: Path
 ) -> None:
     outside, *runners = servers

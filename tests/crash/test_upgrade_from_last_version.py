@@ -47,6 +47,7 @@ STEP = 10 * MINUTE
 DOCUMENTED = "device_type=pump,location=Plant-A"
 RIGHT = ("D1", "D2", "D5", "D6")  # devices that the last version exported without a loss
 LOSSY = ("D3", "D4")
+STORES = ("sqlite and a directory", "postgres and s3")
 KEPT = ("PATH", "HOME", "LANG", "TMPDIR")
 SHORT_LEASE = {"LEASE_TTL_SECONDS": "1", "LEASE_HEARTBEAT_SECONDS": "0.3"}
 NOT_COMPARED = (
@@ -276,7 +277,7 @@ def of_hour(start: datetime, rows: Mapping[Slot, Any]) -> Mapping[Slot, Any]:
 Install = Callable[[int], Installation]
 
 
-@pytest.fixture(params=["sqlite and a directory", "postgres and s3"])
+@pytest.fixture(params=STORES)
 def install(
     request: pytest.FixtureRequest, influxdb1: InfluxDB1, last_version: Path, tmp_path: Path
 ) -> Iterator[Install]:
@@ -298,7 +299,7 @@ def install(
         }
         store: ObjectStore = LocalDirectory(tmp_path / "data" / "objects")
         new_database: Callable[[], str] = str
-        if request.param == "postgres and s3":
+        if request.param == STORES[1]:
             server = request.getfixturevalue("postgres_server")
             new_database = server.new_database
             seaweed: Seaweed = request.getfixturevalue("seaweed")
@@ -390,7 +391,7 @@ def test_without_its_state_everything_is_read_from_the_objects_again(install: In
     assert len(changed) == len(RIGHT) + len(LOSSY)
 
 
-@pytest.mark.parametrize("commit", FENCED)
+@pytest.mark.parametrize(("install", "commit"), zip(STORES, FENCED, strict=True), indirect=["install"])
 def test_an_older_version_that_still_runs_beside_writes_nothing_more(install: Install, commit: str) -> None:
     here = install(3)
     here.last_version = installed(commit)

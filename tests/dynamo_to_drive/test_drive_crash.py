@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,7 +17,7 @@ import pytest
 
 from app.core.windows import floor_to
 from daemon import KEPT, Daemons
-from kill_rounds import asked
+from kill_rounds import KILLED, UNDISTURBED, asked, is_over
 from shipping import Shipping, item, shipping
 from simulators.drive import DriveFault
 
@@ -35,9 +35,9 @@ REQUESTS = (
 DELAYS_SECONDS = (0.0, 0.002, 0.004, 0.007, 0.011, 0.016)
 
 
-def environ(ship: Shipping) -> dict[str, str]:
+def environ(ship: Shipping, terms: Mapping[str, str] = KILLED) -> dict[str, str]:
     base = {name: os.environ[name] for name in KEPT if name in os.environ}
-    return {**base, **ship.environ, "LOG_FILE": "off", "LEASE_TTL_SECONDS": "1", "LEASE_HEARTBEAT_SECONDS": "0.3"}
+    return {**base, **ship.environ, "LOG_FILE": "off", **terms}
 
 
 @dataclass
@@ -46,10 +46,10 @@ class Runner:
 
     process: "subprocess.Popen[str]"
 
-    def begin(self, ship: Shipping) -> int:
+    def begin(self, ship: Shipping, terms: Mapping[str, str]) -> int:
         """Start one; its pid."""
         ship.folder.mkdir(parents=True, exist_ok=True)
-        (ship.folder / "environ.json").write_text(json.dumps(environ(ship)))
+        (ship.folder / "environ.json").write_text(json.dumps(environ(ship, terms)))
         return asked(self.process, str(ship.folder))
 
     def ended(self) -> int:
@@ -57,20 +57,13 @@ class Runner:
         return asked(self.process, "")
 
     def run(self, ship: Shipping) -> None:
-        """To the end, as soon as the lease of one that was killed has run out.
-
-        A lease of a second may also be lost by a machine that stands still for that long: then the next run continues.
-        """
+        """To the end, as soon as the lease of one that was killed has run out."""
         said, code = ship.folder / "said.log", os.EX_TEMPFAIL
-        until_lost = 3
-        while code == os.EX_TEMPFAIL or (code and until_lost):
+        while code == os.EX_TEMPFAIL:
             time.sleep(0.1)
             said.unlink(missing_ok=True)
-            self.begin(ship)
+            self.begin(ship, UNDISTURBED)
             code = self.ended()
-            if code not in (0, os.EX_TEMPFAIL):
-                assert "expired or was taken over" in said.read_text(), said.read_text()
-                until_lost -= 1
         assert code == 0, said.read_text()
 
 
@@ -85,38 +78,23 @@ def runner() -> Iterator[Runner]:
         process.stdin.close()
 
 
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 40
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def is_over(pid: int) -> bool:
-    """Whether the process has ended, though nobody has asked for its exit code."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
-
-
 def killed(runner: Runner, ship: Shipping, fault: DriveFault | None, where: str, delay_seconds: float = 0) -> None:
-    """One run that ends with SIGKILL when the request `where` has come, and suffers the fault."""
+    """One run that ends with SIGKILL when the request `where` has come, and suffers the fault.
+
+    A lease of a second is lost by a machine that stands still for that long: then the run is begun anew.
+    """
     ship.drive.state.asked.clear()
     if fault is not None:
         ship.drive.add_fault(fault, where)
-
-    def has_come() -> bool:
-        return any(re.search(where, what) for what in ship.drive.state.asked)
-
-    def begun() -> int:
-        pid = runner.begin(ship)
-        until(lambda: has_come() or is_over(pid))
-        return pid
-
-    pid, until_lost = begun(), 3
-    while not has_come() and until_lost:  # a machine that stood still for a second lost the lease of the run
-        runner.ended()
-        time.sleep(1)
-        pid, until_lost = begun(), until_lost - 1
-    assert has_come(), (ship.folder / "said.log").read_text()
+    pid = runner.begin(ship, KILLED)
+    deadline = time.monotonic() + 40
+    while not any(re.search(where, what) for what in ship.drive.state.asked):
+        assert time.monotonic() < deadline
+        if is_over(pid):
+            assert runner.ended() == 1
+            assert "expired or was taken over" in (ship.folder / "said.log").read_text()
+            pid = runner.begin(ship, KILLED)
+        time.sleep(0.002)
     time.sleep(delay_seconds)
     os.kill(pid, signal.SIGKILL)
     assert runner.ended() in (-signal.SIGKILL, 0)

@@ -14,6 +14,7 @@ from app.core.retry import RetryPolicy
 from app.core.runs import Stop
 from app.dynamo_to_drive import job
 from app.dynamo_to_drive.drive import Drive
+from effort import EFFORT
 from shipping import START, Shipping, item, shipping
 from simulators.drive import DriveFault
 
@@ -33,6 +34,7 @@ FAULTS = (
     DriveFault(401, "authError"),
 )
 TIMEOUT_SECONDS = 0.4
+UPLOADS = 400 * EFFORT
 TIME_OUTS = tuple(DriveFault(cut=True, after=after, stall_seconds=1.5 * TIMEOUT_SECONDS) for after in (False, True))
 
 
@@ -238,15 +240,15 @@ def test_a_kept_token_of_an_installed_app_is_used_and_renewed_in_place(ship: Shi
 
 
 @pytest.mark.timeout(300)
-def test_a_thousand_uploads_under_faults_leave_one_file_per_hour_equal_to_undisturbed_ones(tmp_path: Path) -> None:
-    """Each upload suffers every third time, and each other call now and then; five uploads an hour, in 200 hours."""
+def test_many_uploads_under_faults_leave_one_file_per_hour_equal_to_undisturbed_ones(tmp_path: Path) -> None:
+    """Each upload suffers every third time, and each other call now and then; five uploads an hour."""
     draw = random.Random(7)  # noqa: S311 - a fixed course of events
     with shipping(tmp_path / "a") as ship, shipping(tmp_path / "b") as quiet:
         ship.extra["GOOGLE_DRIVE_TIMEOUT_SECONDS"] = str(TIMEOUT_SECONDS)
         quiet.extra["DRIVE_CATCHUP_HOURS"] = "250"
         uploads = failed = rows = 0
         export = ship.export()
-        while uploads < 1000:
+        while uploads < UPLOADS:
             at, rows = START + timedelta(minutes=12 * rows), rows + 1
             for world in (ship, quiet):
                 world.put(item(at, temp=str(rows)))
@@ -264,15 +266,15 @@ def test_a_thousand_uploads_under_faults_leave_one_file_per_hour_equal_to_undist
                 export.close()
                 export = ship.export()
         export.close()
-        assert ship.drive.state.faults_taken > 400
-        assert ship.drive.state.tokens.issued > 50
-        assert failed < 100
+        assert ship.drive.state.faults_taken > 0.4 * UPLOADS
+        assert ship.drive.state.tokens.issued > UPLOADS // 20
+        assert failed < UPLOADS // 10
         ship.drive.state.waiting.clear()
         ship.run()
         while quiet.run().more:
             pass
         assert ship.files == quiet.files
-        assert (len(ship.files), ship.asked("PATCH /upload") > 700) == ((rows + 4) // 5, True)
+        assert (len(ship.files), ship.asked("PATCH /upload") > 0.7 * UPLOADS) == ((rows + 4) // 5, True)
         assert sum(content.count(b"\n") - 1 for content in ship.files.values()) == rows
         assert ship.drive.state.files.held.keys() == {*ship.drive.state.files.used}  # none was deleted
         assert not any(file.trashed for file in ship.drive.state.files.held.values())  # nor made twice and put aside

@@ -466,7 +466,7 @@ def test_of_all_items_each_is_in_the_file_of_its_hour_once_or_set_aside(tmp_path
 @pytest.mark.timeout(600)
 @WAYS
 def test_of_thousands_of_items_each_is_in_the_file_of_its_hour_once_or_set_aside(tmp_path: Path, letter: str) -> None:
-    each_is_somewhere(tmp_path, letter, in_moto, 3_000 * EFFORT)
+    each_is_somewhere(tmp_path, letter, in_moto, 1_500 * EFFORT)
 
 
 def each_is_somewhere(

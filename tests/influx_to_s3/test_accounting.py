@@ -82,6 +82,42 @@ def test_points_of_a_clock_that_was_never_set_are_set_aside_with_their_day(expor
     exporter.check(since_ns=ns(NOON))
 
 
+def test_points_of_many_days_of_an_unset_clock_are_all_kept_over_several_runs(exporter_of_either: Exporter) -> None:
+    exporter = exporter_of_either
+    exporter.keep()
+    exporter.write(NOON)
+    for day in range(70):
+        exporter.write(datetime(1970, 1, 1, tzinfo=UTC) + day * 24 * HOUR, fields='voltage=1,note=""')
+    exporter.at(minutes=1)
+    first = exporter.run().report.ledger
+    assert (first.total.set_aside, first.total.waiting, first.gap) == (128, 12, 0)
+    second = exporter.run().report.ledger
+    assert (second.total.set_aside, second.total.waiting, second.gap) == (140, 0, 0)
+    assert [(one.number, one.new) for one in second.set_aside] == [(140, 12)]
+    kept = [info.key for info in exporter.store.list("telemetry/_set_aside/")]
+    lines = [line for key in kept for line in content(exporter.store, key).decode().splitlines()]
+    assert len(kept) == 70
+    assert sum('note=""' in line for line in lines) == 70
+    assert sum("voltage=1" in line for line in lines) == 70
+    assert exporter.run().outcome is Outcome.OK
+
+
+def test_the_days_of_unset_clocks_are_looked_for_once_and_not_for_each_device(exporter: Exporter) -> None:
+    exporter.keep()
+    for number in range(20):
+        exporter.write(datetime(1970, 1, 1 + number % 2, tzinfo=UTC), f"D{number}", "voltage=1")
+    exporter.at(minutes=1)
+    assert exporter.run(dry_run=True).report.ledger.total.set_aside == 20
+    assert not list(exporter.store.list("telemetry/_set_aside/"))
+    exporter.influx.forget_queries()
+    assert exporter.run().report.ledger.total.set_aside == 20
+    assert len(list(exporter.store.list("telemetry/_set_aside/"))) == 20
+    assert sum("count()" in query.text for query in exporter.influx.queries) < 50
+    exporter.influx.forget_queries()
+    assert exporter.run().outcome is Outcome.OK
+    assert sum("count()" in query.text for query in exporter.influx.queries) == 2
+
+
 def test_an_export_that_begins_before_2000_exports_old_points_and_sets_none_of_them_aside(exporter: Exporter) -> None:
     exporter.environ = {"EXPORT_START": "1999-12-30T00:00:00Z", "EXPORT_WINDOW_SECONDS": "86400"}
     exporter.write(datetime(1999, 12, 31, 12, tzinfo=UTC))

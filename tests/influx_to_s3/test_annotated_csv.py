@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -183,6 +184,20 @@ def test_text_keeps_quotes_commas_newlines_and_number_signs() -> None:
     body += b',,0,"a""b,c","#x\r\n#y\r\n\r\n,z"\r\n,,0,#default,"\r\n"\r\n,,0," ",NaN\r\n\r\n'
     for size in SIZES:
         assert cells(parsed(body, size)) == [('a"b,c', "#x\n#y\n\n,z"), ("#default", "\n"), (" ", "NaN")]
+
+
+def test_texts_of_many_lines_take_linear_time_also_where_the_lines_look_like_annotations() -> None:
+    def seconds(line: str, lines: int, texts: int) -> float:
+        text = f"{line}\r\n" * lines
+        body = head(("_value", "string")) + "".join(f',,0,"{text}"\r\n' for _ in range(texts)).encode()
+        chunks = [body[at : at + (1 << 18)] for at in range(0, len(body), 1 << 18)]
+        began = time.process_time()
+        assert cells(parsed(chunks)) == [(text.replace("\r\n", "\n"),)] * texts
+        return time.process_time() - began
+
+    short = seconds("a b", 200, 1000)
+    assert seconds("# a", 200, 1000) < 100 * short
+    assert seconds("a", 10_000, 400) < 100 * short
 
 
 def test_thousands_of_tiny_tables_of_one_schema_come_in_few_blocks() -> None:

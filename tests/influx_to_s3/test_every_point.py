@@ -206,7 +206,7 @@ def test_every_value_is_in_an_object_or_set_aside(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("ignored", ["default", ""])
 @pytest.mark.parametrize("api", ["influxql", "flux"])
-@settings(max_examples=40 * EFFORT, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20 * EFFORT, deadline=None, suppress_health_check=list(HealthCheck))
 @given(some=points())
 def test_every_value_is_in_an_object_or_set_aside_in_many_examples(
     influxdb1: InfluxDB1, api: str, ignored: str, some: Mapping[tuple[Tags, int], Mapping[str, Any]]

@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,9 @@ from app.core.runs import Outcome
 from app.db.state import open_state
 from app.influx_to_s3.job import NAME, RECONCILE
 from app.object_store.port import PutRequest
-from exporter import HOUR, MINUTE, NOON, Exporter
+from exporter import HOUR, MINUTE, NOON, Exporter, ns
 from exports import content, exported
-from simulators.influx import Cut, ErrorTable
+from simulators.influx import Cut, ErrorTable, Refuse
 
 
 def test_devices_whose_id_cannot_name_an_object_are_set_aside_once_and_the_others_are_exported(
@@ -40,12 +40,40 @@ def test_devices_whose_id_cannot_name_an_object_are_set_aside_once_and_the_other
     assert sorted(path.name for path in exporter.folder.iterdir()) == ["data", "objects"]
 
 
+def test_points_without_the_tag_that_are_too_many_for_one_query_are_set_aside_in_parts(exporter: Exporter) -> None:
+    for minute in range(60):
+        exporter.influx.write(f"device_telemetry,host=x voltage={minute} {ns(NOON + minute * MINUTE)}")
+    exporter.write(NOON)
+    exporter.at(hours=1)
+    exporter.influx.faults.add(
+        Refuse(400, "memory allocation limit reached"), when=lambda text: "pivot" in text and "not exists" in text
+    )
+    run = exporter.run()
+    assert (run.report.failures, run.report.ledger.total.set_aside) == ((), 60)
+    assert len(exporter.influx.faults) == 0
+    [kept] = [info.key for info in exporter.store.list("telemetry/_set_aside/")]
+    assert len(content(exporter.store, kept).splitlines()) == 60
+
+
 def test_only_the_listed_devices_are_exported(exporter: Exporter) -> None:
     for device in ("D1", "D2", "D3"):
         exporter.write(NOON, device)
     exporter.at(minutes=1)
     exporter.well(DEVICE_IDS="D1, D3")
     assert sorted({device for device, *_ in exported(exporter.store)}) == ["D1", "D3"]
+
+
+def test_points_outside_all_windows_count_only_for_the_listed_devices(exporter: Exporter) -> None:
+    never = datetime(1970, 1, 1, 0, 0, 17, tzinfo=UTC)
+    for device in ("D1", "D2"):
+        exporter.write(NOON, device)
+        exporter.write(NOON + 50 * HOUR, device, "voltage=1")
+    exporter.write(never, "D2")
+    exporter.at(minutes=1)
+    assert exporter.well(DEVICE_IDS="D1").report.ledger.total.waiting == 1
+    assert not list(exporter.store.list("telemetry/_set_aside/"))
+    assert exporter.run().outcome is Outcome.PARTIAL  # all devices: what D2 wrote before its clock was set is kept
+    assert list(exporter.store.list("telemetry/_set_aside/"))
 
 
 def test_a_device_that_leaves_the_list_stops_and_goes_on_where_it_stopped_when_it_comes_back(

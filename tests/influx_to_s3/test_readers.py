@@ -431,7 +431,7 @@ def test_every_reader_gives_what_was_written(influxdb1: InfluxDB1, given_points:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @given(points())
-@settings(max_examples=40 * EFFORT, deadline=None)
+@settings(max_examples=20 * EFFORT, deadline=None)
 def test_every_reader_gives_what_was_written_in_many_more_cases(
     influxdb1: InfluxDB1, given_points: list[Point]
 ) -> None:

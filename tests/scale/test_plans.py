@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.core.errors import Transient
+from app.core.errors import Stopped, Transient
 from app.core.ledger import Ledger, Tally
 from app.core.partitions import SyncPlan
 from app.core.pipeline import Count
@@ -144,6 +144,19 @@ def test_a_plan_fails_when_all_its_shards_do() -> None:
     workers = Workers(failing=True)
     with pytest.raises(Transient, match="no answer"):
         shared(workers, shards=2, patience_seconds=5)(context(), plan("D1", "D2", "D3"), here)
+
+
+def test_what_was_reported_is_in_the_record_of_a_plan_that_fails_or_is_stopped() -> None:
+    late = StepReport("run-0", "influx_to_s3/0", landed(plan("D9")))
+    failing = context()
+    with pytest.raises(Transient):
+        shared(Workers(failing=True, late=(late,)), shards=1, patience_seconds=5)(failing, plan("D1"), here)
+    assert (failing.done.total.rows, failing.done.total.ledger.total.new) == (9, 9)
+    stopped = context()
+    stopped.stop.ask("the process ends")
+    with pytest.raises(Stopped):
+        shared(Workers(lost=("influx_to_s3/0",), late=(late,)), shards=1, patience_seconds=5)(stopped, plan("D1"), here)
+    assert stopped.done.total.rows == 9
 
 
 def test_in_one_process_a_shard_that_is_somebody_elses_waits(exporter: Exporter) -> None:

@@ -220,8 +220,9 @@ def run_in_process(context: Context, plan: SyncPlan, step: Step) -> Report:
 
 @dataclass(frozen=True, slots=True)
 class PassOptions:
-    """Options of a pass. `first_at` is where a new partition begins. `nothing_found` is called when no partition has
-    anything in its live windows, and raises unless the source is really empty: then no cursor moves.
+    """Options of a pass. `first_at` is where a new partition begins. `cursors`: those of the checkpoints, None = to be
+    read. `nothing_found` is called when no partition has anything in its live windows, and raises unless the source is
+    really empty: then no cursor moves.
 
     `probe` makes a cheap request to source and sink, and raises when one is away; it is called when `transient_limit`
     partitions failed in a row. Partitions that failed before are tried for `retry_seconds` a run. `concurrency` is the
@@ -233,6 +234,7 @@ class PassOptions:
     first_at: datetime
     probe: Callable[[], None]
     nothing_found: Callable[[], None]
+    cursors: Mapping[str, datetime] | None = None
     backoff: Backoff = field(default_factory=Backoff)
     settling: SettlingSchedule = field(default_factory=SettlingSchedule)
     concurrency: int = 4
@@ -318,7 +320,8 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Re
     checkpoints.flush(pipeline.name, context.lease)
     live: dict[str, dict[datetime, Count]] = {}
     for (partition, start), count in (pipeline.source.counts(None, windows) if windows else {}).items():
-        live.setdefault(partition, {})[start] = count
+        if partition in cursors:  # the source also counts partitions that the settings leave out
+            live.setdefault(partition, {})[start] = count
     if len(windows) == len(every) and not any(live.get(partition) for partition in cursors if partition != UNNAMED):
         how.nothing_found()
 
@@ -363,7 +366,9 @@ def sync_step(
         checkpoints = BatchedCheckpoints(pipeline.checkpoints, pipeline.name, plan.live_since, list(plan.cursors))
     grid = replace(pipeline.grid, rewrite_seconds=plan.rewrite_seconds)
     pipeline = replace(pipeline, checkpoints=checkpoints, grid=grid)
-    together = _read_together(pipeline, plan, how.backoff)
+    live = live_windows(pipeline, plan.now)
+    pipeline.written.drop_before(live[0].start if live else plan.now)
+    together = _read_together(pipeline, plan, live, how.backoff)
 
     def one(partition: str, done: Done) -> None:
         at = Position(partition, plan.cursors[partition], plan.now, plan.live_since)
@@ -390,16 +395,17 @@ def sync_step(
 def _is_nameable(pipeline: Pipeline[B, E], partition: str, now: datetime) -> bool:
     """False for a partition whose name cannot be part of an object's name."""
     try:
-        pipeline.sink.key(partition, next(pipeline.grid.windows(now, now + datetime.resolution)), 0)
+        pipeline.sink.key(partition, pipeline.grid.window_at(now), 0)
     except Rejected:
         return False
     return True
 
 
-def _read_together(pipeline: Pipeline[B, E], plan: SyncPlan, backoff: Backoff) -> Mapping[datetime, ReadTogether[B]]:
-    """The live windows that will be written, by start. A partition that failed, or has due windows, is read alone."""
+def _read_together(
+    pipeline: Pipeline[B, E], plan: SyncPlan, windows: Sequence[Window], backoff: Backoff
+) -> Mapping[datetime, ReadTogether[B]]:
+    """The live `windows` that will be written, by start. A partition that failed, or has due windows, is read alone."""
     found: dict[datetime, ReadTogether[B]] = {}
-    windows = live_windows(pipeline, plan.now)
     if pipeline.by_digest or not windows:  # with `by_digest`, versions are known only just before each read
         return found
     partitions = [
@@ -427,14 +433,17 @@ def _cursors(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Ma
     A partition whose cursor is lost, or was set by a clock that was ahead, continues where the destination says.
     Starting from the first start would repeat all windows since then and keep its live windows waiting.
     """
-    found = pipeline.checkpoints.cursors(pipeline.name).items()
-    cursors = {partition: at for partition, at in found if partition == UNNAMED or pipeline.is_wanted(partition)}
+    found = pipeline.checkpoints.cursors(pipeline.name) if how.cursors is None else how.cursors
+    cursors = {
+        partition: at for partition, at in found.items() if partition == UNNAMED or pipeline.is_wanted(partition)
+    }
     known = {partition: at for partition, at in cursors.items() if at <= how.now}
     if not pipeline.refused:
         known.pop(UNNAMED, None)
     unnamed = (UNNAMED,) if pipeline.refused else ()
     for partition in (*unnamed, *(cursors.keys() - {UNNAMED}), *pipeline.source.partitions(how.first_at)):
         if partition not in known:
+            context.stop.check()
             continues_at = pipeline.lost_cursor(partition) if pipeline.lost_cursor else None
             known[partition] = continues_at or how.first_at
             if not context.dry_run:
@@ -446,12 +455,11 @@ def _cursors(pipeline: Pipeline[B, E], context: Context, how: PassOptions) -> Ma
 def live_windows(pipeline: Pipeline[B, E], now: datetime) -> Sequence[Window]:
     """Open and settling windows at `now`, oldest first."""
     grid = pipeline.grid
-
     found: list[Window] = []
-    window = next(grid.windows(now, now + datetime.resolution))
+    window = grid.window_at(now)
     while age_of(window, now, grid.grace_seconds) is not Age.DUE:
         found.append(window)
-        window = next(grid.windows(window.start - datetime.resolution, window.start))
+        window = grid.window_at(window.start - datetime.resolution)
     return found[::-1]
 
 

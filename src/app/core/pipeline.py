@@ -376,35 +376,64 @@ class Checkpoints(Protocol):
         """Record why an object could not be deleted; "" when it is gone. Needs no lease."""
 
 
-class WrittenRows:
-    """Which rows the objects of open windows hold, as far as this process wrote them. A cache that may be lost at any
-    time. Bounded: the windows written longest ago are dropped first. Thread-safe.
+class WrittenRows(Generic[B]):
+    """What this process wrote into the objects of open windows, as far as it remembers: the identities of the rows, and
+    the rows themselves when they are `reusable`. A cache that may be lost at any time. Thread-safe.
+
+    Identities are bounded: those written longest ago are dropped first. It owns the batches that it remembers; whoever
+    read any other batch closes it.
     """
 
     def __init__(self, max_bytes: int = 48 << 20) -> None:
         self._max_bytes = max_bytes
         self._size_bytes = 0
-        self._known: OrderedDict[tuple[str, datetime], tuple[str, Any]] = OrderedDict()
+        self._identities: OrderedDict[tuple[str, datetime], tuple[str, Any]] = OrderedDict()
+        self._batches: dict[tuple[str, datetime], tuple[str, B]] = {}
         self._lock = threading.Lock()
 
-    def keep(self, slot: tuple[str, datetime], version: str, identities: Any) -> None:
-        """Remember that the object of a window has these rows in this version; None forgets the window."""
+    def keep(self, task: "WindowTask", version: str, batch: B) -> None:
+        """Remember that the window's object has these rows in this version; forget it when the window was closed."""
+        slot, identities = (task.partition, task.window.start), None if task.final else batch.identities
         with self._lock:
-            _, before = self._known.pop(slot, ("", None))
-            self._size_bytes -= getattr(before, "nbytes", 0)
-            if identities is None:
-                return
-            self._known[slot] = (version, identities)
-            self._size_bytes += getattr(identities, "nbytes", 0)
-            while self._size_bytes > self._max_bytes:
-                _, (_, oldest) = self._known.popitem(last=False)
-                self._size_bytes -= getattr(oldest, "nbytes", 0)
+            self._forget_identities(slot)
+            if identities is not None:
+                self._identities[slot] = (version, identities)
+                self._size_bytes += getattr(identities, "nbytes", 0)
+                while self._size_bytes > self._max_bytes:
+                    self._forget_identities(next(iter(self._identities)))
+            if batch.reusable and not task.final:
+                self._batches[slot] = (version, batch)
 
-    def of(self, slot: tuple[str, datetime], version: str) -> Any:
-        """The identities of exactly that version, None when unknown."""
+    def _forget_identities(self, slot: tuple[str, datetime]) -> None:
+        _, identities = self._identities.pop(slot, ("", None))
+        self._size_bytes -= getattr(identities, "nbytes", 0)
+
+    def owns(self, batch: B) -> bool:
+        """True for a batch that is remembered: the caller must not close it."""
+        return any(batch is mine for _, mine in list(self._batches.values()))
+
+    def take(self, task: "WindowTask", version: str) -> B | None:
+        """Hand over the rows that were written as `version`; any other rows of the window are dropped."""
+        known, batch = self._batches.pop((task.partition, task.window.start), ("", None))
+        if batch is None or (known == version and not task.final):
+            return batch
+        batch.close()
+        return None
+
+    def identities(self, task: "WindowTask", version: str) -> Any:
+        """The identities of the rows of exactly that version, None when unknown."""
         # No lock needed: a dict lookup is atomic, and unknown rows are read again.
-        known, identities = self._known.get(slot, ("", None))
+        known, identities = self._identities.get((task.partition, task.window.start), ("", None))
         return identities if known == version else None
+
+    def drop_before(self, start: datetime) -> None:
+        """Drop the rows of windows that start earlier. No open window does, and another process may have closed these:
+        then nobody takes them any more.
+        """
+        for slot in [slot for slot in list(self._batches) if slot[1] < start]:
+            _, batch = self._batches.pop(slot, ("", None))
+            if batch is not None:
+                batch.close()
 
 
 NOTHING = Count(0, 0)
@@ -430,13 +459,14 @@ class Grid:
     count_windows: int = 744
     rewrite_seconds: float = 0.0
 
+    def window_at(self, instant: datetime) -> Window:
+        """The window that contains `instant`."""
+        return next(self.windows(instant, instant + datetime.resolution))
+
 
 @dataclass(frozen=True, slots=True)
 class Pipeline(Generic[B, E]):
     """One source joined to one sink, under one name.
-
-    `kept` is what this process last wrote, as (version, batch) by partition and window start; a cache that may be lost
-    at any time. The pipeline owns a kept batch; whoever read any other batch closes it.
 
     `by_digest`: the sink's own digest is the checkpoint. Before each read, the window's version comes from the sink
     instead of the records, so that manual changes are noticed; an object with the same digest is never rewritten, and
@@ -449,7 +479,7 @@ class Pipeline(Generic[B, E]):
     cursor continues; None = at the first start. `set_aside(partition, window, batch)` stores what the batch could not
     take into its rows and returns what it was. `rewrite_seconds(partitions)`: `Grid.rewrite_seconds` of a pass in which
     that many partitions have rows. `summarise(encoded, key, version)`: what is committed with the record of an object
-    just written; for open windows only if `summarises_open`. `refused(context, at, live)` handles the rows of a
+    just written; for live windows only if `summarises_live()`. `refused(context, at, live)` handles the rows of a
     partition that the sink cannot name, and of the partition "". `is_wanted(partition)`: False for one that the
     settings leave out; its cursor waits.
     """
@@ -462,8 +492,7 @@ class Pipeline(Generic[B, E]):
     shrink: Callable[[], Shrink] | None = None
     by_digest: bool = False
     deltas: Deltas[E] | None = None
-    identities: WrittenRows = field(default_factory=WrittenRows)
-    kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
+    written: WrittenRows[B] = field(default_factory=WrittenRows)
     large_points: int = 1 << 62
     large_turns: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(LARGE_AT_ONCE))
     lost_cursor: Callable[[str], datetime | None] | None = None
@@ -473,26 +502,7 @@ class Pipeline(Generic[B, E]):
     unit: str = VALUES
     rewrite_seconds: Callable[[int], float] | None = None
     summarise: Callable[[E, str, str], Sequence[Any]] | None = None
-    summarises_open: bool = False
-
-    def keep(self, task: "WindowTask", version: str, batch: B) -> None:
-        """Remember which rows `version` has while its window is open, and the rows themselves when that pays off."""
-        slot = (task.partition, task.window.start)
-        self.identities.keep(slot, version, None if task.final else batch.identities)
-        if batch.reusable and not task.final:
-            self.kept[slot] = (version, batch)
-
-    def keeps(self, batch: B) -> bool:
-        """True when the pipeline owns `batch`."""
-        return any(batch is mine for _, mine in list(self.kept.values()))
-
-    def take(self, task: "WindowTask", version: str) -> B | None:
-        """Hand over the rows that this process wrote as `version`; anything else cached for the window is dropped."""
-        known, batch = self.kept.pop((task.partition, task.window.start), ("", None))
-        if batch is None or (known == version and not task.final):
-            return batch
-        batch.close()
-        return None
+    summarises_live: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from app.core.pipeline import (
     Sums,
     WindowTask,
 )
-from app.core.runs import Context, Done, Failure, Report, ReportSum
+from app.core.runs import Context, Done, Failure, Report
 from app.core.sync import delete_deltas, ledger_of_counts, sync_window
 from app.core.windows import Age, FailedWindows, Window, age_of
 
@@ -43,19 +43,18 @@ def fill(
     span: Window,
     now: datetime,
     *,
+    done: Done,
     by_content: bool = False,
     always_writes: bool = False,
-    told: Done | None = None,
-) -> Report:
+) -> None:
     """Bring every due window of `span` up to date: missing windows are written and closed, late rows are merged into
     the object of their window.
 
     `by_content`: also windows whose count is confirmed, since values may have changed. `always_writes`: also rewrites
     objects that are right; rows that only an object has are listed in the notes, and stay unless the pipeline's
-    `shrink` removes them. `told` has already received what was done when a failure of several windows in a row is
-    raised.
+    `shrink` removes them. `done` has received what was done also when a failure of several windows in a row is raised.
     """
-    done, failed = ReportSum(told), FailedWindows()
+    failed = FailedWindows()
     for step in _steps(pipeline, span, now):
         counts = pipeline.source.counts(partition, step)
         found = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
@@ -80,7 +79,6 @@ def fill(
                 failed.check_outage()
             context.progress.advance(done=1)
     done(_failures(partition, failed))
-    return done.total
 
 
 def _failures(partition: str, failed: FailedWindows) -> Report:
@@ -210,17 +208,17 @@ def reconcile(
     span: Window,
     now: datetime,
     *,
+    done: Done,
     asked: Asked,
     by_content: Window | None,
     heals: bool,
-    told: Done | None = None,
-) -> Report:
+) -> None:
     """Compare every due window of `span` with its record, and bring it up to date where they differ.
 
     `by_content`: windows that start in it are re-read at the source even if their sums match. `heals`: objects that are
-    gone or foreign are rewritten. `told`: see `fill`.
+    gone or foreign are rewritten. `done`: see `fill`.
     """
-    done, failed = ReportSum(told), FailedWindows()
+    failed = FailedWindows()
     for step in _steps(pipeline, span, now):
         context.progress.advance(total=len(step))
         records = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
@@ -228,6 +226,9 @@ def reconcile(
         numbers = {name for record in records for name, sums in record.sums.items() if sums.total is not None}
         sums = asked(partition, step, numbers)
         troubles = check_objects(pipeline, partition, records, listed, dry_run=context.dry_run)
+        recorded: dict[datetime, list[Record]] = {}
+        for record in records:
+            recorded.setdefault(record.window.start, []).append(record)
         for window in step:
             context.stop.check()
             with failed.one():
@@ -237,7 +238,7 @@ def reconcile(
                     partition,
                     window,
                     now,
-                    records=[record for record in records if record.window.start == window.start],
+                    records=recorded.get(window.start, ()),
                     objects=_unfolded(pipeline, context, listed.get(window.start, {})),
                     sums=sums.get(window.start, {}),
                     trouble=troubles.get(window.start, ""),
@@ -248,7 +249,6 @@ def reconcile(
             failed.check_outage()
             context.progress.advance(done=1)
     done(_failures(partition, failed))
-    return done.total
 
 
 def _reconciled(

@@ -381,8 +381,10 @@ def execute(
     *,
     started_by: str = "schedule",
     dry_run: bool = False,
+    is_part: bool = False,
 ) -> Run | None:
-    """Run `job` once under its lease and record the outcome; None when another process holds the lease.
+    """Run `job` once under its lease and record the outcome; None when another process holds the lease. There is no
+    record of a dry run, nor of a part (`is_part`), which is in that of the run that planned it.
 
     Never raises for anything the job does: this is the one place where every exception becomes a recorded outcome.
     """
@@ -398,7 +400,7 @@ def execute(
             # overlap, and none ends before it began, even if the clock is changed meanwhile.
             run = replace(run, started_at=lease.acquired_at or services.clock())
             context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at, services, done)
-            if not dry_run:
+            if not (dry_run or is_part):
                 services.runs.save(run)
             token = current_run.set(run.run_id)
             try:
@@ -412,7 +414,7 @@ def execute(
         cause = error
         run = _failed(replace(run, report=done.total), error)
     run = replace(run, ended_at=run.ended_at or max(services.clock(), run.started_at))
-    if not dry_run:
+    if not (dry_run or is_part):
         try:
             services.runs.save(run)
         except AppError as error:  # an unavailable store must not hide how the run ended

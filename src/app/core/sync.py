@@ -42,7 +42,7 @@ from app.core.pipeline import (
     Sums,
     WindowTask,
 )
-from app.core.runs import Context, Done, Report, ReportSum
+from app.core.runs import Context, Done, Report
 from app.core.windows import Age, FailedWindows, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -110,18 +110,16 @@ def sync_partition(
     context: Context,
     at: Position,
     live: Mapping[datetime, Count],
-    told: Done | None = None,
+    done: Done,
     *,
     together: Mapping[datetime, ReadTogether[B]] = MappingProxyType({}),
-) -> Report:
+) -> None:
     """Run one step of one partition: its oldest due windows, then, when none is left, the live ones.
 
-    `live` holds the counts of open and settling windows by start, taken before this call; `together`, by start,
-    what reads them with those of other partitions. Raises what the ports raise;
-    an error of one window is raised after the others have been tried. What was committed stays, and was already
-    reported to `told`.
+    `live` holds the counts of open and settling windows by start, taken before this call; `together`, by start, what
+    reads them with those of other partitions. `done` receives each part as soon as it is committed. Raises what the
+    ports raise; an error of one window is raised after the others have been tried.
     """
-    done = ReportSum(told)
     left = dict(live)  # counted but not yet up to date
     failed, passed = FailedWindows(), at.cursor_at
     try:
@@ -141,7 +139,6 @@ def sync_partition(
         failed.check()
     finally:
         done(Report(ledger=ledger_of_counts(pipeline.unit, left.values(), "waiting")))
-    return done.total
 
 
 def ledger_of_counts(unit: str, counts: Iterable[Count], entry: str) -> Ledger:
@@ -387,7 +384,7 @@ def _put(
         return
     if same and not closes and not folds and (held is None or not task.always_writes):
         if held is not None:
-            pipeline.keep(task, held.version, batch)
+            pipeline.written.keep(task, held.version, batch)
             one.record = _record(task, key, held, one)
         return
     with closing(pipeline.sink.encode(task.partition, task.window, batch)) as plain:
@@ -395,11 +392,11 @@ def _put(
         version, is_ours = "", False
         if not context.dry_run:
             version, is_ours = _swap(pipeline, task, held, batch, encoded, key=key, folded=folded)
-            pipeline.keep(task, version, batch)
+            pipeline.written.keep(task, version, batch)
         one.record = _record(task, key, ObjectState(version, size_bytes=encoded.size_bytes, folded=folded), one)
         one.stored_bytes, one.corrected_rows = encoded.size_bytes, batch.corrected_rows
         one.new_rows = batch.new_rows if one.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
-        if pipeline.summarise and is_ours and (task.final or pipeline.summarises_open):
+        if pipeline.summarise and is_ours and (task.final or pipeline.summarises_live()):
             one.summaries = pipeline.summarise(encoded, key, version)
 
 
@@ -458,7 +455,7 @@ def _reading(pipeline: Pipeline[B, E], task: WindowTask, key: str, held: ObjectS
     """Yield the window's rows, merged with rows that only the sink still has. The batch is closed at the end unless the
     pipeline keeps it.
     """
-    kept = pipeline.take(task, held.version if held else "")
+    kept = pipeline.written.take(task, held.version if held else "")
     try:
         batch: B | None = None
         try:
@@ -491,7 +488,7 @@ def _reading(pipeline: Pipeline[B, E], task: WindowTask, key: str, held: ObjectS
             shrink=shrink,
         )
     finally:
-        if not pipeline.keeps(batch):
+        if not pipeline.written.owns(batch):
             batch.close()
 
 
@@ -534,7 +531,7 @@ def _needs_union(pipeline: Pipeline[B, E], task: WindowTask, held: ObjectState, 
     """
     if batch.digest == held.digest:
         return False
-    identities = pipeline.identities.of((task.partition, task.window.start), held.version)
+    identities = pipeline.written.identities(task, held.version)
     return identities is None or not batch.holds_all(identities)
 
 

@@ -38,10 +38,10 @@ class Layout:
     timestamp_unit: str = "ns"
 
 
-# The columns of the query live_records, after the partition.
+# The columns of the query live_records, after the partition and the window.
 OF_RECORD = (
-    *("starts_at", "ends_at", "part", "s3_key", "version", "digest", "record_count", "size_bytes", "source_cells"),
-    *("min_at", "max_at", "status", "source_fields", "source_digest", "source_sums", "trouble", "folded", "updated_at"),
+    *("part", "s3_key", "version", "digest", "record_count", "size_bytes", "source_cells", "min_at", "max_at"),
+    *("status", "source_fields", "source_digest", "source_sums", "trouble", "folded", "updated_at"),
 )
 INSTANTS = tuple(name for name in OF_RECORD if name.endswith(INSTANT_SUFFIX))
 SHARED_TEXTS = 1 << 12
@@ -67,35 +67,39 @@ class SqlCheckpoints(Repository):
         super().__init__(queries)
         self._summaries = SqlSummaries(queries)
 
-    def cursors(self, pipeline: str) -> Mapping[str, datetime]:
-        """See `Checkpoints.cursors`."""
-        return {row["device_id"]: row["cursor_at"] for row in self._known("cursors", pipeline)}
+    def cursors(self, pipeline: str, partition: str | None = None) -> Mapping[str, datetime]:
+        """See `Checkpoints.cursors`; of one partition, or of all when it is None."""
+        rows = self._known("cursors", pipeline=pipeline, partition=partition)
+        return {row["device_id"]: row["cursor_at"] for row in rows}
 
     def starts(self, pipeline: str) -> Mapping[str, datetime]:
         """See `Checkpoints.starts`."""
-        return {row["device_id"]: row["started_at"] for row in self._known("starts", pipeline)}
+        return {row["device_id"]: row["started_at"] for row in self._known("starts", pipeline=pipeline)}
 
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         """See `Checkpoints.records`."""
         of = {"pipeline": pipeline, "partition": partition}
         with self._reading() as (session, now):
             rows = session.rows(self._queries["records"], **of, since_at=since, until_at=until)
-        return [_record(row, now) for row in rows]
+        return [_record(row, Window(row["starts_at"], row["ends_at"]), now) for row in rows]
 
     def live_records(
         self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
     ) -> Mapping[str, Sequence[Record]]:
         """See `Checkpoints.live_records`. Streamed, since the rows of many devices would dominate a plan's memory."""
         found: dict[str, list[Record]] = {}
+        windows: dict[tuple[Any, Any], Window] = {}  # devices have the same ones
         with self._reading() as (session, now):
             chosen = None if partitions is None else json.dumps(partitions)
             of = {"pipeline": pipeline, "since_at": since, "partitions": chosen}
-            for device, *values in session.stream(self._queries["live_records"], **of):
+            for device, starts_at, ends_at, *values in session.stream(self._queries["live_records"], **of):
+                window = windows.get((starts_at, ends_at))
+                if window is None:
+                    window = windows[starts_at, ends_at] = Window(_instant(starts_at), _instant(ends_at))
                 row = dict(zip(OF_RECORD, values, strict=True))
                 for name in INSTANTS:
-                    if isinstance(text := row[name], str):  # SQLite has no type for instants
-                        row[name] = datetime.fromisoformat(text)
-                found.setdefault(device, []).append(_record(row, now))
+                    row[name] = _instant(row[name])
+                found.setdefault(device, []).append(_record(row, window, now))
         return found
 
     def layouts(self, pipeline: str) -> Sequence[Layout]:
@@ -192,18 +196,7 @@ class SqlCheckpoints(Repository):
 
     def of(self, pipeline: str) -> Sequence[Checkpoint]:
         """Every partition of the pipeline, by name."""
-        return [
-            Checkpoint(
-                partition=row["device_id"],
-                cursor_at=row["last_exported_at"],
-                high_watermark_at=row["high_watermark_at"],
-                error=row["error_message"] or "",
-                key=row["s3_key"] or "",
-                rows=row["record_count"] or 0,
-                updated_at=row["updated_at"],
-            )
-            for row in self._queries.rows("checkpoints_of", pipeline=pipeline)
-        ]
+        return [Checkpoint(**row) for row in self._queries.rows("checkpoints_of", pipeline=pipeline)]
 
     def _fence(self, session: Session, lease: Lease) -> datetime:
         """Lock the lease until the transaction ends; returns the database's clock. Raises LeaseLost."""
@@ -213,10 +206,10 @@ class SqlCheckpoints(Repository):
         now_at: datetime = rows[0]["now_at"]
         return now_at
 
-    def _known(self, query: str, pipeline: str) -> list[Row]:
+    def _known(self, query: str, **of: str | None) -> list[Row]:
         """Rows of the query, which leaves out those ahead of the database's clock."""
         with self._reading() as (session, now):
-            return session.rows(self._queries[query], pipeline=pipeline, until_at=now + AHEAD)
+            return session.rows(self._queries[query], **of, until_at=now + AHEAD)
 
 
 def _day(retired: Mapping[datetime, int], day: datetime) -> str:
@@ -295,12 +288,17 @@ def _counts(text: str) -> Mapping[str, int]:
     return MappingProxyType({intern(name): number for name, number in json.loads(text or "{}").items()})
 
 
-def _record(row: Row, now: datetime) -> Record:
+def _instant(stored: Any) -> Any:
+    """A streamed timestamp or None; SQLite has no type for instants."""
+    return datetime.fromisoformat(stored) if isinstance(stored, str) else stored
+
+
+def _record(row: Row, window: Window, now: datetime) -> Record:
     given = row["source_sums"]
     sums = {intern(name): _sums(listed) for name, listed in json.loads(given).items()} if given else {}
     fields, source_digest = row["source_fields"], row["source_digest"]
     return Record(
-        window=Window(row["starts_at"], row["ends_at"]),
+        window=window,
         part=row["part"],
         key=row["s3_key"],
         version=row["version"],
@@ -310,7 +308,7 @@ def _record(row: Row, now: datetime) -> Record:
         source_cells=row["source_cells"],
         min_at=row["min_at"],
         max_at=row["max_at"],
-        closed=row["status"] == "closed" and max(row["ends_at"], row["updated_at"]) <= now + AHEAD,
+        closed=row["status"] == "closed" and max(window.end, row["updated_at"]) <= now + AHEAD,
         fields=_values(sums) if fields == SAME else _counts(fields),
         source_digest=row["digest"] if source_digest == SAME else source_digest,
         sums=sums,

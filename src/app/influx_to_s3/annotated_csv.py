@@ -234,9 +234,12 @@ def _line_end(rows: bytes, position: int) -> int:
 def _last_row_end(block: bytes) -> int:
     """The offset just past the last newline outside quotes, 0 when there is none."""
     end = len(block)
-    while (end := block.rfind(b"\n", 0, end)) >= 0:
-        if _closed(block, 0, end):
-            return end + 1
+    is_outside = _closed(block, 0, end)
+    while (newline := block.rfind(b"\n", 0, end)) >= 0:
+        is_outside = is_outside == _closed(block, newline, end)
+        if is_outside:
+            return newline + 1
+        end = newline
     return 0
 
 
@@ -246,7 +249,10 @@ def _next_head(rows: bytes, position: int) -> int:
         return position
     # Most blocks hold no annotation: one search for `#` is much cheaper than checking the start of every row.
     pattern = BLANK_ROW if rows.find(b"#", position) < 0 else HEAD_ROW
+    counted_to, is_outside = position, True  # texts may hold many such lines, so no quote is counted twice
     for found in pattern.finditer(rows, position):
-        if _closed(rows, position, found.start()):
+        is_outside = is_outside == _closed(rows, counted_to, found.start())
+        counted_to = found.start()
+        if is_outside:
             return found.end()
     return len(rows)

@@ -85,8 +85,7 @@ class Export:
         self._aside = SetAsidePoints(
             set_aside, measurement=settings.influx.measurement, device_tag=settings.influx.device_tag
         )
-        self._kept: dict[tuple[str, datetime], tuple[str, RowBatch]] = {}  # rows of large open windows
-        self._identities = WrittenRows()
+        self._written = WrittenRows[RowBatch]()
         self._backoff = Backoff()
         self._settling = SettlingSchedule()
         self._is_warned = False
@@ -112,7 +111,7 @@ class Export:
         since = max(opened.now - timedelta(days=export.reconcile_days), opened.tree.first_start_at)
         by_content = Window(since, since + CONTENT_SPAN)
         # A device without a cursor is new: the job closes its windows, beginning at the first start.
-        cursors = {device: at for device, at in self._checkpoints.cursors(NAME).items() if self._is_exported(device)}
+        cursors = {device: at for device, at in opened.cursors.items() if self._is_exported(device)}
 
         def one(device: str, done: Done) -> None:
             until = min(opened.now, cursors[device])
@@ -123,10 +122,10 @@ class Export:
                     device,
                     Window(since, until),
                     opened.now,
+                    done=done,
                     asked=opened.source.sums,
                     by_content=by_content,
                     heals=export.heal == "auto",
-                    told=done,
                 )
 
         report = self._isolated(opened, context, sorted(cursors), one)
@@ -172,9 +171,8 @@ class Export:
 
     def ends(self, stop: Stop) -> ExportEnds:
         """Both ends as they are now. Does not depend on a run in progress. Only healing changes anything."""
-        return ExportEnds(
-            self._open(stop, dry_run=True), self._clock, self._is_exported, lambda: self._open(stop, dry_run=False)
-        )
+        reads_only = self._open(stop, dry_run=True, cursors={})  # only writes need cursors
+        return ExportEnds(reads_only, self._clock, self._is_exported, lambda: self._open(stop, dry_run=False))
 
     def _open(
         self,
@@ -223,7 +221,7 @@ class Export:
             storage_class=settings.s3.storage_class if settings.s3.bucket else "",
             summed=self._sums.take if self._sums else None,
         )
-        return OpenedExport(tree, now, columns, source, sink, self._pipeline(tree, now, source, sink))
+        return OpenedExport(tree, now, columns, source, sink, self._pipeline(tree, now, source, sink), known)
 
     def _tree(
         self, *, is_new: bool, dry_run: bool, change: Callable[[LayoutDocument, datetime], LayoutDocument] | None
@@ -283,8 +281,7 @@ class Export:
             grid=Grid(tree.windows, export.grace_seconds),
             shrink=self._shrinking(source, removes=True) if export.allow_shrink else None,
             deltas=sink,
-            kept=self._kept,
-            identities=self._identities,
+            written=self._written,
             is_wanted=listed_devices(self._settings),
             large_points=export.batch_size,
             lost_cursor=self._lost_cursors(tree, now),
@@ -294,7 +291,7 @@ class Export:
             summarise=_summaries,
             # If no report was ever requested, only past windows are summarised: an open object is replaced every
             # minute.
-            summarises_open=sums is not None and sums.stored.is_asked(),
+            summarises_live=cache(sums.stored.is_asked) if sums else lambda: False,
         )
         return pipeline
 
@@ -306,6 +303,7 @@ class Export:
         return PassOptions(
             now=opened.now,
             first_at=opened.tree.first_start_at,
+            cursors=opened.cursors,
             probe=probe,
             nothing_found=lambda: refuse_wrong_settings(opened, self._settings),
             backoff=self._backoff,
@@ -324,7 +322,7 @@ class Export:
         )
 
     def _fill(self, opened: OpenedExport, context: Context, span: Window, *, always_writes: bool) -> Report:
-        cursors = self._checkpoints.cursors(NAME)
+        cursors = opened.cursors
 
         def one(device: str, done: Done) -> None:
             until = min(span.end, cursors.get(device, span.end))
@@ -335,9 +333,9 @@ class Export:
                     device,
                     Window(span.start, until),
                     opened.now,
+                    done=done,
                     by_content=not always_writes,
                     always_writes=always_writes,
-                    told=done,
                 )
 
         devices = sorted(filter(self._is_exported, {*cursors, *opened.source.partitions(span.start)}))

@@ -190,6 +190,7 @@ class LayoutFile:
         self._store = store
         self.key = "/".join(part for part in (prefix, FOLDER, NAME) if part)
         self._make = make
+        self._latest: tuple[LayoutDocument, str] | None = None  # what this process last read or wrote, with its ETag
 
     def begin(
         self,
@@ -274,6 +275,8 @@ class LayoutFile:
             info = self._store.head(self.key)
             if info is None:
                 return None
+            if self._latest is not None and self._latest[1] == info.etag:
+                return self._latest
             try:
                 with self._store.open(self.key, info.etag) as body:
                     text = body.read() if body else None
@@ -282,20 +285,20 @@ class LayoutFile:
             if text is None:
                 continue
             try:
-                return from_json(json.loads(text)), info.etag
-            except (ValueError, KeyError, TypeError, StopIteration) as error:
+                self._latest = from_json(json.loads(text)), info.etag
+            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
                 raise Permanent(
                     f"{self.key} cannot be read: {type(error).__name__}: {str(error)[:200]}",
                     "restore an earlier version of this object, or delete it: then it is re-created from the objects. "
                     "Nothing is written before",
                 ) from error
+            return self._latest
         raise Transient(f"{self.key}: changed {CONFLICTS} times while it was read", "no action needed; it is retried")
 
     def _put(self, tree: LayoutDocument, expected: str) -> None:
         text = json.dumps(to_json(tree), indent=1, ensure_ascii=False)
-        self._store.put(
-            self.key, io.BytesIO(text.encode("utf-8", "surrogatepass")), PutRequest("application/json", {}, expected)
-        )
+        body = io.BytesIO(text.encode("utf-8", "surrogatepass"))
+        self._latest = tree, self._store.put(self.key, body, PutRequest("application/json", {}, expected))
 
 
 def to_json(tree: LayoutDocument) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, BinaryIO, cast
@@ -25,9 +26,9 @@ from app.core.pipeline import Commit, Count, Pipeline, Position
 from app.core.runs import Context, Report
 from app.core.sync import ledger_of_counts
 from app.core.windows import DAY_SECONDS, Age, Window, age_of, floor_to
-from app.influx_to_s3.reader import FieldCount, PointColumns, partition_totals
+from app.influx_to_s3.reader import PointColumns, QueryTooLarge, partition_totals
 from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.source import InfluxSource, OpenedExport
+from app.influx_to_s3.source import SHORTEST, InfluxSource, OpenedExport
 from app.object_store.set_aside import LINES, SetAsideResult, SetAsideStore
 from app.object_store.table_sink import EncodedFile
 
@@ -47,7 +48,7 @@ OLDEST_AT = datetime(1678, 1, 1, tzinfo=UTC)  # InfluxDB's timestamps are int64 
 NEWEST_AT = datetime(2262, 4, 11, tzinfo=UTC)
 CLOCKS_SET_AT = datetime(2000, 1, 1, tzinfo=UTC)
 NAMED = 20
-DAYS = 64  # maximum days of unset clocks read in one run
+DAYS = 64  # of each device with an unset clock, kept in one run
 log = logging.getLogger(__name__)
 
 
@@ -82,6 +83,20 @@ def lines_of(points: PointColumns, measurement: str, own: Mapping[str, str]) -> 
         values = {name: some[row] for name, some in fields if some[row] is not None}
         if values:
             yield line(measurement, {**own, **there}, values, instant_ns)
+
+
+@dataclass(slots=True)
+class _UnsetClock:
+    """What a run keeps of a device whose clock was never set: values by field that still wait, the number of new ones,
+    and of days. `is_full`: other days wait for the next run. `is_kept`: the store took all of it.
+    """
+
+    waiting: Counter[str]
+    new: int = 0
+    sample: str = ""
+    days: int = 0
+    is_full: bool = False
+    is_kept: bool = True
 
 
 class SetAsidePoints:
@@ -163,7 +178,8 @@ class SetAsidePoints:
         reason, sample = (REFUSED_ID, f"device id {device[:80]!r}") if device else (NO_DEVICE_TAG, "")
         for window in windows:
             context.stop.check()
-            count = counts.get(window.start) if window in due else live.get(window.start)
+            is_due = bool(due) and window.start <= due[-1].start
+            count = (counts if is_due else live).get(window.start)
             if count is None:
                 continue
             if self._known.get((device, window.start)) == count.cells or context.dry_run:
@@ -186,29 +202,60 @@ class SetAsidePoints:
 
         Future points wait for their windows; points from before CLOCKS_SET_AT are kept as line protocol, by day.
         """
-        pipeline, source = opened.pipeline, opened.source
-        newest = next(pipeline.grid.windows(opened.now, opened.now + datetime.resolution)).end
-        future = partition_totals(source.again(lambda: list(source.reader.outside(Window(newest, NEWEST_AT)))))
+        pipeline = opened.pipeline
+        future = _outside(opened, Window(pipeline.grid.window_at(opened.now).end, NEWEST_AT))
         report = Report(ledger=ledger_of_counts(pipeline.unit, future.values(), "waiting"))
         if opened.tree.first_start_at < CLOCKS_SET_AT:
             return report  # an export that starts this early includes these points
         unset = Window(OLDEST_AT, CLOCKS_SET_AT)
-        old = partition_totals(source.again(lambda: list(source.reader.outside(unset))))
-        for (device, start), count in old.items():
-            new, sample, left = 0, "", count.cells
-            if self._known.get((device, start)) != count.cells and not context.dry_run:
-                for day in islice(_days(source, device, unset), DAYS):
-                    context.stop.check()
-                    kept, read = self.keep_points(CLOCK_NOT_SET, device, day, source.reader.rows(device, day))
-                    new, sample, left = new + kept.new, sample or kept.entry.sample, left - sum(read.values())
-                new += max(left, 0)
-                self._known[device, start] = count.cells
-                log.debug("%r: %d values set aside: %s", device, count.cells, CLOCK_NOT_SET)
-            report += _accounted(pipeline, count.fields, SetAside(CLOCK_NOT_SET, count.cells, new, sample))
+        found = {device: count for (device, _), count in _outside(opened, unset).items()}
+        clocks = {
+            device: _UnsetClock(Counter(count.fields))
+            for device, count in found.items()
+            if self._known.get((device, unset.end)) != count.cells and not context.dry_run
+        }
+        for day, counts in _days(opened, unset) if clocks else ():
+            for device in sorted(counts.keys() & clocks.keys()):
+                context.stop.check()
+                self._keep_day(opened.source, device, day, counts[device], clocks[device])
+            if all(clock.is_full for clock in clocks.values()):
+                break
+        for device, count in found.items():
+            clock = clocks.get(device, _UnsetClock(Counter()))
+            left = +clock.waiting
+            if device in clocks and clock.is_kept and not left:
+                self._known[device, unset.end] = count.cells
+            done = Counter(count.fields) - left
+            report += _accounted(pipeline, done, SetAside(CLOCK_NOT_SET, done.total(), clock.new, clock.sample))
+            report += Report(ledger=ledger_of_counts(pipeline.unit, [Count(0, 0, left)], "waiting"))
         return report
+
+    def _keep_day(self, source: InfluxSource, device: str, day: Window, count: Count, clock: "_UnsetClock") -> None:
+        """Keep one day of a device whose clock was never set, unless it is kept already or DAYS others were."""
+        if self._known.get((device, day.start)) != count.cells:
+            clock.is_full = clock.days == DAYS
+            if clock.is_full:
+                return
+            kept, _ = self.keep_points(CLOCK_NOT_SET, device, day, _points(source, device, day, count))
+            log.debug("%r %s: %d values set aside: %s", device, day, kept.number, CLOCK_NOT_SET)
+            clock.days += 1
+            clock.new += kept.new
+            clock.sample = clock.sample or kept.entry.sample
+            if kept.key:
+                self._known[device, day.start] = count.cells
+            else:
+                clock.is_kept = False
+        clock.waiting.subtract(count.fields)
 
     def _own(self, device: str) -> Mapping[str, str]:
         return {self._device_tag: device} if device else {}
+
+
+def _outside(opened: OpenedExport, span: Window) -> Mapping[tuple[str, datetime], Count]:
+    """Counts of a long span by device, without devices that the settings leave out."""
+    found = opened.source.again(lambda: list(opened.source.reader.outside(span)))
+    is_wanted = opened.pipeline.is_wanted
+    return partition_totals(each for each in found if not each.device or is_wanted(each.device))
 
 
 def _owner(device: str) -> str:
@@ -269,7 +316,7 @@ def _named(names: Sequence[str]) -> str:
 def _points(source: InfluxSource, device: str, window: Window, count: Count) -> Iterator[PointColumns]:
     """All points of a window; empty strings, which Flux returns as absent, as separate points."""
     read: Counter[str] = Counter()
-    for block in source.reader.rows(device, window):
+    for block in _blocks(source, device, window):
         read.update(block.numbers)
         yield block
     for field, values in count.fields.items():
@@ -277,21 +324,36 @@ def _points(source: InfluxSource, device: str, window: Window, count: Count) -> 
             yield from source.reader.empty_texts(device, window, field)
 
 
+def _blocks(source: InfluxSource, device: str, span: Window) -> Iterator[PointColumns]:
+    """The points of a span, which is halved while it is too large for the server."""
+    is_begun = False
+    try:
+        for block in source.reader.rows(device, span):
+            is_begun = True
+            yield block
+    except QueryTooLarge:
+        if is_begun or span.end - span.start < SHORTEST:
+            raise
+        middle = span.start + (span.end - span.start) / 2
+        yield from _blocks(source, device, Window(span.start, middle))
+        yield from _blocks(source, device, Window(middle, span.end))
+
+
 def _accounted(pipeline: ExportPipeline, fields: Mapping[str, int], aside: SetAside) -> Report:
     tallies = {name: Tally(counted=number, read=number, set_aside=number) for name, number in fields.items()}
     return Report(ledger=Ledger(pipeline.unit, tallies, (aside,)))
 
 
-def _days(source: InfluxSource, device: str, span: Window) -> Iterable[Window]:
-    """The UTC days of a long span in which a device has points, found by bisection."""
-    found: Sequence[FieldCount] = source.again(lambda: list(source.reader.outside(span)))
-    if not any(each.device == device and each.values for each in found):
+def _days(opened: OpenedExport, span: Window) -> Iterator[tuple[Window, Mapping[str, Count]]]:
+    """The UTC days of a long span that have points, with the counts by device; found by bisection."""
+    found = {device: count for (device, _), count in _outside(opened, span).items()}
+    if not found:
         return
     if span.seconds <= DAY_SECONDS:
-        yield span
+        yield span, found
         return
     middle = floor_to(span.start + (span.end - span.start) / 2, DAY_SECONDS)
     if middle <= span.start:
         middle = span.start + timedelta(days=1)
-    yield from _days(source, device, Window(span.start, middle))
-    yield from _days(source, device, Window(middle, span.end))
+    yield from _days(opened, Window(span.start, middle))
+    yield from _days(opened, Window(middle, span.end))

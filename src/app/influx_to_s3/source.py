@@ -343,7 +343,9 @@ class InfluxSource:
 
 @dataclass(frozen=True, slots=True)
 class OpenedExport:
-    """The pipeline of one run, whose pauses end with that run. `now`: windows that start later may not be written."""
+    """The pipeline of one run, whose pauses end with that run. `now`: windows that start later may not be written.
+    `cursors`: those of all devices when the run began.
+    """
 
     tree: LayoutDocument
     now: datetime
@@ -351,6 +353,7 @@ class OpenedExport:
     source: InfluxSource
     sink: TableSink
     pipeline: Pipeline[RowBatch, EncodedFile]
+    cursors: Mapping[str, datetime]
 
 
 def check_values(device: str, span: Window, read: Mapping[str, Sums], counted: Mapping[str, int]) -> None:

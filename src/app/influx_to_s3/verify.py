@@ -129,7 +129,7 @@ class ExportEnds:
         if not windows:
             return ()
         retired = checkpoints.retired(name, partition, Window(windows[0].start, now))
-        cursor_at = checkpoints.cursors(name).get(partition)
+        cursor_at = checkpoints.cursors(name, partition).get(partition)
         moment = MapContext(now, self.opened.pipeline.grid.grace_seconds, cursor_at, retired=retired)
         listed, records = list_days(self.opened, partition, windows)
         found = (

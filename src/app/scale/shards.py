@@ -127,6 +127,7 @@ class Shards:
         while True:
             for done in self._take_reports(pipeline):
                 total += done.report
+                context.done(done.report)  # taken from the database: the record of a run that fails must have it
                 self._requested(done.requests)
                 part = out.pop(done.step, None) if done.plan_id == context.run_id else None
                 if part is not None:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from app.core.errors import AppError
-from app.core.runs import Failure, Job, NoProgress, Outcome, Report, Run, Runs, Stop, execute, named_in_logs
+from app.core.runs import Failure, Job, NoProgress, Outcome, Report, Run, Stop, execute, named_in_logs
 from app.db.workers import StepReport
 from app.ops.health import Probes
 from app.ops.logs import log_run
@@ -31,17 +31,6 @@ STALLED_SECONDS = 120.0
 log = logging.getLogger(__name__)
 
 
-class UnrecordedRuns:
-    """See `app.core.runs.Runs`: steps are parts of a run, which is recorded by the process that planned it."""
-
-    def __init__(self, runs: Runs) -> None:
-        self.recent = runs.recent
-        self.since_done_seconds = runs.since_done_seconds
-
-    def save(self, run: Run) -> None:
-        """Does nothing."""
-
-
 class Worker:
     """Runs queued work from `start` until a stop is requested. See `app.ops.health.WorkLoop`."""
 
@@ -49,7 +38,7 @@ class Worker:
         self._service = service
         self._workers = cast("Workers", service.scheduler.elsewhere)
         self._jobs = {job.name: job for job in service.pipelines.jobs if not job.off}
-        self._step_services = replace(service.services, runs=UnrecordedRuns(service.state.runs), ended=log_run)
+        self._step_services = replace(service.services, ended=log_run)
         self._stop: Stop = service.stop
         self._running: set[str] = set()
         self._lock = threading.Lock()
@@ -134,7 +123,7 @@ class Worker:
             run = None
             if alone and not self._stop.asked:
                 job = Job(step, 0, lambda context: work(context, part))
-                run = execute(job, self._step_services, self._stop, NoProgress())
+                run = execute(job, self._step_services, self._stop, NoProgress(), is_part=True)
         self._service.costs.save()
         with _told(f"what came of {step} cannot be stored: its plan counts it as waiting"):
             done = StepReport(plan_id, step, _of_step(step, run, part.left), run.requests if run else {})
