@@ -358,3 +358,17 @@ def test_the_file_is_for_its_owner_alone_also_an_old_one_and_the_next(tmp_path: 
         "app.log": 0o600,
         "app.log.1": 0o600,
     }
+
+
+class Gone(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_pipe_that_nobody_reads_does_not_bring_out_what_is_redacted(capsys: pytest.CaptureFixture[str]) -> None:
+    configure("INFO", "json", None, secrets=("canary-secret",), stream=Gone())
+    try:
+        logging.getLogger("app.x").warning("the token is %s", "canary-secret")
+    finally:
+        release()
+    assert capsys.readouterr().err == "a log line of app.x cannot be written: BrokenPipeError\n"

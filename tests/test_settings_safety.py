@@ -256,3 +256,15 @@ def test_a_reconcile_that_has_nothing_to_compare_is_warned_of(hours: str, days: 
     source = {"INFLUXDB_URL": "http://influx:8086", "INFLUXDB_API": "influxql", "INFLUXDB_DATABASE": "telemetry"}
     told = warnings(loaded(source, LOOKBACK_HOURS=hours, RECONCILE_DAYS=days), {})
     assert len([line for line in told if line.startswith("RECONCILE_DAYS")]) == number
+
+
+def test_each_heartbeat_url_is_a_secret_of_its_own() -> None:
+    urls = ["https://hc.example.org/one", "https://hc.example.org/two?x=1"]
+    found = secrets_of(loaded(HEARTBEAT_URLS=f"influx_to_s3={urls[0]},csv_inbox={urls[1]}"))
+    assert set(urls) < set(found)
+
+
+def test_pairs_are_shown_as_they_are_written() -> None:
+    shown = describe(loaded(ALERT_GRACE_BY_JOB="influx_to_s3=300", EXPORT_COLUMN_TYPES="count=float,state=text"))
+    assert shown["alert.grace_by_job"] == "influx_to_s3=300"
+    assert shown["export.column_types"] == "count=double,state=text"

@@ -182,6 +182,16 @@ WHERE
     pipeline = :pipeline AND device_id <> '' AND last_exported_at IS NOT NULL AND device_id >= :first
     AND (:last = '' OR device_id <= :last) AND lower(device_id) LIKE :pattern ESCAPE '!';
 
+-- name: late_partitions
+-- Names of a pipeline's partitions that are not finished up to :before_at.
+SELECT device_id
+FROM export_checkpoints
+WHERE
+    pipeline = :pipeline AND device_id <> '' AND last_exported_at < :before_at AND device_id >= :first
+    AND (:last = '' OR device_id <= :last) AND lower(device_id) LIKE :pattern ESCAPE '!'
+ORDER BY device_id
+LIMIT :limit;
+
 -- name: any_rows
 -- A row if any partition has an object in that span, or had one on a day from :since_day_at on whose records were
 -- deleted.

@@ -136,11 +136,11 @@ def on_service(name: str, **given: Any) -> int:
 def google(*, no_browser: bool, as_json: bool) -> int:
     """Ask for a user's consent in a browser and keep the token."""
     settings = configured()
-    from app.dynamo_to_drive import drive
+    from app.dynamo_to_drive import credentials
 
-    kept = settings.service.data_dir / drive.TOKEN_FILE
+    kept = settings.service.data_dir / credentials.TOKEN_FILE
     with redirect_stdout(sys.stderr):  # the library prints the URL
-        drive.consent(settings.drive, kept, open_browser=not no_browser)
+        credentials.consent(settings.drive, kept, open_browser=not no_browser)
     from app.ops import commands
 
     text = f"the token is kept in {kept}; it is renewed there"

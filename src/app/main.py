@@ -24,9 +24,18 @@ from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
 from app.ops.alerts import Alerts
-from app.ops.connection_checks import ConnectionCheck, destinations, state_check, store_check, store_checks, webhook
+from app.ops.connection_checks import (
+    ConnectionCheck,
+    ProbeAnswer,
+    Probes,
+    Readiness,
+    destinations,
+    state_check,
+    store_check,
+    store_checks,
+    webhook,
+)
 from app.ops.delivery_map import DeliveryMaps
-from app.ops.health import ProbeAnswer, Probes, Readiness
 from app.ops.json_views import ServiceCalls
 from app.ops.logs import log_run
 from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported

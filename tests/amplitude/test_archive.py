@@ -4,11 +4,12 @@ import gzip
 import io
 import struct
 import zipfile
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from app.amplitude.archives import joined, joined_lines, opened, read_errors
+from app.amplitude.archives import ExportArchive, joined, joined_lines, read_errors
 from app.core.errors import AppError, Permanent, Transient
 from app.core.windows import Window
 
@@ -35,8 +36,10 @@ def with_field(body: bytes, at: int, value: int) -> bytes:
 
 
 def read(body: bytes) -> bytes:
-    with opened(io.BytesIO(body)) as archive, read_errors():
-        members = [member for found in archive.hours(SPAN).values() for member in found]
+    with closing(ExportArchive(SPAN, io.BytesIO(body))) as archive, read_errors():
+        if archive.fault:
+            raise archive.fault
+        members = [member for found in archive.hours.values() for member in found]
         (text,) = (stream.read() for stream in archive.streams(members))
         return text
 
@@ -66,8 +69,8 @@ def test_what_is_wrong_with_an_export_is_one_of_our_errors(body: bytes, kind: ty
 
 def test_an_error_of_whoever_reads_is_not_taken_for_one_of_the_zip() -> None:
     def reading() -> None:
-        with opened(io.BytesIO(export())) as archive:
-            for _ in archive.streams(archive.hours(SPAN)[HOUR_AT]):
+        with closing(ExportArchive(SPAN, io.BytesIO(export()))) as archive:
+            for _ in archive.streams(archive.hours[HOUR_AT]):
                 raise RuntimeError("of the reader")
 
     with pytest.raises(RuntimeError, match="of the reader"):
@@ -80,8 +83,8 @@ def test_two_members_of_one_name_are_both_read() -> None:
         archive.writestr(NAME, b"first")
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr(NAME, b"second")
-    with opened(held) as found:
-        assert [stream.read() for stream in found.streams(found.hours(SPAN)[HOUR_AT])] == [b"first", b"second"]
+    with closing(ExportArchive(SPAN, held)) as found:
+        assert [stream.read() for stream in found.streams(found.hours[HOUR_AT])] == [b"first", b"second"]
 
 
 def test_members_of_no_hour_go_to_whoever_asks_for_them_unless_there_are_no_others() -> None:
@@ -89,9 +92,10 @@ def test_members_of_no_hour_go_to_whoever_asks_for_them_unless_there_are_no_othe
     with zipfile.ZipFile(held, "w") as archive:
         for name in (NAME, "README.txt", NAME.replace("-07_9", "-08_9")):
             archive.writestr(name, TEXT)
-    odd = dict[str, str]()
-    with opened(held) as found:
-        (hour,) = found.hours(SPAN, lambda what, member: odd.update({member.filename: what})).values()
+    with closing(ExportArchive(SPAN, held)) as found:
+        (hour,) = found.hours.values()
+        odd = {member.filename: error.message for error, member in found.odd}
+    assert found.fault is None
     assert [member.filename for member in hour] == [NAME]
     assert odd.keys() == {"README.txt", NAME.replace("-07_9", "-08_9")}
     assert odd["README.txt"].endswith("which names no hour")
@@ -102,5 +106,5 @@ def test_a_checksum_of_the_zip_is_compared_also_where_members_are_joined() -> No
     with zipfile.ZipFile(held, "w") as archive:
         archive.writestr(NAME, gzip.compress(b"{}"))
     damaged = with_field(held.getvalue(), 14, 0)
-    with opened(io.BytesIO(damaged)) as found, pytest.raises(Transient, match="Bad CRC-32"):
-        list(joined_lines(joined(), found.streams()))
+    with closing(ExportArchive(SPAN, io.BytesIO(damaged))) as found, pytest.raises(Transient, match="Bad CRC-32"):
+        list(joined_lines(joined(), found.streams(found.hours[HOUR_AT])))

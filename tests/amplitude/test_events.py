@@ -14,8 +14,6 @@ import pytest
 
 from app.amplitude.events import (
     BLOCK_BYTES,
-    KEPT_LINE_BYTES,
-    MAX_LINE_BYTES,
     NO_UUID,
     NOT_JSON,
     NOT_TEXT,
@@ -28,6 +26,7 @@ from app.amplitude.events import (
 from app.core.runs import Stop
 from app.core.windows import EPOCH, HOUR_SECONDS, window_at
 from app.dwh.tables import TABLES
+from app.product_events.hours import KEPT_LINE_BYTES, MAX_LINE_BYTES
 from app.product_events.mapping import mapping
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ import gzip
 import io
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from app.amplitude.job import AmplitudePull
 from app.config.environment import load_settings
 from app.core.errors import Stopped
+from app.core.pipeline import Commit
 from pulling import HOUR, START, Landed, landed, pulling
 from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events, generated
 
@@ -270,3 +272,19 @@ def test_an_object_that_another_program_put_in_the_place_of_an_hour_is_replaced_
     made.put(key, b"theirs")
     made.amplitude(simulator).run()
     assert len(gzip.decompress(made.objects()[key]).splitlines()) == 9
+
+
+def test_a_week_above_the_limit_of_an_upload_is_told_before_it_is_made(
+    world: tuple[Landed, AmplitudeSimulator],
+) -> None:
+    made, simulator = world
+    pull = made.amplitude(simulator)
+    pull.to_the_end()
+    before, checkpoints = made.objects(), made.state.checkpoints
+    hours = checkpoints.records("amplitude", "web", MONDAY, TUESDAY)
+    grown = [replace(hour, size_bytes=1 << 30, digest="another") for hour in hours if hour.rows]
+    checkpoints.commit("amplitude", "web", Commit(grown), made.context("amplitude").lease)
+    (failure,) = pull.run().failures
+    assert failure.message.startswith(f"{WEEK}: ")
+    assert failure.message.endswith(" bytes exceed the 5 GiB limit of one upload")
+    assert made.objects() == before

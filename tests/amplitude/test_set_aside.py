@@ -157,6 +157,16 @@ def test_an_hour_that_fails_for_a_moment_lands_with_the_next_run(world: World) -
     assert len(simulator.state.asked) == calls, "it waits no more"
 
 
+def test_an_hour_whose_archive_cannot_be_read_is_found_by_halving_its_day(world: World) -> None:
+    _, simulator, pull = world
+    pull.to_the_end()
+    at, calls = MONDAY + 200 * HOUR, len(simulator.state.asked)
+    simulator.state.faults["web", at] = AmplitudeFault(named="a/name/without/an/hour")
+    assert len(pull.fill(at - 8 * HOUR, at + 16 * HOUR).failures) == 1
+    assert len(simulator.state.asked) - calls < 15
+    assert 200 not in gaps(pull), "it was loaded before"
+
+
 def test_an_hour_that_failed_while_the_clock_was_ahead_waits_no_longer_than_others(world: World) -> None:
     made, simulator, _ = world
     pull = made.amplitude(simulator)

@@ -89,3 +89,11 @@ def test_every_format_has_spans_of_time_bytes_and_unions(tmp_path: Path) -> None
     assert answer(odd, "parquet", tmp_path)[:4] == b"PAR1"
     with pytest.raises(Rejected, match="cannot be written"):
         answer("SELECT [DATE '290000-01-01'] AS days", "csv", tmp_path)
+    assert b"'=1+1" in answer("SELECT union_value(s := '=1+1') AS either", "csv", tmp_path, formula_safe=True)
+
+
+@pytest.mark.parametrize("how", ["json", "ndjson", "csv", "parquet", "xlsx"])
+def test_a_type_of_duckdb_alone_is_refused_and_not_given_as_its_inner_bytes(how: str, tmp_path: Path) -> None:
+    for sql in ("SELECT 1::BIGNUM AS n", "SELECT [1::BIGNUM] AS n"):
+        with pytest.raises(Rejected, match="type BIGNUM, which no format has"):
+            answer(sql, how, tmp_path)

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from app.analytics.columns import ReportFile
+from app.analytics.engine import Engine, UnreadableObject
+from app.analytics.formats import AnswerShape
+from app.analytics.queries import Queries, ReadSet, ReportObjects
 from app.core.errors import Transient
 from app.db.object_summaries import SqlSummaries
 from app.db.state import State
@@ -89,3 +93,39 @@ def assert_whole(rows: Sequence[tuple[Any, ...]]) -> None:
     assert OBJECTS - 1 <= len(rows) <= OBJECTS
     for device, _, voltage, _, _, count in rows:
         assert (voltage, count) == (round(voltage), 400 + 100 * round(voltage)), device
+
+
+class ReplacedWhileRead:
+    """Objects of which one is replaced each time while it is read in pieces."""
+
+    def __init__(self, lake: Lake, objects: ReportObjects) -> None:
+        self._lake, self._objects, self._number = lake, objects, 0
+
+    @contextmanager
+    def opened(self, wanted: ReadSet) -> Iterator[tuple[Engine, Sequence[ReportFile]]]:
+        with self._objects.opened(wanted) as found:
+            if any(source.key.endswith("/1.parquet") for source in wanted.sources):
+                self._number += 1
+                self._lake.put("1.parquet", version(1, self._number))
+                raise UnreadableObject("1.parquet was replaced", "read it again")
+            yield found
+
+    def certain(self, wanted: ReadSet) -> bool:
+        return self._objects.certain(wanted)
+
+    def close(self) -> None:
+        self._objects.close()
+
+
+def test_an_object_that_is_replaced_whenever_it_is_read_is_not_left_out_as_damaged(
+    new_state: Callable[[str], State], tmp_path: Path
+) -> None:
+    with closing(local_lake(tmp_path / "lake", new_state("sqlite").summaries)) as lake:
+        for number in range(3):
+            lake.put(f"{number}.parquet", version(number, 0))
+        lake.summaries.refresh()
+        replaced = ReplacedWhileRead(lake, lake.objects(lake.engine))
+        report = lake.reports["daily-summary"]
+        with closing(Queries(lake.summaries, replaced, lake.engine)) as queries, pytest.raises(Transient):
+            queries.run(report, report.values([]), AnswerShape("json", "data"))
+        assert len(lake.from_objects("daily-summary")) == 3

@@ -34,15 +34,15 @@ def test_an_answer_is_given_again_for_its_time_and_its_file_goes_with_the_next_q
     async def scenario() -> None:
         cache, made = SingleFlightCache(), Made(tmp_path)
         for number in range(5):
-            await cache.answer(number, lambda: made(10), 0.05)
-        lasting = await cache.answer("lasting", lambda: made(20), 60)
+            await cache.answer(number, lambda: made(10), lambda _: 0.05)
+        lasting = await cache.answer("lasting", lambda: made(20), lambda _: 60)
         assert cache.held("lasting") is lasting
         await asyncio.sleep(0.1)
         assert cache.held("another") is None
         assert await made.are_open(1)
         assert cache.held("lasting") is lasting
-        await cache.answer("short", lambda: made(10), 0)
-        await cache.answer("next", lambda: made(10), 60)
+        await cache.answer("short", lambda: made(10), lambda _: 0)
+        await cache.answer("next", lambda: made(10), lambda _: 60)
         assert await made.are_open(2), "what lands drops what is over too"
 
     asyncio.run(scenario())
@@ -52,11 +52,11 @@ def test_a_large_answer_is_given_to_who_waits_for_it_and_not_kept(tmp_path: Path
     async def scenario() -> None:
         cache, made = SingleFlightCache(), Made(tmp_path)
         first, second = await asyncio.gather(
-            *(cache.answer("large", lambda: made(KEPT_BYTES + 1), 60) for _ in range(2))
+            *(cache.answer("large", lambda: made(KEPT_BYTES + 1), lambda _: 60) for _ in range(2))
         )
         assert first is second
         assert cache.held("large") is None
-        await cache.answer("small", lambda: made(KEPT_BYTES), 60)
+        await cache.answer("small", lambda: made(KEPT_BYTES), lambda _: 60)
         assert cache.held("small") is not None
         del first, second
         assert await made.are_open(1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pulling import HOUR, START, Landed, pulling
-from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows, generated
+from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, Rows, appmetrica_rows, generated
 
 FIRST = START - timedelta(days=1) - HOUR  # the hour before the cursor is asked for as well
 World = tuple[Landed, AppMetricaSimulator]
@@ -116,6 +116,49 @@ def test_a_file_that_the_service_forgot_is_asked_for_anew(world: World) -> None:
     due = START + timedelta(hours=30)
     assert made.state.checkpoints.cursors("appmetrica") == {"1234567:events": due}
     assert len(made.rows("events_part")) == received(simulator, FIRST, due)
+
+
+def test_a_backfill_whose_files_take_longer_than_a_run_asks_for_each_day_once(world: World) -> None:
+    made, simulator = world
+    made.clock.now += timedelta(minutes=20)
+    pull, days = made.appmetrica(simulator, lookback_days=6, poll_timeout_seconds=20), 5
+    pull.to_the_end()
+    uuids, simulator.state.questions = {str(row["uuid"]) for row in made.rows("events_part")}, 6
+    with made.warehouse.database.transaction() as session:
+        session.run("DELETE FROM events_part")
+    simulator.state.asked.clear()
+    start, runs = START - timedelta(days=days), 1
+    while pull.fill(start, START).more:
+        runs += 1
+        assert runs < 4 * days
+    assert len({url for url, status in simulator.state.asked if status == 200}) == days
+    assert sum(status == 200 for _, status in simulator.state.asked) == days
+    again = {str(row["uuid"]) for row in made.rows("events_part")}
+    assert again < uuids
+    assert len(again) == received(simulator, start, START)
+    simulator.state.questions = 0
+    simulator.state.asked.clear()
+    pull.fill(start, START)
+    assert sum(status == 200 for _, status in simulator.state.asked) == days, "a new backfill begins at its start"
+
+
+def test_a_backfill_that_waits_in_a_full_queue_asks_for_no_earlier_day_again(world: World) -> None:
+    made, simulator = world
+    made.clock.now += timedelta(minutes=20)
+    pull = made.appmetrica(simulator, lookback_days=3)
+    pull.to_the_end()
+    rows, start = simulator.state.rows, START - timedelta(days=2)
+
+    def filling(hour: datetime) -> Rows:
+        simulator.state.others = 3
+        return rows(hour)
+
+    simulator.state.rows, simulator.state.questions = filling, 0
+    simulator.state.asked.clear()
+    assert pull.fill(start, START).more
+    simulator.state.rows, simulator.state.others = rows, 0
+    assert not pull.fill(start, START).more
+    assert sum(status == 200 for _, status in simulator.state.asked) == 2
 
 
 def test_a_full_queue_is_waited_for(world: World) -> None:

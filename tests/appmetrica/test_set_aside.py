@@ -5,6 +5,7 @@ import gzip
 import io
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -12,19 +13,20 @@ import pytest
 
 from app.appmetrica.rows import (
     ANOTHER_TIME,
-    KEPT_ROW_BYTES,
     LARGE_ROW,
     NO_RECEIPT,
     NOT_A_ROW,
     NOT_TEXT,
     BadRow,
     CsvRows,
+    _Ordinals,
 )
+from app.core.errors import Transient
 from app.core.ledger import fault_of
 from app.core.pipeline import Commit
 from app.core.verify import CellState
 from app.core.windows import Window
-from app.product_events.hours import KEEPS_FAILING
+from app.product_events.hours import KEEPS_FAILING, KEPT_LINE_BYTES
 from pulling import HOUR, START, Landed, Pull, pulling
 from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows
 
@@ -330,9 +332,9 @@ def test_forms_of_a_file_that_are_no_fault() -> None:
 
 
 def test_a_line_above_all_limits_is_held_in_part_only() -> None:
-    (large, last) = rows_of(b"a,b\n1," + b"x" * (KEPT_ROW_BYTES + 99) + b"\n2,y\n")
+    (large, last) = rows_of(b"a,b\n1," + b"x" * (KEPT_LINE_BYTES + 99) + b"\n2,y\n")
     assert isinstance(large, BadRow)
-    assert (large.reason, len(large.raw)) == (LARGE_ROW, KEPT_ROW_BYTES)
+    assert (large.reason, len(large.raw)) == (LARGE_ROW, KEPT_LINE_BYTES)
     assert last == ["2", "y"]
 
 
@@ -351,3 +353,11 @@ def test_a_changed_byte_costs_its_row_and_at_most_the_next_and_every_byte_is_kep
         assert b"".join(raw for _, raw in read).replace(b"\n", b"") == changed[start:].replace(b"\n", b"")
         good = [row for row, _ in read if row in rows]
         assert len(good) >= len(rows) - 2, changed[at - 20 : at + 20]
+
+
+def test_a_temporary_disk_that_is_full_is_an_error_with_what_to_do() -> None:
+    with closing(_Ordinals()) as ordinals:
+        ordinals._database.execute("PRAGMA max_page_count = 2")  # noqa: SLF001 - no other way to a full disk
+        with pytest.raises(Transient, match="database or disk is full") as raised:
+            list(map(ordinals.next, map(str, range(1000))))
+    assert "TMPDIR" in raised.value.hint

@@ -88,10 +88,15 @@ def test_a_cell_of_the_records_is_the_worst_of_what_was_marked_what_is_there_and
         ("b_1", "kknc" + "noo", 1),
         ("late", "kllloo" + "o", 1),
     ]
-    assert (found.total, found.problems, found.listed, found.grouped) == (4, 2, False, False)
+    assert (found.total, found.problems, found.listed, found.grouped) == (4, 3, False, False)
     assert maps(state).strip(JOB, cells_of_span("365d", None, UTC, NOW), 0.0) is not None
     only = maps(state).recorded(JOB, cells, NameFilter(), offset=1, limit=1, only_problems=True)
-    assert ([row.name for row in only.rows], only.pages_of) == (["b_1"], 2)
+    assert ([row.name for row in only.rows], only.pages_of) == (["b_1"], 3)
+    only = maps(state).recorded(JOB, cells, NameFilter(), offset=2, limit=9, only_problems=True)
+    assert [(row.name, row.problems) for row in only.rows] == [("late", 1)], "what is late is a problem too"
+    group = NameFilter("b%2", "b_1")
+    only = maps(state).recorded(JOB, cells, group, offset=0, limit=9, only_problems=True)
+    assert ([row.name for row in only.rows], only.problems) == (["b_1"], 1), "of an opened group, not of all"
     for text, names in (("B_", ["b_1"]), ("%", ["b%2"]), ("x", [])):
         found = maps(state).recorded(JOB, cells, NameFilter(find=text), offset=0, limit=9, only_problems=False)
         assert [row.name for row in found.rows] == names, text

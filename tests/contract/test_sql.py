@@ -86,6 +86,19 @@ def test_many_rows_are_appended_and_streamed(database: Database) -> None:
         assert list(streamed) == [(n, f"name {n}") for n in range(10, 5000)]
 
 
+def test_rows_that_are_large_come_in_blocks_that_are_small(database: Database) -> None:
+    with database.transaction() as session:
+        session.append("things", ("id", "name"), ((n, "x" * (10 if n < 2000 else 1 << 20)) for n in range(2050)))
+
+    def sizes(sql: str) -> list[list[int]]:
+        with database.transaction(read_only=True) as session:
+            return [[len(name) for (name,) in rows] for rows in session.blocks(sql)]
+
+    small, large = sizes("SELECT name FROM things WHERE id < 2000"), sizes("SELECT name FROM things WHERE id >= 2000")
+    assert (sum(map(len, small)), max(map(len, small))) == (2000, 1000)
+    assert (sum(map(sum, large)), max(map(sum, large[1:]))) == (50 << 20, 4 << 20)
+
+
 def test_a_statement_runs_once_per_row(database: Database) -> None:
     insert(database, 2)
     with database.transaction() as session:

@@ -46,5 +46,5 @@ def test_all_of_app_can_be_imported_where_there_are_no_simulators() -> None:
 
 
 def test_no_module_is_longer_than_one_sitting() -> None:
-    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES.rglob("*.py")}
+    lengths = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES.rglob("*.py")}
     assert {name for name, lines in lengths.items() if lines > LONGEST_MODULE_LINES} == set()

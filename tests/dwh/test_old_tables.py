@@ -12,7 +12,7 @@ from app.cli import main
 from app.core.errors import Permanent
 from app.db.database import Database
 from app.db.migrations import open_database
-from app.dwh.old_tables import format_result, import_old_tables
+from app.dwh.old_tables import CHUNK_ROWS, format_result, import_old_tables
 from app.dwh.warehouse import open_warehouse
 from warehouse import AT, Desk, uuid_of
 from warehouse import BY_NAME as BY
@@ -160,6 +160,20 @@ def test_columns_of_another_case_and_timestamps_with_a_time_zone_are_brought_ove
         "2026-02-01T04:50:30.500000Z",
     ]
     assert [each["event_type"] for each in events] == ["ü"] * 3
+
+
+def test_a_row_without_an_id_is_named_by_its_place_in_the_table(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "old.db")) as old:
+        old.execute("CREATE TABLE user_locations (uuid TEXT)")
+        old.executemany("INSERT INTO user_locations VALUES (?)", ((uuid_of(n),) for n in range(CHUNK_ROWS)))
+        old.execute("INSERT INTO user_locations VALUES ('none')")
+        old.commit()
+    with (
+        closing(open_warehouse("", tmp_path / "new")) as warehouse,
+        closing(opened(f"sqlite:///{tmp_path}/old.db")) as source,
+    ):
+        (done,) = import_old_tables(source, warehouse, AT)
+    assert (done.new, [which for which, _ in done.set_aside]) == (CHUNK_ROWS, [f"row {CHUNK_ROWS + 1}"])
 
 
 def test_the_command_brings_them_over(

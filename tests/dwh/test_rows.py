@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -249,3 +250,24 @@ def test_a_repeated_key_is_found_wherever_it_is(value: Any, seed: int, *, spaced
     bad = f'{{"uuid":"{U}","plan_json":{other}}}'
     assert repeated_key(bad.encode()) == "k"
     assert [each.field for each in read("technical_data", row, bad).faults] == ["k"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '[ "{}"]'.format("x" * 2_000_000),
+        '[ "{}"]'.format("\\\\" * 1_000_000),
+        '[1e-300, "{}"]'.format("\\n" * 1_000_000),
+        '["{}", "\\u0022"]'.format("\\\\" * 1_000_000),
+    ],
+    ids=["a long text", "many backslashes", "a small number", "an escape that is looked at"],
+)
+def test_a_long_text_is_checked_in_memory_of_a_few_times_its_size(value: str) -> None:
+    row = f'{{"uuid":"{uuid_of(1)}","event_properties_json":{value}}}'.encode()
+    tracemalloc.start()
+    try:
+        checked = reader("tmp_event_properties").read([row], 0)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (len(checked.sizes), peak_bytes < 8 * len(row)) == (1, True), f"{peak_bytes / len(row):.0f} times"

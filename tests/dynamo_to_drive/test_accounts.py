@@ -64,6 +64,17 @@ def test_rows_that_were_added_twice_are_counted_and_the_later_one_is_kept() -> N
         assert (hour.min_at, hour.max_at) == (START + timedelta(seconds=1), START + timedelta(seconds=2))
 
 
+def test_ids_of_text_that_are_equal_as_numbers_are_rows_of_their_own_where_nobody_edited_the_file() -> None:
+    """They were written while the table had `id` as its key."""
+    held = [{AT: row(1, "")[AT], "name": name} for name in ("010", "1e1", "10")]
+    for is_edited, names in ((False, ["010", "10", "1e1"]), (True, ["10"])):
+        with closing(HourWriter(FileShape(AT, (), TimestampReader()))) as writer:
+            writer.add_rows(held, held=True)
+            writer.add_rows(held[-1:])
+            with closing(writer.finish(is_edited=is_edited)) as hour:
+                assert sorted(each["name"] for each in read_file(lines_in(hour.file), escaped=False)) == names
+
+
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
@@ -110,6 +121,15 @@ def test_the_names_that_are_shown_of_many_attributes_are_bounded() -> None:
         accounts.unplaced(item(**{f"name_{number}": "x"}), UNREADABLE)
     assert len(accounts.attributes) == NAMED_ATTRIBUTES
     assert accounts.set_aside == 2 * NAMED_ATTRIBUTES
+
+
+def test_the_memory_for_items_without_an_hour_is_bounded_and_all_of_them_are_counted() -> None:
+    accounts = Accounts(AT, known_items=10)
+    for _ in range(2):
+        for number in range(30):
+            accounts.unplaced(item(id=f"{number}"), UNREADABLE)
+    assert accounts.set_aside == 10 + 2 * 20
+    assert accounts.closed("table", None).closes
 
 
 def test_the_furthest_timestamp_more_than_a_day_ahead_is_told() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.config.environment import load_settings
-from app.dynamo_to_drive.drive import credentials
+from app.dynamo_to_drive.credentials import credentials
 from simulators.google_oauth import Tokens
 
 HOST = "http://127.0.0.1:9"

@@ -1,6 +1,6 @@
 """What others do to table, credentials, files and folder: each row has its place, or the run says so."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,9 +9,11 @@ import pytest
 from app.core.errors import Permanent, Transient
 from app.core.runs import Report
 from shipping import KEY, START, TABLE, Shipping, item, shipping
-from simulators.drive import DriveFault
+from simulators.drive import DriveFault, DriveSimulator
 from simulators.drive_files import GOOGLE_TYPES
-from simulators.dynamodb import DynamoTable
+from simulators.dynamodb import DynamoSimulator, DynamoTable
+from simulators.google_oauth import JSON
+from simulators.http_server import Answer, Request
 
 HOUR_12, HOUR_13 = "locness_data_20260207_12.csv", "locness_data_20260207_13.csv"
 LOCKED = DriveFault(403, "cannotModifyContentRestrictedFile", "The content of this file is restricted.")
@@ -160,9 +162,9 @@ def test_an_hour_that_grows_downloads_its_file_once_a_run(ship: Shipping) -> Non
         ship.drive.state.asked.clear()
         ship.put(item(START + timedelta(minutes=count), temp="1"))
         assert ship.run().ledger.total.new == 1
-        checks_and_download = [f"GET /drive/v3/files/{file.file_id}"] * 4
+        download_and_check = [f"GET /drive/v3/files/{file.file_id}"] * 2
         upload = f"PATCH /upload/drive/v3/files/{file.file_id}"
-        assert [each for each in ship.drive.state.asked if file.file_id in each] == [*checks_and_download, upload]
+        assert [each for each in ship.drive.state.asked if file.file_id in each] == [*download_and_check, upload]
 
 
 @pytest.mark.parametrize(
@@ -324,3 +326,123 @@ def test_a_look_for_other_writings_that_failed_is_made_again(ship: Shipping) -> 
     ship.dynamo.refuses_to_go_on = ""
     ship.run()
     assert rows_of(ship) == 2
+
+
+def test_a_folder_that_moved_to_another_shared_drive_is_looked_up_after_one_failed_run(ship: Shipping) -> None:
+    ship.extra["GOOGLE_SHARED_DRIVE_ID"] = ""
+    ship.put_rows(START, 2)
+    ship.run()
+    files, state = ship.drive.state.files, ship.drive.state
+    state.shared_drive = "0AOTHER"  # the process has the id of the one before
+    for moved in (ship.drive.folder_id, ship.drive.named(HOUR_12)[0].file_id):
+        files.change(moved, drive_id="0AOTHER")
+    ship.put_rows(START, 3)
+    ship.put_rows(START - timedelta(hours=1), 2)
+    failed = ship.run().failures
+    assert ["Shared drive not found: 0ADEMO" in each.message for each in failed] == [True]
+    ship.put_rows(START + timedelta(hours=1), 4)
+    ship.now = START + timedelta(hours=1, minutes=5)
+    ship.run()
+    assert (rows_of(ship), rows_of(ship, HOUR_13)) == (3, 4)
+    assert {file.drive_id for file in files.matching(lambda file: file.is_binary)} == {"0AOTHER"}
+
+
+def test_the_file_of_an_hour_that_a_person_named_like_another_hour_keeps_its_rows_apart(ship: Shipping) -> None:
+    ship.put_rows(START, 2)
+    ship.run()
+    (first,) = ship.drive.named(HOUR_12)
+    files = ship.drive.state.files
+    files.change(first.file_id, name=HOUR_13)
+    copy = {"id": "1copy", "name": HOUR_13, "parent": first.parent, "drive_id": first.drive_id}
+    files.add({**copy, "mime_type": "text/csv", "properties": first.properties}, first.content)
+    ship.put_rows(START, 3)
+    ship.put_rows(START + timedelta(hours=1), 4)
+    ship.now = START + timedelta(hours=1, minutes=5)
+    for _ in range(2):
+        ship.run()
+    renamed, theirs, own = ship.drive.named(HOUR_13)
+    assert (renamed.file_id, theirs.file_id) == (first.file_id, "1copy")
+    assert renamed.content.decode().splitlines()[1:] == [f"2026-02-07T12:00:0{2 * n}Z,15.00{n}" for n in range(3)]
+    assert theirs.content == first.content
+    assert own.content.decode().splitlines()[1:] == [f"2026-02-07T13:00:0{2 * n}Z,15.00{n}" for n in range(4)]
+    assert ship.drive.named(HOUR_12) == []
+
+
+def test_other_escaping_of_formulas_doubles_no_row_and_changes_none_that_only_the_file_has(ship: Shipping) -> None:
+    def table(*ids: str) -> None:
+        ship.dynamo.make(DynamoTable(TABLE, ("id",), ("S",)))
+        ship.put(*({"id": {"S": each}, **item(START, temp="1")} for each in ids))
+
+    table("@a", "'b", "=gone")
+    for escape in ("false", "true", "false"):
+        ship.extra["CSV_ESCAPE_FORMULAS"] = escape
+        ship.run()
+        guard = "'" * (escape == "true")
+        found = [line.split(",")[1] for line in ship.text(HOUR_12).splitlines()[1:]]
+        assert sorted(found) == sorted(f"{guard}{each}" for each in ("@a", "'b", "=gone"))
+        table("@a", "'b")
+
+
+def test_values_of_a_binary_partition_key_are_set_as_text_or_as_they_are_said_in_base64(ship: Shipping) -> None:
+    ship.dynamo.make(DynamoTable(TABLE, ("device", "datetime_utc"), ("B", "S")))
+    ship.put({**item(START, temp="1"), "device": {"B": "AAH/"}}, {**item(START, temp="2"), "device": {"B": "ZDE="}})
+    for wrong, told in (("base64:AAH", "base64:AAH: invalid base64"), ("data", r"seen: base64:AAH/, base64:ZDE=")):
+        ship.extra["DYNAMODB_PARTITION_VALUES"] = wrong
+        with pytest.raises(Permanent, match=told):
+            ship.run()
+    written = "datetime_utc,static_partition,temp\r\n2026-02-07T12:00:00Z,data,1\r\n"
+    for value, temp in (("base64:AAH/", "1"), ("d1", "2")):
+        ship.extra |= {"DYNAMODB_PARTITION_VALUES": value, "CSV_NAME_PREFIX": f"temp_{temp}"}
+        ship.run()
+        assert ship.text(f"temp_{temp}_20260207_12.csv") == written.replace("Z,data,1", f"Z,data,{temp}")
+
+
+class ForeignDrive(DriveSimulator):
+    """Answers the next request for files with `told`, as something between this machine and Drive may; does something
+    before the next download.
+    """
+
+    told: bytes = b""
+    before_download: Callable[[], object] | None = None
+
+    def respond(self, request: Request) -> Answer:
+        if request.path.startswith("/drive/v3/files") and self.told:
+            told, self.told = self.told, b""
+            return Answer(200, JSON, told)
+        if request.parameters.get("alt") == "media" and self.before_download:
+            act, self.before_download = self.before_download, None
+            act()
+        return super().respond(request)
+
+
+@pytest.mark.parametrize("told", [b"{}", b"[]", b'{"id": 1, "ids": []}', b'{"files": [{}]}', b'{"files": 1}', b"null"])
+def test_an_answer_that_is_not_of_drive_is_asked_for_again(tmp_path: Path, told: bytes) -> None:
+    with DynamoSimulator([DynamoTable(TABLE, KEY, ("S", "S"))]) as dynamo, ForeignDrive() as drive:
+        ship = Shipping(dynamo, drive, tmp_path, START + timedelta(minutes=5))
+        ship.put_rows(START, 2)
+        drive.told = told
+        assert not ship.run().failures
+        assert rows_of(ship) == 2
+        ship.put_rows(START, 3)
+        drive.told = told
+        assert not ship.run().failures
+        assert rows_of(ship) == 3
+        ship.restart()
+
+
+def test_a_file_that_a_person_changes_or_deletes_while_it_is_read_is_read_again(tmp_path: Path) -> None:
+    with DynamoSimulator([DynamoTable(TABLE, KEY, ("S", "S"))]) as dynamo, ForeignDrive() as drive:
+        ship = Shipping(dynamo, drive, tmp_path, START + timedelta(minutes=5))
+        ship.put_rows(START, 2)
+        ship.run()
+        (file,) = drive.named(HOUR_12)
+        added = file.content + b"2026-02-07T12:04:00Z,99\r\n"
+        drive.before_download = lambda: drive.state.files.change(file.file_id, content=added)
+        ship.put_rows(START, 3)
+        assert not ship.run().failures
+        assert rows_of(ship) == 4
+        drive.before_download = lambda: drive.state.files.delete(file.file_id)
+        ship.put_rows(START, 5)
+        assert not ship.run().failures
+        assert rows_of(ship) == 5
+        ship.restart()

@@ -18,8 +18,16 @@ from hypothesis import strategies as st
 from app.core.errors import Transient
 from app.core.windows import Window
 from app.dynamo_to_drive.accounts import Accounts
-from app.dynamo_to_drive.hour_file import COPY_BYTES, FileShape, HourWriter, lines_in, read_file
-from app.dynamo_to_drive.rows import MISSES, AttributeValue, PageReader, cell
+from app.dynamo_to_drive.hour_file import (
+    COPY_BYTES,
+    FileShape,
+    HourWriter,
+    UnreadableFile,
+    lines_in,
+    read_file,
+    readable,
+)
+from app.dynamo_to_drive.rows import MISSES, MOST_CELLS, AttributeValue, PageReader, Row, cell
 from app.dynamo_to_drive.source import WantedItems
 from app.dynamo_to_drive.timestamps import TimestampReader, ascend
 from shipping import START
@@ -84,7 +92,7 @@ def file_of(found: Sequence[Sequence[Item]], shape: FileShape, left_out: str = "
     read = PageReader(AT, left_out)
     with closing(HourWriter(shape)) as writer:
         for page in found:
-            rows = read.read(json.dumps(page).encode())
+            rows = read_whole(read, json.dumps(page).encode())
             writer.add(read.columns, rows)
         hour = writer.finish()
     with hour.file:
@@ -137,13 +145,17 @@ def test_a_file_read_back_and_written_again_is_the_same(found: list[list[Item]],
     read = PageReader(AT, "")
     with closing(HourWriter(shape)) as first, closing(HourWriter(shape)) as second:
         for page in found:
-            rows = read.read(json.dumps(page).encode())
+            rows = read_whole(read, json.dumps(page).encode())
             first.add(read.columns, rows)
         once = first.finish()
         second.add_rows(read_file(lines_in(once.file), escaped=shape.escape))
         again = second.finish()
     with once.file, again.file:
         assert (again.digest, again.rows) == (once.digest, once.rows)
+
+
+def read_whole(read: PageReader, page: bytes) -> list[Row]:
+    return [row for rows in read.read(page) for row in rows]
 
 
 def page_of(letters: dict[str, str], rows: int) -> bytes:
@@ -159,7 +171,7 @@ def test_pages_of_a_known_shape_are_read_in_one_step_and_others_are_not() -> Non
     """By what the rows are: those of one step are tuples, those that are read value by value are lists."""
     read, shape = PageReader(AT, ""), {"temp": "N", "note": "S", "body": "B"}
     steps = [
-        {type(row) for row in read.read(page_of(letters, 3))}
+        {type(row) for row in read_whole(read, page_of(letters, 3))}
         for letters in (
             shape,  # unknown yet
             shape,
@@ -172,7 +184,7 @@ def test_pages_of_a_known_shape_are_read_in_one_step_and_others_are_not() -> Non
         )
     ]
     assert [step == {list} for step in steps[:7]] == [True, False, False, False, True, False, True]
-    assert read.read(page_of(shape, 1)) == [["2026-02-07T12:00:00Z", "AA==", "", "AA==", "AA=="]]
+    assert read_whole(read, page_of(shape, 1)) == [["2026-02-07T12:00:00Z", "AA==", "", "AA==", "AA=="]]
     assert read._misses == 2  # noqa: SLF001 - rows with a column of two types are lists in either way
 
 
@@ -184,6 +196,14 @@ def test_a_table_with_ever_new_attributes_is_read_whole_to_its_end() -> None:
     assert file_of(found, SHAPE) == reference([one for page in found for one in page], SHAPE)
 
 
+def test_a_page_whose_items_all_have_attributes_of_their_own_is_read_in_parts_that_fit_into_memory() -> None:
+    found = [{AT: {"S": f"2026-02-07T12:00:00.{number}Z"}, f"a{number}": {"N": "1"}} for number in range(3000)]
+    read = PageReader(AT, "")
+    parts = [len(rows) for rows in read.read(json.dumps(found).encode())]
+    assert sum(parts) == 3000
+    assert max(parts) * len(read.columns) <= MOST_CELLS
+
+
 def test_a_row_of_the_next_hour_is_dropped_with_the_columns_that_only_it_has() -> None:
     window = Window(START, START + timedelta(hours=1))
     low, high = (str(int(at.timestamp()) * 1000) for at in (window.start, window.end))
@@ -191,13 +211,13 @@ def test_a_row_of_the_next_hour_is_dropped_with_the_columns_that_only_it_has() -
     read = PageReader("at", "", WantedItems(TIMES, window, accounts))
     rows = [{"at": {"N": low}, "temp": {"N": "1"}}, {"at": {"N": f"{int(high) - 1}.999"}, "temp": {"N": "2"}}]
     last = [{"at": {"N": high}, "temp": {"N": "3"}}, {"at": {"N": f"{high}.0"}, "new": {"N": "4"}}]
-    assert [list(row) for row in read.read(json.dumps(rows + last).encode())] == [
+    assert [list(row) for row in read_whole(read, json.dumps(rows + last).encode())] == [
         [low, "1"],
         [f"{int(high) - 1}.999", "2"],
     ]
     assert read.columns == ("at", "temp")
-    assert read.read(json.dumps(last[:1]).encode()) == []
-    assert read.read(json.dumps(last).encode()) == []
+    assert read_whole(read, json.dumps(last[:1]).encode()) == []
+    assert read_whole(read, json.dumps(last).encode()) == []
     assert read.columns == ("at", "temp")
     assert (read.items, read.rows, accounts.set_aside) == (7, 2, 0)
 
@@ -207,9 +227,9 @@ def test_what_is_no_page_is_transient_also_after_good_ones(body: bytes) -> None:
     read = PageReader(AT, "")
     for _ in range(2):
         with pytest.raises(Transient):
-            read.read(body)
+            read_whole(read, body)
         good = [{AT: {"S": "2026-02-07T12:00:00Z"}, "temp": {"N": "1"}}]
-        assert [list(row) for row in read.read(json.dumps(good).encode())] == [["2026-02-07T12:00:00Z", "1"]]
+        assert [list(row) for row in read_whole(read, json.dumps(good).encode())] == [["2026-02-07T12:00:00Z", "1"]]
 
 
 SECONDS = ("2026-02-07T12:00:00", "2026-02-07T12:00:01", "2026-02-07 12:00:00")
@@ -291,3 +311,19 @@ def test_rows_that_were_there_already_are_counted_in_a_page_and_between_pages() 
         hour = writer.finish()
     hour.close()
     assert (hour.rows, hour.repeated, hour.new_rows, hour.sums) == (2, 3, 2, {})
+
+
+class CountedReads(io.BytesIO):
+    taken_bytes = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        self.taken_bytes += len(found)
+        return found
+
+
+def test_a_line_longer_than_any_row_is_refused_before_it_is_read_whole() -> None:
+    file = CountedReads(b"datetime_utc,temp\r\n2026-02-07T12:00:00Z," + bytes(80 << 20))
+    with pytest.raises(UnreadableFile, match="line is too long"), readable("hour"):
+        list(read_file(lines_in(file), escaped=False))
+    assert file.taken_bytes < 40 << 20

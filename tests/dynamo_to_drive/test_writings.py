@@ -22,6 +22,7 @@ from app.core.ledger import ALL, Tally, fault_of
 from app.core.verify import Verdict, verify
 from app.core.windows import Window
 from app.dynamo_to_drive import job
+from app.dynamo_to_drive.table import LOOKED_ITEMS
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, OUTSIDE, UNREADABLE
 from effort import EFFORT
 from shipping import START, TABLE, Shipping, item, shipping
@@ -174,6 +175,22 @@ def test_an_hour_that_has_another_offset_among_its_own_is_found_where_later_hour
         assert {each.sign for each in found} == {Verdict.EQUAL}
 
 
+@pytest.mark.slow
+def test_hours_are_read_again_until_no_later_one_shows_another_writing(ship: Shipping) -> None:
+    """The last hour has an offset. Only with that the second one is looked around, which shows the small t."""
+    first, second, third = (datetime(2026, 2, day, hour, tzinfo=UTC) for day, hour in ((3, 8), (5, 0), (6, 0)))
+    ship.now = START
+    put(ship, iso(START - 20 * MINUTE, form="%Y-%m-%dT%H:%M:%SZ"))  # the newest item and the first one are plain
+    put(ship, *(iso(at, form="%Y-%m-%dT%H:%M:%SZ") for at in (first - 72 * HOUR, first, second, third)))
+    ship.backfill(first, second)  # nothing but plain ones: these hours are not looked around any more
+    ship.backfill(second + HOUR, third)
+    put(ship, *(iso(at + MINUTE, form="%Y-%m-%dt%H:%M:%SZ") for at in (first, second)))
+    put(ship, iso(third + MINUTE, timezone(MINUTE)))
+    ship.backfill(first, third + HOUR)
+    names = {path.name: path.read_bytes().count(b"\n") - 1 for path in (ship.folder / "drive").glob("*.csv")}
+    assert names == {f"locness_data_{at:%Y%m%d_%H}.csv": 2 for at in (first, second, third)}
+
+
 def test_rows_that_an_earlier_version_put_by_their_local_hour_go_to_their_own(ship: Shipping) -> None:
     text = iso(START - 30 * MINUTE, BERLIN)
     folder = ship.folder / "drive"
@@ -244,6 +261,13 @@ def test_a_bad_item_alone_in_its_hour_stops_nothing(ship: Shipping) -> None:
     ship.now = START + 30 * MINUTE
     assert ship.run().ledger.total == Tally(counted=11, read=11, new=10, set_aside=1)
     assert ship.checkpoints.cursors(job.NAME)[TABLE] == START
+
+
+def test_more_bad_items_behind_all_good_ones_than_are_looked_at_stop_no_hour_without_items(ship: Shipping) -> None:
+    put(ship, iso(START - 30 * HOUR), *(f"noon {number}" for number in range(LOOKED_ITEMS + 1)))
+    for _ in range(2):
+        assert ship.run().ledger.total.set_aside == LOOKED_ITEMS
+    assert stamps(ship) == {}
 
 
 def test_a_table_in_which_nothing_can_be_read_is_a_failure_and_the_cursor_stays(ship: Shipping) -> None:

@@ -240,6 +240,24 @@ def deaf() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}/"
 
 
+def test_an_alert_that_nobody_took_is_sent_with_the_next_failure_and_one_that_was_taken_is_not(
+    processes: Processes,
+) -> None:
+    process = processes.start()
+    processes.listener.status = 400
+    process.end(run(1, Outcome.FAILED))
+    until(lambda: processes.told)
+    until(lambda: not processes.state.alerts.told())
+    process.end(run(1, Outcome.FAILED), run(2, Outcome.OK))
+    until(process.alerts._ended.empty)  # noqa: SLF001 - the first of them was dealt with
+    processes.listener.status = 200
+    processes.pass_by(60)
+    assert processes.told == [("failed", "export")], "nobody knows of a failure, so nobody is told of a recovery"
+    process.end(run(3, Outcome.FAILED), run(4, Outcome.FAILED), run(5, Outcome.OK))
+    process.settle()
+    assert processes.told[1:] == [("failed", "export"), ("recovered", "export")]
+
+
 def test_a_dead_heartbeat_delays_no_alert(processes: Processes, deaf: str) -> None:
     process = processes.start(HEARTBEAT_URLS=f"inbox={deaf}")
     process.end(*(run(number, Outcome.OK, "inbox") for number in range(3)), run(3, Outcome.FAILED))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app.main import build
-from app.ops.health import CheckResult, check_once
+from app.ops.connection_checks import CheckResult, check_once
 from given_settings import loaded
 from simulators.amplitude import AmplitudeSimulator
 from simulators.appmetrica import AppMetricaSimulator

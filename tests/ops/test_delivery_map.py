@@ -1,6 +1,8 @@
 """The delivery map: the cells of a span in a time zone, the worst state in each, and listings that are shared."""
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -144,3 +146,46 @@ def test_few_partitions_are_listed_once_for_all_who_look_and_again_after_somethi
     with pytest.raises(Rejected, match="no partition 'nobody'"):
         maps.partition("pull", "nobody", cells.window)
     state.close()
+
+
+class Slow:
+    """A destination of one partition, whose listing waits in the middle until it is released."""
+
+    def __init__(self) -> None:
+        self.begun, self.released = threading.Event(), threading.Event()
+        self.state = CellState.MISSING
+
+    def partitions(self) -> Sequence[str]:
+        return ["web"]
+
+    def cells(self, partition: str, span: Window) -> Sequence[MapCell]:
+        found = [MapCell(Window(span.start, span.start + HOUR), self.state, 10, 1)]
+        self.begun.set()
+        self.released.wait(10)
+        return found
+
+
+def test_a_listing_that_began_before_a_window_was_healed_shows_nobody_its_fault_afterwards(tmp_path: Path) -> None:
+    chart, cells = Slow(), cells_of_span("24h", None, UTC, NOW)
+    with closing(open_state("", tmp_path)) as state, ThreadPoolExecutor(1) as other:
+        maps = DeliveryMaps({"pull": chart}, state.pages, lambda: NOW)
+        before = other.submit(maps.whole, "pull", cells)
+        chart.begun.wait(10)
+        chart.state = CellState.EQUAL
+        maps.forget("pull")
+        chart.released.set()
+        assert before.result().rows[0].cells[0] == "m"
+        assert list(maps.faults("pull")) == []
+        assert maps.whole("pull", cells).rows[0].cells[0] == "k"
+
+
+def test_a_destination_that_is_slow_to_list_delays_only_its_own_map(tmp_path: Path) -> None:
+    slow, cells = Slow(), cells_of_span("24h", None, UTC, NOW)
+    with closing(open_state("", tmp_path)) as state, ThreadPoolExecutor(1) as other:
+        maps = DeliveryMaps({"slow": slow, "pull": Listed()}, state.pages, lambda: NOW)
+        waiting = other.submit(maps.whole, "slow", cells)
+        slow.begun.wait(10)
+        assert maps.whole("pull", cells).rows[1].name == "web"
+        assert not waiting.done()
+        slow.released.set()
+        waiting.result()

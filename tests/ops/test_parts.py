@@ -13,16 +13,16 @@ import pytest
 from app.core.errors import Permanent, Transient
 from app.core.runs import Job, LeaseTerms, Report, RunServices, Stop
 from app.db.state import open_state
-from app.ops.connection_checks import try_all
-from app.ops.health import Probes, Readiness
+from app.ops.connection_checks import Probes, Readiness, try_all
 from app.ops.json_views import ServiceCalls
 from app.ops.logs import log_run
 from app.ops.metrics import PARTITIONS, MetricSeries, exposition, lag_series
 from app.ops.page_data import log_lines
-from app.ops.pages import job_rows
+from app.ops.pages import filled, job_rows
 from app.ops.routes import overview
 from app.ops.scheduler import STALLED_SECONDS, JobView, ProgressCounts, ProgressTally, Scheduler
 from app.ops.service import shutdown_budget
+from app.ops.setup import merged
 from app.web.auth import SignInThrottle
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -59,6 +59,9 @@ def test_a_row_says_how_many_calls_a_service_has_had() -> None:
     text = job_rows(shown)
     assert text.count("Calls: 1,234 of 5,000 today") == 1
     assert text.count("2026-02-07 12:00:00Z") == 2
+    assert text.count('<span class="mark off" aria-hidden="true"></span> <strong>No run yet</strong>') == 2
+    ops.alerts.stale = {"pull"}
+    assert '<span class="mark late" aria-hidden="true"></span> <strong>Late</strong>' in job_rows(overview(ops))
 
 
 def test_a_tally_adds_up_from_many_threads() -> None:
@@ -140,3 +143,16 @@ def test_a_line_of_the_log_that_a_full_disk_tore_hides_no_other(tmp_path: Path) 
     torn = [whole[:-9] + whole, whole[:-1], f"{whole} of another program"]
     (tmp_path / "app.log").write_text("\n".join([whole, *torn, whole]))
     assert [line["message"] for line in log_lines(tmp_path / "app.log", 0, "r1", 0)] == ["said", "said"]
+
+
+def test_data_that_looks_like_a_place_of_the_page_is_shown_as_it_is() -> None:
+    assert (
+        filled("<b>{jobs}</b>{off}{other}", jobs="lost {off}", off="none {jobs}")
+        == "<b>lost {off}</b>none {jobs}{other}"
+    )
+
+
+def test_the_answer_of_setup_replaces_a_variable_that_is_set_twice_or_over_several_lines() -> None:
+    text = "# mine\nTOKEN=old\n\nKEY='one\ntwo'  # theirs\nexport TOKEN=later\n#KEY=example"
+    assert merged(text, {"TOKEN": "new", "KEY": "k"}, "p") == "# mine\nTOKEN=new\n\nKEY=k\n#KEY=example\n"
+    assert merged("A=1", {"B": "two words"}, "p") == "A=1\n\n# p\nB='two words'\n"

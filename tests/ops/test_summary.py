@@ -10,7 +10,7 @@ from app.core.runs import Job, Report
 from app.core.windows import Window
 from app.ops.delivery_map import MapCells, MapFault
 from app.ops.scheduler import JobView
-from app.ops.summary import Snapshot, problems_of, summary_of
+from app.ops.summary import RunsOfJob, Snapshot, problems_of, summary_of
 
 NOW = datetime(2026, 2, 9, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -67,12 +67,10 @@ def test_the_row_of_a_source_without_rows_says_so() -> None:
     look: Any = SimpleNamespace(
         rows=lambda query, **_: [row] if query == "quiet_partitions" else [],
         partial_runs=lambda _: [],
-        last_runs=lambda _: (None, None),
-        failures_in_a_row=lambda _: (0, None),
     )
     found.ops.costs = SimpleNamespace(estimate=lambda: SimpleNamespace(by_kind={}))  # type: ignore[assignment]
     view = JobView(Job("pull", 3600, lambda _: Report()), "waiting", None, 0, None, can_backfill=True)
     cells = MapCells([NOW - HOUR * number for number in range(24, -1, -1)], 3600)
-    summary = summary_of(replace(found, look=look, views=[view], cells=cells))
+    summary = summary_of(replace(found, look=look, views=[view], cells=cells, runs={"pull": RunsOfJob()}), {})
     assert [(job["mark"], job["words"]) for job in summary["jobs"]] == [("warn", "No rows")]
     assert summary["verdict"]["parts"] == [{"text": "pull, web: no rows", "href": "#p-pull"}]

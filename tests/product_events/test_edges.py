@@ -239,6 +239,38 @@ def test_a_warehouse_that_was_emptied_or_restored_from_a_backup_gets_its_rows_ag
     assert (report.rows, report.notes) == (0, ())
 
 
+def test_an_event_that_an_emptied_warehouse_refuses_is_set_aside_alone(world: World) -> None:
+    world.run()
+    uuids = world.uuids()
+    with world.made.warehouse.database.transaction() as session:
+        for table in TABLES:
+            session.run(f"DELETE FROM {table.name}")  # noqa: S608 - declared names
+    world.warehouse.uuids = {min(uuids)}
+    report = world.run()
+    assert (world.uuids(), report.rows) == (uuids - world.warehouse.uuids, len(uuids) - 1)
+    assert {one.reason: one.number for one in report.ledger.newly_set_aside} == {REFUSED: 1}
+    assert report.ledger.closes
+
+
+def test_an_hour_that_an_emptied_warehouse_refuses_keeps_no_other_out(world: World) -> None:
+    world.made.clock.now = FIRST + 4 * HOUR
+    world.run()
+    oldest = world.uuids()
+    world.made.clock.now = START + timedelta(minutes=20)
+    world.run()
+    uuids = world.uuids()
+    with world.made.warehouse.database.transaction() as session:
+        session.run("DELETE FROM events_part")
+    world.warehouse.uuids = oldest
+    world.made.clock.now += HOUR
+    report = world.run()
+    assert {failure.message for failure in report.failures} == {world.warehouse.fault.message}
+    assert all(f"python -m app backfill {world.name} --from 2026-02-1" in each.hint for each in report.failures)
+    assert uuids - world.uuids() == oldest
+    assert world.uuids() - uuids, "what is new is pulled as well"
+    assert world.run().failures == ()
+
+
 def test_an_event_that_the_warehouse_lost_is_named_by_verify_and_loaded_again(world: World) -> None:
     world.run()
     pull, span = world.pull(), Window(FIRST, START - SETTLED)

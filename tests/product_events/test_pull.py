@@ -1,6 +1,8 @@
 """What both pulls share around their hours: partitions one by one, spans filled again, silence, lines set aside."""
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +20,7 @@ from app.core.windows import Window
 from app.object_store.local import LocalDirectory
 from app.object_store.set_aside import SetAsideStore, folder_of
 from app.product_events.hours import HOUR, LARGE_BYTES, PartitionRun, PulledHour, RefusedLines, record_of_nothing
+from app.product_events.mapping import EVENTS_TABLE, LOAD_EVENTS, EventRows, Tables, load_hour, uuids_in
 from app.product_events.pull import PullPipeline
 from memory import MemoryCheckpoints, MemoryLeases
 
@@ -52,7 +55,7 @@ class Partition(PartitionRun):
 class ToldPull(PullPipeline):
     """A pull of these partitions."""
 
-    name, unit, due_after, largest_bytes = "amplitude", "lines", timedelta(hours=2, minutes=30), 1
+    name, unit, due_after = "amplitude", "lines", timedelta(hours=2, minutes=30)
     off, checks = "", ()
 
     told: "list[Partition]"
@@ -213,6 +216,14 @@ def test_a_fill_that_waits_for_a_file_says_nothing_yet(made: Made) -> None:
     assert (report.rows, report.more, list(report.notes)) == (4, True, [])
 
 
+def test_a_disk_that_refuses_temporary_files_is_a_failure_of_the_partition_with_what_to_do(made: Made) -> None:
+    made.add()
+    (made.folder / "spool").write_bytes(b"")
+    (failure,) = made.pipeline.job.work(made.context()).failures
+    assert failure.message.startswith(f"{made.folder / 'spool'}: ")
+    assert failure.hint == "free space on this disk for temporary files"
+
+
 def test_a_source_that_never_gave_a_row_is_told_after_a_day(made: Made) -> None:
     first = DUE - NEVER_AFTER
     made.record(first, 1, cursor_at=first)
@@ -266,6 +277,22 @@ def test_refused_lines_are_kept_by_window_and_reason_and_large_ones_alone(tmp_pa
     assert lines.keep(SetAsideStore(store, folder_of("amplitude"))) == []
 
 
+def test_refused_lines_of_many_windows_and_large_ones_need_few_files_and_stay_in_order(tmp_path: Path) -> None:
+    store, lines = LocalDirectory(tmp_path / "objects"), RefusedLines(tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for number in range(300):
+        lines.add(("web", f"{number % 100}"), "not JSON", b"line %d" % number, "sample")
+    for number in range(3):
+        lines.add(("web", "h"), "not JSON", bytes([number]) * (LARGE_BYTES + 1), "sample")
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+    assert len(lines.keep(SetAsideStore(store, folder_of("amplitude"), 1 << 22))) == 103
+    lines.close()
+    for number in range(100):
+        with store.open(f"amplitude/_set_aside/web/{number}.not-json.txt") as stream:
+            assert stream is not None
+            assert stream.read() == b"line %d\nline %d\nline %d\n" % (number, number + 100, number + 200)
+
+
 def test_the_log_names_the_first_three_refused_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = RefusedLines(tmp_path)
     for number in range(5):
@@ -287,3 +314,40 @@ def test_refused_lines_that_cannot_be_kept_are_counted(tmp_path: Path) -> None:
     lines.keep(SetAsideStore(Full(tmp_path / "objects"), folder_of("amplitude")))
     assert lines.not_kept == 2
     lines.close()
+
+
+class ManyEvents:
+    """An hour of two transactions, the second one with an event that the warehouse refuses."""
+
+    window = Window(DUE - HOUR, DUE)
+    uuids = tuple(f"{number:08x}-0000-4000-8000-000000000000" for number in range(LOAD_EVENTS + 2))
+
+    def tables(self) -> Iterator[Tables]:
+        for uuids in (self.uuids[:LOAD_EVENTS], self.uuids[LOAD_EVENTS:]):
+            yield {EVENTS_TABLE: EventRows(("uuid",), [(uuid,) for uuid in uuids])}
+
+    def load_each(self, load: Callable[[Tables], None]) -> None:
+        for uuid in self.uuids:
+            with suppress(Rejected):
+                load({EVENTS_TABLE: EventRows(("uuid",), [(uuid,)])})
+
+
+class LastRefused:
+    """A warehouse that refuses the last one of them."""
+
+    def __init__(self) -> None:
+        self.held = set[str]()
+
+    def load(self, chunks: Iterable[Tables], *, past: bool) -> int:
+        del past
+        uuids = {uuid for chunk in chunks for uuid in uuids_in(chunk)}
+        if ManyEvents.uuids[-1] in uuids:
+            raise Permanent("a check of the owner's", "change it")
+        new = len(uuids - self.held)
+        self.held |= uuids
+        return new
+
+
+def test_events_that_were_loaded_before_another_one_was_refused_count_as_new() -> None:
+    loaded = load_hour(cast("EventWarehouse", LastRefused()), cast("PulledHour", ManyEvents()), past=False)
+    assert loaded == Tally(new=LOAD_EVENTS + 1)

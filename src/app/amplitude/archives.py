@@ -7,14 +7,14 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, BinaryIO, TypeAlias, cast
 
-from app.core.errors import Permanent, Transient
+from app.core.errors import AppError, Permanent, Transient
 from app.core.windows import HOUR_SECONDS, Window, windows_between
 
 # An export is a zip of gzip files of NDJSON: several for an hour, none for an hour without events.
@@ -24,60 +24,62 @@ from app.core.windows import HOUR_SECONDS, Window, windows_between
 
 NAME = re.compile(r"_(\d{4})-(\d\d)-(\d\d)_(\d{1,2})#(\d+)\.json\.gz$")
 AGAIN = "no action needed: the export is fetched again"
+ODD_HINT = "check AMPLITUDE_BASE_URL, and ask for days from 2014-11-12 on; otherwise please report it"
 
 NO_HOUR = datetime.min.replace(tzinfo=UTC)
 
 Member: TypeAlias = zipfile.ZipInfo  # not its name: two members may have the same one
-Odd = Callable[[str, Member], None]
-"""Receives a member that belongs to no hour that was asked for, after what is wrong with it."""
 
 
-def refuse_odd(what: str, _: Member) -> None:
-    """Raise Permanent."""
-    raise Permanent(what, "check AMPLITUDE_BASE_URL, and ask for days from 2014-11-12 on; otherwise please report it")
+class ExportArchive:
+    """The answer for `span`: a zip in `file`. None = the span has no events, or `fault` says why it is unavailable. A
+    file that is not such a zip has a fault as well.
 
+    `hours` has every hour of the span, oldest first, with its members in order; `odd` the members of none of them, each
+    with the error that it means for a reader who cannot go on without them. The receiver closes it.
+    """
 
-class Archive:
-    """A zip in a file. Use it inside `opened`."""
-
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        self._archive = archive
-
-    def hours(self, span: Window, odd: Odd = refuse_odd) -> Mapping[datetime, Sequence[Member]]:
-        """Every hour of the span, oldest first, with its members in order. Members of no hour of it go to `odd`;
-        Permanent is raised when all are such.
-        """
-        found: dict[datetime, list[Member]] = {
+    def __init__(self, span: Window, file: BinaryIO | None, fault: AppError | None = None) -> None:
+        self.span, self.file, self.fault = span, file, fault
+        self.hours: dict[datetime, list[Member]] = {
             hour.start: [] for hour in windows_between(span.start, span.end, HOUR_SECONDS)
         }
-        members = [info for info in self._archive.infolist() if not info.is_dir()]
-        placed = sorted(((*_placed(info.filename), at) for at, info in enumerate(members)))
-        take_odd = odd if any(hour_at in found for hour_at, _, _ in placed) else refuse_odd
+        self.odd: list[tuple[Permanent, Member]] = []
+        if file is not None:
+            try:
+                with read_errors():
+                    self._archive = zipfile.ZipFile(file)
+            except (Transient, Permanent) as error:
+                self.fault = error
+            else:
+                self._sort(self._archive.infolist())
+
+    def _sort(self, found: Iterable[Member]) -> None:
+        members = [info for info in found if not info.is_dir()]
+        placed = sorted((*_placed(info.filename), at) for at, info in enumerate(members))
         for hour_at, _, at in placed:
-            if hour_at in found:
-                found[hour_at].append(members[at])
+            if hour_at in self.hours:
+                self.hours[hour_at].append(members[at])
             else:
                 what = "names no hour" if hour_at == NO_HOUR else "is from another time"
                 name = members[at].filename[:120]
-                take_odd(f"a member of the export of {span} is named {name!r}, which {what}", members[at])
-        return found
+                said = f"a member of the export of {self.span} is named {name!r}, which {what}"
+                self.odd.append((Permanent(said, ODD_HINT), members[at]))
+        if self.odd and len(self.odd) == len(members):
+            self.fault = self.odd[0][0]
 
-    def streams(self, members: Iterable[Member] | None = None) -> Iterator[BinaryIO]:
-        """The bytes of each of these members in turn, or of all. A stream is valid until the next one is requested.
-        Read it inside `read_errors`: its checksum is compared at its end.
+    def streams(self, members: Iterable[Member]) -> Iterator[BinaryIO]:
+        """The bytes of each of these members in turn. A stream is valid until the next one is requested. Read it inside
+        `read_errors`: its checksum is compared at its end.
         """
-        for member in self._archive.infolist() if members is None else members:
+        for member in members:
             with read_errors(), self._archive.open(member) as stream:
                 yield cast("BinaryIO", stream)
 
-
-@contextmanager
-def opened(file: BinaryIO) -> Iterator[Archive]:
-    """The zip in `file`. Raises Transient when it is incomplete."""
-    with read_errors():
-        archive = zipfile.ZipFile(file)
-    with archive:
-        yield Archive(archive)
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        if self.file is not None:
+            self.file.close()
 
 
 @contextmanager

@@ -12,19 +12,19 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import BinaryIO
 
+from app.amplitude.archives import ExportArchive
 from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, window_at, windows_between
 from app.product_events.hours import HOUR
-from app.product_events.http_client import ServiceAnswer, Upstream, body_file, held_turn
+from app.product_events.http_client import ServiceAnswer, Upstream, held_turn, spooled
 
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
 CODES_OF_SIZE = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
@@ -37,24 +37,12 @@ KEYS_HINT = "check the pair of keys, and that AMPLITUDE_BASE_URL is for the proj
 LARGE_HINT = "export this hour through Amplitude's S3 destination: it is too large for the Export API"
 
 
-@dataclass(frozen=True, slots=True)
-class FetchedArchive:
-    """The answer for `span`. `file` None = the span has no events, or `fault` says why this hour is unavailable. The
-    receiver closes it.
-    """
-
-    span: Window
-    file: BinaryIO | None
-    fault: AppError | None = None
-
-    def close(self) -> None:
-        """Close the file. Idempotent."""
-        if self.file is not None:
-            self.file.close()
-
-
 class HourTooLarge(Permanent):
     """The service reports that a single hour is above its limit and cannot be exported."""
+
+
+class _TimedOut(Transient):
+    """The service took too long for so many hours, perhaps because they are too large."""
 
 
 class _KeysRefused(Permanent):
@@ -63,14 +51,6 @@ class _KeysRefused(Permanent):
 
 class _TooManyRequests(Transient):
     """Rate limited, which is not the fault of an hour."""
-
-
-class _TooLarge(Exception):
-    """The service cannot export so many hours at once. `fault`: the error to report for a single hour."""
-
-    def __init__(self, fault: AppError) -> None:
-        super().__init__(str(fault))
-        self.fault = fault
 
 
 class Project:
@@ -84,7 +64,7 @@ class Project:
 
     def fetch(
         self, span: Window, pauses: Pauses, policy: RetryPolicy = POLICY, *, past_faults: bool = False
-    ) -> Iterator[FetchedArchive]:
+    ) -> Iterator[ExportArchive]:
         """The archives of whole hours, oldest first, in chunks of at most a day. Raises Transient and Permanent.
 
         `past_faults`: a failing range is halved down to the hour, which is returned with its fault. Then only errors
@@ -94,22 +74,22 @@ class Project:
         left = deque((Window(max(day.start, span.start), min(day.end, span.end)), policy) for day in days)
         while left:
             part, part_policy = left.popleft()
-            hours = (part.end - part.start) // HOUR
             try:
                 fetched = retry(partial(self._fetch, part, pauses), part_policy, pauses)
             except (_KeysRefused, _TooManyRequests):
                 raise
-            except (_TooLarge, Transient, Permanent) as error:
-                fault = error.fault if isinstance(error, _TooLarge) else error
-                if not past_faults and (hours == 1 or not isinstance(error, _TooLarge)):
-                    raise fault from error
-                if hours > 1:
-                    middle = part.start + hours // 2 * HOUR
-                    left.appendleft((Window(middle, part.end), SHORT_POLICY))
-                    left.appendleft((Window(part.start, middle), SHORT_POLICY))
-                    continue
-                fetched = FetchedArchive(part, None, fault)
-            yield fetched
+            except (Transient, Permanent) as error:
+                fetched = ExportArchive(part, None, error)
+            hours, fault = len(fetched.hours), fetched.fault
+            if fault is None or (past_faults and hours == 1):
+                yield fetched
+                continue
+            fetched.close()
+            if hours == 1 or not (past_faults or isinstance(fault, HourTooLarge | _TimedOut)):
+                raise fault
+            middle = part.start + hours // 2 * HOUR
+            left.appendleft((Window(middle, part.end), SHORT_POLICY))
+            left.appendleft((Window(part.start, middle), SHORT_POLICY))
 
     def try_hour(self, hour: Window, pauses: Pauses) -> None:
         """Fetch an hour and discard it. Raises Transient or Permanent when the service does not respond for it; an hour
@@ -126,14 +106,14 @@ class Project:
             self.try_hour(window_at(clock() - timedelta(days=1), HOUR_SECONDS), Stop())
         return "may export events"
 
-    def _fetch(self, span: Window, pauses: Pauses) -> FetchedArchive:
+    def _fetch(self, span: Window, pauses: Pauses) -> ExportArchive:
         path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={span.end - HOUR:%Y%m%dT%H}"
         with held_turn(self._turn, pauses), self.upstream.get(path, IDENTITY, pauses) as answer:
             if answer.status == HTTPStatus.NOT_FOUND:
-                return FetchedArchive(span, None)
+                return ExportArchive(span, None)
             if answer.status != HTTPStatus.OK:
-                raise _refusal(span, answer)
-            with body_file(self._spool, "an archive of up to 4 GB") as file:
+                return ExportArchive(span, None, _refusal(span, answer))
+            with spooled(self._spool, "an archive of up to 4 GB") as file:
                 for piece in answer.raw():
                     file.write(piece)
                     pauses.pause(0)
@@ -145,23 +125,25 @@ class Project:
                         "no action needed if this is temporary",
                     )
                 file.seek(0)
-            return FetchedArchive(span, file)
+            return ExportArchive(span, file)
 
 
-def _refusal(span: Window, answer: ServiceAnswer) -> Exception:
-    """The error that an answer without an archive stands for."""
+def _refusal(span: Window, answer: ServiceAnswer) -> AppError:
+    """The fault of hours that are too large for one archive. Raises the error that any other answer without an archive
+    stands for.
+    """
     text = answer.text()
     said = f"Amplitude answered {answer.status} for {span}: {text[:300]}"
     match answer.status:
         case status if status in CODES_OF_SIZE and (status != HTTPStatus.BAD_REQUEST or TOO_LARGE.search(text)):
-            return _TooLarge(HourTooLarge(said, LARGE_HINT))
+            return HourTooLarge(said, LARGE_HINT)
         case HTTPStatus.GATEWAY_TIMEOUT:
-            return _TooLarge(Transient(said, LARGE_HINT))  # the service did not report it, it only timed out
+            return _TimedOut(said, LARGE_HINT)
         case HTTPStatus.TOO_MANY_REQUESTS:
             seconds = answer.retry_after_seconds or BUSY_SECONDS
-            return _TooManyRequests(said, "no action needed: it is retried", retry_after_seconds=seconds)
+            raise _TooManyRequests(said, "no action needed: it is retried", retry_after_seconds=seconds)
         case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
-            return _KeysRefused(said, KEYS_HINT)
+            raise _KeysRefused(said, KEYS_HINT)
         case status if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            return Transient(said, "no action needed if this is temporary; otherwise see Amplitude's status page")
-    return Permanent(said, "please report it: the service gave an unknown response")
+            raise Transient(said, "no action needed if this is temporary; otherwise see Amplitude's status page")
+    raise Permanent(said, "please report it: the service gave an unknown response")

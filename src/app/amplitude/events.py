@@ -7,7 +7,7 @@ bounded by a block and MAX_LINE_BYTES. An event is identified by its uuid; `dige
 import gzip
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
@@ -19,7 +19,7 @@ from app.core.errors import Rejected
 from app.core.runs import Stop
 from app.core.verify import NOTHING, WindowContent
 from app.core.windows import Window
-from app.product_events.hours import REFUSED, PulledHour
+from app.product_events.hours import KEPT_LINE_BYTES, MAX_LINE_BYTES, REFUSED, PulledHour
 from app.product_events.mapping import (
     RULES,
     ProductMapping,
@@ -35,8 +35,6 @@ from app.product_events.pull import PullPipeline
 SERVICE = "amplitude"
 JSON_WORD = "json"
 BLOCK_BYTES = 1 << 19
-MAX_LINE_BYTES = 1 << 24
-KEPT_LINE_BYTES = 2 * MAX_LINE_BYTES
 SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89abAB])")
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, OverflowError)
 MODULUS = 1 << 128
@@ -68,16 +66,15 @@ class EventReader:
     """Turns lines into tables. Created once per process, since building a typed decoder takes a while."""
 
     def __init__(self, what: ProductMapping) -> None:
-        self._mapping = what
-        heads = sorted({path.partition(".")[0] for path in what.words})
-        self._nested = {head: sorted(path for path in what.words if path.startswith(f"{head}.")) for head in heads}
-        raw = {head for head in heads if self._nested[head] or JSON_WORD in what.words.get(head, ())}
-        event = _struct("Event", {head: msgspec.Raw if head in raw else _SCALAR for head in heads})
-        self._columns = {head: attrgetter(f"f{number}") for number, head in enumerate(heads)}
-        self._scalars = set(heads) - raw
-        self._uuids = RULES["uuid"]
-        self._event = msgspec.json.Decoder(event)
-        self._inside = {head: _ObjectMembers(paths) for head, paths in self._nested.items() if paths}
+        nested: dict[str, list[str]] = {}
+        for path in what.words:
+            head, dot, member = path.partition(".")
+            nested.setdefault(head, []).extend([member] if dot else [])
+        raw = {head for head, members in nested.items() if members or JSON_WORD in what.words[head]}
+        self._mapping, self._uuids = what, RULES["uuid"]
+        self._scalars = nested.keys() - raw
+        self._event = _Members(nested, raw)
+        self._inside = {head: _Members(members) for head, members in nested.items() if members}
 
     def tables(self, block: Block, refuse: Refuse, *, careful: bool = False) -> Tables:
         """Rows by table from whole lines. `careful`: parse each line and rebuild it from what can be stored."""
@@ -93,7 +90,7 @@ class EventReader:
         """All lines at once, as columns by path; None when this cannot decode one of them as an event."""
         try:
             block.decode()  # the decoder does not check members that are never read
-            events = self._event.decode_lines(block)
+            events = self._event.decoder.decode_lines(block)
             columns = self._columns_of(events)
         except UNREADABLE:
             return None
@@ -108,7 +105,7 @@ class EventReader:
                 line.decode()
                 columns = None if careful or SUSPICIOUS.search(line) else self.decoded(line)
                 if columns is None:
-                    columns = self._columns_of([self._event.decode(self._mended(line))])
+                    columns = self._columns_of([self._event.decoder.decode(self._mended(line))])
             except UnicodeDecodeError as error:
                 detail = f"invalid UTF-8 byte 0x{line[error.start]:02X} at byte {error.start + 1}"
                 refuse(NOT_TEXT, line, number, detail)
@@ -137,48 +134,39 @@ class EventReader:
 
     def _columns_of(self, events: Sequence[Any]) -> dict[str, list[Any]]:
         """Columns by path; an event without a valid uuid has None there. Raises one of UNREADABLE."""
-        columns: dict[str, list[Any]] = {head: list(map(take, events)) for head, take in self._columns.items()}
+        columns = self._event.columns(events)
         columns["uuid"] = list(self._uuids(columns["uuid"]))
-        for head, inside in self._inside.items():
-            columns |= inside.columns(columns[head])
+        for head, members in self._inside.items():
+            found = members.columns([members.scalars(raw) for raw in columns[head]])
+            columns |= {f"{head}.{name}": values for name, values in found.items()}
         return columns
 
 
 _SCALAR: Any = str | int | float | bool | None
 
 
-class _ObjectMembers:
-    """Members of an object inside an event. Members that are not scalars count as missing."""
+class _Members:
+    """Decodes the members of JSON objects that have these names; the values of `raw` ones stay JSON text."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._takes: Mapping[str, Callable[[Any], Any]] = {
-            path: attrgetter(f"f{number}") for number, path in enumerate(paths)
-        }
-        names = [path.partition(".")[2] for path in paths]
-        self._decode = msgspec.json.Decoder(_struct("Inside", dict.fromkeys(names, _SCALAR))).decode
-        self._nothing = self._decode(b"{}")
-        self._names = frozenset(names)
+    def __init__(self, names: Iterable[str], raw: Collection[str] = ()) -> None:
+        self._fields = {name: f"f{number}" for number, name in enumerate(names)}
+        kinds = [(field, msgspec.Raw if name in raw else _SCALAR, None) for name, field in self._fields.items()]
+        rename = {field: name for name, field in self._fields.items()}
+        self.decoder = msgspec.json.Decoder(msgspec.defstruct("Members", kinds, rename=rename, gc=False))
 
-    def columns(self, objects: Sequence[Any]) -> Mapping[str, list[Any]]:
-        found = [self._nothing if each is None else self._one(each) for each in objects]
-        return {path: list(map(take, found)) for path, take in self._takes.items()}
+    def columns(self, objects: Sequence[Any]) -> dict[str, list[Any]]:
+        """The values of decoded objects by name."""
+        return {name: list(map(attrgetter(field), objects)) for name, field in self._fields.items()}
 
-    def _one(self, raw: Any) -> Any:
+    def scalars(self, raw: Any) -> Any:
+        """A decoded object. Members that are not scalars count as missing, as all do where the text is no object."""
         try:
-            return self._decode(raw)
+            return self.decoder.decode(b"{}" if raw is None else raw)
         except UNREADABLE:
             found = cleaned(parsed_json(bytes(raw)))  # accepts numbers of any size
-            if not isinstance(found, dict):
-                return self._nothing
-            kept = {name: found[name] for name in self._names & found.keys()}
+            kept = {name: found[name] for name in self._fields if name in found} if isinstance(found, dict) else {}
             scalars = {name: value for name, value in kept.items() if not isinstance(value, dict | list)}
-            return self._decode(msgspec.json.encode(scalars))
-
-
-def _struct(name: str, kinds: Mapping[str, Any]) -> Any:
-    fields = [(f"f{number}", kind, None) for number, kind in enumerate(kinds.values())]
-    names = {f"f{number}": head for number, head in enumerate(kinds)}
-    return msgspec.defstruct(name, fields, rename=names, gc=False)
+            return self.decoder.decode(msgspec.json.encode(scalars))
 
 
 @lru_cache(maxsize=1)
@@ -247,12 +235,12 @@ class HourLines(PulledHour):
                 pass
         return hashlib.sha256(f"{self.rows}:{self._uuid_sum}".encode()).hexdigest()
 
-    def tables(self, *, careful: bool = False) -> Iterator[Tables]:
+    def tables(self) -> Iterator[Tables]:
         """See `PulledHour.tables`."""
         self._restart()
         for block in self._blocks():
             self._before = self.rows + self.refused
-            found = reader().tables(block, self._refuse, careful=careful)
+            found = reader().tables(block, self._refuse)
             self._took(found)
             yield found
 

@@ -9,6 +9,7 @@ bounded, whatever the size of an hour; its object holds every line as it came, i
 
 import hashlib
 import logging
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
@@ -19,17 +20,16 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from app.amplitude.archives import (
     WEEK,
-    Archive,
+    ExportArchive,
     Member,
     joined,
     joined_lines,
     monday,
     name_of,
-    opened,
     read_errors,
     weeks,
 )
-from app.amplitude.client import FetchedArchive, HourTooLarge, Project
+from app.amplitude.client import HourTooLarge, Project
 from app.config.settings import AmplitudeSettings
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import temporary_file
@@ -44,13 +44,13 @@ from app.ops.connection_checks import ConnectionCheck
 from app.product_events.hours import (
     GZIP,
     HOUR,
-    BrokenHour,
     PartitionRun,
     PulledHour,
     PullMode,
     has_landed,
     store_rows,
 )
+from app.product_events.http_client import spooled
 from app.product_events.pull import PullPipeline
 from app.product_events.verify import Given, PullEnds, PullGapMap, pull_cells
 
@@ -66,14 +66,13 @@ AGAIN_AFTER = timedelta(hours=24)
 AGAIN_DAYS = 14
 STEP_HOURS = 31 * 24
 KNOWN_FOR = timedelta(days=7)
-KEPT_LINE_BYTES = 1 << 25  # kept of a line that is too large
 log = logging.getLogger(__name__)
 
 
 class AmplitudePull(PullPipeline):
     """See `PullPipeline`. Partitions are sources."""
 
-    name, unit, due_after, largest_bytes = NAME, "lines", DUE_AFTER, KEPT_LINE_BYTES
+    name, variables, unit, due_after = NAME, OFF, "lines", DUE_AFTER
 
     @property
     def given(self) -> AmplitudeSettings:
@@ -98,11 +97,6 @@ class AmplitudePull(PullPipeline):
     def partitions(self) -> Sequence[str]:
         """See `PullPipeline.partitions`."""
         return list(self.projects)
-
-    @property
-    def off(self) -> str:
-        """See `PullPipeline.off`."""
-        return "" if self.projects else OFF
 
     @property
     def checks(self) -> Sequence[ConnectionCheck]:
@@ -144,34 +138,25 @@ class AmplitudePull(PullPipeline):
 
         return HourLines(self, partition, window, file, stop)
 
-    def joined(self, source: str, window: Window, members: Iterable[BinaryIO] | None, stop: Stop) -> "HourLines":
+    def joined(self, archive: ExportArchive, source: str, window: Window, stop: Stop) -> "HourLines":
         """An hour of an archive: its members joined into one gzip file, byte-identical for the same members. Raises
-        BrokenHour.
+        Transient and Permanent when one of them is broken.
         """
-        with ExitStack() as undo:
-            file = undo.enter_context(temporary_file(self.spool)) if members else None
-            if file and members:
-                joining = joined()
-                file.write(GZIP_HEAD)
-                try:
-                    file.writelines(joined_lines(joining, members))
-                except (Transient, Permanent) as error:
-                    raise BrokenHour(error) from error
-                file.write(joining.crc.to_bytes(4, "little") + (joining.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
-            undo.pop_all()
+        members, joining = archive.hours[window.start], joined()
+        if not members:
+            return self.opened(source, window, None, stop)
+        with spooled(self.spool, "the events of an hour") as file:
+            file.write(GZIP_HEAD)
+            file.writelines(joined_lines(joining, archive.streams(members)))
+            file.write(joining.crc.to_bytes(4, "little") + (joining.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
         return self.opened(source, window, file, stop)
 
     def ask(self, partition: str, span: Window, stop: Stop, held: ExitStack) -> tuple[Window, Given]:
         """See `PullPipeline.ask`."""
-        fetched = next(self.projects[partition].fetch(span, stop))
-        held.callback(fetched.close)
-        archive = held.enter_context(opened(fetched.file)) if fetched.file else None
-        members = archive.hours(fetched.span, lambda *_: None) if archive else {}
+        fetched = held.enter_context(closing(next(self.projects[partition].fetch(span, stop))))
 
         def hour(window: Window) -> PulledHour:
-            names = members.get(window.start)
-            streams = archive.streams(names) if archive and names else None
-            return held.enter_context(closing(self.joined(partition, window, streams, stop)))
+            return held.enter_context(closing(self.joined(fetched, partition, window, stop)))
 
         return fetched.span, lru_cache(hour)
 
@@ -223,52 +208,44 @@ class SourceRun(PartitionRun):
 
     def _pull(self, span: Window, mode: PullMode) -> Report:
         """Fetch the hours of `span`, then load and store each."""
-        known = self.records(span)
+        known, report = self.records(span), Report()
         self.context.progress.advance(total=(span.end - span.start) // HOUR)
-        return self._land_span(span, known, mode) + self.settle()
-
-    def _land_span(self, span: Window, known: Mapping[datetime, Record], mode: PullMode) -> Report:
-        report = Report()
         for fetched in self.project.fetch(span, self.context.stop, past_faults=True):
             with closing(fetched):
                 report += self._land(fetched, known, mode)
-        return report
+        return report + self.settle()
 
-    def _land(self, fetched: FetchedArchive, known: Mapping[datetime, Record], mode: PullMode) -> Report:
-        """Load and store the hours of an archive. If it cannot be opened, its hours are fetched one by one, so that
-        only unreadable hours are missing.
-        """
+    def _land(self, fetched: ExportArchive, known: Mapping[datetime, Record], mode: PullMode) -> Report:
+        """Load and store the hours of an archive."""
         stop, span, report = self.context.stop, fetched.span, Report()
-        record, file, hours = known.get(span.start), fetched.file, windows_between(span.start, span.end, HOUR_SECONDS)
         if early := self.clock_fault(span, self.project.upstream.answered_at):
             raise early
         if fetched.fault is not None:
-            return self._not_had(span, record, fetched.fault, mode)
-        with ExitStack() as held:
-            try:
-                archive = held.enter_context(opened(file)) if file else None
-                odd = list[tuple[str, Member]]()
-                members = archive.hours(span, lambda *each: odd.append(each)) if archive else {}
-            except (Transient, Permanent) as error:
-                if span.end - span.start <= HOUR:
-                    return self._not_had(span, record, error, mode, evidence=file)
-                return sum((self._land_span(hour, known, mode) for hour in hours), Report())
-            for window in hours:
+            return self._not_had(span, known.get(span.start), fetched.fault, mode, evidence=fetched.file)
+        final = span.start < self.settled_at  # a span is part of one day
+
+        def is_nothing(window: Window) -> bool:
+            return window.start not in known and not fetched.hours[window.start]
+
+        for is_empty, windows in groupby(windows_between(span.start, span.end, HOUR_SECONDS), is_nothing):
+            if is_empty:
+                report += self.record_empty(list(windows), mode, final=final)
+                continue
+            for window in windows:
                 stop.check()
-                record, names = known.get(window.start), members.get(window.start)
+                record = known.get(window.start)
                 try:
-                    streams = archive.streams(names) if archive and names else None
-                    hour = self.pull.joined(self.name, window, streams, stop)
-                    report += self.take(hour, record, mode, final=window.start < self.settled_at)
-                except BrokenHour as error:
-                    evidence = file if span == window else None
-                    report += self._not_had(window, record, error.fault, mode, came=True, evidence=evidence)
-            if archive is not None:
-                for what, member in odd:
-                    report += self.alone(f" {what}", partial(self._set_aside_odd, archive, what, member))
+                    hour = self.pull.joined(fetched, self.name, window, stop)
+                except (Transient, Permanent) as error:
+                    evidence = fetched.file if span == window else None
+                    report += self._not_had(window, record, error, mode, came=True, evidence=evidence)
+                else:
+                    report += self.take(hour, record, mode, final=final)
+        for odd, member in fetched.odd:
+            report += self.alone(f" {odd.message}", partial(self._set_aside_odd, fetched, odd.message, member))
         return report
 
-    def _set_aside_odd(self, archive: Archive, what: str, member: Member) -> Report:
+    def _set_aside_odd(self, archive: ExportArchive, what: str, member: Member) -> Report:
         """Set aside a member that belongs to no hour: nobody knows where its events go. The others are not affected."""
         log.warning("%s: %s", self.name, what)
         if self.context.dry_run:
@@ -378,13 +355,14 @@ def _store_week(run: SourceRun, window: Window, hours: Sequence[Record], over: s
     min_at, max_at = hours[0].window.start, hours[-1].window.end
     closed = all(hour.closed for hour in hours) and max_at == window.end
     wanted = Record(window, 0, key, "", digest, rows, 0, len(hours), min_at, max_at, closed)
+    # Nothing is compressed again, so the zip is as large as the objects of its hours.
+    if (size_bytes := sum(hour.size_bytes for hour in hours)) > MAX_BYTES:
+        raise Permanent(
+            f"{key}: {size_bytes} bytes exceed the 5 GiB limit of one upload",
+            "use the objects of its hours, which are complete",
+        )
     with temporary_file(run.pull.spool) as file:
         file.writelines(weeks(_streams(run, hours), [window.start.date()]))
-        if file.tell() > MAX_BYTES:
-            raise Permanent(
-                f"{key}: {file.tell()} bytes exceed the 5 GiB limit of one upload",
-                "use the objects of its hours, which are complete",
-            )
         stored = store_rows(
             run.pull.store, file, wanted, pipeline=WEEKS_PIPELINE, content_type="application/zip", over=over
         )
@@ -490,11 +468,12 @@ class AmplitudeEnds(PullEnds):
             if file is None:
                 raise Transient(f"{info.key} was deleted while it was being read", "verify again")
             try:
-                with opened(file) as archive, read_errors():
-                    for entry in archive.streams():
-                        for block in blocks(entry):
-                            self.stop.check()
-                            total += content_of_block(block)
+                with read_errors(), zipfile.ZipFile(file) as week:
+                    for member in week.infolist():
+                        with week.open(member) as entry:
+                            for block in blocks(entry):
+                                self.stop.check()
+                                total += content_of_block(block)
             except Transient as error:
                 hint = "heal the window: the object is written again from those of its hours"
                 raise Permanent(f"{info.key} is damaged: {error.message}", hint) from error

@@ -15,8 +15,8 @@ from typing import Annotated, BinaryIO, Literal
 from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from app.amplitude.archives import name_of, opened, weeks
-from app.amplitude.client import FetchedArchive, Project
+from app.amplitude.archives import ExportArchive, name_of, weeks
+from app.amplitude.client import Project
 from app.core.runs import Stop
 from app.core.windows import Window
 from app.product_events.routes import CallerPlaces, ServiceFile
@@ -107,12 +107,12 @@ def week_zip(project: Project, first: date, last: date, stop: Stop) -> Generator
     return _joined(weeks(_streams(_ahead(project.fetch(span, stop), stop)), days))
 
 
-def _ahead(pieces: Iterator[FetchedArchive], stop: Stop) -> Iterator[FetchedArchive]:
+def _ahead(pieces: Iterator[ExportArchive], stop: Stop) -> Iterator[ExportArchive]:
     """Prefetch one archive in a separate thread. Neither a stop nor closing this waits for that thread: the service may
     take minutes to answer, and the thread may be waiting for its turn behind the one that closes this.
     """
 
-    def close_unused(done: Future[FetchedArchive | None]) -> None:
+    def close_unused(done: Future[ExportArchive | None]) -> None:
         if not done.exception() and (fetched := done.result()) is not None:
             fetched.close()
 
@@ -143,13 +143,12 @@ def _joined(pieces: Iterator[bytes], size_bytes: int = 1 << 16) -> Generator[byt
         yield bytes(held)
 
 
-def _streams(fetched: Iterator[FetchedArchive]) -> Iterator[tuple[datetime, BinaryIO]]:
-    """Every member of every archive, by hour."""
+def _streams(fetched: Iterator[ExportArchive]) -> Iterator[tuple[datetime, BinaryIO]]:
+    """Every member of every archive, by hour. Raises Permanent when one belongs to no hour."""
     for each in fetched:
         with closing(each):
-            if each.file is None:
-                continue
-            with opened(each.file) as archive:
-                for hour_at, members in archive.hours(each.span).items():
-                    for stream in archive.streams(members):
-                        yield hour_at, stream
+            for error, _ in each.odd:
+                raise error
+            for hour_at, members in each.hours.items():
+                for stream in each.streams(members):
+                    yield hour_at, stream

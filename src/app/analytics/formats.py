@@ -44,6 +44,7 @@ MAX_ROWS: Mapping[str, int] = {
     "parquet": 5_000_000,
     "xlsx": 100_000,
 }
+OPAQUE = re.compile(r"arrow\.opaque\[.*?type_name=(\w+)")
 FORMULA_START = f"^[{re.escape(FORMULA)}]"
 SHEET = {
     "constant_memory": True,
@@ -133,13 +134,10 @@ def of_batches(reader: Any, shape: AnswerShape, folder: Path) -> ReportAnswer:
     if shape.format in JSON_WRITERS:
         write_json, blocks = JSON_WRITERS[shape.format], (_rows(batch) for batch in batches)
         return _spooled(folder, lambda spool: write_json(spool, _plain(reader.schema).names, blocks, shape))
-    write: Callable[[Any, Any, Iterable[Any]], None] = WRITERS[shape.format]
-    schema = _plain(reader.schema)
-    plain: Iterable[Any] = (_cast(batch, schema) for batch in batches)
-    if shape.format == "csv" and shape.formula_safe:
-        schema, plain = _without_formulas(schema, plain)
+    write, schema = WRITERS[shape.format], _plain(reader.schema)
+    plain = (_cast(batch, schema) for batch in batches)
     try:
-        return _spooled(folder, lambda spool: write(spool, schema, plain))
+        return _spooled(folder, lambda spool: write(spool, schema, plain, shape))
     except (pa.ArrowNotImplementedError, OverflowError) as error:
         raise _unwritable(error) from None
 
@@ -174,11 +172,14 @@ def _check_rows(count: int, shape: AnswerShape) -> None:
 
 def _plain(schema: Any) -> Any:
     """The schema with naive UTC timestamps, no dictionaries and unique names: a duplicate column name gets a number, as
-    in a table that DuckDB creates from the SELECT.
+    in a table that DuckDB creates from the SELECT. Raises Rejected for a type of DuckDB's own, whose values would be
+    its internal bytes.
     """
     import pyarrow as pa
 
     def plain(kind: Any) -> Any:
+        if own := OPAQUE.search(str(kind)):
+            raise Rejected(f"a column is of type {own[1].upper()}, which no format has", "cast it to DOUBLE or to text")
         if pa.types.is_timestamp(kind):
             return pa.timestamp("us")
         return kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -279,38 +280,32 @@ def _write_ndjson(
         spool.write(encoder.encode_lines(rows))
 
 
-def _without_formulas(schema: Any, batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """Prefix an apostrophe to each text and name that a spreadsheet would take for a formula."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    def safe(values: Any) -> Any:
-        is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
-        return pc.replace_substring_regex(values, f"({FORMULA_START})", r"'\1") if is_text else values
-
-    named = pa.schema([(re.sub(FORMULA_START, r"'\g<0>", column.name), column.type) for column in schema])
-    return named, (pa.RecordBatch.from_arrays([*map(safe, batch.columns)], schema=named) for batch in batches)
-
-
-def _write_csv(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
+def _write_csv(spool: Any, schema: Any, batches: Iterable[Any], shape: AnswerShape) -> None:
+    """Timestamps are ISO 8601; nested and binary values, for which CSV has no type, are JSON. `formula_safe`: an
+    apostrophe is prefixed to each text and name that a spreadsheet would take for a formula.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.csv as pacsv
 
-    as_text = {column.name for column in schema if pa.types.is_timestamp(column.type)}
-    others = {c.name for c in schema if pa.types.is_nested(c.type) or pa.types.is_binary(c.type) or _is_odd(c.type)}
-    written = pa.schema([(c.name, pa.string() if c.name in as_text | others else c.type) for c in schema])
+    def is_json(kind: Any) -> bool:
+        return bool(pa.types.is_nested(kind) or pa.types.is_binary(kind) or _is_odd(kind))
+
+    def cells(values: Any, kind: Any) -> Any:
+        if pa.types.is_timestamp(values.type):
+            values = pc.strftime(values, format="%Y-%m-%dT%H:%M:%SZ", locale="C")
+        elif is_json(values.type):
+            values = _json_texts(values)
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        safe = shape.formula_safe and is_text
+        return pc.replace_substring_regex(values, f"({FORMULA_START})", r"'\1") if safe else values
+
+    names = [re.sub(FORMULA_START, r"'\g<0>", name) if shape.formula_safe else name for name in schema.names]
+    kinds = [pa.string() if pa.types.is_timestamp(kind) or is_json(kind) else kind for kind in schema.types]
+    written = pa.schema(zip(names, kinds, strict=True))
     with pacsv.CSVWriter(spool, written, write_options=pacsv.WriteOptions(quoting_style="needed")) as writer:
         for batch in batches:
-            columns = [
-                pc.strftime(values, format="%Y-%m-%dT%H:%M:%SZ", locale="C")
-                if name in as_text
-                else _json_texts(values)
-                if name in others
-                else values
-                for name, values in zip(schema.names, batch.columns, strict=True)
-            ]
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=written))
+            writer.write_batch(pa.RecordBatch.from_arrays([*map(cells, batch.columns, kinds)], schema=written))
 
 
 def _is_odd(kind: Any) -> bool:
@@ -334,7 +329,7 @@ def _json_text(value: Any) -> str | None:
     return found if found is None or isinstance(found, str) else msgspec.json.encode(found).decode()
 
 
-def _write_parquet(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
+def _write_parquet(spool: Any, schema: Any, batches: Iterable[Any], _: AnswerShape) -> None:
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
@@ -348,7 +343,7 @@ def _write_parquet(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
             writer.write_batch(_cast(pa.RecordBatch.from_arrays(columns, schema.names), utc))
 
 
-def _write_xlsx(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
+def _write_xlsx(spool: Any, schema: Any, batches: Iterable[Any], _: AnswerShape) -> None:
     """Write row by row, so that memory is bounded. Text stays text, even if it looks like a formula or a link."""
     import xlsxwriter
 
@@ -382,8 +377,4 @@ def _cell(value: Any) -> Any:
 
 
 JSON_WRITERS = {"json": _write_json, "ndjson": _write_ndjson}
-WRITERS: Mapping[str, Callable[[Any, Any, Iterable[Any]], None]] = {
-    "csv": _write_csv,
-    "parquet": _write_parquet,
-    "xlsx": _write_xlsx,
-}
+WRITERS = {"csv": _write_csv, "parquet": _write_parquet, "xlsx": _write_xlsx}

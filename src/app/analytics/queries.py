@@ -384,6 +384,10 @@ class Queries:
                 broken[part[0].version] = trouble
             if len(broken) > BROKEN or time.monotonic() - began > self._local.limits.seconds:
                 return False
+        if broken:  # what was replaced meanwhile is not damaged, and its rows are not left out
+            self._summaries.refresh()
+            held = {source.version for source in sources if self._summaries.holds([source])}
+            broken = {version: text for version, text in broken.items() if version in held}
         # Where it works with none of them, the store or the report may be to blame.
         is_other_cause = len(broken) == len(sources) and (
             any(map(OF_STORE.search, broken.values())) or bool(self._trouble(report, values, shape, ()))

@@ -34,6 +34,7 @@ READ = needs("analytics:read")
 FIRST_SECONDS = 20.0
 POLL_SECONDS = 0.05
 LONG_SECONDS = 86_400.0
+SUMMARY = "summary"
 ALIASES = frozenset({"overview", "daily-summary", "devices", "devices/latest"})
 TYPES: Mapping[str, Mapping[str, Any]] = {
     "text": {"type": "string"},
@@ -131,7 +132,7 @@ def build(analytics: Analytics) -> APIRouter:
         responses={200: {"model": DataSummary, "description": "the columns"}},
     )
     async def schema() -> Response:
-        return JSONResponse(_schema(analytics, await _view(analytics)))
+        return JSONResponse(_schema(analytics, await current_view(analytics)))
 
     strict.add_api_route(
         "/analytics/sql",
@@ -227,20 +228,23 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
     async def answer(request: Request) -> Response:
         began = time.perf_counter()
         asked = _asked(report, request)
-        view = await _view(analytics)
+        view = await current_view(analytics)
         warnings = warnings_of(view, analytics.refresher.trouble)
         key = key_of(asked, view, warnings)
         found = analytics.cache.held(key)
         if found is None:
             said = [dict(each) for each in warnings]
             shape = AnswerShape(asked.format, report.answer, said, asked.formula_safe)
-            keep_seconds = LONG_SECONDS if asked.from_memory else analytics.refresh_seconds
+
+            def keep_seconds(made: ReportAnswer) -> float:
+                """Only the summaries depend on nothing but the key."""
+                return LONG_SECONDS if made.engine == SUMMARY else analytics.refresh_seconds
 
             def make() -> ReportAnswer:
                 if asked.from_memory and not analytics.queries.has_older_rows(view):
                     days = parts_within(view.days, report.span(asked.values))
                     answer = of_table(TABLES[report.summary](days), shape, analytics.workplace.folder)
-                    answer.engine = "summary"
+                    answer.engine = SUMMARY
                     return answer
                 return analytics.queries.run(report, asked.values, shape, asked.as_of)
 
@@ -322,7 +326,7 @@ def _instant(text: str | None) -> datetime | None:
         raise Refused(422, f"as_of={str(text)[:80]!r} is not a timestamp", allowed, "query.as_of") from None
 
 
-async def _view(analytics: Analytics) -> ListingView:
+async def current_view(analytics: Analytics) -> ListingView:
     """The last listing; wait a while for the first one."""
     until = time.monotonic() + FIRST_SECONDS
     if analytics.summaries.view is None and analytics.refresher.trouble is None:
@@ -330,7 +334,7 @@ async def _view(analytics: Analytics) -> ListingView:
     while (view := analytics.summaries.view) is None:
         trouble = analytics.refresher.trouble
         if trouble is not None:
-            raise trouble
+            raise trouble.with_traceback(None)  # a shared error would collect the frames of every request
         if time.monotonic() > until:
             raise Transient("the objects are still being read for the first time", "send the same request again")
         await asyncio.sleep(POLL_SECONDS)
@@ -383,7 +387,7 @@ def _statement(analytics: Analytics) -> Callable[..., Any]:
     async def statement(
         body: SqlStatement, *, form: Annotated[SqlFormat, Query(alias="format")] = "json", formula_safe: bool = False
     ) -> Response:
-        view = await _view(analytics)
+        view = await current_view(analytics)
         span = ReportSpan(body.device_id, _naive(body.since), _naive(body.until))
         shape = AnswerShape(form, "data", (), formula_safe, MAX_ROWS)
         try:

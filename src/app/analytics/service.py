@@ -67,9 +67,11 @@ class SingleFlightCache:
         self._kept.move_to_end(key)
         return self._kept[key][0]
 
-    async def answer(self, key: Hashable, make: Callable[[], ReportAnswer], keep_seconds: float) -> ReportAnswer:
-        """The result of `make`, run in a thread, once for all callers waiting for `key`. Raises what `make` raises, and
-        Transient when too many reports are waiting.
+    async def answer(
+        self, key: Hashable, make: Callable[[], ReportAnswer], keep_seconds: Callable[[ReportAnswer], float]
+    ) -> ReportAnswer:
+        """The result of `make`, run in a thread, once for all callers waiting for `key`; cached for `keep_seconds` of
+        it. Raises what `make` raises, and Transient when too many reports are waiting.
         """
         running = self._running.get(key)
         if running is None:
@@ -91,12 +93,14 @@ class SingleFlightCache:
         finally:
             self._places.release()
 
-    def _keep(self, key: Hashable, task: "asyncio.Task[ReportAnswer]", keep_seconds: float) -> None:
+    def _keep(
+        self, key: Hashable, task: "asyncio.Task[ReportAnswer]", keep_seconds: Callable[[ReportAnswer], float]
+    ) -> None:
         self._running.pop(key, None)
         self._drop_expired()
         if task.cancelled() or task.exception() is not None or task.result().size_bytes > KEPT_BYTES:
             return
-        until = time.monotonic() + keep_seconds
+        until = time.monotonic() + keep_seconds(task.result())
         self._kept[key] = task.result(), until
         self._kept.move_to_end(key)
         self._soonest = min(self._soonest, until)

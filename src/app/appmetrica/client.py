@@ -29,7 +29,7 @@ from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
 from app.core.windows import Window
 from app.db.state import PendingExport, SqlPulls
-from app.product_events.http_client import READ_SECONDS, ServiceAnswer, Upstream, body_file
+from app.product_events.http_client import READ_SECONDS, ServiceAnswer, Upstream, spooled
 
 SERVICE = "appmetrica"
 PROGRESS = re.compile(r"Progress is (\d+)%")
@@ -267,7 +267,7 @@ class Exports:
         with self._answer(path, headers, pauses) as answer:
             if answer.status != HTTPStatus.OK:
                 return _said(answer)
-            with body_file(self._spool, "a file of many rows") as file:
+            with spooled(self._spool, "a file of many rows") as file:
                 if answer.header("content-encoding").lower() == "gzip":
                     file.writelines(answer.raw())
                     is_measured = answer.header("content-length") or answer.header("transfer-encoding")

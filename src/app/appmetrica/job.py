@@ -32,7 +32,6 @@ from app.appmetrica.client import (
 )
 from app.appmetrica.rows import (
     EVENTS,
-    KEPT_ROW_BYTES,
     BadRow,
     CsvRows,
     ReceiptHourFile,
@@ -50,6 +49,7 @@ from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to
 from app.db.state import PendingExport, SqlPulls
 from app.ops.connection_checks import ConnectionCheck
 from app.product_events.hours import HOUR, SET_ASIDE_AFTER, PartitionRun, PullMode, has_landed, record_of_nothing
+from app.product_events.http_client import disk_fault
 from app.product_events.pull import PullPipeline
 from app.product_events.verify import Given
 
@@ -69,7 +69,7 @@ log = logging.getLogger(__name__)
 class AppMetricaPull(PullPipeline):
     """See `PullPipeline`. Partitions are `{application}:{resource}`, windows hours of receipt."""
 
-    name, unit, due_after, largest_bytes = NAME, "records", DUE_AFTER, KEPT_ROW_BYTES + 1
+    name, variables, unit, due_after = NAME, OFF, "records", DUE_AFTER
 
     pulls: SqlPulls
 
@@ -100,11 +100,6 @@ class AppMetricaPull(PullPipeline):
         return [f"{self.exports.application_id}:{name}" for name in self.given.resources] if self.exports else ()
 
     @property
-    def off(self) -> str:
-        """See `PullPipeline.off`."""
-        return "" if self.exports else OFF
-
-    @property
     def checks(self) -> Sequence[ConnectionCheck]:
         """See `PullPipeline.checks`."""
         if self.exports is None:
@@ -130,14 +125,17 @@ class AppMetricaPull(PullPipeline):
 
     def sorted_rows(self, partition: str, under_way: ExportInProgress) -> SortedRows:
         """The rows of an export's file, by hour."""
-        return SortedRows(
-            under_way.files,
-            under_way.request.columns,
-            resource_of(partition).received,
-            span_of(under_way.export),
-            self.spool,
-            partition=partition,
-        )
+        try:
+            return SortedRows(
+                under_way.files,
+                under_way.request.columns,
+                resource_of(partition).received,
+                span_of(under_way.export),
+                self.spool,
+                partition=partition,
+            )
+        except OSError as error:
+            raise disk_fault(self.spool, error) from error
 
     def ask(self, partition: str, span: Window, stop: Stop, held: ExitStack) -> tuple[Window, Given]:
         """See `PullPipeline.ask`. A fault applies to all hours of the span: the first one waits for all."""
@@ -226,11 +224,16 @@ class ResourceRun(PartitionRun):
 
     def pull_again(self, hours: Window) -> Report:
         """See `PartitionRun.pull_again`. `more`: a file is not ready yet."""
-        report, at = Report(), hours.start
+        owner, report, at = f"{self.name}:backfill", Report(), hours.start
+        # An earlier run ended with a file that was not ready: what it pulled before that is not requested again.
+        kept_since = self.pull.clock() - KEPT_FOR
+        for export in self.exports.pulls.open(NAME, owner):
+            start, is_kept = span_of(export).start, (export.asked_at or export.created_at) > kept_since
+            if is_kept and at < start < hours.end and not (start - hours.start) % STEP:
+                at = start
         while at < hours.end and not report.more:
             day = Window(at, min(at + STEP, hours.end))
-            export = self.exports.keep_received(f"{self.name}:backfill", self.resource, day)
-            report += self._land(export, None)
+            report += self._land(self.exports.keep_received(owner, self.resource, day), None)
             at = day.end
         return report
 

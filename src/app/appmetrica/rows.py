@@ -3,7 +3,7 @@
 Invariants: every row of the file is yielded once, good or bad, and either is in exactly one hour, by the second of its
 receipt, or is refused with its bytes as in the file. A bad row never costs a good one, even when a stray quote makes it
 swallow what follows. A record ends at the first line end where the number of quotes is even. Columns are found by name.
-The same rows of an hour give the same uuids in any order. Memory is bounded by KEPT_ROW_BYTES: per-row state is on
+The same rows of an hour give the same uuids in any order. Memory is bounded by KEPT_LINE_BYTES: per-row state is on
 disk.
 """
 
@@ -22,15 +22,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from uuid import NAMESPACE_URL, uuid5
 
-from app.core.errors import Permanent, Rejected
+from app.core.errors import Permanent, Rejected, Transient
 from app.core.files import temporary_file
 from app.core.verify import WindowContent
 from app.core.windows import HOUR_SECONDS, Window, floor_to, windows_between
-from app.product_events.hours import REFUSED, PulledHour, RefusedLines
+from app.product_events.hours import KEPT_LINE_BYTES, MAX_LINE_BYTES, REFUSED, PulledHour, RefusedLines
 from app.product_events.mapping import Tables, mapping
 
-MAX_ROW_BYTES = 1 << 24
-KEPT_ROW_BYTES = 2 * MAX_ROW_BYTES
 BUFFER_BYTES = 1 << 18
 BOM = b"\xef\xbb\xbf"
 
@@ -59,7 +57,7 @@ class CsvRows:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        csv.field_size_limit(KEPT_ROW_BYTES)  # the default is too small for one crash stack trace
+        csv.field_size_limit(KEPT_LINE_BYTES)  # the default is too small for one crash stack trace
         file.seek(0)
         packed = cast("io.RawIOBase", gzip.open(file, "rb"))  # noqa: SIM115 - it holds nothing but `file`
         self._stream = io.BufferedReader(packed, BUFFER_BYTES)  # finds lines in compiled code
@@ -83,7 +81,7 @@ class CsvRows:
     def _row(self, line: bytes) -> Row | BadRow:
         """The record that starts with `line`. If it cannot be read, only this line is bad, and the rest is re-read."""
         lines, size_bytes, is_open = [line], len(line), line.count(b'"') % 2 == 1
-        while is_open and size_bytes < KEPT_ROW_BYTES and (more := self._line()):
+        while is_open and size_bytes < KEPT_LINE_BYTES and (more := self._line()):
             lines.append(more)
             size_bytes += len(more)
             is_open ^= more.count(b'"') % 2 == 1
@@ -95,7 +93,7 @@ class CsvRows:
 
     def _read(self, raw: bytes) -> Row | BadRow:
         self.raw = raw
-        unreadable = LARGE_ROW if len(raw) > MAX_ROW_BYTES else NOT_A_ROW
+        unreadable = LARGE_ROW if len(raw) > MAX_LINE_BYTES else NOT_A_ROW
         try:
             row = _cells(raw.decode())
         except UnicodeDecodeError as error:
@@ -105,7 +103,7 @@ class CsvRows:
             return BadRow(unreadable, raw, f"row {self.number}: {error}")
         if len(row) != len(self.header):
             return BadRow(unreadable, raw, f"row {self.number}: {len(row)} of {len(self.header)} cells")
-        if len(raw) > MAX_ROW_BYTES:
+        if len(raw) > MAX_LINE_BYTES:
             return BadRow(LARGE_ROW, raw, f"row {self.number}: {len(raw)} bytes", row)
         return row
 
@@ -118,13 +116,13 @@ class CsvRows:
         return row if len(row) == len(self.header) else ()
 
     def _line(self) -> bytes:
-        """The next line, truncated to KEPT_ROW_BYTES. b"" at the end."""
+        """The next line, truncated to KEPT_LINE_BYTES. b"" at the end."""
         if self._back:
             return self._back.popleft()
-        line = self._stream.readline(KEPT_ROW_BYTES)
+        line = self._stream.readline(KEPT_LINE_BYTES)
         rest = line
-        while len(rest) >= KEPT_ROW_BYTES and not rest.endswith(b"\n"):
-            rest = self._stream.readline(KEPT_ROW_BYTES)
+        while len(rest) >= KEPT_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = self._stream.readline(KEPT_LINE_BYTES)
         return line
 
 
@@ -210,12 +208,12 @@ class ReceiptHourFile(PulledHour):
         """Its rows, without the header."""
         if self.body is None:
             return
-        csv.field_size_limit(KEPT_ROW_BYTES)
+        csv.field_size_limit(KEPT_LINE_BYTES)
         self.file.seek(0)
         with gzip.open(self.file, "rt", encoding="utf-8", newline="") as text:
             yield from islice(csv.reader(text), 1, None)
 
-    def tables(self, *, careful: bool = False) -> Iterator[Tables]:  # noqa: ARG002 - all rows are sanitised
+    def tables(self) -> Iterator[Tables]:
         """See `PulledHour.tables`."""
         with closing(_Ordinals()) as ordinals:
             rows = self.read()
@@ -261,7 +259,7 @@ class ReceiptHourFile(PulledHour):
 
 def read_hour(partition: str, window: Window, file: BinaryIO, spool: Path) -> ReceiptHourFile:
     """The hour in the file of its object; its rows are not counted. Raises ValueError when the header is missing."""
-    csv.field_size_limit(KEPT_ROW_BYTES)
+    csv.field_size_limit(KEPT_LINE_BYTES)
     with gzip.open(file, "rt", encoding="utf-8", newline="") as text:
         header = next(csv.reader(text), None)
     if not header:
@@ -372,11 +370,15 @@ class _Ordinals:
         self._database.execute("BEGIN")
 
     def next(self, name: str) -> int:
-        """0 for the first call with a name, then one more each time."""
+        """0 for the first call with a name, then one more each time. Raises Transient when the disk is full."""
         identity = hashlib.sha256(name.encode()).digest()[:16]
-        (found,) = self._database.execute(
-            "INSERT INTO seen VALUES (?, 0) ON CONFLICT (id) DO UPDATE SET n = n + 1 RETURNING n", (identity,)
-        ).fetchall()
+        try:
+            (found,) = self._database.execute(
+                "INSERT INTO seen VALUES (?, 0) ON CONFLICT (id) DO UPDATE SET n = n + 1 RETURNING n", (identity,)
+            ).fetchall()
+        except sqlite3.OperationalError as error:
+            said = f"rows that are equal cannot be counted: {error}"
+            raise Transient(said, "free space in the system's temporary directory (TMPDIR)") from error
         return int(found[0])
 
     def close(self) -> None:

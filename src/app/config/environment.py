@@ -105,6 +105,7 @@ def _shown(variable: Variable, text: str) -> str:
 # Nothing here depends on field names: a secret is whatever is held as SecretStr.
 
 LEAST_CHARACTERS = 16
+HTTP_URL = re.compile(r"https?://[^\s,]+")
 
 
 def describe(settings: Settings) -> dict[str, str]:
@@ -137,6 +138,8 @@ def _inside(secret: str) -> Iterator[str]:
         with suppress(ValueError, RecursionError):  # a password may look like the start of a key file
             for text in _strings(json.loads(secret)):
                 yield from (line for line in text.splitlines() if len(line) >= LEAST_CHARACTERS and "://" not in line)
+    else:
+        yield from HTTP_URL.findall(secret)  # HEARTBEAT_URLS is one secret of several URLs
 
 
 def _strings(node: object) -> Iterator[str]:

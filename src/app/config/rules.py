@@ -41,7 +41,8 @@ def text_of(value: object) -> str:
         case datetime():
             return value.isoformat()
         case tuple():
-            return ",".join(each.name if isinstance(each, KeyEntry) else str(each) for each in value)
+            pairs = ("=".join(map(str, each)) if isinstance(each, tuple) else each for each in value)
+            return ",".join(each.name if isinstance(each, KeyEntry) else str(each) for each in pairs)
         case _:
             return str(value)
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -18,6 +19,7 @@ from app.core.errors import Permanent, Rejected, Transient
 
 UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 INSTANT_SUFFIX = "_at"
+END_OF_LETTERS = 0x1F000  # no letter with two cases lies beyond
 
 
 def bound(params: Mapping[str, Any], *, as_text: bool = False) -> dict[str, Any]:
@@ -46,6 +48,26 @@ def storable(text: str) -> str:
     return UNSTORABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+@cache
+def lower_cases() -> Mapping[int, str]:
+    """Code point -> lower case, of each letter that has one in one character of the same kind: not of the Kelvin sign,
+    whose lower case is the ASCII letter.
+    """
+    letters = ((letter, letter.lower()) for letter in map(chr, range(END_OF_LETTERS)))
+    return {
+        ord(letter): lower
+        for letter, lower in letters
+        if lower != letter and len(lower) == 1 and letter.isascii() == lower.isascii()
+    }
+
+
+def lower_text(text: str) -> str:
+    """Text in lower case, letter by letter. In `str.lower` the last sigma of a word has a form of its own, so that a
+    part of a word would not be found in it.
+    """
+    return text.lower() if text.isascii() else text.translate(lower_cases())
+
+
 def instant_text(instant: datetime) -> str:
     """A UTC timestamp as `YYYY-MM-DDTHH:MM:SS.ffffffZ`."""
     return instant.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
@@ -57,6 +79,8 @@ Row = dict[str, Any]
 NAMED = re.compile(r"^-- name: *(?P<name>\w+)(?: *\((?P<dialect>\w+)\))? *$", re.MULTILINE)
 DIALECTS: tuple[Dialect, ...] = ("sqlite", "postgres")
 NAME_TAKEN = "another program made something of this name: use an empty database, or in PostgreSQL a schema of your own"
+FIRST_ROWS, SAMPLED_ROWS, BLOCK_ROWS = 16, 16, 1000
+BLOCK_BYTES = 1 << 22
 BROKEN_INSTALLATION = "reinstall Headwater: the installation is damaged or a query is missing"
 
 
@@ -124,13 +148,29 @@ class Session(Protocol):
         return chain.from_iterable(self.blocks(sql, **params))
 
     def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
-        """As `stream`, but several rows at a time, since each generator step costs as much as a value."""
+        """As `stream`, but several rows at a time, since each generator step costs as much as a value; see
+        `fetched_blocks`.
+        """
 
     def script(self, sql: str) -> None:
         """Run several statements without parameters inside this transaction."""
 
     def check(self) -> None:
         """Check all stored data, if that is our job and not the server's. Raises `DamagedDatabase`."""
+
+
+def fetched_blocks(fetch: Callable[[int], Sequence[Sequence[Any]]]) -> Iterator[Sequence[Sequence[Any]]]:
+    """The rows that `fetch(count)` returns, fewer than `count` at the end. A block has at most BLOCK_ROWS rows and,
+    judging by a sample of the block before, at most BLOCK_BYTES of text: JSON columns may have megabytes in each row.
+    """
+    count = FIRST_ROWS
+    while rows := fetch(count):
+        yield rows
+        if len(rows) < count:
+            return
+        sample = rows[:: len(rows) // SAMPLED_ROWS + 1]
+        sampled_bytes = sum(len(value) for row in sample for value in row if isinstance(value, str | bytes))
+        count = max(1, min(BLOCK_ROWS, BLOCK_BYTES * len(sample) // max(sampled_bytes, 1)))
 
 
 class Database(Protocol):

@@ -19,11 +19,20 @@ from psycopg.rows import DictRow, dict_row, tuple_row
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.core.network import CA_HINT, is_untrusted
-from app.db.database import NAME_TAKEN, Connections, DamagedDatabase, Dialect, DuplicateKey, Row, Session, bound
+from app.db.database import (
+    NAME_TAKEN,
+    Connections,
+    DamagedDatabase,
+    Dialect,
+    DuplicateKey,
+    Row,
+    Session,
+    bound,
+    fetched_blocks,
+)
 
 T = TypeVar("T")
 
-STREAMED_ROWS = 1000
 ANSWER_SECONDS = 60.0  # longer than the server's statement timeout, so that the server's error comes first
 CONNECTION = {
     "connect_timeout": "5",
@@ -131,8 +140,7 @@ class PostgresSession(Session):
             self._connection.cursor(f"stream_{uuid4().hex}", row_factory=tuple_row) as cursor,
         ):
             cursor.execute(_pyformat(sql), bound(params))
-            while rows := cursor.fetchmany(STREAMED_ROWS):
-                yield rows
+            yield from fetched_blocks(cursor.fetchmany)
 
     def script(self, sql: str) -> None:
         """See `Session.script`."""

@@ -26,10 +26,11 @@ from app.db.database import (
     Row,
     Session,
     bound,
+    fetched_blocks,
+    lower_text,
 )
 
 BUSY_SECONDS = 10.0
-STREAMED_ROWS = 1000
 BESIDE = ("-wal", "-shm", "-journal")
 OWNER_ONLY, OTHERS = 0o600, 0o077
 TAKEN = (sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY)
@@ -103,9 +104,7 @@ class SqliteSession(Session):
     def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
         """See `Session.blocks`."""
         with _translated(self._path):
-            cursor = self._connection.execute(sql, bound(params, as_text=True))
-            while rows := cursor.fetchmany(STREAMED_ROWS):
-                yield rows
+            yield from fetched_blocks(self._connection.execute(sql, bound(params, as_text=True)).fetchmany)
 
     def script(self, sql: str) -> None:
         """See `Session.script`. Not `executescript`, which first commits the open transaction."""
@@ -241,7 +240,7 @@ def _opened(path: Path, busy_seconds: float, *, read_only: bool = False) -> File
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         # SQLite's own lower() only handles ASCII.
-        connection.create_function("lower_text", 1, lambda text: text.lower() if text else text, deterministic=True)
+        connection.create_function("lower_text", 1, lambda text: text and lower_text(text), deterministic=True)
         connection.create_function("sha256_hex", 1, lambda text: sha256(text.encode()).hexdigest(), deterministic=True)
         connection.file, connection.log = file_id(path), file_id(Path(f"{path}-wal"))
         undo.pop_all()

@@ -95,14 +95,15 @@ def _store(
     how = WriteOptions("ndjson", skip=True)
     with closing(receive(lines, table, how, LIMITS, body_bytes=ROW_BYTES, stream_bytes=ROW_BYTES)) as received:
         stored = warehouse.insert(table, received, at=at, dry_run=dry_run)
-        done.read += len(chunk)
         done.new += stored.inserted_rows
         done.already_there += stored.rows - stored.inserted_rows
         done.set_aside_count += received.fault_count
         for fault in received.faults:
             id_ = chunk[fault.index][0]
             named = f"{fault.field} {fault.message}".strip()
-            done.set_aside.append((f"id {id_}" if id_ is not None else f"row {fault.index + 1}", named))
+            number = done.read + fault.index + 1
+            done.set_aside.append((f"id {id_}" if id_ is not None else f"row {number}", named))
+        done.read += len(chunk)
 
 
 def _line(columns: Sequence[TableColumn], values: Sequence[Any]) -> bytes:

@@ -10,15 +10,13 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 from pydantic import BaseModel, Field
 
-from app.dwh.query import DEFAULT_ROWS, DIRECTIONS, ERASURE_OPTIONS, FORMATS, MAX_FILE_ROWS, MAX_ID, MAX_OFFSET
+from app.dwh.query import ERASURE_OPTIONS, OPTIONS, Schema
 from app.dwh.responses import MEDIA
 from app.dwh.rows import WITHOUT_NUL, reader, row_type, value_type
 from app.dwh.tables import Table, TableColumn
 from app.web.errors import Answers, faults
 
-Schema = dict[str, Any]
 WHOLE: Schema = {"type": "integer", "minimum": 0}
-PK: Schema = {"type": "integer", "minimum": -MAX_ID - 1, "maximum": MAX_ID}
 BUSY = {429: "too many requests at once", 503: "the warehouse cannot be reached: send the same request again"}
 READ_FAULTS = faults({400: "an unknown column or parameter", 422: "a parameter is wrong: it is named", **BUSY})
 WRITE_FAULTS = faults(
@@ -81,9 +79,7 @@ def writing(table: Table) -> Mapping[str, Any]:
 
 def erasing(table: Table) -> Mapping[str, Any]:
     """The operation DELETE."""
-    flags = {name: {"type": "boolean", "default": False} for name in ERASURE_OPTIONS}
-    options = {"pk": PK, **flags, **_filters(table)}
-    return {"parameters": [_parameter(name, schema) for name, schema in options.items()]}
+    return {"parameters": [_parameter(*each) for each in {**ERASURE_OPTIONS, **_filters(table)}.items()]}
 
 
 def _filters(table: Table) -> Schema:
@@ -94,20 +90,8 @@ def _filters(table: Table) -> Schema:
 def reading(table: Table) -> Mapping[str, Any]:
     """The operation GET."""
     sortable = [column.name for column in table.stored if column.kind != "json"]
-    options = {
-        "pk": PK,
-        "limit": {**WHOLE, "minimum": 1, "maximum": MAX_FILE_ROWS, "default": DEFAULT_ROWS},
-        "offset": {**WHOLE, "maximum": MAX_OFFSET},
-        "after_id": {**WHOLE, "maximum": MAX_ID},
-        "after": {"type": "string"},
-        "select": {"type": "string"},
-        "bom": {"type": "boolean", "default": False},
-        "formula_safe": {"type": "boolean", "default": False},
-        "sort_by": {"type": "string", "enum": sortable, "default": "id"},
-        "sort_dir": {"type": "string", "enum": list(DIRECTIONS)},
-        "format": {"type": "string", "enum": list(FORMATS)},
-    }
-    parameters = [_parameter(name, schema) for name, schema in {**options, **_filters(table)}.items()]
+    options = {**OPTIONS, "sort_by": {**OPTIONS["sort_by"], "enum": sortable}, **_filters(table)}
+    parameters = [_parameter(*each) for each in options.items()]
     return {"parameters": [*parameters, _parameter("Prefer", {"type": "string", "example": "count=exact"}, "header")]}
 
 

@@ -7,21 +7,21 @@ those of PostgREST, https://docs.postgrest.org/en/stable/references/api/tables_v
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from string import ascii_uppercase
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
 from uuid import UUID
 
-from app.db.database import UNSTORABLE, Dialect, instant_text
+from app.db.database import UNSTORABLE, Dialect, instant_text, lower_cases, lower_text
 from app.dwh.tables import INTEGER_BITS, Table, TableColumn
 from app.web.errors import Refused
 from app.web.text_values import instant
 
 Format = Literal["json", "csv", "ndjson", "parquet"]
 Params = dict[str, Any]
+Schema = dict[str, Any]
 FORMATS: tuple[Format, ...] = get_args(Format)
 DIRECTIONS = ("desc", "asc")
 DEFAULT_ROWS = 100
@@ -30,20 +30,23 @@ MAX_FILE_ROWS = 1_000_000
 MAX_OFFSET = (1 << 63) - 1 - MAX_FILE_ROWS
 MAX_ID = (1 << 63) - 1
 MAX_PLACE_CHARACTERS = 1000  # of a text value in a link: clients and proxies refuse long URLs
-OPTIONS = (
-    "pk",
-    "limit",
-    "offset",
-    "after",
-    "after_id",
-    "sort_by",
-    "sort_dir",
-    "format",
-    "select",
-    "bom",
-    "formula_safe",
-)
-ERASURE_OPTIONS = ("forget", "dry_run")
+FLAG: Schema = {"type": "boolean", "default": False}
+PK: Schema = {"type": "integer", "minimum": -MAX_ID - 1, "maximum": MAX_ID}
+OPTIONS: Mapping[str, Schema] = {
+    "pk": PK,
+    "limit": {"type": "integer", "minimum": 1, "maximum": MAX_FILE_ROWS, "default": DEFAULT_ROWS},
+    "offset": {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET},
+    "after_id": {"type": "integer", "minimum": 0, "maximum": MAX_ID},
+    "after": {"type": "string"},
+    "select": {"type": "string"},
+    "bom": FLAG,
+    "formula_safe": FLAG,
+    "sort_by": {"type": "string", "default": "id"},
+    "sort_dir": {"type": "string", "enum": list(DIRECTIONS)},
+    "format": {"type": "string", "enum": list(FORMATS)},
+}
+"""The options of a GET, as in its OpenAPI."""
+ERASURE_OPTIONS: Mapping[str, Schema] = {"pk": PK, "forget": FLAG, "dry_run": FLAG}
 YES_NO = {"true": True, "false": False, "1": True, "0": False}
 CASTS = {"uuid": "::uuid", "instant": "::timestamptz", "float": "::double precision"}
 
@@ -55,8 +58,7 @@ COMPARISONS = {"eq": "=", "neq": "<>", "gt": ">", "gte": ">=", "lt": "<", "lte":
 OPERATORS = (*COMPARISONS, "in", "is", "like", "ilike")
 FILTER = re.compile(rf"(?P<negated>not\.)?(?P<operator>{'|'.join(OPERATORS)})\.(?P<text>.*)", re.DOTALL)
 IS = {"null": "NULL", "not_null": "NOT NULL", "true": "TRUE", "false": "FALSE", "unknown": "NULL"}
-LIST_ITEM = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,"()]*)', re.DOTALL)
-END_OF_LETTERS = 0x1F000  # no letter with two cases lies beyond
+LIST_ITEM = re.compile(r'"([^"\\]*+(?:\\.[^"\\]*+)*+)"|([^,"()]*)', re.DOTALL)
 MAX_LIST, MAX_PATTERN_CHARACTERS = 1000, 1000
 PATTERN = re.compile(r"\\(.)|([%*])|(_)|(.)", re.DOTALL)
 FAR = re.compile(r"-?infinity|[0-9]{4,6}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?\+00( BC)?", re.ASCII)
@@ -100,7 +102,7 @@ class ColumnFilter:
         if dialect == "postgres":
             return f"{column} LIKE :{name}", {name: _pattern(pattern, "%", "_", r"\%_", "\\")}
         left = f"lower_text({column})" if folds else column
-        return f"{left} GLOB :{name}", {name: _pattern(pattern.lower() if folds else pattern, "*", "?", "[*?")}
+        return f"{left} GLOB :{name}", {name: _pattern(lower_text(pattern) if folds else pattern, "*", "?", "[*?")}
 
 
 def _pattern(text: str, any_text: str, any_character: str, special: str, escape: str = "") -> str:
@@ -118,12 +120,10 @@ def _pattern(text: str, any_text: str, any_character: str, special: str, escape:
 
 
 def _caseless_regex(text: str) -> str:
-    """A PostgREST pattern as a regular expression that lists both cases of each letter, as SQLite's `lower_text` has
-    them.
-    """
+    """A PostgREST pattern as a regular expression that lists all cases of each letter, as `lower_text` has them."""
     parts = []
     for escaped, many, one, plain in PATTERN.findall(text):
-        literal = (escaped or plain).lower()
+        literal = lower_text(escaped or plain)
         cases = f"[{literal}{_upper_cases()[literal]}]" if literal in _upper_cases() else re.escape(literal)
         parts.append(".*" if many else "." if one else cases)
     return f"^{''.join(parts)}$"
@@ -133,10 +133,8 @@ def _caseless_regex(text: str) -> str:
 def _upper_cases() -> Mapping[str, str]:
     """Lower-case letter -> all others that become it."""
     found: dict[str, str] = {}
-    for letter in (*ascii_uppercase, *map(chr, range(0x80, END_OF_LETTERS))):
-        lower = letter.lower()
-        if lower != letter and len(lower) == 1 and not (lower.isascii() and not letter.isascii()):
-            found[lower] = found.get(lower, "") + letter
+    for letter, lower in lower_cases().items():
+        found[lower] = found.get(lower, "") + chr(letter)
     return found
 
 
@@ -401,8 +399,8 @@ def selection(table: Table, given: Sequence[tuple[str, str]]) -> Selection:
     """Parse the query string. Raises Refused: 400 for unknown names or options, 422 for a value out of range."""
     options = single(given, OPTIONS)
     format_ = _one_of(options, "format", FORMATS)
-    limit = _whole(options, "limit", (1, MAX_ROWS if format_ == "json" else MAX_FILE_ROWS))
-    offset = _whole(options, "offset", (0, MAX_OFFSET))
+    limit = _whole(options, "limit", **({"maximum": MAX_ROWS} if format_ == "json" else {}))
+    offset = _whole(options, "offset")
     sortable = {column.name: column for column in table.stored if column.kind != "json"}
     sort_by = sortable[_one_of(options, "sort_by", tuple(sortable))]
     return Selection(
@@ -436,9 +434,9 @@ def erasure(table: Table, given: Sequence[tuple[str, str]]) -> Erasure:
     """Parse the query string of a DELETE. Raises Refused, also if there is no filter, since that would delete every
     row.
     """
-    options = single(given, ("pk", *ERASURE_OPTIONS))
-    forget, dry_run = (flag(options, name) for name in ERASURE_OPTIONS)
-    filters = filters_of(table, given, ("pk", *ERASURE_OPTIONS))
+    options = single(given, ERASURE_OPTIONS)
+    forget, dry_run = flag(options, "forget"), flag(options, "dry_run")
+    filters = filters_of(table, given, ERASURE_OPTIONS)
     if not filters:
         what = "a DELETE without a filter would delete every row"
         raise Refused(400, what, f"name the rows, such as ?{table.key.name}=eq.…")
@@ -458,7 +456,7 @@ def flag(options: Mapping[str, str], name: str) -> bool:
     return value
 
 
-def single(given: Sequence[tuple[str, str]], names: Sequence[str]) -> Mapping[str, str]:
+def single(given: Sequence[tuple[str, str]], names: Collection[str]) -> Mapping[str, str]:
     """The options among the parameters. Raises Refused for a repeated option."""
     options: dict[str, str] = {}
     for name, value in given:
@@ -469,7 +467,7 @@ def single(given: Sequence[tuple[str, str]], names: Sequence[str]) -> Mapping[st
     return options
 
 
-def filters_of(table: Table, given: Sequence[tuple[str, str]], options: Sequence[str]) -> Sequence[ColumnFilter]:
+def filters_of(table: Table, given: Sequence[tuple[str, str]], options: Collection[str]) -> Sequence[ColumnFilter]:
     """The filters among the parameters: all except the options; `pk` is an alias of `id`. Raises Refused."""
     columns, filters = {column.name: column for column in table.stored}, list[ColumnFilter]()
     for name, text in given:
@@ -499,7 +497,7 @@ def _columns(table: Table, select: str) -> Sequence[TableColumn]:
 
 
 def _after(options: Mapping[str, str], sort_by: TableColumn) -> KeysetPosition | None:
-    after_id = _whole(options, "after_id", (0, MAX_ID))
+    after_id = _whole(options, "after_id")
     name = "after" if "after" in options else "after_id"
     if after_id is None and name == "after_id":
         return None
@@ -525,10 +523,11 @@ def _one_of(options: Mapping[str, str], name: str, allowed: Sequence[str]) -> st
     return value
 
 
-def _whole(options: Mapping[str, str], name: str, bounds: tuple[int, int]) -> int | None:
+def _whole(options: Mapping[str, str], name: str, **limits: int) -> int | None:
     if name not in options:
         return None
-    value = _digits(options[name])
-    if value is None or not bounds[0] <= value <= bounds[1]:
-        raise Refused(422, f"{name} is not a whole number from {bounds[0]} to {bounds[1]}", "correct it", name)
+    declared = {**OPTIONS[name], **limits}
+    value, least, most = _digits(options[name]), declared["minimum"], declared["maximum"]
+    if value is None or not least <= value <= most:
+        raise Refused(422, f"{name} is not a whole number from {least} to {most}", "correct it", name)
     return value

@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-import io
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from app.web.text_values import FORMULA
 #
 # Invariant: every format has the same rows; an encoder holds at most one block, or one row group for Parquet.
 
-PARQUET_ROWS = 20_000
+PARQUET_ROWS, PARQUET_BYTES = 20_000, 1 << 25
 MEDIA: dict[Format, str] = {
     "json": "application/json",
     "ndjson": "application/x-ndjson",
@@ -93,19 +92,16 @@ def _csv(selection: Selection, blocks: Iterable[Block]) -> Iterator[bytes]:
     header = ",".join(column.name for column in selection.columns) + "\n"
     yield (codecs.BOM_UTF8 if selection.bom else b"") + header.encode()
     for block in blocks:
-        cells, text = _turned(block, turns), io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(cells)
-        yield (_with_quoted_returns(cells) if "\r" in text.getvalue() else text.getvalue()).encode()
+        lines = _Lines()
+        # Python quotes a carriage return only where it is part of the end of a line.
+        csv.writer(lines, lineterminator="\r\n").writerows(_turned(block, turns))
+        yield "".join([f"{line[:-2]}\n" for line in lines]).encode()
 
 
-def _with_quoted_returns(block: Block) -> str:
-    """Encode rows that contain a carriage return, which Python quotes only if it is part of the line terminator."""
-    lines = io.StringIO(newline="")
-    for row in block:
-        line = io.StringIO(newline="")
-        csv.writer(line, lineterminator="\r\n").writerow(row)
-        lines.write(line.getvalue()[:-2] + "\n")
-    return lines.getvalue()
+class _Lines(list[str]):
+    """What a csv.writer writes to: it writes each row with one call."""
+
+    write = list.append
 
 
 def _without_formula(text: str) -> str:
@@ -125,21 +121,21 @@ def _parquet(columns: Sequence[TableColumn], blocks: Iterable[Block], file: Any)
         "instant": pa.timestamp("us", tz="UTC"),
     }
     schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in columns])
-    writer, held = ParquetWriter(file, schema, compression="zstd"), list[Sequence[Any]]()
+    writer, held = ParquetWriter(file, schema, compression="zstd"), list[Any]()
 
     def write() -> None:
-        values = zip(columns, schema.types, zip(*held, strict=True), strict=True)
-        writer.write_batch(pa.record_batch([_array(*each) for each in values], schema=schema))
+        writer.write_table(pa.Table.from_batches(held, schema))
         held.clear()
 
     for block in blocks:
-        held += block
-        if len(held) >= PARQUET_ROWS:
+        values = zip(columns, schema.types, zip(*block, strict=True), strict=True)
+        held.append(pa.record_batch([_array(*each) for each in values], schema=schema))
+        if sum(map(len, held)) >= PARQUET_ROWS or sum(batch.nbytes for batch in held) >= PARQUET_BYTES:
             write()
         yield b""
     if held:
         write()
-    writer.close()
+    writer.close()  # not after an error: without its end the file is no Parquet
 
 
 def _array(column: TableColumn, kind: Any, values: Sequence[Any]) -> Any:
@@ -173,7 +169,6 @@ def gzipped(pieces: Iterable[bytes]) -> Iterator[bytes]:
 # once, in order; a reader never waits for a writer that has ended, whether or not it failed.
 
 MEMORY_BYTES = 1 << 16  # small, since every connection may have a slow client
-BROKEN = Permanent("the response could not be completed", "report it with the log, which says why")
 
 
 class ClientDisconnected(Exception):
@@ -196,7 +191,9 @@ class ByteSpool:
     @contextmanager
     def written(self) -> Iterator["ByteSpool"]:
         """Write inside the block. Its end completes the bytes; if it raises, the reader gets the error."""
-        error: AppError | None = BROKEN
+        error: AppError | None = Permanent(
+            "the response could not be completed", "report it with the log, which says why"
+        )
         try:
             yield self
             error = None

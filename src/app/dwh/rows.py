@@ -126,16 +126,13 @@ BLANKS = (b" ", b"\t", b"\n", b"\r")
 HIDDEN = (rb"\u0000", rb"\u0022", rb"\u003")
 NUMBER_CHARACTERS = 1000
 SMALL_OR_LONG = re.compile(rb"[eE]-[0-9]{3}|[0-9]{400}")
-TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*', re.DOTALL)
-NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+# Possessive: a group that may give back its matches keeps a hundred bytes for each of them.
+TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|-?[0-9][0-9.eE+-]*', re.DOTALL)
+NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*+\\u0000")
 
 
 class NeedsRowCheck(Exception):
     """The rows must be checked one by one."""
-
-
-class _RepeatedKey(Exception):
-    pass
 
 
 def check_keys(text: bytes, keys: int, json_texts: Sequence[str]) -> None:
@@ -153,16 +150,14 @@ def check_keys(text: bytes, keys: int, json_texts: Sequence[str]) -> None:
 
 def repeated_key(text: bytes) -> str | None:
     """A key that occurs twice in one object of `text`, or None. `text` is known to be valid JSON."""
+    repeated: list[str] = []
 
     def check(pairs: list[tuple[str, Any]]) -> None:
         if len({key for key, _ in pairs}) < len(pairs):
-            raise _RepeatedKey(Counter(key for key, _ in pairs).most_common(1)[0][0])
+            repeated.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
 
-    try:
-        json.loads(text, object_pairs_hook=check, parse_int=str, parse_float=str)
-    except _RepeatedKey as repeated:
-        return str(repeated)
-    return None
+    json.loads(text, object_pairs_hook=check, parse_int=str, parse_float=str)
+    return repeated[0] if repeated else None
 
 
 def check_numbers(text: bytes) -> None:
@@ -171,7 +166,7 @@ def check_numbers(text: bytes) -> None:
     PostgreSQL expands such numbers: eight characters such as 1e-16000 come back as sixteen thousand.
     """
     if SMALL_OR_LONG.search(text):
-        for number in (token for token in TOKENS.findall(text) if not token.startswith(b'"')):
+        for number in (token[0] for token in TOKENS.finditer(text) if not token[0].startswith(b'"')):
             vanishes = float(number) == 0 and number.lower().partition(b"e")[0].strip(b"-0.")
             if len(number) > NUMBER_CHARACTERS or vanishes:
                 raise NeedsRowCheck
@@ -193,7 +188,7 @@ def depth(value: Any) -> int:
 # back to value by value; what cannot be stored raises NeedsRowCheck, OverflowError or a decoder error.
 
 BLANK = re.compile(rb"[ \t\r\n]")
-BETWEEN = re.compile(rb'("(?:[^"\\]|\\.)*")|[ \t\r\n]+', re.DOTALL)
+BETWEEN = re.compile(rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")|[ \t\r\n]+', re.DOTALL)
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 Values = Sequence[Any]
 Turn = Callable[[Values], Values]

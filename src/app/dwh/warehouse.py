@@ -259,8 +259,8 @@ def load_sqlite(session: Session, chunks: Iterable[Tables], deleted: "DeletedKey
     for name, found in latest.items():
         values = deleted.left_out(session, BY_NAME[name], found.values())
         session.run_rows(_upsert(BY_NAME[name], past=past), values)
-    newer = f"SELECT id FROM {EVENTS.name} WHERE id > :newest"  # noqa: S608
-    return sum(1 for _ in session.stream(newer, newest=before))
+    newer = f"SELECT count(*) AS events FROM {EVENTS.name} WHERE id > :newest"  # noqa: S608
+    return int(session.rows(newer, newest=before)[0]["events"])
 
 
 def _in_order(table: Table, rows: EventRows) -> Iterable[Row]:

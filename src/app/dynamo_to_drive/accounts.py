@@ -20,6 +20,7 @@ from app.object_store.set_aside import MAX_BYTES, NDJSON, SetAsideStore
 
 UNIT = "items"
 NAMED_ATTRIBUTES = 20
+KNOWN_ITEMS = 1 << 18  # some 25 MB; a whole table may lack the attribute
 WRITTEN, WOULD_WRITE = "written", "would be written"
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,9 @@ class Accounts:
     notes on file rows that were left out or removed by a person.
     """
 
-    def __init__(self, attribute: str, now: datetime | None = None) -> None:
+    def __init__(self, attribute: str, now: datetime | None = None, known_items: int = KNOWN_ITEMS) -> None:
         self.attribute = attribute
+        self._known_items = known_items
         self._ahead_at = now + timedelta(days=1) if now else None
         self.ahead = ""
         self.empty = ""
@@ -101,7 +103,7 @@ class Accounts:
 
     def unplaced(self, item: Item, reason: str) -> None:
         """Set aside an item without an hour: it lacks the attribute, or its timestamp is unusable for `reason`. Repeats
-        within a run count once.
+        within a run count once, those of the first `known_items`; of later ones each reading counts.
         """
         reason = reason if self.attribute in item else NO_ATTRIBUTE
         line = text_of(item) + b"\n"
@@ -110,7 +112,8 @@ class Accounts:
         with self._lock:
             if known in self._known:
                 return
-            self._known.add(known)
+            if len(self._known) < self._known_items:
+                self._known.add(known)
             if len(self.attributes) < NAMED_ATTRIBUTES:
                 self.attributes |= item.keys()
             self.text = self.text or timestamp_text(item, self.attribute) or ""
@@ -127,7 +130,7 @@ class Accounts:
     @property
     def set_aside(self) -> int:
         """The number of items without an hour."""
-        return len(self._known)
+        return sum(told.number for told in self._reasons.values())
 
     @property
     def sample(self) -> str:

@@ -1,11 +1,10 @@
-"""A small Google Drive v3 client: sign-in, errors, files. Only this module uses google-auth and googleapiclient.
+"""A small Google Drive v3 client: errors, files. Only this module and `credentials` use Google's packages.
 
 Invariants: every call can be repeated, since a create carries a pre-generated id; the flags for shared drives are
 always sent; an upload succeeds only if Drive's checksum and size match ours; no SDK exception leaves this module.
 """
 
 import json
-import logging
 import os
 import random
 import threading
@@ -13,141 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPSConnection
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
 
 from app.config.settings import DriveSettings
 from app.core.errors import AppError, Permanent, Transient
-from app.core.files import write_durably
 from app.core.network import CA_HINT, is_untrusted, proxy_for, tunnel_to
 from app.core.retry import Pauses, RetryPolicy, asked_seconds, retry
+from app.core.windows import Window
+from app.dynamo_to_drive.credentials import credentials, document, save_token
 from app.dynamo_to_drive.hour_file import HourFile
-
-# Google credentials: a service account's key, an installed app's client secrets, or a user's token.
-#
-# Invariants: the document's shape alone determines the kind; an installed app's token is stored and refreshed in
-# DATA_DIR, readable by its owner only; no message contains a secret.
-
-SCOPES = ("https://www.googleapis.com/auth/drive",)
-TOKEN_URI = "https://oauth2.googleapis.com/token"  # noqa: S105 - an address
-TOKEN_FILE = "google_token.json"  # noqa: S105 - a file's name
-FORMS = "use a service account's key file or the client secrets of an installed app, as Google Cloud Console gives them"
-CONSENT = (
-    "run `python -m app google` once on a machine with a browser; elsewhere copy google_token.json into DATA_DIR, "
-    "or set GOOGLE_CREDENTIALS_JSON to its text"
-)
-CONSENT_AGAIN = "run `python -m app google` again, sign in as a member of the shared drive, and allow access to Drive"
-
-
-def document(drive: DriveSettings) -> dict[str, Any]:
-    """The JSON document of the credentials. Raises Permanent if there is none, or it is not a JSON object."""
-    file, given = drive.credentials_file, drive.credentials_json
-    if file is None and given is None:
-        raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
-    try:
-        text = file.read_text(encoding="utf-8") if file else given.get_secret_value() if given else ""
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise Permanent(f"GOOGLE_CREDENTIALS_FILE {file}: {why}", FORMS) from error
-    try:
-        info = json.loads(text)
-    except ValueError as error:
-        raise Permanent(f"Google credentials ({file or 'GOOGLE_CREDENTIALS_JSON'}) are not JSON", FORMS) from error
-    if not isinstance(info, dict):
-        raise Permanent("Google credentials are not a JSON object", FORMS)
-    return info
-
-
-def credentials(drive: DriveSettings, token_file: Path) -> Any:
-    """google-auth credentials of any kind, not refreshed yet; an installed app's are in `token_file`. Raises Permanent
-    if they cannot be used.
-    """
-    info = document(drive)
-    try:
-        if info.get("type") == "service_account":
-            return _service_account(info)
-        return _user(info if "refresh_token" in info else _kept(token_file, client_of(info)))
-    except (ValueError, KeyError) as error:  # google-auth's MalformedError is a ValueError
-        raise Permanent(f"Google credentials cannot be read: {type(error).__name__}", FORMS) from error
-
-
-def client_of(info: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The client secrets in the document. Raises Permanent if it is something else."""
-    client = info.get("installed") or info.get("web")
-    if not isinstance(client, dict) or "client_id" not in client:
-        raise Permanent("Google credentials are neither a service account, an installed app nor a token", FORMS)
-    return client
-
-
-def _service_account(info: Mapping[str, Any]) -> Any:
-    """Contacts only hosts from the settings or the document; the library's own class looks up regions at another."""
-    from google.oauth2 import service_account
-
-    class Quiet(service_account.Credentials):
-        def before_request(self, request: Any, method: str, url: str, headers: Any) -> None:  # noqa: ARG002 - its words
-            if not self.valid:
-                self.refresh(request)  # type: ignore[no-untyped-call]  # the library is untyped
-            self.apply(headers)  # type: ignore[no-untyped-call]
-
-    return Quiet.from_service_account_info(info, scopes=list(SCOPES))  # type: ignore[no-untyped-call]
-
-
-def _user(info: Mapping[str, Any]) -> Any:
-    """Uses the document's token endpoint; the library's own loader would always use Google's."""
-    from google.oauth2.credentials import Credentials
-
-    return Credentials(
-        None,
-        refresh_token=info["refresh_token"],
-        token_uri=info.get("token_uri", TOKEN_URI),
-        client_id=info["client_id"],
-        client_secret=info["client_secret"],
-        scopes=list(SCOPES),
-    )
-
-
-def _kept(token_file: Path, client: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        kept: dict[str, Any] = json.loads(token_file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise Permanent("the installed app has no consent yet: client secrets alone give no access", CONSENT) from error
-    except (OSError, ValueError) as error:
-        raise Permanent(f"{token_file} cannot be read", CONSENT) from error
-    if kept.get("client_id") != client["client_id"]:
-        raise Permanent(f"{token_file} belongs to another client than the credentials", CONSENT)
-    return kept
-
-
-def save_token(path: Path, found: Any) -> None:
-    """Store a user's credentials, readable by the owner only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # write_durably keeps the mode
-    write_durably(path, [found.to_json().encode()])
-
-
-def consent(drive: DriveSettings, token_file: Path, *, open_browser: bool) -> None:
-    """Ask the user for consent in a browser and keep the token. Raises Permanent, or Transient if offline."""
-    info = document(drive)
-    client_of(info)
-    from google_auth_oauthlib.flow import InstalledAppFlow
-    from oauthlib.oauth2 import OAuth2Error
-
-    # The library logs the redirect request, which contains the authorization code.
-    logging.getLogger("google_auth_oauthlib.flow").setLevel(logging.WARNING)
-    try:
-        flow = InstalledAppFlow.from_client_config(info, list(SCOPES))
-        found = flow.run_local_server(port=0, open_browser=open_browser, access_type="offline", prompt="consent")
-    except (OAuth2Error, Warning) as error:  # a scope that the user deselected is raised as a Warning
-        why = getattr(error, "error", "") or type(error).__name__
-        raise Permanent(f"Google's consent was not given: {why}", CONSENT_AGAIN) from error
-    except (ValueError, KeyError) as error:
-        raise Permanent(f"Google credentials cannot be read: {type(error).__name__}", FORMS) from error
-    except OSError as error:
-        raise Transient(f"Google's sign-in could not be reached: {type(error).__name__}", "try again") from error
-    save_token(token_file, found)
-
 
 # Errors of Drive and its sign-in, translated to ours with a hint for a person or a retry.
 #
@@ -257,6 +132,8 @@ GOOGLE_TYPES = "application/vnd.google-apps."
 FOLDER_TYPE, SHORTCUT_TYPE = f"{GOOGLE_TYPES}folder", f"{GOOGLE_TYPES}shortcut"
 CSV_TYPES = ("", "application/csv", "application/octet-stream", "application/vnd.ms-excel")
 FOLDER_FIELDS = "id,name,mimeType,driveId,trashed,capabilities(canAddChildren)"
+FROM, TO, ESCAPED = "headwaterFrom", "headwaterTo", "headwaterEscaped"
+HOUR_CHARACTERS = len("2026-02-07T12")
 
 
 class DriveFile(msgspec.Struct, frozen=True, rename="camel"):
@@ -277,10 +154,12 @@ class DriveFile(msgspec.Struct, frozen=True, rename="camel"):
         """The version of the file's content."""
         return f"{self.id}:{self.head_revision_id}"
 
-    @property
-    def is_hour(self) -> bool:
-        """True if this can be the file of an hour."""
-        return self.is_csv and not self.trashed
+    def is_of(self, hour: Window) -> bool:
+        """False for what cannot be the hour's file whatever its name: not CSV, or the file of another hour, which a
+        person renamed or copied.
+        """
+        first, last = (self.app_properties.get(name, "")[:HOUR_CHARACTERS] for name in (FROM, TO))
+        return self.is_csv and (not first or first <= hour.start.isoformat()[:HOUR_CHARACTERS] <= last)
 
     @property
     def is_csv(self) -> bool:
@@ -293,6 +172,29 @@ class DriveFile(msgspec.Struct, frozen=True, rename="camel"):
         return (
             "headwaterMd5" in self.app_properties or self.mime_type.startswith("text/") or self.mime_type in CSV_TYPES
         )
+
+
+class DriveFolder(msgspec.Struct, frozen=True, rename="camel"):
+    """A folder's metadata, in Drive's own words; it may be something else, in My Drive or without rights."""
+
+    mime_type: str
+    drive_id: str = ""
+    trashed: bool = False
+    capabilities: dict[str, bool] = {}
+
+
+class DrivePage(msgspec.Struct, frozen=True, rename="camel"):
+    """A page of a list. Drive always answers `incompleteSearch`, so anything else is not a list without files."""
+
+    incomplete_search: bool
+    files: list[DriveFile] = []
+    next_page_token: str = ""
+
+
+class GeneratedIds(msgspec.Struct, frozen=True):
+    """Ids for files to be created."""
+
+    ids: Annotated[list[str], msgspec.Meta(min_length=1)]
 
 
 class DriveService:
@@ -397,20 +299,20 @@ class Drive:
         """
         service, what = self._service, f"GOOGLE_DRIVE_FOLDER_ID {self._service.folder_id}"
         service.drive_id = None
-        folder = self._answer("get", fileId=service.folder_id, fields=FOLDER_FIELDS, supportsAllDrives=True)
-        if folder.get("mimeType") == SHORTCUT_TYPE:
+        asked = {"fileId": service.folder_id, "fields": FOLDER_FIELDS, "supportsAllDrives": True}
+        folder = self._answer(DriveFolder, "get", **asked)
+        if folder.mime_type == SHORTCUT_TYPE:
             raise Permanent(f"{what} is a shortcut", "set GOOGLE_DRIVE_FOLDER_ID to the folder that it leads to")
-        if folder.get("mimeType") != FOLDER_TYPE or folder.get("trashed"):
-            raise Permanent(f"{what} is {'in the trash' if folder.get('trashed') else 'not a folder'}", SHARE_HINT)
-        if folder.get("capabilities", {}).get("canAddChildren") is False:
+        if folder.mime_type != FOLDER_TYPE or folder.trashed:
+            raise Permanent(f"{what} is {'in the trash' if folder.trashed else 'not a folder'}", SHARE_HINT)
+        if not folder.capabilities.get("canAddChildren", True):
             raise Permanent(f"{what} may not be written by this account", RIGHTS_HINT)
-        drive_id = str(folder.get("driveId") or "")
-        if (wanted := service.settings.shared_drive_id) and drive_id != wanted:
+        if (wanted := service.settings.shared_drive_id) and folder.drive_id != wanted:
             told = f"{what} is not on the shared drive {wanted}"
-            hint = f"set GOOGLE_SHARED_DRIVE_ID to {drive_id}"
-            raise Permanent(told, hint if drive_id else "unset GOOGLE_SHARED_DRIVE_ID: it is in My Drive")
-        service.drive_id = drive_id
-        return drive_id
+            hint = f"set GOOGLE_SHARED_DRIVE_ID to {folder.drive_id}"
+            raise Permanent(told, hint if folder.drive_id else "unset GOOGLE_SHARED_DRIVE_ID: it is in My Drive")
+        service.drive_id = folder.drive_id
+        return folder.drive_id
 
     def named(self, name: str) -> Sequence[DriveFile]:
         """Everything in the folder with that name, oldest first, without the trash."""
@@ -437,24 +339,24 @@ class Drive:
         found: list[DriveFile] = []
         while True:
             try:
-                page = self._answer("list", **asked)
+                page = self._answer(DrivePage, "list", **asked)
             except Permanent:
                 self._service.drive_id = None
                 raise
-            if page.get("incompleteSearch"):
+            if page.incomplete_search:
                 raise Transient(f"Drive searched only partially for {name}", "no action needed: it is repeated")
-            found += [_file(each) for each in page.get("files", ())]
-            if not page.get("nextPageToken"):
+            found += page.files
+            if not page.next_page_token:
                 return sorted(found, key=lambda each: (each.created_time, each.id))
-            asked["pageToken"] = page["nextPageToken"]
+            asked["pageToken"] = page.next_page_token
 
     def get(self, file_id: str) -> DriveFile | None:
         """The file, even if it is in the trash; None if there is none."""
-        return _unless(NOT_FOUND, lambda: _file(self._answer("get", fileId=file_id, **_ASKED)))
+        return _unless(NOT_FOUND, lambda: self._answer(DriveFile, "get", fileId=file_id, **_ASKED))
 
     def new_id(self) -> str:
         """A pre-generated id for a file to be created."""
-        return str(self._answer("generateIds", count=1, space="drive", type="files")["ids"][0])
+        return self._answer(GeneratedIds, "generateIds", count=1, space="drive", type="files").ids[0]
 
     def create(self, file_id: str, name: str, hour: HourFile) -> DriveFile | None:
         """The new file; None if the id is in use, perhaps by our own earlier attempt."""
@@ -465,23 +367,24 @@ class Drive:
         """Replace the file's content and properties; its name and folder stay as users set them."""
         return self._upload("update", hour, fileId=file_id, body=_metadata(hour))
 
-    def download(self, file_id: str, into: BinaryIO) -> None:
-        """Write the content to `into`."""
+    def download(self, file_id: str, into: BinaryIO) -> bool:
+        """Write the content to `into`; False if there is no such file."""
         from googleapiclient.http import MediaIoBaseDownload
 
-        def run(files: Any) -> None:
+        def run(files: Any) -> bool:
             into.seek(0)
             into.truncate()
             request = files.get_media(fileId=file_id, supportsAllDrives=True)
             loading, done = MediaIoBaseDownload(into, request, chunksize=DOWNLOAD_BYTES), False
             while not done:
                 _, done = loading.next_chunk(num_retries=0)
+            return True
 
-        self._again(run)
+        return bool(_unless(NOT_FOUND, lambda: self._again(run, bool)))
 
     def trash(self, file_id: str) -> None:
         """Move the file to the trash, where it stays for 30 days."""
-        self._answer("update", fileId=file_id, body={"trashed": True}, supportsAllDrives=True)
+        self._answer(DriveFile, "update", fileId=file_id, body={"trashed": True}, supportsAllDrives=True)
 
     def _upload(self, method: str, hour: HourFile, **asked: Any) -> DriveFile:
         """Upload in one request, or in chunks above 5 MB. Raises Transient if Drive's MD5 or size differ from ours."""
@@ -490,13 +393,13 @@ class Drive:
         hour.file.seek(0)
         if hour.size_bytes <= RESUMABLE_BYTES:
             media = MediaInMemoryUpload(hour.file.read(), mimetype="text/csv")
-            found = _file(self._answer(method, media_body=media, **asked, **_ASKED))
+            found = self._answer(DriveFile, method, media_body=media, **asked, **_ASKED)
         else:
             media = MediaIoBaseUpload(hour.file, mimetype="text/csv", chunksize=CHUNK_BYTES, resumable=True)
             # Send bytes, not a stream: a stream would be empty when the transport resends after a lost connection.
             media.has_stream = lambda: False
             whole = {"media_body": media, **asked, **_ASKED}
-            found = _file(self._again(lambda files: self._in_pieces(getattr(files, method)(**whole))))
+            found = self._again(lambda files: self._in_pieces(getattr(files, method)(**whole)), DriveFile)
         if (found.md5_checksum, found.size) != (hour.digest, hour.size_bytes):
             raise Transient(
                 f"{found.name}: Drive has {found.size} bytes with MD5 {found.md5_checksum}, "
@@ -528,20 +431,22 @@ class Drive:
                 self._pauses.pause(random.random() * min(16.0, 0.5 * 2**idle))  # noqa: S311 - jitter only
         return answer
 
-    def _answer(self, method: str, **asked: Any) -> Any:
+    def _answer(self, kind: type[T], method: str, **asked: Any) -> T:
         """The response of one API request."""
-        return self._again(lambda files: getattr(files, method)(**asked).execute())
+        return self._again(lambda files: getattr(files, method)(**asked).execute(), kind)
 
-    def _again(self, call: Callable[[Any], T]) -> T:
-        """Run `call` with retries; SDK exceptions are translated."""
+    def _again(self, call: Callable[[Any], Any], kind: type[T]) -> T:
+        """Run `call`, whose result is a `kind`, with retries; SDK exceptions are translated."""
 
         def once() -> T:
             with _translated():
                 result = call(self._service.made())
                 self._service.note_token()
-            if isinstance(result, str):  # the library returns a response that is not JSON as text
-                raise Transient("Drive's response cannot be read: not JSON", AGAIN_HINT)
-            return result
+            try:
+                return msgspec.convert(result, kind, strict=False)  # sizes come as text
+            except msgspec.ValidationError as error:  # the library returns a response that is not JSON as text
+                why = "not JSON" if isinstance(result, str) else str(error)
+                raise Transient(f"Drive's response cannot be read: {why}", AGAIN_HINT) from error
 
         return retry(once, self._policy, self._pauses)
 
@@ -552,19 +457,16 @@ _ASKED: Mapping[str, Any] = {"fields": FILE_FIELDS, "supportsAllDrives": True}
 
 def _metadata(hour: HourFile) -> dict[str, Any]:
     """The type, and properties that only this application sees."""
-    properties = {"headwaterMd5": hour.digest, "headwaterRows": str(hour.rows)}
+    escaped = str(hour.shape.escape).lower()
+    properties = {"headwaterMd5": hour.digest, "headwaterRows": str(hour.rows), ESCAPED: escaped}
     if hour.min_at and hour.max_at:
-        properties |= {"headwaterFrom": hour.min_at.isoformat(), "headwaterTo": hour.max_at.isoformat()}
+        properties |= {FROM: hour.min_at.isoformat(), TO: hour.max_at.isoformat()}
     return {"mimeType": "text/csv", "appProperties": properties}
 
 
 def _quoted(text: str) -> str:
     """Escape text for single quotes in a query; backslashes first."""
     return text.replace("\\", "\\\\").replace("'", "\\'")
-
-
-def _file(found: Mapping[str, Any]) -> DriveFile:
-    return msgspec.convert(found, DriveFile, strict=False)  # sizes come as text
 
 
 def _status(error: AppError) -> int:

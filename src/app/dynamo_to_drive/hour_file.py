@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from hashlib import md5
 from itertools import groupby, islice, pairwise
 from operator import itemgetter
@@ -25,14 +26,15 @@ from app.core.files import temporary_file
 from app.core.ledger import Tally
 from app.core.pipeline import Shrink, Sums
 from app.core.windows import Window
-from app.dynamo_to_drive.rows import Columns, Row
+from app.dynamo_to_drive.rows import Columns, Row, rows_at_once
 from app.dynamo_to_drive.timestamps import TimestampReader, ascend
 
 LINE_END = "\r\n"  # RFC 4180; also, csv.writer quotes a lone carriage return only with this line end
 MEMORY_BYTES = 1 << 20
 COPY_BYTES = 1 << 18
 MERGE_ROWS = 1000
-MAX_CELL_CHARACTERS = 1 << 24
+MERGE_BYTES, LEAST_BLOCK_BYTES = 1 << 26, 1 << 13  # of all segments together, and of one
+MAX_CELL_CHARACTERS = MAX_LINE_BYTES = 1 << 24
 BYTE_ORDER_MARK = "\ufeff"  # spreadsheets write one before the first name
 TEXT_LIMIT = 200
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
@@ -109,14 +111,19 @@ class HourFile:
         self.file.close()
 
 
-def _covers(other: Row, row: Row) -> bool:
-    """True if `other` has every cell of `row` that is not empty, numbers in any form, whatever their timestamps."""
-    return all(map(_is_alike, row[1:], other[1:]))
+def _covers(other: Row, row: Row, *, is_edited: bool) -> bool:
+    """True if `other` has every cell of `row` that is not empty, whatever their timestamps. An editor may have written
+    numbers in another form (`is_edited`); otherwise `010` and `10` may be two devices.
+    """
+    return all(
+        not text or text == known or (is_edited and _are_equal_numbers(text, known))
+        for text, known in zip(row[1:], other[1:], strict=True)
+    )
 
 
-def _is_alike(text: str, other: str) -> bool:
+def _are_equal_numbers(text: str, other: str) -> bool:
     with suppress(InvalidOperation):
-        return not text or text == other or Decimal(text) == Decimal(other)
+        return Decimal(text) == Decimal(other)
     return False
 
 
@@ -169,11 +176,12 @@ class HourWriter:
 
     def add_rows(self, rows: Iterable[Mapping[str, str]], *, held: bool = False) -> None:
         """Add rows as mappings. `held`: from the file that is replaced."""
-        given = iter(rows)
-        while some := list(islice(given, MERGE_ROWS)):
+        given, number = iter(rows), 1  # the first row shows how wide they are
+        while some := list(islice(given, number)):
             names = set().union(*some) - {self._shape.timestamp}
             columns = (self._shape.timestamp, *sorted(names.union(self._columns[1:])))
             self.add(columns, [[row.get(name, "") for name in columns] for row in some], held=held)
+            number = rows_at_once(columns, MERGE_ROWS)
 
     def _in_order(
         self, rows: Sequence[Row], places: Sequence[int], *, held: bool
@@ -213,7 +221,7 @@ class HourWriter:
             self._table_rows = sum(segment.rows for segment in segments)
             return self._finished(whole, self._table_rows, ends)
         merged, ends = self._merged(columns, is_edited=is_edited, shrink=shrink), []
-        while batch := list(islice(merged, MERGE_ROWS)):
+        while batch := list(islice(merged, rows_at_once(columns, MERGE_ROWS))):
             rows += len(batch)
             ends = [*ends[:1], *(order for order, _ in batch)]
             _write(whole, [row for _, row in batch], escape=escape)
@@ -221,18 +229,12 @@ class HourWriter:
 
     def _finished(self, file: BinaryIO, rows: int, orders: Sequence[Order]) -> HourFile:
         """Compute digest and size. `orders` begins with the first row's sort key and ends with the last row's."""
-        digest = md5(usedforsecurity=False)
-        file.seek(0)
-        while block := file.read(COPY_BYTES):
-            digest.update(block)
-        size_bytes = file.tell()
+        digest, size_bytes = md5_of(file), file.tell()
         file.seek(0)
         min_at, max_at = (self._shape.times.read(orders[at][-1]).at if orders else None for at in (0, -1))
         new = self._table_rows - self._same - self._corrected
         compared = Tally(new=new, already_there=self._same, corrected=self._corrected)
-        return HourFile(
-            self._shape, file, rows, digest.hexdigest(), size_bytes, min_at, max_at, compared, self._repeated
-        )
+        return HourFile(self._shape, file, rows, digest, size_bytes, min_at, max_at, compared, self._repeated)
 
     def _merged(self, columns: Columns, *, is_edited: bool, shrink: Shrink | None) -> Iterator[tuple[Order, Row]]:
         """All rows in order: the table's, of equal sort keys the one added last, and what only held rows say."""
@@ -273,8 +275,14 @@ class HourWriter:
             if order in table and of_order[order] == 1:
                 found[order] = found.get(order, False) or list(row) == table[order]
                 continue
-            alike = (at for at, other in table.items() if (is_edited or at[-1] == order[-1]) and _covers(other, row))
-            at = next(alike, None)
+            at = next(
+                (
+                    at
+                    for at, other in table.items()
+                    if (is_edited or at[-1] == order[-1]) and _covers(other, row, is_edited=is_edited)
+                ),
+                None,
+            )
             if at is not None:
                 found[at] = True
                 self.rewritten += [order[-1]] if at[-1] != order[-1] else []
@@ -290,10 +298,20 @@ class HourWriter:
     def _read(self, number: int, segment: _Segment, columns: Columns) -> Iterator[tuple[Order, int, Row]]:
         source = [segment.columns.index(name) if name in segment.columns else -1 for name in columns]
         places = self._shape.places(columns)
-        for row in _rows(_lines(self._spool, segment.begin, segment.end)):
+        block_bytes = max(LEAST_BLOCK_BYTES, min(COPY_BYTES, MERGE_BYTES // len(self._segments)))
+        for row in _rows(_lines(self._spool, segment.begin, segment.end, block_bytes)):
             plain = list(map(_plain, row)) if self._shape.escape else row
             wide = [plain[at] if at >= 0 else "" for at in source]
             yield self._shape.orders([wide], places)[0], number, wide
+
+
+def md5_of(file: BinaryIO) -> str:
+    """The digest of a whole stream, as Drive reports it."""
+    digest = md5(usedforsecurity=False)
+    file.seek(0)
+    for block in iter(partial(file.read, COPY_BYTES), b""):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def read_file(lines: Iterable[str], *, escaped: bool) -> Iterator[dict[str, str]]:
@@ -368,14 +386,16 @@ def _rows(lines: Iterable[str]) -> Iterator[Row]:
     return csv.reader(lines)
 
 
-def _lines(file: BinaryIO, begin: int, end: int) -> Iterator[str]:
+def _lines(file: BinaryIO, begin: int, end: int, block_bytes: int = COPY_BYTES) -> Iterator[str]:
     """The lines of a part of the spool; seeks before each read, since several readers share the file."""
     while begin < end:
         file.seek(begin)
-        block = file.read(min(COPY_BYTES, end - begin))
+        block = file.read(min(block_bytes, end - begin))
         cut = block.rfind(b"\n") + 1
         while not cut and begin + len(block) < end:
-            block += file.read(min(COPY_BYTES, end - begin - len(block)))
+            if len(block) > MAX_LINE_BYTES:  # many times an item's limit; the line may be as long as the file
+                raise csv.Error("a line is too long")
+            block += file.read(min(block_bytes, end - begin - len(block)))
             cut = block.rfind(b"\n") + 1
         cut = cut or len(block)  # a last line without a line end
         begin += cut

@@ -51,7 +51,8 @@ from app.core.windows import (
     windows_between,
 )
 from app.dynamo_to_drive.accounts import Accounts
-from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService
+from app.dynamo_to_drive.credentials import TOKEN_FILE
+from app.dynamo_to_drive.drive import Drive, DriveService
 from app.dynamo_to_drive.hour_file import HourFile, lines_in, read_file
 from app.dynamo_to_drive.sinks import DriveSink, FolderSink, HourSink
 from app.dynamo_to_drive.source import DynamoSource, ping

@@ -1,7 +1,7 @@
 """Converts DynamoDB items to rows of text."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from functools import lru_cache
 from itertools import compress
@@ -137,10 +137,17 @@ ANY = ""  # mixed types, or a type whose cell is not the received text
 TIMED = ("S", "N")
 MISSES = 8
 KEPT_READERS = 16
+WIDE_COLUMNS = 1000
+MOST_CELLS = 1 << 21
 
 Row = Sequence[str]
 Columns = tuple[str, ...]
 Read = Callable[[Taken], list[Row]]
+
+
+def rows_at_once(columns: Columns, most: int) -> int:
+    """How many rows of these columns to hold in memory, at most `most`."""
+    return max(1, min(most, MOST_CELLS // len(columns)))
 
 
 class PageReader:
@@ -160,17 +167,22 @@ class PageReader:
         self._read: Read | None = None
         self._misses = 0
 
-    def read(self, taken: Taken) -> list[Row]:
-        """The rows of a page in `columns`, which may grow. Raises Transient for a malformed page."""
+    def read(self, taken: Taken) -> Iterator[list[Row]]:
+        """The rows of a page in `columns`, which may grow, in parts that fit into memory: each item of a page may have
+        attributes of its own. Raises Transient for a malformed page.
+        """
         if (rows := self._in_one_step(taken)) is not None:
-            return rows
+            yield rows
+            return
         items, wanted = items_of(taken), self._wanted
         self.items += len(items)
         if wanted is not None:
             items = [item for item in items if wanted.takes(item)]
         self.rows += len(items)
         self._learn(items)
-        return [_cells(item, self.columns) for item in items]
+        step = rows_at_once(self.columns, len(items))
+        for first in range(0, len(items), step):
+            yield [_cells(item, self.columns) for item in items[first : first + step]]
 
     def _in_one_step(self, taken: Taken) -> list[Row] | None:
         """The rows if all items have known attributes and types and all timestamps are readable, else None."""
@@ -202,7 +214,8 @@ class PageReader:
         timestamp = self.columns[0]
         self.columns = (timestamp, *sorted(known.keys() - {timestamp, self._left_out}))
         letters = tuple(known.get(name, ANY) for name in self.columns)
-        self._read = _reader(self.columns, letters, self._left_out) if self._misses < MISSES else None
+        is_regular = self._misses < MISSES and len(self.columns) < WIDE_COLUMNS
+        self._read = _reader(self.columns, letters, self._left_out) if is_regular else None
 
 
 def _only(letter: str) -> tuple[Any, Any]:

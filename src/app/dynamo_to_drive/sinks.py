@@ -12,21 +12,21 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
-from hashlib import md5
 from pathlib import Path
+from typing import BinaryIO
 
 from app.core.errors import Conflict, Permanent, Transient
 from app.core.files import temporary_file, write_durably
 from app.core.pipeline import Checkpoints, Commit, ObjectState, Record
 from app.core.runs import Lease
-from app.core.windows import Window
+from app.core.windows import HOUR_SECONDS, Window, windows_between
 from app.dynamo_to_drive.accounts import WOULD_WRITE, WRITTEN, Accounts
-from app.dynamo_to_drive.drive import GOOGLE_TYPES, Drive, DriveFile
-from app.dynamo_to_drive.hour_file import HourFile, UnreadableFile, lines_in, read_file, readable
+from app.dynamo_to_drive.drive import ESCAPED, GOOGLE_TYPES, Drive, DriveFile
+from app.dynamo_to_drive.hour_file import HourFile, UnreadableFile, lines_in, md5_of, read_file, readable
 
 MEMORY_BYTES = 1 << 20
 READ_HINT = "no action needed: it is read again"
@@ -68,12 +68,19 @@ class HourSink(ABC):
         return held
 
     def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
-        """The rows of that version, to be merged. Raises Conflict if the file has another version."""
-        self._check(key, version)
+        """The rows of that version, to be merged. Raises Conflict if the file has other bytes than `head` said."""
         record, hour = self._record(key), hour_of(key)
-        self.accounts.note(hour, is_edited=not record or record.digest != self.accounts.of(hour).held_digest)
-        yield from self._mergeable(key, version)
-        self._check(key, version)
+        digest = self.accounts.of(hour).held_digest
+        self.accounts.note(hour, is_edited=not record or record.digest != digest)
+        with self._opened(key, version) as file:
+            if md5_of(file) != digest:
+                raise Conflict(f"{key}: is not the version {version} any more", READ_HINT)
+            yield from self._mergeable(key, file)
+
+    def rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
+        """The rows of the file. Raises UnreadableFile, perhaps after some of them."""
+        with self._opened(key, version) as file:
+            yield from self._rows(key, file)
 
     def encode(
         self,
@@ -100,12 +107,11 @@ class HourSink(ABC):
         return version
 
     @abstractmethod
-    def rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
-        """The rows of the file. Raises UnreadableFile, perhaps after some of them."""
-
-    @abstractmethod
     def listed(self, day: Window) -> Iterator[tuple[str, str]]:
         """The name and MD5 of every file of a day."""
+
+    @abstractmethod
+    def _opened(self, key: str, version: str) -> AbstractContextManager[BinaryIO]: ...
 
     @abstractmethod
     def _head(self, key: str) -> ObjectState | None: ...
@@ -116,8 +122,15 @@ class HourSink(ABC):
     @abstractmethod
     def _put(self, key: str, encoded: HourFile, expected: str | None) -> str: ...
 
-    def _mergeable(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
-        return self.rows(key, version)
+    def _rows(self, key: str, file: BinaryIO) -> Iterator[Mapping[str, str]]:
+        with readable(key):
+            yield from read_file(lines_in(file), escaped=self._is_escaped(key))
+
+    def _is_escaped(self, key: str) -> bool:  # noqa: ARG002 - of a file in a directory nothing is known
+        return self.escaped
+
+    def _mergeable(self, key: str, file: BinaryIO) -> Iterator[Mapping[str, str]]:
+        return self._rows(key, file)
 
     def _record(self, key: str) -> Record | None:
         """The record of the hour that `key` names."""
@@ -134,52 +147,56 @@ class HourSink(ABC):
 class DriveSink(HourSink):
     """An `HourSink` on Google Drive; a version is `id:headRevisionId`, and the id is stored before the file is created.
 
-    `noted`: rows of the files as written. `told`: other items that were already warned about.
+    `noted`: the properties of the files as written. `told`: other items that were already warned about.
     """
 
     drive: Drive
     told: set[str]
-    noted: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, Mapping[str, str]] = field(default_factory=dict)
 
     def listed(self, day: Window) -> Iterator[tuple[str, str]]:
         """See `HourSink.listed`; of several files with one name, the oldest."""
-        seen = set[str]()
+        hours = {self.key("", hour, 0): hour for hour in windows_between(day.start, day.end, HOUR_SECONDS)}
         for found in self.drive.beginning(self._day(day)):
-            if found.is_csv and found.name not in seen:
-                seen.add(found.name)
+            if found.name in hours and found.is_of(hours[found.name]):
+                del hours[found.name]
                 yield found.name, found.md5_checksum
 
-    def rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:  # noqa: ARG002 - the id says which
-        """See `HourSink.rows`."""
-        file_id = _id(version)
+    @contextmanager
+    def _opened(self, key: str, version: str) -> Iterator[BinaryIO]:
         with temporary_file(memory_bytes=MEMORY_BYTES) as spool:
-            self.drive.download(file_id, spool)
-            with readable(file_id):
-                yield from read_file(lines_in(spool), escaped=self.escaped)
+            if not self.drive.download(_id(version), spool):
+                raise Conflict(f"{key}: is gone", READ_HINT)
+            yield spool
 
     def _head(self, key: str) -> ObjectState | None:
         """The file of that name in the folder, else the file with the stored id, wherever a person moved it."""
         if (found := self._find(key)) is None:
             return None
-        self.noted[key] = int(found.app_properties.get("headwaterRows", 0))
+        self.noted[key] = found.app_properties
         return ObjectState(found.version, found.md5_checksum, size_bytes=found.size)
 
-    def _mergeable(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
+    def _mergeable(self, key: str, file: BinaryIO) -> Iterator[Mapping[str, str]]:
         """The rows up to the first unreadable one: the file is re-created, and its old content stays in its revisions.
 
         Reports how many rows a person took out.
         """
         rows = 0
         try:
-            for row in self.rows(key, version):
+            for row in self._rows(key, file):
                 rows += 1
                 yield row
         except UnreadableFile as error:
-            log.warning("%s: %s; re-created; the old content is in the file's revisions", key, error.message)
-        if rows < (written := self.noted.get(key, 0)):
+            log.warning("%s; re-created; the old content is in the file's revisions", error.message)
+        if rows < (written := int(self.noted[key].get("headwaterRows", 0))):
             told = f"{written - rows} rows were taken out by a person; those that the table lacks are in its revisions"
             log.warning("%s: %s", key, told)
             self.accounts.removed.append(f"{key}: {told}")
+
+    def _is_escaped(self, key: str) -> bool:
+        """As the file was written, also where CSV_ESCAPE_FORMULAS changed since; earlier versions did not note it."""
+        noted = self.noted[key].get(ESCAPED)
+        return noted == "true" if noted else self.escaped
 
     def _put(self, key: str, encoded: HourFile, expected: str | None) -> str:
         """Create the file under a stored id, or replace its content."""
@@ -192,7 +209,7 @@ class DriveSink(HourSink):
         file_id = self._file_id(key)
         for _ in range(NEW_IDS):
             held = self.drive.get(file_id) if file_id else None
-            if held is not None and held.is_hour:
+            if held is not None and held.is_csv and not held.trashed:
                 raise Conflict(f"{key}: already exists", READ_HINT)
             if not file_id or held is not None:  # the id of a trashed file cannot be reused
                 file_id = self.drive.new_id()
@@ -203,26 +220,27 @@ class DriveSink(HourSink):
             if made is not None:
                 return made
             held = self.drive.get(file_id)
-            if held is not None and held.is_hour and held.md5_checksum == hour.digest:
+            if held is not None and not held.trashed and held.md5_checksum == hour.digest:
                 return held
             if held is None:  # the id was used, and its file permanently deleted
                 file_id = ""
         raise Transient(f"{key}: Drive found {NEW_IDS} ids in use", "no action needed: the next run tries new ones")
 
     def _find(self, key: str) -> DriveFile | None:
-        named = self.drive.named(key)
+        named, hour = self.drive.named(key), hour_of(key)
+        found = [each for each in named if each.is_of(hour)]
         for other in named:
             # Warn once per process: a person may wonder which of the two is ours.
-            if not other.is_csv and other.id not in self.told:
+            if other not in found and other.id not in self.told:
                 self.told.add(other.id)
-                what = other.mime_type.replace(GOOGLE_TYPES, "a Google ")
+                what = "another hour's file" if other.is_csv else other.mime_type.replace(GOOGLE_TYPES, "a Google ")
                 log.warning("%s: %s has the same name (%s); it is left alone", other.name, what, other.id)
-        if found := [each for each in named if each.is_csv]:
+        if found:
             self._put_aside(key, found[1:])
             return found[0]
         file_id = self._file_id(key)
         held = self.drive.get(file_id) if file_id else None
-        return held if held is not None and held.is_hour else None
+        return held if held is not None and held.is_csv and not held.trashed else None
 
     def _file_id(self, key: str) -> str:
         """The file id in the record; "" if there is none."""
@@ -259,25 +277,25 @@ class FolderSink(HourSink):
 
     root: Path
 
-    def _head(self, key: str) -> ObjectState | None:
-        version = self._version(key)
-        return None if version is None else ObjectState(version, version, size_bytes=(self.root / key).stat().st_size)
-
-    def rows(self, key: str, version: str) -> Iterator[Mapping[str, str]]:  # noqa: ARG002 - there is one
-        """See `HourSink.rows`."""
-        with _translated(self.root), (self.root / key).open("rb") as file, readable(key):
-            yield from read_file(lines_in(file), escaped=self.escaped)
+    @contextmanager
+    def _opened(self, key: str, version: str) -> Iterator[BinaryIO]:  # noqa: ARG002 - there is one
+        with _translated(self.root), ExitStack() as opened:
+            try:
+                file = opened.enter_context((self.root / key).open("rb"))
+            except FileNotFoundError as error:
+                raise Conflict(f"{key}: is gone", READ_HINT) from error
+            yield file
 
     def listed(self, day: Window) -> Iterator[tuple[str, str]]:
         """See `HourSink.listed`."""
         with _translated(self.root):
             names = sorted(path.name for path in self.root.glob("*.csv") if path.is_file())
         for name in names:
-            if name.startswith(self._day(day)) and (version := self._version(name)):
-                yield name, version
+            if name.startswith(self._day(day)) and (held := self._head(name)):
+                yield name, held.digest
 
     def _put(self, key: str, encoded: HourFile, expected: str | None) -> str:
-        if expected is None and self._version(key) is not None:
+        if expected is None and self._head(key) is not None:
             raise Conflict(f"{key}: already exists", READ_HINT)
         encoded.file.seek(0)
         with _translated(self.root):
@@ -287,22 +305,22 @@ class FolderSink(HourSink):
         return encoded.digest
 
     def _check(self, key: str, version: str) -> None:
-        if self._version(key) != version:
+        held = self._head(key)
+        if held is None or held.version != version:
             raise Conflict(f"{key}: is not the version that was read before", READ_HINT)
 
-    def _version(self, key: str) -> str | None:
-        digest, path = md5(usedforsecurity=False), self.root / key
+    def _head(self, key: str) -> ObjectState | None:
+        path = self.root / key
         with _translated(self.root):
             try:
                 if not path.is_file() and os.path.lexists(path):  # opening a pipe would block forever
                     what = "a directory" if path.is_dir() else "not a regular file"
                     raise Permanent(f"{path}: is {what}", "move it away: it has the name of the file")
                 with path.open("rb") as file:
-                    while block := file.read(BLOCK_BYTES):
-                        digest.update(block)
+                    digest = md5_of(file)
+                    return ObjectState(digest, digest, size_bytes=file.tell())
             except FileNotFoundError:
                 return None
-        return digest.hexdigest()
 
 
 @contextmanager

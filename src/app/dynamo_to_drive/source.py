@@ -23,7 +23,7 @@ from app.core.windows import EPOCH, HOUR_SECONDS, Window, floor_to, window_at
 from app.dynamo_to_drive.accounts import Accounts
 from app.dynamo_to_drive.hour_file import FileShape, HourFile, HourWriter, lines_in, read_file
 from app.dynamo_to_drive.rows import Item, PageReader, cell, timestamp_text
-from app.dynamo_to_drive.table import AROUND, FIRSTS, SEGMENTS, AccessPath, DynamoTable
+from app.dynamo_to_drive.table import AROUND, BASE64, FIRSTS, SEGMENTS, AccessPath, DynamoTable
 from app.dynamo_to_drive.timestamps import (
     EVERY_TRAIT,
     UNREADABLE,
@@ -175,8 +175,9 @@ class DynamoSource:
         """Check the newest items of each partition value, and report unreadable ones to `Accounts`.
 
         Returns the largest readable number ("" for text), and whether a timestamp is readable or there are no items.
-        `firsts` also checks the first items: texts that sort before all others are in no hour's range. Raises Permanent
-        if no item has these partition values although the table has items.
+        `firsts` also checks the first items: texts that sort before all others are in no hour's range; so does a value
+        whose newest items all are unreadable. Raises Permanent if no item has these partition values although the table
+        has items.
         """
         is_text, times = plan.timestamp_type == "S", self._table.times
 
@@ -185,7 +186,8 @@ class DynamoSource:
 
         def ends(value: str) -> tuple[Sequence[Item], Sequence[Item]]:
             last = self._table.end(plan, value, is_readable)
-            return last, self._table.end(plan, value, is_readable, is_first=True) if last and firsts else ()
+            looks = last and (firsts or not is_readable(last[-1]))
+            return last, self._table.end(plan, value, is_readable, is_first=True) if looks else ()
 
         found = _together(ends, plan.hash_values)
         newest, texts = [item for last, _ in found for item in last], []
@@ -202,7 +204,8 @@ class DynamoSource:
             texts.append(text)
             self._table.note(reading.traits)
             self._accounts.placed(reading.at, text)
-        return "" if is_text else max(texts, key=Decimal, default=""), bool(texts) or not newest
+        has_readable = not newest or any(items and is_readable(items[-1]) for pair in found for items in pair)
+        return "" if is_text else max(texts, key=Decimal, default=""), has_readable
 
     def _refuse_other_values(self, plan: AccessPath) -> None:
         """Raises Permanent if the table has items, but none with these partition values."""
@@ -213,7 +216,8 @@ class DynamoSource:
             return
         if not items:
             return
-        values = sorted({cell(item[plan.hash_name]) for item in items if plan.hash_name in item})
+        form = BASE64 if plan.hash_type == "B" else ""
+        values = sorted({f"{form}{cell(item[plan.hash_name])}" for item in items if plan.hash_name in item})
         names = sorted(set().union(*items))
         seen = f"values seen: {', '.join(values[:NAMED])}" if values else f"attributes seen: {', '.join(names[:NAMED])}"
         raise Permanent(
@@ -236,8 +240,8 @@ class DynamoSource:
             def follow(asked: Mapping[str, Any]) -> None:
                 for taken in self._table.pages(method, asked, self._stop):
                     with turn:
-                        rows = pages.read(taken)
-                        writer.add(pages.columns, rows)
+                        for rows in pages.read(taken):
+                            writer.add(pages.columns, rows)
 
             _together(follow, list(requests))
             hour = replace(writer.finish(), window=window, elsewhere=frozenset(wanted.elsewhere))
@@ -272,7 +276,7 @@ class DynamoSource:
         unread: list[str] = []
         plan, span = self._planned(), self._span
         for found in chain.from_iterable(held):
-            is_constant = plan.left_out in found and found[plan.left_out] == plan.hash_values[0]
+            is_constant = plan.left_out in found and found[plan.left_out] == plan.constant
             row = {name: text for name, text in found.items() if name != plan.left_out} if is_constant else found
             text = row.get(self._accounts.attribute, "")
             at = self._table.times.read(text).at

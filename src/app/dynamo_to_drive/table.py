@@ -9,6 +9,7 @@ contracts/dynamodb.md, sections 2 to 7.
 
 import logging
 import threading
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from app.core.windows import Window
 from app.dynamo_to_drive.rows import Item, Taken, items_of, take_items
 from app.dynamo_to_drive.timestamps import KeyRange, TextTrait, TimestampReader, number_ranges, text_ranges
 
-STATIC = "static_partition"
+STATIC, BASE64 = "static_partition", "base64:"
 STATIC_VALUES = ("data",)
 UNIT_BYTES = 4096
 SEGMENTS = 4
@@ -70,6 +71,12 @@ class AccessPath:
     size_bytes: int = 0
 
     @property
+    def constant(self) -> str:
+        """The cell text of the attribute `left_out`."""
+        value = self.hash_values[0]
+        return b64encode(_key_bytes(value)).decode() if self.hash_type == "B" else value
+
+    @property
     def scans(self) -> bool:
         """True if each read costs a scan of the whole table."""
         return not self.hash_name
@@ -102,6 +109,16 @@ def plan_of(table: Mapping[str, Any], wanted: DynamoSettings) -> AccessPath:
             + ", or raise DYNAMODB_SCAN_MAX_BYTES and pay for a whole scan per hour and run",
         )
     return AccessPath(key=key, size_bytes=size_bytes)
+
+
+def _key_bytes(value: str) -> bytes:
+    """A value of a binary partition key, which is set as text, or in base64 after BASE64. Raises Permanent."""
+    if not value.startswith(BASE64):
+        return value.encode()
+    try:
+        return b64decode(value.removeprefix(BASE64), validate=True)
+    except ValueError as error:
+        raise Permanent(f"{value}: invalid base64", "correct DYNAMODB_PARTITION_VALUES") from error
 
 
 def index_advice(table: Mapping[str, Any], wanted: DynamoSettings) -> str:
@@ -223,7 +240,8 @@ class DynamoTable:
                 yield self._asked(plan, value, each)
 
     def _asked(self, plan: AccessPath, value: str, between: KeyRange | None = None) -> dict[str, Any]:
-        names, values = {"#p": plan.hash_name}, {":hash": {plan.hash_type: value}}
+        names: dict[str, str] = {"#p": plan.hash_name}
+        values: dict[str, Any] = {":hash": {plan.hash_type: _key_bytes(value) if plan.hash_type == "B" else value}}
         if between is not None:
             names["#t"] = self.given.timestamp_attribute
             values |= {f":{name}": {plan.timestamp_type: text} for name, text in between._asdict().items()}

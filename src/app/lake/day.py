@@ -7,13 +7,13 @@ set aside and does not block others.
 """
 
 import io
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
+from shutil import copyfileobj
 from time import monotonic
 from typing import TYPE_CHECKING, BinaryIO
 from zlib import crc32
@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
+from app.core.files import temporary_file
 from app.core.ledger import SetAside, Tally, ledger_of
 from app.core.runs import Context, Failure, Report
 from app.core.windows import DAY_SECONDS
@@ -207,7 +208,11 @@ class LakeRun:
         done = Compacted(aside=dict(unfit))
         with ExitStack() as opened, ThreadPoolExecutor(READERS, thread_name_prefix="lake") as pool:
             parts = FileParts(
-                lambda: opened.enter_context(self._temporary()), rewrite.day, columns, self._max_bytes, done.aside
+                lambda: opened.enter_context(temporary_file(self._spool)),
+                rewrite.day,
+                columns,
+                self._max_bytes,
+                done.aside,
             )
             try:
                 self._fill(parts, rewrite, pool, done)
@@ -276,16 +281,10 @@ class LakeRun:
             raise SourceMoved(error.message, "no action needed; a later run takes it") from error
 
     def _copied(self, body: BinaryIO) -> BinaryIO:
-        file = self._temporary()
-        while chunk := body.read(COPY_BYTES):
-            file.write(chunk)
+        file = temporary_file(self._spool)
+        copyfileobj(body, file, COPY_BYTES)
         file.seek(0)
         return file
-
-    def _temporary(self) -> BinaryIO:
-        """An unnamed file: a killed process leaves nothing behind."""
-        self._spool.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryFile(dir=self._spool)
 
     def _old_rows(self, files: Sequence[LakeFile], done: Compacted) -> Iterator[pa.Table]:
         """The rows of replaced files, as far as they still exist and can be read."""

@@ -454,16 +454,9 @@ def abort_stale_uploads(store: S3Store, before: datetime, ours: Callable[[str], 
 
 
 def _uploads(store: S3Store) -> Iterator[Any]:
-    asked: dict[str, str] = {}
-    while True:
-        with store.translated("listing of multipart uploads"):
-            page = store.client().list_multipart_uploads(Bucket=store.target.bucket, **asked)
-            uploads, more = page.get("Uploads", ()), page.get("IsTruncated", False)
-            marks = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
-        yield from uploads
-        if not more or not any(marks.values()) or marks == asked:
-            return
-        asked = {name: value for name, value in marks.items() if value}
+    with store.translated("listing of multipart uploads"):
+        for page in store.client().get_paginator("list_multipart_uploads").paginate(Bucket=store.target.bucket):
+            yield from page.get("Uploads", ())
 
 
 # Whether a bucket keeps old versions of its objects forever: then every replacement of an object adds cost.

@@ -85,45 +85,31 @@ def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
     return ByteSpan(first, last - first + 1, part=True)
 
 
-def is_unchanged(fields: Mapping[str, str], held: ObjectInfo) -> bool:
-    """Whether the caller already has this version (304). ETags take precedence over dates, and an invalid date is
-    ignored (RFC 9110, 13.1.3).
+def check_conditions(fields: Mapping[str, str], held: ObjectInfo | None, *, reads: bool = False) -> bool:
+    """Evaluate the request's conditions (RFC 9110, 13.2.2): whether the caller already has the version that it `reads`
+    (304). ETags take precedence over dates, and an invalid date is ignored.
+
+    Raises Refused with 412 unless `held`, the current object or None, is what the caller requires.
     """
-    given = fields.get("if-none-match")
-    if given is not None:
-        return _named(given, held.etag, weak=True)
-    since = date_of(fields.get("if-modified-since", ""))
-    return since is not None and held.modified_at.replace(microsecond=0) <= since
-
-
-def check_match(fields: Mapping[str, str], held: ObjectInfo) -> None:
-    """Raises Refused with 412 unless this is the version that the caller requires."""
-    given = fields.get("if-match")
-    if given is not None:
-        if not _named(given, held.etag, weak=False):
+    required, excluded = fields.get("if-match"), fields.get("if-none-match")
+    if held is None:
+        if required is not None:
+            raise Refused(412, "there is no object", CHANGED_HINT, fault="If-Match")
+        return False
+    changed_at, since = held.modified_at.replace(microsecond=0), date_of(fields.get("if-unmodified-since", ""))
+    if required is not None:
+        if not _named(required, held.etag, weak=False):
             raise Refused(412, f"the object has the ETag {held.etag}", CHANGED_HINT, fault="If-Match")
-        return
-    since = date_of(fields.get("if-unmodified-since", ""))
-    if since is not None and held.modified_at.replace(microsecond=0) > since:
+    elif since is not None and changed_at > since:
         changed = format_datetime(held.modified_at, usegmt=True)
         raise Refused(412, f"the object was changed on {changed}", CHANGED_HINT, fault="If-Unmodified-Since")
-
-
-def check_unmatched(fields: Mapping[str, str], held: ObjectInfo) -> None:
-    """Raises Refused with 412 if the caller excludes this version."""
-    if _named(fields.get("if-none-match", ""), held.etag, weak=True):
+    if excluded is None:
+        since = date_of(fields.get("if-modified-since", ""))
+        return reads and since is not None and changed_at <= since
+    is_excluded = _named(excluded, held.etag, weak=True)
+    if is_excluded and not reads:
         raise Refused(412, f"the object has the ETag {held.etag}", CHANGED_HINT, fault="If-None-Match")
-
-
-def expected_of(fields: Mapping[str, str], held: ObjectInfo | None) -> str:
-    """`PutRequest.expected` for a conditional upload, where `held` is the current object. Raises Refused with 412."""
-    if held is None:
-        if "if-match" in fields:
-            raise Refused(412, "there is no object", CHANGED_HINT, fault="If-Match")
-        return ""
-    check_match(fields, held)
-    check_unmatched(fields, held)
-    return held.etag
+    return is_excluded
 
 
 def _named(given: str, etag: str, *, weak: bool) -> bool:

@@ -41,12 +41,9 @@ from app.objects.requests import (
     ByteSpan,
     KeyPolicy,
     SignedLinks,
-    check_match,
-    check_unmatched,
+    check_conditions,
     disposition,
     download_headers,
-    expected_of,
-    is_unchanged,
     join_headers,
     not_found,
     span_of,
@@ -242,8 +239,7 @@ async def _download(request: Request, serving: ObjectRoutes, key: str) -> Respon
     fields = join_headers(request.headers.items())
     for look in range(LOOKS):
         held = await serving.held(key)
-        check_match(fields, held)
-        if is_unchanged(fields, held):
+        if check_conditions(fields, held, reads=True):
             told = download_headers(held, ByteSpan(0, 0, part=False))
             return Response(status_code=304, headers={name: told[name] for name in NOT_MODIFIED if name in told})
         span = span_of(fields, held)
@@ -399,7 +395,8 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
             # the store checks `If-None-Match: *`; any other condition is checked against the current version
             creates = fields.get("if-none-match", "").strip() == "*"
             held = None if creates else await serving.ask(serving.store.head, known)
-            expected = expected_of(fields, held)
+            check_conditions(fields, held)
+            expected = held.etag if held else ""
         return await _written(request, serving, known, expected)
 
     @router.put(
@@ -415,8 +412,7 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
 
 async def _to_change(request: Request, serving: ObjectRoutes, key: str) -> ObjectInfo:
     held, fields = await serving.held(key, tags=request.method != "DELETE"), join_headers(request.headers.items())
-    check_match(fields, held)
-    check_unmatched(fields, held)
+    check_conditions(fields, held)
     return held
 
 

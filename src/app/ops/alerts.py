@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -104,11 +105,13 @@ class Heartbeats:
 # Alerts: a webhook when a job begins to fail, recovers or falls silent, and a heartbeat per job.
 #
 # Invariants: only URLs from the settings are called, and no job waits for a response; open alerts are kept in the
-# state, so no alert is sent twice after a restart, a pause, or by another process; a heartbeat never delays an alert.
+# state, so none is sent again after a restart, a pause, or by another process; a heartbeat never delays an alert.
 
 WATCH_SECONDS = 15.0
 WAITING = 1000
 POLICY = RetryPolicy(attempts=4, first_seconds=1.0, cap_seconds=20.0)
+ONCE = replace(POLICY, attempts=1)  # while the webhook is away
+AWAY_SECONDS = 60.0
 BAD = (Outcome.FAILED, Outcome.PARTIAL)
 DONE = (Outcome.OK, Outcome.PARTIAL)
 FAILED, RECOVERED, STALE, CLOCK_AHEAD = "failed", "recovered", "stale", "clock_ahead"
@@ -170,6 +173,7 @@ class Alerts:
         self._ended: queue.Queue[Run] = queue.Queue(WAITING)
         self._stop = Stop()
         self._since_seconds = elapsed_seconds()
+        self._away_until_seconds = 0.0  # 0: the last message was delivered
         self.stale: Collection[str] = frozenset()
         self.ahead_seconds: Mapping[str, float] = {}
         self._thread = threading.Thread(target=self._loop, name="alerts", daemon=True)
@@ -217,8 +221,8 @@ class Alerts:
         """A bad run opens an alert; the next good one closes all open alerts of its job."""
         at = run.ended_at or self._clock()
         more = {"hint": run.hint, "run_id": run.run_id, "outcome": run.outcome.value}
-        if run.outcome in BAD and self._state.alerts.begin(run.job, FAILED, at):
-            self._tell(FAILED, run.job, run.error, more)
+        if run.outcome in BAD:
+            self._begin(FAILED, run.job, at, run.error, more)
         if run.outcome is Outcome.OK and self._state.alerts.end(run.job, at):
             self._tell(RECOVERED, run.job, f"{run.report.rows} rows moved", more)
 
@@ -249,8 +253,8 @@ class Alerts:
             (OBJECTS, objects, HEAL_HINT),
         ):
             for name in sorted(messages):
-                if (name, event) not in known and self._state.alerts.begin(name, event, now):
-                    self._tell(event, name, messages[name], {"hint": hint})
+                if (name, event) not in known:
+                    self._begin(event, name, now, messages[name], {"hint": hint})
 
     def _tell_over(self, totals: Sequence[RunTotal], now: datetime) -> None:
         """A good run closes all alerts but two, which end when clocks agree or a listing shows the objects again; a
@@ -288,8 +292,17 @@ class Alerts:
             )
         )
 
-    def _tell(self, event: str, job: str, message: str, more: Mapping[str, str]) -> None:
-        """Send a message. Chat services show `text`; the other fields are for programs."""
+    def _begin(self, event: str, job: str, at: datetime, message: str, more: Mapping[str, str]) -> None:
+        """Send an alert that is not active yet. One that could not be delivered begins anew with a later run or look:
+        the fault of the network that it tells of may have kept it back. While it is away, one a minute is tried.
+        """
+        if self._elapsed_seconds() < self._away_until_seconds or not self._state.alerts.begin(job, event, at):
+            return
+        if not self._tell(event, job, message, more):
+            self._state.alerts.end(job, at + TICK, event)
+
+    def _tell(self, event: str, job: str, message: str, more: Mapping[str, str]) -> bool:
+        """Send a message; whether it was delivered. Chat services show `text`; the other fields are for programs."""
         sign = {FAILED: "✗", RECOVERED: "✓", STALE: "…", CLOCK_AHEAD: "…", OBJECTS: "✗"}[event]
         hint = f" Next: {more['hint']}" if more.get("hint") else ""
         body = {
@@ -301,9 +314,13 @@ class Alerts:
             **more,
             "text": f"{sign} {self._service}: {job} {event}: {message}{hint}",
         }
+        policy = ONCE if self._away_until_seconds else POLICY
         try:
-            retry(lambda: post(self._url, body), POLICY, self._stop, random.random)
-        except Stopped:
-            return
+            retry(lambda: post(self._url, body), policy, self._stop, random.random)
         except AppError as error:
-            log.warning("webhook delivery to %s failed: %s", urlsplit(self._url).hostname, error)
+            self._away_until_seconds = self._elapsed_seconds() + AWAY_SECONDS
+            if not isinstance(error, Stopped):
+                log.warning("webhook delivery to %s failed: %s", urlsplit(self._url).hostname, error)
+            return False
+        self._away_until_seconds = 0.0
+        return True

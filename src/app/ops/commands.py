@@ -30,7 +30,7 @@ from app.core.runs import Job, Outcome, Report, Run, RunServices, Stop, execute
 from app.core.verify import ComparedWindow, Verdict, refuse_unknown
 from app.core.verify import verify as compared
 from app.core.windows import Window, instant_text, refuse_future, whole_second
-from app.ops.health import check_once
+from app.ops.connection_checks import check_once
 from app.ops.json_views import RUN_NUMBERS, failures_shown, run_shown
 from app.ops.scheduler import (
     ProgressTally,
@@ -265,13 +265,19 @@ def verify(
     as_json: bool,
 ) -> int:
     """Compare both ends window by window; 0 when all are equal or were mended, or nothing is there to compare yet."""
-    ours, verdicts = _job(service, job), list[ComparedWindow]()
-    span = Window(start, end)
+    ours, span = _job(service, job), Window(start, end)
     verification = require_ability(service.pipelines.verifications, job, *NO_VERIFICATION)
+    counts, healed, windows = Counter[str](), 0, list[Mapping[str, Any]]()
 
     def seen(verdict: ComparedWindow) -> None:
-        verdicts.append(verdict)
-        if not as_json and (every or verdict.sign is not Verdict.EQUAL):
+        nonlocal healed
+        counts[verdict.sign.value] += 1
+        healed += verdict.healed
+        if not every and verdict.sign is Verdict.EQUAL:
+            return
+        if as_json:
+            windows.append(window_json(verdict))
+        else:
             rows = " ".join(str(each.rows) if each else "?" for each in (verdict.source, verdict.destination))
             error = f"  {verdict.error} ({verdict.hint})" if verdict.error else ""
             line(cell(f"{verdict.sign.value} {verdict.slot}  {rows}{'  healed' if verdict.healed else ''}{error}"))
@@ -279,9 +285,8 @@ def verify(
     with _foreground(service) as services:
         if heal:
             refuse_unknown(verification(service.stop), span, partition)
-            ended = _waited_for(
-                heal_job(ours, verification, span, partition, seen=seen), services, service.stop, logging_progress(job)
-            )
+            healing = heal_job(ours, verification, span, partition, seen)
+            ended = _waited_for(healing, services, service.stop, logging_progress(job))
             if ended is None:
                 return _busy(service, ours, as_json=as_json)
             if ended.outcome not in (Outcome.OK, Outcome.PARTIAL):
@@ -290,20 +295,19 @@ def verify(
             for verdict in compared(verification(service.stop), span, service.stop, partition):
                 seen(verdict)
 
-    counts = Counter(each.sign.value for each in verdicts)
-    fine = all(each.sign is Verdict.EQUAL or each.healed for each in verdicts)
-    healed = sum(each.healed for each in verdicts)
+    number = counts.total()
+    fine = counts[Verdict.EQUAL.value] + healed == number  # the sign of a healed window is that from before
     document = {
         "job": job,
         "from": whole_second(span.start),
         "to": whole_second(span.end),
-        "equal": fine if verdicts else None,
+        "equal": fine if number else None,
         "counts": counts,
         "healed": healed,
-        "windows": [window_json(each) for each in verdicts if every or each.sign is not Verdict.EQUAL],
+        "windows": windows,
     }
-    text = f"{job}: {len(verdicts)} windows: {format_signs(counts)}{f'; {healed} healed' if healed else ''}"
-    if not verdicts:
+    text = f"{job}: {number} windows: {format_signs(counts)}{f'; {healed} healed' if healed else ''}"
+    if not number:
         text = f"{job}: nothing was compared: no window of {span} has ended yet, or no partition is known"
     show(document, lambda: line(text), as_json=as_json)
     return OK if fine else FAILED

@@ -3,21 +3,22 @@
 With few partitions the destination is listed, once for all viewers. With many the map shows the confirmed windows from
 the records, in which the reconcile's listings have marked missing and changed ones; `source` tells which.
 
-Invariants: the map has every cell of the span, and the worst state in a cell wins; a destination gets one request at a
-time; caches are bounded; a partition that cannot be listed shows as not known, and hides no other.
+Invariants: the map has every cell of the span, and the worst state in a cell wins; a job's destination is listed for
+one request at a time; caches are bounded; a partition that cannot be listed shows as not known, and hides no other.
 """
 
 import threading
 import time
-from bisect import bisect_right
-from collections import OrderedDict
+from bisect import bisect_left, bisect_right
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from math import inf
-from typing import Any, TypeVar
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 from app.core.errors import AppError, Rejected, Transient
 from app.core.pipeline import MISSING
@@ -36,6 +37,7 @@ GROUPED_FROM = 200  # more partitions than this are grouped
 GROUP, BIG_GROUP, BIG_FROM = 25, 500, 10_000
 GROUPS_A_PAGE = 20
 LATE_AFTER = timedelta(hours=6)
+LATE_PARTITIONS = 20_000
 HOUR, DAY, WEEK = 3600, 86_400, 604_800
 SPANS: Mapping[str, Mapping[int, int]] = {
     "24h": {24: HOUR},
@@ -170,7 +172,7 @@ def _within_days(start: datetime, end: datetime, seconds: int, zone: tzinfo) -> 
 
 @dataclass(frozen=True, slots=True)
 class MapRow:
-    """One partition, or a group of them from `name` to `last`. `error`: why it could not be listed."""
+    """One partition, or a group of `count` of them from `name` to `last`. `error`: why it could not be listed."""
 
     name: str
     cells: str
@@ -195,8 +197,7 @@ class DeliveryMap:
     pages_of: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class MapLine:
+class MapLine(NamedTuple):
     """One partition with its windows as cells, oldest first. `error` is empty when it could be listed."""
 
     partition: str
@@ -215,17 +216,25 @@ class MapFault:
 
 
 Made = TypeVar("Made")
+Key = tuple[Any, ...]
+"""What was requested: the job, the kind of listing, and its arguments."""
 
 
 class DeliveryMaps:
-    """Maps by job and span. Thread-safe."""
+    """Maps by job and span. Thread-safe.
+
+    Of two requests for the same job the second waits for the listing of the first. A listing that began before a change
+    at the destination is not searched for faults, and later requests see it in strips only.
+    """
 
     def __init__(self, charts: Mapping[str, GapMapSource], pages: SqlPages, clock: Callable[[], datetime]) -> None:
         self._charts = charts
         self._pages = pages
         self._clock = clock
-        self._turn = threading.Lock()
-        self._kept: OrderedDict[tuple[Any, ...], tuple[Any, float]] = OrderedDict()  # when made, by request
+        self._turns = {job: threading.Lock() for job in charts}
+        self._lock = threading.Lock()  # for all below
+        self._changes = Counter[str]()
+        self._kept: OrderedDict[Key, tuple[Any, float]] = OrderedDict()  # when made
         self._faults: dict[str, Mapping[tuple[str, Window], MapFault]] = {}
         self._refreshing: dict[str, threading.Thread] = {}
 
@@ -244,14 +253,18 @@ class DeliveryMaps:
 
     def forget(self, job: str) -> None:
         """List the destination of `job` again on the next request: it has changed."""
-        for key in [each for each in list(self._kept) if each[0] == job]:
-            self._kept.pop(key, None)
+        with self._lock:
+            self._changes[job] += 1
+            for key in [each for each in self._kept if each[0] == job]:
+                del self._kept[key]
 
     def healed(self, job: str, partition: str, window: Window) -> None:
         """Remove the fault of a window that was healed."""
-        faults = dict(self._faults.get(job, {}))
-        if faults.pop((partition, window), None):
+        with self._lock:
+            faults = dict(self._faults.get(job, {}))
+            known = faults.pop((partition, window), None)
             self._faults[job] = faults
+        if known:
             self.forget(job)
 
     def windows(self, job: str, span: Window, offset: int, limit: int) -> tuple[int, Sequence[MapLine]]:
@@ -259,7 +272,12 @@ class DeliveryMaps:
 
         Raises Rejected for a job without a map, Transient when the destination is too slow.
         """
-        return self._once((job, "windows", span, offset, limit), lambda: self._list(job, span, offset, limit))
+
+        def listed() -> tuple[int, Sequence[MapLine]]:
+            partitions = self._charts[job].partitions()
+            return len(partitions), self._list(job, partitions[offset : offset + limit], span)
+
+        return self._once((job, "windows", span, offset, limit), listed)
 
     def partition(self, job: str, partition: str, span: Window) -> Sequence[MapCell]:
         """The windows of one partition, from a listing made now. Raises Rejected for an unknown one."""
@@ -270,8 +288,8 @@ class DeliveryMaps:
             raise Rejected(f"{job} has no partition {partition[:80]!r}", "see /ops/partitions for their names")
 
         def listed() -> Sequence[MapCell]:
-            cells = chart.cells(partition, span)
-            self._note(job, MapLine(partition, cells), span)
+            changes, cells = self._changes[job], chart.cells(partition, span)
+            self._note(job, [MapLine(partition, cells)], span, changes)
             return cells
 
         return self._once((job, "partition", partition, span), listed)
@@ -294,12 +312,10 @@ class DeliveryMaps:
             rows = [_row(names.first, cells.paint_cells(self.partition(job, names.first, cells.window), self._clock()))]
         elif self._is_listable(job, cells, names):
             listed = self._once((job, "map", *cells.edges), lambda: self._listed(job, cells))
-            rows = [row for row in listed if names.find.lower() in row.name.lower()]
+            rows = [row for row in listed if _matches(names, row.name)]
         else:
             return self.recorded(job, cells, names, offset=offset, limit=limit, only_problems=only_problems)
-        chosen = [
-            row for row in rows if (row.problems or not only_problems) and (not names.last or row.name <= names.last)
-        ]
+        chosen = [row for row in rows if row.problems or not only_problems]
         problems = sum(row.problems for row in rows)
         page = chosen[offset : offset + limit]
         return DeliveryMap(len(rows), page, listed=True, problems=problems, pages_of=len(chosen))
@@ -348,32 +364,32 @@ class DeliveryMaps:
             raise Rejected(f"job {job[:80]!r} has no delivery map", f"jobs that have one: {', '.join(self.jobs)}")
         return self._charts[job]
 
-    def _held(self, key: tuple[Any, ...], seconds: float = inf) -> Any:
+    def _held(self, key: Key, seconds: float = inf) -> Any:
         found, at = self._kept.get(key, (None, 0.0))
         return found if time.monotonic() - at <= seconds else None
 
-    def _once(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
-        """The cached value, or one made now, while no other request lists a destination. When the cache is full, its
+    def _once(self, key: Key, make: Callable[[], Made]) -> Made:
+        """The cached value, or one made now, while no other request lists the same job. When the cache is full, its
         oldest entries are evicted.
         """
         job = key[0]
         self._chart(job)
-        if not self._turn.acquire(timeout=WAIT_SECONDS):
+        if not self._turns[job].acquire(timeout=WAIT_SECONDS):
             raise Transient(f"{job}: its destination is slow to list", "look at /ready, and ask again")
         try:
             found: Made | None = self._held(key, KEPT_SECONDS)
             if found is None:
-                found = make()
-                self._kept[key] = (found, time.monotonic())
-                while len(self._kept) > KEPT_MAPS:
-                    self._kept.popitem(last=False)
+                changes, found = self._changes[job], make()
+                with self._lock:
+                    self._kept[key] = (found, time.monotonic() if changes == self._changes[job] else -inf)
+                    while len(self._kept) > KEPT_MAPS:
+                        self._kept.popitem(last=False)
             return found
         finally:
-            self._turn.release()
+            self._turns[job].release()
 
-    def _list(self, job: str, span: Window, offset: int, limit: int) -> tuple[int, Sequence[MapLine]]:
-        chart = self._charts[job]
-        partitions = chart.partitions()
+    def _list(self, job: str, partitions: Sequence[str], span: Window) -> Sequence[MapLine]:
+        chart, changes = self._charts[job], self._changes[job]
 
         def line(partition: str) -> MapLine:
             try:
@@ -382,33 +398,34 @@ class DeliveryMaps:
                 return MapLine(partition, (), str(error))
 
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="map") as pool:
-            lines = list(pool.map(line, partitions[offset : offset + limit]))
-        for each in lines:
-            if not each.error:
-                self._note(job, each, span)
-        return len(partitions), lines
+            lines = list(pool.map(line, partitions))
+        self._note(job, [each for each in lines if not each.error], span, changes)
+        return lines
 
-    def _note(self, job: str, line: MapLine, span: Window) -> None:
-        """Replace the faults of one partition within `span` by those in its listing."""
-        before = self._faults.get(job, {})
-        seen = {
-            key: fault
-            for key, fault in before.items()
-            if key[0] != line.partition or not span.start <= key[1].start < span.end
-        }
-        for cell in line.cells:
-            if (letter := letter_of(cell)) in "mpc":
-                key = line.partition, cell.window
-                seen[key] = MapFault(*key, letter, before[key].seen_at if key in before else self._clock())
-        self._faults[job] = seen
+    def _note(self, job: str, lines: Sequence[MapLine], span: Window, changes: int) -> None:
+        """Replace the faults of some partitions within `span` by those in their listing, unless the destination was
+        changed since there were this many `changes`.
+        """
+        with self._lock:
+            if changes != self._changes[job]:
+                return
+            before, listed = self._faults.get(job, {}), {line.partition for line in lines}
+            seen = {
+                key: fault
+                for key, fault in before.items()
+                if key[0] not in listed or not span.start <= key[1].start < span.end
+            }
+            for key, letter in (
+                ((line.partition, cell.window), letter_of(cell)) for line in lines for cell in line.cells
+            ):
+                if letter in "mpc":
+                    seen[key] = MapFault(*key, letter, before[key].seen_at if key in before else self._clock())
+            self._faults[job] = seen
 
     def _listed(self, job: str, cells: MapCells) -> Sequence[MapRow]:
-        now = self._clock()
-        _, lines = self._list(job, cells.window, 0, LISTED_PARTITIONS)
-        painted = {
-            line.partition: "u" * (len(cells.edges) - 1) if line.error else cells.paint_cells(line.cells, now)
-            for line in lines
-        }
+        now, everything = self._clock(), "u" * (len(cells.edges) - 1)
+        lines = self._list(job, self._charts[job].partitions()[:LISTED_PARTITIONS], cells.window)
+        painted = {each.partition: everything if each.error else cells.paint_cells(each.cells, now) for each in lines}
         with self._pages.look() as look:
             known = look.groups(job, NameFilter(), size=1, limit=LISTED_PARTITIONS)
         newest = {row["first_name"]: row["oldest_at"] for row in known}
@@ -417,6 +434,10 @@ class DeliveryMaps:
             _row(name, text, newest_at=newest.get(name), error=errors[name])
             for name, text in _one_row_a_source(painted, newest).items()
         ]
+
+
+def _matches(names: NameFilter, name: str) -> bool:
+    return names.first <= name <= (names.last or name) and names.find.lower() in name.lower()
 
 
 def _row(name: str, text: str, **more: Any) -> MapRow:
@@ -447,11 +468,10 @@ class _Recorded:
         slack = LATE_AFTER if cells.seconds < DAY else timedelta(days=2)
         furthest_at = self._totals["furthest_at"] or now
         self._late_before = max(furthest_at - timedelta(hours=1), now - slack)
-        faults = look.faulty_windows(job, cells.edges[0], cells.edges[-1])
-        self._faults = [
+        self._faults = sorted(
             (row["device_id"], row["starts_at"], row["ends_at"], "m" if row["trouble"] == MISSING else "c")
-            for row in faults
-        ]
+            for row in look.faulty_windows(job, cells.edges[0], cells.edges[-1])
+        )
         self._spans = list(zip(cells.edges, cells.edges[1:], strict=False))
         self._any = [start < now and look.any_rows(job, start, end) for start, end in self._spans]
 
@@ -464,46 +484,49 @@ class _Recorded:
     def map(self, names: NameFilter, offset: int, limit: int, *, only_problems: bool) -> DeliveryMap:
         """One page of rows or groups."""
         total = self._look.partitions(self._job, names)
-        faulty = {name for name, *_ in self._faults if names.find.lower() in name.lower()}
+        faulty = sorted({name for name, *_ in self._faults if _matches(names, name)} | self._late(names))
         if only_problems:
-            chosen = sorted(faulty)
             rows = [
-                self._row(row)
-                for name in chosen[offset : offset + limit]
+                self._row(row, faulty)
+                for name in faulty[offset : offset + limit]
                 for row in self._look.groups(self._job, NameFilter(name, name), size=1, limit=1)
             ]
-            return DeliveryMap(total, rows, listed=False, problems=len(faulty), pages_of=len(chosen))
+            return DeliveryMap(total, rows, listed=False, problems=len(faulty), pages_of=len(faulty))
         size = 1
         if total > GROUPED_FROM and not names.first:
             size, limit = (BIG_GROUP if total > BIG_FROM else GROUP), min(limit, GROUPS_A_PAGE)
         found = self._look.groups(self._job, names, size=size, limit=limit, offset=offset)
-        pages_of = -(-total // size)
-        rows = [self._row(row) for row in found]
+        rows, pages_of = [self._row(row, faulty) for row in found], -(-total // size)
         return DeliveryMap(total, rows, listed=False, problems=len(faulty), grouped=size > 1, pages_of=pages_of)
 
-    def _row(self, row: Mapping[str, Any]) -> MapRow:
+    def _late(self, names: NameFilter) -> set[str]:
+        """Partitions with a cell that is late: one that has ended long enough ago, and not before the cursor."""
+        ends = [end for end in self._cells.edges[1:] if end <= self._late_before]
+        if not ends:
+            return set()
+        of = {"pipeline": self._job, **names.params, "before_at": ends[-1], "limit": LATE_PARTITIONS}
+        return {row["device_id"] for row in self._look.rows("late_partitions", **of)}
+
+    def _row(self, row: Mapping[str, Any], faulty: Sequence[str]) -> MapRow:
         first, last = row["first_name"], row["last_name"]
         text = self._painted((first, last), row["slowest_at"])
-        wrong = {name for name, *_ in self._faults if first <= name <= last}
-        number, problems = row["partitions"], len(wrong) or int("l" in text)
+        problems = bisect_right(faulty, last) - bisect_left(faulty, first)
         return MapRow(
-            first, text, last, number, problems=problems, newest_at=row["oldest_at"], error=row["error"] or ""
+            first, text, last, row["partitions"], problems, newest_at=row["oldest_at"], error=row["error"] or ""
         )
 
     def _painted(self, between: tuple[str, str] | None, cursor_at: datetime) -> str:
-        faults = [
-            (start, end, letter)
-            for name, start, end, letter in self._faults
-            if between is None or between[0] <= name <= between[1]
-        ]
+        faults = self._faults
+        if between is not None:
+            first, last = between
+            faults = faults[bisect_left(faults, (first,)) : bisect_right(faults, last, key=itemgetter(0))]
+        marked = self._cells.paint((fault[1:] for fault in faults), self._now)
         letters = []
-        for (start, end), is_any, marked in zip(
-            self._spans, self._any, self._cells.paint(faults, self._now), strict=True
-        ):
+        for (start, end), is_any, mark in zip(self._spans, self._any, marked, strict=True):
             letter = "n"
             if start < self._now and end > cursor_at:
                 letter = "l" if end <= self._late_before else "o"
             elif is_any and (between is None or self._look.any_rows(self._job, start, end, between)):
                 letter = "k"
-            letters.append(worst_state((marked, letter)))
+            letters.append(worst_state((mark, letter)))
         return "".join(letters)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import TextIOWrapper
@@ -260,7 +261,7 @@ def configure(
     redact = Redaction(secrets)
     out = stream or sys.stdout
     text_out = log_format == "text" or (log_format == "auto" and out.isatty())
-    handlers: list[logging.Handler] = [logging.StreamHandler(out)]
+    handlers: list[logging.Handler] = [_Console(out)]
     if log_file is not None:
         try:
             log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -310,6 +311,16 @@ class _Limited(logging.Handler):
             self._target.handle(each)
         self._target.close()
         super().close()
+
+
+class _Console(logging.StreamHandler[TextIO]):
+    """Standard output, which may be a pipe that nobody reads any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's word
+        """Name the error only: the library would print the message and its arguments, secrets included."""
+        kind = getattr(sys.exc_info()[0], "__name__", "")
+        with suppress(OSError, ValueError):
+            sys.stderr.write(f"a log line of {record.name} cannot be written: {kind}\n")
 
 
 class _OwnersFile(LogFile):

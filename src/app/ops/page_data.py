@@ -1,7 +1,7 @@
 """The routes behind the pages: the summary, the delivery map, one run with its log, and dismissals."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import MAXYEAR, MINYEAR, UTC, datetime, tzinfo
 from pathlib import Path
@@ -30,7 +30,7 @@ from app.ops.json_views import (
     run_shown,
 )
 from app.ops.service import BuiltService
-from app.ops.summary import HISTORY, Snapshot, file_address, problems_of, summary_of
+from app.ops.summary import file_address, problems_of, snapshot, summary_of
 from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Refused, faults
@@ -79,17 +79,6 @@ def zone_of(name: str) -> tzinfo:
         raise Refused(422, f"the time zone {name[:40]!r} is not known", hint, "query.tz") from None
 
 
-def seen_now(ops: BuiltService, zone: tzinfo, read: Callable[[Snapshot], Any]) -> Any:
-    """The result of `read` on a snapshot of the current state."""
-    now, views = ops.clock(), ops.scheduler.views()
-    cells = cells_of_span("24h", None, zone, now)
-    on = [view.job.name for view in views if not view.job.off and view.job.name in ops.maps.jobs]
-    strips = {name: ops.maps.strip(name, cells, wait_seconds=1.0) for name in on}
-    histories = {name: lines(HISTORY) for name, lines in ops.pipelines.histories.items()}
-    with ops.state.pages.look() as look:
-        return read(Snapshot(now, zone, views, look, cells, ops, strips, histories))
-
-
 def _summary(router: APIRouter, ops: BuiltService) -> None:
     @router.get(
         "/ops/summary",
@@ -98,7 +87,11 @@ def _summary(router: APIRouter, ops: BuiltService) -> None:
         responses=answered_with(SUMMARY, "verdict, problems and pipelines"),
     )
     def summary(tz: Zone = "UTC") -> dict[str, Any]:
-        found: dict[str, Any] = seen_now(ops, zone_of(tz), summary_of)
+        zone, now = zone_of(tz), ops.clock()
+        cells, on = cells_of_span("24h", None, zone, now), {job.name for job in ops.pipelines.jobs if not job.off}
+        strips = {name: ops.maps.strip(name, cells, wait_seconds=1.0) for name in ops.maps.jobs if name in on}
+        with snapshot(ops, zone) as seen:
+            found = summary_of(seen, strips)
         if ops.scheduler.elsewhere:
             found["scale"] = asdict(ops.scheduler.elsewhere.look())
         return found
@@ -110,8 +103,8 @@ def _summary(router: APIRouter, ops: BuiltService) -> None:
         responses=faults({404: "there is no such problem", 409: "only what was set aside can be dismissed"}),
     )
     def dismiss(problem_id: str, request: Request) -> dict[str, Any]:
-        problems = seen_now(ops, UTC, problems_of)
-        found = next((each for each in problems if each.problem_id == problem_id), None)
+        with snapshot(ops, UTC) as seen:
+            found = next((each for each in problems_of(seen) if each.problem_id == problem_id), None)
         if found is None:
             raise Refused(404, f"no problem has the id {problem_id[:40]!r}", "look at /ops/summary")
         if found.kind != "set_aside":

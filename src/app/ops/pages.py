@@ -32,7 +32,7 @@ ASSETS = {
 LINKS = (("Overview", "."), ("Runs", "runs"), ("Explore", "analytics/explore"), ("API", "docs"))
 # The guides for jobs that have no guide named after them.
 GUIDES = {"s3_sweep": "s3", "set_aside_sweep": "operations", "lake_day": "lake"}
-MARKS = {"ok": "ok", "running": "run", "backfill": "run", "paused": "paused", "off": "off", "partial": "warn"}
+MARKS = {"running": "run", "backfill": "run", "waiting": "off", "stopped": "off", "partial": "warn", "failed": "bad"}
 WORDS = {"ok": "OK", "partial": "Partly delivered", "backfill": "Backfilling", "waiting": "No run yet"}
 
 Overview = Callable[[], Mapping[str, Any]]
@@ -63,20 +63,21 @@ def framed(
         f'<a href="{root}{href}"{" aria-current=" + chr(34) + "page" + chr(34) if name == link else ""}>{name}</a>'
         for name, href in LINKS
     )
-    parts = {
-        "{title}": f"{title} \N{EN DASH} Headwater",
-        "{links}": links,
-        "{scripts}": "\n".join(
-            f'<script src="{root}assets/{name}.js" defer></script>' for name in ("common", *scripts)
-        ),
-        "{board}": "" if shown else " hidden",
-        "{dialogs}": dialogs,
-        "{root}": root,
-    }
-    page = _asset("layout.html")
-    for name, text in parts.items():
-        page = page.replace(name, text)
-    return page.replace("{main}", main, 1)
+    return filled(
+        _asset("layout.html"),
+        title=f"{title} \N{EN DASH} Headwater",
+        links=links,
+        scripts="\n".join(f'<script src="{root}assets/{name}.js" defer></script>' for name in ("common", *scripts)),
+        board="" if shown else " hidden",
+        dialogs=dialogs,
+        root=root,
+        main=main,
+    )
+
+
+def filled(template: str, **texts: str) -> str:
+    """`template` with each `{name}` replaced by its text. The texts are not searched: they may contain braces."""
+    return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda match: texts[match[1]], template)
 
 
 def serve(router: APIRouter, path: str, content: bytes, media_type: str) -> None:
@@ -101,9 +102,8 @@ def _overview(router: APIRouter, guard: AccessGuard, overview: Overview) -> None
     main, dialogs = _asset("overview.html"), _asset("dialogs.html")
 
     def page(jobs: str, off: str, *, shown: bool) -> Response:
-        filled = main.replace("{jobs}", jobs, 1).replace("{off}", off, 1)
-        scripts = ("runs", "map", "overview")
-        return HTMLResponse(framed("Overview", filled, scripts, link="Overview", dialogs=dialogs, shown=shown))
+        content, scripts = filled(main, jobs=jobs, off=off), ("runs", "map", "overview")
+        return HTMLResponse(framed("Overview", content, scripts, link="Overview", dialogs=dialogs, shown=shown))
 
     @router.get("/", openapi_extra=needs(OPEN))
     async def dashboard(request: Request) -> Response:
@@ -166,7 +166,7 @@ def _job_row(job: Mapping[str, Any]) -> Iterator[str]:
     name = escape(job["name"])
     yield f'<tr data-key="p-{name}" id="p-{name}"><td class="id"><span class="name">{name}</span>'
     yield f'<span class="sub">{"helper of " + escape(job["helper_of"]) if job["helper_of"] else ""}</span></td>'
-    yield f'<td class="state"><span class="mark {MARKS.get(state, "bad")}" aria-hidden="true"></span> '
+    yield f'<td class="state"><span class="mark {MARKS.get(state, state)}" aria-hidden="true"></span> '
     yield f"<strong>{escape(words)}</strong>"
     yield from (f'<span class="sub">{escape(text)}</span>' for text in _facts(job))
     yield f'</td><td class="number"></td><td class="number">{job["rows_total"]:,}<span class="sub">in all</span></td>'

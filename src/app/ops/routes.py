@@ -389,9 +389,8 @@ def _acting(router: APIRouter, ops: BuiltService) -> None:
 
     @router.post("/ops/jobs/{job}/heal", summary="Compare, and repair what differs", **ACT_ABLE)
     def heal(job: JobInPath, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
-        work = ops.proofs.heal(known(scheduler, job), _a_year(job, part, " --heal"), part.partition, _caller(request))
-        scheduler.queue(job, work, _caller(request))
-        ops.maps.forget(job)
+        window, by = _a_year(known(scheduler, job), part, " --heal"), _caller(request)
+        ops.proofs.heal(job, window, part.partition, by, lambda work: scheduler.queue(job, work, by))
         return accepted(scheduler, job)
 
 

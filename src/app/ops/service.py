@@ -21,9 +21,8 @@ from app.core.windows import Window
 from app.db.checkpoints import Checkpoint
 from app.db.state import State
 from app.ops.alerts import Alerts
-from app.ops.connection_checks import ConnectionCheck
+from app.ops.connection_checks import ConnectionCheck, Probes
 from app.ops.delivery_map import DeliveryMaps
-from app.ops.health import Probes
 from app.ops.json_views import ServiceCalls
 from app.ops.process import share_the_machine
 from app.ops.request_costs import RequestCosts

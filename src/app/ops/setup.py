@@ -10,14 +10,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from getpass import getpass
+from io import StringIO
 from pathlib import Path
+
+from dotenv.parser import parse_stream
 
 from app.config.environment import load_settings, read_dotenv
 from app.config.reference import descriptions
 from app.config.rules import VARIABLES
 from app.core.errors import BadSettings
 from app.core.files import write_durably
-from app.ops.health import check_once
+from app.ops.connection_checks import check_once
 from app.ops.service import BuiltService
 
 Answers = Mapping[str, str]
@@ -162,15 +165,23 @@ def _say(text: str) -> None:
 
 
 def merged(text: str, answers: Answers, pipeline: str) -> str:
-    """The text of `.env` with the answers: a line that sets the variable is replaced, otherwise one is appended."""
-    lines, left = text.splitlines(), dict(answers)
-    for number, line in enumerate(lines):
-        match = re.match(r"\s*(?:export\s+)?(\w+)\s*=", line)
-        if match and match[1] in left:
-            lines[number] = f"{match[1]}={quoted(left.pop(match[1]))}"
+    """The text of `.env` with the answers: what sets a variable is replaced where it stands first, and dropped where it
+    is set again; a variable that is not set yet is appended.
+    """
+    parts, left = list[str](), dict(answers)
+    for each in parse_stream(StringIO(text)):
+        if each.key not in answers:
+            parts.append(each.original.string)
+            continue
+        before = re.match(r"\s*", each.original.string)
+        parts.append(before[0] if before else "")
+        if each.key in left:
+            parts.append(f"{each.key}={quoted(left.pop(each.key))}\n")
+    kept = "".join(parts)
+    lines = [kept.rstrip("\n"), ""] if kept.strip() else []
     if left:
-        lines += [*([""] if lines else []), f"# {pipeline}", *(f"{name}={quoted(left[name])}" for name in left)]
-    return "\n".join(lines) + "\n"
+        lines += [f"# {pipeline}", *(f"{name}={quoted(value)}" for name, value in left.items()), ""]
+    return "\n".join(lines)
 
 
 def quoted(value: str) -> str:

@@ -8,10 +8,11 @@ import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from app.core.pipeline import MISSING, NEVER_AFTER, QUIET_AFTER, USUAL_HOURS
@@ -19,7 +20,7 @@ from app.core.runs import Outcome, Run
 from app.core.verify import Verdict
 from app.core.windows import Window, instant_text
 from app.db.page_queries import PageQuerySession
-from app.ops.delivery_map import MapCells
+from app.ops.delivery_map import WORDS, MapCells, cells_of_span
 from app.ops.json_views import run_shown, view_shown
 from app.ops.scheduler import JobView
 
@@ -34,11 +35,8 @@ RECENT = timedelta(hours=24)
 LATE_SECONDS = 60.0
 HISTORY = 300
 VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
-WINDOW_WORDS = {
-    "missing": "missing",
-    "partial": "partly missing",
-    "changed": "changed at the destination",
-}
+FAULTS = {"m": "missing", "p": "partial", "c": "changed"}
+WINDOW_WORDS = {kind: WORDS[letter] for letter, kind in FAULTS.items()}
 KINDS: Mapping[str, tuple[str, str, str]] = {
     "unreachable": ("bad", "{title}", "Unreachable"),
     "unaccounted": ("bad", "{count} of {job} {are} unaccounted for", "{count} unaccounted for"),
@@ -114,10 +112,19 @@ def _id_of(kind: str, job: str, about: str, partition: str = "") -> str:
     return blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
 
+class RunsOfJob(NamedTuple):
+    """The newest run of a job, its newest ended run, how often it failed since its last good run, and since when."""
+
+    newest: Run | None = None
+    ended: Run | None = None
+    failures: int = 0
+    failing_since: datetime | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state at one moment, in one time zone. `cells` are the hours of the last day, `strips` the map of each
-    pipeline in one row; `histories` are files by job, newest first.
+    """The state at one moment, in one time zone. `cells` are the hours of the last day; `runs` are by job; `histories`
+    are files by job, newest first.
     """
 
     now: datetime
@@ -126,7 +133,7 @@ class Snapshot:
     look: PageQuerySession
     cells: MapCells
     ops: "BuiltService"
-    strips: Mapping[str, str | None] = field(default_factory=dict)
+    runs: Mapping[str, RunsOfJob] = field(default_factory=dict)
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     @property
@@ -137,6 +144,22 @@ class Snapshot:
     def midnight(self, at: datetime) -> datetime:
         """The beginning of the day of `at`."""
         return at.astimezone(self.zone).replace(hour=0, minute=0, second=0, microsecond=0).astimezone(UTC)
+
+
+@contextmanager
+def snapshot(ops: "BuiltService", zone: tzinfo) -> Iterator[Snapshot]:
+    """The current state, read in one transaction."""
+    now, views = ops.clock(), ops.scheduler.views()
+    histories = {name: lines(HISTORY) for name, lines in ops.pipelines.histories.items()}
+    with ops.state.pages.look() as look:
+        runs = {
+            view.job.name: RunsOfJob(
+                *look.last_runs(view.job.name),
+                *((0, None) if view.job.off else look.failures_in_a_row(view.job.name)),
+            )
+            for view in views
+        }
+        yield Snapshot(now, zone, views, look, cells_of_span("24h", None, zone, now), ops, runs, histories)
 
 
 def file_address(run_id: str, name: str) -> str:
@@ -179,7 +202,7 @@ def problems_of(seen: Snapshot) -> Sequence[Problem]:
 def _failing(seen: Snapshot) -> Iterator[Problem]:
     for view in seen.on:
         name = view.job.name
-        _, last = seen.look.last_runs(name)
+        _, last, runs, since = seen.runs[name]
         if last is None:
             continue
         opened = {"kind": "open", "label": "Open last run", "href": f"run?id={last.run_id}"}
@@ -188,7 +211,6 @@ def _failing(seen: Snapshot) -> Iterator[Problem]:
             unit = last.report.ledger.unit
             title = f"{name}: {count_text(gap, unit)} unaccounted for"
             yield Problem("unaccounted", name, title, last.error, last.hint or RERUN, gap, unit, actions=[opened])
-        runs, since = seen.look.failures_in_a_row(name)
         failures = last.report.failures
         rejected = {entry["file"] for entry in seen.histories.get(name, ()) if entry["outcome"] == "rejected"}
         if not runs or (failures and all(each.partition in rejected for each in failures)):
@@ -219,7 +241,7 @@ def _windows(seen: Snapshot) -> Iterator[Problem]:
     since: dict[tuple[str, str], datetime] = {}
     for job in seen.ops.maps.jobs:
         for fault in seen.ops.maps.faults(job):
-            what = job, {"m": "missing", "p": "partial", "c": "changed"}[fault.letter]
+            what = job, FAULTS[fault.letter]
             found[what][fault.partition].add(fault.window)
             since[what] = min(since.get(what, seen.now), fault.seen_at)
     for result in seen.ops.proofs.results():
@@ -233,18 +255,16 @@ def _windows(seen: Snapshot) -> Iterator[Problem]:
         marked[what].append(row)
         found[what].pop(row["device_id"], None)
     for what, windows in found.items():
+        rows = marked[what]
         counts = {name: len(some) for name, some in windows.items()}
+        counts |= {row["device_id"]: row["windows"] for row in rows}
         spans = [(window.start, window.end) for some in windows.values() for window in some]
-        unlisted = 0, 0  # windows and partitions beyond the limit
-        if rows := marked[what]:
-            counts |= {row["device_id"]: row["windows"] for row in rows}
-            unlisted = (
-                rows[0]["all_windows"] - sum(row["windows"] for row in rows),
-                rows[0]["all_partitions"] - len(rows),
-            )
-            spans.append((rows[0]["all_first_at"], rows[0]["all_last_at"]))
+        spans += [(row["all_first_at"], row["all_last_at"]) for row in rows[:1]]
         span = min(start for start, _ in spans), max(end for _, end in spans)
-        yield _of_windows(seen, *what, counts, span, unlisted=unlisted, since=since.get(what))
+        unlisted = sum(row["all_windows"] for row in rows[:1]) - sum(row["windows"] for row in rows)
+        number = len(counts) + sum(row["all_partitions"] for row in rows[:1]) - len(rows)
+        count, seen_at = sum(counts.values()) + unlisted, since.get(what)
+        yield _of_windows(seen, *what, counts, count=count, number=number, span=span, since=seen_at)
 
 
 def _of_windows(
@@ -252,15 +272,15 @@ def _of_windows(
     job: str,
     kind: str,
     counts: Mapping[str, int],
-    span: tuple[datetime, datetime],
     *,
-    unlisted: tuple[int, int],
+    count: int,
+    number: int,
+    span: tuple[datetime, datetime],
     since: datetime | None,
 ) -> Problem:
-    """`counts`: faulty windows by partition; those with the most are named. `unlisted`: windows and partitions beyond
-    those.
+    """`counts`: faulty windows by partition; those with the most are named. `count` and `number`: windows and
+    partitions, also those beyond the limit.
     """
-    count, number = sum(counts.values()) + unlisted[0], len(counts) + unlisted[1]
     names = sorted(counts, key=lambda name: (-counts[name], name))[:NAMED]
     partition = names[0] if number == 1 else ""
     names += [f"{number - NAMED:,} more"] if number > NAMED else []
@@ -379,7 +399,7 @@ def verdict_of(seen: Snapshot, problems: Sequence[Problem], complete_up_to: date
     state, title, text = "off", "Nothing set up yet", "Headwater is running. No source is set up yet."
     if not [view for view in pipelines if view.job.name not in seen.histories]:
         more = []
-    elif not any(seen.look.last_runs(view.job.name)[0] for view in pipelines):
+    elif not any(seen.runs[view.job.name].newest for view in pipelines):
         title, text = "Starting", "Headwater is running. No run has ended yet."
     else:
         number = sum(row["partitions"] for row in seen.look.rows("partition_totals"))
@@ -427,8 +447,8 @@ def _times(count: int) -> str:
 # ---- the rows
 
 
-def summary_of(seen: Snapshot) -> Mapping[str, Any]:
-    """The response of /ops/summary."""
+def summary_of(seen: Snapshot, strips: Mapping[str, str | None]) -> dict[str, Any]:
+    """The response of /ops/summary. `strips`: the map of each pipeline that has one, in one row for the last day."""
     problems = problems_of(seen)
     totals = {row["pipeline"]: row for row in seen.look.rows("partition_totals")}
     paused = {row["job"]: row for row in seen.look.rows("paused")}
@@ -448,9 +468,12 @@ def summary_of(seen: Snapshot) -> Mapping[str, Any]:
         "day_starts_at": instant_text(seen.midnight(seen.now)),
         "hours_start_at": instant_text(seen.cells.edges[0]),
         "jobs": [
-            _row(seen, view, problems, total=totals.get(name, {}), paused=paused.get(name, {}), news=news.get(name))
+            {
+                **_row(seen, view, problems, totals.get(view.job.name, {}), paused.get(view.job.name, {})),
+                "new_rows": news.get(view.job.name),
+                "strip": _strip(seen, view, strips, news.get(view.job.name)),
+            }
             for view in seen.views
-            for name in (view.job.name,)
         ],
     }
 
@@ -481,16 +504,13 @@ def _row(
     seen: Snapshot,
     view: JobView,
     problems: Sequence[Problem],
-    *,
     total: Mapping[str, Any],
     paused: Mapping[str, Any],
-    news: Mapping[str, Any] | None,
 ) -> Mapping[str, Any]:
     """`total` and `paused` are empty for a job without partitions or pause."""
     job, files = view.job, seen.histories.get(view.job.name)
     served = {each.job.name for each in seen.views if each.job.helper_of == job.name} | {job.name}
-    last, ended = seen.look.last_runs(job.name)
-    runs, since = (0, None) if job.off else seen.look.failures_in_a_row(job.name)
+    last, ended, runs, since = seen.runs[job.name]
     mark, words = _state(view, [problem for problem in problems if problem.job in served])
     oldest = total.get("oldest_at")
     off = {"text": job.off, "variables": VARIABLE.findall(job.off), "guide": f"guides/{job.name}"}
@@ -507,9 +527,7 @@ def _row(
         "failing_since": instant_text(since),
         "paused_by": paused.get("paused_by"),
         "paused_at": instant_text(paused.get("paused_at")),
-        "new_rows": news,
         "files_today": None if files is None else _files_today(seen, files),
-        "strip": None if job.off or job.helper_of else _strip(seen, job.name, news),
         "last_run": last and run_shown(ended if ended and last.outcome is Outcome.RUNNING else last),
     }
 
@@ -537,11 +555,13 @@ def _state(view: JobView, own: Sequence[Problem]) -> tuple[str, str]:
     }.get(view.state, ("ok", "OK"))
 
 
-def _strip(seen: Snapshot, name: str, news: Mapping[str, Any] | None) -> str | None:
-    """The last day, one letter per hour."""
-    if name in seen.strips:
-        return seen.strips[name]
-    cells = seen.cells
+def _strip(
+    seen: Snapshot, view: JobView, strips: Mapping[str, str | None], news: Mapping[str, Any] | None
+) -> str | None:
+    """The last day, one letter per hour. Without a map it shows files, and hours with new rows."""
+    name, cells = view.job.name, seen.cells
+    if view.job.off or view.job.helper_of or name in strips:
+        return strips.get(name)
     letters = {"merged": "k", "rejected": "s"}
     entries = [(datetime.fromisoformat(entry["at"]), entry["outcome"]) for entry in seen.histories.get(name, ())]
     files = [(at, at + timedelta(seconds=1), letters.get(outcome, "n")) for at, outcome in entries]

@@ -7,9 +7,11 @@ record; a result holds at most SHOWN windows, all of which differ.
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from app.core.errors import AppError, Transient
@@ -75,6 +77,9 @@ class VerificationResult:
         return replace(self, counts=counts, windows=windows)
 
 
+Change = Callable[[VerificationResult], VerificationResult]
+
+
 class Verifications:
     """The latest verification and the latest healing of each job. When either ends, and after each window that was
     rewritten, nobody sees a map of `maps` from before any more. Thread-safe.
@@ -113,64 +118,82 @@ class Verifications:
     def start(self, job: str, span: Window, partition: str | None = None, by: str = "") -> None:
         """Start to compare `span`. Raises Rejected for a job without verification, Transient while another one runs."""
         verification = require_ability(self._verifications, job, *NO_VERIFICATION)
+        begun = VerificationResult(job, span, self._clock(), partition=partition, by=by)
         with self._lock:
-            known = self._results.get(job)
-            if known is not None and known.ended_at is None:
+            if job in self._results and self._results[job].ended_at is None:
                 raise Transient(f"{job} is being verified already", "wait for its result")
-            self._results[job] = VerificationResult(job, span, self._clock(), partition=partition, by=by)
-        threading.Thread(target=self._compare, args=(job, verification), name=f"verify-{job}", daemon=True).start()
+            self._results[job] = begun
+        threading.Thread(target=self._compare, args=(begun, verification), name=f"verify-{job}", daemon=True).start()
 
-    def heal(self, job: str, span: Window, partition: str | None, by: str) -> Callable[[Job], Job]:
-        """What to queue to verify and heal `span` of a job; `heals` shows the progress.
+    def heal(
+        self, job: str, span: Window, partition: str | None, by: str, queue: Callable[[Callable[[Job], Job]], None]
+    ) -> None:
+        """Verify and heal `span` in a run that `queue` takes; `heals` shows the progress.
 
-        Raises Rejected for a job without verification, and for an unknown partition.
+        Raises Rejected for a job without verification, and for an unknown partition; and the errors of `queue`.
         """
         verification = require_ability(self._verifications, job, *NO_VERIFICATION)
         refuse_unknown(verification(self._stop), span, partition)
-        with self._lock:
-            self._heals[job] = VerificationResult(job, span, self._clock(), partition=partition, by=by)
+        begun = VerificationResult(job, span, self._clock(), partition=partition, by=by)
 
         def seen(verdict: ComparedWindow) -> None:
+            self._change(self._heals, begun, lambda held: held.with_verdict(verdict))
             with self._lock:
-                self._heals[job] = self._heals[job].with_verdict(verdict)
                 known = self._results.get(job)
                 if known is not None and known.ended_at is not None:
                     self._results[job] = known.with_mended(verdict)
+            if verdict.healed:
+                self._maps.forget(job)
             if verdict.healed or verdict.sign is Verdict.EQUAL:
                 self._maps.healed(job, verdict.slot.partition, verdict.slot.window)
 
-        def ended(error: AppError | None) -> None:
-            with self._lock:
-                message, hint = (error.message, error.hint) if error else ("", "")
-                self._heals[job] = replace(self._heals[job], ended_at=self._clock(), error=message, hint=hint)
-            self._maps.forget(job)
+        def recorded(of: Job) -> Job:
+            healing = heal_job(of, verification, span, partition, seen)
 
-        return lambda of: heal_job(of, verification, span, partition, seen=seen, ended=ended)
+            def work(context: Context) -> Report:
+                with self._recorded(self._heals, begun):
+                    return healing.work(context)
 
-    def _compare(self, job: str, verification: Verification) -> None:
-        result = self._results[job]
-        broken = (
+            return replace(healing, work=work)
+
+        with self._lock:  # the run waits for it before it reports its first window
+            queue(recorded)
+            self._heals[job] = begun
+
+    def _compare(self, begun: VerificationResult, verification: Verification) -> None:
+        with suppress(AppError), self._recorded(self._results, begun) as change:
+            ends = verification(self._stop)
+            total = sum(1 for _ in ends.slots(begun.span, begun.partition))
+            change(lambda held: replace(held, total=total))
+            for verdict in verify(ends, begun.span, self._stop, begun.partition):
+                change(partial(VerificationResult.with_verdict, verdict=verdict))
+        log.info("%s verified: %s", begun.job, format_signs(self._results[begun.job].counts))
+
+    @contextmanager
+    def _recorded(
+        self, kept: dict[str, VerificationResult], begun: VerificationResult
+    ) -> Iterator[Callable[[Change], None]]:
+        """Yields a function that changes the result while the work goes on; then records the end, and its error."""
+        error, hint = (
             "the verification was interrupted",
             "the log of the service around this moment says why; please report it",
         )
         try:
-            ends = verification(self._stop)
-            result = replace(result, total=sum(1 for _ in ends.slots(result.span, result.partition)))
-            self._keep(result)
-            for verdict in verify(ends, result.span, self._stop, result.partition):
-                result = result.with_verdict(verdict)
-                self._keep(result)
-            broken = ("", "")
-        except AppError as error:
-            broken = (error.message, error.hint)
+            yield partial(self._change, kept, begun)
+            error = hint = ""
+        except AppError as fault:
+            error, hint = fault.message, fault.hint
+            raise
         finally:
-            self._maps.forget(job)
-            self._keep(replace(result, ended_at=self._clock(), error=broken[0], hint=broken[1]))
-        log.info("%s verified: %s", job, format_signs(result.counts))
+            self._maps.forget(begun.job)
+            self._change(kept, begun, lambda held: replace(held, ended_at=self._clock(), error=error, hint=hint))
 
-    def _keep(self, result: VerificationResult) -> None:
+    def _change(self, kept: dict[str, VerificationResult], begun: VerificationResult, change: Change) -> None:
+        """Replace the result of what was `begun`, unless a newer one has taken its place."""
         with self._lock:
-            self._results[result.job] = result
+            held = kept.get(begun.job)
+            if held is not None and held.started_at == begun.started_at:
+                kept[begun.job] = change(held)
 
 
 def heal_job(
@@ -178,12 +201,10 @@ def heal_job(
     verification: Verification,
     span: Window,
     partition: str | None,
-    *,
     seen: Callable[[ComparedWindow], None],
-    ended: Callable[[AppError | None], None] = lambda _: None,
 ) -> Job:
     """`job`, with its name and lease, whose work is to heal `span`, for all partitions or one. `seen` gets each
-    compared window; `ended` is called at the end, with the error if there was one.
+    compared window.
     """
 
     def work(context: Context) -> Report:
@@ -193,12 +214,7 @@ def heal_job(
             counts[verdict.sign.value] += 1
             seen(verdict)
 
-        try:
-            report = heal(verification(context.stop), span, context, note, partition)
-        except AppError as error:
-            ended(error)
-            raise
-        ended(None)
+        report = heal(verification(context.stop), span, context, note, partition)
         log.info("%s %s: %s before it was repaired", job.name, span, format_signs(counts))
         return report
 

@@ -14,11 +14,13 @@ received. If no other hour works either, nothing is recorded and the cursor stay
 import hashlib
 import logging
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -44,6 +46,9 @@ NOT_HAD = "not had"
 """The version in the record of a window that could not be loaded; `closed` means it was set aside."""
 GZIP = "application/gzip"
 LARGE_BYTES, LOGGED_SAMPLES = 1 << 20, 3
+MAX_LINE_BYTES = 1 << 24
+KEPT_LINE_BYTES = 2 * MAX_LINE_BYTES
+"""Kept of a line above MAX_LINE_BYTES, regardless of the limit for many small lines."""
 SET_ASIDE_AFTER = timedelta(days=1)
 GIVEN_UP_AFTER = timedelta(days=4)
 CLOCKS_APART = timedelta(minutes=30)
@@ -61,21 +66,15 @@ class PullMode(Enum):
     ONCE_MORE = "once more"
 
 
-class BrokenHour(AppError):
-    """The received data of an hour cannot be read; `fault` says why. Its rows were not loaded."""
-
-    def __init__(self, fault: AppError) -> None:
-        super().__init__(fault.message, fault.hint)
-        self.fault = fault
-
-
 class DamagedObject(Permanent):
     """The object of an hour cannot be read."""
 
 
 @dataclass(slots=True)
 class _RefusedWindow:
-    file: BinaryIO
+    """`parts`: where its lines are in the spool, as start, end, start, end."""
+
+    parts: "array[int]" = field(default_factory=lambda: array("q"))
     samples: list[str] = field(default_factory=list)
     number: int = 0
 
@@ -83,12 +82,14 @@ class _RefusedWindow:
 class RefusedLines:
     """Lines of a service's files that are not valid events, spooled until they are set aside.
 
-    Invariants: the bytes stay unchanged; memory is bounded by one line, since refused lines are on disk until they are
-    kept; a line is kept under its window, so pulling a window again adds nothing. Close it after use. Not thread-safe.
+    Invariants: the bytes stay unchanged; lines are on disk until they are kept, all in one file, since a process may
+    not open a file for each of their windows; a line is kept under its window, so pulling a window again adds nothing.
+    Close it after use. Not thread-safe.
     """
 
     def __init__(self, spool: Path) -> None:
         self._spool = spool
+        self._file: BinaryIO | None = None
         self._found: dict[tuple[tuple[str, ...], str], _RefusedWindow] = {}
         self.not_kept = 0
 
@@ -97,10 +98,15 @@ class RefusedLines:
         if len(line) > LARGE_BYTES:
             # A set-aside object has a size limit, which could truncate such a line.
             name = (*name, hashlib.sha256(line).hexdigest()[:16])
-        found = self._found.get((name, reason))
-        if found is None:
-            found = self._found[name, reason] = _RefusedWindow(temporary_file(self._spool))
-        found.file.write(line.rstrip(b"\r\n") + b"\n")
+        if self._file is None:
+            self._file = temporary_file(self._spool)
+        start = self._file.seek(0, 2)
+        end = start + self._file.write(line.rstrip(b"\r\n") + b"\n")
+        found = self._found.setdefault((name, reason), _RefusedWindow())
+        if found.parts and found.parts[-1] == start:
+            found.parts[-1] = end
+        else:
+            found.parts.extend((start, end))
         found.number += 1
         found.samples += [sample] if found.number <= LOGGED_SAMPLES else []
 
@@ -109,18 +115,30 @@ class RefusedLines:
         entries = []
         for (name, reason), found in self._found.items():
             log.warning("%d lines are set aside (%s): %s", found.number, reason, "; ".join(found.samples))
-            found.file.seek(0)
-            kept = store.keep(
-                name, found.file, content_type=LINES, reason=reason, number=found.number, sample=found.samples[0]
-            )
+            with temporary_file(self._spool) as lines:
+                lines.writelines(self._pieces(found.parts))
+                lines.seek(0)
+                kept = store.keep(
+                    name, lines, content_type=LINES, reason=reason, number=found.number, sample=found.samples[0]
+                )
             self.not_kept += 0 if kept.key else kept.number
             entries.append(kept.entry)
         return entries
 
+    def _pieces(self, parts: Sequence[int]) -> Iterator[bytes]:
+        """The bytes of these parts of the spool."""
+        if self._file is not None:
+            for start, end in zip(parts[::2], parts[1::2], strict=True):
+                self._file.seek(start)
+                for at in range(start, end, LARGE_BYTES):
+                    yield self._file.read(min(LARGE_BYTES, end - at))
+
     def close(self) -> None:
         """Free the spool. Idempotent."""
-        while self._found:
-            self._found.popitem()[1].file.close()
+        self._found.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class PulledHour(ABC):
@@ -150,12 +168,12 @@ class PulledHour(ABC):
         """Equal for equal rows. Hex."""
 
     @abstractmethod
-    def tables(self, *, careful: bool = False) -> Iterator[Tables]:
-        """Its rows for the warehouse. `careful`: sanitise them one by one."""
+    def tables(self) -> Iterator[Tables]:
+        """Its rows for the warehouse."""
 
     @abstractmethod
     def load_each(self, load: Callable[[Tables], None]) -> None:
-        """Pass each event to `load`; refuse every event for which it raises Rejected."""
+        """Pass each event to `load`, sanitised; refuse every event for which it raises Rejected."""
 
     @abstractmethod
     def content(self) -> WindowContent:
@@ -318,6 +336,16 @@ class PartitionRun(ABC):
         self._failed_in_a_row = 0
         return report
 
+    def record_empty(self, windows: Sequence[Window], mode: PullMode, *, final: bool) -> Report:
+        """Record adjacent hours without rows, none of which has a record: in one commit, since a quiet source has many.
+        `final`: see `land`.
+        """
+        self.context.progress.advance(done=len(windows))
+        keys = (self.pull.key(self.name, window) for window in windows)
+        records = map(partial(record_of_nothing, closed=final), windows, keys)
+        self.commit(*records, cursor_at=self._cursor(windows[-1], mode))
+        return Report(windows=len(windows)) + (Report() if self.context.dry_run else self.ledger(Tally()))
+
     def clock_fault(self, span: Window, answered_at: datetime | None) -> Transient | None:
         """The error when these hours are not over by the service's own clock, `answered_at`: then this machine's clock
         is ahead. Such hours look empty, and would be recorded as such and never be requested again.
@@ -469,9 +497,51 @@ class PartitionRun(ABC):
         backup older than the records. Events deleted on request count as present.
 
         Loads oldest first: if a run ends early, the newest hours are still missing, which tells the next run to
-        continue.
+        continue. An hour that the warehouse refuses is a failure of its own, unless it accepts no other.
         """
-        found, total, gone = list[tuple[Record, bool | None]](), Report(), list[Record]()
+        lacking, total, gone, refused = self._lacking_hours(), Report(), list[Record](), list[AppError]()
+        if self.context.dry_run or not lacking:
+            return Report()
+        since = f"{lacking[0].window.start:%Y-%m-%dT%H:%MZ}"
+        log.warning("%s: the warehouse lacks events of hours since %s: they are loaded again", self.name, since)
+        for record in lacking:
+            self.context.stop.check()
+            try:
+                with self.pull.object_hour(self.name, record.window, self.context.stop) as hour:
+                    if hour is None:
+                        gone.append(record)
+                        continue
+                    loaded = load_hour(self.pull.warehouse, hour, past=False)
+                    entries = hour.refused_lines.keep(self.pull.set_aside)
+            except DamagedObject as error:
+                log.warning("%s: %s", self.name, error)
+                gone.append(record)
+            except (Permanent, Rejected) as error:
+                refused.append(error)
+                if len(refused) >= REFUSED_IN_A_ROW:
+                    raise
+                hint = f"{error.hint}; then {self._backfill(record.window)}"
+                total += self.failed(f" {record.window}", Permanent(error.message, hint))
+            else:
+                given = loaded.new + loaded.already_there + sum(entry.number for entry in entries)
+                total += Report(rows=loaded.new)
+                total += self.ledger(replace(loaded, counted=given, read=given), *entries)
+        if refused and not total.ledger:
+            raise refused[0]
+        note = f"{self.name}: {total.rows} events of hours since {since} were not in the warehouse: loaded from objects"
+        if gone:
+            what = f"{len(gone)} hours since {gone[0].window.start:%Y-%m-%dT%H:%MZ} are in no object to load them from"
+            span = Window(gone[0].window.start, gone[-1].window.end)
+            total += self.failed("", Permanent(what, self._backfill(span)))
+        return total + Report(notes=(note,))
+
+    def _backfill(self, span: Window) -> str:
+        """The command that pulls a span again."""
+        return f"python -m app backfill {self.pull.name} --from {span.start:%Y-%m-%dT%H} --to {span.end:%Y-%m-%dT%H}"
+
+    def _lacking_hours(self) -> Sequence[Record]:
+        """The newest hours, oldest first, up to one of which the warehouse has events; none when the newest is one."""
+        found = list[tuple[Record, bool | None]]()
         recent_at = self.pull.clock() - QUIET_AFTER
         spans = (Window(recent_at, EVER.end), Window(EVER.start, recent_at))  # the recent ones are usually enough
         for record in (record for span in spans for record in reversed(list(self.records(span).values()))):
@@ -479,29 +549,7 @@ class PartitionRun(ABC):
                 found.append((record, is_there := self._is_known(record)))
                 if is_there:  # perhaps only its first events are there
                     break
-        if self.context.dry_run or all(is_there is not False for _, is_there in found):
-            return Report()
-        since = f"{found[-1][0].window.start:%Y-%m-%dT%H:%MZ}"
-        log.warning("%s: the warehouse lacks events of hours since %s: they are loaded again", self.name, since)
-        for record, _ in reversed(found):
-            self.context.stop.check()
-            try:
-                with self.pull.object_hour(self.name, record.window, self.context.stop) as hour:
-                    loaded = load_hour(self.pull.warehouse, hour, past=False) if hour else None
-            except DamagedObject as error:
-                log.warning("%s: %s", self.name, error)
-                loaded = None
-            if loaded is None:
-                gone.append(record)
-            else:
-                tally = replace(loaded, counted=record.rows, read=record.rows)
-                total += Report(rows=loaded.new) + self.ledger(tally)
-        note = f"{self.name}: {total.rows} events of hours since {since} were not in the warehouse: loaded from objects"
-        if gone:
-            what = f"{len(gone)} hours since {gone[0].window.start:%Y-%m-%dT%H:%MZ} are in no object to load them from"
-            span = f"--from {gone[0].window.start:%Y-%m-%dT%H} --to {gone[-1].window.end:%Y-%m-%dT%H}"
-            total += self.failed("", Permanent(what, f"python -m app backfill {self.pull.name} {span}"))
-        return total + Report(notes=(note,))
+        return [] if all(is_there is not False for _, is_there in found) else [record for record, _ in reversed(found)]
 
     def _is_known(self, record: Record) -> bool | None:
         """Whether the warehouse has some of the first events of an object; None when the object cannot be read."""

@@ -88,9 +88,14 @@ def held_turn(turn: threading.Lock, pauses: Pauses) -> Iterator[None]:
         turn.release()
 
 
+def disk_fault(spool: Path, error: OSError, size: str = "temporary files") -> Transient:
+    """The error of a disk that refuses a temporary file of `size`, in words."""
+    return Transient(f"{spool}: {error}", f"free space on this disk for {size}")
+
+
 @contextmanager
-def body_file(spool: Path, size: str) -> Iterator[BinaryIO]:
-    """A temporary file for a body of `size` (in words), closed when the block raises. Raises Transient when the disk
+def spooled(spool: Path, size: str) -> Iterator[BinaryIO]:
+    """A temporary file for data of `size`, in words; closed when the block raises. Raises Transient when the disk
     refuses it.
     """
     try:
@@ -99,7 +104,7 @@ def body_file(spool: Path, size: str) -> Iterator[BinaryIO]:
             yield file
             undo.pop_all()
     except OSError as error:
-        raise Transient(f"{spool}: {error}", f"free space on this disk for {size}") from error
+        raise disk_fault(spool, error, size) from error
 
 
 class Upstream:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # Conversion of product event values: one rule per word of `product_mapping.toml`, each applied to a whole column.
 #
-# Invariants: whatever the input, the output can be stored in either database or is None. A column that needs no change
-# is returned as is, the usual case. JSON values are text on both input and output.
+# Invariants: whatever the input, the output can be stored in either database or is None. JSON values are text on both
+# input and output.
 
 Column = Sequence[Any]
 Rule = Callable[[Column], Column]
@@ -33,48 +33,22 @@ WHOLE = re.compile(r"[+-]?\d{1,19}(?:\.0*)?")
 KEY_CHARACTERS = 512
 NESTED_FROM_CHARACTERS, MAX_DEPTH = 200, 100
 NONE = type(None)
-YES, NO = frozenset({"true", "1", "1.0"}), frozenset({"false", "0", "0.0"})
+YES, NO = frozenset({"true", "1", "1.0", "via app"}), frozenset({"false", "0", "0.0"})
 INT_DIGITS = 4300  # Python parses no longer integer
-NO_RECORD = frozenset({"", "n/a", "no ehr", "no_ehr"})
 MAPPED_V4 = "::ffff:"
 
 
-def _rule(turn: Callable[[Any], Any], is_fine: Callable[[Column], bool] = lambda _: False) -> Rule:
-    """A rule that converts value by value; None stays None. A column for which `is_fine` holds is returned as is."""
-    return lambda column: column if is_fine(column) else [None if value is None else turn(value) for value in column]
+def _rule(turn: Callable[[Any], Any]) -> Rule:
+    """A rule that converts value by value; None stays None."""
 
+    def turned(column: Column) -> Column:
+        # Most columns repeat a few values: each is converted once. Not where values of several types may be equal.
+        if set(map(type, column)) - {NONE} in (set(), {str}, {int}):
+            known = {value: turn(value) for value in set(column) if value is not None}
+            return list(map(known.get, column))
+        return [None if value is None else turn(value) for value in column]
 
-def _only(*kinds: type) -> Callable[[Column], bool]:
-    allowed = {NONE, *kinds}
-    return lambda column: set(map(type, column)) <= allowed
-
-
-def _are_texts(column: Column) -> bool:
-    if not set(map(type, column)) <= {str, NONE} or "" in column:
-        return False
-    return not UNSTORABLE.search("".join(filter(None, column)))
-
-
-def _are_keys(column: Column) -> bool:
-    return _are_texts(column) and max(map(len, filter(None, column)), default=0) <= KEY_CHARACTERS
-
-
-def _are_uuids(column: Column) -> bool:
-    """Optimised for all-valid columns: one search over each value and one over all."""
-    if set(map(type, column)) != {str} or not all(map(UUID.fullmatch, column)):
-        return False
-    joined = "".join(column)
-    return joined == joined.lower()
-
-
-def _whole(bits: int) -> Rule:
-    def are_fine(column: Column) -> bool:
-        if not set(map(type, column)) <= {int, NONE}:
-            return False
-        numbers = [value for value in column if value is not None]
-        return not numbers or (min(numbers) >= -(1 << bits) and max(numbers) < 1 << bits)
-
-    return _rule(whole(bits), are_fine)
+    return turned
 
 
 def plain(text: str) -> str:
@@ -87,31 +61,6 @@ def text(value: Any) -> str | None:
     if isinstance(value, bool):
         return str(value).lower()
     return plain(str(value)) or None
-
-
-def _instants(column: Column) -> Column:
-    if set(map(type, column)) == {str} and all(map(SPACED.fullmatch, column)):
-        try:
-            for value in column:
-                datetime.fromisoformat(value)
-        except ValueError:
-            pass
-        else:
-            return [f"{value[:10]}T{value[11:]}Z" for value in column]
-    return [None if value is None else instant(value) for value in column]
-
-
-def _json_values(column: Column) -> Column:
-    """The values of a column are serialised together: a value that came as one line cannot contain a line end."""
-    try:
-        texts = b"\n".join([b"null" if value is None else value for value in column]).decode().split("\n")
-    except TypeError:
-        texts = []
-    if len(texts) != len(column):
-        return [None if value is None else json_value(value) for value in column]
-    if "null" in texts or max(map(len, texts)) > NESTED_FROM_CHARACTERS:
-        return [json_value(value) for value in texts]
-    return texts
 
 
 def key(value: Any) -> str | None:
@@ -127,15 +76,16 @@ def uuid(value: Any) -> str | None:
 
 def whole(bits: int) -> Callable[[Any], int | None]:
     """A signed integer of `bits`, also parsed from text."""
+    low, high = -(1 << bits), 1 << bits
 
     def turn(value: Any) -> int | None:
         if isinstance(value, bool):
             return None
         if isinstance(value, str):
             value = int(value.partition(".")[0]) if WHOLE.fullmatch(value.strip()) else None
-        if isinstance(value, float):
+        elif isinstance(value, float):
             value = int(value) if value.is_integer() else None
-        return int(value) if value is not None and -(1 << bits) <= value < 1 << bits else None
+        return value if value is not None and low <= value < high else None
 
     return turn
 
@@ -153,16 +103,6 @@ def truth(value: Any) -> bool | None:
     """True or False from any of the services' spellings; anything else becomes None."""
     said = str(value).strip().lower()
     return True if said in YES else False if said in NO else None
-
-
-def via_app(value: Any) -> bool | None:
-    """How a user registered."""
-    return True if str(value).strip().lower() == "via app" else truth(value)
-
-
-def record(value: Any) -> int | None:
-    """The number of a health record; None for the value that means no record."""
-    return None if str(value).strip().lower() in NO_RECORD else whole(63)(value)
 
 
 def instant(value: Any) -> str | None:
@@ -240,7 +180,8 @@ def nests_too_deep(found: str) -> bool:
     if found.count("{") + found.count("[") <= MAX_DEPTH:
         return False
     levels = deepest = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', found):
+    # Possessive: a group that may give back its matches keeps a hundred bytes for each of them.
+    for token in re.finditer(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{]|[\]}]', found):
         levels += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
         deepest = max(deepest, levels)
     return deepest > MAX_DEPTH
@@ -251,20 +192,17 @@ def _refuse(constant: str) -> None:
 
 
 RULES: Mapping[str, Rule] = {
-    "text": _rule(text, _are_texts),
-    "key": _rule(key, _are_keys),
-    "uuid": _rule(uuid, _are_uuids),
-    "bigint": _whole(63),
-    "integer": _whole(31),
-    "float": _rule(number, _only(float)),
-    "bool": _rule(truth, _only(bool)),
-    "flag": _rule(truth),
-    "instant": _instants,
+    "text": _rule(text),
+    "key": _rule(key),
+    "uuid": _rule(uuid),
+    "bigint": _rule(whole(63)),
+    "integer": _rule(whole(31)),
+    "float": _rule(number),
+    "bool": _rule(truth),
+    "instant": _rule(instant),
     "epoch": _rule(epoch),
     "lower": _rule(lambda value: (text(value) or "").lower() or None),
-    "record": _rule(record),
-    "via_app": _rule(via_app),
-    "json": _json_values,
+    "json": _rule(json_value),
     "jsontext": _rule(json_text),
     "ipv4": _rule(lambda value: (text(value) or "").removeprefix(MAPPED_V4) or None),
 }
@@ -407,22 +345,24 @@ def missing_events(known: Callable[[Collection[str]], int], chunk: Tables) -> in
 
 
 def load_hour(warehouse: EventWarehouse, hour: "PulledHour", *, past: bool) -> Tally:
-    """Load an hour; if the warehouse refuses it, retry with sanitised values, then event by event. Returns how many
-    events are new and how many were there.
+    """Load an hour; if the warehouse refuses it, retry event by event with sanitised values. Returns how many events
+    are new and how many were there.
 
     Raises the warehouse's error when it accepts none of the events.
     """
-    for careful in (False, True):
-        try:
-            return _load(warehouse, hour.tables(careful=careful), past=past)
-        except (Permanent, Rejected) as error:
-            log.warning("%s: retrying row by row with sanitised values: %s", hour.window, error)
-    loaded, faults = Tally(), list[Permanent]()
+    first, loaded, faults = Tally(), Tally(), list[Permanent]()
+    try:
+        for part in _loaded(warehouse, hour.tables(), past=past):
+            first += part
+    except (Permanent, Rejected) as error:
+        log.warning("%s: retrying event by event with sanitised values: %s", hour.window, error)
+    else:
+        return first
 
     def load_one(tables: Tables) -> None:
         nonlocal loaded
         try:
-            loaded += _load(warehouse, iter((tables,)), past=past)
+            loaded = sum(_loaded(warehouse, iter((tables,)), past=past), loaded)
         except Permanent as error:
             faults.append(error)
             if loaded == Tally() and len(faults) >= REFUSED_ROWS:
@@ -433,12 +373,13 @@ def load_hour(warehouse: EventWarehouse, hour: "PulledHour", *, past: bool) -> T
     hour.load_each(load_one)
     if faults and loaded == Tally():
         raise faults[0]
-    return loaded
+    # What was there by now may have been loaded a moment ago.
+    again = min(first.new, loaded.already_there)
+    return Tally(new=loaded.new + again, already_there=loaded.already_there - again)
 
 
-def _load(warehouse: EventWarehouse, tables: Iterator[Tables], *, past: bool) -> Tally:
+def _loaded(warehouse: EventWarehouse, tables: Iterator[Tables], *, past: bool) -> Iterator[Tally]:
     """Load all of `tables`, in transactions of about LOAD_EVENTS."""
-    loaded = Tally()
     for first in tables:
         given = 0
 
@@ -450,5 +391,4 @@ def _load(warehouse: EventWarehouse, tables: Iterator[Tables], *, past: bool) ->
                 chunk = next(tables, None) if given < LOAD_EVENTS else None
 
         new = warehouse.load(one_turn(), past=past)
-        loaded += Tally(new=new, already_there=given - new)
-    return loaded
+        yield Tally(new=new, already_there=given - new)

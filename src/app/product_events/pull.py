@@ -20,18 +20,18 @@ from typing import BinaryIO, ClassVar
 
 from app.config.settings import AmplitudeSettings, AppMetricaSettings, Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
-from app.core.files import temporary_file
 from app.core.pipeline import NEVER_AFTER, QUIET_AFTER, USUAL_HOURS, Checkpoints
 from app.core.runs import Context, Failure, Job, Report, ReportSum, Stop
 from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.object_store.port import ObjectStore
 from app.object_store.set_aside import SetAsideStore, folder_of
 from app.ops.connection_checks import ConnectionCheck
-from app.product_events.hours import HOUR, BrokenHour, DamagedObject, PartitionRun, PulledHour
+from app.product_events.hours import HOUR, KEPT_LINE_BYTES, DamagedObject, PartitionRun, PulledHour
+from app.product_events.http_client import disk_fault, spooled
 from app.product_events.mapping import EventWarehouse
 from app.product_events.verify import Given, PullEnds, PullGapMap
 
-BROKEN = (BrokenHour, EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError)
+BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError)
 ANOTHER_PROJECT = "check that it is the right project, in the right region, and that events reach it"
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,13 @@ class PullPipeline(ABC):
     """One service's pull, which `main` wires; see `WindowedPipeline`. The service defines how its hours are requested,
     named and read.
 
-    An hour is due `due_after` its end. `unit`: what its ledger counts. A line of up to `largest_bytes` is set aside
-    whole, regardless of the limit for many small lines.
+    `variables`: those that switch it on. An hour is due `due_after` its end. `unit`: what its ledger counts.
     """
 
     name: ClassVar[str]
+    variables: ClassVar[str]
     unit: ClassVar[str]
     due_after: ClassVar[timedelta]
-    largest_bytes: ClassVar[int]
 
     settings: Settings
     checkpoints: Checkpoints
@@ -67,9 +66,9 @@ class PullPipeline(ABC):
         """The configured ones."""
 
     @property
-    @abstractmethod
     def off(self) -> str:
         """Which variables switch it on; "" when they are set."""
+        return "" if self.partitions else self.variables
 
     @property
     @abstractmethod
@@ -145,19 +144,20 @@ class PullPipeline(ABC):
     def _each(self, context: Context, work: Callable[[PartitionRun], Report]) -> Report:
         """Run `work` for each partition. Raises LeaseLost, Stopped, and the error of an unusable store."""
         total = ReportSum(context.done)
-        self.spool.mkdir(parents=True, exist_ok=True)
         # Conditional writes keep two writers apart; probe once whether the store honours them.
         if not self.store.conditional:
             self.store.probe()
         for partition in self.partitions:
             try:
+                self.spool.mkdir(parents=True, exist_ok=True)
                 with closing(self.run(context, partition)) as one:
                     report = work(one)
                 total(replace(report, ledger=report.ledger.of_partition(partition)))
             # After a lost lease another process runs all partitions; any other error affects this partition only.
             except LeaseLost:
                 raise
-            except (Transient, Permanent, Rejected) as error:
+            except (Transient, Permanent, Rejected, OSError) as raised:
+                error = disk_fault(self.spool, raised) if isinstance(raised, OSError) else raised
                 if not context.dry_run:
                     self.checkpoints.fail(self.name, partition, str(error), context.lease)
                 total(Report(failures=(Failure(partition, error.message, error.hint),)))
@@ -211,17 +211,18 @@ class PullPipeline(ABC):
     @cached_property
     def set_aside(self) -> SetAsideStore:
         """Where refused data is kept."""
-        limit_bytes = max(self.settings.set_aside.max_bytes, self.largest_bytes)
+        limit_bytes = max(self.settings.set_aside.max_bytes, KEPT_LINE_BYTES + 1)  # and its line end
         return SetAsideStore(self.store, folder_of(self.name), limit_bytes)
 
     @contextmanager
     def downloaded(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
         """A copy of an object; None when it is gone. Raises Conflict when it has another version."""
-        with temporary_file(self.spool) as file:
+        with spooled(self.spool, "a copy of an object") as file:
             with self.store.open(key, etag) as stream:
                 if stream is not None:
                     copyfileobj(stream, file, 1 << 18)
             file.seek(0)
+        with file:
             yield file if stream is not None else None
 
     @contextmanager
@@ -236,6 +237,5 @@ class PullPipeline(ABC):
             try:
                 yield held.enter_context(closing(self.opened(partition, window, file, stop))) if file else None
             except BROKEN as error:
-                what = error.message if isinstance(error, BrokenHour) else error
                 hint = "heal the window: the object is written again from what the service gives"
-                raise DamagedObject(f"{key} is damaged: {what}", hint) from error
+                raise DamagedObject(f"{key} is damaged: {error}", hint) from error

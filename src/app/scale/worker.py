@@ -17,7 +17,7 @@ from typing import Any, cast
 from app.core.errors import AppError
 from app.core.runs import Failure, Job, NoProgress, Outcome, Report, Run, Stop, execute, named_in_logs
 from app.db.workers import StepReport
-from app.ops.health import Probes
+from app.ops.connection_checks import Probes
 from app.ops.logs import log_run
 from app.ops.process import share_the_machine
 from app.ops.scheduler import logging_progress, seconds_to_next_step
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Worker:
-    """Runs queued work from `start` until a stop is requested. See `app.ops.health.WorkLoop`."""
+    """Runs queued work from `start` until a stop is requested. See `app.ops.connection_checks.WorkLoop`."""
 
     def __init__(self, service: BuiltService) -> None:
         self._service = service

@@ -10,13 +10,14 @@ import gc
 import logging
 import re
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from importlib.resources import files
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from app.core.errors import AppError
-from app.ops.health import ProbeAnswer
-from app.web.auth import LOCKED, SAFE_METHODS, AccessGuard, Methods, RouteScopes
+from app.ops.connection_checks import ProbeAnswer
+from app.web.auth import LOCKED, OPEN, SAFE_METHODS, AccessGuard, Methods, RouteScopes
 from app.web.errors import (
     BROKEN,
     BROKEN_HINT,
@@ -90,7 +91,8 @@ class HeadwaterApp:
             if scope["type"] == "lifespan":
                 await self._lifespan(receive, send)
             return
-        policy, started = POLICIES.get(scope["path"], SAFE).encode(), False
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # other ASGI servers can set a root
+        policy, started = POLICIES.get(path, SAFE).encode(), False
         added = [*HEADERS, (b"content-security-policy", policy), *([HSTS] if scope["scheme"] == "https" else [])]
         if self._guard.origins:  # CORS headers: they let an allowed page of another origin read the response
             added.append((b"vary", b"Origin"))
@@ -115,7 +117,7 @@ class HeadwaterApp:
             await send(message)
 
         try:
-            await self._answer(scope, receive, answered)
+            await self._answer(path, scope, receive, answered)
         except AppError as error:
             await send_refusal(answered, refusal_of(error))
         finally:
@@ -153,8 +155,7 @@ class HeadwaterApp:
             self._building = asyncio.ensure_future(asyncio.to_thread(build))
         return self._building
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+    async def _answer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         probe = self._probes.get(path)
         if probe is not None and scope["method"] in ("GET", "HEAD"):
             answer = probe()
@@ -176,14 +177,32 @@ class HeadwaterApp:
             return
         await self._guard.authorize(scope, methods)
         if scope["method"] == "HEAD" and "HEAD" not in methods:
-            scope = {**scope, "method": "GET"}  # the server leaves the body out
+            scope, send = {**scope, "method": "GET"}, _without_body(send)
         if b"%" in scope["query_string"] or not scope["query_string"].isascii():
             try:
                 unquote_to_bytes(scope["query_string"]).decode()
             except UnicodeDecodeError:  # it would be decoded to a different key or filter
                 hint = "percent-encode the UTF-8 bytes of each value"
                 raise Refused(422, "the query is not UTF-8", hint) from None
-        await self._limits.call(fast.get(path, app), scope, receive, send)
+        is_open = methods.get(scope["method"]) == OPEN
+        with suppress(_HeadSent):
+            await self._limits.call(fast.get(path, app), path, scope, receive, send, is_open=is_open)
+
+
+class _HeadSent(Exception):
+    """The response to HEAD is complete, and its body would be read for nobody."""
+
+
+def _without_body(send: Send) -> Send:
+    """`send` for HEAD. Raises _HeadSent where a body would be streamed: it may be a large object or a whole export."""
+
+    async def sent(message: MutableMapping[str, Any]) -> None:
+        is_body = message["type"] == "http.response.body"
+        await send({"type": message["type"]} if is_body else message)
+        if is_body and message.get("more_body"):
+            raise _HeadSent
+
+    return sent
 
 
 async def _send_locked_page(send: Send) -> None:

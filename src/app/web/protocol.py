@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app.ops.health import PATHS
+from app.ops.connection_checks import PATHS
 from app.web.errors import Asgi, Receive, Refusal, Scope, Send, send_refusal
 
 HEAD_SECONDS = 15.0
@@ -318,9 +318,9 @@ class PunctualProtocol(HttpToolsProtocol):
             of_a_request.reset(before)
 
     def _careful(self, cycle: Any, app: Asgi) -> Any:
-        """`app`, with two changes: a response that starts before the end of the body closes the connection, and after
-        each send it waits until the client has read enough, so that one block is buffered for a slow client and not
-        three.
+        """`app`, with three changes: a response that starts before the end of the body closes the connection; after it
+        the rest of the body is dropped; and after each send it waits until the client has read enough, so that one
+        block is buffered for a slow client and not three.
         """
 
         async def called(scope: Scope, receive: Receive, send: Send) -> None:
@@ -328,6 +328,8 @@ class PunctualProtocol(HttpToolsProtocol):
                 if message["type"] == "http.response.start" and cycle.more_body:
                     cycle.keep_alive = False
                 await send(message)
+                if cycle.response_complete:
+                    cycle.body = b""  # what came of a body that nobody reads any more
                 if self.flow.write_paused:
                     await self.flow.drain()
 

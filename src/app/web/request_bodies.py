@@ -5,7 +5,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,20 +19,42 @@ if TYPE_CHECKING:
 # Limits on a body before anything is parsed: bytes actually received, seconds actually passed.
 #
 # Invariant: a body is counted as it arrives, whatever its Content-Length says. It is cut off when it pauses for 15 s,
-# or when almost nothing arrives in 30 s of waiting for it.
+# or when almost nothing arrives in 30 s of waiting for it. What all bodies hold in memory before they are processed is
+# bounded too, and who has no key can make it hold little.
 
+BUFFERED_BYTES = 64 << 20
+OPEN_BYTES = 1 << 14
 BODY_IDLE_SECONDS = 15.0
 BODY_TOTAL_SECONDS = 900.0
 RATE_SECONDS, RATE_BYTES = 30.0, 1 << 15
 CLOSE = {"Connection": "close"}
 LATE = Refusal(408, "the body did not arrive in time", "send it without pauses", headers=CLOSE)
+CROWDED = Refusal(
+    503, "too many bodies arrive at once", "send the same request again later", headers={"Retry-After": "5", **CLOSE}
+)
 BY_LINE = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl", "text/csv"})
+
+
+class BufferedBytes:
+    """What the bodies of all requests hold in memory until they are processed. Used only from the event loop."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    def take(self, count: int, most: int = BUFFERED_BYTES) -> bool:
+        """Count these bytes, until they are taken from `held` again; False when all together are more than `most`."""
+        fits = self.held + count <= most
+        self.held += count if fits else 0
+        return fits
+
+
+BUFFERED = BufferedBytes()
 
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
     """Bytes allowed in a body. Paths under one of `upload_prefixes` may send `upload_bytes`, and so may those under
-    `stream_prefixes` with a media type that is read line by line.
+    `stream_prefixes` with a media type that is read line by line. Both read a body in pieces; all others hold it whole.
     """
 
     body_bytes: int
@@ -41,22 +62,32 @@ class BodyLimits:
     upload_prefixes: tuple[str, ...] = ()
     stream_prefixes: tuple[str, ...] = ()
 
-    async def call(self, app: Asgi, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call `app` with a body that cannot exceed its limits."""
+    async def call(self, app: Asgi, path: str, scope: Scope, receive: Receive, send: Send, *, is_open: bool) -> None:
+        """Call `app` with a body that cannot exceed the limits of `path`. `is_open`: the route needs no key."""
         fields = dict(reversed(scope["headers"]))  # the first header of a name wins
         media_type = fields.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
-        by_line = media_type in BY_LINE and scope["path"].startswith(self.stream_prefixes)
-        large = by_line or scope["path"].startswith(self.upload_prefixes)
-        limit_bytes = self.upload_bytes if large else self.body_bytes
+        by_line = media_type in BY_LINE and path.startswith(self.stream_prefixes)
+        large = by_line or path.startswith(self.upload_prefixes)
         length = fields.get(b"content-length", b"")
         if not length and b"transfer-encoding" not in fields and scope["http_version"] in ("1.0", "1.1"):
             await app(scope, receive, send)  # there is no body
             return
+        limit_bytes, hint = self.body_bytes, "send less at once; MAX_BODY_BYTES limits it"
+        if large:
+            limit_bytes, hint = self.upload_bytes, "send less at once; MAX_UPLOAD_BYTES limits it"
+        elif is_open:
+            limit_bytes, hint = min(OPEN_BYTES, limit_bytes), "send less: without a key only short bodies are read"
+        too_large = Refusal(413, f"the body is larger than {limit_bytes} bytes", hint, headers=CLOSE)
         if length.isdigit() and int(length) > limit_bytes:
-            raise Refused(*too_large(limit_bytes))
-        body = _Body(receive, send, limit_bytes)
-        with suppress(_BodyTooLarge):
+            raise Refused(*too_large)
+        in_pieces = large or path.startswith(self.stream_prefixes)
+        body = _Body(receive, send, limit_bytes, too_large, is_held=not in_pieces)
+        try:
             await app(scope, body.receive, body.send)
+        except _BodyTooLarge:
+            pass
+        finally:
+            BUFFERED.held -= body.held_bytes
         if body.refusal is not None and not body.started:
             raise Refused(*body.refusal)
 
@@ -66,15 +97,19 @@ class _BodyTooLarge(Exception):
 
 
 class _Body:
-    """Wraps `receive` and `send` of one request. Once the body is cut off, the application's response is dropped."""
+    """Wraps `receive` and `send` of one request. Once the body is cut off, the application's response is dropped.
 
-    def __init__(self, receive: Receive, send: Send, limit_bytes: int) -> None:
+    `is_held`: the application holds the body whole. `held_bytes`: what is counted for it.
+    """
+
+    def __init__(self, receive: Receive, send: Send, limit_bytes: int, too_large: Refusal, *, is_held: bool) -> None:
         self._receive, self._send = receive, send
-        self._limit_bytes = limit_bytes
+        self._limit_bytes, self._too_large = limit_bytes, too_large
         self._received_bytes = 0
         self._until = asyncio.get_running_loop().time() + BODY_TOTAL_SECONDS
         self._waited_seconds, self._waited_bytes = 0.0, 0
         self._whole = False
+        self._is_held, self.held_bytes = is_held, 0
         self.started = False
         self.refusal: Refusal | None = None
 
@@ -87,9 +122,14 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             self._cut(LATE)
-        self._received_bytes += len(message.get("body", b""))
+        size_bytes = len(message.get("body", b""))
+        self._received_bytes += size_bytes
+        if self._is_held:
+            if not BUFFERED.take(size_bytes, max(BUFFERED_BYTES, self._limit_bytes)):
+                self._cut(CROWDED)
+            self.held_bytes += size_bytes
         if self._received_bytes > self._limit_bytes:
-            self._cut(too_large(self._limit_bytes))
+            self._cut(self._too_large)
         self._whole = not message.get("more_body", False)
         self._waited_seconds += asyncio.get_running_loop().time() - began
         if self._waited_seconds >= RATE_SECONDS:
@@ -108,12 +148,6 @@ class _Body:
             await self._send(message)
 
 
-def too_large(limit_bytes: int) -> Refusal:
-    """The response to a body over its limit."""
-    message = f"the body is larger than {limit_bytes} bytes"
-    return Refusal(413, message, "send less at once; MAX_BODY_BYTES limits it", headers=CLOSE)
-
-
 # Passes a body to the thread that processes it.
 #
 # Invariants: the two sides are decoupled by a bounded buffer; the thread sees the end of the body only when all of it
@@ -121,6 +155,7 @@ def too_large(limit_bytes: int) -> Refusal:
 # client blocks nobody else.
 
 FIRST_BYTES = 1 << 16
+NEXT_BYTES = 1 << 19  # what the server reads of a body while it waits
 WAIT_SECONDS = 30.0
 WAKE_BYTES = 1 << 19
 HIGH_BYTES = 1 << 20
@@ -132,7 +167,7 @@ async def read_in_thread(
     request: "Request", places: asyncio.Semaphore, busy: Refusal, threads: Executor, work: Callable[[ReadableBody], T]
 ) -> T:
     """The result of `work` on the body, run in a thread that holds one of the `places`. Raises Refused: with `busy`
-    when no place becomes free in time, and when the client disconnects.
+    when no place becomes free in time or too many wait for one, and when the client disconnects.
     """
     from starlette.requests import ClientDisconnect
 
@@ -143,7 +178,13 @@ async def read_in_thread(
             if len(first) >= FIRST_BYTES:
                 whole = False
                 break
-        await acquire_place(places, busy)
+        waiting_bytes = len(first) + (0 if whole else NEXT_BYTES)
+        if not BUFFERED.take(waiting_bytes):
+            raise Refused(*busy)
+        try:
+            await acquire_place(places, busy)
+        finally:
+            BUFFERED.held -= waiting_bytes
         try:
             if whole:
                 return await asyncio.get_running_loop().run_in_executor(threads, work, BytesIO(first))

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import uvicorn
 
-from app.ops.health import PATHS
+from app.ops.connection_checks import PATHS
 from app.ops.service import ShutdownBudget
 from app.web.errors import Asgi, Receive, Refusal, Scope, Send, send_refusal
 from app.web.protocol import ConnectionLimits, PunctualProtocol
