@@ -267,6 +267,8 @@ def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> No
         services = RunServices(
             lambda: datetime.now(UTC), state.leases, state.runs, LeaseTerms("bench"), lambda *_: None
         )
+        if given.reports:
+            state.summaries.note_asked()
         if given.seed:
             seed(state.checkpoints, state.leases.acquire("seed", "bench", 600), given.devices)
         for phase in given.phases.split(","):
@@ -312,6 +314,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--start-minute", type=int, default=0, help="60: without the first hour")
     parser.add_argument("--seed", action="store_true", help="with --start-minute 60: only a tenth is really new")
+    parser.add_argument("--reports", action="store_true", help="/analytics is in use: open objects are summed, too")
     parser.add_argument("--state", choices=("sqlite", "postgres"), default="sqlite")
     parser.add_argument("--store", choices=("local", "s3"), default="local")
     parser.add_argument("--phases", default="first,idle,all,tenth", help=f"of {', '.join(PHASES)}, in any order")

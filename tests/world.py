@@ -279,7 +279,7 @@ class Process:
             raise Conflict(f"{key} changed")
         return there[1]
 
-    def encode(self, partition: str, window: Window, batch: Rows) -> Bytes:
+    def encode(self, partition: str, window: Window, batch: Rows, *, summarises: bool = True) -> Bytes:
         self.world.versions += 1
         return Bytes(batch.held, batch.digest, f"write {self.world.versions}")
 
@@ -471,8 +471,8 @@ class _SinkSide:
     def read(self, key: str, version: str) -> tuple[Row, ...]:
         return self.process.read_object(key, version)
 
-    def encode(self, partition: str, window: Window, batch: Rows) -> Bytes:
-        return self.process.encode(partition, window, batch)
+    def encode(self, partition: str, window: Window, batch: Rows, *, summarises: bool = True) -> Bytes:
+        return self.process.encode(partition, window, batch, summarises=summarises)
 
     def put(self, key: str, encoded: Bytes, expected: str | None, *, closing: bool = False) -> str:
         return self.process.put(key, encoded, expected, closing=closing)

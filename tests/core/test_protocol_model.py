@@ -168,7 +168,7 @@ class Pass(Process):
             united.held = tuple(sorted({*batch.held, *(row for rows in held for row in rows)}))
         return united
 
-    def encode(self, partition: str, window: Window, batch: Rows) -> Bytes:
+    def encode(self, partition: str, window: Window, batch: Rows, *, summarises: bool = True) -> Bytes:
         self.writes += 1
         return Bytes(batch.held, batch.digest, f"{self.who.number}.{self.writes}")
 

@@ -40,7 +40,7 @@ def enriched(table: pa.Table, columns: TreeColumns | None = None) -> pa.Table:
     batch = RowBatch("D1", Path(), 10**6, columns or columns_of())
     batch.append(table)
     batch.finish({}, {})
-    return pa.concat_tables([batch.output_schema.empty_table(), *batch.output()])
+    return pa.concat_tables([batch.output_schema().empty_table(), *batch.output()])
 
 
 def test_the_documented_columns_come_first_and_further_fields_by_name() -> None:

@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from shutil import copyfileobj
 from tempfile import TemporaryDirectory
@@ -16,6 +17,7 @@ from app.analytics.columns import ReportFile, file_column, file_of, format_of, l
 from app.analytics.engine import (
     DOCUMENTED,
     INSTANT,
+    NANOS,
     NUMBERS,
     TEXTS,
     Engine,
@@ -241,7 +243,7 @@ class TableSums:
         self._latest: tuple[Any, ...] | None = None
 
     def add(self, table: "pa.Table") -> None:
-        """Add rows as they are written, sorted by their timestamps in nanoseconds."""
+        """Add rows as they are written, sorted by their timestamps."""
         import numpy as np
         import pyarrow as pa
 
@@ -249,6 +251,10 @@ class TableSums:
             return
         times = table.column(INSTANT)
         instants = (times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()).view(pa.int64()).to_numpy()
+        if times.type.unit == "us":
+            instants = instants * 1000
+            if NANOS in table.column_names:
+                instants += table.column(NANOS).to_numpy()
         if self._is_csv and (instants % 1000).any():
             self._columns = {}  # DuckDB rounds text timestamps to microseconds
             return
@@ -293,7 +299,8 @@ class TableSums:
         return ObjectFacts(key, etag, size_bytes, self._rows, self._columns, "", (part,))
 
 
-def _columns(schema: "pa.Schema", *, is_csv: bool) -> dict[str, str]:
+@lru_cache(maxsize=64)
+def _columns(schema: "pa.Schema", *, is_csv: bool) -> Mapping[str, str]:
     """Name -> DuckDB type; empty if DuckDB would read a column differently than its name and type suggest."""
     found: dict[str, str] = {}
     for each in schema:

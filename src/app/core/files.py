@@ -76,7 +76,7 @@ def temporary_file(folder: Path | None = None, memory_bytes: int = 0) -> BinaryI
 
     The first `memory_bytes` stay in memory. `folder` is created if missing; None = the system's temporary directory.
     """
-    if folder is not None:
+    if folder is not None and not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
     if memory_bytes:
         return cast("BinaryIO", SpooledTemporaryFile(memory_bytes, dir=str(folder) if folder else None))

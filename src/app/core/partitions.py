@@ -9,8 +9,9 @@ writes under the same names.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -368,11 +369,12 @@ def sync_step(
     pipeline = replace(pipeline, checkpoints=checkpoints, grid=grid)
     live = live_windows(pipeline, plan.now)
     pipeline.written.drop_before(live[0].start if live else plan.now)
-    together = _read_together(pipeline, plan, live, how.backoff)
+    nameable = _nameable(pipeline, plan)
+    together = _read_together(pipeline, plan, live, nameable, how.backoff)
 
     def one(partition: str, done: Done) -> None:
         at = Position(partition, plan.cursors[partition], plan.now, plan.live_since)
-        if _is_nameable(pipeline, partition, plan.now) or not pipeline.refused:
+        if partition in nameable or not pipeline.refused:
             sync_partition(pipeline, context, at, plan.counts[partition], done, together=together)
         else:
             done(pipeline.refused(context, at, plan.counts[partition]))
@@ -392,27 +394,25 @@ def sync_step(
     return report
 
 
-def _is_nameable(pipeline: Pipeline[B, E], partition: str, now: datetime) -> bool:
-    """False for a partition whose name cannot be part of an object's name."""
-    try:
-        pipeline.sink.key(partition, pipeline.grid.window_at(now), 0)
-    except Rejected:
-        return False
-    return True
+def _nameable(pipeline: Pipeline[B, E], plan: SyncPlan) -> Collection[str]:
+    """The partitions whose names can be part of an object's name."""
+    window, found = pipeline.grid.window_at(plan.now), set()
+    for partition in plan.cursors:
+        with suppress(Rejected):
+            pipeline.sink.key(partition, window, 0)
+            found.add(partition)
+    return found
 
 
 def _read_together(
-    pipeline: Pipeline[B, E], plan: SyncPlan, windows: Sequence[Window], backoff: Backoff
+    pipeline: Pipeline[B, E], plan: SyncPlan, windows: Sequence[Window], nameable: Collection[str], backoff: Backoff
 ) -> Mapping[datetime, ReadTogether[B]]:
     """The live `windows` that will be written, by start. A partition that failed, or has due windows, is read alone."""
     found: dict[datetime, ReadTogether[B]] = {}
     if pipeline.by_digest or not windows:  # with `by_digest`, versions are known only just before each read
         return found
     partitions = [
-        name
-        for name in sorted(plan.cursors)
-        if plan.cursors[name] >= windows[0].start and not backoff.is_failing(name)
-        if _is_nameable(pipeline, name, plan.now)
+        name for name in sorted(nameable) if plan.cursors[name] >= windows[0].start and not backoff.is_failing(name)
     ]
     for window in windows:
         due: list[tuple[str, Window, Count]] = []

@@ -312,8 +312,8 @@ class Sink(Protocol[B_contra, E]):
     def read(self, key: str, version: str) -> Iterable[Any]:
         """The rows of exactly that version, in order, in the form that the source's `union` takes. Raises Conflict."""
 
-    def encode(self, partition: str, window: Window, batch: B_contra) -> E:
-        """The batch as bytes in a temporary file. The caller closes it."""
+    def encode(self, partition: str, window: Window, batch: B_contra, *, summarises: bool = True) -> E:
+        """The batch as bytes in a temporary file. The caller closes it. `summarises`: with what `summarise` needs."""
 
     def put(self, key: str, encoded: E, expected: str | None, *, closing: bool = False) -> str:
         """Store under `key` if its version is still `expected` (None: if it does not exist); returns the new version. A

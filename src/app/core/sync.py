@@ -138,7 +138,8 @@ def sync_partition(
             _refresh(pipeline, context, at, together=together, left=left, done=done, failed=failed)
         failed.check()
     finally:
-        done(Report(ledger=ledger_of_counts(pipeline.unit, left.values(), "waiting")))
+        if left:
+            done(Report(ledger=ledger_of_counts(pipeline.unit, left.values(), "waiting")))
 
 
 def ledger_of_counts(unit: str, counts: Iterable[Count], entry: str) -> Ledger:
@@ -387,7 +388,8 @@ def _put(
             pipeline.written.keep(task, held.version, batch)
             one.record = _record(task, key, held, one)
         return
-    with closing(pipeline.sink.encode(task.partition, task.window, batch)) as plain:
+    summarises = pipeline.summarise is not None and (task.final or pipeline.summarises_live())
+    with closing(pipeline.sink.encode(task.partition, task.window, batch, summarises=summarises)) as plain:
         encoded = pipeline.deltas.noted(plain, folded) if pipeline.deltas and folded else plain
         version, is_ours = "", False
         if not context.dry_run:
@@ -396,7 +398,7 @@ def _put(
         one.record = _record(task, key, ObjectState(version, size_bytes=encoded.size_bytes, folded=folded), one)
         one.stored_bytes, one.corrected_rows = encoded.size_bytes, batch.corrected_rows
         one.new_rows = batch.new_rows if one.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
-        if pipeline.summarise and is_ours and (task.final or pipeline.summarises_live()):
+        if pipeline.summarise and summarises and is_ours:
             one.summaries = pipeline.summarise(encoded, key, version)
 
 

@@ -82,7 +82,14 @@ class HourSink(ABC):
         with self._opened(key, version) as file:
             yield from self._rows(key, file)
 
-    def encode(self, partition: str, window: Window, batch: HourFile) -> HourFile:
+    def encode(
+        self,
+        partition: str,
+        window: Window,
+        batch: HourFile,
+        *,
+        summarises: bool = True,  # noqa: ARG002 - the port's
+    ) -> HourFile:
         """Returns the batch, which already is the file; a dry run logs that it would be written."""
         if self.dry_run:
             log.info(

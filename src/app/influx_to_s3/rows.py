@@ -95,22 +95,29 @@ def sums_of(columns: Iterable[tuple[str, Any]]) -> Mapping[str, Sums]:
     """The sums of columns, by name; a name may occur once per type."""
     sums: dict[str, Sums] = {}
     for name, values in columns:
-        added = _sums(values)
+        added = dict(sums_of_parts(one_array(values), np.array([0, len(values)]))).get(0, Sums(0))
         sums[name] = sums[name] + added if name in sums else added
     return sums
 
 
-def _sums(values: Any) -> Sums:
-    number = len(values) - values.null_count
-    if not number or not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
-        return Sums(number)
-    values = one_array(values)
-    there = (values.drop_null() if values.null_count else values).to_numpy()
-    least, floats = there.min().item(), there.astype(np.float64, copy=False)
-    with np.errstate(over="ignore"):
-        total = floats.sum().item()
-        magnitude = total if least >= 0 else np.abs(floats).sum().item()
-    return Sums(number, total, least, there.max().item(), magnitude)
+def sums_of_parts(values: Any, bounds: Any) -> Sequence[tuple[int, Sums]]:
+    """Number and sums of each part that has values; part n of the array is `bounds[n]` to `bounds[n + 1]`."""
+    if values.null_count:
+        valid = values.is_valid().to_numpy(zero_copy_only=False)
+        bounds = np.concatenate(([0], np.cumsum(valid)))[bounds]
+        values = values.drop_null()
+    numbers = np.diff(bounds)
+    parts = np.flatnonzero(numbers)
+    if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+        return [(part, Sums(count)) for part, count in zip(parts.tolist(), numbers[parts].tolist(), strict=True)]
+    there, starts = values.to_numpy(), bounds[:-1][parts]
+    floats = there.astype(np.float64, copy=False)
+    least = np.minimum.reduceat(there, starts)
+    with np.errstate(over="ignore", invalid="ignore"):
+        totals = np.add.reduceat(floats, starts)
+        magnitudes = np.where(least >= 0, totals, np.add.reduceat(np.abs(floats), starts))
+    found = (parts, numbers[parts], totals, least, np.maximum.reduceat(there, starts), magnitudes)
+    return [(part, Sums(*each)) for part, *each in zip(*(each.tolist() for each in found), strict=True)]
 
 
 def constant(text: str, rows: int) -> Any:
@@ -187,18 +194,23 @@ def merge_ordered(
     table = (tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="default")).combine_chunks()
     instants = instants_of(table)
     if np.all(instants[1:] > instants[:-1]):
-        return _without_ignored(table), (), {}
-    series = _codes(table, [name for name in table.column_names if name in columns.tags])
+        return without_ignored(table), (), {}
+    series = codes_of(table, tag_names_in(table, columns))
     order = np.lexsort((series, instants))
     steps, alike = np.diff(instants[order]), np.diff(series[order])
     first = np.concatenate(([True], (steps != 0) | (alike != 0)))
     if first.all():
-        return _without_ignored(table).take(pa.array(order)), (), {}
-    whole_series = _codes(table, [name for name in table.column_names if name in columns.tags or name[0] == IGNORED])
+        return without_ignored(table).take(pa.array(order)), (), {}
+    whole_series = codes_of(table, [name for name in table.column_names if name in columns.tags or name[0] == IGNORED])
     return _merged(table.take(pa.array(np.lexsort((whole_series, series, instants)))), first, columns)
 
 
-def _codes(table: pa.Table, names: Sequence[str]) -> Any:
+def tag_names_in(table: pa.Table, columns: TreeColumns) -> Sequence[str]:
+    """The columns of tags, which together with the timestamp identify a row."""
+    return [name for name in table.column_names if name in columns.tags]
+
+
+def codes_of(table: pa.Table, names: Sequence[str]) -> Any:
     """An int64 per row that ranks its values in these text columns.
 
     Ranks follow the byte order of `name=value,...` (absent ones left out), as InfluxDB writes a series key.
@@ -221,7 +233,8 @@ def _codes(table: pa.Table, names: Sequence[str]) -> Any:
     return ranks[inverse.reshape(-1)]
 
 
-def _without_ignored(table: pa.Table) -> pa.Table:
+def without_ignored(table: pa.Table) -> pa.Table:
+    """The rows without the ignored tags, which are needed only to sort them."""
     return table.select([name for name in table.column_names if name[0] != IGNORED])
 
 
@@ -230,7 +243,7 @@ def _merged(
 ) -> tuple[pa.Table, Sequence[ConflictingValue], Mapping[str, int]]:
     """One row per identity, with the first value of each column. `first` is true for the first row of each identity."""
     groups = np.cumsum(first) - 1
-    kept = _without_ignored(table)
+    kept = without_ignored(table)
     values = [name for name in kept.column_names if name != TIMESTAMP and name not in columns.tags]
     grouped = kept.select(values).append_column(GROUP, pa.array(groups)).group_by(GROUP, use_threads=False)
     united = grouped.aggregate([(name, "first") for name in values])

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -26,8 +27,9 @@ from app.core.pipeline import NOTHING, Count, Pipeline, Shrink, Sums, covered_si
 from app.core.retry import Pauses, RequestPacer, RetryPolicy, retry
 from app.core.windows import EPOCH, Window, windows_between
 from app.influx_to_s3.layout import LayoutDocument, TreeColumns
+from app.influx_to_s3.point_groups import by_device, by_window, common_rows, sums_by_slot
 from app.influx_to_s3.reader import FieldCount, FieldSums, PointColumns, QueryTooLarge, Reader, partition_totals
-from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, identify_together
+from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch
 from app.influx_to_s3.rows import (
     RowComparison,
     canonical_table,
@@ -37,11 +39,9 @@ from app.influx_to_s3.rows import (
     nanoseconds_of,
     of_object,
     sums_of,
-    times_of,
     union_by_identity,
     whole_instants,
 )
-from app.object_store.row_digest import one_array
 from app.object_store.table_sink import EncodedFile, TableSink, lost_tags_in
 
 BUCKETS = 30
@@ -160,39 +160,42 @@ class InfluxSource:
         The parts cut out for each window are in memory together with the response.
         """
         for run in runs_of_few_rows(counted, self._batch_rows):
-            points: Sequence[Sequence[PointColumns] | None] = [None] * len(run)
+            batches: Iterable[RowBatch | None] = [None] * len(run)
             if len(run) > 1:
                 try:
-                    points = self._points_of_each(run)
+                    batches = self._read_run(run)
                 except (Transient, Permanent) as error:  # a query that fails for all windows may succeed for each
                     log.debug("%d windows are read alone: %s", len(run), error)
-            batches = (
-                None if own is None else self._batch_of(*each, own) for each, own in zip(run, points, strict=True)
-            )
-            if run[0][0] == run[-1][0]:
-                yield from batches
-            else:  # open windows, whose rows are compared with those of the next pass
-                found = list(batches)
-                identify_together([batch for batch in found if batch is not None])
-                yield from found
+            yield from batches
 
-    def _batch_of(self, device: str, window: Window, count: Count, points: Sequence[PointColumns]) -> RowBatch | None:
-        """The batch of points that were read together with others; None if they are fewer than counted."""
-        try:
-            with self._batch(device) as batch:
-                check_values(device, window, self._append(batch, window, points, count), count.fields)
-                return batch.finish({}, count.fields)
-        except (Transient, Permanent) as error:
-            log.debug("%s %s is read alone: %s", device, window, error)
-            return None
-
-    def _points_of_each(self, run: Sequence[tuple[str, Window, Count]]) -> Sequence[Sequence[PointColumns]]:
+    def _read_run(self, run: Sequence[tuple[str, Window, Count]]) -> Iterable[RowBatch | None]:
+        """The batches of adjacent windows of one device, or of one window of several devices."""
         devices = list(dict.fromkeys(device for device, _, _ in run))
         blocks = self._collect(devices, Window(run[0][1].start, run[-1][1].end))
-        if len(devices) == 1:
-            return [[points_within(block, window) for block in blocks] for _, window, _ in run]
-        found = points_by_device(blocks)
-        return [found.get(device, ()) for device in devices]
+        if len(devices) > 1:
+            slotted = [by_device(block, devices) for block in blocks]
+        else:
+            slotted = [by_window(block, [window for _, window, _ in run]) for block in blocks]
+        slotted = [block for block in slotted if block.bounds[-1]]
+        read = sums_by_slot(slotted, len(run))
+        rows = common_rows(slotted, self._columns)
+
+        def batch_of(slot: int, device: str, window: Window, count: Count) -> RowBatch | None:
+            """None for a batch with fewer values than counted, which is then read alone."""
+            try:
+                with self._batch(device) as batch:
+                    if slot in rows and not lacking(read[slot], count.fields):
+                        batch.take(rows[slot], slot, read[slot])
+                    else:
+                        points = [block.of(slot) for block in slotted if block.has(slot)]
+                        found = self._append(batch, window, points, count)
+                        check_values(device, window, found, count.fields)
+                    return batch.finish({}, count.fields)
+            except (Transient, Permanent) as error:
+                log.debug("%s %s is read alone: %s", device, window, error)
+                return None
+
+        return (batch_of(slot, *each) for slot, each in enumerate(run))
 
     def union(self, batch: RowBatch, held: Sequence[Iterable[pa.Table]], shrink: Shrink | None = None) -> RowBatch:
         """See `app.core.pipeline.Source.union`; each of `held` is the ordered rows of one object."""
@@ -279,14 +282,14 @@ class InfluxSource:
         """
         read = sums_of(field for block in blocks for field in block.fields)
         if is_whole:
-            lacking = {name for name, values in count.fields.items() if name not in read or read[name].values < values}
+            asked = lacking(read, count.fields)
         else:
             others = {name for block in blocks for name, values in block.fields if values.type != pa.string()}
-            lacking = count.fields.keys() - others
-        for name in sorted(lacking):
+            asked = count.fields.keys() - others
+        for name in sorted(asked):
             texts = self.again(lambda name=name: list(self.reader.empty_texts(batch.device, span, name)))  # type: ignore[misc]
             blocks = [*blocks, *texts]
-        if lacking:
+        if asked:
             read = sums_of(field for block in blocks for field in block.fields)
         if tables := [canonical_table(block, self._columns) for block in blocks if len(block.times)]:
             table, disagreements, twice = merge_ordered(tables, self._columns)
@@ -356,6 +359,11 @@ class OpenedExport:
     cursors: Mapping[str, datetime]
 
 
+def lacking(read: Mapping[str, Sums], counted: Mapping[str, int]) -> AbstractSet[str]:
+    """The fields of which fewer values arrived than were counted before."""
+    return {name for name, values in counted.items() if name not in read or read[name].values < values}
+
+
 def check_values(device: str, span: Window, read: Mapping[str, Sums], counted: Mapping[str, int]) -> None:
     """Raises Transient when fewer values of a field arrived than were counted before."""
     for field, values in counted.items():
@@ -398,37 +406,6 @@ def runs_of_few_rows(
         points += count.points
     if run:
         yield run
-
-
-def points_by_device(blocks: Iterable[PointColumns]) -> Mapping[str, Sequence[PointColumns]]:
-    """The points of several devices by device, in their original order, without columns in which it has no value.
-
-    Raises Permanent if a block does not name its devices.
-    """
-    found: dict[str, list[PointColumns]] = {}
-    for block in blocks:
-        if block.devices is None:
-            raise Permanent("InfluxDB's response for several devices does not say which point is whose")
-        encoded = one_array(block.devices).dictionary_encode()
-        codes = encoded.indices.to_numpy()
-        order = pa.array(np.argsort(codes, kind="stable"))
-        points = block.each(lambda values, order=order: one_array(values).take(order))  # type: ignore[misc]
-        ends = np.cumsum(np.bincount(codes)).tolist()
-        for device, start, end in zip(encoded.dictionary.to_pylist(), [0, *ends], ends, strict=False):
-            own = points.each(lambda values, start=start, end=end: values.slice(start, end - start))  # type: ignore[misc]
-            found.setdefault(device, []).append(own.without_empty_columns())
-    return found
-
-
-def points_within(block: PointColumns, window: Window) -> PointColumns:
-    """The points inside the window, in their original order."""
-    instants = times_of(block.times)
-    bounds = [nanoseconds_of(window.start), nanoseconds_of(window.end)]
-    if np.all(instants[1:] >= instants[:-1]):
-        first, last = np.searchsorted(instants, bounds).tolist()
-        return block.each(lambda values: values.slice(first, last - first))
-    inside = pa.array((instants >= bounds[0]) & (instants < bounds[1]))
-    return block.each(lambda values: values.filter(inside))
 
 
 def bucket_seconds(window: Window) -> int:

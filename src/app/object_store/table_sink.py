@@ -53,27 +53,22 @@ CONTENT_TYPES = {"parquet": "application/vnd.apache.parquet", "csv": "text/csv; 
 class TableBatch(Batch, Protocol):
     """A batch that can be written as a table."""
 
-    @property
-    def output_schema(self) -> pa.Schema:
-        """Columns of the object, in order; the timestamp in nanoseconds."""
-
-    @property
-    def has_nanos(self) -> bool:
-        """True when a timestamp has digits below the microsecond."""
+    def output_schema(self, unit: str) -> pa.Schema:
+        """Columns of the object, in order; the timestamp in this unit, "ns" or "us": see `stored_schema`."""
 
     @property
     def has_all_tags(self) -> bool:
         """False if it contains rows of an older version, which lost tags."""
 
-    def output(self) -> Iterator[pa.Table]:
-        """The rows with `output_schema`, in order, in tables of moderate size."""
+    def output(self, unit: str) -> Iterator[pa.Table]:
+        """The rows with `output_schema(unit)`, in order, in tables of moderate size."""
 
 
 class TableSummary(Protocol):
     """Sums over the rows of an object, taken while they are written."""
 
     def add(self, table: pa.Table) -> None:
-        """Add rows as they are written, sorted by their timestamps, which are in nanoseconds."""
+        """Add rows as they are written, sorted by their timestamps."""
 
     def facts(self, key: str, etag: str, size_bytes: int) -> Any:
         """The facts about the object in its new version; None for none."""
@@ -199,7 +194,7 @@ class TableSink:
                 for table in _readable(key, _csv_tables(file)):
                     yield table.replace_schema_metadata(mark)
 
-    def encode(self, partition: str, window: Window, batch: TableBatch) -> EncodedFile:
+    def encode(self, partition: str, window: Window, batch: TableBatch, *, summarises: bool = True) -> EncodedFile:
         """Write the batch to memory, above MEMORY_BYTES to a temporary file. In Parquet each write is unique."""
         layout = self.layout_at(window.start)
         metadata = {
@@ -216,28 +211,21 @@ class TableSink:
         file = temporary_file(self.spool_directory, MEMORY_BYTES)
         with ExitStack() as undo:
             undo.callback(file.close)
-            sums: TableSummary | None = None
+            unit = layout.timestamp_unit if layout.format == "parquet" else "ns"
+            schema = batch.output_schema(unit)
+            sums = self.summed(schema, layout.format) if self.summed and summarises else None
 
             def rows() -> Iterator[pa.Table]:
-                for table in batch.output():
+                for table in batch.output(unit):
                     if sums is not None:
                         sums.add(table)
                     yield table
 
             if layout.format == "parquet":
                 described = {f"headwater.{name}": value for name, value in {**metadata, "partition": partition}.items()}
-                in_microseconds = layout.timestamp_unit == "us"
-                schema = stored_schema(batch.output_schema, in_microseconds=in_microseconds, with_nanos=batch.has_nanos)
-                sums = self.summed(schema, layout.format) if self.summed else None
-                tables = (
-                    (split_nanoseconds(each, with_nanos=batch.has_nanos) for each in rows())
-                    if in_microseconds
-                    else rows()
-                )
-                _write_parquet(file, tables, schema.with_metadata(described), self.dictionary)
+                _write_parquet(file, rows(), schema.with_metadata(described), self.dictionary)
             else:
-                sums = self.summed(batch.output_schema, layout.format) if self.summed else None
-                _write_csv(file, batch.output_schema.names, rows())
+                _write_csv(file, schema.names, rows())
             size_bytes = file.seek(0, 2)
             undo.pop_all()
         return EncodedFile(file, size_bytes, CONTENT_TYPES[layout.format], metadata, sums)
