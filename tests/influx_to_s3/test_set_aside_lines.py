@@ -149,7 +149,9 @@ def test_random_points_are_read_back_as_they_were(
     types = {float: "double", int: "int64", bool: "bool", str: "string"}
     lines, expected, kinds = [], [], dict[str, type]()
     for at, (tags, fields) in enumerate(drawn):
-        own = {name: text for name, text in tags.items() if name[-1] != "\\" and text[-1] != "\\"}
+        # The server takes the blank behind a backslash for the end of the tags, and may then take a line feed within a
+        # text for the end of the line: no point with both has come. HOSTILE_TAGS has such tags.
+        own = {name: text for name, text in tags.items() if not re.search(r"\\( |$)", f"{name}\n{text}", re.MULTILINE)}
         held = {name: value for name, value in fields.items() if not UNSAYABLE.search(name)}
         held = {name: value for name, value in held.items() if kinds.setdefault(name, type(value)) is type(value)}
         if held:
