@@ -391,7 +391,7 @@ def test_without_its_state_everything_is_read_from_the_objects_again(install: In
     assert len(changed) == len(RIGHT) + len(LOSSY)
 
 
-@pytest.mark.parametrize(("install", "commit"), zip(STORES, FENCED, strict=True), indirect=["install"])
+@pytest.mark.parametrize(("install", "commit"), list(zip(STORES, FENCED, strict=True)), indirect=["install"])
 def test_an_older_version_that_still_runs_beside_writes_nothing_more(install: Install, commit: str) -> None:
     here = install(3)
     here.last_version = installed(commit)
