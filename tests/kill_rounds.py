@@ -210,7 +210,7 @@ class Life:
 
     def _runs_to_the_end(self, folder: Path, command: Command) -> bool:
         """Whether a command ends well; what a killed one set aside before its commit is told once more before that."""
-        deadline = time.monotonic() + WEDGED_AFTER_SECONDS
+        deadline, code = time.monotonic() + WEDGED_AFTER_SECONDS, 0
         while time.monotonic() < deadline:
             self.runner.begin(folder, command, {**self.world.environ(folder), **UNDISTURBED})
             code = self.runner.ended()
@@ -218,7 +218,8 @@ class Life:
             if code == 0:
                 return True
             time.sleep(0.2)
-        sys.stderr.write(f"{folder}: {' '.join(command)} is wedged: {(folder / 'said.log').read_text()}\n")
+        said = f"exit code {code}: {(folder / 'answer.log').read_text()}{(folder / 'said.log').read_text()}"
+        sys.stderr.write(f"{folder}: {' '.join(command)} is wedged: {said}\n")
         return False
 
     def _look_at(self, folder: Path) -> None:
