@@ -110,7 +110,11 @@ def find_field_bounds(data: bytes, dialect: CsvDialect, line: int = 1) -> FieldB
         return walked(data, dialect, quotes, line)
     at = np.flatnonzero(found)
     feeds = array.take(at) == LF
-    inside = np.flatnonzero(np.searchsorted(quotes, at) & 1) if len(quotes) else NONE
+    if 4 * len(quotes) > len(at):
+        inside = np.flatnonzero(np.searchsorted(quotes, at) & 1)
+    else:  # to look up few quotes among many marks takes far less; the last one may still be open
+        bounds = np.searchsorted(at, quotes if len(quotes) % 2 == 0 else np.append(quotes, len(array)))
+        inside = spread(bounds[0::2], bounds[1::2] - bounds[0::2])
     inner = int(np.count_nonzero(feeds[inside]))
     if len(inside):
         at, feeds = np.delete(at, inside), np.delete(feeds, inside)
