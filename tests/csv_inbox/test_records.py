@@ -17,7 +17,7 @@ from app.csv_inbox.csv_tokenizer import (
     find_field_bounds,
     walked,
 )
-from app.csv_inbox.key_index import LONG_KEY_BYTES, FileKeys, equal_pairs, hashed
+from app.csv_inbox.file_keys import LONG_KEY_BYTES, FileKeys, equal_pairs, hashed
 from inbox_world import colliding
 
 DIALECT = CsvDialect(",", "latin-1")
@@ -95,8 +95,7 @@ def test_the_last_row_of_a_key_is_found_and_of_no_other(held: list[bytes], asked
     assert keys.count == len(last)
     assert keys.kept_rows().tolist() == sorted(last.values())
     cells = cells_of(asked)
-    places = keys.candidates(hashed(cells))
-    rows = keys.last_rows(cells.taken(places), hashed(cells)[places])
+    places, rows = keys.find(cells)
     assert dict(zip(places.tolist(), rows.tolist(), strict=True)) == {
         place: last[key] for place, key in enumerate(asked) if key in last
     }
@@ -110,11 +109,17 @@ def test_keys_that_share_a_hash_stay_apart() -> None:
     keys.sort()
     assert (keys.count, keys.kept_rows().tolist()) == (3, [1, 2, 3])
     cells = cells_of([second, first, third, b"none"])
-    hashes = hashed(cells, keys.seed)
-    places = keys.candidates(hashes)
-    assert keys.seed
-    assert places.tolist()[:2] == [0, 1]
-    assert keys.last_rows(cells.taken(places), hashes[places]).tolist()[:2] == [2, 3]
+    places, rows = keys.find(cells)
+    assert places.tolist() == [0, 1]
+    assert rows.tolist() == [2, 3]
+
+
+def test_keys_made_to_share_a_hash_under_hundreds_of_seeds_stay_apart() -> None:
+    made = [b"x" * (LONG_KEY_BYTES + 1), *(key for seed in range(300) for key in colliding(2, seed))]
+    keys = FileKeys()
+    keys.add(cells_of(made))
+    keys.sort()
+    assert keys.count == len(set(made))
 
 
 def test_keys_that_share_a_hash_stay_apart_also_where_there_are_no_others() -> None:
