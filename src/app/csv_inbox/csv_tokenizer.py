@@ -110,14 +110,15 @@ def find_field_bounds(data: bytes, dialect: CsvDialect, line: int = 1) -> FieldB
         return walked(data, dialect, quotes, line)
     at = np.flatnonzero(found)
     feeds = array.take(at) == LF
-    if 4 * len(quotes) > len(at):
-        inside = np.flatnonzero(np.searchsorted(quotes, at) & 1)
-    else:  # to look up few quotes among many marks takes far less; the last one may still be open
-        bounds = np.searchsorted(at, quotes if len(quotes) % 2 == 0 else np.append(quotes, len(array)))
-        inside = spread(bounds[0::2], bounds[1::2] - bounds[0::2])
-    inner = int(np.count_nonzero(feeds[inside]))
-    if len(inside):
-        at, feeds = np.delete(at, inside), np.delete(feeds, inside)
+    inner = 0
+    if len(quotes):
+        if 4 * len(quotes) > len(at):
+            inside = (np.searchsorted(quotes, at) & 1).astype(np.bool_)
+        else:  # to look up few quotes among many marks takes far less
+            marks_between = np.diff(np.searchsorted(at, quotes), prepend=0, append=len(at))
+            inside = np.repeat(np.arange(len(marks_between)) % 2 == 1, marks_between)
+        inner = int(np.count_nonzero(feeds & inside))
+        at, feeds = at[~inside], feeds[~inside]
     returns = b"\r" in data
     if returns:
         _no_lone_return(array, quotes, line)
@@ -237,7 +238,7 @@ class RecordBlock:
         self.widths: Offsets = np.diff(marks.lasts, prepend=-1)[self.rows]
         self.heads: Offsets = marks.lasts[self.rows] - self.widths + 1
 
-    def drop(self, places: Sequence[int]) -> None:
+    def drop(self, places: Sequence[int] | Offsets) -> None:
         """Take the records of these rows for no rows."""
         if len(places):
             self.rows, self.widths, self.heads = (
@@ -318,8 +319,8 @@ def blocks(
     Raises UnmergeableFile for an unclosed quote and for a record longer than `longest_bytes`.
     """
     tail, told = b"", f"a record longer than {longest_bytes >> 20} MiB"
-    # Read at least as much as is held: otherwise a long record would be rescanned for each piece.
-    while piece := read(max(size, len(tail))):
+    # Read as much as is held, otherwise a long record would be rescanned for each piece; but little beyond the limit.
+    while piece := read(max(size, min(len(tail), longest_bytes - len(tail)))):
         end = piece.rfind(b"\n") + 1
         data, rest = b"".join((tail, memoryview(piece)[:end])), piece[end:]
         more = True
@@ -348,11 +349,15 @@ def blocks(
 def _first_block(data: bytes, dialect: CsvDialect, line: int, bom: bytes) -> tuple[RecordBlock | None, bytes, bool]:
     """The whole records of `data` up to the next `bom`, the rest, and whether the rest begins with `bom`."""
     body = data.removeprefix(bom)
+    begins = len(body) < len(data)
+    if bom and (at := body.find(b"\n" + bom) + 1):
+        marks = find_field_bounds(body[:at], dialect, line)
+        if len(marks.lasts) and marks.at[marks.lasts[-1]] == at - 1:  # the line feed before it is not quoted
+            return RecordBlock(body[:at], marks, line, begins=begins), body[at:], True
     marks = find_field_bounds(body, dialect, line)
     if not len(marks.lasts):
         return None, data, False
     end = int(marks.at[marks.lasts[-1]]) + 1
-    begins = len(body) < len(data)
     block = RecordBlock(body if end == len(body) else body[:end], marks, line, begins=begins)
     if bom and bom in body:
         for at in block.starts[1:].tolist():
