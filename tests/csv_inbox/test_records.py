@@ -93,7 +93,7 @@ def test_the_last_row_of_a_key_is_found_and_of_no_other(held: list[bytes], asked
     keys.sort()
     last = {key: row for row, key in enumerate(held)}
     assert keys.count == len(last)
-    assert keys.kept_rows().tolist() == sorted(last.values())
+    assert keys.kept_rows.tolist() == sorted(last.values())
     cells = cells_of(asked)
     places, rows = keys.find(cells)
     assert dict(zip(places.tolist(), rows.tolist(), strict=True)) == {
@@ -107,7 +107,7 @@ def test_keys_that_share_a_hash_stay_apart() -> None:
     keys = FileKeys()
     keys.add(cells_of([first, b"other", second, first]))
     keys.sort()
-    assert (keys.count, keys.kept_rows().tolist()) == (3, [1, 2, 3])
+    assert (keys.count, keys.kept_rows.tolist()) == (3, [1, 2, 3])
     cells = cells_of([second, first, third, b"none"])
     places, rows = keys.find(cells)
     assert places.tolist() == [0, 1]
@@ -127,7 +127,7 @@ def test_keys_that_share_a_hash_stay_apart_also_where_there_are_no_others() -> N
     keys = FileKeys()
     keys.add(cells_of([first, second, first]))
     keys.sort()
-    assert (keys.count, keys.kept_rows().tolist()) == (2, [1, 2])
+    assert (keys.count, keys.kept_rows.tolist()) == (2, [1, 2])
 
 
 @pytest.mark.parametrize("rows", [1, 17, 5000])
@@ -135,7 +135,7 @@ def test_of_a_key_that_stands_in_every_row_the_last_one_is_kept(rows: int) -> No
     keys = FileKeys()
     keys.add(cells_of([b"the same"] * rows))
     keys.sort()
-    assert (keys.count, keys.kept_rows().tolist()) == (1, [rows - 1])
+    assert (keys.count, keys.kept_rows.tolist()) == (1, [rows - 1])
 
 
 @pytest.mark.parametrize("size", range(0, LONG_KEY_BYTES + 9, 4))

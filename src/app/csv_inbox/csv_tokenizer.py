@@ -88,14 +88,12 @@ class CsvDialect:
 @dataclass(frozen=True, slots=True)
 class FieldBounds:
     """Where fields end. `at` has the offsets of delimiters and line feeds outside quotes, `lasts` the positions in `at`
-    of the line feeds, `quotes` the offsets of all quotes. `inner` counts line feeds inside quotes; `returns` is True if
-    there are carriage returns.
+    of the line feeds, `quotes` the offsets of all quotes. `returns` is True if there are carriage returns.
     """
 
     at: Offsets
     lasts: Offsets
     quotes: Offsets
-    inner: int
     returns: bool
 
 
@@ -110,25 +108,17 @@ def find_field_bounds(data: bytes, dialect: CsvDialect, line: int = 1) -> FieldB
         return walked(data, dialect, quotes, line)
     at = np.flatnonzero(found)
     feeds = array.take(at) == LF
-    inner = 0
     if len(quotes):
         if 4 * len(quotes) > len(at):
             inside = (np.searchsorted(quotes, at) & 1).astype(np.bool_)
         else:  # to look up few quotes among many marks takes far less
             marks_between = np.diff(np.searchsorted(at, quotes), prepend=0, append=len(at))
             inside = np.repeat(np.arange(len(marks_between)) % 2 == 1, marks_between)
-        inner = int(np.count_nonzero(feeds & inside))
         at, feeds = at[~inside], feeds[~inside]
     returns = b"\r" in data
     if returns:
         _no_lone_return(array, quotes, line)
-    return FieldBounds(at, np.flatnonzero(feeds), quotes, inner, returns)
-
-
-def spread(starts: Offsets, lengths: Offsets) -> Offsets:
-    """The ranges `start` to `start + length`, concatenated."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+    return FieldBounds(at, np.flatnonzero(feeds), quotes, returns)
 
 
 def pairs(starts: Offsets, stops: Offsets) -> Iterator[tuple[int, int]]:
@@ -182,8 +172,7 @@ def walked(data: bytes, dialect: CsvDialect, quotes: Offsets, line: int = 1) -> 
         at.extend(list(ends)[1:])
         lasts.append(len(at) - 1)
         start = match.end()
-    inner = data.count(b"\n", 0, start) - len(lasts)
-    return FieldBounds(np.array(at, np.int64), np.array(lasts, np.int64), quotes, inner, b"\r" in data)
+    return FieldBounds(np.array(at, np.int64), np.array(lasts, np.int64), quotes, b"\r" in data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +318,7 @@ def blocks(
             if block is not None:
                 _check_length(block, longest_bytes, told)
                 yield block
-                line += block.data.count(b"\n") if data else len(block.marks.lasts) + block.marks.inner
+                line += int(np.count_nonzero(block.array == LF))
         tail = data + rest  # less than one record
         if len(tail) > longest_bytes:
             raise malformed(FaultKind.LONG_RECORD, f"{told}; is a quote not closed?", line)

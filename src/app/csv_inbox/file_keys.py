@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app.csv_inbox.csv_tokenizer import NONE, CellSlices, Offsets, spread
+from app.csv_inbox.csv_tokenizer import NONE, CellSlices, Offsets, cut
 
 Hashes = npt.NDArray[np.uint64]
 Truths = npt.NDArray[np.bool_]
@@ -93,8 +93,12 @@ def first_positions(values: npt.NDArray[Any]) -> Offsets:
 
 
 class FileKeys:
-    """The keys of a file: added row by row, sorted once, then looked up in bulk. `count` is that of distinct keys."""
+    """The keys of a file: added row by row, sorted once, then looked up in bulk.
 
+    `kept_rows` are the last rows of each key, in file order; `count` is their number.
+    """
+
+    kept_rows: Offsets
     count: int
 
     def __init__(self) -> None:
@@ -105,7 +109,7 @@ class FileKeys:
 
     def add(self, cells: CellSlices) -> None:
         """Add the keys of the next rows."""
-        self._data += cells.data[spread(cells.starts, cells.lengths)].tobytes()
+        self._data += cut(cells.data.data, cells.starts, cells.starts + cells.lengths)
         self._lengths.append(cells.lengths)
         self._added.append(hashed(cells))
 
@@ -120,6 +124,7 @@ class FileKeys:
             # Two keys have the same hash. A seed that nobody could foresee tells them apart.
             self._seed = secrets.randbits(32)
             hashes = hashed(cells, self._seed)
+        self.kept_rows = np.sort(self._rows)
         self.count = len(self._rows)
         # A table of the leading bits that occur; it filters out most lookups.
         bits = int(np.clip((8 * self.count).bit_length(), FIRST_BITS_LEAST, FIRST_BITS_MOST))
@@ -156,7 +161,3 @@ class FileKeys:
         passed, places = passed[is_there], places[is_there]
         is_key = equal_pairs(cells.taken(passed), self._cells.taken(places))
         return passed[is_key], self._rows[places[is_key]]
-
-    def kept_rows(self) -> Offsets:
-        """The last row of each key, in file order."""
-        return np.sort(self._rows)

@@ -273,11 +273,20 @@ class IncomingFile:
         """The number of spooled rows: all rows of a file without faults."""
         return len(self.offsets) - 1
 
-    def read(self, file: IO[bytes], beat: Callable[[int], None]) -> None:
-        """Check and spool every row.
+    def read(self, path: Path, beat: Callable[[int], None]) -> None:
+        """Check and spool every row; `beat` receives the bytes read and may raise to stop.
 
-        Raises UnmergeableFile, StuckFile, Permanent, OSError and what `beat` raises.
+        Raises UnmergeableFile, FileStillChanging if the file changed during the read, StuckFile on a read error,
+        Permanent if the master lacks the key column, and OSError.
         """
+        try:
+            with open_regular(path) as file:
+                self._read(file, beat)
+        except UnmergeableFile as error:
+            error.rows = self.counted
+            raise
+
+    def _read(self, file: IO[bytes], beat: Callable[[int], None]) -> None:
         self.identity = identity_of(os.fstat(file.fileno()))
         if self.identity.size > self._config.max_file_size_mb * MEBIBYTE:
             told = f"{self.identity.size} bytes, above max_file_size_mb={self._config.max_file_size_mb:g}"
@@ -454,24 +463,6 @@ class IncomingFile:
             self.offsets.append(base)
             parts.append(record)
         spool.write(eol.join([*parts, b""]))
-
-
-def read_incoming(
-    path: Path, master: CsvHeader | None, config: InboxConfig, spool: Path, beat: Callable[[int], None]
-) -> IncomingFile:
-    """Check the file and spool its rows; `beat` receives the bytes read and may raise to stop.
-
-    Raises UnmergeableFile, FileStillChanging if it changed during the read, StuckFile on a read error, Permanent if the
-    master lacks the key column, and OSError.
-    """
-    incoming = IncomingFile(master, config, spool)
-    try:
-        with open_regular(path) as file:
-            incoming.read(file, beat)
-    except UnmergeableFile as error:
-        error.rows = incoming.counted
-        raise
-    return incoming
 
 
 def _drop_blank_rows(block: RecordBlock, dialect: CsvDialect) -> None:

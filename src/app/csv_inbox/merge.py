@@ -33,7 +33,7 @@ from app.csv_inbox.discovery import (
     link_or_copy,
 )
 from app.csv_inbox.file_keys import Truths, equal_pairs, first_positions
-from app.csv_inbox.incoming import CsvHeader, IncomingFile, read_header, read_incoming
+from app.csv_inbox.incoming import CsvHeader, IncomingFile, read_header
 from app.csv_inbox.transaction import LoadRecord
 
 READ_BYTES = 1 << 20
@@ -78,7 +78,8 @@ def read_and_merge(inbox: InboxRun, each: Candidate, load: LoadRecord) -> Merged
         old = open_master(files, config)
         beat = inbox.beat(old.identity.size if old else 0)
         spool = paths.temporary(load.load_id, "rows")
-        incoming = read_incoming(each.path, old.header if old else None, config, spool, beat)
+        incoming = IncomingFile(old.header if old else None, config, spool)
+        incoming.read(each.path, beat)
         if each.md5 not in ("", incoming.md5):
             raise FileStillChanging("it changed under its name")
         log.debug(
@@ -296,7 +297,7 @@ class Upsert:
         Returns the columns that were dropped, and the identity of the new master, which lies at `path`.
         """
         # If the file has a key more than once, the last row is kept, at its own position.
-        rows = self.keys.kept_rows()
+        rows = self.keys.kept_rows
         self.appended = len(rows)
         for start, end in pairs(*_ranges(self.offsets[rows], self.offsets[rows + 1])):
             for at in range(start, end, MEBIBYTE):
