@@ -91,11 +91,6 @@ class InboxPaths:
         for folder in (*given, self.folder, self.loads):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def shown(self) -> list[Path]:
-        """What lies in the inbox, without hidden names and the inbox's own files. Raises OSError."""
-        own = {self.config.merged_file, self.config.metadata_file, self.config.log_file, self.lock}
-        return [path for path in _listed(self.config.watch_dir) if path.name[0] != "." and path not in own]
-
 
 def _listed(folder: Path) -> list[Path]:
     try:
@@ -272,24 +267,28 @@ class Candidate:
         return identity_at(self.path) == self.identity
 
 
-def candidates(paths: InboxPaths) -> Sequence[Candidate]:
-    """The .csv files in the inbox, in no order; folders are none. Raises OSError."""
-    found = []
-    for path in paths.shown():
+def waiting_files(paths: InboxPaths) -> tuple[Sequence[Candidate], str]:
+    """The .csv files in the inbox, in no order, and a note on files that are ignored because of their names, or "".
+
+    Hidden names, folders and the inbox's own files are neither. Raises OSError.
+    """
+    config = paths.config
+    own = {config.merged_file, config.metadata_file, config.log_file, paths.lock}
+    found, others = [], []
+    for path in _listed(config.watch_dir):
+        if path.name[0] == "." or path in own:
+            continue
         with suppress(FileNotFoundError):  # gone by now
-            if path.name.lower().endswith(SUFFIX) and not stat.S_ISDIR(mode := (status := path.lstat()).st_mode):
-                link = "it is a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
-                found.append(Candidate(path, identity_of(status), "" if stat.S_ISREG(mode) else link))
-    return found
-
-
-def ignored_files_note(paths: InboxPaths) -> str:
-    """A note on files in the inbox that are ignored because of their names; "" if there are none."""
-    others = sorted(path.name for path in paths.shown() if not path.name.lower().endswith(SUFFIX) and not path.is_dir())
+            status = path.lstat()
+            if not path.name.lower().endswith(SUFFIX):
+                others += [] if path.is_dir() else [printable(path.name)]
+            elif not stat.S_ISDIR(status.st_mode):
+                link = "it is a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+                found.append(Candidate(path, identity_of(status), "" if stat.S_ISREG(status.st_mode) else link))
     if not others:
-        return ""
-    named = ", ".join(map(printable, others[:NAMED_FILES])) + (", ..." if others[NAMED_FILES:] else "")
-    return f"{len(others)} files in the inbox are ignored, since their names do not end in {SUFFIX}: {named}"
+        return found, ""
+    named = ", ".join(sorted(others)[:NAMED_FILES]) + (", ..." if others[NAMED_FILES:] else "")
+    return found, f"{len(others)} files in the inbox are ignored, since their names do not end in {SUFFIX}: {named}"
 
 
 def check_can_be_taken(each: Candidate) -> None:

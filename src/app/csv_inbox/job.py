@@ -30,12 +30,11 @@ from app.csv_inbox.discovery import (
     Candidate,
     InboxPaths,
     InboxRun,
-    candidates,
     check_can_be_taken,
-    ignored_files_note,
     md5_of,
     open_regular,
     translate_os_errors,
+    waiting_files,
 )
 from app.csv_inbox.quarantine import reject, rejected_by
 from app.csv_inbox.transaction import (
@@ -109,10 +108,11 @@ def run(inbox: InboxRun) -> Report:
                 return _all(inbox, partial(_rehearse, rehearsed))
         paths.make()
         # Check without the lock and before importing the merge: nearly every run finds nothing.
-        if candidates(paths) or paths.journal.exists() or paths.leftovers() or changed_archive_files(paths):
+        found, ignored = waiting_files(paths)
+        if found or paths.journal.exists() or paths.leftovers() or changed_archive_files(paths):
             with _started(inbox):
                 return _all(inbox, partial(_merge_file, inbox))
-        return Report(notes=tuple(filter(None, (changed_master(paths), ignored_files_note(paths)))))
+        return Report(notes=tuple(filter(None, (changed_master(paths), ignored))))
 
 
 def undo(inbox: InboxRun, run_id: str) -> Report:
@@ -192,16 +192,17 @@ def _all(inbox: InboxRun, one: Callable[[Candidate], Report]) -> Report:
     report = ReportSum(inbox.context.done)
     if changed := changed_master(inbox.paths):
         inbox.tell(changed, logging.WARNING)
-    if ignored := ignored_files_note(inbox.paths):
+    found, ignored = waiting_files(inbox.paths)
+    if ignored:
         inbox.told.append(ignored)
-    for candidate in _steady(inbox):
+    for candidate in _steady(inbox, found):
         inbox.context.stop.check()
         report(_guarded(inbox, candidate, one))
     return replace(report.total, notes=tuple(inbox.told))
 
 
-def _steady(inbox: InboxRun) -> Sequence[Candidate]:
-    """The files that did not change during the wait, oldest first; each with its MD5 from before it.
+def _steady(inbox: InboxRun, waiting: Sequence[Candidate]) -> Sequence[Candidate]:
+    """The waiting files that did not change during the wait, oldest first; each with its MD5 from before it.
 
     Includes new files made from rows that were appended to files after their merge.
     """
@@ -209,7 +210,7 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
     waits = inbox.config.checksum_wait_seconds
     late = changed_archive_files(inbox.paths)
-    found = [_marked(inbox, each) if waits else each for each in candidates(inbox.paths)]
+    found = [_marked(inbox, each) if waits else each for each in waiting]
     # One pause for all files.
     if waits and (late or any(not each.refused for each in found)):
         inbox.context.stop.pause(min(waits, threading.TIMEOUT_MAX))
@@ -308,7 +309,7 @@ def _merge_file(inbox: InboxRun, each: Candidate) -> Report:
     inbox.tell(load.summary())
     numbers = (load.rows_after, len(merged.columns), load.size_bytes)
     log.info("%s: written, %d rows, %d columns, %d bytes", paths.config.merged_file.name, *numbers)
-    return merged.report()
+    return merged.report
 
 
 @contextmanager
@@ -329,7 +330,7 @@ def _rehearse(inbox: InboxRun, each: Candidate) -> Report:
     load = LoadRecord(uuid4().hex, inbox.context.run_id, each.name, "", "valid")
     with translate_os_errors(str(paths.folder)):
         merged = read_and_merge(inbox, each, load)
-    merged.incoming.spool.unlink()
+    paths.temporary(load.load_id, "rows").unlink()
     paths.temporary(load.load_id, "master").replace(paths.config.merged_file)
     inbox.told.append(merged.load.summary())
-    return merged.report()
+    return merged.report

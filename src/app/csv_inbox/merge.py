@@ -48,23 +48,10 @@ log = logging.getLogger(__name__)
 class MergedFile(NamedTuple):
     """A merge that lies in temporary files: its record, the new columns, and the old master's identity, if any."""
 
-    incoming: IncomingFile
     load: LoadRecord
     columns: Sequence[str]
     master: FileIdentity | None
-
-    def report(self) -> Report:
-        """The report for one file. A row replaced by a later row of the same file counts as corrected."""
-        incoming, load = self.incoming, self.load
-        tally = Tally(
-            counted=incoming.counted,
-            read=incoming.rows,
-            new=load.inserted,
-            already_there=load.unchanged,
-            corrected=load.replaced + load.duplicates,
-        )
-        ledger = ledger_of(tally, unit=UNIT).of_partition(load.file)
-        return Report(rows=incoming.rows, bytes=incoming.identity.size, ledger=ledger)
+    report: Report
 
 
 def read_and_merge(inbox: InboxRun, each: Candidate, load: LoadRecord) -> MergedFile:
@@ -98,7 +85,17 @@ def read_and_merge(inbox: InboxRun, each: Candidate, load: LoadRecord) -> Merged
             unended_bytes=incoming.unended_bytes,
         )
         load, columns = merge(paths, old, incoming, load, beat)
-    return MergedFile(incoming, load, columns, old.identity if old else None)
+    tally = Tally(
+        counted=incoming.counted,
+        read=incoming.rows,
+        new=load.inserted,
+        already_there=load.unchanged,
+        # A row replaced by a later row of the same file counts as corrected.
+        corrected=load.replaced + load.duplicates,
+    )
+    ledger = ledger_of(tally, unit=UNIT).of_partition(load.file)
+    report = Report(rows=incoming.rows, bytes=incoming.identity.size, ledger=ledger)
+    return MergedFile(load, columns, old.identity if old else None, report)
 
 
 class Master(NamedTuple):
