@@ -42,12 +42,10 @@ from app.csv_inbox.transaction import (
     LoadRecord,
     changed_archive_files,
     changed_master,
-    commit,
-    complete,
+    commit_merge,
     history_row,
     load_id_of,
     loads,
-    prepared,
     recover,
     text_of,
 )
@@ -296,16 +294,16 @@ def _merge_file(inbox: InboxRun, each: Candidate) -> Report:
 
     at, began, paths = inbox.clock(), time.monotonic(), inbox.paths
     load = LoadRecord(load_id_of(paths.loads, at), inbox.context.run_id, each.name, text_of(at), MERGED)
+    is_merged = False
     try:
         merged = read_and_merge(inbox, each, load)
         load = replace(merged.load, seconds=time.monotonic() - began)
-        transaction = prepared(inbox, each, load, columns=merged.columns, master=merged.master)
-        commit(paths, transaction)
+        commit_merge(inbox, each, load, columns=merged.columns, master=merged.master)
+        is_merged = True
     finally:
-        if not paths.journal.exists():  # after a commit the journal needs them
+        if not is_merged and not paths.journal.exists():  # after a commit the journal needs them
             for path in paths.leftovers():
                 path.unlink(missing_ok=True)
-    complete(paths, transaction)
     inbox.tell(load.summary())
     numbers = (load.rows_after, len(merged.columns), load.size_bytes)
     log.info("%s: written, %d rows, %d columns, %d bytes", paths.config.merged_file.name, *numbers)
