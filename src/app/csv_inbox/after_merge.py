@@ -21,7 +21,6 @@ from app.csv_inbox.discovery import (
     MEBIBYTE,
     SUFFIX,
     Candidate,
-    FileIdentity,
     InboxPaths,
     InboxRun,
     free_paths,
@@ -54,7 +53,7 @@ LEAST_CHARACTERS = 4
 
 def ingest_appended_rows(inbox: InboxRun, load: LoadRecord, grown: Candidate) -> Candidate | None:
     """Put rows appended to a merged file into the inbox as a new file; None if there are none. Raises OSError."""
-    merged, found = FileIdentity(*load.source), grown.identity
+    merged, found = load.source, grown.identity
     try:
         with open_regular(grown.path) as file, translate_os_errors(str(inbox.config.watch_dir)):
             dealt_with = replace(load, source=found, source_md5=md5_of(file, found.size), unended_bytes=0)
@@ -72,7 +71,7 @@ def ingest_appended_rows(inbox: InboxRun, load: LoadRecord, grown: Candidate) ->
 def _moved_back(
     inbox: InboxRun, load: LoadRecord, dealt_with: LoadRecord, grown: Candidate, file: IO[bytes]
 ) -> Candidate | None:
-    paths, found, start = inbox.paths, grown.identity, FileIdentity(*load.source).size
+    paths, found, start = inbox.paths, grown.identity, load.source.size
     told = f"{found.size - start} bytes were written to it after it was merged"
     if load.unended_bytes:  # the last merged row may continue in the appended bytes
         file.seek(start)

@@ -197,6 +197,9 @@ class FileIdentity(NamedTuple):
     mtime_ns: int
 
 
+UNKNOWN_FILE = FileIdentity(0, 0, 0, 0)
+
+
 def identity_of(found: os.stat_result) -> FileIdentity:
     """The identity in a stat result."""
     return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)

@@ -25,6 +25,7 @@ from app.csv_inbox.config import FileStillChanging, InboxConfig, StuckFile, Unme
 from app.csv_inbox.discovery import (
     PENDING,
     RECORD,
+    UNKNOWN_FILE,
     Candidate,
     FileIdentity,
     InboxPaths,
@@ -77,9 +78,8 @@ class LoadRecord:
     `mtime_before_ns` is its modification time before.
 
     The last five fields serve to find rows appended to the file later: `archive_name` is its raw name in the archive;
-    `source` its device, inode, size and modification time at the last check (empty if unknown); `source_md5` the MD5
-    of everything ingested by then; `rows_at` the offset of its first row; `unended_bytes` the size of a last record
-    without a line end.
+    `source` the file at the last check (UNKNOWN_FILE if not kept); `source_md5` the MD5 of everything ingested by
+    then; `rows_at` the offset of its first row; `unended_bytes` the size of a last record without a line end.
     """
 
     load_id: str
@@ -106,7 +106,7 @@ class LoadRecord:
     mtime_ns: int = 0
     mtime_before_ns: int = 0
     archive_name: str = ""
-    source: tuple[int, ...] = ()
+    source: FileIdentity = UNKNOWN_FILE
     source_md5: str = ""
     rows_at: int = 0
     unended_bytes: int = 0
@@ -125,7 +125,7 @@ def load_of(content: Mapping[str, Any]) -> LoadRecord:
     """A load from its JSON record; unknown keys, from later versions, are ignored."""
     known = {each.name for each in fields(LoadRecord)} & content.keys()
     values: dict[str, Any] = {name: tuple(x) if isinstance(x := content[name], list) else x for name in known}
-    return LoadRecord(**values)
+    return LoadRecord(**values | {"source": FileIdentity(*(values.get("source") or UNKNOWN_FILE))})
 
 
 def save_load(folder: Path, load: LoadRecord) -> None:
@@ -196,9 +196,9 @@ def changed_archive_files(paths: InboxPaths) -> Sequence[tuple[LoadRecord, Candi
     """The archived files that were written to since they were merged, each with its merge. Raises OSError."""
     changed = []
     for load in loads(paths.loads):
-        if load.outcome != MERGED or not load.source:
+        if load.outcome != MERGED:
             continue
-        path, merged = paths.config.archive_dir / load.archive_name, FileIdentity(*load.source)
+        path, merged = paths.config.archive_dir / load.archive_name, load.source
         found = identity_at(path)
         if found and found != merged and (found.device, found.inode) == (merged.device, merged.inode):
             changed.append((load, Candidate(path, found)))
@@ -293,11 +293,10 @@ def _archiving(inbox: InboxRun, each: Candidate, load: LoadRecord, at: datetime)
         if each.path.exists():  # then the archive folder is missing
             raise
         raise FileStillChanging("it is gone") from error
-    identity = FileIdentity(*load.source)
-    if identity_at(each.path) != identity:
+    if identity_at(each.path) != load.source:
         raise FileStillChanging("it was replaced while it was read")
     target = next(free_paths(inbox.config.archive_dir, each.path.name, f".{time_stamp(at)}"))
-    return PendingArchive(pending, target, each.path, identity, load.source_md5)
+    return PendingArchive(pending, target, each.path, load.source, load.source_md5)
 
 
 def commit(
