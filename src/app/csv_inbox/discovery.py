@@ -39,6 +39,8 @@ WRITTEN_BYTES = 38
 STEM_BYTES = NAME_BYTES - WRITTEN_BYTES - len("..merge-journal.json")
 """How much of the master's name goes into the names beside it: short enough for the longest addition."""
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+NEVER_OPENED = (*REFUSED, errno.ELOOP, errno.ENXIO, errno.ENODEV)
+"""No rights, a link, a socket, a device without a driver."""
 NOT_REGULAR = "put the file itself into the inbox, not a link, a pipe or a device"
 log = logging.getLogger(__name__)
 
@@ -214,15 +216,21 @@ def identity_at(path: Path) -> FileIdentity | None:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Open a regular file without following links. Raises UnmergeableFile for anything else, and FileStillChanging."""
+    """Open a regular file without following links.
+
+    Raises UnmergeableFile for anything else, FileStillChanging, and StuckFile for what may pass, such as too many open
+    files.
+    """
     try:
         # O_NONBLOCK: opening a pipe would wait for its writer, perhaps forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise FileStillChanging("it is gone") from error
     except OSError as error:
-        fault = FileFault(f"it cannot be opened: {error.strerror}")
-        raise UnmergeableFile(FaultKind.NO_ACCESS, [fault], "put a readable, regular file") from error
+        told = f"it cannot be opened: {error.strerror}"
+        if error.errno not in NEVER_OPENED:
+            raise StuckFile(told, "look at the system's log; it stays in the inbox, and others go on") from error
+        raise UnmergeableFile(FaultKind.NO_ACCESS, [FileFault(told)], "put a readable, regular file") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UnmergeableFile(FaultKind.NOT_REGULAR, [FileFault("not a regular file")], NOT_REGULAR)

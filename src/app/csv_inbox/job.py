@@ -232,6 +232,7 @@ def _steady(inbox: InboxRun, waiting: Sequence[Candidate]) -> Sequence[Candidate
 
 
 def _marked(inbox: InboxRun, each: Candidate) -> Candidate:
+    inbox.context.stop.check()  # many large files take long
     if each.refused or each.identity.size > inbox.config.max_file_size_mb * MEBIBYTE:
         return each  # hashing it would delay the others
     try:
