@@ -2,6 +2,7 @@
 
 import io
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ def cpu_seconds(here: World, content: bytes) -> float:
     begun = time.process_time()
     here.run()
     return time.process_time() - begun
+
+
+def peak_bytes(here: World) -> int:
+    tracemalloc.start()
+    try:
+        here.run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_quote_that_is_never_closed_is_read_little_beyond_the_longest_record() -> None:
@@ -70,6 +80,32 @@ def test_appended_files_with_marks_inside_and_outside_of_quotes_are_told_apart(t
     quoted = b'x,"1\n' + BOM + b'2"\n'
     assert not here.take("1.csv", b"k,a\n" + quoted + BOM + b"k,a\ny,1\n" + BOM + b"z,1\n").failures
     assert here.master == b"k,a\n" + quoted + b"y,1\nz,1\n"
+
+
+def test_a_thousand_new_columns_for_many_short_rows_fit_into_little_memory(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    count, columns = 20_000, 1000
+    rows = "".join(f"{n}\n" for n in range(count))
+    here.take("0.csv", "k\n" + rows)
+    wide = "," * columns
+    names = ",".join(["k", *(f"c{n}" for n in range(columns))])
+    again = "".join(f"{n}{wide}\n" for n in range(0, count, 100))
+    here.drop("1.csv", f"{names}\n{again}")
+    assert peak_bytes(here) < 20 << 20
+    assert (here.loads[0].unchanged, here.loads[0].rows_after) == (count // 100, count)
+    assert here.master == f"{names}\n{''.join(f'{n}{wide}' + chr(10) for n in range(count) if n % 100)}{again}".encode()
+    here.undo(here.loads[0].run_id)
+    assert here.master == f"k\n{rows}".encode()
+
+
+def test_many_short_rows_for_a_master_of_a_thousand_columns_fit_into_little_memory(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    count, columns = 20_000, 1000
+    head = ",".join(["k", *(f"c{n}" for n in range(columns))]) + "\nx" + ",1" * columns + "\n"
+    here.take("0.csv", head)
+    here.drop("1.csv", "k\n" + "".join(f"{n}\n" for n in range(count)))
+    assert peak_bytes(here) < 20 << 20
+    assert here.master == (head + "".join(f"{n}{',' * columns}\n" for n in range(count))).encode()
 
 
 def test_blank_rows_cost_little_more_than_rows(tmp_path: Path) -> None:

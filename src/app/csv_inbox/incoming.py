@@ -451,7 +451,6 @@ class IncomingFile:
             spool.write(block.data)
             self.offsets.frombytes((block.ends + base).tobytes())
             return
-        parts = []
         for start, stop in pairs(block.starts[block.rows], block.stops[block.rows]):
             record = block.data[start:stop]
             if translated or not union.fits:
@@ -459,10 +458,8 @@ class IncomingFile:
                 if translated:
                     fields = [self.out.written(self.dialect.unquoted(raw)) for raw in fields]
                 record = d.join([fields[place] for place in union.order])
-            base += len(record) + len(eol)
+            base += spool.write(record + eol)  # one by one: with the columns of the master a row may be far longer
             self.offsets.append(base)
-            parts.append(record)
-        spool.write(eol.join([*parts, b""]))
 
 
 def _drop_blank_rows(block: RecordBlock, dialect: CsvDialect) -> None:

@@ -7,7 +7,7 @@ the file's keys. The master is only read, never written; an unreadable master st
 import logging
 import os
 from array import array
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from io import FileIO
@@ -253,12 +253,13 @@ class Upsert:
         lengths = self.offsets[rows[fresh] + 1] - there - len(self.union.eol)
         # Compare lengths first: most changed rows differ in length, and then nothing has to be read.
         alike = np.flatnonzero(lengths == stops - starts + len(self.padding))
-        if len(alike):
-            starts, stops, lengths = starts[alike], stops[alike], lengths[alike]
-            old = CellSlices(block.array, starts, lengths)
+        parts = np.flatnonzero(np.diff(np.cumsum(lengths[alike]) // READ_BYTES)) + 1  # padded rows may be far longer
+        for part in np.split(alike, parts) if len(alike) else ():
+            old = CellSlices(block.array, starts[part], lengths[part])
             if self.padding:
-                old = CellSlices.of([block.data[start:stop] + self.padding for start, stop in pairs(starts, stops)])
-            self.unchanged += int(np.count_nonzero(equal_pairs(old, self._spooled(there[alike], lengths))))
+                rows_before = pairs(starts[part], stops[part])
+                old = CellSlices.of([block.data[start:stop] + self.padding for start, stop in rows_before])
+            self.unchanged += int(np.count_nonzero(equal_pairs(old, self._spooled(there[part], lengths[part]))))
 
     def _spooled(self, starts: Offsets, lengths: Offsets) -> CellSlices:
         """These spooled records: one read of the whole span, unless it is too long."""
@@ -276,17 +277,27 @@ class Upsert:
         if self.removed is not None:
             self.removed.write(cut(block.data, first, last))
             self.ranges.frombytes(np.stack((first + at, last - first), axis=1).astype(np.int64).tobytes())
-        data = block.data
+        held = memoryview(block.data)
+        stays = zip([0, *last.tolist()], [*first.tolist(), len(held)], strict=True)
         if self.padding:
-            size, stops = len(self.padding), block.stops[block.rows]
-            data = np.insert(block.array, np.repeat(stops, size), self.padding[0]).tobytes()
-            first, last = (place + size * np.searchsorted(stops, place, "right") for place in (first, last))
-        held = memoryview(data)
-        stays = zip([0, *last.tolist()], [*first.tolist(), len(data)], strict=True)
-        self.out.writelines(held[start:end] for start, end in stays)
+            self.out.writelines(self._padded(held, block.stops[block.rows], stays))
+        else:
+            self.out.writelines(held[start:end] for start, end in stays)
         last_goes = len(gone) and int(gone[-1]) == len(block.ends) - 1
         if not block.data.endswith(b"\n") and not last_goes:
             self.out.write(self.union.eol)  # the master's last record may lack its line end, and rows follow now
+
+    def _padded(
+        self, held: memoryview, stops: Offsets, stays: Iterable[tuple[int, int]]
+    ) -> Iterator[bytes | memoryview]:
+        """The ranges that stay, with the padding at each row's stop; in pieces, since a row may grow a thousandfold."""
+        for start, end in stays:
+            at = start
+            for stop in stops[slice(*np.searchsorted(stops, (start, end), "right"))].tolist():
+                yield held[at:stop]
+                yield self.padding
+                at = stop
+            yield held[at:end]
 
     def finish(self, path: Path) -> tuple[frozenset[int], FileIdentity]:
         """Append the file's rows, only the last row of each key; make everything durable.
