@@ -52,6 +52,10 @@ def test_bad_rows_are_kept_up_to_the_size_of_the_longest_record_and_then_counted
     [
         (b"k" + b"," * MOST_FIELDS + b"\nx,1\n", "a header of more than 100000 fields"),
         (b"k" + b"," * (MOST_FIELDS * 20), "a header of more than 100000 fields"),
+        (
+            b"k," + b",".join(b"%d" % n for n in range(MOST_FIELDS - 2)) + b",7\nx\n",
+            "the column '7' occurs twice in the header",
+        ),
         (b"\n" * (MOST_BLANK_BYTES + 1) + b"k,a\nx,1\n", "no header in the first 1 MiB"),
         (b" ,\n" * (MOST_BLANK_BYTES // 2) + b"k,a\nx,1\n", "no header in the first 1 MiB"),
         (

@@ -98,7 +98,8 @@ def read_header(read: Read, master: CsvDialect, known: Sequence[str] | None = No
             for name, value, raw_field in zip(names, written, fields, strict=False)
         ]
     if len(set(names)) < len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        places: dict[str, int] = {}
+        twice = next(name for place, name in enumerate(names) if places.setdefault(name, place) < place)
         raise malformed(FaultKind.HEADER, f"the column {twice!r} occurs twice in the header", line, record)
     return CsvHeader(
         names=names,

@@ -130,7 +130,8 @@ def load_of(content: Mapping[str, Any]) -> LoadRecord:
 
 def save_load(folder: Path, load: LoadRecord) -> None:
     """Write or replace the record, durably. Raises OSError."""
-    text = json.dumps(asdict(load), indent=1)
+    content = asdict(load) | ({"source": []} if load.source == UNKNOWN_FILE else {})
+    text = json.dumps(content, indent=1)
     write_durably(folder / f"{load.load_id}{RECORD}", [text.encode("ascii")])
 
 
