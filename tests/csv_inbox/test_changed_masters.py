@@ -104,6 +104,18 @@ def test_keys_that_share_a_hash_are_merged_each_by_itself(tmp_path: Path) -> Non
         here.undo(here.loads[0].run_id)
 
 
+@pytest.mark.parametrize("edited", [b"\n\nk,a", b"\xef\xbb\xbf\nk,a", b'"k",a', b"\r\nk,a\r\nx,1"])
+def test_a_master_that_somebody_left_without_rows_or_a_last_line_end_comes_back_as_it_was(
+    tmp_path: Path, edited: bytes
+) -> None:
+    here = world(tmp_path)
+    here.config.merged_file.write_bytes(edited)
+    here.take("1.csv", "k,a\ny,2\n")
+    assert here.master.startswith(edited)
+    here.undo(here.loads[0].run_id)
+    assert here.master == edited
+
+
 class Meddling:
     """Progress that somebody else uses to write into the master."""
 

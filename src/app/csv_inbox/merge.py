@@ -221,8 +221,9 @@ class Upsert:
         """
         header = master.header
         master.file.seek(0)
-        raw = master.file.read(header.size_bytes)
-        self.out.write(self.union.header(self.dialect) if self.padding or not header.eol else raw)
+        raw = master.file.read(header.size_bytes)  # with what lies before the header: undo expects it there
+        eol = b"" if header.eol else self.union.eol
+        self.out.write(self.union.header(self.dialect) if self.padding else raw + eol)
         at, width = header.size_bytes, len(header.names)
         for block in blocks(master.file.read, self.dialect, 1 + header.line, SCAN_BYTES):
             self.beat(len(block.data))
