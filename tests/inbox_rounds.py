@@ -18,7 +18,7 @@ from app.csv_inbox.discovery import BAD_ROWS, REASON
 from inbox_world import Table, World, model, parsed
 from kill_rounds import Command, main
 
-CONFIG = {"checksum_wait_seconds": 0, "key_column": "k"}
+CONFIG = {"checksum_wait_seconds": 0, "key_column": "k", "index_from_mb": 0}
 LONG = "中" * 80
 FIRST_AT = 1_700_000_000
 
@@ -36,6 +36,7 @@ class InboxWorld:
         "state.db*",
         "merged_metadata.json",
         ".final_clusters_data.csv.loads",
+        ".final_clusters_data.csv.index",
         ".final_clusters_data.csv.merge-journal.json",
     )
     to_the_end = (("run", "csv_inbox"),)

@@ -90,8 +90,8 @@ class World:
 
 
 def world(folder: Path, **keys: Any) -> World:
-    """An inbox with these keys, without waiting."""
-    given = {"checksum_wait_seconds": 0, "key_column": "k", **keys}
+    """An inbox with these keys, without waiting, and with an index however small the master is."""
+    given = {"checksum_wait_seconds": 0, "key_column": "k", "index_from_mb": 0, **keys}
     return World(folder, configured(given, folder, ""))
 
 

@@ -199,9 +199,12 @@ class Meanwhile(Stop):
             self._acts.pop()()
 
 
+@pytest.mark.parametrize("index_from_mb", [0, 1000])
 @pytest.mark.parametrize("how", ["written to", "replaced"])
-def test_a_master_that_changes_while_it_is_read_is_merged_into_as_it_is_then(tmp_path: Path, how: str) -> None:
-    here = world(tmp_path)
+def test_a_master_that_changes_while_it_is_read_is_merged_into_as_it_is_then(
+    tmp_path: Path, index_from_mb: int, how: str
+) -> None:
+    here = world(tmp_path, index_from_mb=index_from_mb)
     here.take("0.csv", "k,a\nx,1\ny,1\n")
     theirs = here.master + b"theirs,1\n"
 

@@ -336,7 +336,7 @@ def test_a_rejected_folder_that_may_not_be_written_stops_no_other_file_and_is_th
 
 
 def test_a_record_of_the_longest_size_can_be_read_back_whatever_happens_to_the_columns(tmp_path: Path) -> None:
-    here = world(tmp_path, undo_keep=0)
+    here = world(tmp_path, undo_keep=0, index_from_mb=1000)
     value = "v" * (csv_tokenizer.LONGEST_RECORD_BYTES - len("x,\n"))
     assert not here.take("1.csv", f"k,a\nx,{value}\n").failures
     assert here.take("2.csv", f"k,a\ny,{value}v\n").failures

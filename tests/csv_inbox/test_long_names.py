@@ -78,6 +78,7 @@ def test_a_master_with_a_long_name_has_all_its_files_beside_it(tmp_path: Path, n
     here.take("2.csv", "k,a\nx,2\n")
     here.take("bad.csv", "k,a\nx\n")
     assert here.master == b"k,a\nx,2\n"
+    assert InboxPaths(here.config).index.parent == tmp_path
     here.undo(here.loads[1].run_id)
     assert here.master == b"k,a,gone\nx,1,\n"
     short_enough(here)

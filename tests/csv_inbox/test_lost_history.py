@@ -45,12 +45,13 @@ def check(here: World, master: bytes = MERGED) -> None:
 
 
 @pytest.mark.slow
-def test_history_and_metadata_may_be_gone_when_a_merge_is_completed(tmp_path: Path) -> None:
+def test_history_metadata_and_index_may_be_gone_when_a_merge_is_completed(tmp_path: Path) -> None:
     number = 0
     for here in begun(tmp_path):
         number += 1
         shutil.rmtree(InboxPaths(here.config).loads)
         here.config.metadata_file.unlink(missing_ok=True)
+        InboxPaths(here.config).index.unlink(missing_ok=True)
         assert recover(InboxPaths(here.config)), "as a run does, and an undo"
         check(here)
     assert number > 5

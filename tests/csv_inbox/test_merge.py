@@ -48,6 +48,11 @@ def counts(master: Table | None, incoming: Table) -> tuple[int, ...]:
     return len(new), len(set(keys) - new), len(keys) - len(set(keys)), len(there), len(set(there)) + len(new)
 
 
+def shown_counts(here: World) -> tuple[int, ...]:
+    load = here.loads[0]
+    return load.inserted, load.replaced, load.unchanged, load.duplicates, load.rows_before, load.rows_after
+
+
 @pytest.mark.slow
 @settings(max_examples=25 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
@@ -57,12 +62,16 @@ def test_any_sequence_of_files_gives_what_the_model_gives_and_can_be_taken_back(
     drops: list[tuple[Table, str, bool, bool]],
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        here = world(Path(folder))
+        here = world(Path(folder) / "indexed")
+        plain = world(Path(folder) / "plain", index_from_mb=1000)
         expected: Table | None = None
         history: list[bytes | None] = [None]
         for number, (table, eol, quote_all, last_eol) in enumerate(drops):
             content = written(table, eol, quote_all=quote_all, last_eol=last_eol)
             assert not here.take(f"{number}.csv", content).failures
+            plain.take(f"{number}.csv", content)
+            assert here.master == plain.master
+            assert shown_counts(here) == shown_counts(plain)
             load = here.loads[0]
             found = (load.inserted, load.replaced + load.unchanged, load.duplicates, load.rows_before, load.rows_after)
             assert found == counts(expected, table)
@@ -221,8 +230,11 @@ def test_a_master_that_cannot_be_read_stops_everything_and_is_never_overwritten(
     assert not [name for name in here.names(tmp_path) if ".tmp" in name]
 
 
-def test_a_master_far_larger_than_a_block_is_merged_and_taken_back_in_pieces(tmp_path: Path) -> None:
-    here = world(tmp_path)
+@pytest.mark.parametrize("index_from_mb", [0, 1000], ids=["indexed", "scanned"])
+def test_a_master_far_larger_than_a_block_is_merged_and_taken_back_in_pieces(
+    tmp_path: Path, index_from_mb: float
+) -> None:
+    here = world(tmp_path, index_from_mb=index_from_mb)
     rows = [f'key-{n:06d},"{n}","text\n{n}",{"x" * 40}' for n in range(80_000)]
     here.take("1.csv", "\n".join(["k,a,b,c", *rows]) + "\n")
     assert len(here.master) > 5 * csv_tokenizer.BLOCK_BYTES

@@ -31,7 +31,7 @@ def started(folder: Path, data_dir: str, *, stderr: int) -> "subprocess.Popen[by
 
 
 def configured(folder: Path) -> Path:
-    keys = {"checksum_wait_seconds": 0.05, "key_column": "k", "lock_timeout_seconds": 60}
+    keys = {"checksum_wait_seconds": 0.05, "key_column": "k", "lock_timeout_seconds": 60, "index_from_mb": 0}
     (folder / "config.json").write_text(json.dumps(keys))
     (folder / "csv_inbox").mkdir()
     return folder / "csv_inbox"

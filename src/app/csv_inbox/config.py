@@ -159,7 +159,6 @@ class InboxConfig(BaseModel):
     log_to_console: Annotated[bool, Field(description="true or false")] = False
     lock_timeout_seconds: Seconds = 30
     undo_keep: int = Field(10, ge=0, le=MOST_KEPT, description=f"a whole number from 0 to {MOST_KEPT}")
-    # Has no effect: it is accepted because files of earlier versions may have it.
     index_from_mb: Megabytes = Field(16, ge=0, description="a number of megabytes, 0 or more")
 
 

@@ -62,20 +62,18 @@ class InboxPaths:
         self.journal = master.with_name(f"{self._prefix}merge-journal.json")
         # The load history and the undo files.
         self.loads = master.with_name(f"{self._prefix}loads")
+        # The key index of a large master; without it the next merge takes longer.
+        self.index = master.with_name(f"{self._prefix}index")
 
     def temporary(self, load_id: str, what: str, folder: Path | None = None) -> Path:
         """A hidden temporary file of one merge, in the master's folder unless another one is given."""
         return (folder or self.folder) / f"{self._prefix}{load_id}.{what}.merge{TEMPORARY_SUFFIX}"
 
     def leftovers(self) -> Sequence[Path]:
-        """Temporary files and pending links of a merge that was never committed, and an earlier version's index.
-
-        Raises OSError.
-        """
+        """Temporary files and pending links of a merge that was never committed. Raises OSError."""
         config, end = self.config, re.escape(TEMPORARY_SUFFIX)
         kinds = (
             (rf"\.?{re.escape(self._prefix)}.*{end}", {self.folder, config.metadata_file.parent, config.watch_dir}),
-            (rf"{re.escape(self._prefix)}index", {self.folder}),
             # Reasons, bad rows and records whose `write_durably` was killed.
             (rf"\..*({re.escape(REASON)}|{re.escape(BAD_ROWS)}).*{end}", {config.rejected_dir}),
             (rf"\..*{re.escape(RECORD)}.*{end}", {self.loads}),

@@ -35,7 +35,7 @@ from app.csv_inbox.csv_tokenizer import (
     shown,
 )
 from app.csv_inbox.discovery import MEBIBYTE, identity_of, open_regular, read_some
-from app.csv_inbox.file_keys import FileKeys
+from app.csv_inbox.key_index import FileKeys
 
 # Headers: the columns of the master, of an incoming file, and their union.
 #

@@ -305,6 +305,8 @@ def _merge_file(inbox: InboxRun, each: Candidate) -> Report:
         if not is_merged and not paths.journal.exists():  # after a commit the journal needs them
             for path in paths.leftovers():
                 path.unlink(missing_ok=True)
+    if (new_index := paths.temporary(load.load_id, "index")).exists():  # rename the index only after its master
+        new_index.replace(paths.index)
     inbox.tell(load.summary())
     numbers = (load.rows_after, len(merged.columns), load.size_bytes)
     log.info("%s: written, %d rows, %d columns, %d bytes", paths.config.merged_file.name, *numbers)
@@ -313,11 +315,12 @@ def _merge_file(inbox: InboxRun, each: Candidate) -> Report:
 
 @contextmanager
 def _rehearsal(inbox: InboxRun) -> Iterator[InboxRun]:
-    """What stands in for the inbox in a dry run: its master begins as a link to the real one."""
+    """What stands in for the inbox in a dry run: its master and index begin as links to the real ones."""
     with tempfile.TemporaryDirectory(prefix="headwater-csv-inbox-") as name:
         real = inbox.config.merged_file
         paths = InboxPaths(inbox.config.model_copy(update={"merged_file": Path(name) / real.name, "undo_keep": 0}))
         paths.config.merged_file.symlink_to(real)
+        paths.index.symlink_to(inbox.paths.index)
         yield replace(inbox, paths=paths)
 
 
@@ -331,5 +334,8 @@ def _rehearse(inbox: InboxRun, each: Candidate) -> Report:
         merged = read_and_merge(inbox, each, load)
     paths.temporary(load.load_id, "rows").unlink()
     paths.temporary(load.load_id, "master").replace(paths.config.merged_file)
+    paths.index.unlink(missing_ok=True)
+    if (new_index := paths.temporary(load.load_id, "index")).exists():
+        new_index.replace(paths.index)
     inbox.told.append(merged.load.summary())
     return merged.report
