@@ -107,6 +107,7 @@ def find_field_bounds(data: bytes, dialect: CsvDialect, line: int = 1) -> FieldB
     if len(quotes) and not _strict(array, quotes, dialect):
         return walked(data, dialect, quotes, line)
     at = np.flatnonzero(found)
+    del found  # a byte for each byte of the block; the peak is still to come
     feeds = array.take(at) == LF
     if len(quotes):
         if 4 * len(quotes) > len(at):
