@@ -123,14 +123,14 @@ def model(master: Table | None, incoming: Table, key: str, required: Sequence[st
     return columns, [[record.get(name, "") for name in columns] for record in records]
 
 
-def colliding(count: int) -> list[bytes]:
+def colliding(count: int, seed: int = 0) -> list[bytes]:
     """Keys of 16 letters of latin-1 whose hashes are one: the second word takes back what the first one did."""
-    chance = random.Random(7)  # noqa: S311 - a fixed seed
+    chance = random.Random(7 + seed)  # noqa: S311 - a fixed seed
     letters = [byte for byte in range(0x30, 0x100) if not 0x7F <= byte <= 0xA0]
-    seed = 16 * OTHER & WORD
+    begun = (16 + (seed << 32)) * OTHER & WORD
 
     def mixed(word: int) -> int:
-        found = (seed ^ word) * FACTOR & WORD
+        found = (begun ^ word) * FACTOR & WORD
         return found ^ found >> 32
 
     found: list[bytes] = []

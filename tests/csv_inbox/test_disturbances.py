@@ -1,6 +1,7 @@
 """What happens to an inbox meanwhile: files that change, a second process, a stop, disks that are full or read-only."""
 
 import os
+import resource
 import subprocess
 import threading
 import time
@@ -15,6 +16,8 @@ from filelock import FileLock
 
 from app.core.errors import Permanent, Rejected, Stopped, Transient
 from app.core.runs import Stop
+from app.csv_inbox.config import StuckFile
+from app.csv_inbox.discovery import open_regular
 from app.csv_inbox.job import run, undo
 from disk_effects import Disk, Effect
 from inbox_world import World, world
@@ -389,3 +392,30 @@ def test_a_file_replaced_while_it_is_read_is_merged_as_it_is_then(tmp_path: Path
     values = {line.split(",")[1] for line in last.splitlines()[1:]}
     assert here.master.decode() == "k,a\nx,1\n" + last.partition("\n")[2]
     assert len(values) == 1
+
+
+def test_a_file_that_cannot_be_opened_because_too_many_files_are_open_stays_and_is_merged_next(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    path = here.drop("1.csv", "k,a\nx,1\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(StuckFile, match="Too many open files"):
+            open_regular(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not here.run().failures
+    assert here.master == b"k,a\nx,1\n"
+
+
+def test_a_run_that_is_stopped_takes_the_md5_of_no_further_file(tmp_path: Path) -> None:
+    here = world(tmp_path, checksum_wait_seconds=5)
+    for name in ("1.csv", "2.csv"):
+        os.truncate(here.drop(name, ""), 400 << 20)
+    stop = Stop()
+    stop.ask("the test")
+    begun = time.process_time()
+    with pytest.raises(Stopped):
+        here.run(stop=stop)
+    assert time.process_time() - begun < 0.3
+    assert here.waiting == ["1.csv", "2.csv"]

@@ -1,4 +1,4 @@
-"""The index: used for the very master that it was made for, and never believed."""
+"""The index: used for the very master that it was made for, and never believed. And masters that somebody edited."""
 
 import os
 from collections.abc import Callable
@@ -158,6 +158,32 @@ def test_keys_that_share_a_hash_are_merged_each_by_itself(tmp_path: Path) -> Non
         assert here.master.decode("latin-1").splitlines() == ["k,a", *lines]
         assert (here.loads[0].inserted, here.loads[0].replaced, here.loads[0].duplicates) == (1, 1, 1)
         here.undo(here.loads[0].run_id)
+
+
+def test_a_file_whose_keys_share_a_hash_uses_no_index_and_a_later_file_makes_it_anew(tmp_path: Path) -> None:
+    first, second = (key.decode("latin-1") for key in colliding(2))
+    here = world(tmp_path, csv_encoding="latin-1")
+    rows = "".join(f"{n},old\n" for n in range(ROWS))
+    here.take("0.csv", f"k,a\n{first},old\n{rows}".encode("latin-1"))
+    here.take("1.csv", f"k,a\n{first},new\n{second},new\n7,new\n".encode("latin-1"))
+    assert (here.loads[0].inserted, here.loads[0].replaced) == (1, 2)
+    here.take("2.csv", f"k,a\n{second},newer\n".encode("latin-1"))
+    overwritten(here.config.merged_file, here.master.index(b"250,old"), b"250,o,d")
+    here.take("3.csv", "k,a\n8,new\n")  # the index of the merge before it is used
+    kept = rows.replace("7,old\n", "", 1).replace("8,old\n", "", 1).replace("250,old", "250,o,d")
+    assert here.master.decode("latin-1") == f"k,a\n{kept}{first},new\n7,new\n{second},newer\n8,new\n"
+
+
+@pytest.mark.parametrize("edited", [b"\n\nk,a", b"\xef\xbb\xbf\nk,a", b'"k",a', b"\r\nk,a\r\nx,1"])
+def test_a_master_that_somebody_left_without_rows_or_a_last_line_end_comes_back_as_it_was(
+    tmp_path: Path, edited: bytes
+) -> None:
+    here = world(tmp_path)
+    here.config.merged_file.write_bytes(edited)
+    here.take("1.csv", "k,a\ny,2\n")
+    assert here.master.startswith(edited)
+    here.undo(here.loads[0].run_id)
+    assert here.master == edited
 
 
 class Meddling:

@@ -160,14 +160,14 @@ def test_values_of_any_length_are_the_same_only_when_every_byte_is(pairs: list[t
     assert equal_pairs(cells_of(left), cells_of(right)).tolist() == [a == b for a, b in zip(left, right, strict=True)]
 
 
-def outcome(data: bytes, *, plain: bool) -> tuple[list[int], list[int], int] | str:
-    """Marks, and line feeds inside quotes, of whole records, or the refusal."""
+def outcome(data: bytes, *, plain: bool) -> tuple[list[int], list[int]] | str:
+    """Marks of whole records, or the refusal."""
     quotes = np.flatnonzero(np.frombuffer(data, np.uint8) == ord('"'))
     try:
         found: FieldBounds = walked(data, DIALECT, quotes) if plain else find_field_bounds(data, DIALECT)
     except UnmergeableFile as error:
         return error.faults[0].reason
-    return found.at.tolist(), found.lasts.tolist(), found.inner
+    return found.at.tolist(), found.lasts.tolist()
 
 
 FIELDS = st.sampled_from(["a", "", '"q"', '"x,y"', '"two\nlines"', '""""', '"\r\n,"', 'size 5"', "b\r\n", "\n"])

@@ -40,6 +40,14 @@ def written(table: Table, eol: str, *, quote_all: bool, last_eol: bool) -> bytes
     return (text if last_eol else text.removesuffix(eol)).encode()
 
 
+def counts(master: Table | None, incoming: Table) -> tuple[int, ...]:
+    """Inserted, replaced or unchanged, duplicates, rows before and after."""
+    there = [row[master[0].index("k")] for row in master[1]] if master else []
+    keys = [row[incoming[0].index("k")] for row in incoming[1]]
+    new = set(keys) - set(there)
+    return len(new), len(set(keys) - new), len(keys) - len(set(keys)), len(there), len(set(there)) + len(new)
+
+
 def shown_counts(here: World) -> tuple[int, ...]:
     load = here.loads[0]
     return load.inserted, load.replaced, load.unchanged, load.duplicates, load.rows_before, load.rows_after
@@ -64,6 +72,9 @@ def test_any_sequence_of_files_gives_what_the_model_gives_and_can_be_taken_back(
             plain.take(f"{number}.csv", content)
             assert here.master == plain.master
             assert shown_counts(here) == shown_counts(plain)
+            load = here.loads[0]
+            found = (load.inserted, load.replaced + load.unchanged, load.duplicates, load.rows_before, load.rows_after)
+            assert found == counts(expected, table)
             expected = model(expected, table, "k")
             assert parsed(here.master) == expected
             assert here.metadata["row_count"] == len(expected[1])

@@ -93,10 +93,10 @@ def test_the_last_row_of_a_key_is_found_and_of_no_other(held: list[bytes], asked
     keys.sort()
     last = {key: row for row, key in enumerate(held)}
     assert keys.count == len(last)
-    assert keys.kept_rows().tolist() == sorted(last.values())
+    assert keys.kept_rows.tolist() == sorted(last.values())
     cells = cells_of(asked)
-    places = keys.candidates(hashed(cells))
-    rows = keys.last_rows(cells.taken(places), hashed(cells)[places])
+    places, rows = keys.find(cells, hashed(cells))
+    assert set(places.tolist()) <= set(keys.candidates(hashed(cells)).tolist())
     assert dict(zip(places.tolist(), rows.tolist(), strict=True)) == {
         place: last[key] for place, key in enumerate(asked) if key in last
     }
@@ -108,13 +108,20 @@ def test_keys_that_share_a_hash_stay_apart() -> None:
     keys = FileKeys()
     keys.add(cells_of([first, b"other", second, first]))
     keys.sort()
-    assert (keys.count, keys.kept_rows().tolist()) == (3, [1, 2, 3])
+    assert (keys.count, keys.kept_rows.tolist()) == (3, [1, 2, 3])
     cells = cells_of([second, first, third, b"none"])
-    hashes = hashed(cells, keys.seed)
-    places = keys.candidates(hashes)
     assert keys.seed
-    assert places.tolist()[:2] == [0, 1]
-    assert keys.last_rows(cells.taken(places), hashes[places]).tolist()[:2] == [2, 3]
+    places, rows = keys.find(cells, hashed(cells, keys.seed))
+    assert places.tolist() == [0, 1]
+    assert rows.tolist() == [2, 3]
+
+
+def test_keys_made_to_share_a_hash_under_hundreds_of_seeds_stay_apart() -> None:
+    made = [b"x" * (LONG_KEY_BYTES + 1), *(key for seed in range(300) for key in colliding(2, seed))]
+    keys = FileKeys()
+    keys.add(cells_of(made))
+    keys.sort()
+    assert keys.count == len(set(made))
 
 
 def test_keys_that_share_a_hash_stay_apart_also_where_there_are_no_others() -> None:
@@ -122,7 +129,7 @@ def test_keys_that_share_a_hash_stay_apart_also_where_there_are_no_others() -> N
     keys = FileKeys()
     keys.add(cells_of([first, second, first]))
     keys.sort()
-    assert (keys.count, keys.kept_rows().tolist()) == (2, [1, 2])
+    assert (keys.count, keys.kept_rows.tolist()) == (2, [1, 2])
 
 
 @pytest.mark.parametrize("rows", [1, 17, 5000])
@@ -130,7 +137,7 @@ def test_of_a_key_that_stands_in_every_row_the_last_one_is_kept(rows: int) -> No
     keys = FileKeys()
     keys.add(cells_of([b"the same"] * rows))
     keys.sort()
-    assert (keys.count, keys.kept_rows().tolist()) == (1, [rows - 1])
+    assert (keys.count, keys.kept_rows.tolist()) == (1, [rows - 1])
 
 
 @pytest.mark.parametrize("size", range(0, LONG_KEY_BYTES + 9, 4))

@@ -21,7 +21,6 @@ from app.csv_inbox.discovery import (
     MEBIBYTE,
     SUFFIX,
     Candidate,
-    FileIdentity,
     InboxPaths,
     InboxRun,
     free_paths,
@@ -37,10 +36,7 @@ from app.csv_inbox.transaction import (
     MERGED,
     UNDONE,
     LoadRecord,
-    PendingRename,
-    Transaction,
     commit,
-    complete,
     is_as_left,
     loads,
     revert_file,
@@ -57,7 +53,7 @@ LEAST_CHARACTERS = 4
 
 def ingest_appended_rows(inbox: InboxRun, load: LoadRecord, grown: Candidate) -> Candidate | None:
     """Put rows appended to a merged file into the inbox as a new file; None if there are none. Raises OSError."""
-    merged, found = FileIdentity(*load.source), grown.identity
+    merged, found = load.source, grown.identity
     try:
         with open_regular(grown.path) as file, translate_os_errors(str(inbox.config.watch_dir)):
             dealt_with = replace(load, source=found, source_md5=md5_of(file, found.size), unended_bytes=0)
@@ -75,7 +71,7 @@ def ingest_appended_rows(inbox: InboxRun, load: LoadRecord, grown: Candidate) ->
 def _moved_back(
     inbox: InboxRun, load: LoadRecord, dealt_with: LoadRecord, grown: Candidate, file: IO[bytes]
 ) -> Candidate | None:
-    paths, found, start = inbox.paths, grown.identity, FileIdentity(*load.source).size
+    paths, found, start = inbox.paths, grown.identity, load.source.size
     told = f"{found.size - start} bytes were written to it after it was merged"
     if load.unended_bytes:  # the last merged row may continue in the appended bytes
         file.seek(start)
@@ -94,12 +90,10 @@ def _moved_back(
         sync_file(out.fileno())
     target = next(free_paths(inbox.config.watch_dir, grown.path.name, f".late-{start}", end=SUFFIX))
     dealt_with = replace(dealt_with, unended_bytes=_unended_bytes(inbox.config, temporary, found.size - start))
-    transaction = Transaction([PendingRename.of(temporary, target)], [], None, dealt_with)
     if not grown.is_unchanged():
         temporary.unlink()
         raise FileStillChanging("it is still being written")
-    commit(paths, transaction)
-    complete(paths, transaction)
+    commit(paths, dealt_with, [(temporary, target)])
     inbox.tell(f"{grown.name}: {told}; ingested as {printable(target.name)}")
     identity = identity_at(target)
     return Candidate(target, identity) if identity else None
@@ -177,11 +171,9 @@ def undo_merge(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable
         with restored.open("rb", buffering=0) as file:
             header = read_header(file.read, CsvDialect(config.csv_delimiter, config.csv_encoding))
         metadata = written_metadata(paths, load.load_id, header.names, load.rows_before, at)
-        renamings = [PendingRename.of(restored, config.merged_file), metadata]
-    transaction = Transaction(renamings, removals, None, replace(load, outcome=UNDONE, revert=""))
+        renamings = [(restored, config.merged_file), metadata]
     check_master(config, load)  # again: a program that does not take the lock may have written to it meanwhile
-    commit(paths, transaction)
-    complete(paths, transaction)
+    commit(paths, replace(load, outcome=UNDONE, revert=""), renamings, removals=removals)
 
 
 def _splice(config: InboxConfig, load: LoadRecord, kept: Path, restored: Path, beat: Callable[[int], None]) -> None:

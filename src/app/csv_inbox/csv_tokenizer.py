@@ -88,14 +88,12 @@ class CsvDialect:
 @dataclass(frozen=True, slots=True)
 class FieldBounds:
     """Where fields end. `at` has the offsets of delimiters and line feeds outside quotes, `lasts` the positions in `at`
-    of the line feeds, `quotes` the offsets of all quotes. `inner` counts line feeds inside quotes; `returns` is True if
-    there are carriage returns.
+    of the line feeds, `quotes` the offsets of all quotes. `returns` is True if there are carriage returns.
     """
 
     at: Offsets
     lasts: Offsets
     quotes: Offsets
-    inner: int
     returns: bool
 
 
@@ -109,21 +107,19 @@ def find_field_bounds(data: bytes, dialect: CsvDialect, line: int = 1) -> FieldB
     if len(quotes) and not _strict(array, quotes, dialect):
         return walked(data, dialect, quotes, line)
     at = np.flatnonzero(found)
+    del found  # a byte for each byte of the block; the peak is still to come
     feeds = array.take(at) == LF
-    inside = np.flatnonzero(np.searchsorted(quotes, at) & 1) if len(quotes) else NONE
-    inner = int(np.count_nonzero(feeds[inside]))
-    if len(inside):
-        at, feeds = np.delete(at, inside), np.delete(feeds, inside)
+    if len(quotes):
+        if 4 * len(quotes) > len(at):
+            inside = (np.searchsorted(quotes, at) & 1).astype(np.bool_)
+        else:  # to look up few quotes among many marks takes far less
+            marks_between = np.diff(np.searchsorted(at, quotes), prepend=0, append=len(at))
+            inside = np.repeat(np.arange(len(marks_between)) % 2 == 1, marks_between)
+        at, feeds = at[~inside], feeds[~inside]
     returns = b"\r" in data
     if returns:
         _no_lone_return(array, quotes, line)
-    return FieldBounds(at, np.flatnonzero(feeds), quotes, inner, returns)
-
-
-def spread(starts: Offsets, lengths: Offsets) -> Offsets:
-    """The ranges `start` to `start + length`, concatenated."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+    return FieldBounds(at, np.flatnonzero(feeds), quotes, returns)
 
 
 def pairs(starts: Offsets, stops: Offsets) -> Iterator[tuple[int, int]]:
@@ -177,8 +173,7 @@ def walked(data: bytes, dialect: CsvDialect, quotes: Offsets, line: int = 1) -> 
         at.extend(list(ends)[1:])
         lasts.append(len(at) - 1)
         start = match.end()
-    inner = data.count(b"\n", 0, start) - len(lasts)
-    return FieldBounds(np.array(at, np.int64), np.array(lasts, np.int64), quotes, inner, b"\r" in data)
+    return FieldBounds(np.array(at, np.int64), np.array(lasts, np.int64), quotes, b"\r" in data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +228,7 @@ class RecordBlock:
         self.widths: Offsets = np.diff(marks.lasts, prepend=-1)[self.rows]
         self.heads: Offsets = marks.lasts[self.rows] - self.widths + 1
 
-    def drop(self, places: Sequence[int]) -> None:
+    def drop(self, places: Sequence[int] | Offsets) -> None:
         """Take the records of these rows for no rows."""
         if len(places):
             self.rows, self.widths, self.heads = (
@@ -314,8 +309,8 @@ def blocks(
     Raises UnmergeableFile for an unclosed quote and for a record longer than `longest_bytes`.
     """
     tail, told = b"", f"a record longer than {longest_bytes >> 20} MiB"
-    # Read at least as much as is held: otherwise a long record would be rescanned for each piece.
-    while piece := read(max(size, len(tail))):
+    # Read as much as is held, otherwise a long record would be rescanned for each piece; but little beyond the limit.
+    while piece := read(max(size, min(len(tail), longest_bytes - len(tail)))):
         end = piece.rfind(b"\n") + 1
         data, rest = b"".join((tail, memoryview(piece)[:end])), piece[end:]
         more = True
@@ -324,7 +319,7 @@ def blocks(
             if block is not None:
                 _check_length(block, longest_bytes, told)
                 yield block
-                line += block.data.count(b"\n") if data else len(block.marks.lasts) + block.marks.inner
+                line += int(np.count_nonzero(block.array == LF))
         tail = data + rest  # less than one record
         if len(tail) > longest_bytes:
             raise malformed(FaultKind.LONG_RECORD, f"{told}; is a quote not closed?", line)
@@ -344,11 +339,15 @@ def blocks(
 def _first_block(data: bytes, dialect: CsvDialect, line: int, bom: bytes) -> tuple[RecordBlock | None, bytes, bool]:
     """The whole records of `data` up to the next `bom`, the rest, and whether the rest begins with `bom`."""
     body = data.removeprefix(bom)
+    begins = len(body) < len(data)
+    if bom and (at := body.find(b"\n" + bom) + 1):
+        marks = find_field_bounds(body[:at], dialect, line)
+        if len(marks.lasts) and marks.at[marks.lasts[-1]] == at - 1:  # the line feed before it is not quoted
+            return RecordBlock(body[:at], marks, line, begins=begins), body[at:], True
     marks = find_field_bounds(body, dialect, line)
     if not len(marks.lasts):
         return None, data, False
     end = int(marks.at[marks.lasts[-1]]) + 1
-    begins = len(body) < len(data)
     block = RecordBlock(body if end == len(body) else body[:end], marks, line, begins=begins)
     if bom and bom in body:
         for at in block.starts[1:].tolist():

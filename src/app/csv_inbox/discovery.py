@@ -39,6 +39,8 @@ WRITTEN_BYTES = 38
 STEM_BYTES = NAME_BYTES - WRITTEN_BYTES - len("..merge-journal.json")
 """How much of the master's name goes into the names beside it: short enough for the longest addition."""
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+NEVER_OPENED = (*REFUSED, errno.ELOOP, errno.ENXIO, errno.ENODEV)
+"""No rights, a link, a socket, a device without a driver."""
 NOT_REGULAR = "put the file itself into the inbox, not a link, a pipe or a device"
 log = logging.getLogger(__name__)
 
@@ -88,11 +90,6 @@ class InboxPaths:
         given = (config.watch_dir, config.archive_dir, config.rejected_dir, config.metadata_file.parent)
         for folder in (*given, self.folder, self.loads):
             folder.mkdir(parents=True, exist_ok=True)
-
-    def shown(self) -> list[Path]:
-        """What lies in the inbox, without hidden names and the inbox's own files. Raises OSError."""
-        own = {self.config.merged_file, self.config.metadata_file, self.config.log_file, self.lock}
-        return [path for path in _listed(self.config.watch_dir) if path.name[0] != "." and path not in own]
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -200,6 +197,9 @@ class FileIdentity(NamedTuple):
     mtime_ns: int
 
 
+UNKNOWN_FILE = FileIdentity(0, 0, 0, 0)
+
+
 def identity_of(found: os.stat_result) -> FileIdentity:
     """The identity in a stat result."""
     return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
@@ -214,15 +214,21 @@ def identity_at(path: Path) -> FileIdentity | None:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Open a regular file without following links. Raises UnmergeableFile for anything else, and FileStillChanging."""
+    """Open a regular file without following links.
+
+    Raises UnmergeableFile for anything else, FileStillChanging, and StuckFile for what may pass, such as too many open
+    files.
+    """
     try:
         # O_NONBLOCK: opening a pipe would wait for its writer, perhaps forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise FileStillChanging("it is gone") from error
     except OSError as error:
-        fault = FileFault(f"it cannot be opened: {error.strerror}")
-        raise UnmergeableFile(FaultKind.NO_ACCESS, [fault], "put a readable, regular file") from error
+        told = f"it cannot be opened: {error.strerror}"
+        if error.errno not in NEVER_OPENED:
+            raise StuckFile(told, "look at the system's log; it stays in the inbox, and others go on") from error
+        raise UnmergeableFile(FaultKind.NO_ACCESS, [FileFault(told)], "put a readable, regular file") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UnmergeableFile(FaultKind.NOT_REGULAR, [FileFault("not a regular file")], NOT_REGULAR)
@@ -270,24 +276,28 @@ class Candidate:
         return identity_at(self.path) == self.identity
 
 
-def candidates(paths: InboxPaths) -> Sequence[Candidate]:
-    """The .csv files in the inbox, in no order; folders are none. Raises OSError."""
-    found = []
-    for path in paths.shown():
+def waiting_files(paths: InboxPaths) -> tuple[Sequence[Candidate], str]:
+    """The .csv files in the inbox, in no order, and a note on files that are ignored because of their names, or "".
+
+    Hidden names, folders and the inbox's own files are neither. Raises OSError.
+    """
+    config = paths.config
+    own = {config.merged_file, config.metadata_file, config.log_file, paths.lock}
+    found, others = [], []
+    for path in _listed(config.watch_dir):
+        if path.name[0] == "." or path in own:
+            continue
         with suppress(FileNotFoundError):  # gone by now
-            if path.name.lower().endswith(SUFFIX) and not stat.S_ISDIR(mode := (status := path.lstat()).st_mode):
-                link = "it is a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
-                found.append(Candidate(path, identity_of(status), "" if stat.S_ISREG(mode) else link))
-    return found
-
-
-def ignored_files_note(paths: InboxPaths) -> str:
-    """A note on files in the inbox that are ignored because of their names; "" if there are none."""
-    others = sorted(path.name for path in paths.shown() if not path.name.lower().endswith(SUFFIX) and not path.is_dir())
+            status = path.lstat()
+            if not path.name.lower().endswith(SUFFIX):
+                others += [] if path.is_dir() else [printable(path.name)]
+            elif not stat.S_ISDIR(status.st_mode):
+                link = "it is a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+                found.append(Candidate(path, identity_of(status), "" if stat.S_ISREG(status.st_mode) else link))
     if not others:
-        return ""
-    named = ", ".join(map(printable, others[:NAMED_FILES])) + (", ..." if others[NAMED_FILES:] else "")
-    return f"{len(others)} files in the inbox are ignored, since their names do not end in {SUFFIX}: {named}"
+        return found, ""
+    named = ", ".join(sorted(others)[:NAMED_FILES]) + (", ..." if others[NAMED_FILES:] else "")
+    return found, f"{len(others)} files in the inbox are ignored, since their names do not end in {SUFFIX}: {named}"
 
 
 def check_can_be_taken(each: Candidate) -> None:

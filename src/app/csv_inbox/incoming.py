@@ -45,6 +45,8 @@ from app.csv_inbox.key_index import FileKeys
 
 PIECE_BYTES = 1 << 16
 ABSENT = -1
+MOST_BLANK_BYTES = 1 << 20
+MOST_FIELDS = 100_000
 SEPARATOR_LINE = re.compile(rb'"?sep=([^"\r\n\0\x80-\xff])"?\r?\n', re.IGNORECASE)
 
 
@@ -75,19 +77,8 @@ def read_header(read: Read, master: CsvDialect, known: Sequence[str] | None = No
     and unnamed fields after the last name. `known` are names to match as they are: those of the configuration, then the
     master's. `fields` are in the master's dialect. Raises UnmergeableFile.
     """
-    data, longest_bytes = b"", MASTER_RECORD_BYTES if known is None else LONGEST_RECORD_BYTES
-    while True:
-        # The skipped part and the header itself may each be longer than one piece.
-        piece = read(max(PIECE_BYTES, len(data)))
-        data += piece
-        # Before anything is taken for a line end: the carriage returns of UTF-16 are followed by NUL bytes.
-        if known is not None and (at := data.find(b"\0")) >= 0:
-            raise invalid_byte(master.encoding, 0, 1 + data.count(b"\n", 0, at))
-        begin, dialect = _before_records(data, master, skip=known is not None)
-        # A file may end without a line end; with one added, a header that is still not complete is cut in its quotes.
-        start, end = _first_row(data if piece else data + b"\n", begin, dialect)
-        if end or not piece or len(data) - start > longest_bytes:
-            break
+    longest_bytes = MASTER_RECORD_BYTES if known is None else LONGEST_RECORD_BYTES
+    data, begin, start, end, dialect = _find_header(read, master, longest_bytes, is_incoming=known is not None)
     line = 1 + data.count(b"\n", 0, start)
     if (end or len(data)) - start > longest_bytes:
         raise malformed(FaultKind.LONG_RECORD, f"a header longer than {longest_bytes >> 20} MiB", line)
@@ -107,7 +98,8 @@ def read_header(read: Read, master: CsvDialect, known: Sequence[str] | None = No
             for name, value, raw_field in zip(names, written, fields, strict=False)
         ]
     if len(set(names)) < len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        places: dict[str, int] = {}
+        twice = next(name for place, name in enumerate(names) if places.setdefault(name, place) < place)
         raise malformed(FaultKind.HEADER, f"the column {twice!r} occurs twice in the header", line, record)
     return CsvHeader(
         names=names,
@@ -120,6 +112,37 @@ def read_header(read: Read, master: CsvDialect, known: Sequence[str] | None = No
         width=len(written),
         dialect=dialect,
     )
+
+
+def _find_header(
+    read: Read, master: CsvDialect, longest_bytes: int, *, is_incoming: bool
+) -> tuple[bytes, int, int, int, CsvDialect]:
+    """Read to the end of the header, or until it is too long.
+
+    Returns what was read, the offset of the first record, the bounds of the header (its end is 0 if it is not complete)
+    and the dialect of the file. Raises UnmergeableFile.
+    """
+    data = b""
+    while True:
+        # The skipped part and the header itself may each be longer than one piece.
+        piece = read(max(PIECE_BYTES, len(data)))
+        data += piece
+        # Before anything is taken for a line end: the carriage returns of UTF-16 are followed by NUL bytes.
+        if is_incoming and (at := data.find(b"\0")) >= 0:
+            raise invalid_byte(master.encoding, 0, 1 + data.count(b"\n", 0, at))
+        begin, dialect = _before_records(data, master, skip=is_incoming)
+        # A file may end without a line end; with one added, a header that is still not complete is cut in its quotes.
+        start, end = _first_row(data if piece else data + b"\n", begin, dialect)
+        d = dialect.delimiter.encode()
+        # The blank records before a header, and its fields, must not fill the memory.
+        for told, is_over in (
+            (f"no header in the first {MOST_BLANK_BYTES >> 20} MiB", start > MOST_BLANK_BYTES),
+            (f"a header of more than {MOST_FIELDS} fields", data.count(d, start, end or len(data)) >= MOST_FIELDS),
+        ):
+            if is_incoming and is_over:
+                raise malformed(FaultKind.HEADER, told, 1 + data.count(b"\n", 0, start))
+        if end or not piece or len(data) - start > longest_bytes:
+            return data, begin, start, end, dialect
 
 
 def _before_records(data: bytes, dialect: CsvDialect, *, skip: bool) -> tuple[int, CsvDialect]:
@@ -219,6 +242,8 @@ class ColumnUnion:
 # The rows of an incoming file.
 
 MOST_FAULTS = 1000
+MOST_PARTS = 10_000
+"""Of files that were appended to each other with a byte order mark each: every one costs a look at a whole block."""
 log = logging.getLogger(__name__)
 
 
@@ -239,8 +264,9 @@ class IncomingFile:
         self._config, self._master = config, master
         # Column names to match as they are.
         self._known = (config.key_column, *config.required_columns, *(master.names if master else ()))
-        self._faults: list[tuple[FaultKind, FileFault, bytes]] = []  # each with its raw record
-        self._more = 0
+        self._faults: list[tuple[FaultKind, FileFault]] = []
+        self._bad_rows = bytearray()
+        self._more = self._parts = 0
         self._width = 0  # fields in the first row, 0 before it; may be more than the header's
 
     @property
@@ -248,11 +274,20 @@ class IncomingFile:
         """The number of spooled rows: all rows of a file without faults."""
         return len(self.offsets) - 1
 
-    def read(self, file: IO[bytes], beat: Callable[[int], None]) -> None:
-        """Check and spool every row.
+    def read(self, path: Path, beat: Callable[[int], None]) -> None:
+        """Check and spool every row; `beat` receives the bytes read and may raise to stop.
 
-        Raises UnmergeableFile, StuckFile, Permanent, OSError and what `beat` raises.
+        Raises UnmergeableFile, FileStillChanging if the file changed during the read, StuckFile on a read error,
+        Permanent if the master lacks the key column, and OSError.
         """
+        try:
+            with open_regular(path) as file:
+                self._read(file, beat)
+        except UnmergeableFile as error:
+            error.rows = self.counted
+            raise
+
+    def _read(self, file: IO[bytes], beat: Callable[[int], None]) -> None:
         self.identity = identity_of(os.fstat(file.fileno()))
         if self.identity.size > self._config.max_file_size_mb * MEBIBYTE:
             told = f"{self.identity.size} bytes, above max_file_size_mb={self._config.max_file_size_mb:g}"
@@ -308,12 +343,19 @@ class IncomingFile:
             told = f"with its columns the header of the master is longer than {LONGEST_RECORD_BYTES >> 20} MiB"
             raise malformed(FaultKind.LONG_RECORD, told, header.line)
 
-    def _take(self, block: RecordBlock, spool: IO[bytes]) -> None:
+    def _check_bytes(self, block: RecordBlock) -> None:
         if block.begins:
             self.dialect = after_mark(self.dialect)
+            self._parts += 1
+            if self._parts > MOST_PARTS:
+                told = f"more than {MOST_PARTS} files with a byte order mark are appended to each other"
+                raise malformed(FaultKind.SECOND_HEADER, told, block.line)
         if (at := block.data.find(b"\0")) >= 0:
             raise invalid_byte(self.dialect.encoding, 0, block.line_at(at))
         block.check_text(self.dialect.encoding)
+
+    def _take(self, block: RecordBlock, spool: IO[bytes]) -> None:
+        self._check_bytes(block)
         self.unended_bytes = 0 if block.data.endswith(b"\n") else len(block.data) - int(block.starts[-1])
         _drop_blank_rows(block, self.dialect)
         self._drop_repeated_headers(block)
@@ -333,9 +375,9 @@ class IncomingFile:
         for place in range(len(block.rows)) if BOM in block.data else ():
             if BOM in keys.value(place):
                 self._blame(block, place, FaultKind.EMPTY_KEY, f"a byte order mark in the key {column!r}", column)
-        self.keys.add(keys)
-        # A file with a fault is not merged, so its rows need not be spooled.
+        # A file with a fault is not merged, so its keys and rows are not needed.
         if not self._faults:
+            self.keys.add(keys)
             self._write(block, spool)
 
     def _drop_repeated_headers(self, block: RecordBlock) -> None:
@@ -381,22 +423,22 @@ class IncomingFile:
             block.cut(wide[empty], named, begins[empty])
 
     def _blame(self, block: RecordBlock, place: int, kind: FaultKind, reason: str, column: str | None = None) -> None:
-        """Note a bad row; beyond MOST_FAULTS they are only counted."""
-        if len(self._faults) >= MOST_FAULTS:
+        """Note a bad row; beyond MOST_FAULTS, or the size of the longest record in all, they are only counted."""
+        if len(self._faults) >= MOST_FAULTS or len(self._bad_rows) >= LONGEST_RECORD_BYTES:
             self._more += 1
             return
         position = int(block.rows[place])
         record = block.record(position)
-        fault = FileFault(reason, block.line_of(position), column, "" if column else shown(record))
-        self._faults.append((kind, fault, record))
+        self._faults.append((kind, FileFault(reason, block.line_of(position), column, "" if column else shown(record))))
+        self._bad_rows += record + b"\n"
 
     def _rejection(self) -> UnmergeableFile:
         """The error for a file with bad rows."""
         hint = "correct these rows and put the file into the inbox again; no row of it was merged"
-        error = UnmergeableFile(self._faults[0][0], [fault for _, fault, _ in self._faults], hint, more=self._more)
+        error = UnmergeableFile(self._faults[0][0], [fault for _, fault in self._faults], hint, more=self._more)
         names = [self.dialect.written(name.encode(self.dialect.encoding)) for name in self.header.names]
         line = self.dialect.delimiter.encode().join(names) + (self.header.eol or b"\n")
-        error.bad_rows = line + b"".join(record + b"\n" for _, _, record in self._faults)
+        error.bad_rows = line + self._bad_rows
         return error
 
     def _write(self, block: RecordBlock, spool: IO[bytes]) -> None:
@@ -410,7 +452,6 @@ class IncomingFile:
             spool.write(block.data)
             self.offsets.frombytes((block.ends + base).tobytes())
             return
-        parts = []
         for start, stop in pairs(block.starts[block.rows], block.stops[block.rows]):
             record = block.data[start:stop]
             if translated or not union.fits:
@@ -418,38 +459,24 @@ class IncomingFile:
                 if translated:
                     fields = [self.out.written(self.dialect.unquoted(raw)) for raw in fields]
                 record = d.join([fields[place] for place in union.order])
-            base += len(record) + len(eol)
+            base += spool.write(record + eol)  # one by one: with the columns of the master a row may be far longer
             self.offsets.append(base)
-            parts.append(record)
-        spool.write(eol.join([*parts, b""]))
-
-
-def read_incoming(
-    path: Path, master: CsvHeader | None, config: InboxConfig, spool: Path, beat: Callable[[int], None]
-) -> IncomingFile:
-    """Check the file and spool its rows; `beat` receives the bytes read and may raise to stop.
-
-    Raises UnmergeableFile, FileStillChanging if it changed during the read, StuckFile on a read error, Permanent if the
-    master lacks the key column, and OSError.
-    """
-    incoming = IncomingFile(master, config, spool)
-    try:
-        with open_regular(path) as file:
-            incoming.read(file, beat)
-    except UnmergeableFile as error:
-        error.rows = incoming.counted
-        raise
-    return incoming
 
 
 def _drop_blank_rows(block: RecordBlock, dialect: CsvDialect) -> None:
     """Drop rows of nothing but delimiters, blanks and empty quotes."""
     soft = np.zeros(256, np.bool_)
     soft[[ord(dialect.delimiter), ord(" "), ord("\t"), ord('"')]] = True
-    starts, lasts = block.starts[block.rows], block.stops[block.rows] - 1
+    starts, stops = block.starts[block.rows], block.stops[block.rows]
     places = np.arange(len(block.rows))
     # The first byte rules out most rows; only rows that look blank at both ends and in the middle are checked in full.
     for part in (0.0, 1.0, 0.5):
-        at = starts[places] + ((lasts[places] - starts[places]) * part).astype(np.int64)
+        at = starts[places] + ((stops[places] - 1 - starts[places]) * part).astype(np.int64)
         places = places[soft[block.array[at]]]
-    block.drop([place for place in places.tolist() if dialect.blank(block.record(int(block.rows[place])))])
+    if len(places):
+        bounds = np.stack((starts[places], stops[places]), axis=1).ravel()
+        hard = np.append(~soft[block.array], False)  # the last row may end where the data does
+        places = places[~np.logical_or.reduceat(hard, bounds)[::2]]
+    if len(block.marks.quotes):
+        places = np.array([at for at in places.tolist() if dialect.blank(block.record(int(block.rows[at])))], np.int64)
+    block.drop(places)

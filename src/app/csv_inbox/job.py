@@ -30,12 +30,11 @@ from app.csv_inbox.discovery import (
     Candidate,
     InboxPaths,
     InboxRun,
-    candidates,
     check_can_be_taken,
-    ignored_files_note,
     md5_of,
     open_regular,
     translate_os_errors,
+    waiting_files,
 )
 from app.csv_inbox.quarantine import reject, rejected_by
 from app.csv_inbox.transaction import (
@@ -43,12 +42,10 @@ from app.csv_inbox.transaction import (
     LoadRecord,
     changed_archive_files,
     changed_master,
-    commit,
-    complete,
+    commit_merge,
     history_row,
     load_id_of,
     loads,
-    prepared,
     recover,
     text_of,
 )
@@ -109,10 +106,11 @@ def run(inbox: InboxRun) -> Report:
                 return _all(inbox, partial(_rehearse, rehearsed))
         paths.make()
         # Check without the lock and before importing the merge: nearly every run finds nothing.
-        if candidates(paths) or paths.journal.exists() or paths.leftovers() or changed_archive_files(paths):
+        found, ignored = waiting_files(paths)
+        if found or paths.journal.exists() or paths.leftovers() or changed_archive_files(paths):
             with _started(inbox):
                 return _all(inbox, partial(_merge_file, inbox))
-        return Report(notes=tuple(filter(None, (changed_master(paths), ignored_files_note(paths)))))
+        return Report(notes=tuple(filter(None, (changed_master(paths), ignored))))
 
 
 def undo(inbox: InboxRun, run_id: str) -> Report:
@@ -192,16 +190,17 @@ def _all(inbox: InboxRun, one: Callable[[Candidate], Report]) -> Report:
     report = ReportSum(inbox.context.done)
     if changed := changed_master(inbox.paths):
         inbox.tell(changed, logging.WARNING)
-    if ignored := ignored_files_note(inbox.paths):
+    found, ignored = waiting_files(inbox.paths)
+    if ignored:
         inbox.told.append(ignored)
-    for candidate in _steady(inbox):
+    for candidate in _steady(inbox, found):
         inbox.context.stop.check()
         report(_guarded(inbox, candidate, one))
     return replace(report.total, notes=tuple(inbox.told))
 
 
-def _steady(inbox: InboxRun) -> Sequence[Candidate]:
-    """The files that did not change during the wait, oldest first; each with its MD5 from before it.
+def _steady(inbox: InboxRun, waiting: Sequence[Candidate]) -> Sequence[Candidate]:
+    """The waiting files that did not change during the wait, oldest first; each with its MD5 from before it.
 
     Includes new files made from rows that were appended to files after their merge.
     """
@@ -209,7 +208,7 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
     waits = inbox.config.checksum_wait_seconds
     late = changed_archive_files(inbox.paths)
-    found = [_marked(inbox, each) if waits else each for each in candidates(inbox.paths)]
+    found = [_marked(inbox, each) if waits else each for each in waiting]
     # One pause for all files.
     if waits and (late or any(not each.refused for each in found)):
         inbox.context.stop.pause(min(waits, threading.TIMEOUT_MAX))
@@ -233,6 +232,7 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
 
 def _marked(inbox: InboxRun, each: Candidate) -> Candidate:
+    inbox.context.stop.check()  # many large files take long
     if each.refused or each.identity.size > inbox.config.max_file_size_mb * MEBIBYTE:
         return each  # hashing it would delay the others
     try:
@@ -295,22 +295,22 @@ def _merge_file(inbox: InboxRun, each: Candidate) -> Report:
 
     at, began, paths = inbox.clock(), time.monotonic(), inbox.paths
     load = LoadRecord(load_id_of(paths.loads, at), inbox.context.run_id, each.name, text_of(at), MERGED)
+    is_merged = False
     try:
         merged = read_and_merge(inbox, each, load)
         load = replace(merged.load, seconds=time.monotonic() - began)
-        transaction = prepared(inbox, each, load, columns=merged.columns, master=merged.master)
-        commit(paths, transaction)
+        commit_merge(inbox, each, load, columns=merged.columns, master=merged.master)
+        is_merged = True
     finally:
-        if not paths.journal.exists():  # after a commit the journal needs them
+        if not is_merged and not paths.journal.exists():  # after a commit the journal needs them
             for path in paths.leftovers():
                 path.unlink(missing_ok=True)
-    complete(paths, transaction)
     if (new_index := paths.temporary(load.load_id, "index")).exists():  # rename the index only after its master
         new_index.replace(paths.index)
     inbox.tell(load.summary())
     numbers = (load.rows_after, len(merged.columns), load.size_bytes)
     log.info("%s: written, %d rows, %d columns, %d bytes", paths.config.merged_file.name, *numbers)
-    return merged.report()
+    return merged.report
 
 
 @contextmanager
@@ -332,10 +332,10 @@ def _rehearse(inbox: InboxRun, each: Candidate) -> Report:
     load = LoadRecord(uuid4().hex, inbox.context.run_id, each.name, "", "valid")
     with translate_os_errors(str(paths.folder)):
         merged = read_and_merge(inbox, each, load)
-    merged.incoming.spool.unlink()
+    paths.temporary(load.load_id, "rows").unlink()
     paths.temporary(load.load_id, "master").replace(paths.config.merged_file)
     paths.index.unlink(missing_ok=True)
     if (new_index := paths.temporary(load.load_id, "index")).exists():
         new_index.replace(paths.index)
     inbox.told.append(merged.load.summary())
-    return merged.report()
+    return merged.report

@@ -7,6 +7,7 @@ INDEX_VERSION is the same, since the index stores them. Memory grows only with t
 import hashlib
 import json
 import os
+import secrets
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.csv_inbox.config import InboxConfig
-from app.csv_inbox.csv_tokenizer import NONE, CellSlices, Offsets, spread
+from app.csv_inbox.csv_tokenizer import NONE, CellSlices, Offsets, cut
 from app.csv_inbox.discovery import FileIdentity
 
 Hashes = npt.NDArray[np.uint64]
@@ -72,7 +73,9 @@ def hashed(cells: CellSlices, seed: int = 0) -> Hashes:
         # Skip values that have already ended: a hash must not depend on the neighbouring values.
         found = mixed if at < shortest else np.where(cells.lengths > at, mixed, found)
     for place in np.flatnonzero(cells.lengths > LONG_KEY_BYTES) if longest > LONG_KEY_BYTES else ():
-        digest = hashlib.blake2b(cells.value(int(place)), digest_size=WORD_BYTES, salt=bytes([seed])).digest()
+        digest = hashlib.blake2b(
+            cells.value(int(place)), digest_size=WORD_BYTES, salt=seed.to_bytes(WORD_BYTES)
+        ).digest()
         found[place] = int.from_bytes(digest, "little")
     found *= _OTHER
     found[found < _LEAST] |= _LEAST
@@ -108,11 +111,13 @@ def first_positions(values: npt.NDArray[Any]) -> Offsets:
 class FileKeys:
     """The keys of a file: added row by row, sorted once, then looked up in bulk.
 
-    `by_row` has the hash of each row; `count` is the number of distinct keys. `seed` is 0, unless two keys of the file
-    would have the same hash then; with another seed an index cannot be used.
+    `kept_rows` are the last rows of each key, in file order; `kept_hashes` are their hashes, and `count` is their
+    number. `seed` is 0, unless two keys of the file would have the same hash then; an index, which has the hashes
+    without a seed, can neither be used nor be written with another one.
     """
 
-    by_row: Hashes
+    kept_rows: Offsets
+    kept_hashes: Hashes
     count: int
 
     def __init__(self) -> None:
@@ -123,20 +128,23 @@ class FileKeys:
 
     def add(self, cells: CellSlices) -> None:
         """Add the keys of the next rows."""
-        self._data += cells.data[spread(cells.starts, cells.lengths)].tobytes()
+        self._data += cut(cells.data.data, cells.starts, cells.starts + cells.lengths)
         self._lengths.append(cells.lengths)
         self._added.append(hashed(cells))
 
     def sort(self) -> None:
         """Prepare for lookups. Requires at least one key; no keys may be added afterwards."""
-        lengths, self.by_row = np.concatenate(self._lengths), np.concatenate(self._added)
+        lengths, hashes = np.concatenate(self._lengths), np.concatenate(self._added)
         self._lengths, self._added = [], []
         # So that the last key can be read in whole words too.
         self._data += bytes(WORD_BYTES)
         cells = CellSlices(np.frombuffer(self._data, np.uint8), np.cumsum(lengths) - lengths, lengths)
-        while not self._sorted(cells):
-            self.seed += 1
-            self.by_row = hashed(cells, self.seed)
+        while not self._sorted(cells, hashes):
+            # Two keys have the same hash. A seed that nobody could foresee tells them apart.
+            self.seed = 1 + secrets.randbelow((1 << 32) - 1)
+            hashes = hashed(cells, self.seed)
+        self.kept_rows = np.sort(self._rows)
+        self.kept_hashes = hashes[self.kept_rows]
         self.count = len(self._rows)
         # A table of the leading bits that occur; it filters out most lookups.
         bits = int(np.clip((8 * self.count).bit_length(), FIRST_BITS_LEAST, FIRST_BITS_MOST))
@@ -144,13 +152,13 @@ class FileKeys:
         self._begins = np.zeros(1 << bits, np.bool_)
         self._begins[self._first_bits(self._hashes)] = True
 
-    def _sorted(self, cells: CellSlices) -> bool:
+    def _sorted(self, cells: CellSlices, hashes: Hashes) -> bool:
         """Sort by the hashes; False if two different keys have the same one."""
-        order = np.argsort(self.by_row)
-        ordered = self.by_row[order]
+        order = np.argsort(hashes)
+        ordered = hashes[order]
         if not (ordered[1:] != ordered[:-1]).all():  # the faster sort is not stable
-            order = np.argsort(self.by_row, kind="stable")
-            ordered = self.by_row[order]
+            order = np.argsort(hashes, kind="stable")
+            ordered = hashes[order]
         is_last = np.append(ordered[1:] != ordered[:-1], True)
         # Sorted distinct hashes, the last row with each, and that row's key.
         self._hashes, self._rows = ordered[is_last], order[is_last]
@@ -165,23 +173,26 @@ class FileKeys:
 
     def _places(self, hashes: Hashes) -> Offsets:
         """The position of each hash; if absent, that of the next greater one, or the last."""
-        return np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        return np.minimum(np.searchsorted(self._hashes, hashes), self.count - 1)
 
-    def candidates(self, hashes: Hashes) -> Offsets:
-        """The positions of the hashes whose upper half matches a key of the file. Lower halves are ignored."""
+    def find(self, cells: CellSlices, hashes: Hashes) -> tuple[Offsets, Offsets]:
+        """The positions of the values that are keys of the file, and the last row of the file with each of them.
+
+        `hashes` are those of the values, with the seed of these keys.
+        """
         passed = np.flatnonzero(self._begins[self._first_bits(hashes)])
-        halves = hashes[passed] >> _HALF
+        places = self._places(hashes[passed])
+        is_there = self._hashes[places] == hashes[passed]
+        passed, places = passed[is_there], places[is_there]
+        is_key = equal_pairs(cells.taken(passed), self._cells.taken(places))
+        return passed[is_key], self._rows[places[is_key]]
+
+    def candidates(self, entries: Hashes) -> Offsets:
+        """The positions of the index entries whose half of a hash is that of a key of the file."""
+        passed = np.flatnonzero(self._begins[self._first_bits(entries)])
+        halves = entries[passed] >> _HALF
         found: Offsets = passed[self._hashes[self._places(halves << _HALF)] >> _HALF == halves]
         return found
-
-    def last_rows(self, cells: CellSlices, hashes: Hashes) -> Offsets:
-        """The last row of the file with each candidate's key; -1 where only the hash matches."""
-        places = self._places(hashes)
-        return np.where(equal_pairs(cells, self._cells.taken(places)), self._rows[places], -1)
-
-    def kept_rows(self) -> Offsets:
-        """The last row of each key, in file order."""
-        return np.sort(self._rows)
 
 
 # The key index of a large master has 8 bytes per record: half of the key's hash, and the record's length. It is a

@@ -9,7 +9,7 @@ import itertools
 import logging
 import os
 from array import array
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from io import FileIO
@@ -47,7 +47,7 @@ from app.csv_inbox.discovery import (
     identity_of,
     link_or_copy,
 )
-from app.csv_inbox.incoming import CsvHeader, IncomingFile, read_header, read_incoming
+from app.csv_inbox.incoming import CsvHeader, IncomingFile, read_header
 from app.csv_inbox.key_index import BLANK, LENGTH, Hashes, IndexMismatch, IndexWriter, KeyIndex, Truths
 from app.csv_inbox.transaction import LoadRecord
 
@@ -65,23 +65,10 @@ log = logging.getLogger(__name__)
 class MergedFile(NamedTuple):
     """A merge that lies in temporary files: its record, the new columns, and the old master's identity, if any."""
 
-    incoming: IncomingFile
     load: LoadRecord
     columns: Sequence[str]
     master: FileIdentity | None
-
-    def report(self) -> Report:
-        """The report for one file. A row replaced by a later row of the same file counts as corrected."""
-        incoming, load = self.incoming, self.load
-        tally = Tally(
-            counted=incoming.counted,
-            read=incoming.rows,
-            new=load.inserted,
-            already_there=load.unchanged,
-            corrected=load.replaced + load.duplicates,
-        )
-        ledger = ledger_of(tally, unit=UNIT).of_partition(load.file)
-        return Report(rows=incoming.rows, bytes=incoming.identity.size, ledger=ledger)
+    report: Report
 
 
 def read_and_merge(inbox: InboxRun, each: Candidate, load: LoadRecord) -> MergedFile:
@@ -95,7 +82,8 @@ def read_and_merge(inbox: InboxRun, each: Candidate, load: LoadRecord) -> Merged
         old = open_master(files, config)
         beat = inbox.beat(old.identity.size if old else 0)
         spool = paths.temporary(load.load_id, "rows")
-        incoming = read_incoming(each.path, old.header if old else None, config, spool, beat)
+        incoming = IncomingFile(old.header if old else None, config, spool)
+        incoming.read(each.path, beat)
         if each.md5 not in ("", incoming.md5):
             raise FileStillChanging("it changed under its name")
         log.debug(
@@ -119,7 +107,17 @@ def read_and_merge(inbox: InboxRun, each: Candidate, load: LoadRecord) -> Merged
             for what in ("master", "removed", "index"):
                 paths.temporary(load.load_id, what).unlink(missing_ok=True)
             load, columns = merge(paths, old, incoming, load, index=None, beat=beat)
-    return MergedFile(incoming, load, columns, old.identity if old else None)
+    tally = Tally(
+        counted=incoming.counted,
+        read=incoming.rows,
+        new=load.inserted,
+        already_there=load.unchanged,
+        # A row replaced by a later row of the same file counts as corrected.
+        corrected=load.replaced + load.duplicates,
+    )
+    ledger = ledger_of(tally, unit=UNIT).of_partition(load.file)
+    report = Report(rows=incoming.rows, bytes=incoming.identity.size, ledger=ledger)
+    return MergedFile(load, columns, old.identity if old else None, report)
 
 
 class Master(NamedTuple):
@@ -209,7 +207,7 @@ def merge(
             link_or_copy(config.merged_file, undo_file)
         else:
             undo_file.touch()
-    matched = int(np.count_nonzero(upsert.matched))
+    matched, ranges = int(np.count_nonzero(upsert.matched)), upsert.ranges if revert == "rows" else array("q")
     load = replace(
         load,
         inserted=upsert.appended - matched,
@@ -220,8 +218,8 @@ def merge(
         rows_before=upsert.kept + upsert.taken,
         rows_after=upsert.kept + upsert.appended,
         revert=revert if config.undo_keep else "",
-        kept_bytes=upsert.kept_bytes if revert == "rows" else 0,
-        ranges=len(upsert.ranges) // 2 if revert == "rows" else 0,
+        kept_bytes=master.identity.size - sum(ranges[1::2]) if master and revert == "rows" else 0,
+        ranges=len(ranges) // 2,
         size_bytes=after.size,
         mtime_ns=after.mtime_ns,
         mtime_before_ns=master.identity.mtime_ns if master else 0,
@@ -250,14 +248,13 @@ class Upsert:
         indexing: IndexWriter | None,
         beat: Beat,
     ) -> None:
-        self.out, self.removed, self.indexing, self.beat = out, removed, indexing, beat
-        self.spool = spool
+        self.out, self.removed, self.indexing, self.beat, self.spool = out, removed, indexing, beat, spool
         self.keys, self.union, self.dialect = incoming.keys, incoming.union, incoming.out
         self.padding = self.dialect.delimiter.encode() * len(self.union.added)
         self.offsets: Offsets = np.frombuffer(incoming.offsets, np.int64)
         self.matched: Truths = np.zeros(incoming.rows, np.bool_)
         self.doubtful: Sequence[int] = self.union.doubtful
-        self.kept = self.taken = self.unchanged = self.appended = self.kept_bytes = 0
+        self.kept = self.taken = self.unchanged = self.appended = 0
         self.ranges = array("q")
 
     def keep_rows(self, master: Master, index: KeyIndex | None) -> None:
@@ -265,8 +262,14 @@ class Upsert:
 
         Raises UnmergeableFile for an invalid master, IndexMismatch, OSError and what `beat` raises.
         """
-        fits = index and not self.padding and master.header.eol and not self.keys.seed
-        if index and fits and self._no_column_is_obsolete(master):
+        header = master.header
+        fits = index and not self.padding and header.eol and not self.keys.seed
+        is_usable = fits and self._no_column_is_obsolete(master)
+        master.file.seek(0)
+        raw = master.file.read(header.size_bytes)  # with what lies before the header: undo expects it there
+        eol = b"" if header.eol else self.union.eol
+        self.out.write(self.union.header(self.dialect) if self.padding else raw + eol)
+        if index and is_usable:
             self._keep_indexed(master, index)
         else:
             self._keep_scanned(master)
@@ -277,7 +280,7 @@ class Upsert:
         Returns the columns that were dropped, and the identity of the new master, which lies at `path`.
         """
         # If the file has a key more than once, the last row is kept, at its own position.
-        rows = self.keys.kept_rows()
+        rows = self.keys.kept_rows
         self.appended = len(rows)
         for start, end in pairs(*_ranges(self.offsets[rows], self.offsets[rows + 1])):
             for at in range(start, end, MEBIBYTE):
@@ -295,7 +298,7 @@ class Upsert:
         after = identity_of(os.fstat(self.out.fileno()))
         if self.indexing is not None:
             lengths = self.offsets[rows + 1] - self.offsets[rows]
-            self.indexing.add(key_index.entries_of(self.keys.by_row[rows], lengths))
+            self.indexing.add(key_index.entries_of(self.keys.kept_hashes, lengths))
             self.indexing.seal(after, config)
         return dropped, after
 
@@ -330,29 +333,27 @@ class Upsert:
             raise malformed(FaultKind.RAGGED, told, block.line_of(position), block.record(position))
         cells = block.cells(self.union.key, self.dialect)
         hashes = key_index.hashed(cells, self.keys.seed)
-        places = self.keys.candidates(hashes)
-        if not len(places):
-            return hashes, places, places
-        rows = self.keys.last_rows(cells.taken(places), hashes[places])
-        return hashes, places[rows >= 0], rows[rows >= 0]
+        return hashes, *self.keys.find(cells, hashes)
 
-    def _count(self, rows: Offsets, block: RecordBlock, positions: Offsets) -> None:
+    def _count(self, rows: Offsets, block: RecordBlock, gone: Offsets) -> None:
         """Count the master's records that are removed; `rows` are the file's rows that replace them."""
         self.taken += len(rows)
         first = key_index.first_positions(rows)
         fresh = first[~self.matched[rows[first]]]
         self.matched[rows] = True
-        starts, stops = block.starts[positions[fresh]], block.stops[positions[fresh]]
+        starts, stops = block.starts[gone[fresh]], block.stops[gone[fresh]]
         there = self.offsets[rows[fresh]]
         lengths = self.offsets[rows[fresh] + 1] - there - len(self.union.eol)
         # Compare lengths first: most changed rows differ in length, and then nothing has to be read.
         alike = np.flatnonzero(lengths == stops - starts + len(self.padding))
-        if len(alike):
-            starts, stops, lengths = starts[alike], stops[alike], lengths[alike]
-            old = CellSlices(block.array, starts, lengths)
+        parts = np.flatnonzero(np.diff(np.cumsum(lengths[alike]) // READ_BYTES)) + 1  # padded rows may be far longer
+        for part in np.split(alike, parts) if len(alike) else ():
+            old = CellSlices(block.array, starts[part], lengths[part])
             if self.padding:
-                old = CellSlices.of([block.data[start:stop] + self.padding for start, stop in pairs(starts, stops)])
-            self.unchanged += int(np.count_nonzero(key_index.equal_pairs(old, self._spooled(there[alike], lengths))))
+                rows_before = pairs(starts[part], stops[part])
+                old = CellSlices.of([block.data[start:stop] + self.padding for start, stop in rows_before])
+            same = key_index.equal_pairs(old, self._spooled(there[part], lengths[part]))
+            self.unchanged += int(np.count_nonzero(same))
 
     def _spooled(self, starts: Offsets, lengths: Offsets) -> CellSlices:
         """These spooled records: one read of the whole span, unless it is too long."""
@@ -361,13 +362,11 @@ class Upsert:
             return CellSlices(np.frombuffer(os.pread(descriptor, end - base, base), np.uint8), starts - base, lengths)
         return CellSlices.of([os.pread(descriptor, length, start) for start, length in pairs(starts, lengths)])
 
-    def _doubt(self, block: RecordBlock, hits: Offsets) -> None:
-        """Clear the doubt about columns in which a kept row has a value: they are not obsolete."""
-        stays = np.ones(len(block.rows), np.bool_)
-        stays[hits] = False
-        self.doubtful = [
-            place for place in self.doubtful if not bool((block.cells(place, self.dialect).lengths[stays] > 0).any())
-        ]
+    def _doubt(self, block: RecordBlock, places: Offsets) -> None:
+        """Clear the doubt about columns in which a row other than these has a value: they are not obsolete."""
+        stays = np.delete(np.arange(len(block.rows)), places)
+        lengths = ((place, block.cells(place, self.dialect).lengths) for place in self.doubtful)
+        self.doubtful = [place for place, sizes in lengths if not sizes[stays].any()]
 
     def _no_column_is_obsolete(self, master: Master) -> bool:
         """True if the first rows already prove it. Counts nothing."""
@@ -379,54 +378,58 @@ class Upsert:
                 break
         return not self.doubtful
 
-    def _keep(self, data: bytes | memoryview, first: Offsets, last: Offsets, at: int) -> None:
-        """Append `data`, which is at this offset of the old master, without the ranges from each `first` to its `last`.
+    def _keep(
+        self, data: bytes | memoryview, at: int, starts: Offsets, ends: Offsets, *, stops: Offsets = NONE
+    ) -> None:
+        """Write `data`, which is at this offset of the master, without the records from each start to its end.
 
-        The ranges are saved, if an undo file is kept.
+        These are kept for undo. The others change only by the padding for added columns, which goes to `stops`.
         """
-        self.kept_bytes += len(data) - int((last - first).sum())
-        held = memoryview(data)
-        stays = zip([0, *last.tolist()], [*first.tolist(), len(data)], strict=True)
-        self.out.writelines(held[start:end] for start, end in stays)
-        if self.removed is not None and len(first):
+        first, last = _ranges(starts, ends)
+        if self.removed is not None:
             self.removed.write(cut(data, first, last))
             self.ranges.frombytes(np.stack((first + at, last - first), axis=1).astype(np.int64).tobytes())
+        held = memoryview(data)
+        stays = zip([0, *last.tolist()], [*first.tolist(), len(held)], strict=True)
+        if self.padding:
+            self.out.writelines(self._padded(held, stops, stays))
+        else:
+            self.out.writelines(held[start:end] for start, end in stays)
+
+    def _padded(
+        self, held: memoryview, stops: Offsets, stays: Iterable[tuple[int, int]]
+    ) -> Iterator[bytes | memoryview]:
+        """The ranges that stay, with the padding at each row's stop; in pieces, since a row may grow a thousandfold."""
+        for start, end in stays:
+            at = start
+            for stop in stops[slice(*np.searchsorted(stops, (start, end), "right"))].tolist():
+                yield held[at:stop]
+                yield self.padding
+                at = stop
+            yield held[at:end]
 
     # The full scan parses every record, looks up every key and checks every width. It needs only the master, so it is
     # the fallback when no index matches.
 
     def _keep_scanned(self, master: Master) -> None:
         header = master.header
-        master.file.seek(0)
-        raw = master.file.read(header.size_bytes)
-        self.out.write(self.union.header(self.dialect) if self.padding or not header.eol else raw)
-        self.kept_bytes = at = header.size_bytes
+        at = header.size_bytes
         for block in blocks(master.file.read, self.dialect, 1 + header.line, SCAN_BYTES):
             self.beat(len(block.data))
-            hashes, hits, rows = self._find(block, len(header.names))
-            self.kept += len(block.rows) - len(hits)
+            hashes, places, rows = self._find(block, len(header.names))
+            self.kept += len(block.rows) - len(places)
             if self.doubtful:
-                self._doubt(block, hits)
-            gone = block.rows[hits]
-            if len(hits):
+                self._doubt(block, places)
+            gone = block.rows[places]
+            if len(gone):
                 self._count(rows, block, gone)
-            self._keep_block(block, at, gone)
+            self._keep(block.data, at, block.starts[gone], block.ends[gone], stops=block.stops[block.rows])
+            last_goes = len(gone) and int(gone[-1]) == len(block.ends) - 1
+            if not block.data.endswith(b"\n") and not last_goes:
+                self.out.write(self.union.eol)  # the master's last record may lack its line end, and rows follow now
             if self.indexing is not None:
                 self._add_entries(self.indexing, block, gone, hashes)
             at += len(block.data)
-
-    def _keep_block(self, block: RecordBlock, at: int, gone: Offsets) -> None:
-        """Write the block without the removed records; kept records change only by the padding for added columns."""
-        first, last = _ranges(block.starts[gone], block.ends[gone])
-        data = block.data
-        if self.padding:
-            size, stops = len(self.padding), block.stops[block.rows]
-            data = np.insert(block.array, np.repeat(stops, size), self.padding[0]).tobytes()
-            first, last = (place + size * np.searchsorted(stops, place, "right") for place in (first, last))
-        self._keep(data, first, last, at)
-        last_goes = len(gone) and int(gone[-1]) == len(block.ends) - 1
-        if not block.data.endswith(b"\n") and not last_goes:
-            self.out.write(self.union.eol)  # the master's last record may lack its line end, and rows follow now
 
     def _add_entries(self, indexing: IndexWriter, block: RecordBlock, gone: Offsets, hashes: Hashes) -> None:
         """Add the block's kept records to the new index, with their lengths as written."""
@@ -444,11 +447,8 @@ class Upsert:
 
     def _keep_indexed(self, master: Master, index: KeyIndex) -> None:
         """Also raises IndexMismatch where the index does not cover the master."""
-        end, header = master.identity.size, master.header
+        at, end = master.header.size_bytes, master.identity.size
         buffer = bytearray(CHUNK_BYTES)  # reused, so that the kernel has no new pages to clear
-        master.file.seek(0)
-        self.out.write(master.file.read(header.size_bytes))
-        self.kept_bytes = at = header.size_bytes
         for entries in index.pieces():
             ends = at + np.cumsum(key_index.lengths_in(entries))
             places = self.keys.candidates(entries)
@@ -466,10 +466,10 @@ class Upsert:
                 asked = places[low:high]
                 lengths = key_index.lengths_in(entries[asked])
                 starts = ends[asked] - at - lengths
-                hits = self._confirmed(cut(data, starts, starts + lengths), lengths, entries[asked], header)
+                hits = self._confirmed(cut(data, starts, starts + lengths), lengths, entries[asked], master.header)
                 gone.append(asked[hits])
                 self.beat(size)
-                self._keep(data, *_ranges(starts[hits], (starts + lengths)[hits]), at)
+                self._keep(data, at, starts[hits], (starts + lengths)[hits])
                 done, at = stop, at + size
             if self.indexing is not None:
                 self.indexing.add(np.delete(entries, np.concatenate(gone)))

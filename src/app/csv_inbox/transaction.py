@@ -25,6 +25,7 @@ from app.csv_inbox.config import FileStillChanging, InboxConfig, StuckFile, Unme
 from app.csv_inbox.discovery import (
     PENDING,
     RECORD,
+    UNKNOWN_FILE,
     Candidate,
     FileIdentity,
     InboxPaths,
@@ -77,9 +78,8 @@ class LoadRecord:
     `mtime_before_ns` is its modification time before.
 
     The last five fields serve to find rows appended to the file later: `archive_name` is its raw name in the archive;
-    `source` its device, inode, size and modification time at the last check (empty if unknown); `source_md5` the MD5
-    of everything ingested by then; `rows_at` the offset of its first row; `unended_bytes` the size of a last record
-    without a line end.
+    `source` the file at the last check (UNKNOWN_FILE if not kept); `source_md5` the MD5 of everything ingested by
+    then; `rows_at` the offset of its first row; `unended_bytes` the size of a last record without a line end.
     """
 
     load_id: str
@@ -106,7 +106,7 @@ class LoadRecord:
     mtime_ns: int = 0
     mtime_before_ns: int = 0
     archive_name: str = ""
-    source: tuple[int, ...] = ()
+    source: FileIdentity = UNKNOWN_FILE
     source_md5: str = ""
     rows_at: int = 0
     unended_bytes: int = 0
@@ -125,12 +125,13 @@ def load_of(content: Mapping[str, Any]) -> LoadRecord:
     """A load from its JSON record; unknown keys, from later versions, are ignored."""
     known = {each.name for each in fields(LoadRecord)} & content.keys()
     values: dict[str, Any] = {name: tuple(x) if isinstance(x := content[name], list) else x for name in known}
-    return LoadRecord(**values)
+    return LoadRecord(**values | {"source": FileIdentity(*(values.get("source") or UNKNOWN_FILE))})
 
 
 def save_load(folder: Path, load: LoadRecord) -> None:
     """Write or replace the record, durably. Raises OSError."""
-    text = json.dumps(asdict(load), indent=1)
+    content = asdict(load) | ({"source": []} if load.source == UNKNOWN_FILE else {})
+    text = json.dumps(content, indent=1)
     write_durably(folder / f"{load.load_id}{RECORD}", [text.encode("ascii")])
 
 
@@ -196,9 +197,9 @@ def changed_archive_files(paths: InboxPaths) -> Sequence[tuple[LoadRecord, Candi
     """The archived files that were written to since they were merged, each with its merge. Raises OSError."""
     changed = []
     for load in loads(paths.loads):
-        if load.outcome != MERGED or not load.source:
+        if load.outcome != MERGED:
             continue
-        path, merged = paths.config.archive_dir / load.archive_name, FileIdentity(*load.source)
+        path, merged = paths.config.archive_dir / load.archive_name, load.source
         found = identity_at(path)
         if found and found != merged and (found.device, found.inode) == (merged.device, merged.inode):
             changed.append((load, Candidate(path, found)))
@@ -211,11 +212,6 @@ class PendingRename(NamedTuple):
     temporary: Path
     target: Path
     inode: int
-
-    @classmethod
-    def of(cls, temporary: Path, target: Path) -> "PendingRename":
-        """The renaming of a finished file."""
-        return cls(temporary, target, temporary.stat().st_ino)
 
 
 class PendingArchive(NamedTuple):
@@ -230,7 +226,7 @@ class PendingArchive(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """Everything to do after the commit. If the first renaming is impossible, nothing else is done."""
+    """What the journal says is to be done after the commit; nothing, if the first renaming is impossible."""
 
     renamings: Sequence[PendingRename]
     removals: Sequence[Path]
@@ -238,8 +234,13 @@ class Transaction:
     load: LoadRecord
 
 
-def written_metadata(paths: InboxPaths, load_id: str, columns: Sequence[str], rows: int, at: datetime) -> PendingRename:
-    """Write the metadata durably to a temporary file. `last_updated` is UTC without an offset, as documented."""
+def written_metadata(
+    paths: InboxPaths, load_id: str, columns: Sequence[str], rows: int, at: datetime
+) -> tuple[Path, Path]:
+    """Write the metadata durably to a temporary file; returns it and its target.
+
+    `last_updated` is UTC without an offset, as documented.
+    """
     target = paths.config.metadata_file
     temporary = paths.temporary(load_id, "metadata", target.parent)
     content = {
@@ -253,26 +254,24 @@ def written_metadata(paths: InboxPaths, load_id: str, columns: Sequence[str], ro
         file.write("\n")
         file.flush()
         sync_file(file.fileno())
-    return PendingRename.of(temporary, target)
+    return temporary, target
 
 
-def prepared(
+def commit_merge(
     inbox: InboxRun, each: Candidate, load: LoadRecord, *, columns: Sequence[str], master: FileIdentity | None
-) -> Transaction:
-    """A merge whose new master lies in a temporary file, ready to commit: the rest is durable, the input is linked into
-    the archive. `master` is the old master that was read.
+) -> None:
+    """Commit and complete a merge whose new master lies in a temporary file. `master` is the old one that was read.
 
-    Raises FileStillChanging if the input was replaced, and Transient if a program that does not take the lock replaced
-    the master.
+    Raises FileStillChanging if the input was replaced, Transient if a program that does not take the lock replaced the
+    master, and OSError.
     """
     paths, config, at = inbox.paths, inbox.config, inbox.clock()
     renamings = [
-        PendingRename.of(paths.temporary(load.load_id, "master"), config.merged_file),
+        (paths.temporary(load.load_id, "master"), config.merged_file),
         written_metadata(paths, load.load_id, columns, load.rows_after, at),
     ]
     if config.undo_keep:
-        removed = paths.temporary(load.load_id, "removed")
-        renamings.append(PendingRename.of(removed, revert_file(paths.loads, load.load_id)))
+        renamings.append((paths.temporary(load.load_id, "removed"), revert_file(paths.loads, load.load_id)))
     with translate_os_errors(str(config.archive_dir)):
         archiving = _archiving(inbox, each, load, at)
     found = identity_of(config.merged_file.stat()) if config.merged_file.exists() else None
@@ -283,7 +282,7 @@ def prepared(
         )
     archive_name = archiving.target.name
     load = replace(load, archived_as=printable(archive_name), archive_name=archive_name)
-    return Transaction(renamings, [paths.temporary(load.load_id, "rows")], archiving, load)
+    commit(paths, load, renamings, removals=[paths.temporary(load.load_id, "rows")], archiving=archiving)
 
 
 def _archiving(inbox: InboxRun, each: Candidate, load: LoadRecord, at: datetime) -> PendingArchive:
@@ -295,44 +294,55 @@ def _archiving(inbox: InboxRun, each: Candidate, load: LoadRecord, at: datetime)
         if each.path.exists():  # then the archive folder is missing
             raise
         raise FileStillChanging("it is gone") from error
-    identity = FileIdentity(*load.source)
-    if identity_at(each.path) != identity:
+    if identity_at(each.path) != load.source:
         raise FileStillChanging("it was replaced while it was read")
     target = next(free_paths(inbox.config.archive_dir, each.path.name, f".{time_stamp(at)}"))
-    return PendingArchive(pending, target, each.path, identity, load.source_md5)
+    return PendingArchive(pending, target, each.path, load.source, load.source_md5)
 
 
-def commit(paths: InboxPaths, transaction: Transaction) -> None:
-    """Commit the transaction. Raises OSError; then it is not committed."""
-    archiving = transaction.archiving
+def commit(
+    paths: InboxPaths,
+    load: LoadRecord,
+    renamings: Sequence[tuple[Path, Path]],
+    *,
+    removals: Sequence[Path] = (),
+    archiving: PendingArchive | None = None,
+) -> None:
+    """Commit a transaction by writing its journal, and complete it as a restart would.
+
+    `renamings` are temporary files and their targets. Raises OSError; it is not committed unless the journal exists.
+    """
     # The names must be on disk before the journal that refers to them.
     archive = {archiving.pending.parent} if archiving else set()
-    for folder in {each.temporary.parent for each in transaction.renamings} | archive:
+    for folder in {temporary.parent for temporary, _ in renamings} | archive:
         sync_directory(folder)
     content = {
         "version": VERSION,
-        "renamings": transaction.renamings,
-        "removals": transaction.removals,
+        "renamings": [(temporary, target, temporary.stat().st_ino) for temporary, target in renamings],
+        "removals": removals,
         "archiving": archiving and archiving._asdict() | {"identity": archiving.identity._asdict()},
-        "load": asdict(transaction.load),
+        "load": asdict(load),
     }
     # Paths are relative to the master's folder, so that the whole tree can be moved before a restart.
     text = json.dumps(content, indent=1, default=lambda path: os.path.relpath(path, paths.folder))
     write_durably(paths.journal, [text.encode("ascii")])
+    complete(paths)
 
 
-def complete(paths: InboxPaths, transaction: Transaction) -> bool:
-    """Carry out the transaction; skips finished steps, so it can be repeated after any crash.
+def complete(paths: InboxPaths) -> LoadRecord | None:
+    """Carry out the transaction of the journal; skips finished steps, so it can be repeated after any crash.
 
-    Returns False if it was abandoned. Raises Permanent if it can be neither completed nor abandoned.
+    Returns its load, None if it was abandoned. Raises OSError, and Permanent if the journal is damaged or can be
+    neither completed nor abandoned.
     """
+    transaction = _read_journal(paths)
     master = paths.config.merged_file
     # An undo of the first merge deletes the master; one that changed since is a later one.
     is_later = master in transaction.removals and master.exists() and not is_as_left(paths.config, transaction.load)
     # The first renaming replaces the master: if it is impossible, nothing else may be done.
     if is_later or not all(map(_rename, transaction.renamings[:1])):
         _give_up(paths, transaction)
-        return False
+        return None
     for each in transaction.renamings[1:]:
         if not _rename(each):
             log.warning("%s is gone: %s stays as it is", each.temporary.name, each.target.name)
@@ -349,7 +359,7 @@ def complete(paths: InboxPaths, transaction: Transaction) -> bool:
         (paths.loads / name).unlink(missing_ok=True)
     paths.journal.unlink()
     sync_directory(paths.folder)
-    return True
+    return transaction.load
 
 
 def _rename(each: PendingRename) -> bool:
@@ -425,31 +435,31 @@ def recover(paths: InboxPaths) -> LoadRecord | None:
 
     Raises OSError, and Permanent if the journal is damaged or cannot be completed.
     """
-    done = transaction = None
+    done = None
     # After a crash past the commit, do the rest now. A crash before it left only temporary files to remove.
     if paths.journal.exists():
-        transaction = _read_journal(paths)
         paths.loads.mkdir(exist_ok=True)
-        if complete(paths, transaction):
-            done = transaction.load
+        done = complete(paths)
     for path in paths.leftovers():
         path.unlink(missing_ok=True)
     return done
 
 
 def _read_journal(paths: InboxPaths) -> Transaction:
+    def placed(path: str) -> Path:
+        return Path(os.path.normpath(paths.folder / path))
+
     try:
         content = json.loads(paths.journal.read_bytes())
         archiving = None
         if way := content["archiving"]:
-            pending, target, source = (paths.folder / way[name] for name in ("pending", "target", "source"))
+            pending, target, source = (placed(way[name]) for name in ("pending", "target", "source"))
             target = target.with_name(bounded_name(target.name))  # earlier versions committed names that are too long
             archiving = PendingArchive(pending, target, source, FileIdentity(**way["identity"]), way["digest"])
         renamings = [
-            PendingRename(paths.folder / temporary, paths.folder / target, inode)
-            for temporary, target, inode in content["renamings"]
+            PendingRename(placed(temporary), placed(target), inode) for temporary, target, inode in content["renamings"]
         ]
-        removals = [paths.folder / path for path in content["removals"]]
+        removals = [placed(path) for path in content["removals"]]
         return Transaction(renamings, removals, archiving, load_of(content["load"]))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Permanent(
