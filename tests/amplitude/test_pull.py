@@ -83,6 +83,30 @@ def test_events_that_the_service_adds_later_are_found_a_day_later(world: tuple[L
     assert len(simulator.state.asked) == calls, "a day is looked at again once"
 
 
+def test_a_week_is_made_from_its_hours_as_they_are_also_after_the_state_was_set_back(
+    world: tuple[Landed, AmplitudeSimulator],
+) -> None:
+    made, simulator = world
+    pull = made.amplitude(simulator)
+    pull.to_the_end()
+    hour, checkpoints = MONDAY + 4 * HOUR, made.state.checkpoints
+    before = checkpoints.records("amplitude", "web", hour, hour + HOUR)
+    simulator.state.events["web", hour] = list(amplitude_events("web", hour, 30))
+    pull.fill(hour, hour + HOUR)
+    checkpoints.commit("amplitude", "web", Commit(before), made.context("amplitude").lease)
+    made.clock.now += timedelta(days=1)
+    assert pull.run().failures == ()
+    held = [
+        event
+        for (_, at), events in simulator.state.events.items()
+        if at < TUESDAY + timedelta(days=2)
+        for event in events
+    ]
+    assert len(week(made)) == len(held)
+    (after,) = checkpoints.records("amplitude", "web", hour, hour + HOUR)
+    assert after.rows == 30
+
+
 def test_what_the_service_no_longer_has_stays_where_it_landed(world: tuple[Landed, AmplitudeSimulator]) -> None:
     made, simulator = world
     pull = made.amplitude(simulator)

@@ -31,13 +31,14 @@ from app.amplitude.archives import (
 )
 from app.amplitude.client import HourTooLarge, Project
 from app.config.settings import AmplitudeSettings
-from app.core.errors import AppError, Permanent, Transient
+from app.core.errors import AppError, Conflict, Permanent, Transient
 from app.core.files import temporary_file
 from app.core.ledger import Tally
 from app.core.pipeline import Record
 from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, MapCell, PartitionWindow, WindowContent
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
+from app.object_store.deltas import state_from_metadata
 from app.object_store.port import ObjectInfo
 from app.object_store.set_aside import ZIP
 from app.ops.connection_checks import ConnectionCheck
@@ -331,8 +332,32 @@ def refresh_weeks(run: SourceRun, span: Window) -> Report:
         hours = hours_of_week(run.pull, run.name, window)
         held = run.records(window, WEEKS_PIPELINE).get(window.start)
         if hours and (held is None or held.digest != _digest(hours)):
-            report += run.alone(f":weeks {window}", partial(_store_week, run, window, hours))
+            report += run.alone(f":weeks {window}", partial(_refresh_week, run, window, hours))
     return report
+
+
+def _refresh_week(run: SourceRun, window: Window, hours: Sequence[Record]) -> Report:
+    """Store a week. Where the object of an hour is another than recorded, the state was set back: the object tells."""
+    try:
+        return _store_week(run, window, hours)
+    except Conflict as error:
+        log.warning("%s: %s: the records of its hours are taken from their objects", week_key(run.name, window), error)
+        return _store_week(run, window, [_as_stored(run, hour) for hour in hours])
+
+
+def _as_stored(run: SourceRun, hour: Record) -> Record:
+    """The record of an hour as its object says it, which is also recorded."""
+    there = run.pull.store.head(hour.key) if hour.version and has_landed(hour) else None
+    if there is None or there.etag == hour.version:
+        return hour
+    held = state_from_metadata(there)
+    rows = hour.rows if held.rows is None else held.rows
+    cells = rows + hour.source_cells - hour.rows
+    stored = replace(
+        hour, version=held.version, digest=held.digest, rows=rows, size_bytes=held.size_bytes, source_cells=cells
+    )
+    run.commit(stored)
+    return stored
 
 
 def hours_of_week(pull: AmplitudePull, source: str, window: Window) -> Sequence[Record]:
