@@ -184,11 +184,16 @@ class DriveFolder(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class DrivePage(msgspec.Struct, frozen=True, rename="camel"):
-    """A page of a list. Drive always answers `incompleteSearch`, so anything else is not a list without files."""
+    """A page of a list. An object with neither of the first two is not a list without files."""
 
-    incomplete_search: bool
-    files: list[DriveFile] = []
+    incomplete_search: bool | None = None
+    files: list[DriveFile] | None = None
     next_page_token: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which fails the conversion."""
+        if self.incomplete_search is None and self.files is None:
+            raise ValueError("it is not a list of files")
 
 
 class GeneratedIds(msgspec.Struct, frozen=True):
@@ -345,7 +350,7 @@ class Drive:
                 raise
             if page.incomplete_search:
                 raise Transient(f"Drive searched only partially for {name}", "no action needed: it is repeated")
-            found += page.files
+            found += page.files or ()
             if not page.next_page_token:
                 return sorted(found, key=lambda each: (each.created_time, each.id))
             asked["pageToken"] = page.next_page_token
