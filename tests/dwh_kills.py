@@ -1,7 +1,7 @@
 """Kills the daemon while clients post to /dwh, and looks whether each request is stored whole, once, or not at all.
 
 `uv run python tests/dwh_kills.py [--rounds 200] [--seed 18] [--url postgresql://...]`; without a URL on SQLite. CI runs
-12 rounds on each.
+8 rounds on each.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from effort import EFFORT
 from inbox_world import World, model, parsed, world
 
 HERE = Path(__file__).parents[1]
-KILLS = 120 * EFFORT
+KILLS = 100 * EFFORT
 LONG, LONG_BAD = "中" * 83 + ".csv", "b" * 251 + ".csv"
 FILES = {
     "1.csv": "k,a\n" + "".join(f"{n},one\n" for n in range(0, 300, 2)),

@@ -9,7 +9,7 @@ from dwh_kills import World, proven
 from effort import EFFORT
 from postgres import PostgresServer
 
-ROUNDS = 12 * EFFORT
+ROUNDS = 8 * EFFORT
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from export_rounds import Servers, lived, serving
 from kill_rounds import WORLD_ROUNDS, Runner, faults
 from needs import faketime_library, needs
 
-ROUNDS = 6 * EFFORT
+ROUNDS = 4 * EFFORT
 SITTINGS = {"sqlite-directory": 0, "postgresql-directory": 1, "sqlite-s3": 2, "postgresql-s3": 3}
 
 

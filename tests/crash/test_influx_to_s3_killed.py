@@ -20,7 +20,7 @@ from seaweed import Seaweed
 from simulators.influx import InfluxSimulator
 
 DEVICES = 40
-KILLS = 10 * EFFORT
+KILLS = 8 * EFFORT
 POINTS = 540
 STEP_NS = 10 * 10**9
 MEASUREMENT = "device_telemetry"

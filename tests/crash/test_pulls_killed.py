@@ -21,7 +21,7 @@ from effort import EFFORT
 from pulling import Clock, landed
 from simulators import amplitude, appmetrica
 
-KILLS = 16 * EFFORT
+KILLS = 12 * EFFORT
 STATE = "state.db*"
 JOBS = ("amplitude", "appmetrica")
 KILLED = {"LEASE_TTL_SECONDS": "1", "LEASE_HEARTBEAT_SECONDS": "0.3"}

@@ -174,10 +174,10 @@ def test_a_daemon_that_is_killed_has_stored_whole_requests_only(
     environ = {}
     if dialect == "postgres":
         environ["DWH_DATABASE_URL"] = request.getfixturevalue("postgres_server").new_database()
-    for step in range(6):
+    for step in range(3):
         daemon = daemons.start("", wait=True, key="", **environ)
         rows = rows_of(EVENTS, 400, first=step * 1000)
-        killer = threading.Timer(0.02 + step * 0.02, os.kill, (daemon.process.pid, signal.SIGKILL))
+        killer = threading.Timer(0.02 + step * 0.05, os.kill, (daemon.process.pid, signal.SIGKILL))
         post_in_parts = [rows[start : start + 100] for start in range(0, 400, 100)]
         killer.start()
         try:

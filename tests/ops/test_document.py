@@ -15,6 +15,7 @@ from explored import explore_demo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_schemathesis_finds_no_fault_of_the_server_and_no_broken_promise_beside_every_outside_system(
     tmp_path: Path,
 ) -> None:
