@@ -315,6 +315,7 @@ def test_a_table_that_throttles_behind_a_first_page_lands_nothing_of_the_hour_un
     assert rows_of(ship) == 5
 
 
+@pytest.mark.slow
 def test_a_look_for_other_writings_that_failed_is_made_again(ship: Shipping) -> None:
     """The newest and the first item tell nothing of an offset in between."""
     between = {**item(START, temp="2"), "datetime_utc": {"S": "2026-02-07T07:01:00-05:00"}}

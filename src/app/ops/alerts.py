@@ -229,6 +229,8 @@ class Alerts:
     def _look(self) -> None:
         """Find stale jobs, and alerts to close whose run ended elsewhere: in another process or a command."""
         try:
+            # Read before the runs: an alert that another process closes meanwhile is not opened again.
+            known = self._state.alerts.told() if self._url else {}
             now, totals = self._state.clocks.now(), self._state.runs.totals()
             self.stale = self._stale_now(last_ends(totals, DONE), now)
             ahead = self._state.clocks.ahead_seconds()
@@ -237,12 +239,12 @@ class Alerts:
             self.ahead_seconds = ahead
             if self._url:
                 self._tell_over(totals, now)
-                self._tell_open(now)
+                self._tell_open(now, known)
         except AppError as error:
             log.debug("alerts: the record cannot be read: %s", error)
 
-    def _tell_open(self, now: datetime) -> None:
-        known = self._state.alerts.told()
+    def _tell_open(self, now: datetime, known: Collection[tuple[str, str]]) -> None:
+        """Open the alerts that are not among those `known`."""
         silent = dict.fromkeys(self.stale, "no run finished in time")
         ahead = {name: ahead_message(seconds) for name, seconds in self.ahead_seconds.items()}
         troubles = self._state.checkpoints.troubles()
