@@ -31,6 +31,7 @@ from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore, PutRequest
 from app.object_store.s3 import S3Store
 from daemon import Daemons, free_port
+from effort import EFFORT
 from exports import objects, rows_of
 from influxdb1 import InfluxDB1
 from last_version import FENCED, installed, last_version
@@ -359,6 +360,7 @@ def test_every_state_is_carried_over_and_nothing_is_lost_doubled_or_written_agai
     check_rewrite(here, daemons)
 
 
+@pytest.mark.parametrize("install", STORES if EFFORT > 1 else STORES[1:], indirect=True)
 def test_without_its_state_everything_is_read_from_the_objects_again(install: Install) -> None:
     here = install(2)
     here.live_by_last_version()
