@@ -17,4 +17,4 @@ def test_schemathesis_finds_no_fault_of_the_server_and_no_broken_promise(
     environ = {}
     if dialect == "postgres":
         environ["DWH_DATABASE_URL"] = request.getfixturevalue("postgres_server").new_database()
-    explore(daemons, tmp_path, "--include-path-regex", "^/dwh/", examples=2, **environ)
+    explore(daemons, tmp_path, "--include-path-regex", "^/dwh/", examples=3, **environ)

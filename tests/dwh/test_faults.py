@@ -16,6 +16,7 @@ import pytest
 
 from app.dwh.tables import EVENTS, LOCATIONS
 from daemon import Daemon, Daemons
+from effort import EFFORT
 from fault_proxy import FaultProxy
 from postgres import PostgresServer
 from warehouse import ndjson, packed, rows_of, uuid_of
@@ -174,7 +175,7 @@ def test_a_daemon_that_is_killed_has_stored_whole_requests_only(
     environ = {}
     if dialect == "postgres":
         environ["DWH_DATABASE_URL"] = request.getfixturevalue("postgres_server").new_database()
-    for step in range(3):
+    for step in range(3 * EFFORT):
         daemon = daemons.start("", wait=True, key="", **environ)
         rows = rows_of(EVENTS, 400, first=step * 1000)
         killer = threading.Timer(0.02 + step * 0.05, os.kill, (daemon.process.pid, signal.SIGKILL))

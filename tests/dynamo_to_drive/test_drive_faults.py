@@ -34,7 +34,7 @@ FAULTS = (
     DriveFault(401, "authError"),
 )
 TIMEOUT_SECONDS = 0.4
-UPLOADS = 300 * EFFORT
+UPLOADS = 350 * EFFORT
 TIME_OUTS = tuple(DriveFault(cut=True, after=after, stall_seconds=1.5 * TIMEOUT_SECONDS) for after in (False, True))
 
 
